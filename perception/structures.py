@@ -184,10 +184,7 @@ class Labels(_Value):
         return Labels(
             boxes=Boxes3D(data=torch.cat([p.boxes.data for p in parts])),
             complete=all(p.complete for p in parts),
-            **{
-                n: torch.cat([getattr(p, n) for p in parts])
-                for n in ("classes", "num_points", "difficulty", "weight", "exact")
-            },
+            **{n: torch.cat([getattr(p, n) for p in parts]) for n in ("classes", "num_points", "difficulty", "weight", "exact")},
         )
 
 
@@ -205,7 +202,10 @@ class Calibration(_Value):
     image_size: tuple[int, int]
 
     def __post_init__(self) -> None:
-        _require(self.lidar_to_camera.shape == (4, 4), f"Calibration.lidar_to_camera must be (4, 4), found {_shape(self.lidar_to_camera)}")
+        _require(
+            self.lidar_to_camera.shape == (4, 4),
+            f"Calibration.lidar_to_camera must be (4, 4), found {_shape(self.lidar_to_camera)}",
+        )
         _require(self.projection.shape == (3, 4), f"Calibration.projection must be (3, 4), found {_shape(self.projection)}")
 
 
@@ -394,7 +394,10 @@ class SmashedScene(_Value):
             c = self.coords.long()
             index = (c[:, 0] * y + c[:, 1]) * x + c[:, 2]
             _require(bool((index[1:] > index[:-1]).all()), "SmashedScene.coords must be unique and ascending in (z, y, x)")
-            _require(bool(torch.isfinite(self.features).all()), "SmashedScene.features hold NaN or inf; the encoder or its input is broken")
+            _require(
+                bool(torch.isfinite(self.features).all()),
+                "SmashedScene.features hold NaN or inf; the encoder or its input is broken",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -423,7 +426,9 @@ class Predictions(_Value):
     @staticmethod
     def empty() -> Predictions:
         zero = torch.zeros(0)
-        return Predictions(boxes=Boxes3D.empty(), classes=torch.zeros(0, dtype=torch.int64), scores=zero, class_scores=zero, iou_scores=zero)
+        return Predictions(
+            boxes=Boxes3D.empty(), classes=torch.zeros(0, dtype=torch.int64), scores=zero, class_scores=zero, iou_scores=zero
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,121 @@
+"""Your own data: a folder of scans and of plain text labels in our box convention.
+
+    root/points/<id>.bin | .npy | .pcd     one scan
+    root/labels/<id>.txt                   one object per line: class x y z dx dy dz yaw   (# starts a comment)
+    root/splits/<name>.txt                 optional: the ids of a split, one per line
+
+Centre of the box, metres and radians, x forward, y left, z up, as drawn in ``perception/boxes.py``. An empty label file says
+"nothing here"; a missing one is an error, because it usually means a wrong path.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..perception.boxes import wrap_angle
+from ..perception.structures import Frame, InvalidInput, Labels
+from .kitti import read_ids, with_point_counts
+from .kitti_text import unknown_class
+from .point_files import POINT_SUFFIXES, read_points
+
+
+@dataclass(frozen=True)
+class FolderDataset:
+    """The frames ``ids`` of your own folder: a length, and frame i.
+
+    classes: names of the labels' classes, counted in this order. other_classes: names that may stand in the labels and are dropped.
+    columns, intensity_scale, drop_non_finite: how scans are read, see ``read_points``.
+    with_labels: False leaves ``labels`` None and never opens the labels folder.
+    """
+
+    root: Path | str
+    ids: tuple[str, ...] | list[str]
+    classes: tuple[str, ...]
+    other_classes: tuple[str, ...] = ()
+    columns: tuple[str, ...] | None = None
+    intensity_scale: float = 1.0
+    drop_non_finite: bool = False
+    with_labels: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root))
+        object.__setattr__(self, "ids", tuple(self.ids))
+        object.__setattr__(self, "classes", tuple(self.classes))
+        if not (Path(self.root) / "points").is_dir():
+            raise InvalidInput(f"no folder {Path(self.root) / 'points'}; the root must hold points/<id>.bin|.npy|.pcd and labels/<id>.txt")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Frame:
+        """Frame ``index``. Raises InvalidInput naming the frame, the path and the root if a file is missing or broken."""
+        frame_id = self.ids[index]
+        points = read_points(
+            self._scan(frame_id),
+            columns=self.columns,
+            intensity_scale=self.intensity_scale,
+            drop_non_finite=self.drop_non_finite,
+        )
+        labels = None
+        if self.with_labels:
+            path = Path(self.root) / "labels" / f"{frame_id}.txt"
+            if not path.is_file():
+                raise InvalidInput(f"frame {frame_id}: no labels {path} (root {self.root}); write an empty file if the scene holds no object")
+            labels = with_point_counts(read_labels(path, self.classes, other_classes=self.other_classes), points)
+        return Frame(id=frame_id, points=points, labels=labels)
+
+    def _scan(self, frame_id: str) -> Path:
+        base = Path(self.root) / "points"
+        found = [base / (frame_id + suffix) for suffix in POINT_SUFFIXES if (base / (frame_id + suffix)).is_file()]
+        if len(found) != 1:
+            what = f"several scans {[p.name for p in found]}; keep one" if found else f"no scan {base / frame_id}.bin, .npy or .pcd"
+            raise InvalidInput(f"frame {frame_id}: {what} (root {self.root})")
+        return found[0]
+
+
+def folder_ids(root: Path | str, split: str | None = None) -> tuple[str, ...]:
+    """The ids of ``splits/<split>.txt``, or of all scans in ``points``, sorted, if no split is named."""
+    root = Path(root)
+    if split is not None:
+        return read_ids(root / "splits" / f"{split}.txt")
+    ids = sorted({p.stem for p in (root / "points").glob("*") if p.suffix in POINT_SUFFIXES and not p.name.startswith(".")})
+    if not ids:
+        raise InvalidInput(f"no scan in {root / 'points'}; put <id>.bin, .npy or .pcd files there")
+    return tuple(ids)
+
+
+def read_labels(path: Path | str, classes: tuple[str, ...], *, other_classes: tuple[str, ...] = ()) -> Labels:
+    """The labels of a text file of lines ``class x y z dx dy dz yaw``.
+
+    Raises InvalidInput with file and line: not eight columns, no finite number, a size that is not positive, a class that is
+    neither in ``classes`` nor in ``other_classes`` (with the nearest known name).
+    """
+    boxes: list[list[float]] = []
+    indices: list[int] = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        where = f"{path}, line {number}"
+        if len(words) != 8:
+            raise InvalidInput(f"{where}: expected `class x y z dx dy dz yaw`, found {len(words)} columns: {line.strip()!r}")
+        try:
+            box = [float(w) for w in words[1:]]
+        except ValueError as error:
+            raise InvalidInput(f"{where}: the box must be seven numbers ({error}): {line.strip()!r}") from error
+        if not all(map(math.isfinite, box)):
+            raise InvalidInput(f"{where}: found NaN or inf: {line.strip()!r}")
+        if min(box[3:6]) <= 0:
+            raise InvalidInput(f"{where}: dx, dy, dz must be positive, found {box[3:6]}; give the box a size or remove the line")
+        if words[0] in classes:
+            boxes.append(box)
+            indices.append(classes.index(words[0]))
+        elif words[0] not in other_classes:
+            raise InvalidInput(f"{where}: {unknown_class(words[0], classes + other_classes)}")
+    data = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 7)
+    data[:, 6] = wrap_angle(data[:, 6])
+    return Labels.make(data.float(), torch.tensor(indices, dtype=torch.int64))

@@ -1,0 +1,214 @@
+"""The ground-truth database: labelled objects cut out of their scans, to be pasted into other scans of the same split.
+
+Sampling objects into a scene ("GT sampling", Yan et al., SECOND, 2018, section 3.3; OpenPCDet ``database_sampler.py``) gives rare
+classes a chance. An object stays at the place where it was seen: distance decides how many points it has. It goes only where it
+touches nothing, and replaces the scene points in its box, as the real object would have hidden them.
+
+    out/objects-CRC.f32     float32 rows x, y, z, features..., object after object, in the frame of its scene
+    out/index-CRC.parquet   one row an object
+    out/database.json       schema version, classes, the fingerprint of the labelled split, the index in force; written last
+
+The database of one split refuses to serve another: its objects would leak labels a run is not meant to see.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from ..ops.iou3d import iou_bev
+from ..ops.points_in_boxes import points_in_boxes, points_in_boxes_mask
+from ..perception.structures import Frame, InvalidInput, Labels, PointCloud
+from .fingerprint import split_fingerprint
+from .frame_source import FrameSource
+from .prepared_parts import write_atomically
+
+SCHEMA_VERSION = 1
+
+_INDEX_SCHEMA = pa.schema(
+    [
+        ("frame_id", pa.string()),
+        ("class", pa.int32()),
+        ("difficulty", pa.int32()),
+        ("box", pa.list_(pa.float32(), 7)),
+        ("offset", pa.int64()),  # first row of the object in the file of points
+        ("rows", pa.int64()),  # how many it has there
+        ("num_points", pa.int64()),  # how many of them lie in the box itself (fewer than rows if the cut was enlarged)
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GtObject:
+    """One labelled object. box: (7,) float32 in its scene; points: its own, in the same frame; difficulty: as in ``Labels``."""
+
+    box: Tensor
+    class_index: int
+    difficulty: int
+    num_points: int
+    points: PointCloud
+    frame_id: str
+
+
+class GtDatabase:
+    """An opened database. ``boxes`` (M, 7) float32 and ``classes`` (M,) are at hand; the points of an object are read on demand.
+
+    Memory: about 60 bytes an object. No point is kept, and none is read before it is asked for.
+    """
+
+    @classmethod
+    def open(cls, path: Path, *, expected_fingerprint: str) -> GtDatabase:
+        """The database in the folder ``path``, which must have been built from the split of ``expected_fingerprint``.
+
+        Raises ``InvalidInput`` if there is none, if it was built from another split, or if its points were cut off.
+        """
+        database = cls(path)
+        if database.fingerprint != expected_fingerprint:
+            raise InvalidInput(
+                f"the GT database in {path} was built from another labelled split: fingerprint {database.fingerprint[:12]} "
+                f"({database.num_frames} frames, {len(database)} objects), expected {expected_fingerprint[:12]}. Its objects could "
+                "leak labels this run must not see; build a database from this run's labelled split"
+            )
+        return database
+
+    def __init__(self, path: Path) -> None:
+        """Opens without asking which split it was built from: for inspection only. To train, use ``open``."""
+        self.path = Path(path)
+        try:
+            header = json.loads((self.path / "database.json").read_text())
+        except FileNotFoundError:
+            raise InvalidInput(f"no GT database in {path} (no database.json); build one from the labelled split") from None
+        if header["schema_version"] != SCHEMA_VERSION:
+            raise InvalidInput(
+                f"the GT database in {path} has schema version {header['schema_version']}, this program reads {SCHEMA_VERSION}; build it again"
+            )
+        self.class_names: tuple[str, ...] = tuple(header["class_names"])
+        self.feature_names: tuple[str, ...] = tuple(header["feature_names"])
+        self.fingerprint: str = header["fingerprint"]
+        self.num_frames: int = header["num_frames"]
+        table = pq.read_table(self.path / Path(header["index"]).name, use_threads=False).combine_chunks()
+        if not table.schema.equals(_INDEX_SCHEMA):
+            raise InvalidInput(f"the index of the GT database in {path} has other columns than schema version {SCHEMA_VERSION}; build it again")
+        self.boxes = torch.from_numpy(table["box"].combine_chunks().flatten().to_numpy().reshape(-1, 7).copy())
+        self.classes = torch.from_numpy(table["class"].to_numpy().astype(np.int64))
+        self._rest = table.select(["frame_id", "difficulty", "offset", "rows", "num_points"])
+        self._objects = self.path / Path(header["objects"]).name
+        self._width = 3 + len(self.feature_names)
+        needed = int((table["offset"].to_numpy() + table["rows"].to_numpy()).max(initial=0)) * self._width * 4
+        if not self._objects.exists() or self._objects.stat().st_size < needed:
+            raise InvalidInput(f"{self._objects} is missing or shorter than the index says ({needed} bytes); build the database again")
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __getitem__(self, index: int) -> GtObject:
+        if not 0 <= index < len(self):
+            raise IndexError(f"object {index} of {len(self)}")
+        row = self._rest.slice(index, 1).to_pylist()[0]
+        shape = (row["rows"], self._width)
+        rows = np.zeros(shape, np.float32)
+        if shape[0]:  # mapped only while it is copied
+            rows[:] = np.memmap(self._objects, "<f4", mode="r", offset=row["offset"] * self._width * 4, shape=shape)
+        points = torch.from_numpy(rows)
+        return GtObject(
+            box=self.boxes[index].clone(),
+            class_index=int(self.classes[index]),
+            difficulty=row["difficulty"],
+            num_points=row["num_points"],
+            points=PointCloud(
+                xyz=points[:, :3].contiguous(), features=points[:, 3:].contiguous(), feature_names=self.feature_names
+            ),
+            frame_id=row["frame_id"],
+        )
+
+
+def build_gt_database(
+    source: FrameSource,
+    out: Path,
+    *,
+    class_names: Sequence[str],
+    fingerprint: str,
+    min_points: int = 5,
+    enlarge: float = 0.0,
+) -> GtDatabase:
+    """Cut every labelled object out of ``source`` into the folder ``out``, one frame in memory at a time.
+
+    fingerprint: of the labelled split (``split_fingerprint``); it is checked against the labels that are read, so that a database
+    cannot bear the name of a split it was not made from. min_points: objects with fewer points in their box are left out, and so
+    are ignored ones (weight 0) and boxes that are not exact. enlarge: metres added to each size of the box that cuts.
+    A database that was in ``out`` before serves until the new one is complete.
+    Raises ``InvalidInput`` if the labels have another fingerprint or frames differ in their point features.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f".objects.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            columns, features, checksum, found = _cut(source, file, tuple(class_names), min_points, enlarge)
+            file.flush()
+            os.fsync(file.fileno())
+        if found != fingerprint:
+            raise InvalidInput(
+                f"asked to build a GT database for the labelled split {fingerprint[:12]}, but the {len(source)} frames given have the "
+                f"fingerprint {found[:12]}; pass the frames of that split, or the fingerprint of these frames"
+            )
+        objects_name = f"objects-{checksum:08x}.f32"
+        os.replace(temporary, out / objects_name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sink = pa.BufferOutputStream()
+    pq.write_table(columns, sink)
+    index = sink.getvalue()
+    index_name = f"index-{zlib.crc32(index):08x}.parquet"
+    with write_atomically(out / index_name) as file:
+        file.write(index)
+    header = {
+        "schema_version": SCHEMA_VERSION,
+        "class_names": list(class_names),
+        "feature_names": features,
+        "fingerprint": fingerprint,
+        "num_frames": len(source),
+        "min_points": min_points,
+        "enlarge": enlarge,
+        "objects": objects_name,
+        "index": index_name,
+    }
+    with write_atomically(out / "database.json") as file:
+        file.write(json.dumps(header, indent=1).encode())
+    for old in (*out.glob("objects-*.f32"), *out.glob("index-*.parquet")):
+        if old.name not in (objects_name, index_name):
+            old.unlink()
+    return GtDatabase.open(out, expected_fingerprint=fingerprint)
+
+
+def _cut(
+    source: FrameSource, file: BinaryIO, class_names: tuple[str, ...], min_points: int, enlarge: float
+) -> tuple[pa.Table, tuple[str, ...], int, str]:
+    """Writes the points of all objects to ``file``; gives index, feature names, checksum and the fingerprint of what was read."""
+    features: tuple[str, ...] | None = None
+    ids: list[str] = []
+    tables = [_INDEX_SCHEMA.empty_table()]
+    offset = checksum = 0
+
+    def labels() -> Any:
+        nonlocal features, offset, checksum
+        for i in range(len(source)):
+            frame = source[i]
+            ids.append(frame.id)
+    raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GtSampler:
+    pass

@@ -1,0 +1,202 @@
+"""KITTI's object layout as frames.
+
+    root/ImageSets/<split>.txt                       one frame id per line
+    root/training/velodyne/<id>.bin                  the full turn, float32 x y z intensity
+    root/training/velodyne_reduced/<id>.bin          the same, only what the camera sees
+    root/training/{label_2,calib}/<id>.txt           objects in the camera frame; how the frames are related
+    root/training/image_2/<id>.png                   only its size is read
+
+The labels know only what the camera sees, so a scan is cropped to the camera's view by default: outside of it an object
+would count as background.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..perception.structures import Calibration, Frame, InvalidInput, Labels, PointCloud
+from .kitti_text import KittiObjects, labels_from_kitti, read_objects
+from .point_files import read_points
+
+DEFAULT_IMAGE_SIZE = (1242, 375)  # px, of most KITTI pictures; used where the picture is not there
+KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KittiFolder:
+    """Where the files of a KITTI-layout dataset are. root: the folder with ``ImageSets``. part: "training" or "testing"."""
+
+    root: Path
+    part: str = "training"
+
+    def path(self, folder: str, frame_id: str, suffix: str) -> Path:
+        """The file of a frame. Raises InvalidInput naming frame, path and root if it is missing."""
+        path = self.root / self.part / folder / f"{frame_id}{suffix}"
+        if not path.is_file():
+            raise InvalidInput(f"frame {frame_id}: no file {path} (root {self.root}); check the root, the split and that {folder} is unpacked")
+        return path
+
+    def calibration(self, frame_id: str) -> Calibration:
+        """The frame's calibration, with the size of its picture if that is there, else ``DEFAULT_IMAGE_SIZE``."""
+        picture = self.root / self.part / "image_2" / f"{frame_id}.png"
+        size = read_png_size(picture) if picture.is_file() else DEFAULT_IMAGE_SIZE
+        return read_calibration(self.path("calib", frame_id, ".txt"), image_size=size)
+
+
+@dataclass(frozen=True)
+class KittiDataset:
+    """The frames ``ids`` of a KITTI-layout folder: a length, and frame i.
+
+    points_folder: "velodyne" (the full turn), "velodyne_reduced" (already cropped), or "auto": velodyne_reduced where the frame
+        has it and cropping is asked, else velodyne.
+    classes: names of the labels' classes, counted in this order; neighbouring types are kept with weight 0.
+    z_shift: m, the known height of the sensor, added to z of points and boxes so that the road lies near 0; the calibration
+        takes it back, so projection and evaluation stay right.
+    crop_to_camera: keep only points that the camera sees.
+    with_labels: False leaves ``labels`` None and never opens label_2.
+    """
+
+    root: Path | str
+    ids: tuple[str, ...] | list[str]
+    points_folder: Literal["auto", "velodyne", "velodyne_reduced"] = "auto"
+    classes: tuple[str, ...] = KITTI_CLASSES
+    z_shift: float = 0.0
+    crop_to_camera: bool = True
+    with_labels: bool = True
+    part: str = "training"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root))
+        object.__setattr__(self, "ids", tuple(self.ids))
+        object.__setattr__(self, "classes", tuple(self.classes))
+        if not (Path(self.root) / self.part).is_dir():
+            raise InvalidInput(f"no folder {Path(self.root) / self.part}; the root must hold {self.part}/velodyne, calib and label_2")
+        if self.points_folder not in ("auto", "velodyne", "velodyne_reduced"):
+            raise InvalidInput(f"points_folder must be auto, velodyne or velodyne_reduced, found {self.points_folder!r}")
+
+    @property
+    def folder(self) -> KittiFolder:
+        return KittiFolder(root=Path(self.root), part=self.part)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Frame:
+        """Frame ``index``. Raises InvalidInput naming the frame, the path and the root if a file is missing or broken."""
+        frame_id = self.ids[index]
+        calibration = shift_calibration(self.folder.calibration(frame_id), self.z_shift)
+        points = self._points(frame_id, calibration)
+        labels = None
+        if self.with_labels:
+            labels = labels_from_kitti(self.frame_objects(frame_id), calibration, self.classes)
+            labels = with_point_counts(labels, points)
+        return Frame(id=frame_id, points=points, labels=labels, calibration=calibration)
+
+    def frame_objects(self, frame_id: str) -> KittiObjects:
+        """The frame's label file as it is, DontCare included: what the evaluation wants."""
+        return read_objects(self.folder.path("label_2", frame_id, ".txt"))
+
+    def _points(self, frame_id: str, calibration: Calibration) -> PointCloud:
+        name = self.points_folder
+        if name == "auto":
+            reduced = Path(self.root) / self.part / "velodyne_reduced" / f"{frame_id}.bin"
+            name = "velodyne_reduced" if self.crop_to_camera and reduced.is_file() else "velodyne"
+        points = read_points(self.folder.path(name, frame_id, ".bin"))
+        if self.z_shift:
+            points = replace(points, xyz=points.xyz + points.xyz.new_tensor([0.0, 0.0, self.z_shift]))
+        if self.crop_to_camera and name == "velodyne":  # the reduced scans were cropped with the true size of the picture
+            points = crop_to_camera(points, calibration)
+        return points
+
+
+def read_ids(path: Path | str) -> tuple[str, ...]:
+    """The frame ids of a split file, one per line. Raises InvalidInput: missing, empty, an id twice, an id that is no file name."""
+    path = Path(path)
+    if not path.is_file():
+        found = sorted(p.stem for p in path.parent.glob("*.txt"))
+        raise InvalidInput(f"no split file {path}; the folder holds {', '.join(found) or 'no split'}")
+    ids = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not ids:
+        raise InvalidInput(f"{path} names no frame; write one id per line")
+    seen: set[str] = set()
+    for frame_id in ids:
+        if frame_id in seen or frame_id != Path(frame_id).name:
+            raise InvalidInput(f"{path}: {frame_id!r} {'stands there twice' if frame_id in seen else 'is no file name'}")
+        seen.add(frame_id)
+    return ids
+
+
+def read_calibration(path: Path | str, *, image_size: tuple[int, int] = DEFAULT_IMAGE_SIZE) -> Calibration:
+    """A KITTI calibration file: P2 (camera to pixels) and R0_rect @ Tr_velo_to_cam (LiDAR to the rectified camera frame).
+
+    image_size: (width, height) px. Raises InvalidInput naming a row that is missing or not the right count of numbers.
+    """
+    rows: dict[str, list[str]] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"cannot read the calibration {path}: {error}") from error
+    for line in lines:
+        name, separator, numbers = line.partition(":")
+        if separator:
+            rows[name.strip()] = numbers.split()
+
+    def matrix(name: str, shape: tuple[int, int]) -> Tensor:
+        if name not in rows:
+            raise InvalidInput(f"{path}: no row {name}; KITTI's calibration needs P2, R0_rect and Tr_velo_to_cam, found {', '.join(rows) or 'none'}")
+        try:
+            return torch.tensor([float(n) for n in rows[name]], dtype=torch.float64).reshape(shape)
+        except (ValueError, RuntimeError) as error:
+            raise InvalidInput(f"{path}: row {name} must hold {shape[0] * shape[1]} numbers, found {' '.join(rows[name])!r}") from error
+
+    rectify, velodyne_to_camera = torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+    rectify[:3, :3] = matrix("R0_rect", (3, 3))
+    velodyne_to_camera[:3] = matrix("Tr_velo_to_cam", (3, 4))
+    return Calibration(lidar_to_camera=rectify @ velodyne_to_camera, projection=matrix("P2", (3, 4)), image_size=image_size)
+
+
+def read_png_size(path: Path | str) -> tuple[int, int]:
+    """(width, height) px from a PNG's header: signature, then the IHDR chunk. No picture library is needed for 24 bytes."""
+    with open(path, "rb") as file:
+        head = file.read(24)
+    if len(head) < 24 or head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR":
+        raise InvalidInput(f"{path} is no PNG picture; remove or replace it")
+    width, height = struct.unpack(">II", head[16:24])
+    return width, height
+
+
+def shift_calibration(calibration: Calibration, z_shift: float) -> Calibration:
+    """The calibration of a LiDAR frame whose origin was moved down by ``z_shift`` m, so that every z is larger by it."""
+    back = torch.eye(4, dtype=torch.float64)
+    back[2, 3] = -z_shift
+    return replace(calibration, lidar_to_camera=calibration.lidar_to_camera @ back)
+
+
+def project_points(xyz: Tensor, calibration: Calibration) -> tuple[Tensor, Tensor]:
+    """Pixels (N, 2) and depth (N,) m in front of the camera, float64, of LiDAR points (N, 3). Pixels mean nothing at depth <= 0."""
+    matrix = calibration.lidar_to_camera.to(xyz.device)
+    camera = xyz.double() @ matrix[:3, :3].T + matrix[:3, 3]
+    projection = calibration.projection.to(xyz.device)
+    image = camera @ projection[:, :3].T + projection[:, 3]
+    return image[:, :2] / image[:, 2:], camera[:, 2]
+
+
+def crop_to_camera(points: PointCloud, calibration: Calibration) -> PointCloud:
+    """The points in front of the camera whose projection lies in the picture."""
+    pixels, depth = project_points(points.xyz, calibration)
+    width, height = calibration.image_size
+    u, v = pixels.unbind(-1)
+    return points.select((depth > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height))
+
+
+def with_point_counts(labels: Labels, points: PointCloud) -> Labels:
+    """The labels with ``num_points`` counted in this scan."""
+    from ..ops.points_in_boxes import count_points_in_boxes
+
+    return replace(labels, num_points=count_points_in_boxes(points.xyz, labels.boxes.data).to(torch.int64))

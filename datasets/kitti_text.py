@@ -1,0 +1,259 @@
+"""KITTI's text format for objects: one line per labelled or detected object, in the camera frame, and the way to our values.
+
+A line is ``type truncated occluded alpha left top right bottom h w l x y z rotation_y [score]``: pixels for the 2D box, metres
+in the rectified camera frame (x right, y down, z forward) for the centre of the box's bottom face, radians for the angles.
+``KittiObjects`` keeps the file's order and every line, because the evaluation depends on both; ``labels_from_kitti`` and
+``predictions_to_kitti`` translate to and from the LiDAR frame. A value that is not known stands as -1 (sizes), -1000 (place)
+and -10 (angles), as in KITTI's own DontCare lines.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..perception.boxes import corners_bev, kitti_camera_to_lidar, lidar_to_kitti_camera, wrap_angle
+from ..perception.structures import Calibration, InvalidInput, Labels, Predictions
+from .point_files import write_atomically
+
+KITTI_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare")
+# Look so alike that finding one is neither right nor wrong (KITTI devkit, evaluate_object.cpp, cleanData).
+NEIGHBOURS: Mapping[str, tuple[str, ...]] = {"Car": ("Van",), "Pedestrian": ("Person_sitting",)}
+# Limits of easy, moderate, hard: height of the 2D box in pixels at least, occlusion and truncation at most.
+MIN_HEIGHT = (40.0, 25.0, 25.0)
+MAX_OCCLUSION = (0, 1, 2)
+MAX_TRUNCATION = (0.15, 0.30, 0.50)
+
+_NEAR = 0.1  # m, what lies closer to the camera's plane is not projected
+
+
+@dataclass(frozen=True, kw_only=True)
+class KittiObjects:
+    """One label or detection file, in file order; camera frame. Numbers are float64, ``occluded`` int64.
+
+    types: N names. truncated: (N,) 0..1. occluded: (N,) 0, 1, 2, 3. alpha: (N,) rad, the angle at which the camera sees the object.
+    bbox: (N, 4) left top right bottom px. dimensions: (N, 3) height width length m. location: (N, 3) m, centre of the bottom face.
+    rotation_y: (N,) rad. scores: (N,), None for labels.
+    """
+
+    types: tuple[str, ...]
+    truncated: Tensor
+    occluded: Tensor
+    alpha: Tensor
+    bbox: Tensor
+    dimensions: Tensor
+    location: Tensor
+    rotation_y: Tensor
+    scores: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.types)
+        shapes = {"truncated": (n,), "occluded": (n,), "alpha": (n,), "bbox": (n, 4), "dimensions": (n, 3), "location": (n, 3)}
+        shapes |= {"rotation_y": (n,)} | ({} if self.scores is None else {"scores": (n,)})
+        for name, shape in shapes.items():
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                raise InvalidInput(f"KittiObjects.{name} must be {shape} for {n} types, found {found}")
+
+    def __len__(self) -> int:
+        return len(self.types)
+
+    def select(self, keep: Tensor) -> KittiObjects:
+        """The objects of a boolean mask or an index, in that order."""
+        index = torch.arange(len(self))[keep]
+        return KittiObjects(
+            types=tuple(self.types[i] for i in index.tolist()),
+            truncated=self.truncated[index],
+            occluded=self.occluded[index],
+            alpha=self.alpha[index],
+            bbox=self.bbox[index],
+            dimensions=self.dimensions[index],
+            location=self.location[index],
+            rotation_y=self.rotation_y[index],
+            scores=None if self.scores is None else self.scores[index],
+        )
+
+    def difficulty(self) -> Tensor:
+        """(N,) int64: the easiest of 0 easy, 1 moderate, 2 hard whose limits the object keeps, -1 if none."""
+        height = self.bbox[:, 3] - self.bbox[:, 1]
+        level = torch.full((len(self),), -1, dtype=torch.int64)
+        for d in (2, 1, 0):
+            fits = (height >= MIN_HEIGHT[d]) & (self.occluded <= MAX_OCCLUSION[d]) & (self.truncated <= MAX_TRUNCATION[d])
+            level[fits] = d
+        return level
+
+
+def parse_objects(text: str, source: str, *, known_types: tuple[str, ...] | None = None) -> KittiObjects:
+    """The objects of a label (15 columns) or detection (16 columns) text; an empty text holds none (``scores`` is then None).
+
+    source: what error messages call the text, usually its path. known_types: refuse any other type, e.g. ``KITTI_TYPES``.
+
+    Raises InvalidInput with source and line: a wrong number of columns, a value that is no finite number, a box without
+    positive size (-1 -1 -1, "not known", is legal), an unknown type.
+    """
+    types: list[str] = []
+    rows: list[list[float]] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = line.split()
+        if not words:
+            continue
+        where = f"{source}, line {number}"
+        if len(words) not in (15, 16) or (rows and len(words) - 1 != len(rows[0])):
+            like = f"{len(rows[0]) + 1} like the lines before" if rows else "15 (label) or 16 (detection, with a score)"
+            raise InvalidInput(f"{where}: expected {like} columns, found {len(words)}: {line.strip()!r}")
+        try:
+            values = [float(w) for w in words[1:]]
+        except ValueError as error:
+            raise InvalidInput(f"{where}: all columns after the type must be numbers ({error}): {line.strip()!r}") from error
+        if not all(map(math.isfinite, values)):
+            raise InvalidInput(f"{where}: found NaN or inf: {line.strip()!r}")
+        if known_types is not None and words[0] not in known_types:
+            raise InvalidInput(f"{where}: {unknown_class(words[0], known_types)}")
+        size = values[7:10]
+        if min(size) <= 0 and size != [-1.0, -1.0, -1.0]:
+            raise InvalidInput(
+                f"{where}: height, width, length of {words[0]} must be positive, found {size}; "
+                "remove the line, or write -1 -1 -1 -1000 -1000 -1000 -10 for an object without a 3D box"
+            )
+        types.append(words[0])
+        rows.append(values)
+    columns = len(rows[0]) if rows else 14
+    table = torch.tensor(rows, dtype=torch.float64).reshape(-1, columns)
+    return KittiObjects(
+        types=tuple(types),
+        truncated=table[:, 0],
+        occluded=table[:, 1].long(),
+        alpha=table[:, 2],
+        bbox=table[:, 3:7],
+        dimensions=table[:, 7:10],
+        location=table[:, 10:13],
+        rotation_y=table[:, 13],
+        scores=table[:, 14] if columns == 15 else None,
+    )
+
+
+def read_objects(path: Path | str, *, known_types: tuple[str, ...] | None = None) -> KittiObjects:
+    """``parse_objects`` of a file. Raises InvalidInput also if it is missing or no text."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(f"cannot read the objects of {path}: {error.strerror}; check the folder and the frame id") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{path} is no text file ({error}); expected KITTI's label_2 format") from error
+    return parse_objects(text, str(path), known_types=known_types)
+
+
+def format_objects(objects: KittiObjects) -> str:
+    """KITTI's text, with six decimals at most and no trailing zeros; with a score column if there are scores."""
+    columns = [objects.truncated[:, None], objects.alpha[:, None], objects.bbox, objects.dimensions, objects.location]
+    columns += [objects.rotation_y[:, None]] + ([] if objects.scores is None else [objects.scores[:, None]])
+    lines = []
+    for name, occluded, row in zip(objects.types, objects.occluded.tolist(), torch.cat(columns, 1).tolist()):
+        truncated, *rest = map(_number, row)
+        lines.append(" ".join([name, truncated, str(occluded), *rest]) + "\n")
+    return "".join(lines)
+
+
+def write_objects(path: Path | str, objects: KittiObjects) -> None:
+    """Write ``format_objects`` to ``path``, atomically."""
+    write_atomically(Path(path), format_objects(objects).encode())
+
+
+def labels_from_kitti(
+    objects: KittiObjects,
+    calibration: Calibration,
+    classes: tuple[str, ...],
+    *,
+    neighbours: Mapping[str, tuple[str, ...]] = NEIGHBOURS,
+) -> Labels:
+    """Labels in the LiDAR frame of the objects whose type is in ``classes`` (class = its place there), in file order.
+
+    A neighbouring type (Van for Car, Person_sitting for Pedestrian), unless it is a class itself, is kept with the class's index
+    and weight 0: neither object nor background. Other types and DontCare are dropped. ``difficulty`` by the official limits;
+    ``num_points`` is unknown here.
+    """
+    index_of = {other: classes.index(name) for name, others in neighbours.items() if name in classes for other in others}
+    index_of |= {name: i for i, name in enumerate(classes)}
+    index_of.pop("DontCare", None)
+    kept = objects.select(torch.tensor([t in index_of for t in objects.types], dtype=torch.bool))
+    if bool((kept.dimensions <= 0).any()):
+        raise InvalidInput(f"a label of {sorted(set(kept.types))} has no 3D box (size -1); it cannot become a label in the LiDAR frame")
+    boxes = kitti_camera_to_lidar(kept.location, kept.dimensions, kept.rotation_y, calibration.lidar_to_camera)
+    return Labels.make(
+        boxes,
+        torch.tensor([index_of[t] for t in kept.types], dtype=torch.int64),
+        difficulty=kept.difficulty(),
+        weight=torch.tensor([float(t in classes) for t in kept.types]),
+    )
+
+
+def predictions_to_kitti(predictions: Predictions, class_names: tuple[str, ...], calibration: Calibration) -> KittiObjects:
+    """Detections as KITTI wants them, best first; a box of which nothing lies in the picture is dropped.
+
+    alpha is rotation_y minus the bearing of the object; the 2D box encloses the projected corners, cut at the picture's border.
+    Truncation and occlusion are -1, not estimated.
+    """
+    predictions = predictions.to("cpu")
+    location, dimensions, rotation_y = lidar_to_kitti_camera(predictions.boxes.data, calibration.lidar_to_camera)
+    alpha = wrap_angle(rotation_y - torch.atan2(location[:, 0], location[:, 2]))
+    bbox, visible = project_boxes(location, dimensions, rotation_y, calibration)
+    n = len(predictions)
+    return KittiObjects(
+        types=tuple(class_names[c] for c in predictions.classes.tolist()),
+        truncated=torch.full((n,), -1.0, dtype=torch.float64),
+        occluded=torch.full((n,), -1, dtype=torch.int64),
+        alpha=alpha,
+        bbox=bbox,
+        dimensions=dimensions,
+        location=location,
+        rotation_y=rotation_y,
+        scores=predictions.scores.double(),
+    ).select(visible)
+
+
+def project_boxes(location: Tensor, dimensions: Tensor, rotation_y: Tensor, calibration: Calibration) -> tuple[Tensor, Tensor]:
+    """2D boxes (N, 4) left top right bottom in pixels of camera-frame boxes, cut at the picture, and (N,) whether anything is left.
+
+    The part of a box in front of the camera is what is projected: an edge that passes the camera's plane is cut there, since
+    the image of a point behind it would land on the wrong side.
+    """
+    h, w, length = dimensions.double().unbind(-1)
+    x, y, z = location.double().unbind(-1)
+    seen_from_above = corners_bev(torch.stack([x, z, y, length, w, h, -rotation_y.double()], -1))  # (N, 4, 2) camera x, z
+    bottom = torch.stack([seen_from_above[..., 0], y[:, None].expand(-1, 4), seen_from_above[..., 1]], -1)
+    corners = torch.cat([bottom, bottom - torch.stack([torch.zeros_like(h), h, torch.zeros_like(h)], -1)[:, None]], 1)
+    ring = [0, 1, 2, 3]
+    start = torch.tensor([*ring, *(i + 4 for i in ring), *ring])
+    end = torch.tensor([1, 2, 3, 0, 5, 6, 7, 4, 4, 5, 6, 7])
+    a, b = corners[:, start], corners[:, end]  # (N, 12, 3), the edges
+    in_front = torch.maximum(a[..., 2], b[..., 2]) > _NEAR
+    rise = b[..., 2] - a[..., 2]
+    to_plane = ((_NEAR - a[..., 2]) / torch.where(rise == 0, torch.ones_like(rise), rise))[..., None]
+    crossing = a + to_plane * (b - a)
+    ends = torch.cat([torch.where(a[..., 2:] > _NEAR, a, crossing), torch.where(b[..., 2:] > _NEAR, b, crossing)], 1)  # (N, 24, 3)
+    pixels = ends @ calibration.projection[:, :3].T.double() + calibration.projection[:, 3].double()
+    uv = pixels[..., :2] / pixels[..., 2:]
+    valid = torch.cat([in_front, in_front], 1)[..., None]
+    low = torch.where(valid, uv, torch.full_like(uv, math.inf)).amin(1)
+    high = torch.where(valid, uv, torch.full_like(uv, -math.inf)).amax(1)
+    border = torch.tensor(calibration.image_size, dtype=torch.float64) - 1
+    low, high = low.clamp_min(0), torch.minimum(high, border)
+    return torch.cat([low, high], -1), (high > low).all(-1)
+
+
+def unknown_class(name: str, known: tuple[str, ...]) -> str:
+    """The message for a class name nobody declared: the known ones, and the nearest of them."""
+    nearest = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.5)
+    hint = f"; did you mean {next(k for k in known if k.lower() == nearest[0])!r}?" if nearest else ""
+    return f"unknown class {name!r}; known are {', '.join(known)}{hint}"
+
+
+def _number(value: float) -> str:
+    text = f"{value:.6f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text

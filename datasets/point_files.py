@@ -1,0 +1,198 @@
+"""Reading and writing one LiDAR scan: KITTI's ``.bin``, numpy's ``.npy`` and the Point Cloud Library's ``.pcd``.
+
+A scan comes from outside, so everything is checked here, once: the byte count against the row width, every declared size
+against the size of the file before memory is taken, no pickle, no NaN, no empty scan. What comes out is a ``PointCloud``.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..perception.structures import InvalidInput, PointCloud
+
+XYZI = ("x", "y", "z", "intensity")
+POINT_SUFFIXES = (".bin", ".npy", ".pcd")
+
+_PCD_ALIASES = {"i": "intensity", "reflectivity": "intensity"}
+_PCD_MAX_HEADER = 64 * 1024
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it readable for the owner only
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_points(
+    path: Path | str,
+    *,
+    columns: tuple[str, ...] | None = None,
+    intensity_scale: float = 1.0,
+    drop_non_finite: bool = False,
+) -> PointCloud:
+    """One scan from a ``.bin`` (float32 rows), ``.npy`` ((N, C), no pickle) or ``.pcd`` (ascii, binary) file.
+
+    columns: what the values of a row are, in file order; "x", "y", "z" in metres must be among them, "_" skips one, the others
+        become features. None means x y z intensity for ``.bin`` and ``.npy``, and x y z plus intensity where present for ``.pcd``,
+        whose header names its fields.
+    intensity_scale: what intensity is multiplied by to lie in 0..1; 1/255 for sensors that count to 255.
+    drop_non_finite: leave out points with a NaN or infinite value (organised clouds mark a missing return so) instead of refusing.
+
+    Raises InvalidInput: no such file, another format, a size that does not fit the columns, non-finite values, no point.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InvalidInput(f"no scan at {path}; check the root folder and the frame id")
+    if path.suffix == ".pcd":
+        names, values = _read_pcd(path, columns)
+    elif path.suffix in (".bin", ".npy"):
+        names = columns or XYZI
+        values = _read_bin(path, names) if path.suffix == ".bin" else _read_npy(path, names)
+    else:
+        raise InvalidInput(f"{path}: scans are read from {', '.join(POINT_SUFFIXES)}; found {path.suffix or 'no suffix'!r}")
+    return _to_cloud(path, names, values, intensity_scale, drop_non_finite)
+
+
+def write_bin(path: Path | str, points: PointCloud) -> None:
+    """Write float32 rows of x y z and the features, in the order of ``feature_names``; atomic."""
+    rows = torch.cat([points.xyz, points.features], 1).float().cpu().numpy()
+    write_atomically(Path(path), rows.astype("<f4").tobytes())
+
+
+def _to_cloud(
+    path: Path, names: tuple[str, ...], values: NDArray[np.float32], intensity_scale: float, drop_non_finite: bool
+) -> PointCloud:
+    if any(names.count(axis) != 1 for axis in "xyz"):
+        raise InvalidInput(f"{path}: the columns must hold x, y and z once each; found {names}")
+    feature_names = tuple(n for n in names if n not in ("x", "y", "z", "_"))
+    used = values[:, [names.index(n) for n in ("x", "y", "z", *feature_names)]]
+    finite = np.isfinite(used).all(axis=1)
+    if not finite.all():
+        if not drop_non_finite:
+            raise InvalidInput(
+                f"{path}: {int((~finite).sum())} of {len(used)} points hold NaN or inf; "
+                "repair the file, or pass drop_non_finite=True to leave those points out"
+            )
+        used = used[finite]
+    if len(used) == 0:
+        raise InvalidInput(f"{path}: the scan holds no point; leave the frame out of the split")
+    rows = torch.from_numpy(np.ascontiguousarray(used, dtype=np.float32))
+    features = rows[:, 3:].contiguous()
+    if "intensity" in feature_names:
+        column = features[:, feature_names.index("intensity")]
+        column *= intensity_scale
+        if float(column.max()) > 1.0:
+            warnings.warn(
+                f"{path}: intensity runs to {float(column.max()):g}, expected 0..1; pass intensity_scale (1/255 if the sensor counts to 255)",
+                stacklevel=3,
+            )
+    return PointCloud(xyz=rows[:, :3].contiguous(), features=features, feature_names=feature_names)
+
+
+def _read_bin(path: Path, names: tuple[str, ...]) -> NDArray[np.float32]:
+    size, width = path.stat().st_size, len(names)
+    if size % (4 * width):
+        fitting = [w for w in range(3, 11) if size % (4 * w) == 0]
+        hint = f"the size fits {' or '.join(map(str, fitting))} values a row" if fitting else "no row of 3 to 10 float32 fits; is the file cut off?"
+        raise InvalidInput(f"{path}: {size} bytes are no whole number of rows of {width} float32 {names}; {hint}")
+    return np.fromfile(path, dtype="<f4").reshape(-1, width)
+
+
+def _read_npy(path: Path, names: tuple[str, ...]) -> NDArray[np.float32]:
+    try:  # mapping checks the declared shape against the file's size before anything is allocated
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise InvalidInput(f"{path}: not a readable numpy array ({error}); save a plain float (N, {len(names)}) array") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[1] != len(names) or array.dtype.kind not in "fiu":
+        found = f"{array.shape} {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise InvalidInput(f"{path}: expected numbers of shape (N, {len(names)}) for the columns {names}, found {found}")
+    return np.array(array, dtype=np.float32)
+
+
+def _read_pcd(path: Path, columns: tuple[str, ...] | None) -> tuple[tuple[str, ...], NDArray[np.float32]]:
+    """The asked fields of a .pcd file. Format: pointclouds.org, "The PCD file format", version 0.7."""
+    data = path.read_bytes()
+    header, start = _pcd_header(path, data)
+
+    def integers(key: str, default: list[str] | None = None) -> list[int]:
+        words = header.get(key, default)
+        if words is None or not all(w.isdigit() for w in words):
+            raise InvalidInput(f"{path}: the PCD header needs a line {key} with whole numbers, found {words}")
+        return [int(w) for w in words]
+
+    fields = header.get("FIELDS") or header.get("COLUMNS") or []
+    sizes, counts = integers("SIZE"), integers("COUNT", ["1"] * len(fields))
+    kinds = header.get("TYPE", [])
+    if not fields or not len(fields) == len(sizes) == len(counts) == len(kinds):
+        raise InvalidInput(f"{path}: the PCD header must give FIELDS, SIZE, TYPE and COUNT of equal length, found {header}")
+    if any(k not in "FIU" or s not in (1, 2, 4, 8) or c < 1 for k, s, c in zip(kinds, sizes, counts)):
+        raise InvalidInput(f"{path}: the PCD header asks for TYPE {kinds} SIZE {sizes} COUNT {counts}; known are F I U of 1, 2, 4, 8 bytes")
+    declared = integers("POINTS", [str(int(np.prod(integers("WIDTH") + integers("HEIGHT", ["1"]), dtype=object)))])[0]
+
+    known = [_PCD_ALIASES.get(f.lower(), f.lower()) for f in fields]
+    names = columns or tuple(n for n in XYZI if n != "intensity" or n in known)
+    names = tuple(n for n in names if n != "_")
+    missing = [n for n in names if n not in known]
+    if missing:
+        raise InvalidInput(f"{path}: no field {', '.join(missing)}; the file has {' '.join(fields)}; name the wanted ones in columns")
+
+    encoding = " ".join(header["DATA"])
+    if encoding == "ascii":
+        table = _pcd_ascii(path, data[start:], declared, sum(counts))
+        first = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        return names, table[:, [first[known.index(n)] for n in names]]
+    if encoding == "binary":
+        try:
+            dtype = np.dtype([(f"{i}", f"<{k.lower()}{s}", (c,)) for i, (k, s, c) in enumerate(zip(kinds, sizes, counts))])
+        except TypeError as error:
+            raise InvalidInput(f"{path}: no number has TYPE {kinds} with SIZE {sizes} ({error})") from error
+        if declared * dtype.itemsize > len(data) - start:
+            raise InvalidInput(
+                f"{path}: the header declares {declared} points of {dtype.itemsize} bytes, but only {len(data) - start} bytes follow; is it cut off?"
+            )
+        rows = np.frombuffer(data, dtype=dtype, count=declared, offset=start)
+        columns_ = [rows[f"{known.index(n)}"][:, 0].astype(np.float32) for n in names]
+        return names, np.stack(columns_, axis=1)
+    raise InvalidInput(f"{path}: DATA {encoding} is not read; convert it with `pcl_convert_pcd_ascii_binary IN.pcd OUT.pcd 1` (binary)")
+
+
+def _pcd_header(path: Path, data: bytes) -> tuple[dict[str, list[str]], int]:
+    """The header's lines by keyword, and where the points start."""
+    header: dict[str, list[str]] = {}
+    position = 0
+    while "DATA" not in header:
+        end = data.find(b"\n", position, _PCD_MAX_HEADER)
+        if end < 0:
+            raise InvalidInput(f"{path}: no PCD header: no line DATA in the first {_PCD_MAX_HEADER} bytes")
+        words = data[position:end].decode("ascii", errors="replace").split()
+        position = end + 1
+        if words and not words[0].startswith("#"):
+            header[words[0].upper()] = words[1:]
+    return header, position
+
+
+def _pcd_ascii(path: Path, body: bytes, declared: int, width: int) -> NDArray[np.float32]:
+    words = body.split()
+    if len(words) != declared * width:
+        raise InvalidInput(f"{path}: the header declares {declared} points of {width} values, but {len(words)} values follow")
+    try:
+        return np.array(words, dtype=np.float64).astype(np.float32).reshape(declared, width)
+    except ValueError as error:
+        raise InvalidInput(f"{path}: the points hold a word that is no number ({error})") from error

@@ -1,0 +1,253 @@
+"""The parts of a prepared dataset: chunks of frames, read, checked and written by worker processes.
+
+A chunk becomes two files, points (``KEY-CRC.f32``, float32 rows) and what is known about its frames (``KEY.parquet``). Each
+appears under its name by one rename of complete, synced bytes, the second after the first, so a chunk whose Parquet file exists
+is finished, whenever the process was killed. KEY is a hash of the settings and the frame ids, CRC of the points.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from ..ops.points_in_boxes import count_points_in_boxes
+from ..perception.structures import Frame, InvalidInput, UpcycleError
+from .frame_source import FrameSource
+
+SCHEMA_VERSION = 1
+
+# One row a frame. Boxes, matrices and the like are flat lists; a null is "not known" (no label, no calibration).
+INDEX_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("error", pa.string()),  # why the frame was left out; null for a good frame
+        ("part", pa.string()),  # file of the points
+        ("offset", pa.int64()),  # first float32 of the frame in it
+        ("num_points", pa.int64()),
+        ("feature_names", pa.list_(pa.string())),
+        ("crc32", pa.int64()),
+        ("boxes", pa.list_(pa.float32())),
+        ("classes", pa.list_(pa.int32())),
+        ("box_points", pa.list_(pa.int32())),
+        ("difficulty", pa.list_(pa.int32())),
+        ("weight", pa.list_(pa.float32())),
+        ("exact", pa.list_(pa.bool_())),
+        ("complete", pa.bool_()),
+        ("lidar_to_camera", pa.list_(pa.float64())),
+        ("projection", pa.list_(pa.float64())),
+        ("image_size", pa.list_(pa.int32())),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Frames ``first``... of the source that are written together. ``key`` is the hash of the settings and the ids."""
+
+    key: str
+    first: int
+    ids: tuple[str, ...]
+
+
+def check_frame(frame: Frame, num_classes: int) -> None:
+    """Raises ``InvalidInput`` with the reason if ``frame`` breaks the contract of its values: NaN, zero-size boxes, unknown classes."""
+    points = frame.points
+    if not (torch.isfinite(points.xyz).all() and torch.isfinite(points.features).all()):
+        bad = ~(torch.isfinite(points.xyz).all(1) & torch.isfinite(points.features).all(1))
+        raise InvalidInput(f"{int(bad.sum())} of {len(points)} points hold NaN or inf, the first in row {int(bad.nonzero()[0])}")
+    if "intensity" in points.feature_names and len(points):
+        intensity = points.features[:, points.feature_names.index("intensity")]
+        if intensity.min() < 0 or intensity.max() > 1:
+            raise InvalidInput(
+                f"intensity must be in 0..1, found {intensity.min():g}..{intensity.max():g}; scale it in the reader"
+            )
+    if frame.labels is None:
+        return
+    boxes, labels = frame.labels.boxes.data, frame.labels
+    checks = {
+        "boxes hold NaN or inf": ~torch.isfinite(boxes).all(1),
+        "boxes have a size of zero or less": (boxes[:, 3:6] <= 0).any(1),
+        "yaws are outside [-pi, pi) (see boxes.wrap_angle)": boxes[:, 6].abs() > torch.pi + 1e-5,
+        f"classes are outside 0..{num_classes - 1}": (labels.classes < 0) | (labels.classes >= num_classes),
+        "weights are negative or NaN": ~(labels.weight >= 0),
+    }
+    for what, bad in checks.items():
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            raise InvalidInput(
+                f"{int(bad.sum())} of {len(labels)} {what}; the first is label {first}: class {int(labels.classes[first])}, "
+                f"weight {float(labels.weight[first]):g}, box {[round(v, 3) for v in boxes[first].tolist()]}"
+            )
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears at ``path`` complete and synced when the block ends, or not at all when it raises."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(parts: Path) -> None:
+    """Unfinished files of a killed start: temporary ones, and points whose index never appeared."""
+    for path in parts.iterdir():
+        if path.suffix == ".tmp" or (path.suffix == ".f32" and not (parts / f"{path.name.split('-')[0]}.parquet").exists()):
+            path.unlink()
+
+
+def make_chunk(settings: dict[str, Any], first: int, ids: tuple[str, ...]) -> Chunk:
+    """The chunk of ``ids``, whose first frame is number ``first`` of the source."""
+    key = hashlib.sha256(json.dumps([settings, ids], sort_keys=True).encode()).hexdigest()[:16]
+    return Chunk(key=key, first=first, ids=ids)
+
+
+def finished(parts: Path, chunk: Chunk) -> bool:
+    """Whether an earlier start wrote the whole chunk, and no frame of it failed."""
+    index = parts / f"{chunk.key}.parquet"
+    if not index.exists():
+        return False
+    table = read_index(index)
+    return table["error"].null_count == len(table) and all((parts / name).exists() for name in table["part"].unique().to_pylist())
+
+
+def write_chunks(source: FrameSource, todo: list[Chunk], parts: Path, num_classes: int, workers: int, lock: int) -> Iterator[int]:
+    """Writes every chunk; gives the number of frames each time one is finished. Worker w of W takes the chunks w, w + W, ..."""
+    if workers <= 1 or len(todo) <= 1:
+        for chunk in todo:
+            _write_chunk(source, chunk, parts, num_classes)
+            yield len(chunk.ids)
+        return
+    context = multiprocessing.get_context("fork")  # the source need not be picklable, and nothing is copied
+    running: dict[Any, Any] = {}
+    try:
+        for w in range(min(workers, len(todo))):
+            reader, writer = context.Pipe(duplex=False)
+            arguments = (writer, lock, os.getpid(), source, todo[w::workers], parts, num_classes)
+            process = context.Process(target=_worker, args=arguments, daemon=True)
+            process.start()
+            writer.close()  # else the end of the worker would not be seen
+            running[reader] = process
+        while running:
+            for reader in multiprocessing.connection.wait(list(running)):
+                try:
+                    message = json.loads(reader.recv_bytes())  # type: ignore[union-attr]
+                except EOFError:
+                    process = running.pop(reader)
+                    process.join()
+                    if process.exitcode:
+                        raise UpcycleError(
+                            f"a worker of prepare ended with code {process.exitcode} (-9: killed, often for want of memory); "
+                            f"what is finished in {parts} is kept: start again, perhaps with fewer workers"
+                        ) from None
+                    continue
+                if isinstance(message, str):
+                    raise UpcycleError(f"a worker of prepare failed: {message}; what is finished in {parts} is kept: start again")
+                yield message
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.join()
+
+
+def _worker(
+    connection: Any, lock: int, parent: int, source: FrameSource, chunks: list[Chunk], parts: Path, num_classes: int
+) -> None:
+    os.close(lock)  # if the parent is killed, a new start need not wait for its orphans
+    torch.set_num_threads(1)  # thread pools of the parent do not survive the fork
+    try:
+        for chunk in chunks:
+            _write_chunk(source, chunk, parts, num_classes, parent=parent)
+            connection.send_bytes(json.dumps(len(chunk.ids)).encode())
+    except OSError as error:  # the disk is full, or nobody listens
+        if os.getppid() != parent:
+            os._exit(0)
+        connection.send_bytes(json.dumps(f"{type(error).__name__}: {error}").encode())
+
+
+def _write_chunk(source: FrameSource, chunk: Chunk, parts: Path, num_classes: int, parent: int | None = None) -> None:
+    rows: list[dict[str, Any]] = []
+    blobs: list[bytes] = []
+    offset = 0
+    for i, frame_id in enumerate(chunk.ids, chunk.first):
+        if parent is not None and os.getppid() != parent:
+            os._exit(0)  # orphaned by a kill: whoever starts again does the rest
+        try:
+            frame = source[i]
+            if frame.id != frame_id:
+                raise InvalidInput(f"frame {i} of the source calls itself {frame.id!r}, expected {frame_id!r}")
+            check_frame(frame, num_classes)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a reader raises concerns this frame only, and is reported
+            rows.append({"id": frame_id, "error": f"{type(error).__name__}: {error}"})
+            continue
+        blob = torch.cat([frame.points.xyz, frame.points.features], 1).float().numpy().astype("<f4").tobytes()
+        blobs.append(blob)
+        rows.append(_row(frame, offset, zlib.crc32(blob)))
+        offset += len(blob) // 4
+    points = b"".join(blobs)
+    name = f"{chunk.key}-{zlib.crc32(points):08x}.f32"
+    with write_atomically(parts / name) as file:
+        file.write(points)
+    table = pa.Table.from_pylist([row if "error" in row else {**row, "part": name} for row in rows], INDEX_SCHEMA)
+    with write_atomically(parts / f"{chunk.key}.parquet") as file:
+        pq.write_table(table, file)
+    for old in parts.glob(f"{chunk.key}-*.f32"):
+        if old.name != name:
+            old.unlink(missing_ok=True)  # an earlier reading of the same chunk, before a failed frame was repaired
+
+
+def _row(frame: Frame, offset: int, crc32: int) -> dict[str, Any]:
+    row = {
+        "id": frame.id,
+        "offset": offset,
+        "num_points": len(frame.points),
+        "feature_names": list(frame.points.feature_names),
+        "crc32": crc32,
+    }
+    if (labels := frame.labels) is not None:
+        box_points = labels.num_points
+        if (box_points < 0).any():
+            box_points = torch.where(box_points < 0, count_points_in_boxes(frame.points.xyz, labels.boxes.data), box_points)
+        row |= {
+            "boxes": labels.boxes.data.flatten().tolist(),
+            "box_points": box_points.tolist(),
+            **{name: getattr(labels, name).tolist() for name in ("classes", "difficulty", "weight", "exact")},
+            "complete": labels.complete,
+        }
+    if (calibration := frame.calibration) is not None:
+        row |= {
+            "lidar_to_camera": calibration.lidar_to_camera.flatten().tolist(),
+            "projection": calibration.projection.flatten().tolist(),
+            "image_size": list(calibration.image_size),
+        }
+    return row
+
+
+def read_index(path: Path) -> pa.Table:
+    """The rows of one Parquet file, of a chunk or of the whole dataset. Raises ``InvalidInput`` for other columns."""
+    table = pq.read_table(path, use_threads=False)
+    if not table.schema.equals(INDEX_SCHEMA):
+        raise InvalidInput(
+            f"{path} has other columns than schema version {SCHEMA_VERSION} of this program; prepare the dataset again"
+        )
+    return table

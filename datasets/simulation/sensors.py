@@ -1,0 +1,107 @@
+"""The LiDARs that the simulation stands in for: beams, mounting, noise and reach of three published rigs.
+
+Numbers come from data sheets and dataset papers, listed with their sources in ``docs/simulation.md``; where nothing is
+published, the choice and its reason stand there too. They were chosen once and are not tuned to any method's result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...perception.structures import InvalidInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensor:
+    """A spinning LiDAR with its mounting.
+
+    elevations: degrees above the horizon, one per beam, from the highest down.
+    azimuths: firings per turn. height: m above the ground. min_range, max_range: m.
+    range_noise: m, standard deviation. jitter: degrees, standard deviation of both angles of one ray.
+    reach: m at which a 10 % reflective surface, hit squarely, still answers half of the pulses.
+    dropout: share of pulses lost whatever they hit. intensity_gain, intensity_noise: intensity is
+    gain x reflectivity x sqrt(cos incidence), times a factor with that relative standard deviation, clipped to 0..1.
+    """
+
+    name: str
+    elevations: tuple[float, ...]
+    azimuths: int
+    height: float
+    min_range: float
+    max_range: float
+    range_noise: float
+    jitter: float
+    reach: float
+    dropout: float
+    intensity_gain: float
+    intensity_noise: float
+
+    def __post_init__(self) -> None:
+        descending = all(a > b for a, b in zip(self.elevations, self.elevations[1:], strict=False))
+        if not self.elevations or not descending:
+            raise InvalidInput(f"Sensor {self.name!r}: elevations must be at least one angle, from the highest down, found {self.elevations}")
+        if self.azimuths < 4 or not 0 < self.min_range < self.max_range or self.height <= 0:
+            raise InvalidInput(
+                f"Sensor {self.name!r}: need azimuths >= 4, 0 < min_range < max_range and height > 0, found "
+                f"{self.azimuths}, {self.min_range}, {self.max_range}, {self.height}"
+            )
+
+
+def _evenly(first: float, last: float, count: int) -> tuple[float, ...]:
+    return tuple(first + (last - first) * i / (count - 1) for i in range(count))
+
+
+def _widening(first: float, last: float, count: int, ratio: float) -> tuple[float, ...]:
+    """``count`` angles from ``first`` to ``last`` whose gaps grow linearly, the last ``ratio`` times the first."""
+    gaps = [1 + (ratio - 1) * i / (count - 2) for i in range(count - 1)]
+    scale = (last - first) / sum(gaps)
+    angles = [first]
+    for gap in gaps:
+        angles.append(angles[-1] + gap * scale)
+    return tuple(angles)
+
+
+KITTI_HDL64E = Sensor(
+    name="Velodyne HDL-64E, KITTI",
+    elevations=_evenly(2.0, -8.33, 32) + _evenly(-8.83, -24.8, 32),
+    azimuths=2083,
+    height=1.73,
+    min_range=2.5,
+    max_range=80.0,
+    range_noise=0.02,
+    jitter=0.02,
+    reach=50.0,
+    dropout=0.05,
+    intensity_gain=1.0,
+    intensity_noise=0.2,
+)
+
+WAYMO_TOP = Sensor(
+    name="Waymo top LiDAR",
+    elevations=_widening(2.4, -17.6, 64, 4.0),
+    azimuths=2650,
+    height=2.15,
+    min_range=2.0,
+    max_range=75.0,
+    range_noise=0.02,
+    jitter=0.01,
+    reach=75.0,
+    dropout=0.02,
+    intensity_gain=0.6,
+    intensity_noise=0.3,
+)
+
+LYFT_ROOF = Sensor(
+    name="Lyft roof LiDAR, 64 beams",
+    elevations=(15.0, 11.0, 8.0, 5.0, 3.0, *_evenly(2.0, -6.0, 49), *_evenly(-7.0, -14.0, 8), -19.0, -25.0),
+    azimuths=1800,
+    height=1.83,
+    min_range=2.0,
+    max_range=120.0,
+    range_noise=0.02,
+    jitter=0.01,
+    reach=120.0,
+    dropout=0.02,
+    intensity_gain=1.0,
+    intensity_noise=0.15,
+)

@@ -1,0 +1,247 @@
+"""One random street: a curved road with traffic both ways, parked cars, people, houses, trees and posts on uneven ground.
+
+Everything is placed in road coordinates (s metres along the road, d metres to its left) and bent onto the road's arc, then
+turned by the vehicle's own heading. Nothing overlaps: a candidate whose footprint comes near a placed one is dropped. All
+random numbers of a candidate are drawn before that test.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .bodies import block, body, bush, post, tree
+from .places import CAR, CYCLIST, PEDESTRIAN, TRUCK, VAN, Place
+from .raycast import COS, HALF_X, HALF_Y, OBJECT, SIN, X, Y, Z
+
+EXTENT = 100.0  # m either way along the road
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """A street around the sensor, on the ground: x forward, y left, z up from the ground under the sensor.
+
+    parts: (P, 16) float64, see ``raycast``. waves: (W, 4) float64, the ground. boxes: (N, 7) float64 labelled road users
+    (project convention). classes: (N,) int64 into ``CLASS_NAMES``.
+    """
+
+    parts: np.ndarray
+    waves: np.ndarray
+    boxes: np.ndarray
+    classes: np.ndarray
+
+
+def ground_height(waves: np.ndarray, x: float, y: float) -> float:
+    """Height of the ground at (x, y), m, zero at the origin."""
+    return float((waves[:, 0] * (np.sin(waves[:, 1] * x + waves[:, 2] * y + waves[:, 3]) - np.sin(waves[:, 3]))).sum())
+
+
+def _waves(place: Place, rng: np.random.Generator) -> np.ndarray:
+    """Two long waves (hills), two of the length of a house, two short ones (worn asphalt); slopes stay below about 6 %."""
+    rows = []
+    for amplitude, low, high in ((place.relief, 60, 160), (place.relief / 4, 15, 40), (0.008, 2, 5)):
+        for _ in range(2):
+            number, way = 2 * math.pi / rng.uniform(low, high), rng.uniform(0, 2 * math.pi)
+            rows.append([amplitude * rng.uniform(0.3, 1.0), number * math.cos(way), number * math.sin(way), rng.uniform(0, 2 * math.pi)])
+    return np.array(rows)
+
+
+def _clash(a: np.ndarray, others: np.ndarray, margin: float) -> bool:
+    """Whether footprint a (5,) x, y, half length, half width, yaw comes within ``margin`` of one of ``others`` (M, 5).
+
+    Separating axes: two rectangles are apart if and only if their shadows on one of their four side directions are.
+    """
+    offset = others[:, :2] - a[:2]
+    reach = np.hypot(a[2], a[3]) + np.hypot(others[:, 2], others[:, 3]) + margin
+    near = (offset**2).sum(1) < reach**2
+    others, offset = others[near], offset[near]
+    if not len(others):
+        return False
+    apart = np.zeros(len(others), bool)
+    turn = others[:, 4] - a[4]
+    c, s = np.abs(np.cos(turn)), np.abs(np.sin(turn))
+    for yaw, own, cross in (
+        (np.full(len(others), a[4]), a[2], c * others[:, 2] + s * others[:, 3]),
+        (np.full(len(others), a[4] + math.pi / 2), a[3], s * others[:, 2] + c * others[:, 3]),
+        (others[:, 4], others[:, 2], c * a[2] + s * a[3]),
+        (others[:, 4] + math.pi / 2, others[:, 3], s * a[2] + c * a[3]),
+    ):
+        apart |= np.abs(np.cos(yaw) * offset[:, 0] + np.sin(yaw) * offset[:, 1]) > own + cross + margin
+    return not bool(apart.all())
+
+
+class _Street:
+    """What has been placed so far. Lives only inside ``build_world``."""
+
+    def __init__(self, place: Place, rng: np.random.Generator) -> None:
+        self.place, self.rng = place, rng
+        self.waves = _waves(place, rng)
+        self.curvature = float(np.clip(rng.normal(0, 1 / 350), -1 / 120, 1 / 120))
+        turning = rng.random() < place.turning
+        self.heading = float(rng.uniform(-1.0, 1.0) if turning else rng.normal(0, 0.03))
+        self.side = (rng.random(2) < place.angled).tolist()  # left, right: cars park at a right angle
+        crossing = rng.random() < place.crossing
+        self.crossing = float(rng.uniform(12, 60)) if crossing or turning else math.inf
+        self.half_road = place.lanes * place.lane_width
+        self.lane = -0.5 * place.lane_width if place.lanes == 1 or rng.random() < 0.5 else -1.5 * place.lane_width
+        self.parts: list[np.ndarray] = []
+        self.boxes: list[np.ndarray] = []
+        self.classes: list[int] = []
+        self.footprints = [np.array([0.0, 0.0, 2.6, 1.1, 0.0])]  # the vehicle itself
+
+    def kerb(self, left: bool) -> float:
+        """m from the middle of the road to the sidewalk."""
+        return self.half_road + (5.2 if self.side[0 if left else 1] else self.place.parking_width)
+
+    def bend(self, s: float, d: float, yaw: float) -> tuple[float, float, float]:
+        """Road coordinates -> x, y, yaw seen from the vehicle, which stands at s = 0 in its lane."""
+        k = self.curvature if abs(self.curvature) > 1e-6 else 1e-6
+        x, y = math.sin(k * s) * (1 / k - d), (1 - math.cos(k * s)) / k + d * math.cos(k * s) - self.lane
+        c, sn = math.cos(-self.heading), math.sin(-self.heading)
+        return c * x - sn * y, sn * x + c * y, yaw + k * s - self.heading
+
+    def _put(self, parts: np.ndarray, x: float, y: float, yaw: float, z: float, owner: int) -> None:
+        c, s = math.cos(yaw), math.sin(yaw)
+        placed = parts.copy()
+        placed[:, X], placed[:, Y] = x + c * parts[:, X] - s * parts[:, Y], y + s * parts[:, X] + c * parts[:, Y]
+        placed[:, Z] += z
+        placed[:, COS], placed[:, SIN], placed[:, OBJECT] = c, s, owner
+        self.parts.append(placed)
+
+    def _free(self, x: float, y: float, half: tuple[float, float], yaw: float, margin: float) -> bool:
+        footprint = np.array([x, y, half[0], half[1], yaw])
+        if _clash(footprint, np.stack(self.footprints), margin):
+            return False
+        self.footprints.append(footprint)
+        return True
+
+    def add_user(self, class_index: int, s: float, d: float, yaw: float, *, sway: float) -> None:
+        """A road user of random size and colour at (s, d) heading ``yaw`` relative to the road, +- ``sway`` rad."""
+        size = self.place.sizes[class_index].sample(self.rng)
+        reflectivity = float(self.rng.uniform(0.06, 0.8) if class_index in (CAR, VAN, TRUCK) else self.rng.uniform(0.15, 0.7))
+        style = int(self.rng.choice(4, p=self.place.car_styles))
+        x, y, yaw = self.bend(s, d, yaw + self.rng.normal(0, sway))
+        margin = 0.15 if class_index in (PEDESTRIAN, CYCLIST) else 0.3
+        if not self._free(x, y, (size[0] / 2, size[1] / 2), yaw, margin):
+            return
+        z = ground_height(self.waves, x, y)
+        self._put(body(class_index, size, reflectivity, style), x, y, yaw, z, len(self.boxes))
+        self.boxes.append(np.array([x, y, z + size[2] / 2, *size, yaw]))
+        self.classes.append(class_index)
+
+    def add_thing(self, parts: np.ndarray, s: float, d: float, yaw: float = 0.0, *, margin: float = 0.2) -> None:
+        """Something that is no road user; its footprint is that of its largest part near the ground."""
+        x, y, yaw = self.bend(s, d, yaw)
+        low = parts[:1]
+        if self._free(x, y, (low[0, HALF_X], low[0, HALF_Y]), yaw, margin):
+            self._put(parts, x, y, yaw, ground_height(self.waves, x, y) - 0.1, -1)
+
+    def vehicle_class(self) -> int:
+        return int(self.rng.choice([CAR, VAN, TRUCK], p=self.place.vehicle_mix))
+
+    def near_crossing(self, s: float, room: float) -> bool:
+        return abs(s - self.crossing) < self.half_road + room
+
+
+def _traffic(street: _Street) -> None:
+    """Vehicles in lanes, right-hand traffic, and on the crossing street."""
+    place, rng = street.place, street.rng
+    for lane in range(place.lanes):
+        for way in (1, -1):
+            s = -EXTENT + rng.exponential(place.gap)
+            while s < EXTENT:
+                d = -way * (lane + 0.5) * place.lane_width + rng.normal(0, 0.2)
+                street.add_user(street.vehicle_class(), s, d, 0.0 if way == 1 else math.pi, sway=0.03)
+                s += 6.5 + rng.exponential(place.gap)
+    if math.isfinite(street.crossing):
+        for way in (1, -1):
+            d = -60 + rng.exponential(place.gap)
+            while d < 60:
+                s = street.crossing + way * 0.5 * place.lane_width + rng.normal(0, 0.2)
+                turn = rng.normal(0, 0.3) if abs(d) < street.half_road else 0.0
+                street.add_user(street.vehicle_class(), s, d, way * math.pi / 2 + turn, sway=0.03)
+                d += 6.5 + rng.exponential(place.gap)
+
+
+def _parking(street: _Street) -> None:
+    place, rng = street.place, street.rng
+    for left in (True, False):
+        angled = street.side[0 if left else 1]
+        sign = 1 if left else -1
+        s = -EXTENT
+        while s < EXTENT:
+            s += 2.7 if angled else place.sizes[CAR].mean[0] + rng.uniform(0.7, 1.8)
+            d = sign * (street.half_road + (2.7 if angled else 0.5 * place.parking_width) + rng.normal(0, 0.12))
+            along = (0.0 if left == (rng.random() < 0.08) else math.pi) if not angled else sign * math.pi / 2 * rng.choice([1, -1])
+            taken, class_index = rng.random() < place.parked, street.vehicle_class()
+            if taken and class_index != TRUCK and not street.near_crossing(s, 5.0):
+                street.add_user(class_index, s, d, along, sway=0.025)
+
+
+def _people(street: _Street) -> None:
+    place, rng = street.place, street.rng
+    for _ in range(rng.poisson(place.pedestrians)):
+        s, left = rng.uniform(-60, 60), rng.random() < 0.5
+        on_road = rng.random() < 0.15
+        beside = street.kerb(left) + rng.uniform(0.4, place.sidewalk_width)
+        d = rng.uniform(-street.half_road, street.half_road) if on_road else (1 if left else -1) * beside
+        yaw = rng.choice([-1, 1]) * math.pi / 2 if on_road else rng.choice([0, math.pi])
+        street.add_user(PEDESTRIAN, s, d, yaw, sway=0.3)
+    for _ in range(rng.poisson(place.cyclists)):
+        s, left = rng.uniform(-60, 60), rng.random() < 0.5
+        d = (1 if left else -1) * (street.half_road - rng.uniform(0.4, 0.9))
+        street.add_user(CYCLIST, s, d, math.pi if left else 0.0, sway=0.08)
+
+
+def _surroundings(street: _Street) -> None:
+    """Posts and trees at the kerb, houses, walls and gardens behind the sidewalk."""
+    place, rng = street.place, street.rng
+    for left in (True, False):
+        sign, kerb = (1 if left else -1), street.kerb(left)
+        for _ in range(rng.poisson(place.trees * 2)):
+            s, height = rng.uniform(-EXTENT, EXTENT), rng.uniform(4, 11)
+            parts = tree(height, crown=height * rng.uniform(0.2, 0.32), trunk=rng.uniform(0.1, 0.25))
+            if not street.near_crossing(s, 4):
+                street.add_thing(parts, s, sign * (kerb + rng.uniform(0.3, 0.6)))
+        for s in np.arange(-EXTENT, EXTENT, 25.0) + rng.uniform(0, 25):
+            parts = post(rng.uniform(2.4, 7), rng.uniform(0.04, 0.1), sign=bool(rng.random() < 0.5))
+            street.add_thing(parts, float(s), sign * (kerb + 0.25), yaw=math.pi)
+        s = -EXTENT
+        while s < EXTENT:
+            width, depth, height = rng.uniform(8, 24), rng.uniform(4, 9), rng.uniform(4, 13)
+            setback, built, reflectivity = rng.uniform(*place.setback), rng.random() < place.built, rng.uniform(0.2, 0.6)
+            low, fenced = rng.uniform(0.8, 2.2), rng.random() < 0.3
+            line = kerb + place.sidewalk_width + 0.3
+            middle = s + width / 2
+            if not street.near_crossing(middle, width / 2 + 3):
+                if built:
+                    house = block((width / 2 - 0.5, depth, height / 2), reflectivity)
+                    street.add_thing(house, middle, sign * (line + setback + depth), margin=0.0)
+                else:
+                    for _ in range(4):
+                        half = tuple(rng.uniform((0.5, 0.5, 0.4), (1.8, 1.8, 1.6)))
+                        street.add_thing(bush(half), s + rng.uniform(0, width), sign * (line + rng.uniform(1.5, 12)))
+                    for _ in range(2):
+                        garden = rng.uniform(4, 9)
+                        parts = tree(garden, crown=garden * rng.uniform(0.22, 0.35), trunk=0.2)
+                        street.add_thing(parts, s + rng.uniform(0, width), sign * (line + rng.uniform(4, 15)))
+                if fenced:
+                    street.add_thing(block((width / 2 - 0.7, 0.1, low / 2), 0.35), middle, sign * (line + 0.15), margin=0.0)
+            s += width
+        # Where the street crosses or the building line is open, the view ends at something far: a row of houses or a wood.
+        far = block((EXTENT, 2.0, rng.uniform(3, 6)), rng.uniform(0.3, 0.5))
+        street.add_thing(far, 0.0, sign * (kerb + rng.uniform(45, 60)), margin=-100.0)
+
+
+def build_world(place: Place, rng: np.random.Generator) -> World:
+    """A random street of ``place``; the same generator state gives the same street."""
+    street = _Street(place, rng)
+    _traffic(street)
+    _parking(street)
+    _people(street)
+    _surroundings(street)
+    boxes = np.stack(street.boxes) if street.boxes else np.zeros((0, 7))
+    boxes[:, 6] = (boxes[:, 6] + np.pi) % (2 * np.pi) - np.pi
+    return World(parts=np.concatenate(street.parts), waves=street.waves, boxes=boxes, classes=np.array(street.classes, np.int64))

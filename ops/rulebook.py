@@ -1,0 +1,385 @@
+"""Which input voxel meets which output voxel through which kernel offset: the rulebook of a sparse 3D convolution.
+
+A sparse convolution touches only occupied voxels, so its whole geometry is a list of (input row, output row) pairs for every
+kernel offset. The list depends on the coordinates alone; it is built once per resolution and shared by the layers of a stage
+(Graham et al., "3D Semantic Segmentation with Submanifold Sparse Convolutional Networks", CVPR 2018; the term is theirs).
+
+How the CPU finds pairs. A voxel is numbered by its place in the grid, its *key*. A shift by a kernel offset adds a constant to the
+key, so two sorted lists of keys meet in one merge without a hash table and without branches to mispredict, and the pairs come out
+already sorted. A submanifold kernel is symmetric: the pairs of offset k, swapped, are those of the mirrored offset.
+Coordinates that are not in key order (batch, z, y, x) are sorted first and the pairs mapped back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rulebook:
+    """The pairs of one sparse convolution, grouped by kernel offset (kz, ky, kx) in C order."""
+
+    pairs_in: Tensor  # (P,) int32, input rows
+    pairs_out: Tensor  # (P,) int32, output rows, ascending and without repeats within an offset
+    starts: tuple[int, ...]  # K + 1 bounds of the groups in the two lists, K = kz * ky * kx
+    centre: int | None  # the offset whose pairs are every row with itself (submanifold), or None
+    kernel_size: Triple
+    num_in: int
+    out_coords: Tensor  # (M_out, 4) int32, batch z y x
+    out_shape: Triple  # z, y, x
+    batch_size: int
+
+    @property
+    def num_out(self) -> int:
+        """Number of output rows."""
+        return len(self.out_coords)
+
+
+def submanifold_rulebook(coords: Tensor, shape: Triple, batch_size: int, kernel_size: Triple = (3, 3, 3)) -> Rulebook:
+    """Pairs of a submanifold convolution: the output sites are the input sites, in the same row order.
+
+    Args:
+        coords: (M, 4) int32, batch z y x, in any order, without repeats.
+        shape: grid cells along z, y, x.
+        batch_size: number of scenes; scenes without voxels are legal.
+        kernel_size: odd sizes along z, y, x.
+
+    Raises:
+        ValueError: coordinates of a wrong type, outside the grid, or repeated; an even kernel.
+    """
+    build = _submanifold_pairs if coords.device.type == "cpu" else _submanifold_pairs_reference
+    return _submanifold(coords, shape, batch_size, kernel_size, build)
+
+
+def submanifold_rulebook_reference(coords: Tensor, shape: Triple, batch_size: int, kernel_size: Triple = (3, 3, 3)) -> Rulebook:
+    """`submanifold_rulebook` in plain torch (sort and binary search), on any device."""
+    return _submanifold(coords, shape, batch_size, kernel_size, _submanifold_pairs_reference)
+
+
+def strided_rulebook(
+    coords: Tensor, shape: Triple, batch_size: int, kernel_size: Triple, stride: Triple, padding: Triple
+) -> Rulebook:
+    """Pairs of a strided convolution: an output site is occupied where its kernel window holds at least one input voxel.
+
+    Args:
+        coords: (M, 4) int32, batch z y x, in any order, without repeats.
+        shape: grid cells along z, y, x. The output has ``(shape + 2 * padding - kernel_size) // stride + 1``.
+        batch_size: number of scenes; scenes without voxels are legal.
+        kernel_size, stride, padding: along z, y, x.
+
+    Returns:
+        A rulebook whose output rows ascend in (batch, z, y, x).
+
+    Raises:
+        ValueError: coordinates of a wrong type, outside the grid, or repeated; a kernel larger than the padded grid.
+    """
+    build = _strided_pairs if coords.device.type == "cpu" else _strided_pairs_reference
+    return _strided(coords, shape, batch_size, kernel_size, stride, padding, build)
+
+
+def strided_rulebook_reference(
+    coords: Tensor, shape: Triple, batch_size: int, kernel_size: Triple, stride: Triple, padding: Triple
+) -> Rulebook:
+    """`strided_rulebook` in plain torch (sort and binary search), on any device."""
+    return _strided(coords, shape, batch_size, kernel_size, stride, padding, _strided_pairs_reference)
+
+
+def over_ranges(kernel: Callable[..., None], count: int, *args: Any) -> None:
+    """Run ``kernel(first, last, *args)`` over ``range(count)``, cut into one range per torch thread.
+
+    The kernel must release the GIL and write only what its range owns, so that the result does not depend on the cut. Threads
+    live for one call: a pool kept in the module would be dead, and hang, in a forked data-loading worker.
+    """
+    threads = max(1, min(torch.get_num_threads(), count))
+    bounds = [count * t // threads for t in range(threads + 1)]
+    if threads == 1:
+        kernel(0, count, *args)
+        return
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(kernel, bounds[t], bounds[t + 1], *args) for t in range(1, threads)]
+        kernel(bounds[0], bounds[1], *args)
+        for other in others:
+            other.result()
+
+
+# ---------------------------------------------------------------------------------------------------------------- submanifold
+
+
+def _submanifold(
+    coords: Tensor, shape: Triple, batch_size: int, kernel_size: Triple, build: Callable[..., tuple[Tensor, Tensor, list[int]]]
+) -> Rulebook:
+    _check_coords(coords, shape, batch_size)
+    if any(size < 1 or size % 2 == 0 for size in kernel_size):
+        raise ValueError(f"submanifold_rulebook: kernel_size {kernel_size} must be odd, so that it has a centre")
+    radius = [size // 2 for size in kernel_size]
+    # Each axis is widened by the radius: a neighbour beyond the border then has a key that no voxel has.
+    _, height, width = (n + r for n, r in zip(shape, radius))
+    keys = _keys(coords, tuple(n + r for n, r in zip(shape, radius)), batch_size)
+    deltas = [
+        ((kz - radius[0]) * height + ky - radius[1]) * width + kx - radius[2]
+        for kz in range(kernel_size[0])
+        for ky in range(kernel_size[1])
+        for kx in range(kernel_size[2])
+    ]
+    order = _ascending_order(keys, coords)
+    pairs_in, pairs_out, counts = build(keys, order, deltas)
+    return Rulebook(
+        pairs_in=pairs_in,
+        pairs_out=pairs_out,
+        starts=_bounds(counts),
+        centre=len(deltas) // 2,
+        kernel_size=kernel_size,
+        num_in=len(coords),
+        out_coords=coords,
+        out_shape=shape,
+        batch_size=batch_size,
+    )
+
+
+def _submanifold_pairs_reference(keys: Tensor, order: Tensor | None, deltas: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    rows = torch.arange(len(keys), device=keys.device) if order is None else order
+    ascending = keys[rows]
+    pairs_in, pairs_out = [], []
+    for delta in deltas:
+        wanted = keys + delta
+        place = torch.searchsorted(ascending, wanted).clamp(max=max(len(keys) - 1, 0))
+        found = torch.nonzero(ascending[place] == wanted)[:, 0]
+        pairs_in.append(rows[place[found]])
+        pairs_out.append(found)
+    return torch.cat(pairs_in).int(), torch.cat(pairs_out).int(), [len(p) for p in pairs_in]
+
+
+def _submanifold_pairs(keys: Tensor, order: Tensor | None, deltas: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    num, half = len(keys), len(deltas) // 2
+    ascending = (keys if order is None else keys[order]).numpy()
+    low, high = np.empty((half, num), np.int32), np.empty((half, num), np.int32)
+    found = np.zeros(half, np.int64)
+    over_ranges(_merge, half, ascending, np.array(deltas, np.int64), low, high, found)
+
+    centre = np.arange(num, dtype=np.int32)
+    lows, highs = [low[k, : found[k]] for k in range(half)], [high[k, : found[k]] for k in range(half)]
+    pairs_in = np.concatenate([*lows, centre, *highs[::-1]])
+    pairs_out = np.concatenate([*highs, centre, *lows[::-1]])
+    counts = [*found.tolist(), num, *found[::-1].tolist()]
+    if order is not None:
+        _restore_rows(pairs_in, pairs_out, np.array(_bounds(counts)), order.numpy(), np.empty(num, np.int32))
+    return torch.from_numpy(pairs_in), torch.from_numpy(pairs_out), counts
+
+
+@numba.njit(cache=True, nogil=True)
+def _merge(
+    first: int, last: int, keys: NDArray[Any], deltas: NDArray[Any], low: NDArray[Any], high: NDArray[Any], found: NDArray[Any]
+) -> None:
+    """For offsets first..last, all with a negative delta: ranks (low, high) with keys[low] == keys[high] + delta."""
+    for k in range(first, last):
+        delta, count, i, o = deltas[k], 0, 0, 0
+        while o < len(keys):  # i never overtakes o
+            difference = keys[i] - keys[o] - delta
+            low[k, count], high[k, count] = i, o
+            count += difference == 0
+            i += difference <= 0
+            o += difference >= 0
+        found[k] = count
+
+
+@numba.njit(cache=True, nogil=True)
+def _restore_rows(
+    pairs_in: NDArray[Any], pairs_out: NDArray[Any], starts: NDArray[Any], order: NDArray[Any], partner: NDArray[Any]
+) -> None:
+    """Map ranks to rows in place, and within each offset bring the pairs into ascending order of output rows."""
+    for k in range(len(starts) - 1):
+        partner[:] = -1
+        for p in range(starts[k], starts[k + 1]):
+            partner[order[pairs_out[p]]] = order[pairs_in[p]]
+        p = starts[k]
+        for row in range(len(partner)):
+            if partner[row] >= 0:
+                pairs_in[p], pairs_out[p] = partner[row], row
+                p += 1
+
+
+# -------------------------------------------------------------------------------------------------------------------- strided
+
+
+def _strided(
+    coords: Tensor,
+    shape: Triple,
+    batch_size: int,
+    kernel_size: Triple,
+    stride: Triple,
+    padding: Triple,
+    build: Callable[..., tuple[Tensor, Tensor, Tensor, list[int]]],
+) -> Rulebook:
+    _check_coords(coords, shape, batch_size)
+    if min(*kernel_size, *stride) < 1 or min(padding) < 0:
+        raise ValueError(f"strided_rulebook: kernel_size {kernel_size} and stride {stride} must be >= 1, padding {padding} >= 0")
+    depth, height, width = ((n + 2 * p - k) // s + 1 for n, p, k, s in zip(shape, padding, kernel_size, stride))
+    if min(depth, height, width) < 1:
+        raise ValueError(f"strided_rulebook: kernel_size {kernel_size} is larger than the grid {shape} padded by {padding}")
+    out_shape = (depth, height, width)
+    order = _ascending_order(_keys(coords, shape, batch_size), coords)
+    _check_key_range(out_shape, batch_size)
+    pairs_in, pairs_out, out_keys, counts = build(coords, order, out_shape, kernel_size, stride, padding)
+    zyx = (out_keys // (height * width) % depth, out_keys // width % height, out_keys % width)
+    return Rulebook(
+        pairs_in=pairs_in,
+        pairs_out=pairs_out,
+        starts=_bounds(counts),
+        centre=None,
+        kernel_size=kernel_size,
+        num_in=len(coords),
+        out_coords=torch.stack([out_keys // (depth * height * width), *zyx], dim=1).int(),
+        out_shape=out_shape,
+        batch_size=batch_size,
+    )
+
+
+def _strided_pairs_reference(
+    coords: Tensor, order: Tensor | None, out_shape: Triple, kernel_size: Triple, stride: Triple, padding: Triple
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    rows = torch.arange(len(coords), device=coords.device) if order is None else order
+    batch, zyx = coords[rows, 0].long(), coords[rows, 1:].long()
+    steps, limits = zyx.new_tensor(stride), zyx.new_tensor(out_shape)
+    pairs_in, keys = [], []
+    for offset in np.ndindex(*kernel_size):
+        moved = zyx + zyx.new_tensor(padding) - zyx.new_tensor(offset)
+        out = torch.div(moved, steps, rounding_mode="floor")
+        meets = ((out * steps == moved) & (out >= 0) & (out < limits)).all(dim=1)
+        z, y, x = out[meets].unbind(1)
+        pairs_in.append(rows[meets])
+        keys.append(((batch[meets] * out_shape[0] + z) * out_shape[1] + y) * out_shape[2] + x)
+    out_keys, pairs_out = torch.unique(torch.cat(keys), sorted=True, return_inverse=True)
+    return torch.cat(pairs_in).int(), pairs_out.int(), out_keys, [len(p) for p in pairs_in]
+
+
+def _strided_pairs(
+    coords: Tensor, order: Tensor | None, out_shape: Triple, kernel_size: Triple, stride: Triple, padding: Triple
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    rows = np.arange(len(coords)) if order is None else order.numpy()
+    geometry = (coords.contiguous().numpy(), rows, out_shape, kernel_size, stride, padding)
+    nothing = (np.empty(0, np.int32), np.empty(0, np.int64))
+    cursor = np.zeros(math.prod(kernel_size), np.int64)
+    _meetings(*geometry, cursor, *nothing)
+    counts = cursor.tolist()
+    starts = np.array(_bounds(counts))
+    pairs_in, keys = np.empty(starts[-1], np.int32), np.empty(starts[-1], np.int64)
+    _meetings(*geometry, starts[:-1].copy(), pairs_in, keys)
+
+    ascending = np.sort(keys)
+    out_keys = ascending[np.diff(ascending, prepend=-1) > 0]
+    pairs_out = np.empty(starts[-1], np.int32)
+    over_ranges(_rank, len(counts), keys, starts, out_keys, pairs_out)
+    return torch.from_numpy(pairs_in), torch.from_numpy(pairs_out), torch.from_numpy(out_keys), counts
+
+
+@numba.njit(cache=True, nogil=True)
+def _meetings(
+    coords: NDArray[Any],
+    rows: NDArray[Any],
+    out_shape: Triple,
+    kernel_size: Triple,
+    stride: Triple,
+    padding: Triple,
+    cursor: NDArray[Any],
+    pairs_in: NDArray[Any],
+    keys: NDArray[Any],
+) -> None:
+    """List input row and output key of every pair at its offset's cursor; with empty lists, only advance the cursors.
+
+    Visiting the rows in key order makes the output keys ascend within an offset, because moving and dividing keep the order.
+    """
+    for row in rows:
+        z, y, x = coords[row, 1] + padding[0], coords[row, 2] + padding[1], coords[row, 3] + padding[2]
+        for kz in range(z % stride[0], kernel_size[0], stride[0]):
+            oz = (z - kz) // stride[0]
+            if oz < 0 or oz >= out_shape[0]:
+                continue
+            for ky in range(y % stride[1], kernel_size[1], stride[1]):
+                oy = (y - ky) // stride[1]
+                if oy < 0 or oy >= out_shape[1]:
+                    continue
+                line = ((np.int64(coords[row, 0]) * out_shape[0] + oz) * out_shape[1] + oy) * out_shape[2]
+                for kx in range(x % stride[2], kernel_size[2], stride[2]):
+                    ox = (x - kx) // stride[2]
+                    if ox < 0 or ox >= out_shape[2]:
+                        continue
+                    k = (kz * kernel_size[1] + ky) * kernel_size[2] + kx
+                    if len(keys) > 0:
+                        pairs_in[cursor[k]] = row
+                        keys[cursor[k]] = line + ox
+                    cursor[k] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _rank(
+    first: int, last: int, keys: NDArray[Any], starts: NDArray[Any], out_keys: NDArray[Any], pairs_out: NDArray[Any]
+) -> None:
+    """For offsets first..last: the row of each key in the ascending ``out_keys``; the keys ascend within an offset."""
+    for k in range(first, last):
+        row = 0
+        for p in range(starts[k], starts[k + 1]):
+            while out_keys[row] < keys[p]:
+                row += 1
+            pairs_out[p] = row
+
+
+# --------------------------------------------------------------------------------------------------------------------- shared
+
+
+def _check_coords(coords: Tensor, shape: Triple, batch_size: int) -> None:
+    if coords.dim() != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
+        raise ValueError(f"coords must be (M, 4) int32 (batch, z, y, x), found {tuple(coords.shape)} {coords.dtype}")
+    outside = ((coords < 0) | (coords >= coords.new_tensor([batch_size, *shape]))).any(dim=1)
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"coords row {row} is (batch, z, y, x) = {tuple(coords[row].tolist())}, outside batch_size {batch_size} and shape {shape}"
+            f" ({int(outside.sum())} such rows of {len(coords)}): drop voxels outside the grid before building a rulebook"
+        )
+
+
+def _check_key_range(shape: tuple[int, ...], batch_size: int) -> None:
+    if batch_size * math.prod(shape) >= 2**62:
+        raise ValueError(f"a grid of {batch_size} x {shape} cells cannot be numbered with 64 bits")
+
+
+def _keys(coords: Tensor, shape: tuple[int, ...], batch_size: int) -> Tensor:
+    """(M,) int64, the place of each voxel in a (batch, z, y, x) grid of ``shape`` in C order."""
+    _check_key_range(shape, batch_size)
+    batch, z, y, x = coords.long().unbind(1)
+    return ((batch * shape[0] + z) * shape[1] + y) * shape[2] + x
+
+
+def _ascending_order(keys: Tensor, coords: Tensor) -> Tensor | None:
+    """(M,) int64 rows in ascending key order, or None if they already are. Refuses repeated keys."""
+    if bool((keys[1:] > keys[:-1]).all()):
+        return None
+    ascending, order = torch.sort(keys, stable=True)
+    repeats = torch.nonzero(ascending[1:] == ascending[:-1])[:, 0]
+    if len(repeats):
+        second = int(order[repeats + 1].min())
+        first = int(torch.nonzero(keys == keys[second])[0])
+        raise ValueError(
+            f"coords rows {first} and {second} are both (batch, z, y, x) = {tuple(coords[second].tolist())}"
+            f" ({len(repeats)} repeats of {len(coords)} rows): merge the points of a voxel before building a rulebook"
+        )
+    return order
+
+
+def _bounds(counts: list[int]) -> tuple[int, ...]:
+    bounds = [0]
+    for count in counts:
+        bounds.append(bounds[-1] + count)
+    return tuple(bounds)

@@ -1,0 +1,180 @@
+"""Points to voxels: group the points of one LiDAR scan by grid cell and average each group.
+
+The result is part of a detector's input contract: a fleet and a server must agree on which points a voxel keeps and in which
+order the voxels come. So the rule is fixed, "hard" voxelisation, first come first served in point order:
+
+1. cell = floor((point - range start) / voxel size), all in float32; points outside the grid are dropped;
+2. a cell becomes a voxel when its first point arrives, unless there are ``max_voxels`` already: then the point is dropped;
+3. a voxel keeps its first ``max_points`` points; its feature is their float32 sum, in point order, over their number.
+
+Source: OpenPCDet ``data_processor.py`` (spconv ``VoxelGenerator``) followed by ``MeanVFE``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+_LARGEST_GRID = 2**31 - 1  # a cell number must fit 32 bits: the hash table packs it with a row number into 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Voxels:
+    """The M occupied voxels of one scan, in the order their first points came.
+
+    features: (M, C) float32, mean of the kept points, columns as in the points. coords: (M, 3) int32 cell z, y, x.
+    num_points: (M,) int32, kept points, 1..max_points.
+    """
+
+    features: Tensor
+    coords: Tensor
+    num_points: Tensor
+
+
+def voxelize(
+    points: Tensor,
+    *,
+    point_range: tuple[float, float, float, float, float, float],
+    voxel_size: tuple[float, float, float],
+    max_points: int,
+    max_voxels: int,
+) -> Voxels:
+    """Voxels of ``points`` (N, C >= 3): x, y, z in m, then any features; the rule is at the top of this file.
+
+    point_range: x, y, z of the grid's start, then of its end, m. voxel_size: x, y, z, m. Runs where the points are; no gradient.
+    Raises ValueError for a wrong shape, non-finite points (with their number), or a grid without cells or with more than 2^31.
+    """
+    shape = _grid_shape(points, point_range, voxel_size, max_points, max_voxels)
+    if points.device.type != "cpu":
+        return voxelize_reference(
+            points, point_range=point_range, voxel_size=voxel_size, max_points=max_points, max_voxels=max_voxels
+        )
+    sums, coords, counts = _group(
+        points.detach().to(torch.float32).contiguous().numpy(),
+        np.asarray(point_range[:3], np.float32),
+        np.asarray(voxel_size, np.float32),
+        np.asarray(shape, np.int64),
+        max_points,
+        min(max_voxels, points.shape[0]),
+    )
+    return Voxels(
+        features=torch.from_numpy(sums / counts[:, None].astype(np.float32)),
+        coords=torch.from_numpy(coords.copy()),
+        num_points=torch.from_numpy(counts.copy()),
+    )
+
+
+def voxelize_reference(
+    points: Tensor,
+    *,
+    point_range: tuple[float, float, float, float, float, float],
+    voxel_size: tuple[float, float, float],
+    max_points: int,
+    max_voxels: int,
+) -> Voxels:
+    """``voxelize`` in plain torch, on any device, bit-equal to it."""
+    nx, ny, nz = _grid_shape(points, point_range, voxel_size, max_points, max_voxels)
+    points = points.detach().to(torch.float32)
+    cells = ((points[:, :3] - points.new_tensor(point_range[:3])) / points.new_tensor(voxel_size)).floor()
+    inside = ((cells >= 0) & (cells < points.new_tensor([nx, ny, nz]))).all(1)
+    points, cells = points[inside], cells[inside].long()
+    key = (cells[:, 2] * ny + cells[:, 1]) * nx + cells[:, 0]
+    _, voxel = torch.unique(key, return_inverse=True)
+
+    # Number the voxels by their first point instead of by their place in the grid, and drop those that came too late.
+    index = torch.arange(len(key), device=key.device)
+    first = torch.full((int(voxel.max()) + 1 if len(key) else 0,), len(key), device=key.device)
+    first = first.scatter_reduce(0, voxel, index, "amin")
+    first, by_arrival = first.sort()
+    row_of_voxel = torch.empty_like(by_arrival)
+    row_of_voxel[by_arrival] = torch.arange(len(by_arrival), device=key.device)
+    first = first[:max_voxels]
+
+    # The how-many-th point of its voxel is each point? Sort the points by voxel, keeping their order inside it.
+    row, order = row_of_voxel[voxel].sort(stable=True)
+    arrived = torch.bincount(row, minlength=len(by_arrival))
+    rank = index - (arrived.cumsum(0) - arrived)[row]
+    counts = arrived[:max_voxels].clamp(max=max_points)
+
+    sums = points.new_zeros(len(first), points.shape[1])
+    for turn in range(int(counts.max()) if len(counts) else 0):  # one point per voxel at a time: a fixed order of summation
+        now = (rank == turn) & (row < max_voxels)
+        sums[row[now]] += points[order[now]]
+    return Voxels(
+        features=sums / counts[:, None].to(torch.float32),
+        coords=cells[first].flip(1).to(torch.int32),
+        num_points=counts.to(torch.int32),
+    )
+
+
+def _grid_shape(
+    points: Tensor,
+    point_range: tuple[float, float, float, float, float, float],
+    voxel_size: tuple[float, float, float],
+    max_points: int,
+    max_voxels: int,
+) -> tuple[int, int, int]:
+    """Check the arguments of ``voxelize``; the number of cells along x, y, z."""
+    if points.ndim != 2 or points.shape[1] < 3 or not points.is_floating_point():
+        raise ValueError(f"voxelize: points must be floating point (N, 3 or more), got {points.dtype} {tuple(points.shape)}")
+    finite = torch.isfinite(points)
+    if not finite.all():
+        bad = int((~finite.all(1)).sum())
+        raise ValueError(f"voxelize: {bad} of {len(points)} points have a NaN or infinite value; remove them first")
+    if max_points < 1 or max_voxels < 1:
+        raise ValueError(f"voxelize: max_points and max_voxels must be positive, got {max_points} and {max_voxels}")
+    if min(voxel_size) <= 0 or any(point_range[k + 3] <= point_range[k] for k in range(3)):
+        raise ValueError(f"voxelize: no grid with range {point_range} and voxel size {voxel_size}")
+    nx, ny, nz = (round((point_range[k + 3] - point_range[k]) / voxel_size[k]) for k in range(3))
+    if not 0 < nx * ny * nz <= _LARGEST_GRID:
+        raise ValueError(
+            f"voxelize: {nx} x {ny} x {nz} cells of size {voxel_size} in range {point_range}; the number must be 1..2^31"
+        )
+    return nx, ny, nz
+
+
+@numba.njit(cache=True, nogil=True)
+def _group(points, start, size, shape, max_points, max_voxels):  # type: ignore[no-untyped-def]
+    """Sums (M, C), coords (M, 3) and counts (M,) by a hash table with linear probing; entry = cell number << 32 | row."""
+    n, channels = points.shape
+    slots = 16
+    while slots < 2 * max_voxels:  # at most half full
+        slots *= 2
+    shift = 64
+    while slots >> (64 - shift) > 1:
+        shift -= 1
+    table = np.full(slots, -1, np.int64)
+    sums = np.zeros((max_voxels, channels), np.float32)
+    coords = np.empty((max_voxels, 3), np.int32)
+    counts = np.zeros(max_voxels, np.int32)
+    nx, ny, nz = shape
+    voxels = 0
+    for i in range(n):
+        fx = np.floor((points[i, 0] - start[0]) / size[0])
+        fy = np.floor((points[i, 1] - start[1]) / size[1])
+        fz = np.floor((points[i, 2] - start[2]) / size[2])
+        # Compare as floats: a far point overflows an integer.
+        if not (fx >= 0 and fx < nx and fy >= 0 and fy < ny and fz >= 0 and fz < nz):
+            continue
+        x, y, z = np.int64(fx), np.int64(fy), np.int64(fz)
+        key = (z * ny + y) * nx + x
+        # Fibonacci hashing: the upper bits of key * 2^64 / golden ratio.
+        slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(shift))
+        while table[slot] >= 0 and table[slot] >> 32 != key:
+            slot = (slot + 1) & (slots - 1)
+        if table[slot] < 0:
+            if voxels == max_voxels:
+                continue
+            table[slot] = (key << 32) | voxels
+            coords[voxels, 0], coords[voxels, 1], coords[voxels, 2] = z, y, x
+            voxels += 1
+        row = table[slot] & 0xFFFFFFFF
+        if counts[row] < max_points:
+            counts[row] += 1
+            for c in range(channels):
+                sums[row, c] += points[i, c]
+    return sums[:voxels], coords[:voxels], counts[:voxels]

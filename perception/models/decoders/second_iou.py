@@ -1,0 +1,180 @@
+"""SECOND-IoU's server half: features at the cut -> bird's-eye view -> anchors -> proposals -> predicted overlap.
+
+    SplitFeatures ─ height compression ─ BevBackbone ─┬─ AnchorHead ─ proposals ─┐
+                                                      └── (detached) ─ 7 x 7 pooling of every proposal ─ IouHead ─ IoU
+
+The IoU head judges proposals and does not refine them; its gradient never reaches the map (OpenPCDet ``second_head.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ....ops.roi_grid import roi_grid_sample
+from ...structures import Labels, LossTerms, Predictions, SplitFeatures, SplitSpec
+from ..anchors import KITTI_ANCHORS, AnchorClass, make_anchors
+from ..losses import box_code_loss, sigmoid_focal_loss
+from ..post_processing import FinalNms, ProposalNms, Proposals, propose, select_detections
+from ..targets import RoiSampling, assign_anchors, iou_quality_target, match_rois, sample_rois
+from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseOutputs, height_compression
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondIouConfig:
+    """Everything that shapes the server half; defaults are OpenPCDet's ``kitti_models/second_iou.yaml``."""
+
+    anchors: tuple[AnchorClass, ...] = KITTI_ANCHORS
+    bev: BevBackboneConfig = BevBackboneConfig()
+    head_channels: int = 256
+    pool_size: int = 7
+    dropout: float = 0.3
+    train_proposals: ProposalNms = ProposalNms(pre=9000, iou=0.8, post=512)
+    test_proposals: ProposalNms = ProposalNms(pre=1024, iou=0.7, post=100)
+    roi_sampling: RoiSampling = RoiSampling()
+    iou_target: tuple[float, float] = (0.25, 0.75)
+    final: FinalNms = FinalNms()
+    box_weight: float = 2.0
+    direction_weight: float = 0.2
+    iou_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondIouOutputs:
+    """Raw outputs of a batch: the anchor head's, the proposals, and their IoU logits (B, R)."""
+
+    dense: DenseOutputs
+    proposals: Proposals
+    iou_logits: Tensor
+
+
+class IouHead(nn.Module):
+    """Pooled features of N regions (N, C, G, G) -> IoU logits (N,)."""
+
+    def __init__(self, in_channels: int, pool_size: int, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.shared_fc_layer = nn.Sequential(
+            *_fc(in_channels * pool_size**2, channels), nn.Dropout(dropout), *_fc(channels, channels)
+        )
+        self.iou_layers = nn.Sequential(
+            *_fc(channels, channels), nn.Dropout(dropout), *_fc(channels, channels), nn.Conv1d(channels, 1, 1)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv1d):
+                nn.init.xavier_normal_(module.weight)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        if pooled.shape[0] < 2 and self.training:  # batch statistics of fewer than two regions do not exist
+            return pooled.new_zeros(pooled.shape[0])
+        return self.iou_layers(self.shared_fc_layer(pooled.flatten(1)[..., None])).view(-1)
+
+
+def _fc(c_in: int, c_out: int) -> list[nn.Module]:
+    return [nn.Conv1d(c_in, c_out, 1, bias=False), nn.BatchNorm1d(c_out), nn.ReLU()]
+
+
+class SecondIouDecoder(nn.Module):
+    """The server half. ``forward`` gives raw outputs, ``loss`` and ``predict`` are functions of them."""
+
+    anchors: Tensor
+
+    def __init__(self, spec: SplitSpec, config: SecondIouConfig) -> None:
+        super().__init__()
+        self.spec, self.config = spec, config
+        self.bev_backbone = BevBackbone(spec.channels * spec.shape[0], config.bev)
+        self.anchor_head = AnchorHead(self.bev_backbone.out_channels, len(config.anchors))
+        self.roi_head = IouHead(self.bev_backbone.out_channels, config.pool_size, config.head_channels, config.dropout)
+        self.register_buffer("anchors", make_anchors(spec, config.anchors), persistent=False)
+
+    def forward(self, split: SplitFeatures, labels: Sequence[Labels] | None = None) -> SecondIouOutputs:
+        """Outputs of a batch. With ``labels`` (training) regions are sampled around them, else the best proposals are judged."""
+        bev = self.bev_backbone(height_compression(split.voxels))
+        dense = self.anchor_head(bev)
+        with torch.no_grad():
+            nms = self.config.test_proposals if labels is None else self.config.train_proposals
+            proposals = propose(*dense, self.anchors.view(-1, 7), nms)
+            if labels is not None:
+                proposals = self._sample(proposals, labels)
+        return SecondIouOutputs(dense=dense, proposals=proposals, iou_logits=self._judge(bev.detach(), proposals))
+
+    def _sample(self, proposals: Proposals, labels: Sequence[Labels]) -> Proposals:
+        picked = []
+        for b, scene in enumerate(labels):
+            rows = proposals.valid[b].nonzero().squeeze(1)
+            targets = match_rois(proposals.boxes[b, rows], proposals.classes[b, rows], scene)
+            usable = targets.weight > 0
+            picked.append(rows[usable][sample_rois(targets.iou[usable], self.config.roi_sampling)])
+        count = self.config.roi_sampling.count
+        index = torch.stack([F.pad(p, (0, count - len(p))) for p in picked])
+        return Proposals(
+            boxes=proposals.boxes.gather(1, index[..., None].expand(-1, -1, 7)),
+            classes=proposals.classes.gather(1, index),
+            logits=proposals.logits.gather(1, index),
+            valid=torch.stack([torch.arange(count, device=index.device) < len(p) for p in picked]),
+        )
+
+    def _judge(self, bev: Tensor, proposals: Proposals) -> Tensor:
+        origin, cell = self.spec.grid.range[:2], self.spec.cell_size()
+        pooled = roi_grid_sample(bev, proposals.boxes, origin=origin, cell=cell, grid_size=self.config.pool_size)
+        logits = bev.new_zeros(proposals.valid.shape)
+        # Padding must not enter the head's batch statistics.
+        return logits.masked_scatter(proposals.valid, self.roi_head(pooled[proposals.valid]).to(logits.dtype))
+
+    def loss(self, outputs: SecondIouOutputs, labels: Sequence[Labels]) -> LossTerms:
+        """Class, box, direction and IoU losses of a batch, as OpenPCDet weighs them."""
+        dense = _dense_loss(outputs.dense, self.anchors, self.config, labels)
+        return dense.merged(_iou_loss(outputs, self.config, labels))
+
+    @torch.no_grad()
+    def predict(self, outputs: SecondIouOutputs) -> list[Predictions]:
+        """Detections of every scene; a box is ranked by its predicted IoU."""
+        iou, cls = torch.sigmoid(outputs.iou_logits.float()), torch.sigmoid(outputs.proposals.logits)
+        p = outputs.proposals
+        return [
+            select_detections(p.boxes[b, v], p.classes[b, v], iou[b, v], cls[b, v], self.config.final)
+            for b, v in enumerate(p.valid)
+        ]
+
+
+def _dense_loss(dense: DenseOutputs, anchors: Tensor, config: SecondIouConfig, labels: Sequence[Labels]) -> LossTerms:
+    batch, total = len(labels), anchors.view(-1, 7).shape[0]
+    num_classes = len(config.anchors)
+    anchor_class = torch.arange(2 * num_classes, device=anchors.device).div(2, rounding_mode="floor")
+    one_hot = F.one_hot(anchor_class, num_classes).float().repeat(total // (2 * num_classes), 1)  # (A, C)
+    cls, box, direction = [], [], []
+    for b, scene in enumerate(labels):
+        targets = assign_anchors(anchors, config.anchors, scene)
+        positives = targets.positive.sum().clamp_min(1)
+        focal = sigmoid_focal_loss(dense.class_logits[b], one_hot * targets.positive[:, None])
+        cls.append((focal.sum(1) * targets.class_weight).sum() / positives)
+        rows = targets.positive.nonzero().squeeze(1)
+        box.append(box_code_loss(dense.box_codes[b, rows], targets.box_codes[rows]).sum() / positives)
+        turn = F.cross_entropy(dense.direction_logits[b, rows].float(), targets.direction[rows], reduction="sum")
+        direction.append(turn / positives)
+    return LossTerms(
+        terms={
+            "class": torch.stack(cls).sum() / batch,
+            "box": config.box_weight * torch.stack(box).sum() / batch,
+            "direction": config.direction_weight * torch.stack(direction).sum() / batch,
+        }
+    )
+
+
+def _iou_loss(outputs: SecondIouOutputs, config: SecondIouConfig, labels: Sequence[Labels]) -> LossTerms:
+    p, losses, weights = outputs.proposals, [], []
+    for b, scene in enumerate(labels):
+        matched = match_rois(p.boxes[b], p.classes[b], scene)
+        target = iou_quality_target(matched.iou, *config.iou_target)
+        losses.append(F.binary_cross_entropy_with_logits(outputs.iou_logits[b].float(), target, reduction="none"))
+        weights.append(matched.weight * p.valid[b])
+    weight = torch.stack(weights)
+    return LossTerms(terms={"iou": config.iou_weight * (torch.stack(losses) * weight).sum() / weight.sum().clamp_min(1)})
+
+
+def with_final_nms(config: SecondIouConfig, **changes: float) -> SecondIouConfig:
+    """The same settings with other final thresholds."""
+    return replace(config, final=replace(config.final, **changes))

@@ -1,0 +1,79 @@
+"""A detector is an encoder (the vehicle half) and a decoder (the server half), nothing more.
+
+Everything else in the project (supervised loop, semi-supervised trainer, extractor, evaluation) uses the five methods below and
+does not know which detector it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..structures import Labels, LossTerms, PointCloud, Predictions, SplitFeatures, SplitSpec
+
+
+class Encoder(Protocol):
+    """The vehicle half: point clouds to features at the cut."""
+
+    spec: SplitSpec
+
+    def __call__(self, points: Sequence[PointCloud]) -> SplitFeatures: ...
+
+
+class Decoder(Protocol):
+    """The server half. Its outputs are its own type; only its own ``loss`` and ``predict`` look inside."""
+
+    def __call__(self, split: SplitFeatures, labels: Sequence[Labels] | None = None) -> Any: ...
+
+    def loss(self, outputs: Any, labels: Sequence[Labels]) -> LossTerms: ...
+
+    def predict(self, outputs: Any) -> list[Predictions]: ...
+
+
+class Detector(nn.Module):
+    """``decode(encode(points))`` is the whole network."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, class_names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.class_names = encoder, decoder, class_names
+        self.encoder_frozen = False
+
+    def freeze_encoder(self) -> Detector:
+        """Fix the vehicle half: no gradient, and batch-norm statistics stay in whatever mode the detector is put."""
+        self.encoder_frozen = True
+        self.encoder.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> Detector:
+        super().train(mode)
+        if self.encoder_frozen:
+            self.encoder.eval()
+        return self
+
+    def encode(self, points: Sequence[PointCloud]) -> SplitFeatures:
+        """Features at the cut of a batch of scans, on the device of the weights."""
+        device = next(self.encoder.parameters()).device
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
+            return self.encoder([p.to(device) for p in points])
+
+    def decode(self, split: SplitFeatures, labels: Sequence[Labels] | None = None) -> Any:
+        """Raw outputs of a batch; ``labels`` only steer which regions a second stage trains on."""
+        return self.decoder(split, labels)
+
+    def loss(self, outputs: Any, labels: Sequence[Labels]) -> LossTerms:
+        """Loss terms of raw outputs against labels."""
+        return self.decoder.loss(outputs, labels)
+
+    def predict(self, outputs: Any) -> list[Predictions]:
+        """Detections of every scene, best first."""
+        return self.decoder.predict(outputs)
+
+    @torch.no_grad()
+    def detect(self, points: Sequence[PointCloud]) -> list[Predictions]:
+        """Detections of a batch of scans; the detector must be in evaluation mode."""
+        return self.predict(self.decode(self.encode(points)))
+
+    forward = detect

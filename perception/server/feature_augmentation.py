@@ -1,0 +1,151 @@
+"""Augmentations of features at the cut: the baselines that UpCycling is compared with.
+
+On raw points these are the bread and butter of semi-supervised detection. On features they are not: sparse convolutions are not
+equivariant to flips, rotations or scales, so a transformed map holds vectors the encoder never makes (upcycling.md 3.3). The
+labels move with the cells. Geometry turns about the centre of the bird's-eye view, so that the square stays filled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..boxes import wrap_angle
+from ..structures import Boxes3D, InvalidInput, Labels, SparseVoxels, SplitFeatures
+
+# One scene (a batch of one) with its labels, and a generator -> the augmented scene with its labels.
+SceneAugmentation = Callable[[SplitFeatures, Labels, np.random.Generator], tuple[SplitFeatures, Labels]]
+
+
+def _with_voxels(split: SplitFeatures, features: Tensor, coords: Tensor) -> SplitFeatures:
+    return replace(split, voxels=replace(split.voxels, features=features, coords=coords))
+
+
+def add_noise(split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, sigma: float = 0.1) -> tuple[SplitFeatures, Labels]:
+    """Gaussian noise of ``sigma`` times each channel's standard deviation over the scene."""
+    f = split.voxels.features
+    if f.shape[0] < 2:
+        return split, labels
+    noise = torch.from_numpy(rng.standard_normal(tuple(f.shape), dtype=np.float32)).to(f.device)
+    return _with_voxels(split, f + noise * (sigma * f.std(0)), split.voxels.coords), labels
+
+
+def drop_channels(split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, share: float = 0.1) -> tuple[SplitFeatures, Labels]:
+    """Set a random ``share`` of channels to zero and scale the others up, in the whole scene."""
+    f = split.voxels.features
+    keep = torch.from_numpy(rng.random(f.shape[1]) >= share).to(f)
+    return _with_voxels(split, f * keep / (1 - share), split.voxels.coords), labels
+
+
+def drop_cells(split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, share: float = 0.1) -> tuple[SplitFeatures, Labels]:
+    """Remove a random ``share`` of cells."""
+    keep = torch.from_numpy(rng.random(split.voxels.features.shape[0]) >= share).to(split.voxels.features.device)
+    return _with_voxels(split, split.voxels.features[keep], split.voxels.coords[keep]), labels
+
+
+def _centre(split: SplitFeatures) -> tuple[float, float]:
+    x0, y0, _, x1, y1, _ = split.spec.grid.range
+    return (x0 + x1) / 2, (y0 + y1) / 2
+
+
+def _moved(labels: Labels, split: SplitFeatures, matrix: Tensor, yaw_sign: float, yaw_shift: float, scale: float = 1.0) -> Labels:
+    """Labels under a linear map of the plane about the map's centre; those whose centre leaves the range are dropped."""
+    b = labels.boxes.data
+    centre = b.new_tensor(_centre(split))
+    xy = (b[:, :2] - centre) @ matrix.to(b).T + centre
+    yaw = wrap_angle(yaw_sign * b[:, 6:] + yaw_shift)
+    moved = replace(labels, boxes=Boxes3D(data=torch.cat([xy, b[:, 2:3], b[:, 3:6] * scale, yaw], 1)))
+    x0, y0, _, x1, y1, _ = split.spec.grid.range
+    return moved.select((xy[:, 0] >= x0) & (xy[:, 0] < x1) & (xy[:, 1] >= y0) & (xy[:, 1] < y1))
+
+
+def flip_y(split: SplitFeatures, labels: Labels, rng: np.random.Generator) -> tuple[SplitFeatures, Labels]:
+    """Left-right mirror image, half of the time."""
+    if rng.random() < 0.5:
+        return split, labels
+    coords = split.voxels.coords.clone()
+    coords[:, 2] = split.voxels.shape[1] - 1 - coords[:, 2]
+    matrix = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    return _with_voxels(split, split.voxels.features, coords), _moved(labels, split, matrix, -1.0, 0.0)
+
+
+def flip_x(split: SplitFeatures, labels: Labels, rng: np.random.Generator) -> tuple[SplitFeatures, Labels]:
+    """Front-back mirror image, half of the time."""
+    if rng.random() < 0.5:
+        return split, labels
+    coords = split.voxels.coords.clone()
+    coords[:, 3] = split.voxels.shape[2] - 1 - coords[:, 3]
+    matrix = torch.tensor([[-1.0, 0.0], [0.0, 1.0]])
+    return _with_voxels(split, split.voxels.features, coords), _moved(labels, split, matrix, -1.0, math.pi)
+
+
+def rotate_quarter(split: SplitFeatures, labels: Labels, rng: np.random.Generator) -> tuple[SplitFeatures, Labels]:
+    """A rotation by 0, 90, 180 or 270 degrees counter-clockwise: exact on a square grid of square cells."""
+    _, height, width = split.voxels.shape
+    cell = split.spec.cell_size()
+    if height != width or not math.isclose(cell[0], cell[1]):
+        raise InvalidInput(f"quarter turns need a square map of square cells, found {height} x {width} cells of {cell} m")
+    turns = int(rng.integers(4))
+    coords = split.voxels.coords.clone()
+    for _ in range(turns):  # (x, y) -> (-y, x)
+        coords[:, 2], coords[:, 3] = coords[:, 3].clone(), height - 1 - coords[:, 2].clone()
+    angle = turns * math.pi / 2
+    return _with_voxels(split, split.voxels.features, coords), _moved(labels, split, _rotation(angle), 1.0, angle)
+
+
+def _rotation(angle: float) -> Tensor:
+    c, s = math.cos(angle), math.sin(angle)
+    return torch.tensor([[c, -s], [s, c]])
+
+
+def _resample(split: SplitFeatures, matrix: Tensor) -> SplitFeatures:
+    """Features under a linear map of the plane: bilinear in x and y, slice by slice in z; a cell exists where any channel is not 0."""
+    dense = split.voxels.dense()  # (1, C, Z, Y, X)
+    _, c, z, y, x = dense.shape
+    inverse = torch.linalg.inv(matrix).to(dense)
+    cell_x, cell_y = split.spec.cell_size()
+    # Normalised map coordinates measure half extents; convert the metric map to them.
+    half = dense.new_tensor([x * cell_x / 2, y * cell_y / 2])
+    theta = F.pad((inverse * half[None, :]) / half[:, None], (0, 1))[None]
+    flat = dense.reshape(1, c * z, y, x)
+    grid = F.affine_grid(theta, list(flat.shape), align_corners=False)
+    moved = F.grid_sample(flat, grid, align_corners=False).view(c, z, y, x)
+    cells = (moved != 0).any(0).nonzero()  # (M, 3) z y x, ascending
+    features = moved[:, cells[:, 0], cells[:, 1], cells[:, 2]].T
+    coords = F.pad(cells.int(), (1, 0))
+    return _with_voxels(split, features, coords)
+
+
+def rotate_free(split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, limit: float = math.pi / 4) -> tuple[SplitFeatures, Labels]:
+    """A rotation by an angle drawn from [-limit, limit] rad, bilinear."""
+    angle = float(rng.uniform(-limit, limit))
+    return _resample(split, _rotation(angle)), _moved(labels, split, _rotation(angle), 1.0, angle)
+
+
+def scale_map(split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, limit: float = 0.05) -> tuple[SplitFeatures, Labels]:
+    """A scaling of the plane by a factor drawn from [1 - limit, 1 + limit], bilinear; heights of boxes scale too."""
+    factor = float(rng.uniform(1 - limit, 1 + limit))
+    matrix = torch.eye(2) * factor
+    return _resample(split, matrix), _moved(labels, split, matrix, 1.0, 0.0, scale=factor)
+
+
+def cut_mix(a: SplitFeatures, labels_a: Labels, b: SplitFeatures, labels_b: Labels, rng: np.random.Generator) -> tuple[SplitFeatures, Labels]:
+    """One side of scene ``a`` beside the other side of scene ``b``, cut along x at a random row of cells."""
+    _, height, _ = a.voxels.shape
+    row = int(rng.integers(height // 4, height - height // 4))
+    y = a.spec.grid.range[1] + row * a.spec.cell_size()[1]
+    left, right = a.voxels.coords[:, 2] < row, b.voxels.coords[:, 2] >= row
+    mixed = SparseVoxels(
+        features=torch.cat([a.voxels.features[left], b.voxels.features[right]]),
+        coords=torch.cat([a.voxels.coords[left], b.voxels.coords[right]]),
+        shape=a.voxels.shape,
+        batch_size=1,
+    )
+    parts = [labels_a.select(labels_a.boxes.data[:, 1] < y), labels_b.select(labels_b.boxes.data[:, 1] >= y)]
+    return replace(a, voxels=mixed), Labels.concatenate(parts)

@@ -1,0 +1,344 @@
+"""Weights and checkpoints on disk: safetensors and JSON, never pickle, every file replaced as a whole and hashed.
+
+    checkpoints/step_00001000/   student.safetensors  teacher.safetensors  optimizer.safetensors
+                                 checkpoint.json: step, meta, bytes and SHA-256 of every file and of itself
+
+A checkpoint folder is written under a temporary name, flushed to the disk and renamed, so a run killed at any moment finds
+either the old or the new one. A damaged checkpoint is an error that names the newest good one; nobody falls back by himself.
+A file of weights alone (``save_weights``) carries the SHA-256 of its tensors in its metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from ..structures import InvalidInput, UpcycleError
+
+INDEX = "checkpoint.json"
+DIGEST_KEY = "content_sha256"
+SCHEMA_VERSION = 1
+
+
+class CorruptCheckpoint(UpcycleError):
+    """A checkpoint or weight file does not hold what was written."""
+
+
+# ---------------------------------------------------------------------------------------------------- weights of one module
+
+
+def save_weights(path: Path, module: nn.Module, meta: Mapping[str, str] | None = None) -> None:
+    """Write parameters and buffers of ``module`` with ``meta`` to one safetensors file, atomically."""
+    tensors = _plain(module.state_dict())
+    if meta and DIGEST_KEY in meta:
+        raise InvalidInput(f"the metadata name {DIGEST_KEY!r} is written by save_weights itself; choose another")
+    data = save(tensors, metadata={**(meta or {}), DIGEST_KEY: content_digest(tensors)})
+    write_atomically(path, data)
+
+
+def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
+    """Fill ``module`` from a safetensors file and return the file's metadata.
+
+    Raises InvalidInput with *all* missing names, unexpected names and unequal shapes; the module is then untouched.
+    Raises CorruptCheckpoint if the file is unreadable or its tensors do not have the recorded hash.
+    """
+    tensors, meta = read_weights(path)
+    fill_module(module, tensors, str(path))
+    return meta
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, verified where it carries a hash (files of others need not)."""
+    tensors, meta = _decode(_read(path), path)
+    recorded = meta.get(DIGEST_KEY)
+    if recorded is not None and recorded != content_digest(tensors):
+        raise CorruptCheckpoint(f"the tensors of {path} do not have the recorded SHA-256; copy the file again from its source")
+    return tensors, meta
+
+
+def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy ``tensors`` into the parameters and buffers of ``module``; names and shapes must agree completely."""
+    own = module.state_dict()
+    faults = [f"missing {name} {tuple(t.shape)}" for name, t in own.items() if name not in tensors]
+    faults += [f"unexpected {name} {tuple(t.shape)}" for name, t in tensors.items() if name not in own]
+    for name, target in own.items():
+        if name not in tensors:
+            continue
+        found = tensors[name]
+        if found.shape != target.shape:
+            faults.append(f"shape of {name}: the module has {tuple(target.shape)}, the file {tuple(found.shape)}")
+        elif found.is_floating_point() != target.is_floating_point():
+            faults.append(f"type of {name}: the module has {target.dtype}, the file {found.dtype}")
+    if faults:
+        lines = "\n  ".join(faults)
+        raise InvalidInput(
+            f"the weights of {source} do not fit {type(module).__name__} ({len(faults)} of {len(own)} names):\n  {lines}\n"
+            "build the module with the configuration that the weights were trained with"
+        )
+    with torch.no_grad():
+        for name, target in own.items():
+            target.copy_(tensors[name])
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoint folders
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer | None,
+    meta: Mapping[str, Any],
+    keep_last: int = 2,
+) -> Path:
+    """Write ``folder/step_<step>`` and then delete all but the newest ``keep_last``; returns its path.
+
+    step: optimiser steps done. modules: e.g. student and teacher. optimizer: its state is stored by parameter name, so every
+    parameter it holds must belong to one of ``modules``. meta: plain JSON, e.g. the resolved configuration.
+    """
+    if keep_last < 1:
+        raise InvalidInput(f"keep_last must be at least 1, found {keep_last}: without a checkpoint a run cannot resume")
+    tensors = {name: _plain(module.state_dict()) for name, module in modules.items()}
+    if optimizer is not None:
+        if "optimizer" in tensors:
+            raise InvalidInput("no module may be called 'optimizer'; the optimiser's own file has that name")
+        tensors["optimizer"] = _optimizer_tensors(optimizer, modules)
+
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".tmp-{final.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".tmp-*"):  # left by a killed process; a run folder has one writer
+        shutil.rmtree(stale)
+    temporary.mkdir()
+    files = {}
+    for name, content in tensors.items():
+        data = save(content)
+        _write_and_sync(temporary / f"{name}.safetensors", data)
+        files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    index: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "step": step, "meta": dict(meta), "files": files}
+    index["sha256"] = _index_digest(index)
+    _write_and_sync(temporary / INDEX, json.dumps(index, indent=1).encode())
+    _sync_folder(temporary)
+    if final.exists():
+        _set_aside(final)
+    os.replace(temporary, final)
+    _sync_folder(folder)
+    for old in list_checkpoints(folder)[:-keep_last]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoint folders below ``folder``, oldest step first; not verified."""
+    found = [p for p in folder.glob("step_*") if p.name[5:].isdigit() and (p / INDEX).is_file()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step, or None; not verified (loading does that)."""
+    return (list_checkpoints(folder) or [None])[-1]
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """The index of a checkpoint after checking every file's size and hash. Raises CorruptCheckpoint."""
+    _, index = _verified_files(path, None)
+    return index
+
+
+def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None) -> int:
+    """Fill ``modules`` and ``optimizer`` from a checkpoint in place, and return the number of steps done.
+
+    Every file is read once, checked against its recorded size and SHA-256, and only then used. Raises CorruptCheckpoint, whose
+    message names the newest good checkpoint beside it, and InvalidInput where names or shapes do not fit. A checkpoint may hold
+    more modules than are asked for (predicting needs only the teacher).
+    """
+    try:
+        wanted = [*modules, *([] if optimizer is None else ["optimizer"])]
+        data, index = _verified_files(path, [f"{name}.safetensors" for name in wanted])
+        decoded = {name: _decode(data[f"{name}.safetensors"], path)[0] for name in wanted}
+    except CorruptCheckpoint as error:
+        raise CorruptCheckpoint(f"{error}\n{_advice(path)}") from error
+    for name, module in modules.items():
+        fill_module(module, decoded[name], f"{path / name}.safetensors")
+    if optimizer is not None:
+        _fill_optimizer(optimizer, modules, decoded["optimizer"], path)
+    return int(index["step"])
+
+
+def set_aside_newer(path: Path) -> list[Path]:
+    """Rename the checkpoints beside ``path`` that are newer, so that ``path`` is the latest; returns their new names.
+
+    Called when a user resumes from an older checkpoint on purpose. Nothing is deleted.
+    """
+    newer = [p for p in list_checkpoints(path.parent) if p.name > path.name]
+    return [_set_aside(p) for p in newer]
+
+
+def _advice(path: Path) -> str:
+    for other in reversed(list_checkpoints(path.parent)):
+        if other == path:
+            continue
+        try:
+            verify_checkpoint(other)
+        except CorruptCheckpoint:
+            continue
+        return f"the newest good checkpoint is {other}; pass it explicitly to resume from there"
+    return f"there is no other good checkpoint in {path.parent}; start the run again in a new folder"
+
+
+def _set_aside(path: Path) -> Path:
+    number = 1
+    while (target := path.with_name(f"{path.name}.set-aside-{number}")).exists():
+        number += 1
+    os.replace(path, target)
+    return target
+
+
+def _verified_files(path: Path, wanted: Sequence[str] | None) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Bytes of the wanted files (all: None) and the index, after comparing sizes and hashes."""
+    try:
+        index = json.loads(_read(path / INDEX))
+        good = index["sha256"] == _index_digest(index)
+        step, files, version = int(index["step"]), dict(index["files"]), index["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpoint(f"{path / INDEX} is not a checkpoint index: {error}") from error
+    if not good:
+        raise CorruptCheckpoint(f"{path / INDEX} was altered: its content does not have the recorded SHA-256")
+    if version != SCHEMA_VERSION:
+        raise InvalidInput(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; use the version that wrote it")
+    absent = [name for name in wanted or [] if name not in files]
+    if absent:
+        raise InvalidInput(f"the checkpoint {path} (step {step}) holds {sorted(files)}, not {absent}; does it belong to another method?")
+    data = {}
+    for name in files if wanted is None else wanted:
+        size = (path / name).stat().st_size if (path / name).is_file() else None
+        if size != files[name]["bytes"]:  # before reading, so that a wrong file cannot fill the memory
+            raise CorruptCheckpoint(f"{path / name} should have {files[name]['bytes']} bytes, found {size}")
+        data[name] = _read(path / name)
+        if hashlib.sha256(data[name]).hexdigest() != files[name]["sha256"]:
+            raise CorruptCheckpoint(f"{path / name} was altered: its bytes do not have the recorded SHA-256")
+    return data, index
+
+
+def _index_digest(index: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in index.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------ optimiser state
+
+
+def _parameter_names(modules: Mapping[str, nn.Module]) -> dict[nn.Parameter, str]:
+    return {p: f"{key}.{name}" for key, module in modules.items() for name, p in module.named_parameters()}
+
+
+def _named_parameters(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    names = _parameter_names(modules)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    strangers = [tuple(p.shape) for p in held if p not in names]
+    if strangers:
+        raise InvalidInput(
+            f"{len(strangers)} parameters of the optimiser belong to no checkpointed module ({sorted(names.values())[:3]}...), "
+            f"shapes {strangers[:5]}; add their module to `modules`, or they would not survive a restart"
+        )
+    return {names[p]: p for p in held}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """State tensors as ``<state>/<module>.<parameter>``, e.g. ``exp_avg/student.head.weight``."""
+    state = {}
+    for name, parameter in _named_parameters(optimizer, modules).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"{key}/{name}"] = value
+    return _plain(state)
+
+
+def _fill_optimizer(
+    optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], path: Path
+) -> None:
+    parameters = _named_parameters(optimizer, modules)
+    state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for full_name, value in tensors.items():
+        key, name = full_name.split("/", 1)
+        if name not in parameters:
+            raise InvalidInput(f"the optimiser state of {path} has {name!r}, which does not train now; use the run's own configuration")
+        parameter = parameters[name]
+        if value.ndim and value.shape != parameter.shape:
+            raise InvalidInput(f"{full_name!r} of {path} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
+        # AdamW's fused kernel on CUDA wants its step counter on the device too; plain AdamW on the CPU has it there anyway.
+        state.setdefault(parameter, {})[key] = value.to(parameter.device).clone()
+    optimizer.state.clear()
+    optimizer.state.update(state)
+
+
+# ------------------------------------------------------------------------------------------------------------- bytes and files
+
+
+def content_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values, in the order of the names; independent of the file that holds them."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` as a whole: temporary name in the same folder, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        _write_and_sync(temporary, data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU copies: safetensors refuses tensors that share memory (tied weights)."""
+    return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+
+
+def _decode(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")
+        meta = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, ValueError) as error:
+        raise CorruptCheckpoint(f"{path} is not a readable safetensors file ({error}); copy it again from its source") from error
+    return tensors, meta
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise InvalidInput(f"there is no file {path}; is the path right and the run complete?") from error
+
+
+def _write_and_sync(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

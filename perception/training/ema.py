@@ -1,0 +1,70 @@
+"""The mean teacher: an exponential moving average (EMA) of the student, which makes the pseudo labels.
+
+    teacher <- d * teacher + (1 - d) * student,    d = min(1 - 1 / (step + 1), max_decay)
+
+The ramp makes the first teachers plain averages of the students so far. Batch-norm statistics are already moving averages:
+they are copied, not averaged a second time (averaging is a switch). Forgetting them altogether is the usual fault
+(lightly's ``update_momentum``, 3DIoUMatch): the teacher then normalises with the statistics it was born with.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..structures import InvalidInput
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def make_teacher(student: Module) -> Module:
+    """A deep copy of ``student`` that never needs a gradient, in eval mode."""
+    teacher = copy.deepcopy(student)
+    teacher.requires_grad_(False)
+    return teacher.eval()
+
+
+def ema_decay(step: int, max_decay: float = 0.999) -> float:
+    """Weight of the old teacher after step ``step`` (0-based): 0 at the first, so that the teacher becomes the student."""
+    return min(1.0 - 1.0 / (step + 1), max_decay)
+
+
+@torch.no_grad()
+def update_ema(
+    teacher: nn.Module,
+    student: nn.Module,
+    step: int,
+    max_decay: float = 0.999,
+    buffers: Literal["copy", "average"] = "copy",
+) -> None:
+    """Move ``teacher`` towards ``student`` in place, after the student's optimiser step ``step`` (0-based).
+
+    Float buffers (batch-norm statistics) are copied or averaged; integer buffers are always copied. Tensors that both modules
+    share (a frozen encoder) are left alone. Raises InvalidInput if names or shapes differ.
+    Source: Tarvainen and Valpola 2017; ramp and decay of 3DIoUMatch (``pv_rcnn_ssl.py``).
+    """
+    weight = 1.0 - ema_decay(step, max_decay)
+    parameters = _pairs(dict(teacher.named_parameters()), dict(student.named_parameters()), "parameters")
+    statistics = _pairs(dict(teacher.named_buffers()), dict(student.named_buffers()), "buffers")
+    averaged = parameters + [pair for pair in statistics if buffers == "average" and pair[0].is_floating_point()]
+    copied = [pair for pair in statistics if buffers == "copy" or not pair[0].is_floating_point()]
+    if averaged:
+        torch._foreach_lerp_([old for old, _ in averaged], [new for _, new in averaged], weight)
+    for old, new in copied:
+        old.copy_(new)
+
+
+def _pairs(teacher: dict[str, Tensor], student: dict[str, Tensor], what: str) -> list[tuple[Tensor, Tensor]]:
+    """(teacher, student) tensors by name, without those that are one and the same."""
+    if teacher.keys() != student.keys():
+        raise InvalidInput(
+            f"teacher and student have different {what}: only the teacher has {sorted(teacher.keys() - student.keys())}, "
+            f"only the student has {sorted(student.keys() - teacher.keys())}; make the teacher with make_teacher(student)"
+        )
+    for name, old in teacher.items():
+        if old.shape != student[name].shape:
+            raise InvalidInput(f"{name!r} is {tuple(old.shape)} in the teacher and {tuple(student[name].shape)} in the student")
+    return [(old, student[name]) for name, old in teacher.items() if old is not student[name]]
