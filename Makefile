@@ -1,0 +1,36 @@
+# The README's two commands. Both work on a fresh machine with Python 3.11 or newer: they make .venv and install into it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-full lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/upcycle3d demo --out demo
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+# ruff, and mypy through a folder that holds a link named like the package to the root.
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p .typecheck && ln -sfn .. .typecheck/upcycle3d
+	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p upcycle3d.ops -p upcycle3d.perception -p upcycle3d.datasets -p upcycle3d.tools
+
+# A setting of your own torch: install it into .venv first and the constraint is not used for it (see README).
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "upcycle3d needs Python 3.11 or newer, found %d.%d; run make PYTHON=python3.11" % sys.version_info[:2])'
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .typecheck
