@@ -46,7 +46,9 @@ class FolderDataset:
         object.__setattr__(self, "ids", tuple(self.ids))
         object.__setattr__(self, "classes", tuple(self.classes))
         if not (Path(self.root) / "points").is_dir():
-            raise InvalidInput(f"no folder {Path(self.root) / 'points'}; the root must hold points/<id>.bin|.npy|.pcd and labels/<id>.txt")
+            raise InvalidInput(
+                f"no folder {Path(self.root) / 'points'}; the root must hold points/<id>.bin|.npy|.pcd and labels/<id>.txt"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,7 +66,9 @@ class FolderDataset:
         if self.with_labels:
             path = Path(self.root) / "labels" / f"{frame_id}.txt"
             if not path.is_file():
-                raise InvalidInput(f"frame {frame_id}: no labels {path} (root {self.root}); write an empty file if the scene holds no object")
+                raise InvalidInput(
+                    f"frame {frame_id}: no labels {path} (root {self.root}); write an empty file if the scene holds no object"
+                )
             labels = with_point_counts(read_labels(path, self.classes, other_classes=self.other_classes), points)
         return Frame(id=frame_id, points=points, labels=labels)
 
@@ -72,7 +76,9 @@ class FolderDataset:
         base = Path(self.root) / "points"
         found = [base / (frame_id + suffix) for suffix in POINT_SUFFIXES if (base / (frame_id + suffix)).is_file()]
         if len(found) != 1:
-            what = f"several scans {[p.name for p in found]}; keep one" if found else f"no scan {base / frame_id}.bin, .npy or .pcd"
+            what = (
+                f"several scans {[p.name for p in found]}; keep one" if found else f"no scan {base / frame_id}.bin, .npy or .pcd"
+            )
             raise InvalidInput(f"frame {frame_id}: {what} (root {self.root})")
         return found[0]
 

@@ -28,27 +28,6 @@ DEFAULT_IMAGE_SIZE = (1242, 375)  # px, of most KITTI pictures; used where the p
 KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
 
 
-@dataclass(frozen=True, kw_only=True)
-class KittiFolder:
-    """Where the files of a KITTI-layout dataset are. root: the folder with ``ImageSets``. part: "training" or "testing"."""
-
-    root: Path
-    part: str = "training"
-
-    def path(self, folder: str, frame_id: str, suffix: str) -> Path:
-        """The file of a frame. Raises InvalidInput naming frame, path and root if it is missing."""
-        path = self.root / self.part / folder / f"{frame_id}{suffix}"
-        if not path.is_file():
-            raise InvalidInput(f"frame {frame_id}: no file {path} (root {self.root}); check the root, the split and that {folder} is unpacked")
-        return path
-
-    def calibration(self, frame_id: str) -> Calibration:
-        """The frame's calibration, with the size of its picture if that is there, else ``DEFAULT_IMAGE_SIZE``."""
-        picture = self.root / self.part / "image_2" / f"{frame_id}.png"
-        size = read_png_size(picture) if picture.is_file() else DEFAULT_IMAGE_SIZE
-        return read_calibration(self.path("calib", frame_id, ".txt"), image_size=size)
-
-
 @dataclass(frozen=True)
 class KittiDataset:
     """The frames ``ids`` of a KITTI-layout folder: a length, and frame i.
@@ -76,13 +55,11 @@ class KittiDataset:
         object.__setattr__(self, "ids", tuple(self.ids))
         object.__setattr__(self, "classes", tuple(self.classes))
         if not (Path(self.root) / self.part).is_dir():
-            raise InvalidInput(f"no folder {Path(self.root) / self.part}; the root must hold {self.part}/velodyne, calib and label_2")
+            raise InvalidInput(
+                f"no folder {Path(self.root) / self.part}; the root must hold {self.part}/velodyne, calib and label_2"
+            )
         if self.points_folder not in ("auto", "velodyne", "velodyne_reduced"):
             raise InvalidInput(f"points_folder must be auto, velodyne or velodyne_reduced, found {self.points_folder!r}")
-
-    @property
-    def folder(self) -> KittiFolder:
-        return KittiFolder(root=Path(self.root), part=self.part)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -90,7 +67,7 @@ class KittiDataset:
     def __getitem__(self, index: int) -> Frame:
         """Frame ``index``. Raises InvalidInput naming the frame, the path and the root if a file is missing or broken."""
         frame_id = self.ids[index]
-        calibration = shift_calibration(self.folder.calibration(frame_id), self.z_shift)
+        calibration = self.calibration(frame_id)
         points = self._points(frame_id, calibration)
         labels = None
         if self.with_labels:
@@ -100,14 +77,29 @@ class KittiDataset:
 
     def frame_objects(self, frame_id: str) -> KittiObjects:
         """The frame's label file as it is, DontCare included: what the evaluation wants."""
-        return read_objects(self.folder.path("label_2", frame_id, ".txt"))
+        return read_objects(self.path("label_2", frame_id, ".txt"))
+
+    def path(self, folder: str, frame_id: str, suffix: str) -> Path:
+        """The file of a frame. Raises InvalidInput naming frame, path and root if it is missing."""
+        path = Path(self.root) / self.part / folder / f"{frame_id}{suffix}"
+        if not path.is_file():
+            raise InvalidInput(
+                f"frame {frame_id}: no file {path} (root {self.root}); check the root, the split and that {folder} is unpacked"
+            )
+        return path
+
+    def calibration(self, frame_id: str) -> Calibration:
+        """The frame's calibration, z shift included, with the size of its picture if that is there, else ``DEFAULT_IMAGE_SIZE``."""
+        picture = Path(self.root) / self.part / "image_2" / f"{frame_id}.png"
+        size = read_png_size(picture) if picture.is_file() else DEFAULT_IMAGE_SIZE
+        return shift_calibration(read_calibration(self.path("calib", frame_id, ".txt"), image_size=size), self.z_shift)
 
     def _points(self, frame_id: str, calibration: Calibration) -> PointCloud:
         name = self.points_folder
         if name == "auto":
             reduced = Path(self.root) / self.part / "velodyne_reduced" / f"{frame_id}.bin"
             name = "velodyne_reduced" if self.crop_to_camera and reduced.is_file() else "velodyne"
-        points = read_points(self.folder.path(name, frame_id, ".bin"))
+        points = read_points(self.path(name, frame_id, ".bin"))
         if self.z_shift:
             points = replace(points, xyz=points.xyz + points.xyz.new_tensor([0.0, 0.0, self.z_shift]))
         if self.crop_to_camera and name == "velodyne":  # the reduced scans were cropped with the true size of the picture
@@ -149,11 +141,15 @@ def read_calibration(path: Path | str, *, image_size: tuple[int, int] = DEFAULT_
 
     def matrix(name: str, shape: tuple[int, int]) -> Tensor:
         if name not in rows:
-            raise InvalidInput(f"{path}: no row {name}; KITTI's calibration needs P2, R0_rect and Tr_velo_to_cam, found {', '.join(rows) or 'none'}")
+            raise InvalidInput(
+                f"{path}: no row {name}; KITTI's calibration needs P2, R0_rect and Tr_velo_to_cam, found {', '.join(rows) or 'none'}"
+            )
         try:
             return torch.tensor([float(n) for n in rows[name]], dtype=torch.float64).reshape(shape)
         except (ValueError, RuntimeError) as error:
-            raise InvalidInput(f"{path}: row {name} must hold {shape[0] * shape[1]} numbers, found {' '.join(rows[name])!r}") from error
+            raise InvalidInput(
+                f"{path}: row {name} must hold {shape[0] * shape[1]} numbers, found {' '.join(rows[name])!r}"
+            ) from error
 
     rectify, velodyne_to_camera = torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
     rectify[:3, :3] = matrix("R0_rect", (3, 3))

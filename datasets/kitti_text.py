@@ -25,7 +25,7 @@ from .point_files import write_atomically
 KITTI_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare")
 # Look so alike that finding one is neither right nor wrong (KITTI devkit, evaluate_object.cpp, cleanData).
 NEIGHBOURS: Mapping[str, tuple[str, ...]] = {"Car": ("Van",), "Pedestrian": ("Person_sitting",)}
-# Limits of easy, moderate, hard: height of the 2D box in pixels at least, occlusion and truncation at most.
+# Limits of easy, moderate, hard: the 2D box is taller (px), occlusion and truncation are not above.
 MIN_HEIGHT = (40.0, 25.0, 25.0)
 MAX_OCCLUSION = (0, 1, 2)
 MAX_TRUNCATION = (0.15, 0.30, 0.50)
@@ -84,7 +84,7 @@ class KittiObjects:
         height = self.bbox[:, 3] - self.bbox[:, 1]
         level = torch.full((len(self),), -1, dtype=torch.int64)
         for d in (2, 1, 0):
-            fits = (height >= MIN_HEIGHT[d]) & (self.occluded <= MAX_OCCLUSION[d]) & (self.truncated <= MAX_TRUNCATION[d])
+            fits = (height > MIN_HEIGHT[d]) & (self.occluded <= MAX_OCCLUSION[d]) & (self.truncated <= MAX_TRUNCATION[d])
             level[fits] = d
         return level
 
@@ -95,7 +95,7 @@ def parse_objects(text: str, source: str, *, known_types: tuple[str, ...] | None
     source: what error messages call the text, usually its path. known_types: refuse any other type, e.g. ``KITTI_TYPES``.
 
     Raises InvalidInput with source and line: a wrong number of columns, a value that is no finite number, a box without
-    positive size (-1 -1 -1, "not known", is legal), an unknown type.
+    positive size (-1 -1 -1, "not known", is legal, and so is anything for DontCare), an unknown type.
     """
     types: list[str] = []
     rows: list[list[float]] = []
@@ -116,7 +116,7 @@ def parse_objects(text: str, source: str, *, known_types: tuple[str, ...] | None
         if known_types is not None and words[0] not in known_types:
             raise InvalidInput(f"{where}: {unknown_class(words[0], known_types)}")
         size = values[7:10]
-        if min(size) <= 0 and size != [-1.0, -1.0, -1.0]:
+        if min(size) <= 0 and size != [-1.0, -1.0, -1.0] and words[0] != "DontCare":
             raise InvalidInput(
                 f"{where}: height, width, length of {words[0]} must be positive, found {size}; "
                 "remove the line, or write -1 -1 -1 -1000 -1000 -1000 -10 for an object without a 3D box"
@@ -183,7 +183,9 @@ def labels_from_kitti(
     index_of.pop("DontCare", None)
     kept = objects.select(torch.tensor([t in index_of for t in objects.types], dtype=torch.bool))
     if bool((kept.dimensions <= 0).any()):
-        raise InvalidInput(f"a label of {sorted(set(kept.types))} has no 3D box (size -1); it cannot become a label in the LiDAR frame")
+        raise InvalidInput(
+            f"a label of {sorted(set(kept.types))} has no 3D box (size -1); it cannot become a label in the LiDAR frame"
+        )
     boxes = kitti_camera_to_lidar(kept.location, kept.dimensions, kept.rotation_y, calibration.lidar_to_camera)
     return Labels.make(
         boxes,
@@ -236,7 +238,9 @@ def project_boxes(location: Tensor, dimensions: Tensor, rotation_y: Tensor, cali
     rise = b[..., 2] - a[..., 2]
     to_plane = ((_NEAR - a[..., 2]) / torch.where(rise == 0, torch.ones_like(rise), rise))[..., None]
     crossing = a + to_plane * (b - a)
-    ends = torch.cat([torch.where(a[..., 2:] > _NEAR, a, crossing), torch.where(b[..., 2:] > _NEAR, b, crossing)], 1)  # (N, 24, 3)
+    ends = torch.cat(
+        [torch.where(a[..., 2:] > _NEAR, a, crossing), torch.where(b[..., 2:] > _NEAR, b, crossing)], 1
+    )  # (N, 24, 3)
     pixels = ends @ calibration.projection[:, :3].T.double() + calibration.projection[:, 3].double()
     uv = pixels[..., :2] / pixels[..., 2:]
     valid = torch.cat([in_front, in_front], 1)[..., None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,21 @@ def read_points(
     return _to_cloud(path, names, values, intensity_scale, drop_non_finite)
 
 
+def scan_files(paths: Sequence[Path]) -> tuple[Path, ...]:
+    """The scan files among ``paths``, in this order; a folder stands for the scans in it, by name.
+
+    Raises InvalidInput if a path does not exist or there is no scan at all.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise InvalidInput(f"there is no file or folder {path}")
+        found += sorted(p for p in path.iterdir() if p.suffix in POINT_SUFFIXES) if path.is_dir() else [path]
+    if not found:
+        raise InvalidInput(f"no scan ({', '.join(POINT_SUFFIXES)}) in {', '.join(map(str, paths))}")
+    return tuple(found)
+
+
 def write_bin(path: Path | str, points: PointCloud) -> None:
     """Write float32 rows of x y z and the features, in the order of ``feature_names``; atomic."""
     rows = torch.cat([points.xyz, points.features], 1).float().cpu().numpy()
@@ -110,7 +126,11 @@ def _read_bin(path: Path, names: tuple[str, ...]) -> NDArray[np.float32]:
     size, width = path.stat().st_size, len(names)
     if size % (4 * width):
         fitting = [w for w in range(3, 11) if size % (4 * w) == 0]
-        hint = f"the size fits {' or '.join(map(str, fitting))} values a row" if fitting else "no row of 3 to 10 float32 fits; is the file cut off?"
+        hint = (
+            f"the size fits {' or '.join(map(str, fitting))} values a row"
+            if fitting
+            else "no row of 3 to 10 float32 fits; is the file cut off?"
+        )
         raise InvalidInput(f"{path}: {size} bytes are no whole number of rows of {width} float32 {names}; {hint}")
     return np.fromfile(path, dtype="<f4").reshape(-1, width)
 
@@ -143,7 +163,9 @@ def _read_pcd(path: Path, columns: tuple[str, ...] | None) -> tuple[tuple[str, .
     if not fields or not len(fields) == len(sizes) == len(counts) == len(kinds):
         raise InvalidInput(f"{path}: the PCD header must give FIELDS, SIZE, TYPE and COUNT of equal length, found {header}")
     if any(k not in "FIU" or s not in (1, 2, 4, 8) or c < 1 for k, s, c in zip(kinds, sizes, counts)):
-        raise InvalidInput(f"{path}: the PCD header asks for TYPE {kinds} SIZE {sizes} COUNT {counts}; known are F I U of 1, 2, 4, 8 bytes")
+        raise InvalidInput(
+            f"{path}: the PCD header asks for TYPE {kinds} SIZE {sizes} COUNT {counts}; known are F I U of 1, 2, 4, 8 bytes"
+        )
     declared = integers("POINTS", [str(int(np.prod(integers("WIDTH") + integers("HEIGHT", ["1"]), dtype=object)))])[0]
 
     known = [_PCD_ALIASES.get(f.lower(), f.lower()) for f in fields]
@@ -151,7 +173,9 @@ def _read_pcd(path: Path, columns: tuple[str, ...] | None) -> tuple[tuple[str, .
     names = tuple(n for n in names if n != "_")
     missing = [n for n in names if n not in known]
     if missing:
-        raise InvalidInput(f"{path}: no field {', '.join(missing)}; the file has {' '.join(fields)}; name the wanted ones in columns")
+        raise InvalidInput(
+            f"{path}: no field {', '.join(missing)}; the file has {' '.join(fields)}; name the wanted ones in columns"
+        )
 
     encoding = " ".join(header["DATA"])
     if encoding == "ascii":
@@ -170,7 +194,9 @@ def _read_pcd(path: Path, columns: tuple[str, ...] | None) -> tuple[tuple[str, .
         rows = np.frombuffer(data, dtype=dtype, count=declared, offset=start)
         columns_ = [rows[f"{known.index(n)}"][:, 0].astype(np.float32) for n in names]
         return names, np.stack(columns_, axis=1)
-    raise InvalidInput(f"{path}: DATA {encoding} is not read; convert it with `pcl_convert_pcd_ascii_binary IN.pcd OUT.pcd 1` (binary)")
+    raise InvalidInput(
+        f"{path}: DATA {encoding} is not read; convert it with `pcl_convert_pcd_ascii_binary IN.pcd OUT.pcd 1` (binary)"
+    )
 
 
 def _pcd_header(path: Path, data: bytes) -> tuple[dict[str, list[str]], int]:

@@ -1,0 +1,41 @@
+"""Run a detector over frames and score it by KITTI's protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from ...datasets.frame_source import FrameSource
+from ...datasets.kitti_text import KittiObjects, predictions_to_kitti
+from ..models.detector import Detector
+from ..structures import Frame, InvalidInput, Predictions
+from .kitti import OFFICIAL, KittiResult, MinOverlap, evaluate_kitti
+
+
+def detect_frames(detector: Detector, frames: FrameSource, *, batch_size: int = 2) -> Iterator[tuple[Frame, Predictions]]:
+    """Every frame with its detections, on the CPU. Puts the detector into evaluation mode."""
+    detector.eval()
+    for start in range(0, len(frames), batch_size):
+        batch = [frames[i] for i in range(start, min(start + batch_size, len(frames)))]
+        for frame, found in zip(batch, detector.detect([f.points for f in batch]), strict=True):
+            yield frame, found.to("cpu")
+
+
+def kitti_detections(frame: Frame, found: Predictions, class_names: tuple[str, ...]) -> KittiObjects:
+    """Detections in KITTI's fields. Raises InvalidInput for a frame without a camera: the protocol measures heights in pixels."""
+    if frame.calibration is None:
+        raise InvalidInput(f"frame {frame.id} has no calibration; KITTI's protocol needs the camera's view of each box")
+    return predictions_to_kitti(found, class_names, frame.calibration)
+
+
+def evaluate_detector(
+    detector: Detector,
+    frames: FrameSource,
+    ground_truth: Callable[[str], KittiObjects],
+    *,
+    min_overlaps: Mapping[str, MinOverlap] = OFFICIAL,
+) -> tuple[KittiResult, dict[str, KittiObjects]]:
+    """AP of a detector on ``frames``, and its detections by frame id. ground_truth: label file content by frame id."""
+    detections = {f.id: kitti_detections(f, found, detector.class_names) for f, found in detect_frames(detector, frames)}
+    truths = [ground_truth(frame_id) for frame_id in detections]
+    result = evaluate_kitti(truths, list(detections.values()), classes=detector.class_names, min_overlaps=min_overlaps)
+    return result, detections

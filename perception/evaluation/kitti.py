@@ -1,0 +1,310 @@
+"""KITTI's average precision on the CPU, by the rules of the benchmark's own program (devkit, ``cpp/evaluate_object.cpp``, 2017).
+
+Where the program and its Python descendants (kitti-object-eval-python, OpenPCDet's ``eval.py``) differ or surprise, this was chosen:
+
+- Four metrics: overlap of 2D boxes (bbox), on the ground (bev), in space (3d), and bbox weighted by orientation (aos). An overlap
+  must be *above* the minimum: 0.7 for Car, 0.5 for Pedestrian and Cyclist, in all metrics. All in double precision.
+- bev and 3d overlap are computed in the rectified camera frame: polygons in x-z, height along y.
+- An object counts if its 2D box is *taller than* 40/25/25 px, occlusion <= 0/1/2 and truncation <= 0.15/0.30/0.50
+  (easy/moderate/hard). Copies of the program from before 2017 also count an object of exactly that height.
+- A detection lower than that limit (height cut to whole pixels) is ignored, in all metrics, *whatever its class*: a small
+  Pedestrian may take a Car's place, and neither is then right or wrong.
+- Other objects of the class, and neighbours (Van for Car, Person_sitting for Pedestrian), may take a detection without reward.
+- Detections in DontCare regions (intersection over the *detection's* area above the minimum) are not wrong. That concerns 2D
+  only: DontCare has no 3D box, in bev and 3d nothing overlaps it. (A DontCare line of KITTI's *tracking* labels has sizes of
+  -1000; the program would draw a square kilometre for it and forgive everything in bev.)
+- Class names are compared without regard to case; file order decides ties.
+- Pass 1 gives an object its best *scored* detection; the true positives' scores make the (at most 41) thresholds. Pass 2 counts,
+  for each threshold, with the best *overlapping* detection. Precision is made monotone by the maximum to the right.
+- R40 is the mean of samples 1..40 (the benchmark since 2019-10), R11 of every fourth of the 41 (before).
+- aos only if no detection of any class has alpha -10 (the Python versions look at the first one only); else None.
+- A class without ground truth or without detections has AP 0: look at ``ground_truths``. Where a threshold leaves neither a true
+  nor a false positive, precision is 0; the program divides by zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...datasets.kitti_text import MAX_OCCLUSION, MAX_TRUNCATION, MIN_HEIGHT, NEIGHBOURS, KittiObjects, read_objects
+from ...ops.iou3d import iou_3d_aligned, iou_bev_aligned
+from ..structures import InvalidInput
+from .kitti_matching import SAMPLES, count_matches, recall_thresholds, true_positive_scores
+
+DIFFICULTIES = ("easy", "moderate", "hard")
+METRICS = ("3d", "bev", "bbox")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinOverlap:
+    """The overlap, 0..1, above which a detection is right."""
+
+    bbox: float
+    bev: float
+    box_3d: float
+
+    def of(self, metric: str) -> float:
+        return {"bbox": self.bbox, "bev": self.bev, "3d": self.box_3d}[metric]
+
+
+OFFICIAL: Mapping[str, MinOverlap] = {
+    "Car": MinOverlap(bbox=0.7, bev=0.7, box_3d=0.7),
+    "Pedestrian": MinOverlap(bbox=0.5, bev=0.5, box_3d=0.5),
+    "Cyclist": MinOverlap(bbox=0.5, bev=0.5, box_3d=0.5),
+}
+# The loose set of kitti-object-eval-python and OpenPCDet, printed beside the official one ("Car AP@0.70, 0.50, 0.50").
+LOOSE: Mapping[str, MinOverlap] = {
+    "Car": MinOverlap(bbox=0.7, bev=0.5, box_3d=0.5),
+    "Pedestrian": MinOverlap(bbox=0.5, bev=0.25, box_3d=0.25),
+    "Cyclist": MinOverlap(bbox=0.5, bev=0.25, box_3d=0.25),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionSamples:
+    """Monotone precision (or orientation similarity) at the 41 recall positions: (3, 41) in 0..1, easy, moderate, hard."""
+
+    samples: Tensor
+
+    @property
+    def r40(self) -> tuple[float, float, float]:
+        """AP in percent, easy, moderate, hard, over the recall positions 1/40 .. 40/40."""
+        easy, moderate, hard = (self.samples[:, 1:].mean(1) * 100).tolist()
+        return easy, moderate, hard
+
+    @property
+    def r11(self) -> tuple[float, float, float]:
+        """AP in percent over the eleven recall positions 0, 0.1 .. 1."""
+        easy, moderate, hard = (self.samples[:, ::4].mean(1) * 100).tolist()
+        return easy, moderate, hard
+
+    def to_json(self) -> dict[str, dict[str, float]]:
+        return {"R40": dict(zip(DIFFICULTIES, self.r40)), "R11": dict(zip(DIFFICULTIES, self.r11))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassResult:
+    """The metrics of one class. ground_truths: how many objects counted, easy, moderate, hard. aos: None without orientation."""
+
+    box_3d: PrecisionSamples
+    bev: PrecisionSamples
+    bbox: PrecisionSamples
+    aos: PrecisionSamples | None
+    ground_truths: tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KittiResult:
+    """The result of ``evaluate_kitti``: class name -> metrics, in the order asked for."""
+
+    classes: Mapping[str, ClassResult]
+    frames: int
+
+    def to_json(self) -> dict[str, dict[str, dict[str, dict[str, float]] | None]]:
+        """{class: {"3d" | "bev" | "bbox" | "aos": {"R40" | "R11": {"easy" | "moderate" | "hard": percent}}}}; "aos" may be None."""
+        return {
+            name: {
+                "3d": c.box_3d.to_json(),
+                "bev": c.bev.to_json(),
+                "bbox": c.bbox.to_json(),
+                "aos": None if c.aos is None else c.aos.to_json(),
+            }
+            for name, c in self.classes.items()
+        }
+
+
+def evaluate_kitti(
+    ground_truths: Sequence[KittiObjects],
+    detections: Sequence[KittiObjects],
+    *,
+    classes: tuple[str, ...] = ("Car", "Pedestrian", "Cyclist"),
+    min_overlaps: Mapping[str, MinOverlap] = OFFICIAL,
+) -> KittiResult:
+    """AP of ``detections[i]`` against the label file ``ground_truths[i]``, DontCare lines included.
+
+    Raises InvalidInput: different numbers of frames, detections without scores, a class without a minimum overlap.
+    """
+    if len(ground_truths) != len(detections):
+        raise InvalidInput(
+            f"evaluation needs detections of every frame: {len(ground_truths)} frames of labels, {len(detections)} of detections"
+        )
+    for i, frame in enumerate(detections):
+        if len(frame) and frame.scores is None:
+            raise InvalidInput(f"the detections of frame number {i} have no scores: expected 16 columns, found a label file's 15")
+    missing = [c for c in classes if c not in min_overlaps]
+    if missing or not classes:
+        raise InvalidInput(
+            f"no minimum overlap for {missing or 'no class'}; known are {', '.join(min_overlaps)}; give your own min_overlaps"
+        )
+    gts, dets = _flatten(ground_truths), _flatten(detections)
+    with_orientation = not bool((dets.alpha == -10).any())
+    results = {c: _evaluate_class(gts, dets, len(detections), c, min_overlaps[c], with_orientation) for c in classes}
+    return KittiResult(classes=results, frames=len(detections))
+
+
+def evaluate_kitti_folders(
+    labels_dir: Path | str,
+    detections_dir: Path | str,
+    ids: Sequence[str],
+    *,
+    classes: tuple[str, ...] = ("Car", "Pedestrian", "Cyclist"),
+    min_overlaps: Mapping[str, MinOverlap] = OFFICIAL,
+) -> KittiResult:
+    """``evaluate_kitti`` of the files ``<id>.txt`` of two folders. An empty file means no detections.
+
+    Raises InvalidInput naming the frame if a file is missing, and file and line if one is broken.
+    """
+    loaded: list[list[KittiObjects]] = []
+    for what, folder, hint in (
+        ("labels", Path(labels_dir), "check the folder and the ids"),
+        ("detections", Path(detections_dir), "write an empty file if nothing was found"),
+    ):
+        absent = [i for i in ids if not (folder / f"{i}.txt").is_file()]
+        if absent:
+            raise InvalidInput(
+                f"frame {absent[0]}: no {what} {folder / absent[0]}.txt ({len(absent)} of {len(ids)} missing); {hint}"
+            )
+        loaded.append([read_objects(folder / f"{i}.txt") for i in ids])
+    for i, frame in zip(ids, loaded[1]):
+        if len(frame) and frame.scores is None:
+            raise InvalidInput(f"frame {i}: {Path(detections_dir) / i}.txt has no scores: expected 16 columns, found 15")
+    return evaluate_kitti(*loaded, classes=classes, min_overlaps=min_overlaps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Objects:
+    """The objects of all frames, in order. boxes: (N, 7) with camera x, z, -y in the roles of x, y, z, so that overlap needs no new code."""
+
+    frame: NDArray[np.int64]
+    types: NDArray[np.str_]
+    truncated: NDArray[np.float64]
+    occluded: NDArray[np.int64]
+    alpha: NDArray[np.float64]
+    bbox: NDArray[np.float64]
+    height: NDArray[np.float64]
+    boxes: NDArray[np.float64]
+    scores: NDArray[np.float64]
+
+    def select(self, mask: NDArray[np.bool_]) -> _Objects:
+        return _Objects(**{name: value[mask] for name, value in vars(self).items()})
+
+    def starts(self, frames: int) -> NDArray[np.int64]:
+        """(frames + 1,): where each frame begins, and the end."""
+        return np.concatenate([[0], np.cumsum(np.bincount(self.frame, minlength=frames))]).astype(np.int64)
+
+
+def _flatten(frames: Sequence[KittiObjects]) -> _Objects:
+    def joined(name: str, width: int | None = None) -> NDArray[np.float64]:
+        empty = torch.zeros(0, dtype=torch.float64) if width is None else torch.zeros(0, width, dtype=torch.float64)
+        return torch.cat([empty, *(getattr(f, name).double() for f in frames)]).numpy()
+
+    location, dimensions, bbox = joined("location", 3), joined("dimensions", 3), joined("bbox", 4)
+    h, w, length = dimensions.T
+    x, y, z = location.T
+    unscored = torch.zeros(0, dtype=torch.float64)
+    return _Objects(
+        frame=np.repeat(np.arange(len(frames)), [len(f) for f in frames]).astype(np.int64),
+        types=np.array([t.lower() for f in frames for t in f.types], dtype=np.str_),
+        truncated=joined("truncated"),
+        occluded=joined("occluded").astype(np.int64),
+        alpha=joined("alpha"),
+        bbox=bbox,
+        height=bbox[:, 3] - bbox[:, 1],
+        boxes=np.stack([x, z, h / 2 - y, length, w, h, -joined("rotation_y")], axis=1),
+        scores=torch.cat(
+            [unscored, *(torch.zeros(len(f)).double() if f.scores is None else f.scores.double() for f in frames)]
+        ).numpy(),
+    )
+
+
+def _evaluate_class(
+    gts: _Objects, dets: _Objects, frames: int, name: str, minimum: MinOverlap, with_orientation: bool
+) -> ClassResult:
+    neighbours = [n.lower() for n in NEIGHBOURS.get(name, ())]
+    own_gt = gts.types == name.lower()
+    dont_care = gts.select(gts.types == "dontcare")
+    gt = gts.select(own_gt | np.isin(gts.types, neighbours))
+    det_height = np.abs(dets.height).astype(np.int64)  # cut to whole pixels, as the program does
+    taking_part = (dets.types == name.lower()) | (det_height < max(MIN_HEIGHT))
+    det, det_height = dets.select(taking_part), det_height[taking_part]
+
+    gt_start, det_start = gt.starts(frames), det.starts(frames)
+    i, j, pair_start = _pairs(gt_start, det_start)
+    overlaps = {"bbox": _bbox_overlap(gt.bbox[i], det.bbox[j], over_second=False), **_box_overlaps(gt.boxes[i], det.boxes[j])}
+    nowhere = np.zeros(len(det.scores), dtype=np.bool_)
+    in_dont_care = {"bbox": _in_dont_care(dont_care, det, frames, minimum.bbox), "bev": nowhere, "3d": nowhere}
+
+    samples = {metric: np.zeros((3, SAMPLES)) for metric in (*METRICS, "aos")}
+    counted = []
+    for d in range(3):
+        hard = (gt.occluded > MAX_OCCLUSION[d]) | (gt.truncated > MAX_TRUNCATION[d]) | (gt.height <= MIN_HEIGHT[d])
+        gt_ignored = ((gt.types != name.lower()) | hard).astype(np.int64)
+        det_ignored = np.where(det_height < MIN_HEIGHT[d], 1, np.where(det.types == name.lower(), 0, -1))
+        counted.append(int((gt_ignored == 0).sum()))
+        for metric in METRICS:
+            layout = (gt_start, det_start, pair_start, overlaps[metric], minimum.of(metric), det.scores, gt_ignored, det_ignored)
+            thresholds = recall_thresholds(true_positive_scores(*layout), counted[d])
+            counts = count_matches(*layout, in_dont_care[metric], gt.alpha, det.alpha, thresholds)
+            total = np.maximum(counts[:, 0] + counts[:, 1], 1)
+            samples[metric][d, : len(thresholds)] = counts[:, 0] / total
+            if metric == "bbox":
+                samples["aos"][d, : len(thresholds)] = counts[:, 2] / total
+    curves = {
+        k: PrecisionSamples(samples=torch.from_numpy(np.maximum.accumulate(v[:, ::-1], 1)[:, ::-1].copy()))
+        for k, v in samples.items()
+    }
+    return ClassResult(
+        box_3d=curves["3d"],
+        bev=curves["bev"],
+        bbox=curves["bbox"],
+        aos=curves["aos"] if with_orientation else None,
+        ground_truths=(counted[0], counted[1], counted[2]),
+    )
+
+
+def _pairs(
+    a_start: NDArray[np.int64], b_start: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """All (a, b) of the same frame: their indices (P,), frame by frame, row by row, and where each frame's pairs begin (frames + 1,)."""
+    width = np.diff(b_start)
+    sizes = np.diff(a_start) * width
+    start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    frame = np.repeat(np.arange(len(sizes)), sizes)
+    within = np.arange(start[-1]) - start[frame]
+    return a_start[frame] + within // width[frame], b_start[frame] + within % width[frame], start
+
+
+def _bbox_overlap(a: NDArray[np.float64], b: NDArray[np.float64], *, over_second: bool) -> NDArray[np.float64]:
+    """(P,): common area of 2D boxes a and b (P, 4) over their union, or over the area of b."""
+    w = np.minimum(a[:, 2], b[:, 2]) - np.maximum(a[:, 0], b[:, 0])
+    h = np.minimum(a[:, 3], b[:, 3]) - np.maximum(a[:, 1], b[:, 1])
+    common = np.where((w > 0) & (h > 0), w * h, 0.0)
+    area_a, area_b = ((r[:, 2] - r[:, 0]) * (r[:, 3] - r[:, 1]) for r in (a, b))
+    whole = area_b if over_second else area_a + area_b - common
+    return np.divide(common, whole, out=np.zeros_like(common), where=common > 0)
+
+
+def _box_overlaps(a: NDArray[np.float64], b: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """IoU on the ground and in space of boxes a and b (P, 7); only pairs near each other are computed."""
+    radius = (np.hypot(a[:, 3], a[:, 4]) + np.hypot(b[:, 3], b[:, 4])) / 2
+    near = np.flatnonzero(np.hypot(a[:, 0] - b[:, 0], a[:, 1] - b[:, 1]) < radius)
+    near_a, near_b = torch.from_numpy(a[near]), torch.from_numpy(b[near])
+    bev, box_3d = np.zeros(len(a)), np.zeros(len(a))
+    bev[near] = iou_bev_aligned(near_a, near_b).numpy()
+    box_3d[near] = iou_3d_aligned(near_a, near_b).numpy()
+    return {"bev": bev, "3d": box_3d}
+
+
+def _in_dont_care(dont_care: _Objects, det: _Objects, frames: int, minimum: float) -> NDArray[np.bool_]:
+    """(N,): detections covered by a DontCare region by more than ``minimum`` of their own area."""
+    i, j, _ = _pairs(dont_care.starts(frames), det.starts(frames))
+    inside = np.zeros(len(det.scores), dtype=np.bool_)
+    inside[j[_bbox_overlap(dont_care.bbox[i], det.bbox[j], over_second=True) > minimum]] = True
+    return inside
