@@ -17,22 +17,23 @@ def split_fingerprint(ids: Sequence[str], labels: Iterable[Labels | None], *, cl
 
     ids: frame ids; labels: one entry a frame, in the same order (read once, so a generator keeps memory flat). A frame without
     objects counts by its id, an unlabelled one (None) like an empty one. classes: names of the class numbers.
-    Raises ``InvalidInput`` if the lengths differ or a class number has no name.
+    Raises ``ValueError`` if the lengths differ, ``InvalidInput`` if a class number has no name.
     """
-    frames = []
-    for frame_id, frame_labels in zip(ids, labels, strict=True):
-        frames.append(_frame_digest(frame_id, frame_labels, classes))
-    return hashlib.sha256(b"".join(sorted(frames))).hexdigest()
+    return combine_digests([frame_digest(i, frame, classes=classes) for i, frame in zip(ids, labels, strict=True)])
 
 
-def _frame_digest(frame_id: str, labels: Labels | None, classes: Sequence[str]) -> bytes:
+def frame_digest(frame_id: str, labels: Labels | None, *, classes: Sequence[str]) -> bytes:
+    """What one frame contributes to the fingerprint of its split."""
     objects = []
     if labels is not None:
         boxes = labels.boxes.data.detach().cpu().float().numpy().astype("<f4")
         for class_index, box in zip(labels.classes.tolist(), boxes, strict=True):
             if not 0 <= class_index < len(classes):
-                raise InvalidInput(
-                    f"frame {frame_id!r} has class {class_index}, but only {len(classes)} classes are named: {tuple(classes)}"
-                )
+                raise InvalidInput(f"frame {frame_id!r} has class {class_index}; only {len(classes)} are named: {tuple(classes)}")
             objects.append(hashlib.sha256(classes[class_index].encode() + b"\0" + box.tobytes()).digest())
     return hashlib.sha256(frame_id.encode() + b"\0" + b"".join(sorted(objects))).digest()
+
+
+def combine_digests(frames: Iterable[bytes]) -> str:
+    """The fingerprint of a split from the digests of its frames, for a caller that reads them one by one."""
+    return hashlib.sha256(b"".join(sorted(frames))).hexdigest()

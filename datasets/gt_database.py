@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from ..ops.iou3d import iou_bev
-from ..ops.points_in_boxes import points_in_boxes, points_in_boxes_mask
+from ..ops.points_in_boxes import count_points_in_boxes, points_in_boxes, points_in_boxes_mask
 from ..perception.structures import Frame, InvalidInput, Labels, PointCloud
-from .fingerprint import split_fingerprint
+from .fingerprint import combine_digests, frame_digest
 from .frame_source import FrameSource
 from .prepared_parts import write_atomically
 
@@ -99,7 +99,9 @@ class GtDatabase:
         self.num_frames: int = header["num_frames"]
         table = pq.read_table(self.path / Path(header["index"]).name, use_threads=False).combine_chunks()
         if not table.schema.equals(_INDEX_SCHEMA):
-            raise InvalidInput(f"the index of the GT database in {path} has other columns than schema version {SCHEMA_VERSION}; build it again")
+            raise InvalidInput(
+                f"the index of the GT database in {path} has other columns than schema version {SCHEMA_VERSION}; build it again"
+            )
         self.boxes = torch.from_numpy(table["box"].combine_chunks().flatten().to_numpy().reshape(-1, 7).copy())
         self.classes = torch.from_numpy(table["class"].to_numpy().astype(np.int64))
         self._rest = table.select(["frame_id", "difficulty", "offset", "rows", "num_points"])
@@ -107,7 +109,9 @@ class GtDatabase:
         self._width = 3 + len(self.feature_names)
         needed = int((table["offset"].to_numpy() + table["rows"].to_numpy()).max(initial=0)) * self._width * 4
         if not self._objects.exists() or self._objects.stat().st_size < needed:
-            raise InvalidInput(f"{self._objects} is missing or shorter than the index says ({needed} bytes); build the database again")
+            raise InvalidInput(
+                f"{self._objects} is missing or shorter than the index says ({needed} bytes); build the database again"
+            )
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -119,7 +123,7 @@ class GtDatabase:
         shape = (row["rows"], self._width)
         rows = np.zeros(shape, np.float32)
         if shape[0]:  # mapped only while it is copied
-            rows[:] = np.memmap(self._objects, "<f4", mode="r", offset=row["offset"] * self._width * 4, shape=shape)
+            rows[:] = np.memmap(str(self._objects), "<f4", mode="r", offset=row["offset"] * self._width * 4, shape=shape)
         points = torch.from_numpy(rows)
         return GtObject(
             box=self.boxes[index].clone(),
@@ -196,19 +200,114 @@ def _cut(
     source: FrameSource, file: BinaryIO, class_names: tuple[str, ...], min_points: int, enlarge: float
 ) -> tuple[pa.Table, tuple[str, ...], int, str]:
     """Writes the points of all objects to ``file``; gives index, feature names, checksum and the fingerprint of what was read."""
-    features: tuple[str, ...] | None = None
-    ids: list[str] = []
-    tables = [_INDEX_SCHEMA.empty_table()]
+    if len(source) == 0:
+        raise InvalidInput("cannot build a GT database from no frame: the split is empty")
+    features = source[0].points.feature_names
+    tables, digests = [], []
     offset = checksum = 0
+    for i in range(len(source)):
+        frame = source[i]
+        digests.append(frame_digest(frame.id, frame.labels, classes=class_names))
+        if frame.labels is None:
+            continue
+        if frame.points.feature_names != features:
+            raise InvalidInput(
+                f"frame {frame.id!r} has point features {frame.points.feature_names}, the first frame has {features}"
+            )
+        labels = frame.labels.select((frame.labels.weight > 0) & frame.labels.exact)
+        num_points = count_points_in_boxes(frame.points.xyz, labels.boxes.data)
+        keep = num_points >= min_points
+        labels, num_points = labels.select(keep), num_points[keep]
+        boxes = labels.boxes.data.float()
+        cutting = boxes + boxes.new_tensor([0, 0, 0, enlarge, enlarge, enlarge, 0])
+        rows = []
+        for mask in points_in_boxes_mask(frame.points.xyz, cutting):
+            cloud = frame.points.select(mask)
+            blob = torch.cat([cloud.xyz, cloud.features], 1).float().numpy().astype("<f4").tobytes()
+            file.write(blob)
+            checksum = zlib.crc32(blob, checksum)
+            rows.append(len(cloud))
+        ends = offset + np.cumsum(rows, dtype=np.int64)
+        columns = {
+            "frame_id": [frame.id] * len(labels),
+            "class": labels.classes.int().numpy(),
+            "difficulty": labels.difficulty.int().numpy(),
+            "box": pa.FixedSizeListArray.from_arrays(pa.array(boxes.flatten().numpy()), 7),
+            "offset": ends - np.asarray(rows, np.int64),
+            "rows": np.asarray(rows, np.int64),
+            "num_points": num_points.numpy(),
+        }
+        tables.append(pa.table(columns, schema=_INDEX_SCHEMA))
+        offset += sum(rows)
+    index = pa.concat_tables([_INDEX_SCHEMA.empty_table(), *tables]).combine_chunks()
+    return index, features, checksum, combine_digests(digests)
 
-    def labels() -> Any:
-        nonlocal features, offset, checksum
-        for i in range(len(source)):
-            frame = source[i]
-            ids.append(frame.id)
-    raise NotImplementedError
 
-
-@dataclass(frozen=True, kw_only=True)
 class GtSampler:
-    pass
+    """Chooses objects for a scene: for each class as many as are missing to its count, only where they touch nothing.
+
+    groups: class name -> objects of that class a scene should hold. The reference KITTI setting is Car 15-20, Pedestrian 10-15,
+    Cyclist 10-15 (OpenPCDet ``pv_rcnn.yaml``, ``kitti_dataset.yaml``). Class numbers of scenes are those of the database.
+    Raises ``InvalidInput`` for a class the database does not name. It has no state: what it chooses depends on ``rng`` alone.
+    """
+
+    def __init__(self, database: GtDatabase, groups: Mapping[str, int]) -> None:
+        unknown = [name for name in groups if name not in database.class_names]
+        if unknown:
+            raise InvalidInput(
+                f"GT sampling asks for {unknown}, but the database in {database.path} has the classes {database.class_names}"
+            )
+        self.database = database
+        self.groups = {database.class_names.index(name): count for name, count in groups.items()}
+        self._members = {c: torch.nonzero(database.classes == c)[:, 0].numpy() for c in self.groups}
+
+    def sample(self, rng: np.random.Generator, labels: Labels) -> list[GtObject]:
+        """Objects to paste into a scene with ``labels``; none overlaps a labelled box (ignored ones included) or another.
+
+        Candidates are drawn without replacement; one that is in the way of an earlier one is dropped, not replaced.
+        """
+        taken = labels.boxes.data
+        chosen: list[int] = []
+        for class_index, count in self.groups.items():
+            present = int(((labels.classes == class_index) & (labels.weight > 0)).sum())
+            members = self._members[class_index]
+            missing = min(count - present, len(members))
+            if missing <= 0:
+                continue
+            candidates = rng.choice(members, size=missing, replace=False)
+            boxes = self.database.boxes[torch.from_numpy(candidates)]
+            free = ~(iou_bev(boxes, taken) > 0).any(1)
+            among = iou_bev(boxes, boxes) > 0
+            accepted: list[int] = []
+            for i in range(missing):
+                if free[i] and not among[i, accepted].any():
+                    accepted.append(i)
+            taken = torch.cat([taken, boxes[accepted]])
+            chosen += candidates[accepted].tolist()
+        return [self.database[i] for i in chosen]
+
+
+def paste(frame: Frame, objects: Sequence[GtObject]) -> Frame:
+    """``frame`` with ``objects`` at their own places: scene points in their boxes go, theirs come, and their labels are added.
+
+    Raises ``InvalidInput`` for an unlabelled frame: nobody knows what an object pasted there would stand in.
+    """
+    if frame.labels is None:
+        raise InvalidInput(
+            f"frame {frame.id!r} has no labels, so objects cannot be pasted into it: they could stand inside others"
+        )
+    if not objects:
+        return frame
+    boxes = torch.stack([o.box for o in objects])
+    scene = frame.points.select(points_in_boxes(frame.points.xyz, boxes) < 0)
+    pasted = Labels.make(
+        boxes,
+        torch.tensor([o.class_index for o in objects]),
+        num_points=torch.tensor([o.num_points for o in objects]),
+        difficulty=torch.tensor([o.difficulty for o in objects]),
+    )
+    return replace(
+        frame,
+        points=PointCloud.concatenate([scene, *(o.points for o in objects)]),
+        labels=Labels.concatenate([frame.labels, pasted]),
+    )

@@ -33,7 +33,16 @@ import torch
 from ..perception.structures import Boxes3D, Calibration, Frame, InvalidInput, Labels, PointCloud, UpcycleError
 from .fingerprint import split_fingerprint
 from .frame_source import FrameSource
-from .prepared_parts import SCHEMA_VERSION, finished, make_chunk, read_index, remove_leftovers, write_atomically, write_chunks
+from .prepared_parts import (
+    SCHEMA_VERSION,
+    finished,
+    make_chunk,
+    read_index,
+    remove_leftovers,
+    remove_superseded,
+    write_atomically,
+    write_chunks,
+)
 
 Notes = Mapping[str, str | float | bool]
 Progress = Callable[[int, int], None]
@@ -107,7 +116,9 @@ def prepare(
             if on_progress:
                 on_progress(done, len(ids))
         table = pa.concat_tables([read_index(parts / f"{chunk.key}.parquet") for chunk in chunks])
-        return _publish(out, table, settings, splits, reused)
+        report = _publish(out, table, settings, splits, reused)
+        remove_superseded(parts, chunks, table)
+        return report
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------------------
@@ -134,10 +145,11 @@ def _locked(out: Path) -> Iterator[int]:
     """Holds ``out`` for this process; the kernel lets go of it however the process ends."""
     lock = os.open(out / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UpcycleError(f"another process is preparing {out}; wait for it or choose another folder") from None
         yield lock
-    except BlockingIOError:
-        raise UpcycleError(f"another process is preparing {out}; wait for it or choose another folder") from None
     finally:
         os.close(lock)
 
@@ -174,7 +186,7 @@ def _publish(
     kept = {name: [i for i in names if i not in failed] for name, names in splits.items()}
     for name, names in {"the dataset": good, **kept}.items():
         if not names:
-            reasons = "; ".join(f"{f.id}: {f.reason}" for f in failures[:3])
+            reasons = "; ".join(f"{f.id}: {f.reason}" for f in [f for f in failures if f.id in splits.get(name, failed)][:3])
             raise UpcycleError(
                 f"every frame of {name} in {out} failed, so there is nothing to learn from. The first failures: {reasons}"
             )
@@ -272,7 +284,7 @@ class PreparedDataset:
     def verify(self) -> tuple[str, ...]:
         """Reads every point and gives the ids of the frames whose checksum is wrong (a failing disk, a bad copy)."""
         rows = (self._row(i) for i in range(len(self)))
-        return tuple(row["id"] for row in rows if zlib.crc32(np.ascontiguousarray(self._points(row))) != row["crc32"])
+        return tuple(row["id"] for row in rows if zlib.crc32(self._points(row).tobytes()) != row["crc32"])
 
     def _row(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
@@ -284,7 +296,7 @@ class PreparedDataset:
         shape = (row["num_points"], 3 + len(self.feature_names))
         if shape[0] == 0:
             return np.zeros(shape, np.float32)  # nothing cannot be mapped
-        return np.memmap(self.root / "parts" / row["part"], "<f4", mode="r", offset=row["offset"] * 4, shape=shape)
+        return np.memmap(str(self.root / "parts" / row["part"]), "<f4", mode="r", offset=row["offset"] * 4, shape=shape)
 
     def _check_parts(self) -> None:
         """Every frame must lie inside its part file, and every part inside the folder."""

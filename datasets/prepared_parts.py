@@ -114,6 +114,14 @@ def remove_leftovers(parts: Path) -> None:
             path.unlink()
 
 
+def remove_superseded(parts: Path, chunks: list[Chunk], table: pa.Table) -> None:
+    """Points of an earlier reading of ``chunks`` that ``table`` no longer names: a failed frame was repaired since."""
+    keys, current = {chunk.key for chunk in chunks}, set(table["part"].to_pylist())
+    for path in parts.glob("*.f32"):
+        if path.name.split("-")[0] in keys and path.name not in current:
+            path.unlink()
+
+
 def make_chunk(settings: dict[str, Any], first: int, ids: tuple[str, ...]) -> Chunk:
     """The chunk of ``ids``, whose first frame is number ``first`` of the source."""
     key = hashlib.sha256(json.dumps([settings, ids], sort_keys=True).encode()).hexdigest()[:16]
@@ -147,11 +155,11 @@ def write_chunks(source: FrameSource, todo: list[Chunk], parts: Path, num_classe
             writer.close()  # else the end of the worker would not be seen
             running[reader] = process
         while running:
-            for reader in multiprocessing.connection.wait(list(running)):
+            for ready in multiprocessing.connection.wait(list(running)):
                 try:
-                    message = json.loads(reader.recv_bytes())  # type: ignore[union-attr]
+                    message = json.loads(ready.recv_bytes())  # type: ignore[union-attr]
                 except EOFError:
-                    process = running.pop(reader)
+                    process = running.pop(ready)
                     process.join()
                     if process.exitcode:
                         raise UpcycleError(
@@ -195,14 +203,15 @@ def _write_chunk(source: FrameSource, chunk: Chunk, parts: Path, num_classes: in
             if frame.id != frame_id:
                 raise InvalidInput(f"frame {i} of the source calls itself {frame.id!r}, expected {frame_id!r}")
             check_frame(frame, num_classes)
+            blob = torch.cat([frame.points.xyz, frame.points.features], 1).float().numpy().astype("<f4").tobytes()
+            row = _row(frame, offset, zlib.crc32(blob))
         except MemoryError:
             raise
         except Exception as error:  # whatever a reader raises concerns this frame only, and is reported
             rows.append({"id": frame_id, "error": f"{type(error).__name__}: {error}"})
             continue
-        blob = torch.cat([frame.points.xyz, frame.points.features], 1).float().numpy().astype("<f4").tobytes()
         blobs.append(blob)
-        rows.append(_row(frame, offset, zlib.crc32(blob)))
+        rows.append(row)
         offset += len(blob) // 4
     points = b"".join(blobs)
     name = f"{chunk.key}-{zlib.crc32(points):08x}.f32"
@@ -211,9 +220,6 @@ def _write_chunk(source: FrameSource, chunk: Chunk, parts: Path, num_classes: in
     table = pa.Table.from_pylist([row if "error" in row else {**row, "part": name} for row in rows], INDEX_SCHEMA)
     with write_atomically(parts / f"{chunk.key}.parquet") as file:
         pq.write_table(table, file)
-    for old in parts.glob(f"{chunk.key}-*.f32"):
-        if old.name != name:
-            old.unlink(missing_ok=True)  # an earlier reading of the same chunk, before a failed frame was repaired
 
 
 def _row(frame: Frame, offset: int, crc32: int) -> dict[str, Any]:
