@@ -9,6 +9,9 @@ that fits. Features are lossy, by one of two codecs:
 ``int8``  maps each channel of the scene from [min, max] to 0..255: absolute error at most (max - min) / 510 of that channel,
           plus float32 rounding. Features behind a ReLU have min 0 wherever the channel is silent once, and zeros stay zeros.
 
+Features lie channel by channel, (C, M): neighbours in a channel resemble each other, which saves zstd about a tenth (measured:
+8 % fp16, 11 % int8).
+
 Reading trusts nothing: sizes are capped before memory is taken, the checksum must be there and hold, and the header must be
 what the reader expects. Anything else is a ``CorruptScene`` or a ``ForeignScene``.
 """
@@ -206,7 +209,7 @@ def round_trip(features: Tensor, codec: str) -> Tensor:
 
 def _layout(codec: str, width: int, m: int, channels: int) -> dict[str, tuple[str, list[int]]]:
     """safetensors dtype and shape of every tensor in a scene of ``m`` voxels."""
-    layout = {"coord_gaps": ("U8", [width, m]), "features": ("F16" if codec == "fp16" else "U8", [m, channels])}
+    layout = {"coord_gaps": ("U8", [width, m]), "features": ("F16" if codec == "fp16" else "U8", [channels, m])}
     if codec == "int8":
         layout |= {"feature_low": ("F32", [channels]), "feature_scale": ("F32", [channels])}
     return layout
@@ -241,6 +244,7 @@ def encode_scene(scene: SmashedScene) -> bytes:
         "encoder_fingerprint": scene.encoder_fingerprint,
         "scene_id": scene.scene_id,
     }
+    stored["features"] = stored["features"].T
     arrays = {name: tensor.cpu().contiguous().numpy() for name, tensor in stored.items()}
     arrays["coord_gaps"] = _pack_coords(scene.coords.cpu().numpy(), scene.spec)
     raw = safetensors_numpy.save(arrays, metadata={_METADATA_KEY: canonical_json(header).decode()})
@@ -335,10 +339,12 @@ def decode_scene(data: bytes, *, expected_spec: SplitSpec, expected_fingerprint:
     except (SafetensorError, ValueError) as error:
         raise CorruptScene(f"a scene's tensors cannot be read: {error}") from error
     coords = _unpack_coords(arrays.pop("coord_gaps"), expected_spec)
+    stored = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    stored["features"] = stored["features"].T.contiguous()
     return SmashedScene(
         spec=expected_spec,
         coords=torch.from_numpy(coords),
-        features=_dequantise({name: torch.from_numpy(array) for name, array in arrays.items()}),
+        features=_dequantise(stored),
         codec=header["codec"],
         encoder_fingerprint=header["encoder_fingerprint"],
         scene_id=header["scene_id"],

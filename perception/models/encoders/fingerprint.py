@@ -71,11 +71,11 @@ def _plain(value: Any, where: str) -> Any:
     raise InvalidInput(f"the encoder's {where} is a {type(value).__name__}; a fingerprint covers finite plain values only")
 
 
-def _little_endian_bytes(tensor: Tensor) -> memoryview:
+def _little_endian_bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     if sys.byteorder == "big":
         flat = flat.view(-1, tensor.element_size()).flip(1).reshape(-1)
-    return memoryview(flat.numpy())
+    return flat.numpy().tobytes()
 
 
 def encoder_fingerprint(encoder: nn.Module, rig: RigSpec) -> str:

@@ -1,0 +1,292 @@
+"""Taking shards in: verify every byte, keep what is good, set aside what is not, lose nothing.
+
+    incoming/ ─ verify ─┬─ store/shards/      and a row a scene in store/catalogue.parquet
+                        └─ store/quarantine/  with <name>.reason.txt
+
+An upload is moved only after it was verified whole: by rename, or across file systems by copy, fsync, rename, and only then
+removal. The tar moves before its manifest and the catalogue is written last, so a run that dies at any point is completed by
+the next one: a manifest still incoming finds its tar in the store, a shard without catalogue rows is verified again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from ..structures import InvalidInput, SplitSpec, UpcycleError
+from ..vehicle.codec import FINGERPRINT_PATTERN, ForeignScene, decode_scene
+from ..vehicle.manifest import BrokenShard, ShardManifest, open_regular, read_manifest
+from ..vehicle.shards import read_members, sync_folder, write_atomically
+from .store import CATALOGUE, QUARANTINE, SHARDS, Catalogue, catalogue_rows, read_catalogue, write_catalogue
+
+_UPLOAD_NAME = re.compile(r"([0-9a-f]{32})\.(json|tar)")
+_COPY_BYTES = 1 << 22
+
+
+class StoreWriteError(UpcycleError):
+    """The store takes no more (disk full, no permission). Every upload is still where it was, or whole in the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """An upload that was set aside: the shard's stem, and why."""
+
+    shard: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestReport:
+    """What one run did; shards by their stem.
+
+    accepted: new in the catalogue. already_there: verified again, changed nothing. quarantined: moved to quarantine.
+    waiting: left in incoming, because a tar or a manifest has not come yet or cannot be read now. unrecognised: names in incoming
+    that are no upload (left alone). gone: catalogued before, deleted from the store since; their rows were dropped.
+    new_scenes, total_scenes: rows added, rows now.
+    """
+
+    accepted: tuple[str, ...]
+    already_there: tuple[str, ...]
+    quarantined: tuple[Refusal, ...]
+    waiting: tuple[Refusal, ...]
+    unrecognised: tuple[str, ...]
+    gone: tuple[str, ...]
+    new_scenes: int
+    total_scenes: int
+
+
+# -------------------------------------------------------------------------------------------------------------- verify
+
+
+def verify_shard(manifest_path: Path, tar: Path, *, expected_spec: SplitSpec, expected_fingerprint: str) -> tuple[ShardManifest, list[int]]:
+    """The manifest and the number of voxels of every member, after all bytes were checked and every scene decoded.
+
+    Raises ``BrokenShard``, ``ForeignScene``, ``CorruptScene`` or ``InvalidInput`` (all ``UpcycleError``) at the first fault.
+    """
+    manifest = read_manifest(manifest_path)
+    if manifest.encoder_fingerprint != expected_fingerprint:
+        raise ForeignScene(
+            f"the shard was made by encoder {manifest.encoder_fingerprint}, expected {expected_fingerprint}; features of two "
+            "encoders do not mix: update the vehicle or use a store of its own for that encoder"
+        )
+    if manifest.spec != expected_spec:
+        raise ForeignScene(f"the shard was cut at {manifest.spec}, expected {expected_spec}")
+    voxels = []
+    for member, blob in read_members(tar, manifest):
+        try:
+            scene = decode_scene(blob, expected_spec=expected_spec, expected_fingerprint=expected_fingerprint)
+        except UpcycleError as error:
+            raise BrokenShard(f"member {member.name} does not decode: {error}") from error
+        if scene.codec != manifest.codec:
+            raise BrokenShard(f"member {member.name} is stored as {scene.codec}, the manifest says {manifest.codec}")
+        voxels.append(len(scene.coords))
+    return manifest, voxels
+
+
+def _rows(manifest: ShardManifest, voxels: list[int]) -> pa.Table:
+    n = len(voxels)
+    return catalogue_rows(
+        {
+            "shard": [manifest.stem] * n,
+            "member": [m.name for m in manifest.members],
+            "offset": [m.offset for m in manifest.members],
+            "length": [m.length for m in manifest.members],
+            "sha256": [m.sha256 for m in manifest.members],
+            "voxels": voxels,
+            "codec": [manifest.codec] * n,
+            "fingerprint": [manifest.encoder_fingerprint] * n,
+        }
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- move
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _move(source: Path, target: Path) -> None:
+    """``source`` under the name ``target``, whole and durable, before it vanishes from where it was. Raises ``OSError``."""
+    descriptor = open_regular(source)
+    try:
+        os.fsync(descriptor)  # the uploader may not have
+        try:
+            os.replace(source, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            write_atomically(target, iter(lambda: os.read(descriptor, _COPY_BYTES), b""))
+            if _digest(source) != _digest(target):
+                raise OSError(errno.EIO, f"the copy of {source} differs from it; the upload was kept", str(target)) from error
+            os.unlink(source)
+    finally:
+        os.close(descriptor)
+    sync_folder(target.parent)
+    sync_folder(source.parent)
+
+
+def _quarantine(files: list[Path], folder: Path, stem: str, reason: str) -> None:
+    """Set ``files`` aside under a name that is free, beside the reason; the reason comes first, so that none is without one."""
+    name, n = stem, 1
+    while any((folder / f"{name}{suffix}").exists() for suffix in (".tar", ".json", ".reason.txt")):
+        name, n = f"{stem}.{n}", n + 1
+    kept = ", ".join(f"{name}{path.suffix}" for path in files)
+    text = (
+        f"Shard {stem} was refused by ingest.\n\nReason: {reason}\n\nKept beside this file, unchanged: {kept}.\n"
+        "Upload it again from the vehicle, or move it back to the incoming folder once the cause is gone.\n"
+    )
+    write_atomically(folder / f"{name}.reason.txt", [text.encode("utf-8", "replace")])
+    for path in files:
+        _move(path, folder / f"{name}{path.suffix}")
+
+
+@contextmanager
+def _only_ingest(store: Path) -> Iterator[None]:
+    """Hold the store's lock; the system releases it when the process ends, however it ends."""
+    descriptor = os.open(store / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreWriteError(f"another ingest is filling {store}; wait for it to end") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# -------------------------------------------------------------------------------------------------------------- ingest
+
+
+def ingest(incoming: Path, store: Path, *, expected_fingerprint: str, expected_spec: SplitSpec) -> IngestReport:
+    """Take every shard of ``incoming`` into ``store``. Running it again, or after a crash, is safe.
+
+    incoming: uploads lie flat in it, ``<hash>.tar`` and ``<hash>.json``; names with a leading dot are unfinished and ignored.
+    expected_fingerprint, expected_spec: of the encoder whose decoder will be trained; one store holds one encoder's scenes.
+    A bad shard is quarantined and costs no other shard. Raises ``InvalidInput`` if ``incoming`` is missing or the store is another
+    encoder's, ``BrokenStore`` for a damaged catalogue, ``StoreWriteError`` when the store cannot be written.
+    """
+    if not incoming.is_dir():
+        raise InvalidInput(f"the incoming folder {incoming} does not exist; give the folder that the vehicles upload to")
+    if not FINGERPRINT_PATTERN.fullmatch(expected_fingerprint):
+        raise InvalidInput(f"expected_fingerprint must be 64 hexadecimal digits, found {expected_fingerprint[:80]!r}")
+    try:
+        for folder in (store / SHARDS, store / QUARANTINE):
+            folder.mkdir(parents=True, exist_ok=True)
+        with _only_ingest(store):
+            return _Ingest(incoming, store, expected_fingerprint, expected_spec).run()
+    except OSError as error:
+        raise StoreWriteError(
+            f"the store {store} cannot be written: {error}; uploads are still in {incoming} or whole in the store: "
+            "make room and run ingest again"
+        ) from error
+
+
+class _Ingest:
+    """One run: what was found and decided so far."""
+
+    def __init__(self, incoming: Path, store: Path, fingerprint: str, spec: SplitSpec) -> None:
+        self.incoming, self.store = incoming, store
+        self.fingerprint, self.spec = fingerprint, spec
+        self.shards = store / SHARDS
+        self.accepted: list[str] = []
+        self.already_there: list[str] = []
+        self.quarantined: list[Refusal] = []
+        self.waiting: list[Refusal] = []
+        self.tables: list[pa.Table] = []
+
+    def run(self) -> IngestReport:
+        catalogue = read_catalogue(self.store) or Catalogue.empty(self.spec, self.fingerprint)
+        if (catalogue.spec, catalogue.fingerprint) != (self.spec, self.fingerprint):
+            raise InvalidInput(
+                f"the store {self.store} holds scenes of encoder {catalogue.fingerprint} cut at {catalogue.spec.layer!r} "
+                f"{catalogue.spec.shape}, asked to add {self.fingerprint} cut at {self.spec.layer!r} {self.spec.shape}; "
+                "one store holds one encoder's scenes: use another folder"
+            )
+        in_store = self._uploads(self.shards)[0]
+        whole = {stem for stem, files in in_store.items() if len(files) == 2}
+        known = catalogue.shards()
+        gone = known - whole
+        known &= whole
+        for stem in sorted(whole - known):  # a run that died after moving them in
+            self._take(stem, self.shards, self.shards, known)
+        uploads, unrecognised = self._uploads(self.incoming)
+        for stem, files in sorted(uploads.items()):
+            tar = self.incoming if f"{stem}.tar" in files else self.shards
+            if f"{stem}.json" not in files:
+                self.waiting.append(Refusal(shard=stem, reason="its manifest has not come yet"))
+            elif tar == self.shards and f"{stem}.tar" not in in_store.get(stem, ()):
+                self.waiting.append(Refusal(shard=stem, reason="its tar has not come yet"))
+            else:
+                self._take(stem, self.incoming, tar, known)
+        new_scenes = sum(map(len, self.tables))
+        catalogue = catalogue.without(gone) if gone else catalogue
+        for table in self.tables:
+            catalogue = catalogue.extended(table)
+        if self.tables or gone or not (self.store / CATALOGUE).exists():
+            write_catalogue(self.store, catalogue)
+        return IngestReport(
+            accepted=tuple(self.accepted),
+            already_there=tuple(self.already_there),
+            quarantined=tuple(self.quarantined),
+            waiting=tuple(self.waiting),
+            unrecognised=tuple(unrecognised),
+            gone=tuple(sorted(gone)),
+            new_scenes=new_scenes,
+            total_scenes=len(catalogue.rows),
+        )
+
+    @staticmethod
+    def _uploads(folder: Path) -> tuple[dict[str, set[str]], list[str]]:
+        """File names of each stem, and names that are no upload. Links, folders and devices are no upload."""
+        uploads: dict[str, set[str]] = {}
+        unrecognised = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                match = _UPLOAD_NAME.fullmatch(entry.name)
+                if entry.name.startswith("."):
+                    continue
+                if match and entry.is_file(follow_symlinks=False):
+                    uploads.setdefault(match[1], set()).add(entry.name)
+                else:
+                    unrecognised.append(entry.name)
+        return uploads, sorted(unrecognised)
+
+    def _take(self, stem: str, manifest_folder: Path, tar_folder: Path, known: set[str]) -> None:
+        """Verify one shard and move it where it belongs. ``known`` grows by what is in the catalogue from now on."""
+        manifest_path, tar = manifest_folder / f"{stem}.json", tar_folder / f"{stem}.tar"
+        try:
+            manifest, voxels = verify_shard(manifest_path, tar, expected_spec=self.spec, expected_fingerprint=self.fingerprint)
+        except UpcycleError as error:
+            if manifest_folder == self.shards and isinstance(error, ForeignScene):
+                raise InvalidInput(
+                    f"the store {self.store} holds shard {stem} of another kind: {error}; one store holds one encoder's scenes: "
+                    "use another folder"
+                ) from error
+            # A tar that lies in the store already is not the upload's to take along.
+            files = [manifest_path, tar] if tar_folder == manifest_folder else [manifest_path]
+            _quarantine(files, self.store / QUARANTINE, stem, f"{type(error).__name__}: {error}")
+            self.quarantined.append(Refusal(shard=stem, reason=str(error)))
+            return
+        except OSError as error:
+            self.waiting.append(Refusal(shard=stem, reason=f"it cannot be read now: {error}"))
+            return
+        for path in (tar, manifest_path):
+            if path.parent != self.shards:
+                _move(path, self.shards / path.name)  # over an equal one if it is there, which repairs a decayed disk
+        if stem in known:
+            self.already_there.append(stem)
+        else:
+            self.accepted.append(stem)
+            self.tables.append(_rows(manifest, voxels))
+            known.add(stem)

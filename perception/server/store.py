@@ -1,0 +1,177 @@
+"""The server's smashed scenes: a catalogue over shards, read at random, checked at every read.
+
+    store/shards/<hash>.tar, .json   verified shards, as the vehicles wrote them
+    store/catalogue.parquet          one row a scene: shard, member, offset, length, SHA-256, voxels, codec, fingerprint
+    store/quarantine/                what failed, with the reason
+
+One store holds the scenes of one encoder and one cut. ``ingest`` fills it; this file reads it and, alone in the package, turns
+a scene at rest back into live features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from ..structures import InvalidInput, SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, UpcycleError
+from ..vehicle.codec import CorruptScene, canonical_json, decode_scene, spec_from_json, spec_to_json, strict_json
+from ..vehicle.shards import open_regular, write_atomically
+
+CATALOGUE = "catalogue.parquet"
+SHARDS = "shards"
+QUARANTINE = "quarantine"
+
+_HEADER_KEY = b"upcycle3d.smashed_catalogue"
+_VERSION = 1
+_SCHEMA = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("member", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("sha256", pa.string()),
+        ("voxels", pa.int32()),
+        ("codec", pa.string()),
+        ("fingerprint", pa.string()),
+    ]
+)
+
+
+class BrokenStore(UpcycleError):
+    """A store whose catalogue or shards are missing, damaged or of another version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalogue:
+    """All scenes of a store. rows: one a scene, columns as at the top of this file. spec, fingerprint: of all of them."""
+
+    spec: SplitSpec
+    fingerprint: str
+    rows: pa.Table
+
+    @staticmethod
+    def empty(spec: SplitSpec, fingerprint: str) -> Catalogue:
+        return Catalogue(spec=spec, fingerprint=fingerprint, rows=_SCHEMA.empty_table())
+
+    def shards(self) -> set[str]:
+        """Stems of the shards that have scenes here."""
+        return set(self.rows["shard"].unique().to_pylist())
+
+    def without(self, stems: set[str]) -> Catalogue:
+        """The catalogue without the scenes of these shards."""
+        keep = [stem not in stems for stem in self.rows["shard"].to_pylist()]
+        return Catalogue(spec=self.spec, fingerprint=self.fingerprint, rows=self.rows.filter(pa.array(keep, pa.bool_())))
+
+    def extended(self, rows: pa.Table) -> Catalogue:
+        """The catalogue with ``rows`` behind its own."""
+        return Catalogue(spec=self.spec, fingerprint=self.fingerprint, rows=pa.concat_tables([self.rows, rows]))
+
+
+def catalogue_rows(columns: dict[str, list[str] | list[int]]) -> pa.Table:
+    """A table of catalogue rows from equally long columns."""
+    return pa.table(columns, schema=_SCHEMA)
+
+
+def write_catalogue(store: Path, catalogue: Catalogue) -> None:
+    """Replace the store's catalogue at once. Raises ``OSError``."""
+    header = {"version": _VERSION, "split": spec_to_json(catalogue.spec), "encoder_fingerprint": catalogue.fingerprint}
+    table = catalogue.rows.combine_chunks().replace_schema_metadata({_HEADER_KEY: canonical_json(header)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    write_atomically(store / CATALOGUE, [sink.getvalue().to_pybytes()])
+
+
+def read_catalogue(store: Path) -> Catalogue | None:
+    """The store's catalogue, or None before the first ingest. Raises ``BrokenStore`` if it cannot be trusted."""
+    path = store / CATALOGUE
+    if not path.exists():
+        return None
+    remedy = "delete it and run ingest: it is rebuilt from the shards"
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise BrokenStore(f"the catalogue {path} cannot be read: {error}; {remedy}") from error
+    text = (table.schema.metadata or {}).get(_HEADER_KEY, b"null")
+    header = strict_json(text, f"the catalogue {path}")
+    if not isinstance(header, dict) or header.get("version") != _VERSION:
+        raise BrokenStore(f"the catalogue {path} is not of version {_VERSION}; {remedy}")
+    if not table.schema.remove_metadata().equals(_SCHEMA):
+        raise BrokenStore(f"the catalogue {path} has the columns {table.schema.names}, expected {_SCHEMA.names}; {remedy}")
+    spec = spec_from_json(header.get("split"), f"the catalogue {path}")
+    return Catalogue(spec=spec, fingerprint=str(header.get("encoder_fingerprint")), rows=table.replace_schema_metadata(None))
+
+
+class SmashedStore:
+    """Random access to the scenes of a store. ``store[i]`` reads, checks and decodes scene ``i``.
+
+    Holds flat arrays only, no open file: it can be shared with forked or spawned data workers and threads. A scene costs one
+    ``pread`` of its bytes. ``spec`` and ``fingerprint`` hold for every scene; ``voxels`` (len,) int32 are their sizes,
+    ``codecs`` the codecs that occur.
+    Raises ``BrokenStore`` where there is no catalogue.
+    """
+
+    def __init__(self, store: Path) -> None:
+        catalogue = read_catalogue(store)
+        if catalogue is None:
+            raise BrokenStore(f"{store} holds no {CATALOGUE}; fill it with `upcycle3d ingest`")
+        rows = catalogue.rows
+        self.spec = catalogue.spec
+        self.fingerprint = catalogue.fingerprint
+        self._folder = store / SHARDS
+        encoded = rows["shard"].combine_chunks().dictionary_encode()
+        self._shards: list[str] = encoded.dictionary.to_pylist()
+        self._shard = encoded.indices.to_numpy(zero_copy_only=False)
+        self._offset = rows["offset"].to_numpy()
+        self._length = rows["length"].to_numpy()
+        digests = b"".join(bytes.fromhex(h) for h in rows["sha256"].to_pylist())
+        self._sha256 = np.frombuffer(digests, np.uint8).reshape(-1, 32)
+        self.codecs: tuple[str, ...] = tuple(sorted(rows["codec"].unique().to_pylist()))
+        self.voxels: Tensor = torch.from_numpy(rows["voxels"].to_numpy().copy())
+
+    def __len__(self) -> int:
+        return len(self._offset)
+
+    def __getitem__(self, index: int) -> SmashedScene:
+        """Scene ``index`` (0..len-1). Raises ``IndexError``, or ``CorruptScene`` if the shard changed since ingest."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"the store holds {len(self)} scenes, asked for {index}")
+        tar = self._folder / f"{self._shards[self._shard[index]]}.tar"
+        length, offset = int(self._length[index]), int(self._offset[index])
+        try:
+            descriptor = open_regular(tar)
+            try:
+                blob = os.pread(descriptor, length, offset)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise BrokenStore(f"scene {index}: cannot read {tar}: {error}; run ingest to drop shards that are gone") from error
+        if hashlib.sha256(blob).digest() != self._sha256[index].tobytes():
+            raise CorruptScene(
+                f"scene {index}: {length} bytes at {offset} of {tar} differ from what was ingested; the disk or someone changed "
+                "them: restore the shard or delete it and run ingest"
+            )
+        return decode_scene(blob, expected_spec=self.spec, expected_fingerprint=self.fingerprint)
+
+
+def to_split_features(scenes: Sequence[SmashedScene]) -> SplitFeatures:
+    """One batch of live features, scenes in order, on the CPU. Raises ``InvalidInput`` if encoders or cuts differ, or without scenes."""
+    if not scenes:
+        raise InvalidInput("to_split_features needs at least one scene")
+    kinds = {(s.spec, s.encoder_fingerprint) for s in scenes}
+    if len(kinds) != 1:
+        raise InvalidInput(f"scenes of different encoders or cuts do not mix in a batch; found {len(kinds)}: {kinds}")
+    spec = scenes[0].spec
+    coords = [torch.nn.functional.pad(s.coords, (1, 0), value=batch) for batch, s in enumerate(scenes)]
+    voxels = SparseVoxels(
+        features=torch.cat([s.features for s in scenes]), coords=torch.cat(coords), shape=spec.shape, batch_size=len(scenes)
+    )
+    return SplitFeatures(voxels=voxels, spec=spec)

@@ -1,0 +1,222 @@
+"""The vehicle's part of the work: a scan in, a smashed scene out, and a stream of scans into shards.
+
+    PointCloud ─ rig (z shift, intensity scale) ─ voxelize ─ backbone ─ SmashedScene ─ codec ─ shard
+
+The encoder is a frozen copy in evaluation mode, so the fingerprint taken at the start stays true. Only what stands in
+``SmashedScene`` leaves: cells, features, the encoder's fingerprint and a random identifier.
+"""
+
+from __future__ import annotations
+
+import copy
+import secrets
+import time
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from ..structures import InvalidInput, PointCloud, SmashedScene, SparseVoxels, SplitFeatures, SplitSpec
+from .codec import CODECS
+from .shards import ShardWriteError, ShardWriter
+
+
+class VehicleEncoder(Protocol):
+    """What an extractor needs of an encoder (an ``nn.Module``): its cut, and its two stages, timed apart."""
+
+    spec: SplitSpec
+
+    def voxelize(self, points: Sequence[PointCloud], /) -> SparseVoxels:
+        """Input voxels of a batch."""
+        ...
+
+    def backbone(self, voxels: SparseVoxels, /) -> SparseVoxels:
+        """Voxels at the cut."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTimes:
+    """Milliseconds of one scan. voxelize includes the rig and the copy to the encoder's device, backbone the copy back."""
+
+    voxelize_ms: float
+    backbone_ms: float
+
+
+class Extractor:
+    """Turns scans into smashed scenes with a frozen copy of ``encoder`` (an ``nn.Module`` that is a ``VehicleEncoder``).
+
+    rig: what is done to a scan first. codec: how its features will be stored, "fp16" or "int8".
+    ``fingerprint`` is that of encoder and rig; the server must expect the same.
+    """
+
+    def __init__(self, encoder: nn.Module, rig: RigSpec, codec: str) -> None:
+        if codec not in CODECS:
+            raise InvalidInput(f"unknown codec {codec!r}; choose one of {CODECS}")
+        missing = [name for name in ("spec", "voxelize", "backbone") if not hasattr(encoder, name)]
+        if missing:
+            raise InvalidInput(f"{type(encoder).__name__} cannot run on a vehicle: it has no {', '.join(missing)}")
+        frozen = copy.deepcopy(encoder).eval().requires_grad_(False)
+        self.fingerprint = encoder_fingerprint(frozen, rig)
+        self._encoder: VehicleEncoder = frozen  # type: ignore[assignment]
+        self._device = next((t.device for t in frozen.state_dict().values()), torch.device("cpu"))
+        self.spec: SplitSpec = self._encoder.spec
+        self.rig = rig
+        self.codec = codec
+
+    def smash(self, points: PointCloud) -> tuple[SmashedScene, StageTimes]:
+        """The features of one scan at the cut, not yet quantised, on the CPU, and what they cost. No points: no cells.
+
+        Raises ``InvalidInput`` for points that are not finite or lack what the encoder reads.
+        """
+        bad = ~(points.xyz.isfinite().all(1) & points.features.isfinite().all(1))
+        if bad.any():
+            raise InvalidInput(f"{int(bad.sum())} of {len(points)} points hold NaN or inf; drop them where the scan is read")
+        start = self._now()
+        with torch.inference_mode():
+            voxels = self._encoder.voxelize([self.rig.apply(points).to(self._device)])
+            voxelized = self._now()
+            cut = SplitFeatures(voxels=self._encoder.backbone(voxels), spec=self.spec).voxels
+            features, coords = cut.features.float().cpu(), cut.coords[:, 1:].cpu()
+        done = self._now()
+        order = self._ascending(coords)
+        scene = SmashedScene(
+            spec=self.spec,
+            coords=coords[order],
+            features=features[order],
+            codec=self.codec,
+            encoder_fingerprint=self.fingerprint,
+            scene_id=secrets.token_hex(16),
+        )
+        return scene, StageTimes(voxelize_ms=1e3 * (voxelized - start), backbone_ms=1e3 * (done - voxelized))
+
+    def _ascending(self, coords: Tensor) -> Tensor:
+        _, height, length = self.spec.shape
+        wide = coords.long()
+        return ((wide[:, 0] * height + wide[:, 1]) * length + wide[:, 2]).argsort()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSummary:
+    """One stage over all good scans, milliseconds a frame. A shard is written once for many frames: see the mean there."""
+
+    median_ms: float
+    p95_ms: float
+    mean_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanFailure:
+    """A scan that gave no scene: its place in the stream, from 0, and why."""
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionReport:
+    """What one run of ``extract`` did.
+
+    frames: scenes written. raw_bytes: their scans as float32 columns (N * 4 * columns). smashed_bytes: their encoded scenes.
+    shards: manifests finished during the run. With no frame the summaries are zero.
+    """
+
+    frames: int
+    failures: tuple[ScanFailure, ...]
+    raw_bytes: int
+    smashed_bytes: int
+    voxelize: StageSummary
+    backbone: StageSummary
+    codec: StageSummary
+    write: StageSummary
+    shards: tuple[Path, ...]
+
+    @property
+    def raw_bytes_per_frame(self) -> float:
+        return self.raw_bytes / max(self.frames, 1)
+
+    @property
+    def smashed_bytes_per_frame(self) -> float:
+        return self.smashed_bytes / max(self.frames, 1)
+
+
+def _summary(times_ms: array[float]) -> StageSummary:
+    if not times_ms:
+        return StageSummary(median_ms=0.0, p95_ms=0.0, mean_ms=0.0)
+    values = np.frombuffer(times_ms)
+    median, p95 = np.percentile(values, [50, 95])
+    return StageSummary(median_ms=float(median), p95_ms=float(p95), mean_ms=float(values.mean()))
+
+
+def extract(
+    scans: Iterable[PointCloud | Callable[[], PointCloud]],
+    extractor: Extractor,
+    writer: ShardWriter,
+    *,
+    on_frame: Callable[[int], None] | None = None,
+    on_scene: Callable[[int, str], None] | None = None,
+) -> ExtractionReport:
+    """Smash every scan of a stream and write the scenes; a bad scan is reported and costs nothing else.
+
+    scans: point clouds as they arrive, or functions that read one (``partial(read_bin, path)``), so that a file which cannot be
+    read counts as that scan's failure; an error of the iterable itself ends the stream and is raised, after all scenes before it
+    were written. writer: made with the extractor's spec, fingerprint and codec. on_frame: called with the number of scans seen.
+    on_scene: called with a scan's index and its scene id, which the vehicle may keep to itself; no shard links the two.
+    Raises ``InvalidInput`` for another extractor's writer, ``ShardWriteError`` when the disk takes no more; shards finished before are intact.
+    """
+    kind = (extractor.spec, extractor.fingerprint, extractor.codec)
+    if writer.kind != kind:
+        raise InvalidInput(f"the extractor makes scenes of {kind}, the writer's shards are of {writer.kind}; make the writer from it")
+    times: dict[str, array[float]] = {name: array("d") for name in ("voxelize", "backbone", "codec", "write")}
+    failures: list[ScanFailure] = []
+    raw_bytes = smashed_bytes = 0
+    finished_before = len(writer.shards)
+    try:
+        for index, scan in enumerate(scans):
+            try:
+                points = scan() if callable(scan) else scan
+                scene, stage = extractor.smash(points)
+                written = writer.add(scene)
+                if on_scene is not None:
+                    on_scene(index, scene.scene_id)
+            except ShardWriteError:
+                raise
+            except Exception as error:  # whatever is wrong with one scan, the stream goes on; the report says so
+                failures.append(ScanFailure(index=index, reason=f"{type(error).__name__}: {error}"))
+                continue
+            finally:
+                if on_frame is not None:
+                    on_frame(index + 1)
+            raw_bytes += len(points) * 4 * (3 + points.features.shape[1])
+            smashed_bytes += written.length
+            row = (stage.voxelize_ms, stage.backbone_ms, written.encode_ms, written.write_ms)
+            for series, value in zip(times.values(), row, strict=True):
+                series.append(value)
+    except ShardWriteError:
+        raise
+    except Exception:
+        writer.flush()
+        raise
+    start = time.perf_counter()
+    writer.flush()
+    if times["write"]:
+        times["write"][-1] += 1e3 * (time.perf_counter() - start)  # the last shard is closed on the last frame's account
+    return ExtractionReport(
+        frames=len(times["write"]),
+        failures=tuple(failures),
+        raw_bytes=raw_bytes,
+        smashed_bytes=smashed_bytes,
+        **{name: _summary(series) for name, series in times.items()},
+        shards=writer.shards[finished_before:],
+    )

@@ -1,0 +1,573 @@
+"""Ingest keeps what is whole, sets aside what is not with the reason, and loses nothing, whatever arrives and whenever it dies."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import resource
+import secrets
+import signal
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from upcycle3d.perception.server import ingest as ingest_module
+from upcycle3d.perception.server.ingest import IngestReport, StoreWriteError, ingest
+from upcycle3d.perception.server.store import BrokenStore, SmashedStore, to_split_features
+from upcycle3d.perception.structures import InvalidInput, SmashedScene, SplitSpec, VoxelGrid
+from upcycle3d.perception.vehicle.codec import CorruptScene, canonical_json, encode_scene, round_trip
+from upcycle3d.perception.vehicle.manifest import read_manifest
+from upcycle3d.perception.vehicle.shards import ShardWriter
+
+GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.5, 0.5, 0.5))
+SPEC = SplitSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
+OTHER_SPEC = SplitSpec(layer="backbone.early", channels=4, stride=(2, 1, 1), shape=(2, 32, 32), grid=GRID)
+ENCODER, OTHER_ENCODER = "ab" * 32, "cd" * 32
+
+
+def scene(seed: int, voxels: int = 30, codec: str = "int8", fingerprint: str = ENCODER, spec: SplitSpec = SPEC) -> SmashedScene:
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randperm(2048, generator=generator)[:voxels].sort().values
+    coords = torch.stack([index // 1024, index // 32 % 32, index % 32], 1).to(torch.int32)
+    features = torch.randn(voxels, 4, generator=generator).relu()
+    return SmashedScene(
+        spec=spec, coords=coords, features=features, codec=codec, encoder_fingerprint=fingerprint, scene_id=secrets.token_hex(16)
+    )
+
+
+def upload(folder: Path, scenes: list[SmashedScene]) -> Path:
+    """One shard of ``scenes`` in ``folder``; its manifest."""
+    first = scenes[0]
+    with ShardWriter(folder, spec=first.spec, fingerprint=first.encoder_fingerprint, codec=first.codec) as writer:
+        for s in scenes:
+            writer.add(s)
+    return writer.shards[0]
+
+
+@pytest.fixture
+def incoming(tmp_path):
+    return tmp_path / "incoming"
+
+
+@pytest.fixture
+def store(tmp_path):
+    return tmp_path / "store"
+
+
+def run(incoming: Path, store: Path) -> IngestReport:
+    return ingest(incoming, store, expected_fingerprint=ENCODER, expected_spec=SPEC)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def pair(stem: str) -> set[str]:
+    return {f"{stem}.tar", f"{stem}.json"}
+
+
+def damaged_shard(folder: Path, edit_tar: Callable[[bytearray], bytes | bytearray], edit_manifest=lambda record: None) -> str:
+    """An upload whose tar was edited and whose manifest was made to match size, hash and name as a forger could; its stem."""
+    manifest_path = upload(folder, [scene(i) for i in range(3)])
+    tar_path = manifest_path.with_suffix(".tar")
+    data = bytes(edit_tar(bytearray(tar_path.read_bytes())))
+    record = json.loads(manifest_path.read_bytes())
+    digest = hashlib.sha256(data).hexdigest()
+    record["tar"] = {"name": f"{digest[:32]}.tar", "bytes": len(data), "sha256": digest}
+    edit_manifest(record)
+    manifest_path.unlink()
+    tar_path.unlink()
+    (folder / f"{digest[:32]}.tar").write_bytes(data)
+    (folder / f"{digest[:32]}.json").write_bytes(canonical_json(record))
+    return digest[:32]
+
+
+def assert_refused(report: IngestReport, incoming: Path, store: Path, stem: str, message: str) -> None:
+    assert [r.shard for r in report.quarantined] == [stem]
+    assert message in report.quarantined[0].reason
+    assert names(store / "quarantine") == pair(stem) | {f"{stem}.reason.txt"}
+    text = (store / "quarantine" / f"{stem}.reason.txt").read_text()
+    assert message in text
+    assert stem in text
+    assert names(incoming) == set()
+    assert names(store / "shards") == set()
+    assert report.total_scenes == 0
+
+
+def in_fork(body: Callable[[], object]) -> int:
+    """Exit status of a child that runs ``body``: 1 if it raises."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            body()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# ------------------------------------------------------------------------------------------------------------ good shards
+
+
+def test_good_shards_move_into_the_store_and_every_scene_can_be_read(incoming, store):
+    groups = [[scene(i) for i in range(3)], [scene(i, voxels=i, codec="fp16") for i in range(10, 12)], [scene(5, voxels=0)]]
+    stems = [upload(incoming, group).stem for group in groups]
+    report = run(incoming, store)
+    assert sorted(report.accepted) == sorted(stems)
+    assert (report.new_scenes, report.total_scenes) == (6, 6)
+    assert names(incoming) == set()
+    assert names(store / "shards") == set().union(*map(pair, stems))
+    smashed = SmashedStore(store)
+    assert (smashed.spec, smashed.fingerprint, smashed.codecs, len(smashed)) == (SPEC, ENCODER, ("fp16", "int8"), 6)
+    sent = {s.scene_id: s for group in groups for s in group}
+    read = [smashed[i] for i in range(6)]
+    assert {s.scene_id for s in read} == sent.keys()
+    for i, got in enumerate(read):
+        original = sent[got.scene_id]
+        assert torch.equal(got.coords, original.coords)
+        assert torch.equal(got.features, round_trip(original.features, original.codec))
+        assert smashed.voxels[i] == len(got.coords)
+
+
+def test_the_catalogue_has_one_row_a_scene_that_points_at_its_bytes(incoming, store):
+    manifest = read_manifest(upload(incoming, [scene(i, voxels=20 + i) for i in range(3)]))
+    run(incoming, store)
+    rows = pq.read_table(store / "catalogue.parquet").to_pylist()
+    data = (store / "shards" / manifest.tar_name).read_bytes()
+    assert [r["member"] for r in rows] == [m.name for m in manifest.members]
+    assert sorted(r["voxels"] for r in rows) == [20, 21, 22]
+    for row in rows:
+        assert list(row) == ["shard", "member", "offset", "length", "sha256", "voxels", "codec", "fingerprint"]
+        assert (row["shard"], row["codec"], row["fingerprint"]) == (manifest.stem, "int8", ENCODER)
+        assert hashlib.sha256(data[row["offset"] : row["offset"] + row["length"]]).hexdigest() == row["sha256"]
+
+
+def test_a_duplicate_upload_is_reported_and_changes_nothing(incoming, store):
+    path = upload(incoming, [scene(0)])
+    copies = {p.name: p.read_bytes() for p in (path, path.with_suffix(".tar"))}
+    run(incoming, store)
+    before = (store / "catalogue.parquet").read_bytes()
+    for name, data in copies.items():
+        (incoming / name).write_bytes(data)
+    report = run(incoming, store)
+    assert (report.already_there, report.accepted, report.new_scenes, report.total_scenes) == ((path.stem,), (), 0, 1)
+    assert names(incoming) == set()
+    assert (store / "catalogue.parquet").read_bytes() == before
+    assert run(incoming, store).total_scenes == 1
+
+
+def test_an_upload_that_is_not_complete_waits(incoming, store):
+    path = upload(incoming, [scene(0)])
+    tar = path.with_suffix(".tar").read_bytes()
+    path.with_suffix(".tar").unlink()
+    (incoming / f"{'0' * 32}.tar").write_bytes(b"x")
+    (incoming / ".upload.tmp").write_bytes(tar[:100])
+    report = run(incoming, store)
+    assert {(r.shard, r.reason) for r in report.waiting} == {
+        (path.stem, "its tar has not come yet"),
+        ("0" * 32, "its manifest has not come yet"),
+    }
+    path.with_suffix(".tar").write_bytes(tar)
+    assert run(incoming, store).accepted == (path.stem,)
+    assert names(incoming) == {f"{'0' * 32}.tar"}
+
+
+def test_what_is_no_upload_is_left_alone_and_named(incoming, store, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("s")
+    incoming.mkdir()
+    (incoming / "notes.txt").write_text("hello")
+    (incoming / f"{'1' * 32}.tar").mkdir()
+    (incoming / f"{'2' * 32}.json").symlink_to(secret)
+    report = run(incoming, store)
+    assert report.unrecognised == (f"{'1' * 32}.tar", f"{'2' * 32}.json", "notes.txt")
+    assert (report.quarantined, report.waiting) == ((), ())
+    assert secret.read_text() == "s"
+    assert len(names(incoming)) == 3
+
+
+def test_a_bad_shard_costs_no_good_one(incoming, store):
+    bad = upload(incoming, [scene(0)])
+    good = upload(incoming, [scene(1)])
+    bad.write_bytes(b"{}")
+    report = run(incoming, store)
+    assert report.accepted == (good.stem,)
+    assert [r.shard for r in report.quarantined] == [bad.stem]
+    assert len(SmashedStore(store)) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- bad shards
+
+
+@pytest.mark.parametrize("place", [0, 124, 156, 300, 511, 520, 900, -1100, -1024, -1])
+def test_one_flipped_bit_in_a_tar_is_found(incoming, store, place):
+    path = upload(incoming, [scene(0), scene(1)])
+    tar = path.with_suffix(".tar")
+    data = bytearray(tar.read_bytes())
+    data[place] ^= 4
+    tar.write_bytes(data)
+    report = run(incoming, store)
+    assert_refused(report, incoming, store, path.stem, "")
+    assert (store / "quarantine" / tar.name).read_bytes() == bytes(data)
+
+
+@pytest.mark.parametrize("where", ["middle of a member", "member boundary", "trailing data", "empty"])
+def test_a_tar_of_another_length_is_found(incoming, store, where):
+    path = upload(incoming, [scene(0), scene(1), scene(2)])
+    member = read_manifest(path).members[2]
+    tar = path.with_suffix(".tar")
+    data = tar.read_bytes()
+    cut = {
+        "middle of a member": data[: member.offset + 40],
+        "member boundary": data[: member.offset - 512],
+        "trailing data": data + bytes(512),
+        "empty": b"",
+    }
+    tar.write_bytes(cut[where])
+    assert_refused(run(incoming, store), incoming, store, path.stem, "followed by other data" if where[0] == "t" else "cut off")
+
+
+def rewritten(edit: Callable[[tarfile.TarInfo], None]) -> Callable[[bytearray], bytes]:
+    """A tar whose first header was edited, with a right checksum."""
+
+    def change(data: bytearray) -> bytes:
+        info = tarfile.TarInfo.frombuf(bytes(data[:512]), "utf-8", "strict")
+        edit(info)
+        return info.tobuf(tarfile.USTAR_FORMAT) + bytes(data[512:])
+
+    return change
+
+
+def link(info: tarfile.TarInfo) -> None:
+    info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (link, "links are refused"),
+        (lambda info: setattr(info, "type", tarfile.LNKTYPE), "links are refused"),
+        (lambda info: setattr(info, "name", "/etc/passwd"), "absolute names"),
+        (lambda info: setattr(info, "name", "../../x.safetensors.zst"), "absolute names"),
+        (lambda info: setattr(info, "mtime", 1_700_000_000), "time 1700000000"),
+        (lambda info: setattr(info, "uid", 1007), "user 1007"),
+        (lambda info: setattr(info, "size", 1 << 32), "4294967296 bytes"),
+        (lambda info: setattr(info, "uname", "fleet-car-7"), "zeroed"),
+    ],
+)
+def test_a_forged_tar_header_is_refused_even_with_a_matching_hash(incoming, store, edit, message):
+    stem = damaged_shard(incoming, rewritten(edit))
+    assert_refused(run(incoming, store), incoming, store, stem, message)
+
+
+def test_damage_inside_a_member_is_found_even_if_the_tar_hash_matches(incoming, store):
+    def flip(data: bytearray) -> bytearray:
+        data[600] ^= 1
+        return data
+
+    stem = damaged_shard(incoming, flip)
+    assert_refused(run(incoming, store), incoming, store, stem, "member 0")
+
+
+@pytest.mark.parametrize(("place", "message"), [(-1025, "padding"), (-1, "end of the tar")])
+def test_data_hidden_between_or_behind_members_is_found(incoming, store, place, message):
+    def hide(data: bytearray) -> bytearray:
+        data[place] = 7
+        return data
+
+    stem = damaged_shard(incoming, hide)
+    assert_refused(run(incoming, store), incoming, store, stem, message)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda r: r["members"][0].update(length=1 << 40), "length must be"),
+        (lambda r: r["members"][0].update(length=r["members"][0]["length"] - 1), ""),
+        (lambda r: r["members"][1].update(offset=512), "declares offset 512"),
+        (lambda r: r["tar"].update(bytes=1 << 50), "declares a tar of"),
+        (lambda r: r.update(count=1 << 31), "declares 2147483648 scenes"),
+        (lambda r: r["members"].pop(), "declares 3 scenes and lists 2"),
+        (lambda r: (r["members"].pop(), r.update(count=2)), "its members make"),
+        (lambda r: (r["members"].append(r["members"][0]), r.update(count=4)), "offset"),
+        (lambda r: r["members"][0].update(name="../../../root/x.safetensors.zst"), "named after its hash"),
+        (lambda r: r["tar"].update(name="/etc/passwd"), "named after its hash"),
+        (lambda r: r.update(schema_version=99), "schema version 99"),
+        (lambda r: r.update(vehicle="7"), "exactly"),
+        (lambda r: r.update(codec="fp16"), "stored as int8, the manifest says fp16"),
+        (lambda r: r["split"].update(channels=9), "cut at"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused_with_what_it_lies_about(incoming, store, edit, message):
+    stem = damaged_shard(incoming, lambda data: data, edit)
+    assert_refused(run(incoming, store), incoming, store, stem, message)
+
+
+def test_declared_sizes_take_no_memory(incoming, store):
+    stem = damaged_shard(incoming, lambda data: data, lambda r: (r["split"].update(shape=[1, 46_000, 46_000], channels=60_000)))
+    with (incoming / f"{stem}.tar").open("r+b") as file:
+        file.truncate(1 << 40)  # sparse
+
+    def body() -> None:
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + (128 << 20), -1))
+        assert_refused(run(incoming, store), incoming, store, stem, "cut at")
+
+    assert in_fork(body) == 0
+
+
+def test_another_encoders_or_another_cuts_features_are_refused(incoming, store):
+    foreign = upload(incoming, [scene(0, fingerprint=OTHER_ENCODER)])
+    early = upload(incoming, [scene(0, spec=OTHER_SPEC)])
+    reasons = {r.shard: r.reason for r in run(incoming, store).quarantined}
+    assert OTHER_ENCODER in reasons[foreign.stem]
+    assert ENCODER in reasons[foreign.stem]
+    assert "backbone.early" in reasons[early.stem]
+
+
+def test_a_scene_of_another_encoder_inside_an_honest_looking_shard_is_refused(incoming, store):
+    def lie(record: dict) -> None:
+        record["encoder_fingerprint"] = ENCODER
+
+    manifest_path = upload(incoming, [scene(0, fingerprint=OTHER_ENCODER)])
+    record = json.loads(manifest_path.read_bytes())
+    lie(record)
+    manifest_path.write_bytes(canonical_json(record))
+    assert_refused(run(incoming, store), incoming, store, manifest_path.stem, "does not decode")
+
+
+def test_a_member_that_is_no_scene_is_refused(incoming, store):
+    incoming.mkdir()
+    blob = b"not a scene"
+    digest = hashlib.sha256(blob).hexdigest()
+    info = tarfile.TarInfo(f"{digest[:32]}.safetensors.zst")
+    info.size = len(blob)
+    tar = io.BytesIO(info.tobuf(tarfile.USTAR_FORMAT) + blob + bytes(512 - len(blob)) + bytes(1024)).getvalue()
+    template = json.loads(upload(incoming / "template", [scene(0)]).read_bytes())
+    whole = hashlib.sha256(tar).hexdigest()
+    template["members"] = [{"name": info.name, "offset": 512, "length": len(blob), "sha256": digest}]
+    template["tar"] = {"name": f"{whole[:32]}.tar", "bytes": len(tar), "sha256": whole}
+    (incoming / f"{whole[:32]}.tar").write_bytes(tar)
+    (incoming / f"{whole[:32]}.json").write_bytes(canonical_json(template))
+    report = run(incoming, store)
+    assert "does not decode" in report.quarantined[0].reason
+
+
+def test_a_bad_manifest_cannot_take_a_stored_shard_away(incoming, store):
+    path = upload(incoming, [scene(0)])
+    run(incoming, store)
+    path.write_bytes(b"{}")
+    report = run(incoming, store)
+    assert [r.shard for r in report.quarantined] == [path.stem]
+    assert names(store / "shards") == pair(path.stem)
+    assert len(SmashedStore(store)[0].coords) == 30
+
+
+def test_a_second_bad_upload_under_the_same_name_keeps_the_first(incoming, store):
+    path = upload(incoming, [scene(0)])
+    tar = path.with_suffix(".tar")
+    manifest, good = path.read_bytes(), tar.read_bytes()
+    for bad in (good[:-1], good + b"x", good[:600]):
+        path.write_bytes(manifest)
+        tar.write_bytes(bad)
+        assert [r.shard for r in run(incoming, store).quarantined] == [path.stem]
+    kept = {(store / "quarantine" / f"{path.stem}{n}.tar").read_bytes() for n in ("", ".1", ".2")}
+    assert kept == {good[:-1], good + b"x", good[:600]}
+    path.write_bytes(manifest)
+    tar.write_bytes(good)
+    assert run(incoming, store).accepted == (path.stem,)
+
+
+# ------------------------------------------------------------------------------------------------------ crashes and disks
+
+
+@pytest.mark.parametrize("calls", range(1, 6))
+def test_a_kill_between_any_two_renames_is_completed_by_the_next_run(incoming, store, monkeypatch, calls):
+    stems = {upload(incoming, [scene(0)]).stem, upload(incoming, [scene(1), scene(2)]).stem}
+    replace, left = os.replace, calls
+
+    def dying(source: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    assert in_fork(lambda: run(incoming, store)) == -signal.SIGKILL
+    monkeypatch.setattr(os, "replace", replace)
+    report = run(incoming, store)
+    assert set(report.accepted) == stems
+    assert (report.quarantined, report.waiting, names(incoming)) == ((), (), set())
+    assert len({SmashedStore(store)[i].scene_id for i in range(3)}) == 3
+
+
+def across_file_systems(monkeypatch) -> None:
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+
+
+def test_shards_cross_file_systems_by_copy(incoming, store, monkeypatch):
+    good, bad = upload(incoming, [scene(0)]), upload(incoming, [scene(1)])
+    bad.with_suffix(".tar").write_bytes(b"short")
+    across_file_systems(monkeypatch)
+    report = run(incoming, store)
+    assert (report.accepted, [r.shard for r in report.quarantined], names(incoming)) == ((good.stem,), [bad.stem], set())
+    assert (store / "quarantine" / f"{bad.stem}.tar").read_bytes() == b"short"
+    assert len(SmashedStore(store)) == 1
+
+
+def test_a_full_store_keeps_every_upload_and_goes_on_later(incoming, store, monkeypatch):
+    path = upload(incoming, [scene(0)])
+    with monkeypatch.context() as patch:
+        across_file_systems(patch)
+
+        def full(*_: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr(os, "write", full)
+        with pytest.raises(StoreWriteError, match="No space left on device"):
+            run(incoming, store)
+    assert names(incoming) == pair(path.stem)
+    assert names(store / "shards") == set()
+    assert not list((store / "shards").glob(".*"))
+    assert run(incoming, store).accepted == (path.stem,)
+
+
+def test_a_copy_that_differs_does_not_remove_the_upload(incoming, store, monkeypatch):
+    path = upload(incoming, [scene(0)])
+    across_file_systems(monkeypatch)
+    write = ingest_module.write_atomically
+    monkeypatch.setattr(ingest_module, "write_atomically", lambda target, chunks: write(target, [b"x" + b"".join(chunks)[1:]]))
+    with pytest.raises(StoreWriteError, match="differs"):
+        run(incoming, store)
+    assert names(incoming) == pair(path.stem)
+    monkeypatch.undo()
+    assert run(incoming, store).accepted == (path.stem,)
+
+
+def test_two_ingests_do_not_meet(incoming, store):
+    incoming.mkdir()
+    run(incoming, store)
+    with ingest_module._only_ingest(store), pytest.raises(StoreWriteError, match="another ingest"):
+        run(incoming, store)
+
+
+# ------------------------------------------------------------------------------------------------------------- the store
+
+
+def test_deleted_shards_leave_the_catalogue_and_a_lost_catalogue_is_rebuilt(incoming, store):
+    first, second = upload(incoming, [scene(0)]), upload(incoming, [scene(1)])
+    run(incoming, store)
+    for suffix in (".tar", ".json"):
+        (store / "shards" / first.name).with_suffix(suffix).unlink()
+    report = run(incoming, store)
+    assert (report.gone, report.total_scenes) == ((first.stem,), 1)
+    (store / "catalogue.parquet").unlink()
+    report = run(incoming, store)
+    assert (report.accepted, report.total_scenes) == ((second.stem,), 1)
+
+
+def test_one_store_holds_one_encoders_scenes(incoming, store):
+    upload(incoming, [scene(0)])
+    run(incoming, store)
+    before = names(store / "shards")
+    for _ in range(2):
+        with pytest.raises(InvalidInput, match="use another folder"):
+            ingest(incoming, store, expected_fingerprint=OTHER_ENCODER, expected_spec=SPEC)
+        (store / "catalogue.parquet").unlink(missing_ok=True)  # the shards alone must say it, too
+    assert names(store / "shards") == before
+    assert names(store / "quarantine") == set()
+
+
+def test_arguments_that_make_no_sense_are_refused(tmp_path, incoming, store):
+    with pytest.raises(InvalidInput, match="does not exist"):
+        run(tmp_path / "nowhere", store)
+    incoming.mkdir()
+    with pytest.raises(InvalidInput, match="64 hexadecimal"):
+        ingest(incoming, store, expected_fingerprint="x", expected_spec=SPEC)
+    with pytest.raises(BrokenStore, match="upcycle3d ingest"):
+        SmashedStore(store)
+
+
+def test_a_damaged_catalogue_says_how_to_rebuild_it(incoming, store):
+    upload(incoming, [scene(0)])
+    run(incoming, store)
+    path = store / "catalogue.parquet"
+    good = path.read_bytes()
+    for bad in (b"", b"PAR1", good[: len(good) // 2]):
+        path.write_bytes(bad)
+        with pytest.raises(BrokenStore, match="rebuilt from the shards"):
+            SmashedStore(store)
+
+
+def test_a_scene_that_changed_on_disk_is_never_returned(incoming, store):
+    manifest = read_manifest(upload(incoming, [scene(0), scene(1)]))
+    run(incoming, store)
+    tar = store / "shards" / manifest.tar_name
+    data = bytearray(tar.read_bytes())
+    data[manifest.members[1].offset + 30] ^= 1
+    tar.write_bytes(data)
+    smashed = SmashedStore(store)
+    assert len(smashed[0].coords) == 30
+    with pytest.raises(CorruptScene, match="scene 1"):
+        smashed[1]
+    tar.unlink()
+    with pytest.raises(BrokenStore, match="scene 0"):
+        smashed[0]
+    for index in (2, -1):
+        with pytest.raises(IndexError):
+            smashed[index]
+
+
+def test_an_empty_store_has_no_scenes(incoming, store):
+    incoming.mkdir()
+    assert run(incoming, store).total_scenes == 0
+    assert len(SmashedStore(store)) == 0
+
+
+def test_forked_data_workers_read_the_same_scenes(incoming, store):
+    for i in range(2):
+        upload(incoming, [scene(2 * i), scene(2 * i + 1, voxels=10)])
+    run(incoming, store)
+    smashed = SmashedStore(store)
+    loader = DataLoader(smashed, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    for i, got in enumerate(loader):
+        assert torch.equal(got.features, smashed[i].features)
+        assert got.scene_id == smashed[i].scene_id
+
+
+def test_smashed_scenes_become_one_batch_in_order_with_an_empty_last_scene():
+    scenes = [scene(0, voxels=5), scene(1, voxels=3), scene(2, voxels=0)]
+    batch = to_split_features(scenes)
+    assert batch.batch_size == 3
+    assert batch.spec == SPEC
+    batch.voxels.check_range()
+    for i, s in enumerate(scenes):
+        assert torch.equal(batch.scene(i).voxels.coords[:, 1:], s.coords)
+        assert torch.equal(batch.scene(i).voxels.features, s.features)
+    with pytest.raises(InvalidInput, match="do not mix"):
+        to_split_features([scenes[0], scene(0, fingerprint=OTHER_ENCODER)])
+    with pytest.raises(InvalidInput, match="at least one"):
+        to_split_features([])
+
+
+def test_a_store_pickles_for_spawned_workers(incoming, store):
+    upload(incoming, [scene(0)])
+    run(incoming, store)
+    smashed = pickle.loads(pickle.dumps(SmashedStore(store)))
+    assert encode_scene(smashed[0]) == encode_scene(SmashedStore(store)[0])

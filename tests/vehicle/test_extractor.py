@@ -1,0 +1,297 @@
+"""What runs on a vehicle: scans to scenes, a stream that no bad scan stops, and a fingerprint that tells encoders apart."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from upcycle3d.perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from upcycle3d.perception.structures import InvalidInput, PointCloud, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.perception.vehicle.codec import round_trip
+from upcycle3d.perception.vehicle.extractor import Extractor, extract
+from upcycle3d.perception.vehicle.manifest import read_manifest
+from upcycle3d.perception.vehicle.shards import ShardWriteError, ShardWriter, read_members
+
+GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(1.0, 1.0, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyConfig:
+    grid: VoxelGrid = GRID
+    point_features: tuple[str, ...] = ("intensity",)
+    max_points: float = 5.0
+
+
+class TinyEncoder(nn.Module):
+    """Mean x, y, z, intensity of each occupied cell, a linear layer, batch norm, ReLU; cells in the order points come."""
+
+    def __init__(self, config: TinyConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or TinyConfig()
+        self.linear = nn.Linear(4, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.spec = SplitSpec(layer="norm", channels=8, stride=(1, 1, 1), shape=GRID.shape, grid=GRID)
+
+    def voxelize(self, points: Sequence[PointCloud]) -> SparseVoxels:
+        features, coords = [], []
+        for batch, cloud in enumerate(points):
+            cell = (cloud.xyz - torch.tensor(GRID.range[:3])).floor().long().flip(1)
+            inside = ((cell >= 0) & (cell < torch.tensor(GRID.shape))).all(1)
+            cells, owner = cell[inside].unique(dim=0, return_inverse=True)
+            columns = torch.cat([cloud.xyz, cloud.features], 1)[inside]
+            sums = torch.zeros(len(cells), 4).index_add_(0, owner, columns)
+            back = torch.arange(len(cells)).flip(0)  # not sorted, as real encoders give them
+            features.append((sums / torch.bincount(owner, minlength=len(cells))[:, None])[back])
+            coords.append(nn.functional.pad(cells[back].int(), (1, 0), value=batch))
+        return SparseVoxels(features=torch.cat(features), coords=torch.cat(coords), shape=GRID.shape, batch_size=len(points))
+
+    def backbone(self, voxels: SparseVoxels) -> SparseVoxels:
+        return replace(voxels, features=self.norm(self.linear(voxels.features)).relu())
+
+    def forward(self, points: Sequence[PointCloud]) -> SplitFeatures:
+        return SplitFeatures(voxels=self.backbone(self.voxelize(points)), spec=self.spec)
+
+
+def encoder(seed: int = 0) -> TinyEncoder:
+    torch.manual_seed(seed)
+    return TinyEncoder()
+
+
+def scan(seed: int, n: int = 300) -> PointCloud:
+    generator = torch.Generator().manual_seed(seed)
+    xyz = torch.rand(n, 3, generator=generator) * torch.tensor([18.0, 18.0, 5.0]) - torch.tensor([1.0, 9.0, 2.5])
+    return PointCloud(xyz=xyz, features=torch.rand(n, 1, generator=generator))
+
+
+def writer_for(extractor: Extractor, folder, **options: int) -> ShardWriter:
+    return ShardWriter(folder, spec=extractor.spec, fingerprint=extractor.fingerprint, codec=extractor.codec, **options)
+
+
+def test_a_smashed_scene_is_what_the_encoder_gives_sorted():
+    model = encoder()
+    extractor = Extractor(model, RigSpec(), "fp16")
+    scene, times = extractor.smash(scan(1))
+    with torch.no_grad():
+        expected = model.eval()([scan(1)]).voxels
+    c = expected.coords.long()
+    order = ((c[:, 1] * 16 + c[:, 2]) * 16 + c[:, 3]).argsort()
+    assert torch.equal(scene.coords, expected.coords[order, 1:])
+    assert torch.equal(scene.features, expected.features[order])
+    assert times.voxelize_ms > 0
+    assert times.backbone_ms > 0
+    assert not scene.features.is_inference()
+
+
+def test_smashing_twice_gives_the_same_features_under_unrelated_random_names():
+    extractor = Extractor(encoder(), RigSpec(), "int8")
+    first, second = extractor.smash(scan(1))[0], extractor.smash(scan(1))[0]
+    assert torch.equal(first.features, second.features)
+    assert first.scene_id != second.scene_id
+    assert len(first.scene_id) == 32
+
+
+def test_the_extractor_keeps_a_frozen_copy_so_its_fingerprint_stays_true():
+    model = encoder().train()
+    extractor = Extractor(model, RigSpec(), "fp16")
+    before = extractor.smash(scan(1))[0]
+    with torch.no_grad():
+        model.linear.weight.mul_(2)
+    assert model.training
+    assert model.linear.weight.requires_grad
+    assert torch.equal(extractor.smash(scan(1))[0].features, before.features)
+    assert extractor.fingerprint == before.encoder_fingerprint == encoder_fingerprint(encoder(), RigSpec())
+
+
+def test_the_rig_shifts_z_scales_intensity_and_leaves_its_argument_alone():
+    points = PointCloud(xyz=torch.zeros(2, 3), features=torch.tensor([[255.0, 7.0], [51.0, 8.0]]), feature_names=("intensity", "time"))
+    moved = RigSpec(z_shift=1.5, intensity_scale=1 / 255).apply(points)
+    assert moved.xyz[:, 2].tolist() == [1.5, 1.5]
+    assert torch.allclose(moved.features, torch.tensor([[1.0, 7.0], [0.2, 8.0]]))
+    assert points.features[0, 0] == 255
+    with pytest.raises(InvalidInput, match="intensity_scale"):
+        RigSpec().apply(points)
+    with pytest.raises(InvalidInput, match="intensity_scale"):
+        RigSpec(intensity_scale=0.0)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_scan_of_no_or_one_point_is_a_scene(n, tmp_path):
+    extractor = Extractor(encoder(), RigSpec(), "int8")
+    with writer_for(extractor, tmp_path) as writer:
+        report = extract([PointCloud(xyz=torch.full((n, 3), 0.5), features=torch.full((n, 1), 0.5))], extractor, writer)
+    assert (report.frames, report.failures, report.raw_bytes) == (1, (), n * 16)
+
+
+def test_points_that_are_not_finite_are_counted_and_refused():
+    points = scan(0)
+    points.xyz[5, 1] = float("nan")
+    points.features[7] = float("inf")
+    with pytest.raises(InvalidInput, match="2 of 300 points"):
+        Extractor(encoder(), RigSpec(), "fp16").smash(points)
+
+
+def test_a_module_that_is_no_vehicle_encoder_is_refused():
+    with pytest.raises(InvalidInput, match="no spec, voxelize, backbone"):
+        Extractor(nn.Linear(1, 1), RigSpec(), "fp16")
+    with pytest.raises(InvalidInput, match="fp16"):
+        Extractor(encoder(), RigSpec(), "fp8")
+
+
+def unreadable(path: str) -> PointCloud:
+    raise OSError(f"{path} is cut off")
+
+
+def test_bad_scans_are_reported_with_their_place_and_cost_no_other_scan(tmp_path):
+    nan = scan(3)
+    nan.xyz[0] = float("nan")
+    strange = PointCloud(xyz=torch.zeros(4, 3), features=torch.zeros(4, 0), feature_names=())
+    stream = [scan(0), nan, partial(unreadable, "0001.bin"), strange, lambda: scan(4), scan(5)]
+    extractor = Extractor(encoder(), RigSpec(), "fp16")
+    seen: list[int] = []
+    with writer_for(extractor, tmp_path, scenes_per_shard=2) as writer:
+        report = extract(stream, extractor, writer, on_frame=seen.append)
+    assert report.frames == 3
+    assert [f.index for f in report.failures] == [1, 2, 3]
+    assert "NaN" in report.failures[0].reason
+    assert "OSError: 0001.bin is cut off" in report.failures[1].reason
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert sum(len(read_manifest(path).members) for path in report.shards) == 3
+
+
+def test_the_report_counts_bytes_and_times_of_every_stage(tmp_path):
+    extractor = Extractor(encoder(), RigSpec(), "int8")
+    with writer_for(extractor, tmp_path, scenes_per_shard=2) as writer:
+        report = extract((scan(i) for i in range(5)), extractor, writer)
+    assert report.raw_bytes_per_frame == 300 * 4 * 4
+    stored = [m.length for path in report.shards for m in read_manifest(path).members]
+    assert report.smashed_bytes == sum(stored)
+    assert report.smashed_bytes_per_frame == sum(stored) / 5
+    assert len(report.shards) == 3
+    for stage in (report.voxelize, report.backbone, report.codec, report.write):
+        assert 0 <= stage.median_ms <= stage.p95_ms
+    assert min(report.voxelize.mean_ms, report.backbone.mean_ms, report.codec.mean_ms, report.write.mean_ms) > 0
+
+
+def test_an_empty_stream_gives_an_empty_report(tmp_path):
+    extractor = Extractor(encoder(), RigSpec(), "int8")
+    with writer_for(extractor, tmp_path) as writer:
+        report = extract([], extractor, writer)
+    assert (report.frames, report.shards, report.smashed_bytes_per_frame, report.codec.p95_ms) == (0, (), 0.0, 0.0)
+
+
+def test_a_stream_that_breaks_raises_after_its_scenes_are_safe(tmp_path):
+    def stream():
+        yield scan(0)
+        raise OSError("the bag ends here")
+
+    extractor = Extractor(encoder(), RigSpec(), "int8")
+    writer = writer_for(extractor, tmp_path)
+    with pytest.raises(OSError, match="the bag ends here"):
+        extract(stream(), extractor, writer)
+    assert len(writer.shards) == 1
+
+
+def test_a_full_disk_stops_the_run(tmp_path, monkeypatch):
+    def full(self: ShardWriter) -> None:
+        raise ShardWriteError("no room")
+
+    extractor = Extractor(encoder(), RigSpec(), "int8")
+    writer = writer_for(extractor, tmp_path, scenes_per_shard=1)
+    monkeypatch.setattr(ShardWriter, "flush", full)
+    with pytest.raises(ShardWriteError):
+        extract([scan(0), scan(1)], extractor, writer)
+
+
+def test_a_writer_for_another_encoder_is_refused_before_any_scan(tmp_path):
+    extractor, other = Extractor(encoder(0), RigSpec(), "int8"), Extractor(encoder(1), RigSpec(), "int8")
+    with pytest.raises(InvalidInput, match="make the writer from it"):
+        extract([scan(0)], extractor, writer_for(other, tmp_path))
+
+
+def test_what_is_stored_equals_the_round_trip_that_labelled_batches_get(tmp_path):
+    from upcycle3d.perception.vehicle.codec import decode_scene
+
+    extractor = Extractor(encoder(), RigSpec(), "int8")
+    with writer_for(extractor, tmp_path) as writer:
+        (path,) = extract([scan(0)], extractor, writer).shards
+    manifest = read_manifest(path)
+    ((_, blob),) = read_members(tmp_path / manifest.tar_name, manifest)
+    stored = decode_scene(blob, expected_spec=extractor.spec, expected_fingerprint=extractor.fingerprint)
+    assert torch.equal(stored.features, round_trip(extractor.smash(scan(0))[0].features, "int8"))
+
+
+# ------------------------------------------------------------------------------------------------------- fingerprint
+
+
+def test_the_fingerprint_is_stable_and_ignores_mode_gradients_and_step_counters():
+    model = encoder()
+    fingerprint = encoder_fingerprint(model, RigSpec())
+    assert len(fingerprint) == 64
+    model.eval().requires_grad_(False)
+    model.norm.num_batches_tracked += 5
+    model.config = TinyConfig(max_points=5, point_features=["intensity"])  # equal values, another spelling
+    assert encoder_fingerprint(model, RigSpec(z_shift=0)) == fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.linear.weight.data[0, 0].add_(1e-6),
+        lambda m: m.norm.running_mean[3].add_(1e-6),
+        lambda m: m.norm.running_var[3].add_(1e-6),
+        lambda m: setattr(m, "config", replace(m.config, max_points=4)),
+        lambda m: setattr(m, "config", replace(m.config, point_features=("intensity", "time"))),
+        lambda m: setattr(m, "spec", replace(m.spec, layer="linear")),
+        lambda m: m.register_buffer("extra", torch.zeros(1), persistent=False),
+        lambda m: m.double(),
+    ],
+)
+def test_the_fingerprint_changes_with_everything_that_shapes_a_feature(change):
+    model = encoder()
+    before = encoder_fingerprint(model, RigSpec())
+    change(model)
+    assert encoder_fingerprint(model, RigSpec()) != before
+
+
+def test_the_fingerprint_covers_the_rig_and_names_what_it_cannot_cover():
+    model = encoder()
+    rigs = [RigSpec(), RigSpec(z_shift=1.6), RigSpec(intensity_scale=1 / 255)]
+    assert len({encoder_fingerprint(model, rig) for rig in rigs}) == 3
+    model.config = replace(model.config, max_points=float("nan"))
+    with pytest.raises(InvalidInput, match="max_points"):
+        encoder_fingerprint(model, RigSpec())
+    model.config = {"max_points": 5}
+    with pytest.raises(InvalidInput, match="config"):
+        encoder_fingerprint(model, RigSpec())
+
+
+def test_a_vehicle_loads_no_decoder_server_label_or_training_code():
+    code = (
+        "import json, sys\n"
+        "import upcycle3d.perception.vehicle.extractor, upcycle3d.perception.vehicle.shards, upcycle3d.perception.vehicle.codec\n"
+        "print(json.dumps([m for m in sys.modules if m.startswith('upcycle3d')]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    loaded = json.loads(done.stdout)
+    assert "upcycle3d.perception.vehicle.extractor" in loaded
+    for forbidden in (".decoders", ".server", ".datasets", ".training", ".evaluation"):
+        assert not [m for m in loaded if forbidden in m]
+
+
+def test_the_reference_encoder_is_a_vehicle_encoder():
+    second = pytest.importorskip("upcycle3d.perception.models.encoders.second")
+    torch.manual_seed(0)
+    grid = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.25, 0.25, 0.1))
+    model = second.SecondEncoder(second.SecondEncoderConfig(grid=grid, channels=(4, 4, 4, 4, 8))).eval()
+    scene, _ = Extractor(model, RigSpec(), "fp16").smash(scan(2))
+    with torch.no_grad():
+        expected = model([scan(2)]).voxels
+    assert len(scene.coords) == len(expected.coords) > 0
+    assert np.allclose(scene.features.sum(), expected.features.sum(), rtol=1e-4)
