@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from ..files import sync_folder, write_atomically
 from ..structures import InvalidInput, UpcycleError
 
 INDEX = "checkpoint.json"
@@ -115,7 +116,7 @@ def save_checkpoint(
             raise InvalidInput("no module may be called 'optimizer'; the optimiser's own file has that name")
         tensors["optimizer"] = _optimizer_tensors(optimizer, modules)
 
-    final = folder / f"step_{step:08d}"
+    final = checkpoint_path(folder, step)
     temporary = folder / f".tmp-{final.name}"
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".tmp-*"):  # left by a killed process; a run folder has one writer
@@ -126,17 +127,24 @@ def save_checkpoint(
         data = save(content)
         _write_and_sync(temporary / f"{name}.safetensors", data)
         files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    index: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "step": step, "meta": dict(meta), "files": files}
+    plain_meta = json.loads(json.dumps(dict(meta)))  # as it will be read, so that its hash is the same
+    index: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "step": step, "meta": plain_meta, "files": files}
     index["sha256"] = _index_digest(index)
     _write_and_sync(temporary / INDEX, json.dumps(index, indent=1).encode())
-    _sync_folder(temporary)
+    sync_folder(temporary)
     if final.exists():
         _set_aside(final)
     os.replace(temporary, final)
-    _sync_folder(folder)
+    sync_folder(folder)
     for old in list_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
+        os.replace(old, folder / f".tmp-{old.name}")  # never half deleted under its own name
+        shutil.rmtree(folder / f".tmp-{old.name}")
     return final
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps lies."""
+    return folder / f"step_{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -147,7 +155,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the highest step, or None; not verified (loading does that)."""
-    return (list_checkpoints(folder) or [None])[-1]
+    found = list_checkpoints(folder)
+    return found[-1] if found else None
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -268,16 +277,16 @@ def _fill_optimizer(
     optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], path: Path
 ) -> None:
     parameters = _named_parameters(optimizer, modules)
-    state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    state: dict[Tensor, dict[str, Tensor]] = {}
     for full_name, value in tensors.items():
         key, name = full_name.split("/", 1)
         if name not in parameters:
             raise InvalidInput(f"the optimiser state of {path} has {name!r}, which does not train now; use the run's own configuration")
         parameter = parameters[name]
-        if value.ndim and value.shape != parameter.shape:
+        if key != "step" and value.shape != parameter.shape:
             raise InvalidInput(f"{full_name!r} of {path} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
-        # AdamW's fused kernel on CUDA wants its step counter on the device too; plain AdamW on the CPU has it there anyway.
-        state.setdefault(parameter, {})[key] = value.to(parameter.device).clone()
+        on_device = key != "step" or any(g.get("fused") for g in optimizer.param_groups)  # only fused AdamW counts there
+        state.setdefault(parameter, {})[key] = value.to(parameter.device if on_device else "cpu").clone()
     optimizer.state.clear()
     optimizer.state.update(state)
 
@@ -291,20 +300,8 @@ def content_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` as a whole: temporary name in the same folder, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        _write_and_sync(temporary, data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -334,11 +331,3 @@ def _write_and_sync(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,46 @@
+"""A trained detector in one file: safetensors, with its configuration in the metadata, so that it loads anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..models.detector import Detector
+from ..models.second_iou import SecondIouDetectorConfig, second_iou
+from ..structures import InvalidInput
+from ..vehicle.encoder_file import save_encoder
+from .checkpoint import fill_module, read_weights, save_weights
+from ..config_json import config_from_json, config_to_json
+
+DETECTOR_FILE = "detector.safetensors"
+TEACHER_FILE = "teacher.safetensors"
+ENCODER_FILE = "encoder.safetensors"
+_FORMAT = "upcycle3d detector 1"
+
+
+def save_detector(path: Path, detector: Detector, config: SecondIouDetectorConfig) -> None:
+    """Write weights and configuration, atomically."""
+    save_weights(path, detector, {"format": _FORMAT, "config": json.dumps(config_to_json(config))})
+
+
+def load_detector(path: Path) -> tuple[Detector, SecondIouDetectorConfig]:
+    """A detector in evaluation mode with its configuration, from a file or from a run folder that holds one.
+
+    Raises InvalidInput for another kind of file and CorruptCheckpoint for a damaged one.
+    """
+    path = path / DETECTOR_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise InvalidInput(f"no detector at {path}; give a run folder of `train` or `upcycle`, or a {DETECTOR_FILE}")
+    tensors, meta = read_weights(path)
+    if meta.get("format") != _FORMAT or "config" not in meta:
+        raise InvalidInput(f"{path} is no detector of this program: expected format {_FORMAT!r}, found {meta.get('format')!r}")
+    config = config_from_json(SecondIouDetectorConfig, json.loads(meta["config"]))
+    detector = second_iou(config)
+    fill_module(detector, tensors, str(path))
+    return detector.eval(), config
+
+
+def save_run_detector(folder: Path, detector: Detector, config: SecondIouDetectorConfig) -> None:
+    """The detector, and its vehicle half alone: the file that goes to the fleet."""
+    save_detector(folder / DETECTOR_FILE, detector, config)
+    save_encoder(folder / ENCODER_FILE, detector.encoder)

@@ -1,0 +1,99 @@
+"""What a person at the terminal sees and does during training: a progress bar or plain lines, and Ctrl-C.
+
+On a terminal rich draws a bar on stderr; elsewhere (a log file, a cluster) one plain line is printed for every report.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any, Self
+
+
+class Progress:
+    """Progress of the steps ``start`` to ``total``; ``enabled=False`` shows nothing."""
+
+    def __init__(self, start: int, total: int, *, enabled: bool) -> None:
+        self._start, self._total, self._enabled = start, total, enabled
+        self._began = time.perf_counter()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        if self._enabled and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._bar = RichProgress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=self._total, completed=self._start)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def report(self, done: int, values: Mapping[str, float]) -> None:
+        """Show the metrics after ``done`` steps."""
+        brief = ("total_loss", "grad_norm", "lr")
+        if self._bar is not None:
+            self._bar.update(self._task, description="  ".join(f"{name} {values[name]:.4g}" for name in brief if name in values))
+        elif self._enabled:
+            rate = (done - self._start) / max(time.perf_counter() - self._began, 1e-9)
+            left = (self._total - done) / rate
+            text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            print(f"step {done}/{self._total}  {text}  {rate:.3g} steps/s  {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """A remark between the reports."""
+        if self._bar is not None:
+            self._bar.console.print(text)
+        elif self._enabled:
+            print(text, file=sys.stderr, flush=True)
+
+
+class StopRequest:
+    """While entered, the first SIGINT or SIGTERM only sets ``requested``; the second acts as usual (it aborts).
+
+    Outside the main thread signals cannot be caught, and Ctrl-C acts as usual.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+        print("stopping after this step; once more to abort at once", file=sys.stderr, flush=True)
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous = {}

@@ -1,0 +1,270 @@
+"""A run folder: everything needed to say what a training run was, to watch it, and to resume it.
+
+    config.json        the resolved configuration          status.json     running, finished, interrupted or failed, and where
+    environment.json   versions, machine, git state, seed, command; one entry for the start and each resume
+    metrics.jsonl      one JSON object a line: step (steps done), kind, values
+    checkpoints/       see checkpoint.py                   tensorboard/    the same metrics as TensorBoard events
+
+A folder has one configuration (a frozen dataclass, see config_json.py) and one writer at a time, also after a ``kill -9``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal, Self, TypeVar
+
+import torch
+
+from ..files import write_atomically
+from ..structures import InvalidInput
+from ..config_json import Json, config_from_json, config_to_json, first_difference
+
+__all__ = ["RunFolder", "config_from_json", "config_to_json", "describe_environment"]
+
+C = TypeVar("C")
+State = Literal["running", "finished", "interrupted", "failed"]
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+
+
+# -------------------------------------------------------------------------------------------------------------- environment
+
+
+def describe_environment(*, command: Sequence[str], seed: int) -> dict[str, Json]:
+    """Versions, machine, git state, seed and command, as plain JSON."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": list(command),
+        "seed": seed,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in ("upcycle3d", "torch", "numpy", "numba", "safetensors")},
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "git": _git_state(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Json] | None:
+    """Commit and whether files differ from it; None where this program does not run from a git checkout of its own."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(PACKAGE_ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != PACKAGE_ROOT:
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------------- the folder
+
+
+class RunFolder:
+    """A folder on disk with one writer. Made by ``create`` (to write, locks the folder) or ``open`` (to read)."""
+
+    def __init__(self, path: Path, *, lock: IO[bytes] | None, tensorboard: bool) -> None:
+        self.path = path
+        self._lock = lock
+        self._tensorboard = tensorboard
+        self._metrics: IO[str] | None = None
+        self._events: Any = None
+
+    @classmethod
+    def create(
+        cls, path: Path, config: Any, *, command: Sequence[str] | None = None, seed: int, resume: bool = False, tensorboard: bool = True
+    ) -> Self:
+        """Start a run in ``path``, or continue it with ``resume=True`` and the same configuration.
+
+        command: how it was called (None: the whole command line of this process). Raises InvalidInput if the folder holds a run and ``resume`` is False,
+        if the stored configuration differs (naming the first field), or if another process is writing to it.
+        """
+        path = path.resolve()
+        resolved = config_to_json(config)
+        stored = _read_json(path / "config.json") if (path / "config.json").exists() else None
+        if stored is None and path.exists() and any(path.iterdir()) and not (path / ".lock").exists():
+            raise InvalidInput(f"{path} is not empty and holds no run; choose a new folder")
+        difference = None if stored is None else first_difference(stored, resolved)
+        if difference:
+            raise InvalidInput(f"{path} holds a run with another configuration ({difference}); choose a new folder for the new one")
+        if stored is not None and not resume:
+            raise InvalidInput(f"{path} already holds a run with this configuration; resume it, or choose a new folder")
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, lock=_lock(path), tensorboard=tensorboard)
+        environment = _read_json(path / "environment.json") if stored is not None else []
+        environment.append(describe_environment(command=sys.orig_argv if command is None else command, seed=seed))
+        _write_json(path / "environment.json", environment)
+        if stored is None:  # last: a folder with a configuration is a complete run folder
+            _write_json(path / "config.json", resolved)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """An existing run folder, to read. Raises InvalidInput if it is none."""
+        if not (path / "config.json").is_file():
+            raise InvalidInput(f"{path} is not a run folder: it has no config.json; is the path right?")
+        return cls(path.resolve(), lock=None, tensorboard=False)
+
+    @property
+    def writable(self) -> bool:
+        return self._lock is not None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def resume_command(self) -> str:
+        """The command that started the run, with ``--resume``."""
+        command: list[str] = self.environment()[0]["command"]
+        return shlex.join([*command, *([] if "--resume" in command else ["--resume"])])
+
+    def config_json(self) -> dict[str, Json]:
+        return dict(_read_json(self.path / "config.json"))
+
+    def config(self, cls: type[C]) -> C:
+        """The stored configuration as the dataclass it was made from."""
+        return config_from_json(cls, self.config_json())
+
+    def environment(self) -> list[dict[str, Json]]:
+        """One entry for the start and one for every resume."""
+        return list(_read_json(self.path / "environment.json"))
+
+    def status(self) -> dict[str, Json]:
+        """state, step, total_steps, message, time; empty before the first step."""
+        path = self.path / "status.json"
+        return dict(_read_json(path)) if path.exists() else {}
+
+    def set_status(self, state: State, *, step: int, total_steps: int, message: str = "") -> None:
+        """Replace status.json."""
+        self._require_writable()
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        body = {"state": state, "step": step, "total_steps": total_steps, "message": message, "time": now, "pid": os.getpid()}
+        _write_json(self.path / "status.json", body)
+
+    def log(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
+        """Append one line to metrics.jsonl and to TensorBoard.
+
+        step: optimiser steps done. kind: "train" belongs to a step; every other kind ("val", "pseudo_labels") to a round of
+        ``run_steps``. A value that is not finite is written as null.
+        """
+        self._require_writable()
+        clash = values.keys() & {"step", "kind"}
+        if clash:
+            raise InvalidInput(f"a metric cannot be called {sorted(clash)}: the line has these names already")
+        plain = {name: float(value) for name, value in values.items()}
+        line = {"step": step, "kind": kind, **{name: v if math.isfinite(v) else None for name, v in plain.items()}}
+        if self._metrics is None:
+            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        if self._tensorboard:
+            for name, value in plain.items():
+                self._writer(step).add_scalar(f"{kind}/{name}", value, step)
+
+    def metrics(self, kind: str | None = None) -> list[dict[str, Json]]:
+        """The lines of metrics.jsonl (of one kind). A half-written last line, left by a killed process, is left out."""
+        return [line for line in self._metric_lines() if kind is None or line["kind"] == kind]
+
+    def rewind(self, step: int) -> None:
+        """Forget the metrics that a run resumed at ``step`` will write again: later steps, and the round at ``step`` itself."""
+        self._require_writable()
+        self._close_metrics()
+        kept = [line for line in self._metric_lines() if line["step"] < step or (line["step"] == step and line["kind"] == "train")]
+        if (self.path / "metrics.jsonl").exists():
+            write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def sync(self) -> None:
+        """Bring the metrics to the disk; done before a checkpoint is written, so that no checkpoint is ahead of them."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+
+    def close(self) -> None:
+        """Close the files and release the lock; reading stays possible."""
+        self._close_metrics()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _metric_lines(self) -> list[dict[str, Json]]:
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        *complete, _half = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = []
+        for number, text in enumerate(complete, start=1):
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError as error:
+                raise InvalidInput(f"{path}, line {number} is not JSON ({error}); repair or delete this line") from error
+        return lines
+
+    def _writer(self, first_step: int) -> Any:
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=first_step)
+        return self._events
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def _require_writable(self) -> None:
+        if not self.writable:
+            raise InvalidInput(f"{self.path} is open for reading only; RunFolder.create(..., resume=True) continues it")
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """The folder's lock file, locked for this process until it is closed or the process dies (also by ``kill -9``)."""
+    file = (path / ".lock").open("ab")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise InvalidInput(f"another process is writing to {path}; wait for it, or choose a new folder") from error
+    return file
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InvalidInput(f"there is no {path}; is this a run folder?") from error
+    except ValueError as error:
+        raise InvalidInput(f"{path} is not JSON ({error})") from error
+
+
+def _write_json(path: Path, value: Json) -> None:
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

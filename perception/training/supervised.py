@@ -1,0 +1,53 @@
+"""Supervised training of a whole detector on labelled frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...datasets.augment import AugmentationRanges
+from ..models.detector import Detector
+from ..structures import Frame, LossTerms
+from .loop import LoopConfig, TrainResult, run_steps
+from .run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig:
+    """loop: steps and optimiser. batch_size: frames a step. gt_sampling: objects of each class a scene is filled up to (none: ())."""
+
+    loop: LoopConfig
+    batch_size: int
+    augmentation: AugmentationRanges
+    gt_sampling: tuple[int, ...] = ()
+
+
+def train_supervised(
+    detector: Detector,
+    labelled: Callable[[int], tuple[Frame, ...]],
+    config: LoopConfig,
+    *,
+    run: RunFolder | None = None,
+    workers: int = 0,
+    progress: bool = True,
+) -> TrainResult:
+    """Train ``detector`` in place. labelled: the frames of a step (``datasets.batches.LabelledBatches``)."""
+
+    def loss(frames: tuple[Frame, ...], step: int) -> LossTerms:
+        labels = [f.labels for f in frames if f.labels is not None]
+        return detector.loss(detector.decode(detector.encode([f.points for f in frames]), labels), labels)
+
+    detector.train()
+    result = run_steps(
+        modules={"student": detector},
+        trainable=[p for p in detector.parameters() if p.requires_grad],
+        batches=labelled,
+        loss=loss,
+        config=config,
+        run=run,
+        frame_ids=lambda frames: [f.id for f in frames],
+        workers=workers,
+        progress=progress,
+    )
+    detector.eval()
+    return result

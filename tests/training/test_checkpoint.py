@@ -1,0 +1,182 @@
+"""Weights and checkpoints come back bit for bit, or not at all."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from upcycle3d.perception.structures import InvalidInput
+from upcycle3d.perception.training.checkpoint import (
+    CorruptCheckpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+    set_aside_newer,
+)
+from upcycle3d.perception.training.optim import OneCycle, make_optimizer
+
+CONFIG = OneCycle(lr=0.1, total_steps=10)
+
+
+def _network(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def _trained(seed: int = 0):
+    network = _network(seed)
+    optimizer = make_optimizer(network.parameters(), CONFIG)
+    network(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    return network, optimizer
+
+
+def _equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(t, b.state_dict()[name]) for name, t in a.state_dict().items())
+
+
+def _flip_a_bit(path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] ^= 1
+    path.write_bytes(data)
+
+
+def test_weights_and_optimiser_state_come_back_bit_for_bit(tmp_path):
+    network, optimizer = _trained()
+    path = save_checkpoint(tmp_path, step=7, modules={"student": network}, optimizer=optimizer, meta={"note": (1, 2)})
+    other = _network(1)
+    other_optimizer = make_optimizer(other.parameters(), CONFIG)
+    assert load_checkpoint(path, {"student": other}, other_optimizer) == 7
+    assert _equal(network, other)
+    for p, q in zip(network.parameters(), other.parameters()):
+        assert optimizer.state[p].keys() == other_optimizer.state[q].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(v, other_optimizer.state[q][k]) for k, v in optimizer.state[p].items())
+    assert not list(tmp_path.rglob("*.pt"))
+    assert sorted(f.name for f in path.iterdir()) == ["checkpoint.json", "optimizer.safetensors", "student.safetensors"]
+
+
+def test_one_module_alone_can_be_loaded(tmp_path):
+    network, optimizer = _trained()
+    path = save_checkpoint(tmp_path, step=1, modules={"student": network, "teacher": _network(3)}, optimizer=optimizer, meta={})
+    teacher = _network(4)
+    load_checkpoint(path, {"teacher": teacher}, None)
+    assert _equal(teacher, _network(3))
+    with pytest.raises(InvalidInput, match=r"not \['critic.safetensors'\]"):
+        load_checkpoint(path, {"critic": teacher}, None)
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "optimizer.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("position", [0, 9, 150, -3])
+def test_one_flipped_bit_is_an_error_that_names_the_good_checkpoint(tmp_path, name, position):
+    network, optimizer = _trained()
+    for step in (1, 2):
+        path = save_checkpoint(tmp_path, step=step, modules={"student": network}, optimizer=optimizer, meta={})
+    _flip_a_bit(path / name, position)
+    other = _network(1)
+    with pytest.raises(CorruptCheckpoint, match=f"newest good checkpoint is {tmp_path}/step_00000001"):
+        load_checkpoint(path, {"student": other}, make_optimizer(other.parameters(), CONFIG))
+    assert _equal(other, _network(1)), "a damaged checkpoint must not be half loaded"
+
+
+def test_an_altered_step_is_found_although_the_index_is_still_json(tmp_path):
+    path = save_checkpoint(tmp_path, step=2, modules={"student": _network(0)}, optimizer=None, meta={})
+    index = path / "checkpoint.json"
+    index.write_text(index.read_text().replace('"step": 2', '"step": 3'))
+    with pytest.raises(CorruptCheckpoint, match="was altered"):
+        load_checkpoint(path, {"student": _network(0)}, None)
+
+
+def test_a_cut_or_missing_file_is_an_error(tmp_path):
+    network, optimizer = _trained()
+    path = save_checkpoint(tmp_path, step=1, modules={"student": network}, optimizer=optimizer, meta={})
+    file = path / "student.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(CorruptCheckpoint, match=f"should have {len(whole)} bytes, found {len(whole) - 1}"):
+        load_checkpoint(path, {"student": network}, None)
+    file.unlink()
+    with pytest.raises(CorruptCheckpoint, match="no other good checkpoint"):
+        load_checkpoint(path, {"student": network}, None)
+
+
+def test_only_the_newest_are_kept_and_rubbish_of_a_killed_writer_is_swept(tmp_path):
+    network, optimizer = _trained()
+    (tmp_path / ".tmp-step_00000009").mkdir()
+    (tmp_path / "step_00000099").mkdir()  # without an index: never complete
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, step=step, modules={"student": network}, optimizer=optimizer, meta={}, keep_last=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000010"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_00000010"
+    assert not list(tmp_path.glob(".tmp-*"))
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_saving_a_step_again_and_going_back_delete_nothing(tmp_path):
+    network, optimizer = _trained()
+    for step in (1, 2, 2):
+        save_checkpoint(tmp_path, step=step, modules={"student": network}, optimizer=optimizer, meta={})
+    assert (tmp_path / "step_00000002.set-aside-1").is_dir()
+    assert set_aside_newer(tmp_path / "step_00000001") == [tmp_path / "step_00000002.set-aside-2"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_00000001"
+
+
+def test_an_optimised_parameter_outside_the_modules_is_refused(tmp_path):
+    network, optimizer = _trained()
+    with pytest.raises(InvalidInput, match="belong to no checkpointed module"):
+        save_checkpoint(tmp_path, step=1, modules={"student": network[0]}, optimizer=optimizer, meta={})
+
+
+def test_weights_report_every_missing_unexpected_and_misshapen_name_and_change_nothing(tmp_path):
+    save_weights(tmp_path / "w.safetensors", nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(3, 1), "c": nn.Linear(1, 1)}))
+    module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(4, 1), "d": nn.Linear(1, 1)})
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    with pytest.raises(InvalidInput) as error:
+        load_weights(tmp_path / "w.safetensors", module)
+    message = str(error.value)
+    for part in ("missing d.weight (1, 1)", "missing d.bias (1,)", "unexpected c.weight (1, 1)", "unexpected c.bias (1,)"):
+        assert part in message
+    assert "shape of b.weight: the module has (1, 4), the file (1, 3)" in message
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+def test_weights_round_trip_with_metadata_and_tied_tensors(tmp_path):
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    module[2].weight = module[0].weight
+    save_weights(tmp_path / "deep" / "w.safetensors", module, {"detector": "second_iou"})
+    other = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    assert load_weights(tmp_path / "deep" / "w.safetensors", other)["detector"] == "second_iou"
+    assert _equal(module, other)
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["w.safetensors"]
+
+
+def test_a_flipped_bit_in_a_weight_file_is_found(tmp_path):
+    save_weights(tmp_path / "w.safetensors", _network(0))
+    _flip_a_bit(tmp_path / "w.safetensors", -5)
+    with pytest.raises(CorruptCheckpoint, match="do not have the recorded SHA-256"):
+        load_weights(tmp_path / "w.safetensors", _network(1))
+    (tmp_path / "x.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(CorruptCheckpoint, match="not a readable safetensors file"):
+        load_weights(tmp_path / "x.safetensors", _network(1))
+    with pytest.raises(InvalidInput, match="there is no file"):
+        load_weights(tmp_path / "y.safetensors", _network(1))
+
+
+def test_a_plain_safetensors_file_of_others_is_accepted(tmp_path):
+    save_file(_network(2).state_dict(), str(tmp_path / "theirs.safetensors"))
+    network = _network(1)
+    assert load_weights(tmp_path / "theirs.safetensors", network) == {}
+    assert _equal(network, _network(2))
+
+
+def test_an_index_of_a_newer_program_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("upcycle3d.perception.training.checkpoint.SCHEMA_VERSION", 2)
+    path = save_checkpoint(tmp_path, step=1, modules={"student": _network(0)}, optimizer=None, meta={})
+    monkeypatch.undo()
+    assert json.loads((path / "checkpoint.json").read_text())["schema_version"] == 2
+    with pytest.raises(InvalidInput, match="schema version 2, this program reads 1"):
+        load_checkpoint(path, {"student": _network(0)}, None)
