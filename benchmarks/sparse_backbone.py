@@ -1,10 +1,11 @@
 """Speed of SECOND's sparse backbone on the CPU: our operators on all threads against spconv's CPU wheel on one.
 
 spconv gets one thread because its CPU code gives wrong results with more; its backward needs a stub for the CUDA stream it asks for.
-It runs in a child process with OMP_NUM_THREADS=1, and the two take turns, so that a busy machine slows both. The forward includes
-building the rulebooks; batch norm is in training mode. The scan is simulated: 64 beams over a ground plane, cars, walls and poles.
+Each runs in a child process and they take turns, so that a busy machine slows both; ours with OMP_WAIT_POLICY=passive, without which
+torch's idle threads spin and, on a shared machine, take the cores from the working ones. The forward includes building the rulebooks;
+batch norm is in training mode. The scan is simulated: 64 beams over a ground plane, cars, walls and poles.
 
-    python -m upcycle3d.benchmarks.sparse_backbone      or      python benchmarks/sparse_backbone.py [--json FILE]
+    python benchmarks/sparse_backbone.py [--json FILE]
 """
 
 import argparse
@@ -97,14 +98,14 @@ def scan(seed: int = 0) -> tuple[Tensor, Tensor]:
     """Voxels (features (M, 4): mean x, y, z, intensity; coords (M, 4) int32) of a simulated 64-beam scan."""
     rng = np.random.default_rng(seed)
     elevation = np.radians(np.linspace(2.0, -24.8, 64))[:, None]
-    azimuth = np.radians(np.arange(-45, 45, 0.047))[None, :]
+    azimuth = np.radians(np.arange(-45, 45, 0.057))[None, :]
     rays = np.stack(np.broadcast_arrays(np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)), -1)
     rays = rays.reshape(-1, 3)
     reach = np.where(rays[:, 2] < 0, -1.73 / np.minimum(rays[:, 2], -1e-9), np.inf)
     for size, count in (((3.9, 1.6, 1.56), 25), ((0.3, 0.3, 6.0), 25), ((12.0, 1.0, 4.0), 12), ((1.5, 1.5, 2.5), 25)):
         for _ in range(count):
             half = np.array(size if rng.random() < 0.7 else (size[1], size[0], size[2])) / 2
-            centre = np.array([rng.uniform(4, 70), rng.uniform(-38, 38), half[2] - 1.73])
+            centre = np.array([rng.uniform(16, 70), rng.uniform(-38, 38), half[2] - 1.73])
             if abs(centre[1]) < half[1] + 2 and centre[0] < 25:
                 continue  # a free lane ahead
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -113,7 +114,7 @@ def scan(seed: int = 0) -> tuple[Tensor, Tensor]:
             reach = np.where((enter > 0) & (enter < leave), np.minimum(reach, enter), reach)
     seen = reach < 80
     points = rays[seen] * (reach[seen] + rng.normal(0, 0.02, seen.sum()))[:, None]
-    points[:, 2] += 0.15 * np.sin(points[:, 0] / 7) * np.cos(points[:, 1] / 9) + rng.normal(0, 0.03, len(points))  # rough ground
+    points[:, 2] += 0.15 * np.sin(points[:, 0] / 7) * np.cos(points[:, 1] / 9) + rng.normal(0, 0.01, len(points))  # rough ground
     cells = np.floor((points - LOW) / VOXEL).astype(np.int64)[:, ::-1]  # z, y, x
     inside = ((cells >= 0) & (cells < np.array([40, *SHAPE[1:]]))).all(axis=1)
     cells, values = cells[inside], np.column_stack([points, rng.random(len(points))])[inside]
@@ -134,26 +135,68 @@ def seconds(forward: Callable[..., Any], net: nn.Module, features: Tensor, coord
     return time.perf_counter() - begin
 
 
-def child(folder: Path) -> None:
-    """The spconv side: compare once, then run one pass per line of standard input and answer with its seconds."""
+def child(side: str, folder: Path) -> None:
+    """One side: write the output once, then run one pass per line of standard input and answer with its seconds."""
     data = load_file(folder / "in.safetensors")
-    forward = spconv_backbone()
-    net: nn.Module = forward.net  # type: ignore[attr-defined]
-    for i, parameter in enumerate(net.parameters()):
-        parameter.data.copy_(data[f"p{i}"])
-    features, coords = forward(data["features"], data["coords"])
-    save_file({"features": features.detach().contiguous(), "coords": coords.contiguous()}, folder / "out.safetensors")
+    forward: Callable[..., Any]
+    net: nn.Module
+    if side == "ours":
+        forward = net = Backbone()
+    else:
+        forward = spconv_backbone()
+        net = forward.net  # type: ignore[attr-defined]
+    for name, parameter in zip(sorted(key for key in data if key.startswith("p")), in_order(net)):
+        parameter.data.copy_(data[name])
+    features, coords = forward(data["features"], data["coords"])[:2]
+    save_file({"features": features.detach().contiguous(), "coords": coords.contiguous()}, folder / f"{side}.safetensors")
     print("ready", flush=True)
     for line in sys.stdin:
         print(seconds(forward, net, data["features"], data["coords"], line.strip() == "backward"), flush=True)
 
 
-def difference(features: Tensor, coords: Tensor, theirs: dict[str, Tensor]) -> float:
+def in_order(net: nn.Module) -> list[nn.Parameter]:
+    """The parameters layer by layer (weight, then batch norm's scale and shift), on both sides."""
+    if isinstance(net, Backbone):
+        return [p for conv, norm in zip(net.convs, net.norms) for p in (conv.weight, norm.weight, norm.bias)]
+    return list(net.parameters())
+
+
+class Side:
+    """A child process that answers with the seconds of a pass."""
+
+    def __init__(self, name: str, folder: Path, environment: dict[str, str]) -> None:
+        command = [sys.executable, __file__, "--child", name, str(folder)]
+        self.process = subprocess.Popen(
+            command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        while self._read().strip() != "ready":
+            pass
+
+    def _read(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the process stopped; to see why, run: {' '.join(map(str, self.process.args))}")  # type: ignore[arg-type]
+        return line
+
+    def run(self, mode: str) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(mode + "\n")
+        self.process.stdin.flush()
+        return float(self._read())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Maximum difference of the two outputs after bringing spconv's rows into our order."""
     order = np.lexsort(theirs["coords"].numpy().T[::-1])
-    if not torch.equal(theirs["coords"][order], coords):
+    if not torch.equal(theirs["coords"][order], ours["coords"]):
         raise SystemExit("spconv and we disagree on the occupied sites")
-    return float((theirs["features"][order] - features).abs().max())
+    return float((theirs["features"][order] - ours["features"]).abs().max())
 
 
 def main() -> None:
@@ -161,40 +204,32 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(options.child)
+        child(options.child[0], Path(options.child[1]))
         return
 
-    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     features, coords = scan()
     net = Backbone()
+    _, _, sizes = net(features, coords)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pairs = [p for conv, norm in zip(net.convs, net.norms) for p in (conv.weight, norm.weight, norm.bias)]
-        save_file(
-            {"features": features, "coords": coords} | {f"p{i}": p.detach() for i, p in enumerate(pairs)}, folder / "in.safetensors"
-        )
-        command = [sys.executable, __file__, "--child", name]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as spconv:
-            assert spconv.stdin is not None
-            assert spconv.stdout is not None
-            while (line := spconv.stdout.readline()).strip() != "ready":
-                if not line:
-                    raise SystemExit("the spconv process stopped; its message is above")
-            out, out_coords, sizes = net(features, coords)
-            apart = difference(out.detach(), out_coords, load_file(folder / "out.safetensors"))
-            times: dict[str, list[float]] = {}
-            for _ in range(options.repeats + 1):
-                for mode in ("forward", "backward"):
-                    spconv.stdin.write(mode + "\n")
-                    spconv.stdin.flush()
-                    times.setdefault(f"spconv {mode}", []).append(float(spconv.stdout.readline()))
-                    times.setdefault(f"ours {mode}", []).append(seconds(net, net, features, coords, mode == "backward"))
-            spconv.stdin.close()
+        parameters = {f"p{i:02d}": p.detach() for i, p in enumerate(in_order(net))}
+        save_file({"features": features, "coords": coords} | parameters, folder / "in.safetensors")
+        sides = {
+            "spconv": Side("spconv", folder, {"OMP_NUM_THREADS": "1"}),
+            "ours": Side("ours", folder, {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "passive"}),
+        }
+        apart = difference(load_file(folder / "ours.safetensors"), load_file(folder / "spconv.safetensors"))
+        times: dict[str, list[float]] = {}
+        for _ in range(options.repeats + 1):
+            for mode in ("forward", "backward"):
+                for label, side in sides.items():
+                    times.setdefault(f"{label} {mode}", []).append(side.run(mode))
+        for side in sides.values():
+            side.close()
 
     median = {key: statistics.median(values[1:]) * 1000 for key, values in times.items()}  # the first round warms up
     result = {

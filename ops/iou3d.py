@@ -21,14 +21,16 @@ from itertools import pairwise
 import numba
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+Table = NDArray[np.float64]  # (10, N): ``box_table``
 # What to compute of a pair: intersection seen from above (m^2), its IoU, or the IoU of the volumes.
 _AREA, _IOU_BEV, _IOU_3D = 0, 1, 2
 # Rows of a box table: centre, half sizes along heading and across, heading, circumscribed radius, bottom, top, BEV area.
 _X, _Y, _H, _W, _COS, _SIN, _R, _LOW, _HIGH, _BEV = range(10)
 # Penetration below this part of the boxes' extent is touching: float64 rounding, far below the rounding of float32 boxes.
-_TOUCHING = 1.0 - 1e-12
+_TOUCHING = 1e-12
 _PAIRS_PER_THREAD = 100_000  # below this a second thread costs more than it brings
 
 
@@ -69,14 +71,15 @@ def iou_bev_nearest(a: Tensor, b: Tensor) -> Tensor:
     _check(a, b)
     low_a, high_a, area_a = _nearest_rectangle(a)
     low_b, high_b, area_b = _nearest_rectangle(b)
-    # One axis at a time: (N, M) temporaries are the cost here, with 70,000 anchors of a class.
-    common = a.new_ones(len(a), len(b), dtype=torch.float32)
+    # One axis at a time and in place, because memory traffic is the cost with 70,000 anchors of a class; and with the few boxes
+    # outside and the many anchors inside, because elementwise operators loop fast over a long last axis only.
+    common = a.new_ones(len(b), len(a), dtype=torch.float32)
     for axis in range(2):
-        overlap = torch.minimum(high_a[:, None, axis], high_b[None, :, axis])
-        overlap -= torch.maximum(low_a[:, None, axis], low_b[None, :, axis])
+        overlap = torch.minimum(high_a[axis], high_b[axis][:, None])
+        overlap -= torch.maximum(low_a[axis], low_b[axis][:, None])
         common *= overlap.clamp_min_(0)
-    union = area_a[:, None] + area_b[None] - common
-    return (common / union.clamp_min_(1e-12)).clamp_max_(1)
+    union = (area_a + area_b[:, None]).sub_(common).clamp_min_(1e-12)
+    return common.div_(union).clamp_max_(1).T
 
 
 def iou_bev_reference(a: Tensor, b: Tensor) -> Tensor:
@@ -126,11 +129,12 @@ def _check(*boxes: Tensor) -> None:
 
 
 def _nearest_rectangle(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lowest and highest corner (N, 2) and area (N,) of boxes turned to the nearest multiple of 90 degrees."""
+    """Lowest and highest corner (2, N) and area (N,) of boxes turned to the nearest multiple of 90 degrees."""
     boxes = boxes.detach().to(torch.float32)
     turned = torch.remainder(boxes[:, 6:7] + math.pi / 4, math.pi) > math.pi / 2  # heading is nearer to the y axis
     size = torch.where(turned, boxes[:, [4, 3]], boxes[:, 3:5]).clamp_min(0)
-    return boxes[:, :2] - size / 2, boxes[:, :2] + size / 2, size.prod(1)
+    centre, half = boxes[:, :2].T.contiguous(), size.T.contiguous() / 2
+    return centre - half, centre + half, size.prod(1)
 
 
 def _matrix(a: Tensor, b: Tensor, measure: int) -> Tensor:
@@ -167,7 +171,7 @@ def _check_aligned(a: Tensor, b: Tensor) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
-def _edge_integral(x0, y0, x1, y1, h, w):  # type: ignore[no-untyped-def]
+def _edge_integral(x0: float, y0: float, x1: float, y1: float, h: float, w: float) -> float:
     """Integral of clamp(x, -h, h) dy along the part |y| <= w of the edge (x0, y0) -> (x1, y1)."""
     ya, yb = min(max(y0, -w), w), min(max(y1, -w), w)
     if ya == yb:
@@ -187,21 +191,36 @@ def _edge_integral(x0, y0, x1, y1, h, w):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _intersection(a, i, b, j):  # type: ignore[no-untyped-def]
-    """Common area of box i of table a and box j of table b, seen from above."""
-    dx, dy = b[_X, j] - a[_X, i], b[_Y, j] - a[_Y, i]
-    reach = a[_R, i] + b[_R, j]
-    if dx * dx + dy * dy >= reach * reach or a[_BEV, i] <= 0.0 or b[_BEV, j] <= 0.0:
+def _near(a: Table, i: int, b: Table, j: int) -> bool:
+    """Whether the circles around box i of table a and box j of table b, seen from above, meet."""
+    dx, dy, reach = b[_X, j] - a[_X, i], b[_Y, j] - a[_Y, i], a[_R, i] + b[_R, j]
+    return dx * dx + dy * dy < reach * reach
+
+
+@numba.njit(cache=True, nogil=True)
+def _shared(offset: float, a: float, b: float) -> float:
+    """Common length of the intervals [-a, a] and [offset - b, offset + b]; 0 when they only touch."""
+    length = min(a, offset + b) - max(-a, offset - b)
+    return length if length > (a + b) * _TOUCHING else 0.0
+
+
+@numba.njit(cache=True, nogil=True)
+def _intersection(a: Table, i: int, b: Table, j: int, least: float) -> float:
+    """Common area of box i of table a and box j of table b, seen from above; 0 where it is surely not above ``least``."""
+    if not _near(a, i, b, j) or a[_BEV, i] <= 0.0 or b[_BEV, j] <= 0.0:
         return 0.0
     ha, wa, cos_a, sin_a = a[_H, i], a[_W, i], a[_COS, i], a[_SIN, i]
     hb, wb, cos_b, sin_b = b[_H, j], b[_W, j], b[_COS, j], b[_SIN, j]
     cos, sin = cos_a * cos_b + sin_a * sin_b, cos_a * sin_b - sin_a * cos_b
-    x, y = dx * cos_a + dy * sin_a, dy * cos_a - dx * sin_a  # centre of b in the frame of a
     abs_cos, abs_sin = abs(cos), abs(sin)
-    if abs(x) >= (ha + hb * abs_cos + wb * abs_sin) * _TOUCHING or abs(y) >= (wa + hb * abs_sin + wb * abs_cos) * _TOUCHING:
+    dx, dy = b[_X, j] - a[_X, i], b[_Y, j] - a[_Y, i]
+    x, y = dx * cos_a + dy * sin_a, dy * cos_a - dx * sin_a  # centre of b in the frame of a
+    bound = _shared(x, ha, hb * abs_cos + wb * abs_sin) * _shared(y, wa, hb * abs_sin + wb * abs_cos)
+    if bound <= least:
         return 0.0
     u, v = dx * cos_b + dy * sin_b, dy * cos_b - dx * sin_b  # minus the centre of a in the frame of b
-    if abs(u) >= (hb + ha * abs_cos + wa * abs_sin) * _TOUCHING or abs(v) >= (wb + ha * abs_sin + wa * abs_cos) * _TOUCHING:
+    bound = _shared(u, hb, ha * abs_cos + wa * abs_sin) * _shared(v, wb, ha * abs_sin + wa * abs_cos)
+    if bound <= least:
         return 0.0
     px, py = hb * cos - wb * sin, hb * sin + wb * cos  # front left corner of b, from its centre
     qx, qy = -hb * cos - wb * sin, -hb * sin + wb * cos  # rear left; the other two are opposite
@@ -213,7 +232,7 @@ def _intersection(a, i, b, j):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _overlap(a, i, b, j, measure):  # type: ignore[no-untyped-def]
+def _overlap(a: Table, i: int, b: Table, j: int, measure: int) -> float:
     """The ``measure`` of box i of table a and box j of table b."""
     height_a = a[_HIGH, i] - a[_LOW, i]
     height_b = b[_HIGH, j] - b[_LOW, j]
@@ -222,7 +241,7 @@ def _overlap(a, i, b, j, measure):  # type: ignore[no-untyped-def]
         height = min(a[_HIGH, i], b[_HIGH, j]) - max(a[_LOW, i], b[_LOW, j])
         if height <= 0.0:
             return 0.0
-    common = _intersection(a, i, b, j)
+    common = _intersection(a, i, b, j, 0.0)
     if measure == _AREA or common == 0.0:
         return common
     if measure == _IOU_BEV:
@@ -232,46 +251,72 @@ def _overlap(a, i, b, j, measure):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _fill_rows(a, b, measure, start, stop, out):  # type: ignore[no-untyped-def]
+def _fill_rows(a: Table, b: Table, measure: int, start: int, stop: int, out: NDArray[np.float32]) -> None:
     """Rows start..stop of the matrix ``out`` (N, M), which holds zeros."""
     for i in range(start, stop):
         for j in range(b.shape[1]):
-            dx, dy, reach = b[_X, j] - a[_X, i], b[_Y, j] - a[_Y, i], a[_R, i] + b[_R, j]
-            if dx * dx + dy * dy < reach * reach:
+            if _near(a, i, b, j):
                 out[i, j] = _overlap(a, i, b, j, measure)
 
 
 @numba.njit(cache=True, nogil=True)
-def _fill_aligned(a, b, measure, out):  # type: ignore[no-untyped-def]
+def _fill_aligned(a: Table, b: Table, measure: int, out: NDArray[np.float32]) -> None:
     for i in range(len(out)):
         out[i] = _overlap(a, i, b, i, measure)
 
 
 @numba.njit(cache=True, nogil=True)
-def suppress(table, threshold, limit):  # type: ignore[no-untyped-def]
+def suppress(table: Table, threshold: float, limit: int) -> NDArray[np.int64]:
     """Greedy NMS of the boxes of a table, best first: rows kept, at most ``limit`` (for ``nms.py``).
 
-    It stands here because numba's cache does not notice a change of ``_overlap`` in another file.
+    A square grid with cells as large as the widest reach limits the comparisons to the 3 x 3 cells around a kept box.
+    It stands here because numba's cache does not notice a change of ``_intersection`` in another file.
     """
     n = table.shape[1]
     kept = np.empty(min(n, limit), np.int64)
+    if n == 0 or limit == 0:
+        return kept[:0]
+    x, y, r = table[_X], table[_Y], table[_R]
+    x_low, y_low = x.min(), y.min()
+    side = max(2.0 * r.max(), max(x.max() - x_low, y.max() - y_low) / 64, 1e-30)  # at most 65 x 65 cells
+    columns = int((x.max() - x_low) / side) + 3  # a border of empty cells all around
+    rows = int((y.max() - y_low) / side) + 3
+    cell = np.empty(n, np.int64)
+    start = np.zeros(rows * columns + 1, np.int64)
+    for j in range(n):
+        cell[j] = (int((y[j] - y_low) / side) + 1) * columns + int((x[j] - x_low) / side) + 1
+        start[cell[j] + 1] += 1
+    start = start.cumsum()
+    end = start[:-1].copy()
+    members = np.empty(n, np.int64)  # those of a cell stand in start..end of the cell, best first
+    for j in range(n):
+        members[end[cell[j]]] = j
+        end[cell[j]] += 1
+    alive = np.ones(n, np.bool_)
+    share = threshold / (1.0 + threshold)  # IoU > threshold needs a common area above this share of the sum of both areas
     count = 0
-    alive = np.arange(n)  # rows neither kept nor suppressed, best first
-    left = n
-    while left > 0 and count < limit:
-        best = alive[0]
+    for best in range(n):
+        if not alive[best]:
+            continue
         kept[count] = best
         count += 1
-        x, y, r = table[_X, best], table[_Y, best], table[_R, best]
-        survivors = 0
-        for k in range(1, left):
-            j = alive[k]
-            dx, dy, reach = table[_X, j] - x, table[_Y, j] - y, r + table[_R, j]
-            near = dx * dx + dy * dy < reach * reach
-            if not near or _overlap(table, best, table, j, _IOU_BEV) <= threshold:
-                alive[survivors] = j
-                survivors += 1
-        left = survivors
+        if count == limit:
+            break
+        for row in range(-1, 2):
+            for near in range(cell[best] + row * columns - 1, cell[best] + row * columns + 2):
+                stay = start[near]
+                for k in range(start[near], end[near]):
+                    j = members[k]
+                    if j <= best:
+                        continue  # had its turn: leaves the cell
+                    both = table[_BEV, best] + table[_BEV, j]
+                    common = _intersection(table, best, table, j, share * both)
+                    if common > 0.0 and common / (both - common) > threshold:
+                        alive[j] = False
+                    else:
+                        members[stay] = j
+                        stay += 1
+                end[near] = stay
     return kept[:count]
 
 
@@ -311,10 +356,10 @@ def _intersection_reference(a: Tensor, b: Tensor) -> Tensor:
     x, y = _into_frame(offset, a)
     u, v = _into_frame(offset, b)
     abs_cos, abs_sin = cos.abs(), sin.abs()
-    apart = x.abs() >= (half_a[0] + half_b[0] * abs_cos + half_b[1] * abs_sin) * _TOUCHING
-    apart |= y.abs() >= (half_a[1] + half_b[0] * abs_sin + half_b[1] * abs_cos) * _TOUCHING
-    apart |= u.abs() >= (half_b[0] + half_a[0] * abs_cos + half_a[1] * abs_sin) * _TOUCHING
-    apart |= v.abs() >= (half_b[1] + half_a[0] * abs_sin + half_a[1] * abs_cos) * _TOUCHING
+    apart = _apart_reference(x, half_a[0], half_b[0] * abs_cos + half_b[1] * abs_sin)
+    apart |= _apart_reference(y, half_a[1], half_b[0] * abs_sin + half_b[1] * abs_cos)
+    apart |= _apart_reference(u, half_b[0], half_a[0] * abs_cos + half_a[1] * abs_sin)
+    apart |= _apart_reference(v, half_b[1], half_a[0] * abs_sin + half_a[1] * abs_cos)
     along = half_b[0] * torch.tensor([1.0, -1, -1, 1], dtype=a.dtype, device=a.device)[:, None]
     across = half_b[1] * torch.tensor([1.0, 1, -1, -1], dtype=a.dtype, device=a.device)[:, None]
     x0, y0 = x + along * cos - across * sin, y + along * sin + across * cos  # (4, K), counter-clockwise
@@ -333,6 +378,11 @@ def _intersection_reference(a: Tensor, b: Tensor) -> Tensor:
     area = (mean * (yb - ya)).sum(0).clamp_min(0)
     empty = apart | (a[_BEV] <= 0) | (b[_BEV] <= 0)
     return torch.where(empty, 0.0, torch.minimum(area, torch.minimum(a[_BEV], b[_BEV])))
+
+
+def _apart_reference(offset: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Whether the intervals [-a, a] and [offset - b, offset + b] have no common length."""
+    return a + b - offset.abs() <= (a + b) * _TOUCHING
 
 
 def _into_frame(offset: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

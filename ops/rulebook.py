@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,6 @@ class Rulebook:
     pairs_in: Tensor  # (P,) int32, input rows
     pairs_out: Tensor  # (P,) int32, output rows, ascending and without repeats within an offset
     starts: tuple[int, ...]  # K + 1 bounds of the groups in the two lists, K = kz * ky * kx
-    centre: int | None  # the offset whose pairs are every row with itself (submanifold), or None
     kernel_size: Triple
     num_in: int
     out_coords: Tensor  # (M_out, 4) int32, batch z y x
@@ -96,24 +94,6 @@ def strided_rulebook_reference(
     return _strided(coords, shape, batch_size, kernel_size, stride, padding, _strided_pairs_reference)
 
 
-def over_ranges(kernel: Callable[..., None], count: int, *args: Any) -> None:
-    """Run ``kernel(first, last, *args)`` over ``range(count)``, cut into one range per torch thread.
-
-    The kernel must release the GIL and write only what its range owns, so that the result does not depend on the cut. Threads
-    live for one call: a pool kept in the module would be dead, and hang, in a forked data-loading worker.
-    """
-    threads = max(1, min(torch.get_num_threads(), count))
-    bounds = [count * t // threads for t in range(threads + 1)]
-    if threads == 1:
-        kernel(0, count, *args)
-        return
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(kernel, bounds[t], bounds[t + 1], *args) for t in range(1, threads)]
-        kernel(bounds[0], bounds[1], *args)
-        for other in others:
-            other.result()
-
-
 # ---------------------------------------------------------------------------------------------------------------- submanifold
 
 
@@ -139,7 +119,6 @@ def _submanifold(
         pairs_in=pairs_in,
         pairs_out=pairs_out,
         starts=_bounds(counts),
-        centre=len(deltas) // 2,
         kernel_size=kernel_size,
         num_in=len(coords),
         out_coords=coords,
@@ -166,7 +145,7 @@ def _submanifold_pairs(keys: Tensor, order: Tensor | None, deltas: list[int]) ->
     ascending = (keys if order is None else keys[order]).numpy()
     low, high = np.empty((half, num), np.int32), np.empty((half, num), np.int32)
     found = np.zeros(half, np.int64)
-    over_ranges(_merge, half, ascending, np.array(deltas, np.int64), low, high, found)
+    _merge(ascending, np.array(deltas[:half], np.int64), low, high, found)
 
     centre = np.arange(num, dtype=np.int32)
     lows, highs = [low[k, : found[k]] for k in range(half)], [high[k, : found[k]] for k in range(half)]
@@ -179,11 +158,9 @@ def _submanifold_pairs(keys: Tensor, order: Tensor | None, deltas: list[int]) ->
 
 
 @numba.njit(cache=True, nogil=True)
-def _merge(
-    first: int, last: int, keys: NDArray[Any], deltas: NDArray[Any], low: NDArray[Any], high: NDArray[Any], found: NDArray[Any]
-) -> None:
-    """For offsets first..last, all with a negative delta: ranks (low, high) with keys[low] == keys[high] + delta."""
-    for k in range(first, last):
+def _merge(keys: NDArray[Any], deltas: NDArray[Any], low: NDArray[Any], high: NDArray[Any], found: NDArray[Any]) -> None:
+    """For each delta < 0: the ranks (low, high) with ``keys[low] == keys[high] + delta``, and how many were found."""
+    for k in range(len(deltas)):
         delta, count, i, o = deltas[k], 0, 0, 0
         while o < len(keys):  # i never overtakes o
             difference = keys[i] - keys[o] - delta
@@ -237,7 +214,6 @@ def _strided(
         pairs_in=pairs_in,
         pairs_out=pairs_out,
         starts=_bounds(counts),
-        centre=None,
         kernel_size=kernel_size,
         num_in=len(coords),
         out_coords=torch.stack([out_keys // (depth * height * width), *zyx], dim=1).int(),
@@ -277,10 +253,10 @@ def _strided_pairs(
     pairs_in, keys = np.empty(starts[-1], np.int32), np.empty(starts[-1], np.int64)
     _meetings(*geometry, starts[:-1].copy(), pairs_in, keys)
 
-    ascending = np.sort(keys)
+    ascending = np.sort(keys, kind="stable")  # merges the sorted runs, one per offset: four times faster than the default
     out_keys = ascending[np.diff(ascending, prepend=-1) > 0]
     pairs_out = np.empty(starts[-1], np.int32)
-    over_ranges(_rank, len(counts), keys, starts, out_keys, pairs_out)
+    _rank(keys, starts, out_keys, pairs_out)
     return torch.from_numpy(pairs_in), torch.from_numpy(pairs_out), torch.from_numpy(out_keys), counts
 
 
@@ -300,34 +276,30 @@ def _meetings(
 
     Visiting the rows in key order makes the output keys ascend within an offset, because moving and dividing keep the order.
     """
+    (depth, height, width), (size_z, size_y, size_x), (step_z, step_y, step_x) = out_shape, kernel_size, stride
     for row in rows:
         z, y, x = coords[row, 1] + padding[0], coords[row, 2] + padding[1], coords[row, 3] + padding[2]
-        for kz in range(z % stride[0], kernel_size[0], stride[0]):
-            oz = (z - kz) // stride[0]
-            if oz < 0 or oz >= out_shape[0]:
-                continue
-            for ky in range(y % stride[1], kernel_size[1], stride[1]):
-                oy = (y - ky) // stride[1]
-                if oy < 0 or oy >= out_shape[1]:
-                    continue
-                line = ((np.int64(coords[row, 0]) * out_shape[0] + oz) * out_shape[1] + oy) * out_shape[2]
-                for kx in range(x % stride[2], kernel_size[2], stride[2]):
-                    ox = (x - kx) // stride[2]
-                    if ox < 0 or ox >= out_shape[2]:
-                        continue
-                    k = (kz * kernel_size[1] + ky) * kernel_size[2] + kx
-                    if len(keys) > 0:
-                        pairs_in[cursor[k]] = row
-                        keys[cursor[k]] = line + ox
-                    cursor[k] += 1
+        oz = z // step_z
+        for kz in range(z % step_z, size_z, step_z):
+            oy = y // step_y
+            for ky in range(y % step_y, size_y, step_y):
+                line = ((np.int64(coords[row, 0]) * depth + oz) * height + oy) * width
+                ox = x // step_x
+                for kx in range(x % step_x, size_x, step_x):
+                    if 0 <= oz < depth and 0 <= oy < height and 0 <= ox < width:
+                        k = (kz * size_y + ky) * size_x + kx
+                        if len(keys) > 0:
+                            pairs_in[cursor[k]], keys[cursor[k]] = row, line + ox
+                        cursor[k] += 1
+                    ox -= 1
+                oy -= 1
+            oz -= 1
 
 
 @numba.njit(cache=True, nogil=True)
-def _rank(
-    first: int, last: int, keys: NDArray[Any], starts: NDArray[Any], out_keys: NDArray[Any], pairs_out: NDArray[Any]
-) -> None:
-    """For offsets first..last: the row of each key in the ascending ``out_keys``; the keys ascend within an offset."""
-    for k in range(first, last):
+def _rank(keys: NDArray[Any], starts: NDArray[Any], out_keys: NDArray[Any], pairs_out: NDArray[Any]) -> None:
+    """The row of each key in the ascending ``out_keys``; the keys ascend within an offset, so one merge each finds them."""
+    for k in range(len(starts) - 1):
         row = 0
         for p in range(starts[k], starts[k + 1]):
             while out_keys[row] < keys[p]:

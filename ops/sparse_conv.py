@@ -4,15 +4,18 @@
 and spconv compute it, evaluated at occupied sites only. The weight has spconv's layout (out, kz, ky, kx, in), so that weights of
 OpenPCDet load by name.
 
-The CPU backend gathers the rows of a few kernel offsets into a buffer that fits the cache, multiplies each offset's slice with its
-matrix, and adds the products to the output rows. Threads of that last step own disjoint output rows and every row sums its offsets
-in the same order, so the result does not depend on the number of threads. Features, not gathered copies, are kept for the backward.
+The CPU backend cuts the output rows into short ranges. For a range it walks the kernel offsets and takes 64 pairs at a time: gather
+their input rows, multiply with the offset's matrix, add to the output rows, all within the first-level cache. Products that
+small run on the calling thread (BLAS through numba), so threads meet once a layer, not once a product: on a busy machine the
+latter costs seconds. Ranges do not depend on the number of threads, hence neither does any bit of the result. Features, not
+gathered copies, are kept for the backward.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -20,17 +23,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
-from .rulebook import Rulebook, Triple, over_ranges, strided_rulebook, submanifold_rulebook
+from .rulebook import Rulebook, Triple, strided_rulebook, submanifold_rulebook
+from .spconv_backend import sparse_conv_spconv, spconv_runs_on_cuda
 
-_BUFFER_ELEMENTS = 1 << 18  # of the gather buffer and of the product buffer: with fp32 1 MiB each, which stays in a CPU's cache
+_TILE = 64  # pairs multiplied at once
+_RANGE = 1024  # output rows a thread takes at a time
 
 
 def sparse_conv(features: Tensor, weight: Tensor, rulebook: Rulebook) -> Tensor:
     """Sparse convolution, differentiable (once) in features and weight.
 
-    On the CPU in fp32 and fp64 it runs the numba backend; CUDA tensors and other types run `sparse_conv_reference`.
+    On the CPU in fp32 and fp64 it runs the numba backend; on CUDA in fp32 and fp16 spconv's kernels, where its CUDA build is
+    installed; everything else runs `sparse_conv_reference`.
 
     Args:
         features: (num_in, in) rows in the order of the coordinates the rulebook was built from.
@@ -46,6 +52,8 @@ def sparse_conv(features: Tensor, weight: Tensor, rulebook: Rulebook) -> Tensor:
     _check(features, weight, rulebook)
     if features.device.type == "cpu" and features.dtype in (torch.float32, torch.float64):
         return _SparseConv.apply(features, weight, rulebook)
+    if features.device.type == "cuda" and features.dtype in (torch.float32, torch.float16) and spconv_runs_on_cuda():
+        return sparse_conv_spconv(features, weight, rulebook)
     return sparse_conv_reference(features, weight, rulebook)
 
 
@@ -74,8 +82,6 @@ class SubmanifoldConv3d(nn.Module):
 
     def forward(self, features: Tensor, rulebook: Rulebook) -> Tensor:
         """(M, in) -> (M, out)."""
-        if rulebook.centre is None:
-            raise ValueError("SubmanifoldConv3d needs a submanifold rulebook, found a strided one")
         return sparse_conv(features, self.weight, rulebook)
 
     def extra_repr(self) -> str:
@@ -121,10 +127,11 @@ def _initial_weight(in_channels: int, out_channels: int, kernel_size: Triple) ->
 class _SparseConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, rulebook: Rulebook) -> Tensor:
+        features = features.contiguous()
         ctx.save_for_backward(features, weight)
         ctx.rulebook = rulebook
         matrices = weight.flatten(1, 3).permute(1, 2, 0).contiguous()  # (K, in, out)
-        return _gather_multiply_scatter(features, matrices, rulebook, rulebook.pairs_in, rulebook.pairs_out, rulebook.num_out)
+        return _convolve(features, matrices, rulebook.pairs_in, rulebook.pairs_out, rulebook.starts, rulebook.num_out)
 
     @staticmethod
     @once_differentiable
@@ -133,100 +140,121 @@ class _SparseConv(torch.autograd.Function):
         rulebook: Rulebook = ctx.rulebook
         grad = grad.contiguous()
         grad_features = grad_weight = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0]:  # the same convolution with input and output rows exchanged
             matrices = weight.flatten(1, 3).transpose(0, 1).contiguous()  # (K, out, in)
-            rows_out, rows_in = _sorted_by_input(rulebook)
-            grad_features = _gather_multiply_scatter(grad, matrices, rulebook, rows_out, rows_in, rulebook.num_in)
+            rows_out, rows_in = _ascending_by_input(rulebook)
+            grad_features = _convolve(grad, matrices, rows_out, rows_in, rulebook.starts, rulebook.num_in)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(features, grad, rulebook).permute(1, 0, 2).reshape(weight.shape)
+            total = weight.new_zeros(len(rulebook.starts) - 1, weight.shape[0], weight.shape[4])  # (K, out, in)
+            arrays = (features, grad, rulebook.pairs_in, rulebook.pairs_out)
+            _in_threads(_weight_gradient, len(total), *(t.numpy() for t in arrays), np.array(rulebook.starts), total.numpy())
+            grad_weight = total.transpose(0, 1).reshape(weight.shape)
         return grad_features, grad_weight, None
 
 
-def _gather_multiply_scatter(
-    source: Tensor, matrices: Tensor, rulebook: Rulebook, rows_from: Tensor, rows_to: Tensor, num_rows: int
+def _convolve(
+    source: Tensor, matrices: Tensor, rows_from: Tensor, rows_to: Tensor, starts: tuple[int, ...], num_rows: int
 ) -> Tensor:
-    """(num_rows, C_to): the sum over pairs of ``source[rows_from] @ matrices[k]`` into ``rows_to``, ascending per offset."""
-    _, width_from, width_to = matrices.shape
-    size = _block_size(width_from, width_to)
-    gathered, products = source.new_empty(size, width_from), source.new_empty(size, width_to)
-    out = source.new_zeros(num_rows, width_to) if rulebook.centre is None else source @ matrices[rulebook.centre]
-    for first, last, parts in _blocks(rulebook, size):
-        torch.index_select(source, 0, rows_from[first:last], out=gathered[: last - first])
-        for k, begin, end in parts:
-            torch.mm(gathered[begin:end], matrices[k], out=products[begin:end])
-        bounds = np.array([parts[0][1], *(end for _, _, end in parts)])
-        over_ranges(_scatter_add, num_rows, out.numpy(), products.numpy(), rows_to[first:last].numpy(), bounds)
+    """(num_rows, C_to): per offset k, ``source[rows_from] @ matrices[k]`` added to ``rows_to``, which ascend within an offset."""
+    out = source.new_zeros(num_rows, matrices.shape[2])
+    arrays = (t.numpy() for t in (source, matrices, rows_from, rows_to))
+    _in_threads(_convolve_range, -(-num_rows // _RANGE), *arrays, np.array(starts), out.numpy())
     return out
 
 
-def _weight_gradient(features: Tensor, grad: Tensor, rulebook: Rulebook) -> Tensor:
-    """(K, out, in): per offset, the gathered output gradients transposed times the gathered features."""
-    width_in, width_out = features.shape[1], grad.shape[1]
-    size = _block_size(width_in, width_out)
-    inputs, grads = features.new_empty(size, width_in), grad.new_empty(size, width_out)
-    total = features.new_zeros(len(rulebook.starts) - 1, width_out, width_in)
-    if rulebook.centre is not None:
-        torch.mm(grad.t(), features, out=total[rulebook.centre])
-    for first, last, parts in _blocks(rulebook, size):
-        torch.index_select(features, 0, rulebook.pairs_in[first:last], out=inputs[: last - first])
-        torch.index_select(grad, 0, rulebook.pairs_out[first:last], out=grads[: last - first])
-        for k, begin, end in parts:
-            total[k].addmm_(grads[begin:end].t(), inputs[begin:end])
-    return total
-
-
-def _block_size(width_a: int, width_b: int) -> int:
-    return max(1, _BUFFER_ELEMENTS // max(width_a, width_b))
-
-
-def _blocks(rulebook: Rulebook, size: int) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
-    """Cut the pairs into blocks of at most ``size``: (first pair, last pair, [(offset, begin, end) within the block]).
-
-    The centre of a submanifold kernel is left out: its pairs are every row with itself and need no gather and no scatter.
-    """
-    starts, centre = rulebook.starts, rulebook.centre
-    ends = (0, starts[-1]) if centre is None else (0, starts[centre], starts[centre + 1], starts[-1])
-    k = 0
-    for low, high in zip(ends[::2], ends[1::2]):
-        for first in range(low, high, size):
-            last = min(first + size, high)
-            while starts[k + 1] <= first:
-                k += 1
-            parts = []
-            offset = k
-            while offset < len(starts) - 1 and starts[offset] < last:
-                if starts[offset + 1] > starts[offset]:
-                    parts.append((offset, max(starts[offset], first) - first, min(starts[offset + 1], last) - first))
-                offset += 1
-            yield first, last, parts
-
-
-def _sorted_by_input(rulebook: Rulebook) -> tuple[Tensor, Tensor]:
-    """(output rows, input rows) of the pairs with input rows ascending within each offset: the rulebook of the transpose.
+def _ascending_by_input(rulebook: Rulebook) -> tuple[Tensor, Tensor]:
+    """(output rows, input rows) of the pairs with input rows ascending within each offset.
 
     They already ascend where the coordinates were in key order.
     """
-    rows_in, starts = rulebook.pairs_in, rulebook.starts
+    rows_in = rulebook.pairs_in
     falls = torch.nonzero(rows_in[1:] < rows_in[:-1])[:, 0] + 1
-    if set(falls.tolist()) <= set(starts):
+    if set(falls.tolist()) <= set(rulebook.starts):
         return rulebook.pairs_out, rows_in
-    counts = torch.tensor(starts).diff()
-    group = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    order = torch.argsort(group * rulebook.num_in + rows_in)
+    counts = torch.tensor(rulebook.starts).diff()
+    offset = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    order = torch.argsort(offset * rulebook.num_in + rows_in)
     return rulebook.pairs_out[order], rows_in[order]
 
 
+def _in_threads(kernel: Callable[..., None], count: int, *args: Any) -> None:
+    """Run ``kernel(task, *args)`` for every task below ``count``; each of torch's threads takes the next one when it is free.
+
+    The kernel releases the GIL and writes only what its task owns. Threads live for one call: a pool kept in the module would
+    be dead, and hang, in a forked data-loading worker.
+    """
+    tasks = iter(range(count))
+
+    def work() -> None:
+        for task in tasks:
+            kernel(task, *args)
+
+    helpers = min(torch.get_num_threads(), count) - 1
+    if helpers < 1:
+        work()
+        return
+    with ThreadPoolExecutor(helpers) as pool:
+        futures = [pool.submit(work) for _ in range(helpers)]
+        work()
+        for future in futures:
+            future.result()
+
+
 @numba.njit(cache=True, nogil=True)
-def _scatter_add(
-    first: int, last: int, out: NDArray[Any], products: NDArray[Any], rows: NDArray[Any], bounds: NDArray[Any]
+def _convolve_range(
+    task: int,
+    source: NDArray[Any],
+    matrices: NDArray[Any],
+    rows_from: NDArray[Any],
+    rows_to: NDArray[Any],
+    starts: NDArray[Any],
+    out: NDArray[Any],
 ) -> None:
-    """Add each product to its output row, for output rows first..last; ``rows`` ascend between two bounds."""
-    for part in range(len(bounds) - 1):
-        p = bounds[part] + np.searchsorted(rows[bounds[part] : bounds[part + 1]], first)
-        while p < bounds[part + 1] and rows[p] < last:
-            for c in range(out.shape[1]):
-                out[rows[p], c] += products[p, c]
-            p += 1
+    gathered = np.empty((_TILE, source.shape[1]), source.dtype)
+    products = np.empty((_TILE, out.shape[1]), out.dtype)
+    for k in range(len(matrices)):
+        group = rows_to[starts[k] : starts[k + 1]]
+        begin = starts[k] + np.searchsorted(group, task * _RANGE)
+        end = starts[k] + np.searchsorted(group, (task + 1) * _RANGE)
+        for low in range(begin, end, _TILE):
+            count = min(_TILE, end - low)
+            for p in range(count):
+                row = rows_from[low + p]
+                for c in range(source.shape[1]):
+                    gathered[p, c] = source[row, c]
+            np.dot(gathered[:count], matrices[k], products[:count])
+            for p in range(count):
+                row = rows_to[low + p]
+                for c in range(out.shape[1]):
+                    out[row, c] += products[p, c]
+
+
+@numba.njit(cache=True, nogil=True)
+def _weight_gradient(
+    k: int,
+    features: NDArray[Any],
+    grad: NDArray[Any],
+    rows_in: NDArray[Any],
+    rows_out: NDArray[Any],
+    starts: NDArray[Any],
+    total: NDArray[Any],
+) -> None:
+    """total[k] = transposed output gradients times input features over the pairs of offset k."""
+    inputs = np.empty((_TILE, features.shape[1]), features.dtype)
+    grads = np.empty((_TILE, grad.shape[1]), grad.dtype)
+    product = np.empty((grad.shape[1], features.shape[1]), total.dtype)
+    for low in range(starts[k], starts[k + 1], _TILE):
+        count = min(_TILE, starts[k + 1] - low)
+        for p in range(count):
+            row_in, row_out = rows_in[low + p], rows_out[low + p]
+            for c in range(features.shape[1]):
+                inputs[p, c] = features[row_in, c]
+            for c in range(grad.shape[1]):
+                grads[p, c] = grad[row_out, c]
+        np.dot(grads[:count].T, inputs[:count], product)
+        for o in range(product.shape[0]):
+            for c in range(product.shape[1]):
+                total[k, o, c] += product[o, c]
 
 
 def _check(features: Tensor, weight: Tensor, rulebook: Rulebook) -> None:

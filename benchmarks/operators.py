@@ -1,0 +1,136 @@
+"""How fast the CPU operators are: voxelisation, rotated IoU, rotated NMS, on made-up scenes of real size.
+
+    python benchmarks/operators.py [--threads 1] [--repeats 20] [--json FILE]
+
+Prints the environment and, for each operator, the median of warm calls in time and in processor time. On a busy machine the
+first grows with the others' load; the second hardly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from upcycle3d.ops.iou3d import iou_3d, iou_bev
+from upcycle3d.ops.nms import nms_rotated
+from upcycle3d.ops.voxelize import voxelize
+
+
+def scan(points: int) -> Tensor:
+    """(points, 4) x, y, z, intensity of a spinning 64-beam LiDAR 1.73 m above flat ground inside a wavy wall, beam by beam."""
+    generator = torch.Generator().manual_seed(0)
+    turns = points // 64 + 1
+    azimuth = torch.linspace(0, 2 * math.pi, turns).repeat(64)
+    elevation = torch.deg2rad(torch.linspace(2, -24.8, 64)).repeat_interleave(turns)
+    wall = 35 + 20 * torch.sin(3 * azimuth) + 5 * torch.sin(40 * azimuth)
+    ground = torch.where(elevation < 0, 1.73 / torch.sin(-elevation).clamp_min(1e-3), 1e3)
+    distance = torch.minimum(wall / elevation.cos(), ground) + 0.02 * torch.randn(len(wall), generator=generator)
+    x, y = distance * elevation.cos() * azimuth.cos(), distance * elevation.cos() * azimuth.sin()
+    return torch.stack([x, y, distance * elevation.sin(), torch.rand(len(wall), generator=generator)], 1)[:points]
+
+
+def clustered_boxes(count: int, objects: int, *, spread: float, seed: int) -> Tensor:
+    """(count, 7) car-sized boxes around ``objects`` places on 70 x 80 m: what an anchor head predicts.
+
+    spread: standard deviation of the centre in m; heading and size vary along with it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.rand(objects, 3, generator=generator) * torch.tensor([70.0, 80.0, 0.5]) - torch.tensor([0.0, 40.0, 1.0])
+    heading = 2 * math.pi * torch.rand(objects, 1, generator=generator)
+    place = torch.cat([centre, torch.tensor([3.9, 1.6, 1.56]).expand(objects, 3), heading], 1)
+    noise = torch.randn(count, 7, generator=generator) * spread * torch.tensor([1, 1, 0.3, 0.5, 0.2, 0.2, 0.3])
+    return (place[torch.randint(objects, (count,), generator=generator)] + noise).clamp_min(
+        torch.tensor([-math.inf, -math.inf, -math.inf, 0.5, 0.5, 0.5, -math.inf])
+    )
+
+
+def measure(call: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median time and median processor time (all threads together) of ``call`` in ms, after two calls that compile and warm up."""
+    wall, processor = [], []
+    for k in range(repeats + 2):
+        start, start_processor = time.perf_counter(), time.process_time()
+        call()
+        if k >= 2:
+            wall.append(1e3 * (time.perf_counter() - start))
+            processor.append(1e3 * (time.process_time() - start_processor))
+    return statistics.median(wall), statistics.median(processor)
+
+
+def environment() -> dict[str, str | int | float]:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numba": numba.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def write_json(path: Path, value: object) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls of each operator (default 20)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    points = scan(120_000)
+    anchors, objects = clustered_boxes(4096, 60, spread=0.5, seed=1), clustered_boxes(512, 60, spread=0.5, seed=1)
+    tight, loose = clustered_boxes(4096, 60, spread=0.2, seed=2), clustered_boxes(4096, 300, spread=0.6, seed=3)
+    scores = torch.rand(4096, generator=torch.Generator().manual_seed(4))
+    around = (-75.2, -75.2, -2.0, 75.2, 75.2, 4.0)
+
+    def voxels() -> object:
+        return voxelize(points, point_range=around, voxel_size=(0.1, 0.1, 0.15), max_points=5, max_voxels=150_000)
+
+    calls: dict[str, Callable[[], object]] = {
+        "voxelise 120,000 points": voxels,
+        "BEV IoU 4096 x 512": lambda: iou_bev(anchors, objects),
+        "3D IoU 4096 x 512": lambda: iou_3d(anchors, objects),
+        "NMS 4096, 0.7, first 100": lambda: nms_rotated(tight, scores, 0.7, post_max=100),
+        "NMS 4096, 0.7, tight clusters": lambda: nms_rotated(tight, scores, 0.7),
+        "NMS 4096, 0.7, loose clusters": lambda: nms_rotated(loose, scores, 0.7),
+        "NMS 4096, 0.1, loose clusters": lambda: nms_rotated(loose, scores, 0.1),
+    }
+    where = environment()
+    print("\n".join(f"{name:8s} {value}" for name, value in where.items()))
+    print(f"\n{'operator':32s} {'median ms':>10s} {'CPU ms':>10s}")
+    rows = []
+    for name, call in calls.items():
+        wall, processor = measure(call, arguments.repeats)
+        print(f"{name:32s} {wall:10.2f} {processor:10.2f}", flush=True)
+        rows.append({"operator": name, "median_ms": wall, "median_cpu_ms": processor})
+    if arguments.json:
+        write_json(arguments.json, {"environment": where, "operators": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Voxelisation: the fixed rule (first come first served), against a dictionary written out by hand and a stored KITTI frame."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from upcycle3d.ops.voxelize import Voxels, voxelize, voxelize_reference
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared"
+GRID = {"point_range": (0.0, -2.0, -1.0, 4.0, 2.0, 1.0), "voxel_size": (0.5, 0.5, 1.0)}  # 8 x 8 x 2 cells
+
+both = pytest.mark.parametrize("function", [voxelize, voxelize_reference])
+
+
+def by_dictionary(points: Tensor, max_points: int, max_voxels: int) -> Voxels:
+    start, size = np.float32(GRID["point_range"][:3]), np.float32(GRID["voxel_size"])
+    kept: dict[tuple[int, int, int], list[np.ndarray]] = {}
+    for point in points.numpy():
+        x, y, z = (int(k) for k in np.floor((point[:3] - start) / size))
+        if not (0 <= x < 8 and 0 <= y < 8 and 0 <= z < 2):
+            continue
+        if (z, y, x) not in kept and len(kept) == max_voxels:
+            continue
+        group = kept.setdefault((z, y, x), [])
+        if len(group) < max_points:
+            group.append(point)
+    means = [sum(group[1:], group[0]) / np.float32(len(group)) for group in kept.values()]
+    return Voxels(
+        features=torch.tensor(np.array(means, np.float32).reshape(-1, points.shape[1])),
+        coords=torch.tensor(list(kept), dtype=torch.int32).view(-1, 3),
+        num_points=torch.tensor([len(group) for group in kept.values()], dtype=torch.int32),
+    )
+
+
+def assert_bit_equal(a: Voxels, b: Voxels) -> None:
+    for name in ("features", "coords", "num_points"):
+        left, right = getattr(a, name), getattr(b, name)
+        assert left.dtype == right.dtype
+        assert torch.equal(left, right), name
+
+
+@both
+def test_hand_example_keeps_first_points_first_voxels_and_arrival_order(function):
+    points = torch.tensor(
+        [
+            [3.9, 1.9, 0.9, 10.0],  # cell z 1, y 7, x 7
+            [0.1, -1.9, -0.9, 20.0],  # cell 0 0 0
+            [3.7, 1.7, 0.5, 30.0],  # second point of the first voxel
+            [3.6, 1.6, 0.4, 99.0],  # third: one too many
+            [2.0, 0.0, 0.0, 99.0],  # third voxel: one too many
+            [0.2, -1.8, -0.8, 40.0],  # known voxels still take points
+        ]
+    )
+    voxels = function(points, max_points=2, max_voxels=2, **GRID)
+    assert voxels.coords.tolist() == [[1, 7, 7], [0, 0, 0]]
+    assert voxels.num_points.tolist() == [2, 2]
+    assert voxels.features[:, 3].tolist() == [20.0, 30.0]
+    torch.testing.assert_close(voxels.features[0, :3], torch.tensor([3.8, 1.8, 0.7]))
+    assert (voxels.features.dtype, voxels.coords.dtype, voxels.num_points.dtype) == (torch.float32, torch.int32, torch.int32)
+
+
+@both
+@pytest.mark.parametrize(("max_points", "max_voxels"), [(1, 1000), (3, 1000), (1000, 20), (2, 1)])
+def test_bit_equal_to_a_dictionary(function, max_points, max_voxels):
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(700, 5, generator=generator) * 6 - torch.tensor([1.0, 3, 3, 0, 0])  # a part is outside
+    points = torch.cat([points, points[:100]])  # duplicates
+    expected = by_dictionary(points, max_points, max_voxels)
+    assert_bit_equal(function(points, max_points=max_points, max_voxels=max_voxels, **GRID), expected)
+
+
+@both
+def test_lower_border_is_inside_upper_border_and_beyond_outside(function):
+    points = torch.tensor([[0.0, -2.0, -1.0], [4.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0], [-1e-3, 0.0, 0.0], [1e30, 0, 0]])
+    assert function(points, max_points=5, max_voxels=9, **GRID).coords.tolist() == [[0, 0, 0]]
+
+
+@both
+def test_no_point_one_point_and_all_points_outside(function):
+    nothing = function(torch.empty(0, 4), max_points=5, max_voxels=9, **GRID)
+    assert nothing.features.shape == (0, 4)
+    assert nothing.coords.shape == (0, 3)
+    assert nothing.num_points.shape == (0,)
+    outside = function(torch.full((3, 4), 50.0), max_points=5, max_voxels=9, **GRID)
+    assert outside.features.shape == (0, 4)
+    one = function(torch.tensor([[1.0, 0.0, 0.5, 7.0]]), max_points=5, max_voxels=9, **GRID)
+    assert one.features.tolist() == [[1.0, 0.0, 0.5, 7.0]]
+
+
+@both
+def test_takes_views_and_double_precision(function):
+    points = torch.rand(4, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert_bit_equal(
+        function(points.T, max_points=5, max_voxels=9, **GRID),
+        function(points.T.float().contiguous(), max_points=5, max_voxels=9, **GRID),
+    )
+
+
+@both
+def test_non_finite_points_are_counted_in_the_error(function):
+    points = torch.zeros(6, 4)
+    points[1, 0], points[1, 1], points[4, 3] = float("nan"), float("inf"), float("nan")
+    with pytest.raises(ValueError, match="2 of 6 points"):
+        function(points, max_points=5, max_voxels=9, **GRID)
+
+
+@both
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"points": torch.zeros(3, 2)}, "floating point"),
+        ({"points": torch.zeros(3, 4, dtype=torch.int32)}, "floating point"),
+        ({"max_points": 0}, "positive"),
+        ({"voxel_size": (0.0, 1.0, 1.0)}, "no grid"),
+        ({"point_range": (0.0, 0.0, 0.0, -1.0, 1.0, 1.0)}, "no grid"),
+        ({"voxel_size": (1e-4, 1e-4, 1e-4)}, "cells"),
+        ({"voxel_size": (100.0, 1.0, 1.0)}, "cells"),
+    ],
+)
+def test_wrong_arguments_are_refused(function, change, message):
+    arguments = {"points": torch.zeros(3, 4), "max_points": 5, "max_voxels": 9, **GRID, **change}
+    with pytest.raises(ValueError, match=message):
+        function(arguments.pop("points"), **arguments)
+
+
+@both
+def test_kitti_frame_000003_is_voxelised_as_the_reference_does(function):
+    golden, scan = SHARED / "reference/golden/second_iou_kitti.npz", SHARED / "data/kitti/training/velodyne_reduced/000003.bin"
+    if not (golden.exists() and scan.exists()):
+        pytest.skip("needs shared/")
+    points = torch.from_numpy(np.fromfile(scan, np.float32).reshape(-1, 4))
+    points = points[(points[:, 0] >= 0) & (points[:, 0] <= 70.4) & (points[:, 1] >= -40) & (points[:, 1] <= 40)]
+    voxels = function(
+        points, point_range=(0, -40, -3, 70.4, 40, 1), voxel_size=(0.05, 0.05, 0.1), max_points=5, max_voxels=40_000
+    )
+    expected = np.load(golden)
+    np.testing.assert_array_equal(voxels.coords.numpy(), expected["voxel_coords_zyx"])
+    np.testing.assert_array_equal(voxels.num_points.numpy(), expected["voxel_num_points"])
+    np.testing.assert_array_equal(voxels.features.numpy(), expected["voxel_mean_features"])
