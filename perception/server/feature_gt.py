@@ -22,8 +22,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ...datasets.frame_source import FrameSource
 from ...ops.iou3d import iou_bev
+from ..models.detector import Detector
 from ..structures import Boxes3D, InvalidInput, Labels, SplitFeatures, SplitSpec
+from ..vehicle.codec import round_trip
 
 DATABASE_VERSION = 1
 
@@ -45,6 +48,15 @@ def footprint(boxes: Tensor, spec: SplitSpec, margin_cells: float = 1.0) -> Tens
     cell_x, cell_y = spec.cell_size()
     half = boxes[:, 3:5, None, None] / 2 + margin_cells * max(cell_x, cell_y)
     return (along.abs() <= half[:, 0]) & (across.abs() <= half[:, 1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureGtConfig:
+    """How F-GT pastes. max_objects: per class, up to this many a scene, in class order. margin_cells: how much wider than the box."""
+
+    max_objects: tuple[int, ...]
+    min_points: int = 5
+    margin_cells: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,13 +201,39 @@ class FeatureDatabase:
         return FeatureDatabase(folder, pq.read_table(folder / "index.parquet"), meta["channels"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class FeatureGtConfig:
-    """How F-GT pastes. max_objects: per class, up to this many a scene, in class order. margin_cells: how much wider than the box."""
+def build_feature_database(
+    folder: Path,
+    frames: FrameSource,
+    detector: Detector,
+    *,
+    codec: str,
+    config: FeatureGtConfig,
+    split_fingerprint: str,
+    encoder_fingerprint: str,
+) -> FeatureDatabase:
+    """Encode every labelled frame as a vehicle would, codec included, and cut its objects out.
 
-    max_objects: tuple[int, ...]
-    min_points: int = 5
-    margin_cells: float = 1.0
+    Raises InvalidInput if ``folder`` exists.
+    """
+    detector.eval()
+    objects: list[FeatureObject] = []
+    for i in range(len(frames)):
+        frame = frames[i]
+        if frame.labels is None:
+            continue
+        with torch.no_grad():
+            split = detector.encode([frame.points]).to("cpu")
+        stored = replace(split.voxels, features=round_trip(split.voxels.features, codec))
+        objects += cut_objects(
+            replace(split, voxels=stored), frame.labels, min_points=config.min_points, margin_cells=config.margin_cells
+        )
+    return FeatureDatabase.write(
+        folder,
+        objects,
+        channels=detector.encoder.spec.channels,
+        split_fingerprint=split_fingerprint,
+        encoder_fingerprint=encoder_fingerprint,
+    )
 
 
 def sample_objects(

@@ -1,0 +1,291 @@
+"""The main job, end to end, on simulated data: what ``upcycle3d demo`` shows and ``benchmarks/claim.py`` repeats over seeds.
+
+    simulate source and target ─ prepare ─ train on the labelled source ─ extract from the target's fleet ─ ingest
+        ─ train by each method from the same checkpoint ─ score on the target's validation frames
+
+Every stage leaves its result in a folder and is skipped if that is there, so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ..datasets.batches import LabelledBatches
+from ..datasets.gt_database import GtDatabase, GtSampler, build_gt_database
+from ..datasets.kitti import KittiDataset, read_ids
+from ..datasets.prepared import PreparedDataset, prepare
+from ..datasets.simulation.layout_kitti import write_kitti_layout
+from ..datasets.simulation.places import Domain
+from .evaluation.detect import detect_frames, kitti_detections
+from .evaluation.kitti import LOOSE, OFFICIAL, KittiResult, MinOverlap, evaluate_kitti
+from .files import write_atomically
+from .models.detector import Detector
+from .models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from .models.second_iou import second_iou
+from .presets import Preset
+from .server.feature_gt import FeatureDatabase, build_feature_database
+from .server.ingest import ingest
+from .server.methods import METHODS
+from .server.store import SmashedStore
+from .server.trainer import upcycle
+from .structures import Labels, PointCloud
+from .training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
+from .training.run_folder import RunFolder
+from .training.supervised import train_supervised
+from .vehicle.extractor import ExtractionReport, Extractor, extract
+from .vehicle.shards import ShardWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class MainJobConfig:
+    """source, target: domains. labelled, fleet, validation: numbers of frames. seed: of the data and of every training."""
+
+    source: Domain
+    target: Domain
+    labelled: int
+    fleet: int
+    validation: int
+    seed: int
+    preset: Preset
+    codec: str = "fp16"
+    workers: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Car AP on the target's validation frames, moderate, R40, in percent: 3D and BEV at IoU 0.7 and at 0.5."""
+
+    ap_3d: float
+    ap_bev: float
+    ap_3d_50: float
+    ap_bev_50: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodResult:
+    """student and teacher: the trained network and its EMA. The student is the result; the teacher is reported beside it."""
+
+    student: Scores
+    teacher: Scores
+    seconds: float
+
+
+@dataclass
+class MainJob:
+    """The stages of one job in one folder. ``seconds`` says where the time went."""
+
+    config: MainJobConfig
+    folder: Path
+    say: Callable[[str], None] = print
+    progress: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    # ---- data
+
+    def _simulated(self, name: str, domain: Domain, splits: Mapping[str, int], seed: int) -> None:
+        root = self.folder / f"{name}_raw"
+        with self._timed("simulate"):
+            write_kitti_layout(
+                root, domain, num_frames=sum(splits.values()), seed=seed, workers=self.config.workers, view="camera", splits=splits
+            )
+        with self._timed("prepare"):
+            ids = {split: read_ids(root / "ImageSets" / f"{split}.txt") for split in splits}
+            every = tuple(i for part in ids.values() for i in part)
+            names = self.config.preset.detector.class_names
+            source = KittiDataset(root, every, classes=names, z_shift=domain.sensor.height)
+            notes = {"kitti_root": str(root), "z_shift": domain.sensor.height}
+            prepare(source, every, self.folder / name, splits=ids, classes=names, notes=notes, workers=self.config.workers)
+
+    def data(self) -> None:
+        """Simulate and prepare both domains; different seeds, so that no street is in both."""
+        c = self.config
+        self._simulated("source", c.source, {"train": c.labelled}, seed=1000 + 2 * c.seed)
+        self._simulated("target", c.target, {"fleet": c.fleet, "val": c.validation}, seed=1001 + 2 * c.seed)
+
+    def split(self, name: str, split: str) -> PreparedDataset:
+        """A split of the prepared "source" or "target"."""
+        return PreparedDataset(self.folder / name, split)
+
+    # ---- training on the source
+
+    def _labelled(self, frames: PreparedDataset, database: Path, batch_size: int) -> LabelledBatches:
+        train = self.config.preset.train
+        names = self.config.preset.detector.class_names
+        sampler = None
+        if train.gt_sampling:
+            fingerprint = frames.split_fingerprint()
+            if not (database / "database.json").exists():
+                build_gt_database(frames, database, class_names=names, fingerprint=fingerprint)
+            opened = GtDatabase.open(database, expected_fingerprint=fingerprint)
+            sampler = GtSampler(opened, dict(zip(names, train.gt_sampling, strict=True)))
+        return LabelledBatches(
+            frames=frames,
+            batch_size=batch_size,
+            seed=self.config.seed,
+            augmentation=train.augmentation,
+            keep_range=self.config.preset.detector.encoder.grid.range,
+            gt_sampler=sampler,
+        )
+
+    def train_source(self) -> Path:
+        """Supervised training on the labelled source; returns the run folder."""
+        out, preset = self.folder / "source_run", self.config.preset
+        with self._timed("train source"):
+            if not (out / "detector.safetensors").exists():
+                torch.manual_seed(self.config.seed)
+                detector = second_iou(preset.detector)
+                labelled = self._labelled(self.split("source", "train"), self.folder / "source_gt", preset.train.batch_size)
+                loop = replace(preset.train.loop, seed=self.config.seed)
+                run = RunFolder.create(out, replace(preset.train, loop=loop), seed=self.config.seed, resume=True)
+                train_supervised(detector, labelled, loop, run=run, workers=1, progress=self.progress)
+                save_run_detector(out, detector, preset.detector)
+        return out
+
+    # ---- the fleet
+
+    def rig(self) -> RigSpec:
+        """What the target's vehicles do to a scan first: the known mounting height."""
+        return RigSpec(z_shift=self.config.target.sensor.height)
+
+    def extract_fleet(self) -> ExtractionReport | None:
+        """Smash every scan of the fleet into shards and take them in. None if that was done before."""
+        store, receipts = self.folder / "store", self.folder / "receipts.json"
+        detector, _ = load_detector(self.folder / "source_run")
+        report = None
+        if not receipts.exists():
+            extractor = Extractor(detector.encoder, self.rig(), self.config.codec)
+            incoming, root = self.folder / "shards", self.folder / "target_raw"
+            ids = self.split("target", "fleet").ids
+            scans = KittiDataset(root, ids, with_labels=False)
+            made: dict[str, str] = {}
+
+            def read(index: int) -> Callable[[], PointCloud]:
+                return lambda: scans[index].points
+
+            with self._timed("extract"):
+                writer = ShardWriter(incoming, spec=extractor.spec, fingerprint=extractor.fingerprint, codec=self.config.codec)
+                with writer:
+                    report = extract(
+                        (read(i) for i in range(len(ids))),
+                        extractor,
+                        writer,
+                        on_scene=lambda index, scene_id: made.update({scene_id: ids[index]}),
+                    )
+            with self._timed("ingest"):
+                ingest(incoming, store, expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
+            write_atomically(receipts, json.dumps(made).encode())
+        return report
+
+    def store(self) -> SmashedStore:
+        """The fleet's verified scenes."""
+        return SmashedStore(self.folder / "store")
+
+    def truth(self) -> dict[str, Labels]:
+        """True labels by scene id. The simulator knows them; they only measure pseudo labels."""
+        receipts = json.loads((self.folder / "receipts.json").read_text())
+        fleet = self.split("target", "fleet")
+        found = ((frame_id, fleet.labels(i)) for i, frame_id in enumerate(fleet.ids))
+        by_frame = {frame_id: labels for frame_id, labels in found if labels is not None}
+        return {scene: by_frame[frame] for scene, frame in receipts.items()}
+
+    # ---- methods
+
+    def _features(self, detector: Detector) -> FeatureDatabase:
+        frames = self.split("source", "train")
+        split, encoder = frames.split_fingerprint(), encoder_fingerprint(detector.encoder, RigSpec())
+        path = self.folder / "feature_gt"
+        if not path.exists():
+            f_gt = self.config.preset.upcycle.f_gt
+            build_feature_database(
+                path, frames, detector, codec=self.config.codec, config=f_gt, split_fingerprint=split, encoder_fingerprint=encoder
+            )
+        return FeatureDatabase.open(path, split_fingerprint=split, encoder_fingerprint=encoder)
+
+    def run_method(self, name: str) -> MethodResult:
+        """Train by one method from the source checkpoint and score it on the target. Finished results are read back."""
+        out = self.folder / "methods" / name
+        result_file = out / "result.json"
+        if result_file.exists():
+            stored = json.loads(result_file.read_text())
+            return MethodResult(student=Scores(**stored["student"]), teacher=Scores(**stored["teacher"]), seconds=stored["seconds"])
+        method, preset = METHODS[name], self.config.preset
+        start = time.perf_counter()
+        with self._timed(name):
+            detector, _ = load_detector(self.folder / "source_run")
+            config = replace(preset.upcycle, loop=replace(preset.upcycle.loop, seed=self.config.seed))
+            domain, split = ("source", "train") if method.labelled == "source" else ("target", "fleet")
+            labelled = self._labelled(self.split(domain, split), self.folder / f"{domain}_gt", config.labelled_batch)
+            run = RunFolder.create(out, config, seed=self.config.seed, resume=True)
+            teacher = upcycle(
+                detector,
+                method=method,
+                labelled=labelled,
+                store=self.store() if method.unlabelled else None,
+                features=self._features(detector) if method.f_gt else None,
+                config=config,
+                codec=self.config.codec,
+                truth=self.truth() if method.unlabelled else None,
+                run=run,
+                workers=1,
+                progress=self.progress,
+            )
+            save_run_detector(out, detector, preset.detector)
+            save_detector(out / TEACHER_FILE, teacher, preset.detector)
+        with self._timed("evaluate"):
+            student_scores = self.score(detector)
+            teacher_scores = student_scores if method.trains == "nothing" else self.score(teacher)
+        result = MethodResult(student=student_scores, teacher=teacher_scores, seconds=time.perf_counter() - start)
+        write_atomically(result_file, json.dumps(asdict(result), indent=1).encode())
+        return result
+
+    # ---- scores
+
+    def score(self, detector: Detector) -> Scores:
+        """Car AP of a detector on the target's validation frames."""
+        frames = self.split("target", "val")
+        raw = KittiDataset(self.folder / "target_raw", frames.ids)
+        found = list(detect_frames(detector, frames, batch_size=4))
+        detections = [kitti_detections(frame, p, detector.class_names) for frame, p in found]
+        truths = [raw.frame_objects(frame.id) for frame, _ in found]
+
+        def ap(overlaps: Mapping[str, MinOverlap]) -> tuple[float, float]:
+            result: KittiResult = evaluate_kitti(truths, detections, classes=("Car",), min_overlaps=overlaps)
+            car = result.classes["Car"]
+            return car.box_3d.r40[1], car.bev.r40[1]
+
+        (ap_3d, ap_bev), (ap_3d_50, ap_bev_50) = ap(OFFICIAL), ap(LOOSE)
+        return Scores(ap_3d=ap_3d, ap_bev=ap_bev, ap_3d_50=ap_3d_50, ap_bev_50=ap_bev_50)
+
+
+def closed_gap(source: float, method: float, oracle: float, *, spread: float = 0.0) -> float | None:
+    """(method - source) / (oracle - source) in percent; None when the gap is under 2 points or under the spread over seeds."""
+    gap = oracle - source
+    return None if gap < max(2.0, spread) else 100.0 * (method - source) / gap
+
+
+def run_methods(job: MainJob, names: Sequence[str]) -> dict[str, MethodResult]:
+    """All stages, then each method in turn."""
+    job.say("simulating and preparing both domains")
+    job.data()
+    job.say("training on the labelled source")
+    job.train_source()
+    job.say("extracting the fleet's smashed scenes")
+    job.extract_fleet()
+    results = {}
+    for name in names:
+        job.say(f"method {name}: {METHODS[name].summary}")
+        results[name] = job.run_method(name)
+    return results

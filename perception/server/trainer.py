@@ -1,0 +1,195 @@
+"""The server's step: learn from a few labelled raw scenes and many unlabelled smashed ones. One page, for any detector.
+
+    labelled frames ── encoder (frozen) ── codec round trip ──────────────┐
+                                                                          ├─ one batch ─ student ─ losses
+    smashed scenes ─┬─ teacher (EMA) ─ boxes ─ hybrid labels ─┐           │
+                    └─────────────────── F-GT paste ──────────┴───────────┘
+
+The two halves go through the student together, so that batch norm sees the mixture it will keep statistics of.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from ...datasets.batches import epoch_indices
+from ..models.detector import Detector
+from ..structures import Boxes3D, Frame, InvalidInput, Labels, LossTerms, Predictions, SplitFeatures
+from ..training.ema import make_teacher, update_ema
+from ..training.loop import LoopConfig, run_steps
+from ..training.run_folder import RunFolder
+from ..vehicle.codec import round_trip
+from .feature_augmentation import cut_mix
+from .feature_gt import FeatureDatabase, FeatureGtConfig, paste_objects, sample_objects
+from .methods import Method
+from .pseudo_labels import ScoreThresholds, pseudo_label_quality, teacher_labels
+from .store import SmashedStore, to_split_features
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcycleConfig:
+    """The server's settings. Everything here is equal for all methods.
+
+    unlabelled_batch: smashed scenes a step, beside ``labelled_batch`` labelled frames. thresholds: one entry per class.
+    obstacle_score: pasted objects keep clear of every teacher box with at least this predicted overlap. ema_decay: the largest.
+    round_steps: how often pseudo labels are summed up in the log.
+    """
+
+    loop: LoopConfig
+    labelled_batch: int
+    unlabelled_batch: int
+    thresholds: tuple[ScoreThresholds, ...]
+    f_gt: FeatureGtConfig
+    obstacle_score: float = 0.1
+    ema_decay: float = 0.999
+    round_steps: int = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcycleBatch:
+    """One step's input: labelled frames, and smashed scenes with their ids (none for methods without them)."""
+
+    frames: tuple[Frame, ...]
+    smashed: SplitFeatures | None
+    scene_ids: tuple[str, ...] = ()
+
+
+@dataclass
+class _Round:
+    """Pseudo labels since the last summary, with the truth where it is known."""
+
+    pseudo: list[Labels] = field(default_factory=list)
+    truth: list[Labels] = field(default_factory=list)
+    pasted: int = 0
+
+
+def upcycle(
+    detector: Detector,
+    *,
+    method: Method,
+    labelled: Callable[[int], tuple[Frame, ...]],
+    store: SmashedStore | None,
+    features: FeatureDatabase | None,
+    config: UpcycleConfig,
+    codec: str = "fp16",
+    truth: Mapping[str, Labels] | None = None,
+    run: RunFolder | None = None,
+    workers: int = 0,
+    progress: bool = True,
+) -> Detector:
+    """Train ``detector`` in place by ``method`` and return its EMA teacher, a detector too.
+
+    labelled: the labelled frames of a step (``datasets.batches.LabelledBatches``); for the oracles those of the target.
+    store: verified smashed scenes; features: F-GT's database, cut from the labelled split by the same encoder.
+    truth: labels by scene id, only to log how good pseudo labels are; nothing of it reaches training.
+    Raises InvalidInput if the method needs scenes or a database that are missing, and NonFiniteLoss from the loop.
+    """
+    if method.unlabelled and (store is None or len(store) == 0):
+        raise InvalidInput("this method learns from smashed scenes and the store is empty; run `upcycle3d extract` and `ingest` first")
+    if method.f_gt and (features is None or len(features) == 0):
+        raise InvalidInput("F-GT needs a feature database with objects; the labelled split has none with enough points")
+    if method.trains != "all":
+        detector.freeze_encoder()
+    teacher = make_teacher(detector)
+    if method.trains == "nothing":
+        return teacher
+    detector.train()
+    seed, this_round = config.loop.seed, _Round()
+
+    def batch_at(step: int) -> UpcycleBatch:
+        frames = labelled(step)
+        if not method.unlabelled or store is None:
+            return UpcycleBatch(frames=frames, smashed=None)
+        scenes = [store[i] for i in epoch_indices(len(store), config.unlabelled_batch, step, seed)]
+        return UpcycleBatch(frames=frames, smashed=to_split_features(scenes), scene_ids=tuple(s.scene_id for s in scenes))
+
+    def loss(batch: UpcycleBatch, step: int) -> LossTerms:
+        split = detector.encode([f.points for f in batch.frames])
+        labels = [f.labels for f in batch.frames if f.labels is not None]
+        if method.trains != "all":
+            split = _as_stored(split, codec)
+        if batch.smashed is not None:
+            scenes, pseudo = _unlabelled(batch, np.random.default_rng([seed, step, 1]))
+            split = SplitFeatures.collate([split, *scenes])
+            labels += pseudo
+        return detector.loss(detector.decode(split, labels), labels)
+
+    def _unlabelled(batch: UpcycleBatch, rng: np.random.Generator) -> tuple[list[SplitFeatures], list[Labels]]:
+        assert batch.smashed is not None
+        smashed = batch.smashed.to(next(teacher.parameters()).device)
+        with torch.no_grad():
+            predictions = teacher.predict(teacher.decode(smashed))
+        pseudo = [teacher_labels(p, config.thresholds, trusted=method.trusted) for p in predictions]
+        this_round.pseudo += pseudo
+        this_round.truth += [truth[i].to(p.classes.device) for i, p in zip(batch.scene_ids, pseudo) if truth is not None]
+        scenes = [smashed.scene(i) for i in range(smashed.batch_size)]
+        changed = [_change(*pair, rng) for pair in zip(scenes, pseudo, predictions, strict=True)]
+        if method.cut_mix:
+            order = rng.permutation(len(changed))
+            changed = [cut_mix(*changed[i], *changed[j], rng) for i, j in enumerate(order)]
+        return [s for s, _ in changed], [p for _, p in changed]
+
+    def _change(
+        scene: SplitFeatures, labels: Labels, found: Predictions, rng: np.random.Generator
+    ) -> tuple[SplitFeatures, Labels]:
+        if method.f_gt and features is not None:
+            obstacles = Boxes3D(data=found.boxes.data[found.iou_scores >= config.obstacle_score])
+            objects = sample_objects(features, labels, obstacles, config.f_gt, rng)
+            this_round.pasted += len(objects)
+            scene, labels = paste_objects(scene, labels, objects, margin_cells=config.f_gt.margin_cells)
+        return method.augmentation(scene, labels, rng) if method.augmentation else (scene, labels)
+
+    def after_step(step: int) -> None:
+        update_ema(teacher, detector, step, config.ema_decay)
+        if method.unlabelled and (step + 1) % config.round_steps == 0:
+            _log_round(this_round, step, run)
+
+    run_steps(
+        modules={"student": detector, "teacher": teacher},
+        trainable=[p for p in detector.parameters() if p.requires_grad],
+        batches=batch_at,
+        loss=loss,
+        after_step=after_step,
+        config=config.loop,
+        run=run,
+        frame_ids=lambda batch: [*(f.id for f in batch.frames), *batch.scene_ids],
+        workers=workers,
+        progress=progress,
+    )
+    detector.eval()
+    return teacher
+
+
+def _as_stored(split: SplitFeatures, codec: str) -> SplitFeatures:
+    """Live features after the codec's quantisation, scene by scene, so that both halves of a batch went through the same."""
+    parts = [split.scene(i) for i in range(split.batch_size)]
+    return SplitFeatures.collate(
+        [replace(p, voxels=replace(p.voxels, features=round_trip(p.voxels.features, codec))) for p in parts]
+    )
+
+
+def _log_round(this_round: _Round, step: int, run: RunFolder | None) -> None:
+    scenes = max(len(this_round.pseudo), 1)
+    used = sum(int((p.weight > 0).sum()) for p in this_round.pseudo)
+    values = {
+        "labels_per_scene": used / scenes,
+        "ignored_per_scene": sum(len(p) for p in this_round.pseudo) / scenes - used / scenes,
+        "pasted_per_scene": this_round.pasted / scenes,
+    }
+    if this_round.truth:
+        quality = pseudo_label_quality(this_round.pseudo, this_round.truth)
+        values |= {
+            "precision_50": quality.precision_50, "precision_70": quality.precision_70,
+            "recall_50": quality.recall_50, "recall_70": quality.recall_70, "mean_iou": quality.mean_iou,
+        }  # fmt: skip
+    if run is not None:
+        run.log(step, values, kind="pseudo_labels")
+    log.info("pseudo labels until step %d: %s", step, ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
+    this_round.pseudo, this_round.truth, this_round.pasted = [], [], 0

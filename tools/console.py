@@ -1,0 +1,92 @@
+"""What every command shares: running a function with errors printed as sentences, tables, and results as JSON."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ..perception.structures import UpcycleError
+
+console = Console(stderr=False, highlight=False)
+
+
+def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
+    """Parse ``arguments`` into the type of ``function``'s one parameter and call it. Returns the exit code.
+
+    Errors that the user can mend become one message, without a traceback.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        (hint,) = [t for n, t in get_type_hints(function, include_extras=True).items() if n != "return"]
+        function(tyro.cli(hint, args=arguments, prog=program, description=function.__doc__))
+    except UpcycleError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}")
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] the disk is full ({error.filename or error}); what was finished is kept. Make room and run the command again")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A short table; numbers are aligned to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    body = [[f"{c:.2f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    for i, name in enumerate(header):
+        numeric = bool(body) and all(_is_number(row[i]) for row in body)
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in body:
+        table.add_row(*[_escape(c) for c in row])
+    console.print(table)
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "").replace("-", "").replace(",", "").isdigit()
+
+
+def write_json(path: Path | None, value: object) -> None:
+    """The result for machines, atomically; nothing without a path."""
+    if path is None:
+        return
+    from ..perception.files import write_atomically
+
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, a line every tenth elsewhere. Gives a function to call with (done, total)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if not console.is_terminal:
+        shown = -1
+
+        def line(done: int, of: int) -> None:
+            nonlocal shown
+            tenth = 10 * done // max(of, 1)
+            if tenth > shown:
+                shown = tenth
+                console.print(f"{what}: {done} of {of}")
+
+        yield line
+        return
+    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done, of: bar.update(task, completed=done, total=of)

@@ -1,0 +1,110 @@
+"""``upcycle3d inspect``: what a shard, a store, a run folder, a detector or a prepared dataset holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from ..datasets.prepared import PreparedDataset
+from ..perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from ..perception.server.store import CATALOGUE, SmashedStore
+from ..perception.structures import InvalidInput
+from ..perception.training.checkpoint import read_weights
+from ..perception.training.run_folder import RunFolder
+from ..perception.vehicle.encoder_file import load_encoder
+from ..perception.vehicle.manifest import read_manifest
+from .console import print_table, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Say what a path holds: a shard (.tar or its .json), a store, a run folder, weights, an encoder or a prepared dataset."""
+
+    path: tyro.conf.Positional[Path]
+    """what to look at"""
+    json: Path | None = None
+    """also write the result for machines"""
+
+
+def command(config: Inspect) -> None:
+    """What a shard, a store, a run folder, a detector or a prepared dataset holds."""
+    path = config.path
+    if not path.exists():
+        raise InvalidInput(f"there is nothing at {path}")
+    kind, facts = describe(path)
+    print_table(f"{kind}: {path}", ("what", "value"), list(facts.items()))
+    write_json(config.json, {"kind": kind, **facts})
+
+
+def describe(path: Path) -> tuple[str, dict[str, object]]:
+    """What kind of thing lies at ``path``, and the facts about it."""
+    if path.suffix in (".tar", ".json") and path.with_suffix(".json").exists():
+        return "shard", _shard(path.with_suffix(".json"))
+    if (path / CATALOGUE).exists():
+        return "store of smashed scenes", _store(path)
+    if (path / "config.json").exists():
+        return "run folder", _run(path)
+    if (path / "dataset.json").exists():
+        return "prepared dataset", _prepared(path)
+    if path.suffix == ".safetensors":
+        return "weights", _weights(path)
+    raise InvalidInput(f"{path} is no shard, store, run folder, prepared dataset or safetensors file of this program")
+
+
+def _shard(manifest_path: Path) -> dict[str, object]:
+    manifest = read_manifest(manifest_path)
+    sizes = [m.length for m in manifest.members]
+    return {
+        "scenes": len(sizes),
+        "bytes a scene": round(sum(sizes) / max(len(sizes), 1)),
+        "cut": manifest.spec.layer,
+        "channels": manifest.spec.channels,
+        "grid at the cut (z, y, x)": manifest.spec.shape,
+        "codec": manifest.codec,
+        "encoder fingerprint": manifest.encoder_fingerprint,
+        "tar there": manifest_path.with_suffix(".tar").exists(),
+    }
+
+
+def _store(path: Path) -> dict[str, object]:
+    store = SmashedStore(path)
+    quarantine = sorted((path / "quarantine").glob("*.reason.txt"))
+    return {
+        "scenes": len(store),
+        "cells a scene, median": int(store.voxels.median()) if len(store) else 0,
+        "codecs": ", ".join(store.codecs),
+        "cut": store.spec.layer,
+        "encoder fingerprint": store.fingerprint,
+        "quarantined shards": len(quarantine),
+        **{f"quarantined {q.name.split('.')[0][:16]}": q.read_text().strip() for q in quarantine},
+    }
+
+
+def _run(path: Path) -> dict[str, object]:
+    run = RunFolder.open(path)
+    lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
+    last = json.loads(lines[-1]) if lines else {}
+    files = sorted(p.name for p in path.glob("*.safetensors"))
+    status = {f"status {k}": v for k, v in run.status().items() if v not in ("", None)}
+    return status | {"metrics": len(lines), "last metrics": json.dumps(last), "files": ", ".join(files)}
+
+
+def _prepared(path: Path) -> dict[str, object]:
+    dataset = PreparedDataset(path)
+    facts: dict[str, object] = {"frames": len(dataset), "classes": ", ".join(dataset.classes)}
+    facts |= {f"split {name}": f"{n} frames, fingerprint {PreparedDataset(path, name).split_fingerprint()[:16]}" for name, n in dataset.splits.items()}
+    return facts | {f"note {k}": v for k, v in dataset.notes.items()} | {"point features": ", ".join(dataset.feature_names)}
+
+
+def _weights(path: Path) -> dict[str, object]:
+    tensors, meta = read_weights(path)
+    facts: dict[str, object] = {"tensors": len(tensors), "numbers": sum(t.numel() for t in tensors.values())}
+    facts |= {name: value if len(value) < 200 else value[:200] + "…" for name, value in meta.items()}
+    if meta.get("format", "").startswith("upcycle3d encoder"):
+        facts["fingerprint with a rig of nothing"] = encoder_fingerprint(load_encoder(path), RigSpec())
+    return facts
+
+

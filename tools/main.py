@@ -1,0 +1,64 @@
+"""The one program: ``upcycle3d COMMAND …``. Only the asked-for command is imported, so that the vehicle loads no server code."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+from .. import __version__
+
+# Command -> (module, one line). The module's function ``command`` is the command.
+COMMANDS = {
+    "demo": ("demo", "the whole story on simulated data in a few minutes, ending in a report"),
+    "simulate": ("simulate", "write a simulated LiDAR dataset in a native layout from a seed"),
+    "prepare": ("prepare", "index, verify and split a dataset, build its GT database; resumable"),
+    "train": ("train", "supervised training of a detector"),
+    "extract": ("extract", "vehicle side: scans to smashed shards"),
+    "ingest": ("ingest", "server side: verify shards, quarantine bad ones, catalogue"),
+    "upcycle": ("upcycle", "train on labelled data and smashed scenes; --method picks UpCycling or a baseline"),
+    "predict": ("predict", "boxes for a scan or a folder of scans"),
+    "evaluate": ("evaluate", "AP by the dataset's own protocol"),
+    "inspect": ("inspect", "what a shard, a store, a run, a detector or a prepared dataset holds"),
+    "view": ("view", "bird's-eye-view pictures of frames, labels and detections"),
+    "doctor": ("doctor", "what is installed here and which backends run"),
+}
+
+
+def main() -> None:
+    """Entry point of the ``upcycle3d`` program."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"upcycle3d {__version__}")
+        return
+    name = arguments[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"error: there is no command {name!r}{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    from .console import run_command
+
+    module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+    sys.exit(run_command(module.command, arguments[1:], program=f"upcycle3d {name}"))
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "upcycle3d: learn from a fleet's LiDAR without collecting raw point clouds",
+            "",
+            "usage: upcycle3d COMMAND [OPTIONS]      (upcycle3d COMMAND --help explains each)",
+            "",
+            *lines,
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

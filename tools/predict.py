@@ -1,0 +1,91 @@
+"""``upcycle3d predict``: boxes for a scan or a folder of scans."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..datasets.kitti import read_calibration, shift_calibration
+from ..datasets.kitti_text import predictions_to_kitti, write_objects
+from ..datasets.point_files import read_points, scan_files
+from ..perception.files import write_atomically
+from ..perception.models.encoders.fingerprint import RigSpec
+from ..perception.structures import Boxes3D, InvalidInput, Predictions
+from ..perception.training.detector_files import load_detector
+from .console import console, print_table, progress_bar, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Detect objects in scans. Boxes are written in the scan's own frame, one file a scan."""
+
+    detector: Path
+    """run folder, or a detector.safetensors or teacher.safetensors"""
+    scans: tuple[Path, ...]
+    """scan files (.bin, .npy, .pcd) or folders of them"""
+    out: Path
+    """folder to write"""
+    format: Literal["json", "kitti"] = "json"
+    """json: boxes in the LiDAR frame; kitti: text in the camera frame, needs --calib"""
+    calib: Path | None = None
+    """folder of KITTI calibration files, for --format kitti"""
+    rig: RigSpec = field(default_factory=RigSpec)
+    """mounting height and intensity scale of these scans"""
+    min_score: float = 0.1
+    """weaker detections are left out"""
+    device: str = "cpu"
+    """cpu or cuda"""
+    json: Path | None = None
+    """also write a summary for machines"""
+
+
+def command(config: Predict) -> None:
+    """Boxes for a scan or a folder of scans."""
+    if config.format == "kitti" and config.calib is None:
+        raise InvalidInput("KITTI's text format lies in the camera frame: give --calib, or use --format json")
+    detector, _ = load_detector(config.detector)
+    detector.to(config.device)
+    scans = scan_files(config.scans)
+    counts: dict[str, int] = {}
+    with progress_bar("predict", len(scans)) as advance:
+        for done, path in enumerate(scans, start=1):
+            points = config.rig.apply(read_points(path))
+            found = detector.detect([points])[0].to("cpu")
+            found = found.select(found.scores >= config.min_score)
+            counts[path.name] = len(found)
+            if config.format == "kitti":
+                assert config.calib is not None
+                calibration = shift_calibration(read_calibration(config.calib / f"{path.stem}.txt"), config.rig.z_shift)
+                write_objects(config.out / f"{path.stem}.txt", predictions_to_kitti(found, detector.class_names, calibration))
+            else:
+                record = boxes_json(in_sensor_frame(found, config.rig), detector.class_names)
+                write_atomically(config.out / f"{path.stem}.json", (json.dumps(record, indent=1) + "\n").encode())
+            advance(done, len(scans))
+    print_table("detections", ("scans", "boxes", "folder"), [(len(scans), sum(counts.values()), str(config.out))])
+    console.print(f"scores of at least {config.min_score:g}; format {config.format}")
+    write_json(config.json, counts)
+
+
+def in_sensor_frame(found: Predictions, rig: RigSpec) -> Predictions:
+    """Detections with the rig's z shift taken back."""
+    boxes = found.boxes.data - torch.tensor([0, 0, rig.z_shift, 0, 0, 0, 0])
+    return Predictions(
+        boxes=Boxes3D(data=boxes),
+        classes=found.classes,
+        scores=found.scores,
+        class_scores=found.class_scores,
+        iou_scores=found.iou_scores,
+    )
+
+
+def boxes_json(found: Predictions, class_names: tuple[str, ...]) -> list[dict[str, object]]:
+    """One record a box: class, score, x y z (centre), dx dy dz, yaw; metres and radians, LiDAR frame."""
+    names = ("x", "y", "z", "dx", "dy", "dz", "yaw")
+    return [
+        {"class": class_names[c], "score": round(s, 4)} | {n: round(v, 3) for n, v in zip(names, box, strict=True)}
+        for box, c, s in zip(found.boxes.data.tolist(), found.classes.tolist(), found.scores.tolist(), strict=True)
+    ]

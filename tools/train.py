@@ -1,0 +1,96 @@
+"""``upcycle3d train PRESET``: supervised training of a detector on a prepared dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from ..datasets.batches import LabelledBatches
+from ..datasets.gt_database import GtDatabase, GtSampler
+from ..datasets.prepared import PreparedDataset
+from ..perception.models.second_iou import second_iou
+from ..perception.presets import PRESETS, Preset
+from ..perception.structures import InvalidInput
+from ..perception.training.detector_files import save_run_detector
+from ..perception.training.run_folder import RunFolder
+from ..perception.training.supervised import train_supervised
+from .console import console, print_table, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a detector on a labelled split. The run folder holds everything to resume it and to say what it was."""
+
+    preset: Preset
+    """detector and training; override any field, as in --preset.train.loop.optim.lr 0.001"""
+    data: Path
+    """prepared dataset"""
+    out: Path
+    """run folder to write"""
+    split: str = "train"
+    """labelled split"""
+    seed: int = 0
+    """initial weights, order of frames, augmentation"""
+    resume: bool = False
+    """go on with a run that was stopped"""
+    workers: int = 1
+    """processes that prepare batches"""
+    device: str = "cpu"
+    """cpu or cuda"""
+    json: Path | None = None
+    """also write the result for machines"""
+
+
+def preset_choices(make: type) -> dict[str, object]:
+    """One subcommand per preset, its fields as defaults."""
+    return {name: make(preset=preset, data=tyro.MISSING, out=tyro.MISSING) for name, preset in PRESETS.items()}
+
+
+TrainCommand = tyro.extras.subcommand_type_from_defaults(preset_choices(Train), prefix_names=False)
+
+
+def labelled_batches(preset: Preset, data: Path, split: str, *, batch_size: int, seed: int) -> LabelledBatches:
+    """The augmented labelled batches of a prepared split, with GT sampling from that split's own database."""
+    frames = PreparedDataset(data, split)
+    names = preset.detector.class_names
+    if frames.classes != names:
+        raise InvalidInput(
+            f"the dataset {data} was prepared for the classes {frames.classes}, the preset detects {names}; prepare it again with "
+            f"--classes {' '.join(names)}"
+        )
+    sampler = None
+    if preset.train.gt_sampling:
+        database = GtDatabase.open(data / "gt_database" / split, expected_fingerprint=frames.split_fingerprint())
+        sampler = GtSampler(database, dict(zip(names, preset.train.gt_sampling, strict=True)))
+    return LabelledBatches(
+        frames=frames,
+        batch_size=batch_size,
+        seed=seed,
+        augmentation=preset.train.augmentation,
+        keep_range=preset.detector.encoder.grid.range,
+        gt_sampler=sampler,
+    )
+
+
+def command(config: TrainCommand) -> None:  # type: ignore[valid-type]
+    """Train a detector on labelled frames: upcycle3d train PRESET --data PREPARED --out RUN."""
+    assert isinstance(config, Train)
+    train = replace(config.preset.train, loop=replace(config.preset.train.loop, seed=config.seed))
+    preset = replace(config.preset, train=train)
+    labelled = labelled_batches(preset, config.data, config.split, batch_size=train.batch_size, seed=config.seed)
+    torch.manual_seed(config.seed)
+    detector = second_iou(preset.detector).to(config.device)
+    recorded = replace(config, preset=preset, resume=False, json=None, data=config.data.resolve(), out=config.out.resolve())
+    run = RunFolder.create(config.out, recorded, seed=config.seed, resume=config.resume)
+    result = train_supervised(detector, labelled, train.loop, run=run, workers=config.workers)
+    save_run_detector(config.out, detector.cpu(), preset.detector)
+    print_table(
+        "trained detector",
+        ("steps", "frames", "seconds", *result.terms),
+        [(result.steps, len(labelled.frames), result.seconds, *result.terms.values())],
+    )
+    console.print(f"next: upcycle3d evaluate run --detector {config.out} --data {config.data} --split val")
+    write_json(config.json, {"steps": result.steps, "seconds": result.seconds, "loss": dict(result.terms), "run": str(config.out)})
