@@ -55,7 +55,11 @@ class Backbone(nn.Module):
         super().__init__()
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         for _, inputs, outputs, kernel, stride, padding in LAYERS:
-            conv = SubmanifoldConv3d(inputs, outputs, kernel) if stride is None else StridedConv3d(inputs, outputs, kernel, stride, padding)
+            conv = (
+                SubmanifoldConv3d(inputs, outputs, kernel)
+                if stride is None
+                else StridedConv3d(inputs, outputs, kernel, stride, padding)
+            )
             self.convs.append(conv)
             self.norms.append(nn.BatchNorm1d(outputs, eps=1e-3, momentum=0.01))
 
@@ -99,7 +103,9 @@ def scan(seed: int = 0) -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng(seed)
     elevation = np.radians(np.linspace(2.0, -24.8, 64))[:, None]
     azimuth = np.radians(np.arange(-45, 45, 0.057))[None, :]
-    rays = np.stack(np.broadcast_arrays(np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)), -1)
+    rays = np.stack(
+        np.broadcast_arrays(np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)), -1
+    )
     rays = rays.reshape(-1, 3)
     reach = np.where(rays[:, 2] < 0, -1.73 / np.minimum(rays[:, 2], -1e-9), np.inf)
     for size, count in (((3.9, 1.6, 1.56), 25), ((0.3, 0.3, 6.0), 25), ((12.0, 1.0, 4.0), 12), ((1.5, 1.5, 2.5), 25)):
@@ -167,7 +173,12 @@ class Side:
     def __init__(self, name: str, folder: Path, environment: dict[str, str]) -> None:
         command = [sys.executable, __file__, "--child", name, str(folder)]
         self.process = subprocess.Popen(
-            command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         while self._read().strip() != "ready":
             pass
@@ -250,7 +261,9 @@ def main() -> None:
     print(f"maximum difference of the outputs {apart:.1e}")
     for mode, label in (("forward", "forward"), ("backward", "forward + backward")):
         ours, theirs = median[f"ours {mode}"], median[f"spconv {mode}"]
-        print(f"{label:20s} ours ({options.threads} threads) {ours:6.0f} ms   spconv (1 thread) {theirs:6.0f} ms   ratio {ours / theirs:.2f}")
+        print(
+            f"{label:20s} ours ({options.threads} threads) {ours:6.0f} ms   spconv (1 thread) {theirs:6.0f} ms   ratio {ours / theirs:.2f}"
+        )
     if options.json:
         options.json.write_text(json.dumps(result, indent=2))
 

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from ..ops.iou3d import iou_bev
 from ..ops.points_in_boxes import count_points_in_boxes, points_in_boxes, points_in_boxes_mask
+from ..perception.files import atomic_file
 from ..perception.structures import Frame, InvalidInput, Labels, PointCloud
 from .fingerprint import combine_digests, frame_digest
 from .frame_source import FrameSource
-from .prepared_parts import write_atomically
 
 SCHEMA_VERSION = 1
 
@@ -175,7 +175,7 @@ def build_gt_database(
     pq.write_table(columns, sink)
     index = sink.getvalue()
     index_name = f"index-{zlib.crc32(index):08x}.parquet"
-    with write_atomically(out / index_name) as file:
+    with atomic_file(out / index_name) as file:
         file.write(index)
     header = {
         "schema_version": SCHEMA_VERSION,
@@ -188,7 +188,7 @@ def build_gt_database(
         "objects": objects_name,
         "index": index_name,
     }
-    with write_atomically(out / "database.json") as file:
+    with atomic_file(out / "database.json") as file:
         file.write(json.dumps(header, indent=1).encode())
     for old in (*out.glob("objects-*.f32"), *out.glob("index-*.parquet")):
         if old.name not in (objects_name, index_name):

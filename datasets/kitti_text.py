@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..perception.boxes import corners_bev, kitti_camera_to_lidar, lidar_to_kitti_camera, wrap_angle
+from ..perception.files import write_atomically
 from ..perception.structures import Calibration, InvalidInput, Labels, Predictions
-from .point_files import write_atomically
 
 KITTI_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare")
 # Look so alike that finding one is neither right nor wrong (KITTI devkit, evaluate_object.cpp, cleanData).

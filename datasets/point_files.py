@@ -6,8 +6,6 @@ against the size of the file before memory is taken, no pickle, no NaN, no empty
 
 from __future__ import annotations
 
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..perception.files import write_atomically
 from ..perception.structures import InvalidInput, PointCloud
 
 XYZI = ("x", "y", "z", "intensity")
@@ -23,22 +22,6 @@ POINT_SUFFIXES = (".bin", ".npy", ".pcd")
 
 _PCD_ALIASES = {"i": "intensity", "reflectivity": "intensity"}
 _PCD_MAX_HEADER = 64 * 1024
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it readable for the owner only
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read_points(

@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from ..perception.files import atomic_file
 from ..perception.structures import Boxes3D, Calibration, Frame, InvalidInput, Labels, PointCloud, UpcycleError
 from .fingerprint import split_fingerprint
 from .frame_source import FrameSource
@@ -40,7 +41,6 @@ from .prepared_parts import (
     read_index,
     remove_leftovers,
     remove_superseded,
-    write_atomically,
     write_chunks,
 )
 
@@ -156,7 +156,7 @@ def _locked(out: Path) -> Iterator[int]:
 
 def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
-        with write_atomically(path) as file:
+        with atomic_file(path) as file:
             file.write(json.dumps(settings, indent=1).encode())
         return
     before = json.loads(path.read_text())
@@ -195,7 +195,7 @@ def _publish(
     pq.write_table(table, sink)
     index = sink.getvalue()
     index_name = f"index-{zlib.crc32(index):08x}.parquet"
-    with write_atomically(out / index_name) as file:
+    with atomic_file(out / index_name) as file:
         file.write(index)
     header = {
         **settings,
@@ -204,7 +204,7 @@ def _publish(
         "splits": kept,
         "failures": [{"id": f.id, "reason": f.reason} for f in failures],
     }
-    with write_atomically(out / "dataset.json") as file:
+    with atomic_file(out / "dataset.json") as file:
         file.write(json.dumps(header, indent=1).encode())
     for old in out.glob("index-*.parquet"):
         if old.name != index_name:

@@ -14,16 +14,16 @@ import multiprocessing.connection
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from ..ops.points_in_boxes import count_points_in_boxes
+from ..perception.files import atomic_file
 from ..perception.structures import Frame, InvalidInput, UpcycleError
 from .frame_source import FrameSource
 
@@ -91,20 +91,6 @@ def check_frame(frame: Frame, num_classes: int) -> None:
                 f"{int(bad.sum())} of {len(labels)} {what}; the first is label {first}: class {int(labels.classes[first])}, "
                 f"weight {float(labels.weight[first]):g}, box {[round(v, 3) for v in boxes[first].tolist()]}"
             )
-
-
-@contextmanager
-def write_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at ``path`` complete and synced when the block ends, or not at all when it raises."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(parts: Path) -> None:
@@ -215,10 +201,10 @@ def _write_chunk(source: FrameSource, chunk: Chunk, parts: Path, num_classes: in
         offset += len(blob) // 4
     points = b"".join(blobs)
     name = f"{chunk.key}-{zlib.crc32(points):08x}.f32"
-    with write_atomically(parts / name) as file:
+    with atomic_file(parts / name) as file:
         file.write(points)
     table = pa.Table.from_pylist([row if "error" in row else {**row, "part": name} for row in rows], INDEX_SCHEMA)
-    with write_atomically(parts / f"{chunk.key}.parquet") as file:
+    with atomic_file(parts / f"{chunk.key}.parquet") as file:
         pq.write_table(table, file)
 
 

@@ -4,7 +4,7 @@
 and spconv compute it, evaluated at occupied sites only. The weight has spconv's layout (out, kz, ky, kx, in), so that weights of
 OpenPCDet load by name.
 
-The CPU backend cuts the output rows into short ranges. For a range it walks the kernel offsets and takes 64 pairs at a time: gather
+The CPU backend cuts the output rows into short ranges. For a range it walks the kernel offsets and takes a tile of pairs at a time: gather
 their input rows, multiply with the offset's matrix, add to the output rows, all within the first-level cache. Products that
 small run on the calling thread (BLAS through numba), so threads meet once a layer, not once a product: on a busy machine the
 latter costs seconds. Ranges do not depend on the number of threads, hence neither does any bit of the result. Features, not
@@ -28,7 +28,8 @@ from torch.autograd.function import once_differentiable
 from .rulebook import Rulebook, Triple, strided_rulebook, submanifold_rulebook
 from .spconv_backend import sparse_conv_spconv, spconv_runs_on_cuda
 
-_TILE = 64  # pairs multiplied at once
+_PRODUCT = 1 << 18  # multiply-adds of one tile's product; above this BLAS (OpenBLAS, for numba) starts threads of its own
+_TILES = (8, 256)  # the least and most pairs of a tile
 _RANGE = 1024  # output rows a thread takes at a time
 
 
@@ -201,6 +202,11 @@ def _in_threads(kernel: Callable[..., None], count: int, *args: Any) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
+def _tile(width_a: int, width_b: int) -> int:
+    return min(max(_PRODUCT // (width_a * width_b), _TILES[0]), _TILES[1])
+
+
+@numba.njit(cache=True, nogil=True)
 def _convolve_range(
     task: int,
     source: NDArray[Any],
@@ -210,14 +216,15 @@ def _convolve_range(
     starts: NDArray[Any],
     out: NDArray[Any],
 ) -> None:
-    gathered = np.empty((_TILE, source.shape[1]), source.dtype)
-    products = np.empty((_TILE, out.shape[1]), out.dtype)
+    tile = _tile(matrices.shape[1], matrices.shape[2])
+    gathered = np.empty((tile, source.shape[1]), source.dtype)
+    products = np.empty((tile, out.shape[1]), out.dtype)
     for k in range(len(matrices)):
         group = rows_to[starts[k] : starts[k + 1]]
         begin = starts[k] + np.searchsorted(group, task * _RANGE)
         end = starts[k] + np.searchsorted(group, (task + 1) * _RANGE)
-        for low in range(begin, end, _TILE):
-            count = min(_TILE, end - low)
+        for low in range(begin, end, tile):
+            count = min(tile, end - low)
             for p in range(count):
                 row = rows_from[low + p]
                 for c in range(source.shape[1]):
@@ -240,11 +247,12 @@ def _weight_gradient(
     total: NDArray[Any],
 ) -> None:
     """total[k] = transposed output gradients times input features over the pairs of offset k."""
-    inputs = np.empty((_TILE, features.shape[1]), features.dtype)
-    grads = np.empty((_TILE, grad.shape[1]), grad.dtype)
+    tile = _tile(features.shape[1], grad.shape[1])
+    inputs = np.empty((tile, features.shape[1]), features.dtype)
+    grads = np.empty((tile, grad.shape[1]), grad.dtype)
     product = np.empty((grad.shape[1], features.shape[1]), total.dtype)
-    for low in range(starts[k], starts[k + 1], _TILE):
-        count = min(_TILE, starts[k + 1] - low)
+    for low in range(starts[k], starts[k + 1], tile):
+        count = min(tile, starts[k + 1] - low)
         for p in range(count):
             row_in, row_out = rows_in[low + p], rows_out[low + p]
             for c in range(features.shape[1]):

@@ -99,7 +99,13 @@ class MainJob:
         root = self.folder / f"{name}_raw"
         with self._timed("simulate"):
             write_kitti_layout(
-                root, domain, num_frames=sum(splits.values()), seed=seed, workers=self.config.workers, view="camera", splits=splits
+                root,
+                domain,
+                num_frames=sum(splits.values()),
+                seed=seed,
+                workers=self.config.workers,
+                view="camera",
+                splits=splits,
             )
         with self._timed("prepare"):
             ids = {split: read_ids(root / "ImageSets" / f"{split}.txt") for split in splits}
@@ -220,7 +226,9 @@ class MainJob:
         result_file = out / "result.json"
         if result_file.exists():
             stored = json.loads(result_file.read_text())
-            return MethodResult(student=Scores(**stored["student"]), teacher=Scores(**stored["teacher"]), seconds=stored["seconds"])
+            return MethodResult(
+                student=Scores(**stored["student"]), teacher=Scores(**stored["teacher"]), seconds=stored["seconds"]
+            )
         method, preset = METHODS[name], self.config.preset
         start = time.perf_counter()
         with self._timed(name):

@@ -75,9 +75,7 @@ CROSS_DATASET_SECOND_IOU = Preset(
             iou_target=(0.0, 1.0),
         ),
     ),
-    train=SupervisedConfig(
-        loop=_loop(0.003, 600_000, amp=True), batch_size=4, augmentation=AugmentationRanges(flip_x=0.5)
-    ),
+    train=SupervisedConfig(loop=_loop(0.003, 600_000, amp=True), batch_size=4, augmentation=AugmentationRanges(flip_x=0.5)),
     upcycle=UpcycleConfig(
         loop=_loop(0.0015, 28_000, amp=True),
         labelled_batch=2,

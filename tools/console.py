@@ -34,7 +34,9 @@ def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = 
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] the disk is full ({error.filename or error}); what was finished is kept. Make room and run the command again")
+        Console(stderr=True).print(
+            f"[bold red]error:[/] the disk is full ({error.filename or error}); what was finished is kept. Make room and run the command again"
+        )
         return 2
     except KeyboardInterrupt:
         return 130

@@ -27,7 +27,9 @@ class Doctor:
 
 def command(config: Doctor) -> None:
     """What is installed here and which backends run."""
-    versions = {name: _version(name) for name in CORE} | {n: _version(n) or f"not installed (extra [{e}])" for n, e in OPTIONAL.items()}
+    versions = {name: _version(name) for name in CORE} | {
+        n: _version(n) or f"not installed (extra [{e}])" for n, e in OPTIONAL.items()
+    }
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     machine = {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count(), "torch threads": torch.get_num_threads(), "cuda": cuda}  # fmt: skip
     checks = {"sparse convolution, CPU": _check_sparse_conv(torch.device("cpu"))}

@@ -74,7 +74,9 @@ def command(what: Annotated[Kitti, tyro.conf.subcommand("kitti")] | Annotated[Ru
 def _evaluate_run(what: Run, overlaps: Mapping[str, MinOverlap]) -> KittiResult:
     frames = PreparedDataset(what.data, what.split)
     if frames.notes.get("layout") != "kitti":
-        raise InvalidInput(f"{what.data} was not prepared from a KITTI-layout folder, so it has no label files for KITTI's protocol")
+        raise InvalidInput(
+            f"{what.data} was not prepared from a KITTI-layout folder, so it has no label files for KITTI's protocol"
+        )
     raw = KittiDataset(str(frames.notes["root"]), frames.ids)
     detector, _ = load_detector(what.detector)
     result, detections = evaluate_detector(detector.to(what.device), frames, raw.frame_objects, min_overlaps=overlaps)
@@ -93,6 +95,8 @@ def print_result(result: KittiResult, overlaps: Mapping[str, MinOverlap]) -> Non
                 rows.append((name, metric, *value.r40, *value.r11))
     header = ("class", "metric", *(f"R40 {d}" for d in ("easy", "mod.", "hard")), *(f"R11 {d}" for d in ("easy", "mod.", "hard")))
     print_table("AP in percent", header, rows)
-    counts = ", ".join(f"{n}: {c.ground_truths[0]} / {c.ground_truths[1]} / {c.ground_truths[2]}" for n, c in result.classes.items())
+    counts = ", ".join(
+        f"{n}: {c.ground_truths[0]} / {c.ground_truths[1]} / {c.ground_truths[2]}" for n, c in result.classes.items()
+    )
     limits = ", ".join(f"{n} {overlaps[n].box_3d}" for n in result.classes)
     console.print(f"{result.frames} frames; ground truths easy / moderate / hard: {counts}; 3D overlap needed: {limits}")

@@ -52,7 +52,9 @@ def command(config: Extract) -> None:
         paths = tuple(p for p in paths if p.stem in wanted)
         if len(paths) < len(wanted):
             missing = sorted(wanted - {p.stem for p in paths})
-            raise InvalidInput(f"{len(missing)} of the {len(wanted)} scans in {config.ids} are not in {config.scans}: {missing[:3]}")
+            raise InvalidInput(
+                f"{len(missing)} of the {len(wanted)} scans in {config.ids} are not in {config.scans}: {missing[:3]}"
+            )
     file = config.encoder / "encoder.safetensors" if config.encoder.is_dir() else config.encoder
     extractor = Extractor(load_encoder(file).to(config.device), config.rig, config.codec)
     receipts: dict[str, str] = {}
@@ -74,7 +76,9 @@ def command(config: Extract) -> None:
     if config.receipts is not None:
         write_atomically(config.receipts, json.dumps(receipts, indent=1).encode())
     _print(report, paths)
-    console.print(f"encoder fingerprint {extractor.fingerprint[:16]}…; next: upcycle3d ingest {config.out} --encoder {config.encoder} --store STORE")
+    console.print(
+        f"encoder fingerprint {extractor.fingerprint[:16]}…; next: upcycle3d ingest {config.out} --encoder {config.encoder} --store STORE"
+    )
     write_json(config.json, result_json(report))
 
 

@@ -95,7 +95,10 @@ def _run(path: Path) -> dict[str, object]:
 def _prepared(path: Path) -> dict[str, object]:
     dataset = PreparedDataset(path)
     facts: dict[str, object] = {"frames": len(dataset), "classes": ", ".join(dataset.classes)}
-    facts |= {f"split {name}": f"{n} frames, fingerprint {PreparedDataset(path, name).split_fingerprint()[:16]}" for name, n in dataset.splits.items()}
+    facts |= {
+        f"split {name}": f"{n} frames, fingerprint {PreparedDataset(path, name).split_fingerprint()[:16]}"
+        for name, n in dataset.splits.items()
+    }
     return facts | {f"note {k}": v for k, v in dataset.notes.items()} | {"point features": ", ".join(dataset.feature_names)}
 
 
@@ -106,5 +109,3 @@ def _weights(path: Path) -> dict[str, object]:
     if meta.get("format", "").startswith("upcycle3d encoder"):
         facts["fingerprint with a rig of nothing"] = encoder_fingerprint(load_encoder(path), RigSpec())
     return facts
-
-

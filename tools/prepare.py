@@ -83,9 +83,7 @@ def command(dataset: Annotated[Kitti, tyro.conf.subcommand("kitti")] | Annotated
     for name in (n for n in dataset.labelled if n in splits):
         frames = PreparedDataset(dataset.out, name)
         path = dataset.out / "gt_database" / name
-        objects[name] = len(
-            build_gt_database(frames, path, class_names=dataset.classes, fingerprint=frames.split_fingerprint())
-        )
+        objects[name] = len(build_gt_database(frames, path, class_names=dataset.classes, fingerprint=frames.split_fingerprint()))
     print_table(
         "prepared dataset",
         ("split", "frames", "objects to paste"),

@@ -93,4 +93,6 @@ def command(config: TrainCommand) -> None:  # type: ignore[valid-type]
         [(result.steps, len(labelled.frames), result.seconds, *result.terms.values())],
     )
     console.print(f"next: upcycle3d evaluate run --detector {config.out} --data {config.data} --split val")
-    write_json(config.json, {"steps": result.steps, "seconds": result.seconds, "loss": dict(result.terms), "run": str(config.out)})
+    write_json(
+        config.json, {"steps": result.steps, "seconds": result.seconds, "loss": dict(result.terms), "run": str(config.out)}
+    )

@@ -100,8 +100,14 @@ def command(config: UpcycleCommand) -> None:  # type: ignore[valid-type]
     save_run_detector(config.out, detector.cpu(), preset.detector)
     save_detector(config.out / TEACHER_FILE, teacher.cpu(), preset.detector)
     scenes = 0 if store is None else len(store)
-    print_table("upcycled", ("method", "labelled frames", "smashed scenes", "steps"), [(config.method, len(frames), scenes, settings.loop.total_steps)])
-    console.print(f"student and teacher: {config.out}; next: upcycle3d evaluate run --detector {config.out} --data DATA --split val")
+    print_table(
+        "upcycled",
+        ("method", "labelled frames", "smashed scenes", "steps"),
+        [(config.method, len(frames), scenes, settings.loop.total_steps)],
+    )
+    console.print(
+        f"student and teacher: {config.out}; next: upcycle3d evaluate run --detector {config.out} --data DATA --split val"
+    )
     write_json(config.json, {"method": config.method, "labelled": len(frames), "scenes": scenes, "run": str(config.out)})
 
 
@@ -112,5 +118,7 @@ def read_truth(receipts: Path, data: Path) -> dict[str, Labels]:
     found = {scene: labels.get(frame) for scene, frame in json.loads(receipts.read_text()).items()}
     known = {scene: truth for scene, truth in found.items() if truth is not None}
     if len(known) < len(found):
-        raise InvalidInput(f"{len(found) - len(known)} of {len(found)} scans in {receipts} have no labels in {data}; prepare those frames too")
+        raise InvalidInput(
+            f"{len(found) - len(known)} of {len(found)} scans in {receipts} have no labels in {data}; prepare those frames too"
+        )
     return known

@@ -53,6 +53,8 @@ def command(config: View) -> None:
         )
         path = config.out / f"{frame.id}.png"
         write_atomically(path, picture)
-        written.append((frame.id, "-" if frame.labels is None else len(frame.labels), "-" if found is None else len(found), str(path)))
+        written.append(
+            (frame.id, "-" if frame.labels is None else len(frame.labels), "-" if found is None else len(found), str(path))
+        )
     print_table("pictures", ("frame", "labels", "detections", "file"), written)
     write_json(config.json, [row[3] for row in written])

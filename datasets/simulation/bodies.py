@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .places import CAR, CYCLIST, PEDESTRIAN, VAN
-from .raycast import BOX, CYLINDER, ELLIPSOID, NUM_COLUMNS
+from .raycast import BOX, CYLINDER, ELLIPSOID
 
-GLASS = 0.45  # share of pulses that windows let through; what they meet inside the car is not modelled
+CABIN_PASS = 0.45  # a cabin's sides are mostly glass; what the rays meet inside is not modelled
+CABIN_GLOSS, PAINT_GLOSS = 0.3, 0.2
 TYRE = 0.06
 
 
@@ -27,11 +28,10 @@ def part(
     taper: tuple[float, float, float] = (0.0, 0.0, 0.0),
     pass_chance: float = 0.0,
     free_path: float = 0.0,
+    gloss: float = 0.0,
 ) -> np.ndarray:
-    """One part, (16,) float64, unrotated and belonging to no object. taper: front, rear, each side, in m."""
-    row = np.array([kind, *centre, 1.0, 0.0, *half, *taper, reflectivity, pass_chance, free_path, -1.0], np.float64)
-    assert row.shape == (NUM_COLUMNS,)
-    return row
+    """One part, (17,) float64, unrotated and belonging to no object. taper: front, rear, each side, in m."""
+    return np.array([kind, *centre, 1.0, 0.0, *half, *taper, reflectivity, pass_chance, free_path, gloss, -1.0], np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +64,25 @@ def _wheels(length: float, width: float, radius: float, axles: tuple[float, ...]
 
 def _car(length: float, width: float, height: float, paint: float, style: _Style) -> list[np.ndarray]:
     z, hz = _span(0.18, style.shoulder * height)
-    hood = part(BOX, (0, 0, z), (length / 2, width / 2, hz), paint, taper=(0.03 * length, 0.02 * length, 0.03 * width))
+    hood = part(
+        BOX, (0, 0, z), (length / 2, width / 2, hz), paint, taper=(0.03 * length, 0.02 * length, 0.03 * width), gloss=PAINT_GLOSS
+    )
     x, hx = _span(style.rear_foot * length, style.screen_foot * length)
     z, hz = _span(style.shoulder * height, height)
     taper = ((style.screen_foot - style.screen_top) * length, (style.rear_top - style.rear_foot) * length, 0.10 * width)
-    cabin = part(BOX, (x, 0, z), (hx, 0.47 * width, hz), 0.6 * paint + 0.1, taper=taper, pass_chance=GLASS)
+    cabin = part(
+        BOX, (x, 0, z), (hx, 0.47 * width, hz), 0.6 * paint + 0.1, taper=taper, pass_chance=CABIN_PASS, gloss=CABIN_GLOSS
+    )
     return [hood, cabin, *_wheels(length, width, 0.31, (-0.30, 0.31))]
 
 
 def _van(length: float, width: float, height: float, paint: float) -> list[np.ndarray]:
     x, hx = _span(-0.5 * length, 0.32 * length)
     z, hz = _span(0.22, height)
-    hold = part(BOX, (x, 0, z), (hx, width / 2, hz), paint, taper=(0.12 * length, 0.01 * length, 0.04 * width))
+    hold = part(BOX, (x, 0, z), (hx, width / 2, hz), paint, taper=(0.12 * length, 0.01 * length, 0.04 * width), gloss=PAINT_GLOSS)
     x, hx = _span(0.25 * length, 0.5 * length)
     z, hz = _span(0.22, 0.52 * height)
-    nose = part(BOX, (x, 0, z), (hx, width / 2, hz), paint, taper=(0.04 * length, 0, 0.03 * width))
+    nose = part(BOX, (x, 0, z), (hx, width / 2, hz), paint, taper=(0.04 * length, 0, 0.03 * width), gloss=PAINT_GLOSS)
     return [hold, nose, *_wheels(length, width, 0.34, (-0.28, 0.32))]
 
 
@@ -86,7 +90,7 @@ def _truck(length: float, width: float, height: float, paint: float) -> list[np.
     cab_rear = length / 2 - 2.2
     x, hx = _span(cab_rear, length / 2)
     z, hz = _span(0.35, 0.85 * height)
-    cab = part(BOX, (x, 0, z), (hx, 0.48 * width, hz), paint, taper=(0.2, 0, 0.05))
+    cab = part(BOX, (x, 0, z), (hx, 0.48 * width, hz), paint, taper=(0.2, 0, 0.05), gloss=PAINT_GLOSS)
     x, hx = _span(-length / 2, cab_rear - 0.3)
     z, hz = _span(0.95, height)
     cargo = part(BOX, (x, 0, z), (hx, width / 2, hz), 0.55)
@@ -94,17 +98,22 @@ def _truck(length: float, width: float, height: float, paint: float) -> list[np.
 
 
 def _pedestrian(length: float, width: float, height: float, clothes: float) -> list[np.ndarray]:
-    stride, shoulder = 0.5 * length - 0.11, 0.5 * width - 0.06
-    legs = [part(CYLINDER, (s * stride, s * 0.1, 0.24 * height), (0.11, 0.09, 0.24 * height), 0.7 * clothes) for s in (-1, 1)]
-    arms = [part(CYLINDER, (-s * 0.15 * length, s * shoulder, 0.62 * height), (0.07, 0.06, 0.19 * height), clothes) for s in (-1, 1)]
+    stride, shoulder, knee = 0.5 * length - 0.11, 0.5 * width - 0.06, 0.26 * height
+    shins = [part(CYLINDER, (s * stride, s * 0.1, knee / 2), (0.11, 0.08, knee / 2), 0.7 * clothes) for s in (-1, 1)]
+    thighs = [part(CYLINDER, (s * stride / 2, s * 0.1, 1.5 * knee), (0.12, 0.09, knee / 2), 0.7 * clothes) for s in (-1, 1)]
+    arms = [
+        part(CYLINDER, (-s * 0.15 * length, s * shoulder, 0.62 * height), (0.07, 0.06, 0.19 * height), clothes) for s in (-1, 1)
+    ]
     torso = part(ELLIPSOID, (0, 0, 0.66 * height), (0.15, shoulder, 0.23 * height), clothes)
     head = part(ELLIPSOID, (0, 0, height - 0.13), (0.11, 0.09, 0.13), 0.4)
-    return [*legs, *arms, torso, head]
+    return [*shins, *thighs, *arms, torso, head]
 
 
 def _cyclist(length: float, width: float, height: float, clothes: float) -> list[np.ndarray]:
     radius = 0.33
-    wheels = [part(BOX, (s * (length / 2 - radius), 0, radius), (radius, 0.03, radius), TYRE, pass_chance=0.6) for s in (-1, 1)]
+    wheels = [
+        part(ELLIPSOID, (s * (length / 2 - radius), 0, radius), (radius, 0.04, radius), TYRE, pass_chance=0.6) for s in (-1, 1)
+    ]
     frame = part(BOX, (0, 0, 0.55), (0.25 * length, 0.04, 0.22), 0.4, pass_chance=0.3)
     handlebar = part(BOX, (0.25 * length, 0, 1.0), (0.05, width / 2, 0.04), 0.3)
     legs = [part(CYLINDER, (s * 0.06, s * 0.12, 0.6), (0.10, 0.08, 0.33), 0.7 * clothes) for s in (-1, 1)]
@@ -114,7 +123,7 @@ def _cyclist(length: float, width: float, height: float, clothes: float) -> list
 
 
 def body(class_index: int, size: np.ndarray, reflectivity: float, style: int) -> np.ndarray:
-    """The parts (P, 16) of a road user of a class with labelled size (3,) length, width, height, in its own frame.
+    """The parts (P, 17) of a road user of a class with labelled size (3,) length, width, height, in its own frame.
 
     reflectivity: of paint or clothes, 0..1. style: hatchback, sedan, SUV, pickup; only cars look at it.
     """
@@ -128,7 +137,7 @@ def body(class_index: int, size: np.ndarray, reflectivity: float, style: int) ->
 
 
 def tree(height: float, crown: float, trunk: float) -> np.ndarray:
-    """A trunk and a crown of leaves, (2, 16). height of the top, radius of crown and trunk, m."""
+    """A trunk and a crown of leaves, (2, 17). height of the top, radius of crown and trunk, m."""
     foot = 0.35 * height
     z, hz = _span(foot, height)
     return np.stack(
@@ -140,17 +149,17 @@ def tree(height: float, crown: float, trunk: float) -> np.ndarray:
 
 
 def bush(half: tuple[float, float, float]) -> np.ndarray:
-    """Leaves down to the ground, (1, 16). half: half sizes in m."""
+    """Leaves down to the ground, (1, 17). half: half sizes in m."""
     return part(ELLIPSOID, (0, 0, 0.7 * half[2]), half, 0.45, free_path=0.3)[None]
 
 
 def block(half: tuple[float, float, float], reflectivity: float) -> np.ndarray:
-    """A solid box on the ground, (1, 16): a building, a wall, a fence."""
+    """A solid box on the ground, (1, 17): a building, a wall, a fence."""
     return part(BOX, (0, 0, half[2]), half, reflectivity)[None]
 
 
 def post(height: float, radius: float, *, sign: bool) -> np.ndarray:
-    """A pole, (1 or 2, 16); with a sign it carries a small board of high reflectivity, facing along x."""
+    """A pole, (1 or 2, 17); with a sign it carries a small board of high reflectivity, facing along x."""
     pole = part(CYLINDER, (0, 0, height / 2), (radius, radius, height / 2), 0.4)
     board = part(BOX, (0, 0, height - 0.35), (0.02, 0.32, 0.32), 0.95)
     return np.stack([pole, board]) if sign else pole[None]

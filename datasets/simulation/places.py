@@ -42,7 +42,7 @@ class Place:
 
     sizes: one distribution per name in ``CLASS_NAMES``. car_styles: weights of hatchback, sedan, SUV, pickup.
     vehicle_mix: weights of car, van, truck among vehicles. lanes: per direction. lane_width, parking_width,
-    sidewalk_width: m. parked: share of roadside slots taken. angled: chance that a side parks at a right angle.
+    sidewalk_width, slot: m (slot: mean length of a parking place). parked: share of parking places taken. angled: chance that a side parks at a right angle.
     gap: mean free m between vehicles of a lane. crossing: chance of a crossing street ahead. turning: chance that the
     vehicle itself is turning. pedestrians, cyclists: mean number within 100 m either way. setback: (low, high) m from
     sidewalk to buildings. built: share of the building line that is built. trees: mean number per 100 m and side.
@@ -57,6 +57,7 @@ class Place:
     lane_width: float
     parking_width: float
     sidewalk_width: float
+    slot: float
     parked: float
     angled: float
     gap: float
@@ -94,9 +95,10 @@ KARLSRUHE = Place(
     lane_width=3.3,
     parking_width=2.2,
     sidewalk_width=2.2,
-    parked=0.40,
+    slot=5.2,
+    parked=0.28,
     angled=0.10,
-    gap=26.0,
+    gap=32.0,
     crossing=0.50,
     turning=0.10,
     pedestrians=8.0,
@@ -122,9 +124,10 @@ WAYMO_CITIES = Place(
     lane_width=3.5,
     parking_width=2.6,
     sidewalk_width=2.5,
-    parked=0.40,
+    slot=6.2,
+    parked=0.30,
     angled=0.10,
-    gap=30.0,
+    gap=38.0,
     crossing=0.60,
     turning=0.10,
     pedestrians=10.0,
@@ -150,9 +153,10 @@ PALO_ALTO = Place(
     lane_width=3.5,
     parking_width=2.5,
     sidewalk_width=2.0,
-    parked=0.30,
+    slot=6.2,
+    parked=0.25,
     angled=0.05,
-    gap=26.0,
+    gap=36.0,
     crossing=0.50,
     turning=0.10,
     pedestrians=5.0,

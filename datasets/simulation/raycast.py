@@ -21,11 +21,31 @@ BOX, ELLIPSOID, CYLINDER = 0, 1, 2
 
 # Columns of a part, all float64. half_*: half sizes at the part's bottom. taper_*: how far the top face steps in (box only).
 # pass_chance: share of rays that go through (glass, spokes). free_path: m a ray flies inside on average (leaves), 0 = solid.
-KIND, X, Y, Z, COS, SIN, HALF_X, HALF_Y, HALF_Z, TAPER_FRONT, TAPER_REAR, TAPER_SIDE, REFLECTIVITY, PASS_CHANCE, FREE_PATH, OBJECT = range(16)
-NUM_COLUMNS = 16
+# gloss: share of rays that are mirrored away and never come back (paint, glass).
+(
+    KIND,
+    X,
+    Y,
+    Z,
+    COS,
+    SIN,
+    HALF_X,
+    HALF_Y,
+    HALF_Z,
+    TAPER_FRONT,
+    TAPER_REAR,
+    TAPER_SIDE,
+    REFLECTIVITY,
+    PASS_CHANCE,
+    FREE_PATH,
+    GLOSS,
+    OBJECT,
+) = range(17)
 
 # Columns of a wave: height += amplitude x (sin(kx x + ky y + phase) - sin(phase)), so the ground under the sensor stays put.
 AMPLITUDE, WAVE_X, WAVE_Y, PHASE = range(4)
+
+SIMULATOR_VERSION = 1  # raise it when the same seed gives other bytes
 
 _PROFILE_STEPS = 160
 _GROUND_REFLECTIVITY = 0.22  # asphalt at 905 nm, about 0.15 to 0.3
@@ -36,8 +56,8 @@ _DROP, _RANGE_NOISE, _INTENSITY, _TILT, _TURN, _PARTS = 1, 2, 3, 4, 5, 16  # pur
 class Hits:
     """The answered pulses of one turn, column by column.
 
-    points: (N, 4) float32 x, y, z m and intensity. objects: (N,) int32 object index, -1 for the rest of the world.
-    beams: (N,) int32 index into the sensor's elevations. reachable: (O,) int64 rays that would meet the object if it stood alone.
+    points: (N, 4) float32 x, y, z m and intensity. objects: (N,) int64 object index, -1 for the rest of the world.
+    beams: (N,) int64 index into the sensor's elevations. reachable: (O,) int64 rays that would meet the object if it stood alone.
     visible: (O,) int64 rays that meet it first (drop-outs included).
     """
 
@@ -164,7 +184,7 @@ def _cast(
             elevation = elevations[beam] + jitter * _normal(seed, ray, np.uint64(_TILT))
             slope, ce = math.tan(elevation), math.cos(elevation)
             dx, dy, dz = ca * ce, sa * ce, math.sin(elevation)
-            best, cosine, reflectivity, hit = max_range + 1.0, 0.0, 0.0, -2
+            best, cosine, reflectivity, gloss, hit = max_range + 1.0, 0.0, 0.0, 0.0, -2
             if slope <= horizon[-1] and slope > horizon[0]:
                 low, high = 0, _PROFILE_STEPS - 1
                 while high - low > 1:
@@ -198,19 +218,19 @@ def _cast(
                     c = 0.7  # leaves look every way
                     if entry > leave:
                         continue
-                owner = int(parts[p, 15])
+                owner = int(parts[p, 16])
                 if owner >= 0 and owner != last:  # an object's parts follow one another
                     reachable[owner] += 1
                     last = owner
                 if entry < best:
-                    best, cosine, reflectivity, hit = entry, c, parts[p, 12], owner
+                    best, cosine, reflectivity, gloss, hit = entry, c, parts[p, 12], parts[p, 15], owner
             if hit == -2 or best > max_range or best < min_range:
                 continue
             if hit >= 0:
                 visible[hit] += 1
             facing = math.sqrt(max(cosine, 0.01))
-            signal = reflectivity / 0.1 * facing * (reach / best) ** 2
-            if _uniform(seed, ray, np.uint64(_DROP)) > (1.0 - dropout) * signal / (1.0 + signal):
+            signal = (reflectivity / 0.1 * facing * (reach / best) ** 2) ** 4  # the 4: a receiver's threshold is sharp
+            if _uniform(seed, ray, np.uint64(_DROP)) > (1.0 - dropout) * (1.0 - gloss) * signal / (1.0 + signal):
                 continue
             best += range_noise * _normal(seed, ray, np.uint64(_RANGE_NOISE))
             strength = gain * reflectivity * facing * (1.0 + intensity_noise * _normal(seed, ray, np.uint64(_INTENSITY)))
@@ -257,14 +277,14 @@ def cast(
 ) -> Hits:
     """One turn of ``sensor`` at the origin over the scene.
 
-    parts: (P, 16) float64, columns as named above, heights relative to the sensor; the parts of one object follow one another.
+    parts: (P, 17) float64, columns as named above, heights relative to the sensor; the parts of one object follow one another.
     waves: (W, 4) float64. seed: the frame's. columns: indices of the azimuths to fire, 0 looks backwards, counter-clockwise.
     beams: indices into ``sensor.elevations``. A ray's result does not depend on which others are fired.
     """
     jitter = np.deg2rad(sensor.jitter)
     starts, candidates, slopes = _by_column(parts, columns, sensor.azimuths, 6 * jitter)
     size = len(columns) * len(beams)
-    points, objects, rings = np.empty((size, 4), np.float32), np.empty(size, np.int32), np.empty(size, np.int32)
+    points, objects, rings = np.empty((size, 4), np.float32), np.empty(size, np.int64), np.empty(size, np.int64)
     reachable, visible = np.zeros(num_objects, np.int64), np.zeros(num_objects, np.int64)
     settings = np.array(
         [
@@ -277,4 +297,6 @@ def cast(
         parts, slopes, starts, candidates, waves, columns.astype(np.int64), beams.astype(np.int64),
         np.deg2rad(np.array(sensor.elevations)), settings, np.uint64(seed), points, objects, rings, reachable, visible,
     )  # fmt: skip
-    return Hits(points=points[:n].copy(), objects=objects[:n].copy(), beams=rings[:n].copy(), reachable=reachable, visible=visible)
+    return Hits(
+        points=points[:n].copy(), objects=objects[:n].copy(), beams=rings[:n].copy(), reachable=reachable, visible=visible
+    )

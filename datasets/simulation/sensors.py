@@ -39,7 +39,9 @@ class Sensor:
     def __post_init__(self) -> None:
         descending = all(a > b for a, b in zip(self.elevations, self.elevations[1:], strict=False))
         if not self.elevations or not descending:
-            raise InvalidInput(f"Sensor {self.name!r}: elevations must be at least one angle, from the highest down, found {self.elevations}")
+            raise InvalidInput(
+                f"Sensor {self.name!r}: elevations must be at least one angle, from the highest down, found {self.elevations}"
+            )
         if self.azimuths < 4 or not 0 < self.min_range < self.max_range or self.height <= 0:
             raise InvalidInput(
                 f"Sensor {self.name!r}: need azimuths >= 4, 0 < min_range < max_range and height > 0, found "
@@ -70,9 +72,9 @@ KITTI_HDL64E = Sensor(
     max_range=80.0,
     range_noise=0.02,
     jitter=0.02,
-    reach=50.0,
-    dropout=0.05,
-    intensity_gain=1.0,
+    reach=80.0,
+    dropout=0.02,
+    intensity_gain=1.6,
     intensity_noise=0.2,
 )
 
@@ -85,7 +87,7 @@ WAYMO_TOP = Sensor(
     max_range=75.0,
     range_noise=0.02,
     jitter=0.01,
-    reach=75.0,
+    reach=150.0,
     dropout=0.02,
     intensity_gain=0.6,
     intensity_noise=0.3,
@@ -93,14 +95,14 @@ WAYMO_TOP = Sensor(
 
 LYFT_ROOF = Sensor(
     name="Lyft roof LiDAR, 64 beams",
-    elevations=(15.0, 11.0, 8.0, 5.0, 3.0, *_evenly(2.0, -6.0, 49), *_evenly(-7.0, -14.0, 8), -19.0, -25.0),
+    elevations=(15.0, 11.0, 8.0, 5.0, 3.0, *_evenly(2.03, -6.06, 49), *_evenly(-7.0, -14.0, 8), -19.0, -25.0),
     azimuths=1800,
     height=1.83,
     min_range=2.0,
     max_range=120.0,
     range_noise=0.02,
     jitter=0.01,
-    reach=120.0,
+    reach=200.0,
     dropout=0.02,
     intensity_gain=1.0,
     intensity_noise=0.15,

@@ -7,14 +7,17 @@ that reach it. ``docs/simulation.md`` compares the result with real scans.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ...perception.boxes import corners_3d
+from ...perception.boxes import lidar_to_kitti_camera, wrap_angle
 from ...perception.structures import Calibration, Frame, InvalidInput, Labels, PointCloud
+from ..kitti import KITTI_CLASSES, with_point_counts
+from ..kitti_text import KittiObjects, labels_from_kitti, project_boxes
 from .places import CLASS_NAMES, Domain
 from .raycast import Z, cast
 from .sensors import Sensor
@@ -25,27 +28,34 @@ View = Literal["camera", "full"]
 IMAGE_SIZE = (1242, 375)
 FOCAL, CENTRE_U, CENTRE_V = 720.0, 610.0, 175.0
 _CAMERA_FORWARD, _CAMERA_BELOW = 0.27, 0.08  # m, camera in front of and below the LiDAR, as on KITTI's roof
-_VISIBLE_SHARES = (0.8, 0.5, 0.15)  # at least this share of rays arrives: fully visible, partly occluded, largely occluded
+# At least this share of an object's rays arrives: KITTI's "fully visible", "partly occluded", "largely occluded"; else "unknown".
+_VISIBLE_SHARES = (0.9, 0.5, 0.1)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SimulatedFrame:
-    """A frame with what only a simulator knows. Arrays follow the order of ``frame.labels``.
+    """A frame with what only a simulator knows. ``objects`` and ``visible`` follow the order of ``frame.labels``.
 
-    class_names: what ``frame.labels.classes`` counts. boxes_2d: (N, 4) float64 left, top, right, bottom pixels, clipped to the
-    picture; NaN for an object outside it. truncation: (N,) share of the 2D box outside the picture. visible: (N,) share of the
-    object's rays that reach it. occlusion: (N,) int64 KITTI level 0 to 3. beams: (P,) int32 beam of each point.
-    objects: (P,) int64 index of the label each point lies on, -1 for none.
+    class_names: what ``frame.labels.classes`` counts. objects: the labels as KITTI writes them (types, truncation, occlusion
+    level, 2D box of the virtual camera); the 2D box is NaN and truncation 1 outside the picture. visible: (N,) float64, share of
+    the object's rays that reach it. beams: (P,) int64 beam of each point. owners: (P,) int64 label that each point lies on, or -1.
     """
 
     frame: Frame
     class_names: tuple[str, ...]
-    boxes_2d: np.ndarray
-    truncation: np.ndarray
-    visible: np.ndarray
-    occlusion: np.ndarray
-    beams: np.ndarray
-    objects: np.ndarray
+    objects: KittiObjects
+    visible: Tensor
+    beams: Tensor
+    owners: Tensor
+
+    @property
+    def occlusion(self) -> Tensor:
+        """(N,) int64: KITTI's 0 fully visible, 1 partly occluded, 2 largely occluded, 3 unknown."""
+        return self.objects.occluded
+
+    def in_picture(self) -> Tensor:
+        """(N,) bool: which objects the virtual camera sees, at least in part."""
+        return self.objects.bbox.isfinite().all(1)
 
 
 def virtual_camera() -> Calibration:
@@ -57,42 +67,38 @@ def virtual_camera() -> Calibration:
     return Calibration(lidar_to_camera=lidar_to_camera, projection=projection, image_size=IMAGE_SIZE)
 
 
-def _project(points: np.ndarray, calibration: Calibration) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """LiDAR points (..., 3) -> u, v in pixels and depth in m; u and v mean nothing where the depth is not positive."""
-    camera = points @ calibration.lidar_to_camera.numpy()[:3, :3].T + calibration.lidar_to_camera.numpy()[:3, 3]
-    depth = camera[..., 2]
-    safe = np.where(depth > 1e-3, depth, 1.0)
-    return FOCAL * camera[..., 0] / safe + CENTRE_U, FOCAL * camera[..., 1] / safe + CENTRE_V, depth
+def _in_picture(xyz: np.ndarray, calibration: Calibration) -> np.ndarray:
+    """(...) bool: which LiDAR points (..., 3) the camera sees; the rule of ``kitti.crop_to_camera``, without torch's threads."""
+    matrix, projection = calibration.lidar_to_camera.numpy(), calibration.projection.numpy()
+    image = (xyz @ matrix[:3, :3].T + matrix[:3, 3]) @ projection[:, :3].T + projection[:, 3]
+    u, v, depth = image[..., 0], image[..., 1], image[..., 2]
+    width, height = calibration.image_size
+    return (depth > 0) & (u >= 0) & (u < width * depth) & (v >= 0) & (v < height * depth)
 
 
-def in_picture(points: np.ndarray, calibration: Calibration) -> np.ndarray:
-    """(N,) bool: which LiDAR points (N, 3) the camera sees, the rule behind KITTI's reduced scans."""
-    u, v, depth = _project(points, calibration)
-    return (depth > 0.1) & (u >= 0) & (u < IMAGE_SIZE[0]) & (v >= 0) & (v < IMAGE_SIZE[1])
+def _truncation(boxes: np.ndarray, calibration: Calibration) -> np.ndarray:
+    """(N,) float64: share of each box's volume outside the picture, from 8 x 4 x 3 points inside it."""
+    steps = np.meshgrid(*((np.arange(n) + 0.5) / n - 0.5 for n in (8, 4, 3)), indexing="ij")
+    local = np.stack(steps, -1).reshape(-1, 3) * boxes[:, None, 3:6]  # (N, 96, 3)
+    cos, sin = np.cos(boxes[:, 6:7]), np.sin(boxes[:, 6:7])
+    turned = [local[..., 0] * cos - local[..., 1] * sin, local[..., 0] * sin + local[..., 1] * cos, local[..., 2]]
+    return 1 - _in_picture(np.stack(turned, -1) + boxes[:, None, :3], calibration).mean(1)
 
 
-def _picture_boxes(boxes: np.ndarray, calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
-    """2D boxes (N, 4) clipped to the picture, NaN where none is left, and truncation (N,)."""
-    corners = corners_3d(torch.from_numpy(boxes)).numpy()
-    corners[..., 0] = np.maximum(corners[..., 0], _CAMERA_FORWARD + 0.1)  # what reaches behind the camera is cut at its plane
-    u, v, _ = _project(corners, calibration)
-    whole = np.stack([u.min(1), v.min(1), u.max(1), v.max(1)], 1)
-    limit = np.array([IMAGE_SIZE[0] - 1, IMAGE_SIZE[1] - 1] * 2, np.float64)
-    clipped = np.clip(whole, 0, limit)
-    width, height = clipped[:, 2] - clipped[:, 0], clipped[:, 3] - clipped[:, 1]
-    area = (whole[:, 2] - whole[:, 0]) * (whole[:, 3] - whole[:, 1])
-    outside = (width <= 0) | (height <= 0) | (boxes[:, 0] <= _CAMERA_FORWARD)
-    clipped[outside] = np.nan
-    return clipped, np.where(outside, 1.0, 1 - width * height / np.maximum(area, 1e-9))
-
-
-def _difficulty(boxes_2d: np.ndarray, occlusion: np.ndarray, truncation: np.ndarray) -> np.ndarray:
-    """(N,) int64: KITTI's easy 0, moderate 1, hard 2, or -1; by height in pixels, occlusion and truncation."""
-    height = np.nan_to_num(boxes_2d[:, 3] - boxes_2d[:, 1])
-    level = np.full(len(height), -1, np.int64)
-    for index, (least, most_occluded, most_truncated) in reversed(list(enumerate(((40, 0, 0.15), (25, 1, 0.30), (25, 2, 0.50))))):
-        level[(height >= least) & (occlusion <= most_occluded) & (truncation <= most_truncated)] = index
-    return level
+def _as_kitti(boxes: np.ndarray, classes: np.ndarray, visible: np.ndarray, calibration: Calibration) -> KittiObjects:
+    """The label file's fields of boxes (N, 7) float64, also of those outside the picture."""
+    location, dimensions, rotation_y = lidar_to_kitti_camera(torch.from_numpy(boxes), calibration.lidar_to_camera)
+    bbox, seen = project_boxes(location, dimensions, rotation_y, calibration)
+    return KittiObjects(
+        types=tuple(CLASS_NAMES[c] for c in classes.tolist()),
+        truncated=torch.where(seen, torch.from_numpy(_truncation(boxes, calibration)), 1.0),
+        occluded=torch.from_numpy((visible[:, None] < _VISIBLE_SHARES).sum(1)),
+        alpha=wrap_angle(rotation_y - torch.atan2(location[:, 0], location[:, 2])),
+        bbox=torch.where(seen[:, None], bbox, torch.nan),
+        dimensions=dimensions,
+        location=location,
+        rotation_y=rotation_y,
+    )
 
 
 def _window(sensor: Sensor, view: View) -> tuple[np.ndarray, np.ndarray]:
@@ -125,45 +131,61 @@ def simulate_frame(domain: Domain, *, seed: int, index: int, view: View) -> Simu
     boxes[:, 2] -= domain.sensor.height
 
     columns, beams = _window(domain.sensor, view)
-    hits = cast(
-        parts,
-        world.waves,
-        len(boxes),
-        domain.sensor,
-        seed=int(rays.generate_state(1, np.uint64)[0]),
-        columns=columns,
-        beams=beams,
-    )
-    calibration = virtual_camera()
+    noise = int(rays.generate_state(1, np.uint64)[0])
+    hits = cast(parts, world.waves, len(boxes), domain.sensor, seed=noise, columns=columns, beams=beams)
     points, owners, rings = hits.points, hits.objects, hits.beams
+    calibration = virtual_camera()
     if view == "camera":
-        seen = in_picture(points[:, :3].astype(np.float64), calibration)
+        seen = _in_picture(points[:, :3].astype(np.float64), calibration)
         points, owners, rings = points[seen], owners[seen], rings[seen]
 
     num_points = np.bincount(owners[owners >= 0], minlength=len(boxes))
-    boxes_2d, truncation = _picture_boxes(boxes, calibration)
+    visible = hits.visible / np.maximum(hits.reachable, 1)
+    objects = _as_kitti(boxes, world.classes, visible, calibration)
     keep = num_points > 0
     if view == "camera":
-        keep &= np.isfinite(boxes_2d[:, 0])
-    number = np.full(len(boxes) + 1, -1, np.int64)  # old index -> index among the kept; the last entry serves owner -1
-    number[:-1][keep] = np.arange(keep.sum())
-    visible = (hits.visible / np.maximum(hits.reachable, 1))[keep]
-    occlusion = (visible[:, None] < np.array(_VISIBLE_SHARES)).sum(1)
-    boxes_2d, truncation = boxes_2d[keep], truncation[keep]
+        keep &= objects.bbox.isfinite().all(1).numpy()
+    new_index = np.append(np.where(keep, keep.cumsum() - 1, -1), -1)  # the last entry is what owner -1 reads
+    objects = objects.select(torch.from_numpy(keep))
     labels = Labels.make(
         torch.from_numpy(boxes[keep]).float(),
         torch.from_numpy(world.classes[keep]),
         num_points=torch.from_numpy(num_points[keep]),
-        difficulty=torch.from_numpy(_difficulty(boxes_2d, occlusion, truncation)),
+        difficulty=objects.difficulty(),
     )
     cloud = PointCloud(xyz=torch.from_numpy(points[:, :3].copy()), features=torch.from_numpy(points[:, 3:].copy()))
     return SimulatedFrame(
         frame=Frame(id=f"{index:06d}", points=cloud, labels=labels, calibration=calibration),
         class_names=CLASS_NAMES,
-        boxes_2d=boxes_2d,
-        truncation=truncation,
-        visible=visible,
-        occlusion=occlusion,
-        beams=rings,
-        objects=number[owners],
+        objects=objects,
+        visible=torch.from_numpy(visible[keep]),
+        beams=torch.from_numpy(rings),
+        owners=torch.from_numpy(new_index[owners]),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedDataset:
+    """Frames ``first_index`` to ``first_index + num_frames - 1``, made when asked for; nothing is written or kept.
+
+    Labels are the KITTI reader's: ``classes`` in this order, neighbouring types (vans for cars) with weight 0, points counted in
+    the boxes.
+    """
+
+    domain: Domain
+    seed: int
+    num_frames: int
+    first_index: int = 0
+    view: View = "camera"
+    classes: tuple[str, ...] = KITTI_CLASSES
+
+    def __len__(self) -> int:
+        return self.num_frames
+
+    def __getitem__(self, index: int) -> Frame:
+        """Frame ``index`` from 0. Raises IndexError past the end."""
+        if not 0 <= index < self.num_frames:
+            raise IndexError(f"frame {index} of {self.num_frames}")
+        made = simulate_frame(self.domain, seed=self.seed, index=self.first_index + index, view=self.view)
+        labels = labels_from_kitti(made.objects, virtual_camera(), self.classes)
+        return replace(made.frame, labels=with_point_counts(labels, made.frame.points))

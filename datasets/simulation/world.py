@@ -23,7 +23,7 @@ EXTENT = 100.0  # m either way along the road
 class World:
     """A street around the sensor, on the ground: x forward, y left, z up from the ground under the sensor.
 
-    parts: (P, 16) float64, see ``raycast``. waves: (W, 4) float64, the ground. boxes: (N, 7) float64 labelled road users
+    parts: (P, 17) float64, see ``raycast``. waves: (W, 4) float64, the ground. boxes: (N, 7) float64 labelled road users
     (project convention). classes: (N,) int64 into ``CLASS_NAMES``.
     """
 
@@ -44,7 +44,9 @@ def _waves(place: Place, rng: np.random.Generator) -> np.ndarray:
     for amplitude, low, high in ((place.relief, 60, 160), (place.relief / 4, 15, 40), (0.008, 2, 5)):
         for _ in range(2):
             number, way = 2 * math.pi / rng.uniform(low, high), rng.uniform(0, 2 * math.pi)
-            rows.append([amplitude * rng.uniform(0.3, 1.0), number * math.cos(way), number * math.sin(way), rng.uniform(0, 2 * math.pi)])
+            rows.append(
+                [amplitude * rng.uniform(0.3, 1.0), number * math.cos(way), number * math.sin(way), rng.uniform(0, 2 * math.pi)]
+            )
     return np.array(rows)
 
 
@@ -83,13 +85,16 @@ class _Street:
         self.heading = float(rng.uniform(-1.0, 1.0) if turning else rng.normal(0, 0.03))
         self.side = (rng.random(2) < place.angled).tolist()  # left, right: cars park at a right angle
         crossing = rng.random() < place.crossing
-        self.crossing = float(rng.uniform(12, 60)) if crossing or turning else math.inf
+        ahead = rng.uniform(2, 8) if turning else rng.uniform(12, 60)
+        self.crossing = float(ahead) if crossing or turning else math.inf
         self.half_road = place.lanes * place.lane_width
         self.lane = -0.5 * place.lane_width if place.lanes == 1 or rng.random() < 0.5 else -1.5 * place.lane_width
         self.parts: list[np.ndarray] = []
         self.boxes: list[np.ndarray] = []
         self.classes: list[int] = []
-        self.footprints = [np.array([0.0, 0.0, 2.6, 1.1, 0.0])]  # the vehicle itself
+        self.footprints = np.zeros((1024, 5))  # x, y, half length, half width, yaw; the first is the vehicle itself
+        self.footprints[0, 2:4] = 2.6, 1.1
+        self.placed = 1
 
     def kerb(self, left: bool) -> float:
         """m from the middle of the road to the sidewalk."""
@@ -112,9 +117,10 @@ class _Street:
 
     def _free(self, x: float, y: float, half: tuple[float, float], yaw: float, margin: float) -> bool:
         footprint = np.array([x, y, half[0], half[1], yaw])
-        if _clash(footprint, np.stack(self.footprints), margin):
+        if self.placed == len(self.footprints) or _clash(footprint, self.footprints[: self.placed], margin):
             return False
-        self.footprints.append(footprint)
+        self.footprints[self.placed] = footprint
+        self.placed += 1
         return True
 
     def add_user(self, class_index: int, s: float, d: float, yaw: float, *, sway: float) -> None:
@@ -172,9 +178,11 @@ def _parking(street: _Street) -> None:
         sign = 1 if left else -1
         s = -EXTENT
         while s < EXTENT:
-            s += 2.7 if angled else place.sizes[CAR].mean[0] + rng.uniform(0.7, 1.8)
+            s += 2.7 if angled else place.slot + rng.uniform(-0.5, 0.5)
             d = sign * (street.half_road + (2.7 if angled else 0.5 * place.parking_width) + rng.normal(0, 0.12))
-            along = (0.0 if left == (rng.random() < 0.08) else math.pi) if not angled else sign * math.pi / 2 * rng.choice([1, -1])
+            along = (
+                (0.0 if left == (rng.random() < 0.08) else math.pi) if not angled else sign * math.pi / 2 * rng.choice([1, -1])
+            )
             taken, class_index = rng.random() < place.parked, street.vehicle_class()
             if taken and class_index != TRUCK and not street.near_crossing(s, 5.0):
                 street.add_user(class_index, s, d, along, sway=0.025)

@@ -37,5 +37,7 @@ def load_openpcdet(detector: nn.Module, state: Mapping[str, Tensor]) -> None:
         if ours[n].shape != given[n].shape
     ]
     if problems:
-        raise InvalidInput(f"the OpenPCDet weights do not fit this detector ({len(problems)} names): " + "; ".join(sorted(problems)[:20]))
+        raise InvalidInput(
+            f"the OpenPCDet weights do not fit this detector ({len(problems)} names): " + "; ".join(sorted(problems)[:20])
+        )
     detector.load_state_dict(given)

@@ -27,7 +27,9 @@ def _with_voxels(split: SplitFeatures, features: Tensor, coords: Tensor) -> Spli
     return replace(split, voxels=replace(split.voxels, features=features, coords=coords))
 
 
-def add_noise(split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, sigma: float = 0.1) -> tuple[SplitFeatures, Labels]:
+def add_noise(
+    split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, sigma: float = 0.1
+) -> tuple[SplitFeatures, Labels]:
     """Gaussian noise of ``sigma`` times each channel's standard deviation over the scene."""
     f = split.voxels.features
     if f.shape[0] < 2:
@@ -36,14 +38,18 @@ def add_noise(split: SplitFeatures, labels: Labels, rng: np.random.Generator, *,
     return _with_voxels(split, f + noise * (sigma * f.std(0)), split.voxels.coords), labels
 
 
-def drop_channels(split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, share: float = 0.1) -> tuple[SplitFeatures, Labels]:
+def drop_channels(
+    split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, share: float = 0.1
+) -> tuple[SplitFeatures, Labels]:
     """Set a random ``share`` of channels to zero and scale the others up, in the whole scene."""
     f = split.voxels.features
     keep = torch.from_numpy(rng.random(f.shape[1]) >= share).to(f)
     return _with_voxels(split, f * keep / (1 - share), split.voxels.coords), labels
 
 
-def drop_cells(split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, share: float = 0.1) -> tuple[SplitFeatures, Labels]:
+def drop_cells(
+    split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, share: float = 0.1
+) -> tuple[SplitFeatures, Labels]:
     """Remove a random ``share`` of cells."""
     keep = torch.from_numpy(rng.random(split.voxels.features.shape[0]) >= share).to(split.voxels.features.device)
     return _with_voxels(split, split.voxels.features[keep], split.voxels.coords[keep]), labels
@@ -122,20 +128,26 @@ def _resample(split: SplitFeatures, matrix: Tensor) -> SplitFeatures:
     return _with_voxels(split, features, coords)
 
 
-def rotate_free(split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, limit: float = math.pi / 4) -> tuple[SplitFeatures, Labels]:
+def rotate_free(
+    split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, limit: float = math.pi / 4
+) -> tuple[SplitFeatures, Labels]:
     """A rotation by an angle drawn from [-limit, limit] rad, bilinear."""
     angle = float(rng.uniform(-limit, limit))
     return _resample(split, _rotation(angle)), _moved(labels, split, _rotation(angle), 1.0, angle)
 
 
-def scale_map(split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, limit: float = 0.05) -> tuple[SplitFeatures, Labels]:
+def scale_map(
+    split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, limit: float = 0.05
+) -> tuple[SplitFeatures, Labels]:
     """A scaling of the plane by a factor drawn from [1 - limit, 1 + limit], bilinear; heights of boxes scale too."""
     factor = float(rng.uniform(1 - limit, 1 + limit))
     matrix = torch.eye(2) * factor
     return _resample(split, matrix), _moved(labels, split, matrix, 1.0, 0.0, scale=factor)
 
 
-def cut_mix(a: SplitFeatures, labels_a: Labels, b: SplitFeatures, labels_b: Labels, rng: np.random.Generator) -> tuple[SplitFeatures, Labels]:
+def cut_mix(
+    a: SplitFeatures, labels_a: Labels, b: SplitFeatures, labels_b: Labels, rng: np.random.Generator
+) -> tuple[SplitFeatures, Labels]:
     """One side of scene ``a`` beside the other side of scene ``b``, cut along x at a random row of cells."""
     _, height, _ = a.voxels.shape
     row = int(rng.integers(height // 4, height - height // 4))

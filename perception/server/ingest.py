@@ -22,10 +22,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from ..files import sync_folder, write_atomically
 from ..structures import InvalidInput, SplitSpec, UpcycleError
 from ..vehicle.codec import FINGERPRINT_PATTERN, ForeignScene, decode_scene
 from ..vehicle.manifest import BrokenShard, ShardManifest, open_regular, read_manifest
-from ..vehicle.shards import read_members, sync_folder, write_atomically
+from ..vehicle.shards import read_members
 from .store import CATALOGUE, QUARANTINE, SHARDS, Catalogue, catalogue_rows, read_catalogue, write_catalogue
 
 _UPLOAD_NAME = re.compile(r"([0-9a-f]{32})\.(json|tar)")
@@ -67,7 +68,9 @@ class IngestReport:
 # -------------------------------------------------------------------------------------------------------------- verify
 
 
-def verify_shard(manifest_path: Path, tar: Path, *, expected_spec: SplitSpec, expected_fingerprint: str) -> tuple[ShardManifest, list[int]]:
+def verify_shard(
+    manifest_path: Path, tar: Path, *, expected_spec: SplitSpec, expected_fingerprint: str
+) -> tuple[ShardManifest, list[int]]:
     """The manifest and the number of voxels of every member, after all bytes were checked and every scene decoded.
 
     Raises ``BrokenShard``, ``ForeignScene``, ``CorruptScene`` or ``InvalidInput`` (all ``UpcycleError``) at the first fault.

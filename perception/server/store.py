@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ..files import write_atomically
 from ..structures import InvalidInput, SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, UpcycleError
 from ..vehicle.codec import CorruptScene, canonical_json, decode_scene, spec_from_json, spec_to_json, strict_json
-from ..vehicle.shards import open_regular, write_atomically
+from ..vehicle.manifest import open_regular
 
 CATALOGUE = "catalogue.parquet"
 SHARDS = "shards"

@@ -92,7 +92,9 @@ def upcycle(
     Raises InvalidInput if the method needs scenes or a database that are missing, and NonFiniteLoss from the loop.
     """
     if method.unlabelled and (store is None or len(store) == 0):
-        raise InvalidInput("this method learns from smashed scenes and the store is empty; run `upcycle3d extract` and `ingest` first")
+        raise InvalidInput(
+            "this method learns from smashed scenes and the store is empty; run `upcycle3d extract` and `ingest` first"
+        )
     if method.f_gt and (features is None or len(features) == 0):
         raise InvalidInput("F-GT needs a feature database with objects; the labelled split has none with enough points")
     if method.trains != "all":

@@ -225,10 +225,14 @@ def _verified_files(path: Path, wanted: Sequence[str] | None) -> tuple[dict[str,
     if not good:
         raise CorruptCheckpoint(f"{path / INDEX} was altered: its content does not have the recorded SHA-256")
     if version != SCHEMA_VERSION:
-        raise InvalidInput(f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; use the version that wrote it")
+        raise InvalidInput(
+            f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; use the version that wrote it"
+        )
     absent = [name for name in wanted or [] if name not in files]
     if absent:
-        raise InvalidInput(f"the checkpoint {path} (step {step}) holds {sorted(files)}, not {absent}; does it belong to another method?")
+        raise InvalidInput(
+            f"the checkpoint {path} (step {step}) holds {sorted(files)}, not {absent}; does it belong to another method?"
+        )
     data = {}
     for name in files if wanted is None else wanted:
         size = (path / name).stat().st_size if (path / name).is_file() else None
@@ -281,7 +285,9 @@ def _fill_optimizer(
     for full_name, value in tensors.items():
         key, name = full_name.split("/", 1)
         if name not in parameters:
-            raise InvalidInput(f"the optimiser state of {path} has {name!r}, which does not train now; use the run's own configuration")
+            raise InvalidInput(
+                f"the optimiser state of {path} has {name!r}, which does not train now; use the run's own configuration"
+            )
         parameter = parameters[name]
         if key != "step" and value.shape != parameter.shape:
             raise InvalidInput(f"{full_name!r} of {path} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")

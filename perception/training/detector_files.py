@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..config_json import config_from_json, config_to_json
 from ..models.detector import Detector
 from ..models.second_iou import SecondIouDetectorConfig, second_iou
 from ..structures import InvalidInput
 from ..vehicle.encoder_file import save_encoder
 from .checkpoint import fill_module, read_weights, save_weights
-from ..config_json import config_from_json, config_to_json
 
 DETECTOR_FILE = "detector.safetensors"
 TEACHER_FILE = "teacher.safetensors"

@@ -272,7 +272,9 @@ def _forward_backward(
             )
     total = terms.total()
     if not total.requires_grad:
-        raise InvalidInput(f"no loss term of step {step} depends on a trainable parameter: {sorted(terms.terms)}; is the network frozen?")
+        raise InvalidInput(
+            f"no loss term of step {step} depends on a trainable parameter: {sorted(terms.terms)}; is the network frozen?"
+        )
     scaler.scale(total).backward()  # type: ignore[no-untyped-call]
     all_reduce_gradients(parameters, context)  # before unscaling: an overflow on one rank must reach all
     scaler.unscale_(optimizer)
@@ -361,7 +363,9 @@ def _names(modules: Mapping[str, nn.Module], parameters: Sequence[nn.Parameter])
     known = {p: f"{key}.{name}" for key, module in modules.items() for name, p in module.named_parameters()}
     strangers = [tuple(p.shape) for p in parameters if p not in known]
     if strangers:
-        raise InvalidInput(f"trainable parameters of shapes {strangers[:5]} belong to none of the modules {sorted(modules)}; add theirs")
+        raise InvalidInput(
+            f"trainable parameters of shapes {strangers[:5]} belong to none of the modules {sorted(modules)}; add theirs"
+        )
     return [known[p] for p in parameters]
 
 
@@ -374,7 +378,9 @@ def _disjoint(*parts: Mapping[str, float]) -> dict[str, float]:
     for part in parts:
         clash = merged.keys() & part.keys()
         if clash:
-            raise InvalidInput(f"two metrics of a step share a name: {sorted(clash)}; rename the loss term or what after_step returns")
+            raise InvalidInput(
+                f"two metrics of a step share a name: {sorted(clash)}; rename the loss term or what after_step returns"
+            )
         merged.update(part)
     return merged
 

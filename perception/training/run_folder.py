@@ -26,9 +26,9 @@ from typing import IO, Any, Literal, Self, TypeVar
 
 import torch
 
+from ..config_json import Json, config_from_json, config_to_json, first_difference
 from ..files import write_atomically
 from ..structures import InvalidInput
-from ..config_json import Json, config_from_json, config_to_json, first_difference
 
 __all__ = ["RunFolder", "config_from_json", "config_to_json", "describe_environment"]
 
@@ -93,7 +93,14 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, path: Path, config: Any, *, command: Sequence[str] | None = None, seed: int, resume: bool = False, tensorboard: bool = True
+        cls,
+        path: Path,
+        config: Any,
+        *,
+        command: Sequence[str] | None = None,
+        seed: int,
+        resume: bool = False,
+        tensorboard: bool = True,
     ) -> Self:
         """Start a run in ``path``, or continue it with ``resume=True`` and the same configuration.
 
@@ -107,7 +114,9 @@ class RunFolder:
             raise InvalidInput(f"{path} is not empty and holds no run; choose a new folder")
         difference = None if stored is None else first_difference(stored, resolved)
         if difference:
-            raise InvalidInput(f"{path} holds a run with another configuration ({difference}); choose a new folder for the new one")
+            raise InvalidInput(
+                f"{path} holds a run with another configuration ({difference}); choose a new folder for the new one"
+            )
         if stored is not None and not resume:
             raise InvalidInput(f"{path} already holds a run with this configuration; resume it, or choose a new folder")
         path.mkdir(parents=True, exist_ok=True)
@@ -191,7 +200,9 @@ class RunFolder:
         """Forget the metrics that a run resumed at ``step`` will write again: later steps, and the round at ``step`` itself."""
         self._require_writable()
         self._close_metrics()
-        kept = [line for line in self._metric_lines() if line["step"] < step or (line["step"] == step and line["kind"] == "train")]
+        kept = [
+            line for line in self._metric_lines() if line["step"] < step or (line["step"] == step and line["kind"] == "train")
+        ]
         if (self.path / "metrics.jsonl").exists():
             write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
 

@@ -234,7 +234,9 @@ def encode_scene(scene: SmashedScene) -> bytes:
     _cells(scene.spec)
     stored = _quantise(scene.features, scene.codec)
     if not _SCENE_ID_PATTERN.fullmatch(scene.scene_id):
-        raise InvalidInput(f"scene_id must be 32 random hexadecimal digits (secrets.token_hex(16)), found {scene.scene_id[:80]!r}")
+        raise InvalidInput(
+            f"scene_id must be 32 random hexadecimal digits (secrets.token_hex(16)), found {scene.scene_id[:80]!r}"
+        )
     if not FINGERPRINT_PATTERN.fullmatch(scene.encoder_fingerprint):
         raise InvalidInput(f"encoder_fingerprint must be 64 hexadecimal digits, found {scene.encoder_fingerprint[:80]!r}")
     header = {
@@ -328,7 +330,12 @@ def decode_scene(data: bytes, *, expected_spec: SplitSpec, expected_fingerprint:
     _check_header(header, expected_spec, expected_fingerprint)
     shape = tensors.get("coord_gaps", ("", []))[1]
     cells = _cells(expected_spec)
-    if len(shape) != 2 or type(shape[0]) is not int or type(shape[1]) is not int or not (1 <= shape[0] <= 4 and 0 <= shape[1] <= cells):
+    if (
+        len(shape) != 2
+        or type(shape[0]) is not int
+        or type(shape[1]) is not int
+        or not (1 <= shape[0] <= 4 and 0 <= shape[1] <= cells)
+    ):
         raise CorruptScene(f"a scene's coordinates must be (1..4, 0..{cells}) bytes, found {str(shape)[:80]}")
     width, m = shape
     layout = _layout(header["codec"], width, m, expected_spec.channels)

@@ -39,7 +39,9 @@ def load_encoder(path: Path) -> SecondEncoder:
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise InvalidInput(f"cannot read the encoder {path}: {error}; get the file again from where the server exported it") from error
+        raise InvalidInput(
+            f"cannot read the encoder {path}: {error}; get the file again from where the server exported it"
+        ) from error
     if meta.get("format") != _FORMAT:
         raise InvalidInput(f"{path} is no vehicle encoder: expected format {_FORMAT!r}, found {meta.get('format')!r}")
     encoder = SecondEncoder(config_from_json(SecondEncoderConfig, json.loads(meta["config"])))

@@ -177,7 +177,9 @@ def extract(
     """
     kind = (extractor.spec, extractor.fingerprint, extractor.codec)
     if writer.kind != kind:
-        raise InvalidInput(f"the extractor makes scenes of {kind}, the writer's shards are of {writer.kind}; make the writer from it")
+        raise InvalidInput(
+            f"the extractor makes scenes of {kind}, the writer's shards are of {writer.kind}; make the writer from it"
+        )
     times: dict[str, array[float]] = {name: array("d") for name in ("voxelize", "backbone", "codec", "write")}
     failures: list[ScanFailure] = []
     raw_bytes = smashed_bytes = 0

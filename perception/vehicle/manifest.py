@@ -133,7 +133,9 @@ def _member(record: Any, index: int, offset: int, limit: int) -> ShardMember:
         raise BrokenShard(f"{what} must be named after its hash, {digest[:32]}{MEMBER_SUFFIX}, found {str(name)[:80]!r}")
     length = _whole(record["length"], 1, limit, f"{what}: length")
     if record["offset"] != offset + TAR_BLOCK:
-        raise BrokenShard(f"{what} declares offset {str(record['offset'])[:40]}; the members before it put it at {offset + TAR_BLOCK}")
+        raise BrokenShard(
+            f"{what} declares offset {str(record['offset'])[:40]}; the members before it put it at {offset + TAR_BLOCK}"
+        )
     return ShardMember(name=name, offset=offset + TAR_BLOCK, length=length, sha256=digest)
 
 
@@ -175,7 +177,9 @@ def parse_manifest(data: bytes) -> ShardManifest:
         tar_bytes=tar_size(members),
     )
     if record["tar"]["name"] != manifest.tar_name:
-        raise BrokenShard(f"the manifest's tar must be named after its hash, {manifest.tar_name}, found {str(record['tar']['name'])[:80]!r}")
+        raise BrokenShard(
+            f"the manifest's tar must be named after its hash, {manifest.tar_name}, found {str(record['tar']['name'])[:80]!r}"
+        )
     if record["tar"]["bytes"] != manifest.tar_bytes:
         raise BrokenShard(
             f"the manifest declares a tar of {str(record['tar']['bytes'])[:40]} bytes; its members make {manifest.tar_bytes}"

@@ -16,13 +16,14 @@ import os
 import secrets
 import tarfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ..files import write_atomically
 from ..structures import InvalidInput, SmashedScene, SplitSpec, UpcycleError
 from .codec import CODECS, encode_scene
 from .manifest import (
@@ -41,36 +42,6 @@ from .manifest import (
 
 class ShardWriteError(UpcycleError):
     """A shard could not be written (disk full, no permission). Finished shards are untouched."""
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
-    """All of ``chunks`` under ``path``, or nothing: temporary name beside it, fsync, rename. Raises ``OSError``."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            for chunk in chunks:
-                view = memoryview(chunk)
-                while view:
-                    view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def _tar_header(name: str, length: int) -> bytes:
@@ -221,7 +192,9 @@ def read_members(tar: Path, manifest: ShardManifest) -> Iterator[tuple[ShardMemb
             blob = file.read(member.length)
             padding = file.read(len(tar_padding(member.length)))
             if hashlib.sha256(blob).hexdigest() != member.sha256:
-                raise BrokenShard(f"member {index} ({member.name}): the SHA-256 of its {member.length} bytes differs from the manifest")
+                raise BrokenShard(
+                    f"member {index} ({member.name}): the SHA-256 of its {member.length} bytes differs from the manifest"
+                )
             if padding != tar_padding(member.length):
                 raise BrokenShard(f"member {index} ({member.name}): the padding behind it is not zero")
             for part in (header, blob, padding):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle3d.datasets.point_files import read_points, write_atomically, write_bin
+from upcycle3d.datasets.point_files import read_points, write_bin
+from upcycle3d.perception.files import write_atomically
 from upcycle3d.perception.structures import InvalidInput, PointCloud
 
 ROWS = np.array([[1.5, -2.25, 0.5, 0.25], [10.0, 20.0, -1.75, 1.0], [-3.0, 4.0, 0.0, 0.0]], dtype=np.float32)

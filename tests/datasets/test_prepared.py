@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from upcycle3d.datasets.fingerprint import split_fingerprint
 from upcycle3d.datasets.prepared import PreparedDataset, PrepareReport, prepare
-from upcycle3d.datasets.prepared_parts import write_atomically
+from upcycle3d.perception.files import atomic_file
 from upcycle3d.perception.structures import Calibration, Frame, InvalidInput, Labels, PointCloud, UpcycleError
 
 CLASSES = ("Car", "Pedestrian")
@@ -313,13 +313,13 @@ def test_leftovers_of_a_killed_start_are_swept_and_finished_chunks_are_not(tmp_p
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with write_atomically(path) as file:
+    with atomic_file(path) as file:
         file.write(b"old")
     with open(path, "rb") as reader:
-        with pytest.raises(TypeError), write_atomically(path) as file:
+        with pytest.raises(TypeError), atomic_file(path) as file:
             file.writelines([b"never", None])  # type: ignore[list-item]
         assert path.read_bytes() == b"old"
-        with write_atomically(path) as file:
+        with atomic_file(path) as file:
             file.write(b"new")
             assert path.read_bytes() == b"old"
         assert reader.read() == b"old"  # who reads the old file reads it to its end

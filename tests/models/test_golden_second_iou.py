@@ -92,7 +92,7 @@ def test_voxels(run, golden):
 def test_sparse_stages(run, golden, index):
     stage = run["stages"][index]
     coords = stage.coords[:, 1:].long()
-    z, y, x = stage.shape
+    _, y, x = stage.shape
     order = ((coords[:, 0] * y + coords[:, 1]) * x + coords[:, 2]).argsort()
     name = f"conv{index + 1}"
     assert np.array_equal(coords[order].numpy(), golden[f"{name}_coords_zyx"])

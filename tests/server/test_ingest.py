@@ -312,7 +312,7 @@ def test_a_manifest_that_lies_is_refused_with_what_it_lies_about(incoming, store
 
 
 def test_declared_sizes_take_no_memory(incoming, store):
-    stem = damaged_shard(incoming, lambda data: data, lambda r: (r["split"].update(shape=[1, 46_000, 46_000], channels=60_000)))
+    stem = damaged_shard(incoming, lambda data: data, lambda r: r["split"].update(shape=[1, 46_000, 46_000], channels=60_000))
     with (incoming / f"{stem}.tar").open("r+b") as file:
         file.truncate(1 << 40)  # sparse
 
@@ -452,7 +452,12 @@ def test_a_copy_that_differs_does_not_remove_the_upload(incoming, store, monkeyp
     path = upload(incoming, [scene(0)])
     across_file_systems(monkeypatch)
     write = ingest_module.write_atomically
-    monkeypatch.setattr(ingest_module, "write_atomically", lambda target, chunks: write(target, [b"x" + b"".join(chunks)[1:]]))
+
+    def altered(target: Path, data: object) -> None:
+        pieces = [data] if isinstance(data, bytes) else list(data)
+        write(target, b"x" + b"".join(pieces)[1:])
+
+    monkeypatch.setattr(ingest_module, "write_atomically", altered)
     with pytest.raises(StoreWriteError, match="differs"):
         run(incoming, store)
     assert names(incoming) == pair(path.stem)

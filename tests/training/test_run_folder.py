@@ -79,7 +79,10 @@ def test_a_configuration_survives_json(config):
         ({"stages": [["a", "b"]]}, "stages.0.1 must be int, found 'b'"),
         ({"method": "upcycle"}, "method must be typing.Literal['upcycling', 'none', 3], found 'upcycle'"),
         ({"model": {"kind": "PvRcn"}}, "`model.kind` cannot be 'PvRcn'; did you mean `PvRcnn`?"),
-        ({"model": {"kind": "PvRcnn", "keypoint": 1}}, "unknown option `model.keypoint` of PvRcnn; did you mean `model.keypoints`?"),
+        (
+            {"model": {"kind": "PvRcnn", "keypoint": 1}},
+            "unknown option `model.keypoint` of PvRcnn; did you mean `model.keypoints`?",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_the_nearest_option(change, message):
@@ -166,7 +169,14 @@ def test_rewinding_leaves_each_step_once_and_a_half_written_line_is_dropped(tmp_
     assert run.metrics("val")[0] == {"step": 2, "kind": "val", "AP": None}
     run.rewind(4)  # the round at 4 is repeated by the loop, step 4 itself is not
     run.log(5, {"loss": 0.2})
-    assert [(m["step"], m["kind"]) for m in run.metrics()] == [(1, "train"), (2, "train"), (2, "val"), (3, "train"), (4, "train"), (5, "train")]
+    assert [(m["step"], m["kind"]) for m in run.metrics()] == [
+        (1, "train"),
+        (2, "train"),
+        (2, "val"),
+        (3, "train"),
+        (4, "train"),
+        (5, "train"),
+    ]
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):

@@ -62,7 +62,9 @@ QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None
 
 
 @QUICK
-@given(CELLS, st.sampled_from(CODECS), st.integers(0, 99), st.sampled_from([1e-6, 1.0, 3000.0]), st.sampled_from([0.0, 0.5, -900.0]))
+@given(
+    CELLS, st.sampled_from(CODECS), st.integers(0, 99), st.sampled_from([1e-6, 1.0, 3000.0]), st.sampled_from([0.0, 0.5, -900.0])
+)
 def test_decoding_gives_exact_cells_and_features_within_the_documented_error(cells, codec, seed, spread, offset):
     original = scene(cells, codec, seed, spread, offset)
     decoded = decode(encode_scene(original))
@@ -257,7 +259,14 @@ def test_a_header_that_holds_something_else_is_corrupt(change):
 
 def test_the_cut_survives_json_and_a_hostile_one_is_refused():
     assert spec_from_json(json.loads(json.dumps(spec_to_json(SPEC))), "test") == SPEC
-    for name, value in [("channels", 1e3), ("channels", True), ("shape", [1, 1]), ("stride", [0, 1, 1]), ("layer", "../x"), ("grid", [])]:
+    for name, value in [
+        ("channels", 1e3),
+        ("channels", True),
+        ("shape", [1, 1]),
+        ("stride", [0, 1, 1]),
+        ("layer", "../x"),
+        ("grid", []),
+    ]:
         with pytest.raises(CorruptScene, match="test"):
             spec_from_json(spec_to_json(SPEC) | {name: value}, "test")
     endless = {"range": [0.0, 0.0, 0.0, float("inf"), 1.0, 1.0], "voxel_size": [1.0, 1.0, 1.0]}
@@ -277,4 +286,6 @@ def test_raw_points_cannot_be_put_into_a_smashed_scene():
         (torch.zeros(1, 3, dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int32)),
     ]:
         with pytest.raises(InvalidInput):
-            SmashedScene(spec=SPEC, coords=coords, features=features, codec="fp16", encoder_fingerprint=FINGERPRINT, scene_id="0" * 32)
+            SmashedScene(
+                spec=SPEC, coords=coords, features=features, codec="fp16", encoder_fingerprint=FINGERPRINT, scene_id="0" * 32
+            )

@@ -110,7 +110,9 @@ def test_the_extractor_keeps_a_frozen_copy_so_its_fingerprint_stays_true():
 
 
 def test_the_rig_shifts_z_scales_intensity_and_leaves_its_argument_alone():
-    points = PointCloud(xyz=torch.zeros(2, 3), features=torch.tensor([[255.0, 7.0], [51.0, 8.0]]), feature_names=("intensity", "time"))
+    points = PointCloud(
+        xyz=torch.zeros(2, 3), features=torch.tensor([[255.0, 7.0], [51.0, 8.0]]), feature_names=("intensity", "time")
+    )
     moved = RigSpec(z_shift=1.5, intensity_scale=1 / 255).apply(points)
     assert moved.xyz[:, 2].tolist() == [1.5, 1.5]
     assert torch.allclose(moved.features, torch.tensor([[1.0, 7.0], [0.2, 8.0]]))

@@ -88,7 +88,9 @@ def encoder_fingerprint(encoder: nn.Module, rig: RigSpec) -> str:
     for name in ("spec", "config"):
         value = getattr(encoder, name, None)
         if not is_dataclass(value) or isinstance(value, type):
-            raise InvalidInput(f"{type(encoder).__name__}.{name} must be a dataclass of plain values, found {type(value).__name__}")
+            raise InvalidInput(
+                f"{type(encoder).__name__}.{name} must be a dataclass of plain values, found {type(value).__name__}"
+            )
     tensors = dict(encoder.named_parameters(remove_duplicate=False)) | dict(encoder.named_buffers(remove_duplicate=False))
     kept = sorted((n, t) for n, t in tensors.items() if n.rpartition(".")[2] != "num_batches_tracked")
     header = {
