@@ -15,6 +15,7 @@ PACKAGES = [
     "upcycle3d.perception.evaluation",
     "upcycle3d.perception.viz",
     "upcycle3d.datasets",
+    "upcycle3d.datasets.simulation",
     "upcycle3d.tools",
 ]
 

@@ -210,6 +210,14 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return float((theirs["features"][order] - ours["features"]).abs().max())
 
 
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    )
+    return names[0] if names else platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the result here")
@@ -244,10 +252,11 @@ def main() -> None:
 
     median = {key: statistics.median(values[1:]) * 1000 for key, values in times.items()}  # the first round warms up
     result = {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "threads": {"ours": options.threads, "spconv": 1},
+        "omp_wait_policy": {"ours": "passive", "spconv": "default"},
         "load_average": os.getloadavg(),
         "voxels": len(coords),
         "rulebooks": [{"stage": stage, "sites": sites, "pairs": count} for stage, sites, count in sizes],

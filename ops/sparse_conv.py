@@ -4,10 +4,10 @@
 and spconv compute it, evaluated at occupied sites only. The weight has spconv's layout (out, kz, ky, kx, in), so that weights of
 OpenPCDet load by name.
 
-The CPU backend cuts the output rows into short ranges. For a range it walks the kernel offsets and takes a tile of pairs at a time: gather
-their input rows, multiply with the offset's matrix, add to the output rows, all within the first-level cache. Products that
-small run on the calling thread (BLAS through numba), so threads meet once a layer, not once a product: on a busy machine the
-latter costs seconds. Ranges do not depend on the number of threads, hence neither does any bit of the result. Features, not
+The CPU backend cuts the output rows into short ranges. For a range it walks the kernel offsets and takes a tile of pairs at a
+time: gather their input rows, multiply with the offset's matrix, add to the output rows, all within the inner caches. Products
+that small run on the calling thread (BLAS through numba), so threads meet once a layer, not once a product: on a busy machine
+the latter costs seconds. Ranges do not depend on the number of threads, hence neither does any bit of the result. Features, not
 gathered copies, are kept for the backward.
 """
 
