@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Threads that wait by spinning take the cores from everything else; see docs/decisions.md.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-full lint clean
 

@@ -16,7 +16,8 @@ def epoch_indices(length: int, batch_size: int, step: int, seed: int) -> list[in
     """Rows of ``length`` items for batch ``step``: every epoch is a new permutation, and batches run over epoch ends."""
     if length == 0:
         raise InvalidInput("cannot draw a batch from an empty split; check the split's name and what prepare left out")
-    rows, position = [], step * batch_size
+    rows: list[int] = []
+    position = step * batch_size
     while len(rows) < batch_size:
         epoch, offset = divmod(position, length)
         order = np.random.default_rng([seed, epoch]).permutation(length)

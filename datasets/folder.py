@@ -11,13 +11,13 @@ Centre of the box, metres and radians, x forward, y left, z up, as drawn in ``pe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..perception.boxes import wrap_angle
-from ..perception.structures import Frame, InvalidInput, Labels
+from ..perception.structures import Boxes3D, Frame, InvalidInput, Labels
 from .kitti import read_ids, with_point_counts
 from .kitti_text import unknown_class
 from .point_files import POINT_SUFFIXES, read_points
@@ -29,6 +29,7 @@ class FolderDataset:
 
     classes: names of the labels' classes, counted in this order. other_classes: names that may stand in the labels and are dropped.
     columns, intensity_scale, drop_non_finite: how scans are read, see ``read_points``.
+    z_shift: m, the known height of the sensor, added to z of points and boxes so that the road lies near 0.
     with_labels: False leaves ``labels`` None and never opens the labels folder.
     """
 
@@ -40,6 +41,7 @@ class FolderDataset:
     intensity_scale: float = 1.0
     drop_non_finite: bool = False
     with_labels: bool = True
+    z_shift: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
@@ -62,6 +64,7 @@ class FolderDataset:
             intensity_scale=self.intensity_scale,
             drop_non_finite=self.drop_non_finite,
         )
+        points = replace(points, xyz=points.xyz + points.xyz.new_tensor([0, 0, self.z_shift]))
         labels = None
         if self.with_labels:
             path = Path(self.root) / "labels" / f"{frame_id}.txt"
@@ -69,7 +72,9 @@ class FolderDataset:
                 raise InvalidInput(
                     f"frame {frame_id}: no labels {path} (root {self.root}); write an empty file if the scene holds no object"
                 )
-            labels = with_point_counts(read_labels(path, self.classes, other_classes=self.other_classes), points)
+            labels = read_labels(path, self.classes, other_classes=self.other_classes)
+            shifted = labels.boxes.data + labels.boxes.data.new_tensor([0, 0, self.z_shift, 0, 0, 0, 0])
+            labels = with_point_counts(replace(labels, boxes=Boxes3D(data=shifted)), points)
         return Frame(id=frame_id, points=points, labels=labels)
 
     def _scan(self, frame_id: str) -> Path:

@@ -9,8 +9,10 @@ Every stage leaves its result in a folder and is skipped if that is there, so a 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,7 +41,7 @@ from .structures import Labels, PointCloud
 from .training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
 from .training.run_folder import RunFolder
 from .training.supervised import train_supervised
-from .vehicle.extractor import ExtractionReport, Extractor, extract
+from .vehicle.extractor import Extractor, extract
 from .vehicle.shards import ShardWriter
 
 
@@ -55,7 +57,7 @@ class MainJobConfig:
     seed: int
     preset: Preset
     codec: str = "fp16"
-    workers: int = 2
+    workers: int = 2  # processes that simulate and prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,7 @@ class MainJob:
 
     def _simulated(self, name: str, domain: Domain, splits: Mapping[str, int], seed: int) -> None:
         root = self.folder / f"{name}_raw"
+        self.say(f"simulating and preparing the {name} domain, {domain.name}")
         with self._timed("simulate"):
             write_kitti_layout(
                 root,
@@ -112,8 +115,15 @@ class MainJob:
             every = tuple(i for part in ids.values() for i in part)
             names = self.config.preset.detector.class_names
             source = KittiDataset(root, every, classes=names, z_shift=domain.sensor.height)
-            notes = {"kitti_root": str(root), "z_shift": domain.sensor.height}
-            prepare(source, every, self.folder / name, splits=ids, classes=names, notes=notes, workers=self.config.workers)
+            prepare(
+                source,
+                every,
+                self.folder / name,
+                splits=ids,
+                classes=names,
+                notes={"root": str(root), "layout": "kitti", "z_shift": domain.sensor.height},
+                workers=self.config.workers,
+            )
 
     def data(self) -> None:
         """Simulate and prepare both domains; different seeds, so that no street is in both."""
@@ -151,6 +161,7 @@ class MainJob:
         out, preset = self.folder / "source_run", self.config.preset
         with self._timed("train source"):
             if not (out / "detector.safetensors").exists():
+                self.say("training on the labelled source frames")
                 torch.manual_seed(self.config.seed)
                 detector = second_iou(preset.detector)
                 labelled = self._labelled(self.split("source", "train"), self.folder / "source_gt", preset.train.batch_size)
@@ -166,34 +177,40 @@ class MainJob:
         """What the target's vehicles do to a scan first: the known mounting height."""
         return RigSpec(z_shift=self.config.target.sensor.height)
 
-    def extract_fleet(self) -> ExtractionReport | None:
-        """Smash every scan of the fleet into shards and take them in. None if that was done before."""
-        store, receipts = self.folder / "store", self.folder / "receipts.json"
-        detector, _ = load_detector(self.folder / "source_run")
-        report = None
-        if not receipts.exists():
+    def extract_fleet(self) -> dict[str, float]:
+        """Smash every scan of the fleet into shards and take them in. Returns bytes and milliseconds a frame."""
+        receipts, summary = self.folder / "receipts.json", self.folder / "extraction.json"
+        if not summary.exists():
+            self.say("extracting the fleet's smashed scenes, then ingesting them")
+            detector, _ = load_detector(self.folder / "source_run")
             extractor = Extractor(detector.encoder, self.rig(), self.config.codec)
-            incoming, root = self.folder / "shards", self.folder / "target_raw"
             ids = self.split("target", "fleet").ids
-            scans = KittiDataset(root, ids, with_labels=False)
+            scans = KittiDataset(self.folder / "target_raw", ids, with_labels=False)
             made: dict[str, str] = {}
 
             def read(index: int) -> Callable[[], PointCloud]:
                 return lambda: scans[index].points
 
             with self._timed("extract"):
-                writer = ShardWriter(incoming, spec=extractor.spec, fingerprint=extractor.fingerprint, codec=self.config.codec)
-                with writer:
+                shards = ShardWriter(
+                    self.folder / "shards", spec=extractor.spec, fingerprint=extractor.fingerprint, codec=self.config.codec
+                )
+                with shards as writer:
                     report = extract(
-                        (read(i) for i in range(len(ids))),
+                        [read(i) for i in range(len(ids))],
                         extractor,
                         writer,
                         on_scene=lambda index, scene_id: made.update({scene_id: ids[index]}),
                     )
             with self._timed("ingest"):
-                ingest(incoming, store, expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
+                store = self.folder / "store"
+                ingest(self.folder / "shards", store, expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
             write_atomically(receipts, json.dumps(made).encode())
-        return report
+            stages = {"voxelize": report.voxelize, "backbone": report.backbone, "codec": report.codec, "write": report.write}
+            values = {f"{name}_ms": stage.median_ms for name, stage in stages.items()}
+            values |= {"bytes_per_frame": report.smashed_bytes_per_frame, "raw_bytes_per_frame": report.raw_bytes_per_frame}
+            write_atomically(summary, json.dumps(values).encode())
+        return json.loads(summary.read_text())  # type: ignore[no-any-return]
 
     def store(self) -> SmashedStore:
         """The fleet's verified scenes."""
@@ -220,9 +237,28 @@ class MainJob:
             )
         return FeatureDatabase.open(path, split_fingerprint=split, encoder_fingerprint=encoder)
 
+    def run_methods(self, names: Sequence[str], *, processes: int = 2) -> dict[str, MethodResult]:
+        """Each method from the source checkpoint, ``processes`` at a time with one thread each: on few cores that is faster than
+        threads, which wait for each other. Finished results are read back."""
+        with self._timed("methods"):
+            todo = [name for name in names if not (self._method_folder(name) / "result.json").exists()]
+            if any(METHODS[name].f_gt for name in todo):
+                self._features(load_detector(self.folder / "source_run")[0])
+            if processes > 1 and len(todo) > 1:
+                context = multiprocessing.get_context("spawn")
+                with ProcessPoolExecutor(processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                    running = {pool.submit(_run_method, self.config, self.folder, name): name for name in todo}
+                    for future in as_completed(running):
+                        future.result()
+                        self.say(f"method {running[future]}: {METHODS[running[future]].summary}")
+            return {name: self.run_method(name) for name in names}
+
+    def _method_folder(self, name: str) -> Path:
+        return self.folder / "methods" / name
+
     def run_method(self, name: str) -> MethodResult:
         """Train by one method from the source checkpoint and score it on the target. Finished results are read back."""
-        out = self.folder / "methods" / name
+        out = self._method_folder(name)
         result_file = out / "result.json"
         if result_file.exists():
             stored = json.loads(result_file.read_text())
@@ -247,7 +283,6 @@ class MainJob:
                 codec=self.config.codec,
                 truth=self.truth() if method.unlabelled else None,
                 run=run,
-                workers=1,
                 progress=self.progress,
             )
             save_run_detector(out, detector, preset.detector)
@@ -284,16 +319,5 @@ def closed_gap(source: float, method: float, oracle: float, *, spread: float = 0
     return None if gap < max(2.0, spread) else 100.0 * (method - source) / gap
 
 
-def run_methods(job: MainJob, names: Sequence[str]) -> dict[str, MethodResult]:
-    """All stages, then each method in turn."""
-    job.say("simulating and preparing both domains")
-    job.data()
-    job.say("training on the labelled source")
-    job.train_source()
-    job.say("extracting the fleet's smashed scenes")
-    job.extract_fleet()
-    results = {}
-    for name in names:
-        job.say(f"method {name}: {METHODS[name].summary}")
-        results[name] = job.run_method(name)
-    return results
+def _run_method(config: MainJobConfig, folder: Path, name: str) -> None:
+    MainJob(config=config, folder=folder).run_method(name)

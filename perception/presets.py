@@ -7,7 +7,7 @@ that two CPU cores train in minutes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..datasets.augment import AugmentationRanges
 from .models.anchors import KITTI_ANCHORS, AnchorClass
@@ -126,6 +126,13 @@ SMALL = Preset(
         ema_decay=0.99,
         round_steps=20,
     ),
+)
+
+# The demo: the small preset with fewer steps.
+DEMO = replace(
+    SMALL,
+    train=replace(SMALL.train, loop=_loop(0.003, 300, checkpoint_every=100)),
+    upcycle=replace(SMALL.upcycle, loop=_loop(0.0015, 150, checkpoint_every=100)),
 )
 
 PRESETS = {

@@ -19,15 +19,19 @@ from ..perception.structures import UpcycleError
 console = Console(stderr=False, highlight=False)
 
 
-def run_command(function: Callable[..., Any], arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
+def run_command(
+    function: Callable[..., Any], arguments: Sequence[str] | None = None, *, program: str | None = None, parsed_as: Any = None
+) -> int:
     """Parse ``arguments`` into the type of ``function``'s one parameter and call it. Returns the exit code.
+
+    parsed_as: another type to parse, whose values are of the parameter's type (subcommands with defaults).
 
     Errors that the user can mend become one message, without a traceback.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         (hint,) = [t for n, t in get_type_hints(function, include_extras=True).items() if n != "return"]
-        function(tyro.cli(hint, args=arguments, prog=program, description=function.__doc__))
+        function(tyro.cli(parsed_as or hint, args=arguments, prog=program, description=function.__doc__))
     except UpcycleError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}")
         return 2

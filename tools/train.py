@@ -49,7 +49,7 @@ def preset_choices(make: type) -> dict[str, object]:
     return {name: make(preset=preset, data=tyro.MISSING, out=tyro.MISSING) for name, preset in PRESETS.items()}
 
 
-TrainCommand = tyro.extras.subcommand_type_from_defaults(preset_choices(Train), prefix_names=False)
+ARGUMENTS = tyro.extras.subcommand_type_from_defaults(preset_choices(Train), prefix_names=False)
 
 
 def labelled_batches(preset: Preset, data: Path, split: str, *, batch_size: int, seed: int) -> LabelledBatches:
@@ -75,9 +75,8 @@ def labelled_batches(preset: Preset, data: Path, split: str, *, batch_size: int,
     )
 
 
-def command(config: TrainCommand) -> None:  # type: ignore[valid-type]
+def command(config: Train) -> None:
     """Train a detector on labelled frames: upcycle3d train PRESET --data PREPARED --out RUN."""
-    assert isinstance(config, Train)
     train = replace(config.preset.train, loop=replace(config.preset.train.loop, seed=config.seed))
     preset = replace(config.preset, train=train)
     labelled = labelled_batches(preset, config.data, config.split, batch_size=train.batch_size, seed=config.seed)

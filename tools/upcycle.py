@@ -57,12 +57,11 @@ class Upcycle:
     """also write the result for machines"""
 
 
-UpcycleCommand = tyro.extras.subcommand_type_from_defaults(preset_choices(Upcycle), prefix_names=False)
+ARGUMENTS = tyro.extras.subcommand_type_from_defaults(preset_choices(Upcycle), prefix_names=False)
 
 
-def command(config: UpcycleCommand) -> None:  # type: ignore[valid-type]
+def command(config: Upcycle) -> None:
     """Train the server half on labelled frames and smashed scenes."""
-    assert isinstance(config, Upcycle)
     method = METHODS[config.method]
     settings = replace(config.preset.upcycle, loop=replace(config.preset.upcycle.loop, seed=config.seed))
     preset = replace(config.preset, upcycle=settings)

@@ -7,7 +7,7 @@ does not know which detector it serves.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -53,23 +53,31 @@ class Detector(nn.Module):
             self.encoder.eval()
         return self
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def encode(self, points: Sequence[PointCloud]) -> SplitFeatures:
         """Features at the cut of a batch of scans, on the device of the weights."""
-        device = next(self.encoder.parameters()).device
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
-            return self.encoder([p.to(device) for p in points])
+            return self.encoder([p.to(self._device) for p in points])
 
     def decode(self, split: SplitFeatures, labels: Sequence[Labels] | None = None) -> Any:
         """Raw outputs of a batch; ``labels`` only steer which regions a second stage trains on."""
-        return self.decoder(split, labels)
+        return self.decoder(split, None if labels is None else [scene.to(self._device) for scene in labels])
 
     def loss(self, outputs: Any, labels: Sequence[Labels]) -> LossTerms:
         """Loss terms of raw outputs against labels."""
-        return self.decoder.loss(outputs, labels)
+        return cast(Decoder, self.decoder).loss(outputs, [scene.to(self._device) for scene in labels])
 
     def predict(self, outputs: Any) -> list[Predictions]:
         """Detections of every scene, best first."""
-        return self.decoder.predict(outputs)
+        return cast(Decoder, self.decoder).predict(outputs)
+
+    @property
+    def spec(self) -> SplitSpec:
+        """Where the network is cut."""
+        return cast(Encoder, self.encoder).spec
 
     @torch.no_grad()
     def detect(self, points: Sequence[PointCloud]) -> list[Predictions]:

@@ -154,6 +154,7 @@ class FeatureDatabase:
         folder: Path, objects: Sequence[FeatureObject], *, channels: int, split_fingerprint: str, encoder_fingerprint: str
     ) -> FeatureDatabase:
         """Store ``objects``; the folder appears under its name only when it is complete."""
+        _refuse_existing(folder)
         temporary = folder.with_name(folder.name + ".tmp")
         temporary.mkdir(parents=True, exist_ok=True)
         counts = [len(o.coords) for o in objects]
@@ -176,8 +177,6 @@ class FeatureDatabase:
             "split_fingerprint": split_fingerprint, "encoder_fingerprint": encoder_fingerprint,
         }  # fmt: skip
         (temporary / "database.json").write_text(json.dumps(meta, indent=1))
-        if folder.exists():
-            raise InvalidInput(f"a feature database already exists at {folder}; delete it to build it again")
         os.replace(temporary, folder)
         return FeatureDatabase(folder, table, channels)
 
@@ -188,6 +187,11 @@ class FeatureDatabase:
             meta = json.loads((folder / "database.json").read_text())
         except (OSError, ValueError) as error:
             raise InvalidInput(f"no readable feature database at {folder}: {error}; build it from the labelled split") from error
+        if meta["version"] != DATABASE_VERSION:
+            raise InvalidInput(
+                f"the feature database at {folder} is of version {meta['version']}, this program reads {DATABASE_VERSION}; "
+                "delete it and build it again"
+            )
         if meta["split_fingerprint"] != split_fingerprint:
             raise InvalidInput(
                 f"the feature database at {folder} was cut from another labelled split ({meta['split_fingerprint'][:12]}, this run "
@@ -199,6 +203,11 @@ class FeatureDatabase:
                 f"{encoder_fingerprint[:12]}); features of two encoders do not mix: build it with this encoder"
             )
         return FeatureDatabase(folder, pq.read_table(folder / "index.parquet"), meta["channels"])
+
+
+def _refuse_existing(folder: Path) -> None:
+    if folder.exists():
+        raise InvalidInput(f"a feature database already exists at {folder}; delete it to build it again")
 
 
 def build_feature_database(
@@ -215,6 +224,7 @@ def build_feature_database(
 
     Raises InvalidInput if ``folder`` exists.
     """
+    _refuse_existing(folder)
     detector.eval()
     objects: list[FeatureObject] = []
     for i in range(len(frames)):
@@ -230,7 +240,7 @@ def build_feature_database(
     return FeatureDatabase.write(
         folder,
         objects,
-        channels=detector.encoder.spec.channels,
+        channels=detector.spec.channels,
         split_fingerprint=split_fingerprint,
         encoder_fingerprint=encoder_fingerprint,
     )
@@ -244,7 +254,7 @@ def sample_objects(
     obstacles: every box the teacher sees at all; what it half believes in may be a real object. Each class is filled up to its
     maximum, counting the labels already there.
     """
-    blocked = torch.cat([labels.boxes.data, obstacles.data])
+    blocked = torch.cat([labels.boxes.data, obstacles.data]).cpu()  # the database is on the CPU
     chosen: list[int] = []
     for class_index, maximum in enumerate(config.max_objects):
         wanted = maximum - int((labels.classes == class_index).sum())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ...ops.iou3d import iou_3d
-from ..structures import InvalidInput, Labels, Predictions
+from ..structures import InvalidInput, Labels, Predictions, VoxelGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,13 @@ def teacher_labels(predictions: Predictions, thresholds: Sequence[ScoreThreshold
     return Labels.make(
         predictions.boxes.data[keep], predictions.classes[keep], weight=good[keep].float(), exact=trusted, complete=trusted
     )
+
+
+def within(labels: Labels, grid: VoxelGrid) -> Labels:
+    """The labels whose centre the detector can see: inside the grid's range, seen from above."""
+    x0, y0, _, x1, y1, _ = grid.range
+    x, y = labels.boxes.data[:, 0], labels.boxes.data[:, 1]
+    return labels.select((x >= x0) & (x < x1) & (y >= y0) & (y < y1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +89,10 @@ def pseudo_label_quality(pseudo: Sequence[Labels], truth: Sequence[Labels], *, m
             with_zero = torch.cat([overlap, overlap.new_zeros(len(used), 1)], 1)
             value, row = with_zero.max(1)
             neutral = torch.cat([~counted, counted.new_zeros(1)])[row] & (value >= 0.5)
-            best_label.append(value[~neutral])
+            best_label.append(value[~neutral].cpu())
         if counted.any():
             column = torch.cat([overlap, overlap.new_zeros(1, len(real))]).amax(0)
-            best_truth.append(column[counted])
+            best_truth.append(column[counted].cpu())
     label_iou, truth_iou = torch.cat([*best_label, torch.zeros(0)]), torch.cat([*best_truth, torch.zeros(0)])
 
     def share(values: torch.Tensor, threshold: float) -> float:

@@ -27,7 +27,7 @@ from ..vehicle.codec import round_trip
 from .feature_augmentation import cut_mix
 from .feature_gt import FeatureDatabase, FeatureGtConfig, paste_objects, sample_objects
 from .methods import Method
-from .pseudo_labels import ScoreThresholds, pseudo_label_quality, teacher_labels
+from .pseudo_labels import ScoreThresholds, pseudo_label_quality, teacher_labels, within
 from .store import SmashedStore, to_split_features
 
 log = logging.getLogger(__name__)
@@ -130,12 +130,15 @@ def upcycle(
             predictions = teacher.predict(teacher.decode(smashed))
         pseudo = [teacher_labels(p, config.thresholds, trusted=method.trusted) for p in predictions]
         this_round.pseudo += pseudo
-        this_round.truth += [truth[i].to(p.classes.device) for i, p in zip(batch.scene_ids, pseudo) if truth is not None]
+        if truth is not None:
+            grid = smashed.spec.grid
+            this_round.truth += [within(truth[i], grid).to(smashed.voxels.features.device) for i in batch.scene_ids]
         scenes = [smashed.scene(i) for i in range(smashed.batch_size)]
         changed = [_change(*pair, rng) for pair in zip(scenes, pseudo, predictions, strict=True)]
         if method.cut_mix:
             order = rng.permutation(len(changed))
-            changed = [cut_mix(*changed[i], *changed[j], rng) for i, j in enumerate(order)]
+            pairs = [(changed[i], changed[j]) for i, j in enumerate(order)]
+            changed = [cut_mix(a, labels_a, b, labels_b, rng) for (a, labels_a), (b, labels_b) in pairs]
         return [s for s, _ in changed], [p for _, p in changed]
 
     def _change(

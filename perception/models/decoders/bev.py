@@ -76,6 +76,7 @@ class AnchorHead(nn.Module):
         self.conv_cls = nn.Conv2d(in_channels, anchors * num_classes, 1)
         self.conv_box = nn.Conv2d(in_channels, anchors * 7, 1)
         self.conv_dir_cls = nn.Conv2d(in_channels, anchors * 2, 1)
+        assert self.conv_cls.bias is not None
         nn.init.constant_(self.conv_cls.bias, -math.log((1 - 0.01) / 0.01))  # focal loss: start from "rare"
         nn.init.normal_(self.conv_box.weight, std=0.001)
 

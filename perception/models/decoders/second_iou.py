@@ -9,7 +9,7 @@ The IoU head judges proposals and does not refine them; its gradient never reach
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class SecondIouDecoder(nn.Module):
         dense = self.anchor_head(bev)
         with torch.no_grad():
             nms = self.config.test_proposals if labels is None else self.config.train_proposals
-            proposals = propose(*dense, self.anchors.view(-1, 7), nms)
+            proposals = propose(dense.class_logits, dense.box_codes, dense.direction_logits, self.anchors.view(-1, 7), nms)
             if labels is not None:
                 proposals = self._sample(proposals, labels)
         return SecondIouOutputs(dense=dense, proposals=proposals, iou_logits=self._judge(bev.detach(), proposals))
@@ -173,8 +173,3 @@ def _iou_loss(outputs: SecondIouOutputs, config: SecondIouConfig, labels: Sequen
         weights.append(matched.weight * p.valid[b])
     weight = torch.stack(weights)
     return LossTerms(terms={"iou": config.iou_weight * (torch.stack(losses) * weight).sum() / weight.sum().clamp_min(1)})
-
-
-def with_final_nms(config: SecondIouConfig, **changes: float) -> SecondIouConfig:
-    """The same settings with other final thresholds."""
-    return replace(config, final=replace(config.final, **changes))

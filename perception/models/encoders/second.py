@@ -9,12 +9,13 @@ Module indices follow it, so that its weights load by name. PV-RCNN shares this 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ....ops.sparse_conv import Rulebook, StridedConv3d, SubmanifoldConv3d, strided_rulebook, submanifold_rulebook
+from ....ops.sparse_conv import Rulebook, StridedConv3d, SubmanifoldConv3d, submanifold_rulebook
 from ....ops.voxelize import voxelize
 from ...structures import InvalidInput, PointCloud, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
 
@@ -34,19 +35,26 @@ class SecondEncoderConfig:
     channels: tuple[int, int, int, int, int] = (16, 32, 64, 64, 128)
 
 
-def _block(conv: SubmanifoldConv3d | StridedConv3d, channels: int) -> nn.Sequential:
-    return nn.Sequential(conv, nn.BatchNorm1d(channels, eps=1e-3, momentum=0.01), nn.ReLU())
+class ConvBlock(nn.Sequential):
+    """Sparse convolution, batch norm, ReLU on the rows of a sparse tensor."""
 
+    def __init__(self, conv: SubmanifoldConv3d | StridedConv3d, channels: int) -> None:
+        super().__init__(conv, nn.BatchNorm1d(channels, eps=1e-3, momentum=0.01), nn.ReLU())
 
-def _run(block: nn.Sequential, features: Tensor, rulebook: Rulebook) -> Tensor:
-    conv, norm, relu = block
-    features = conv(features, rulebook)
-    # Batch statistics of fewer than two rows do not exist; an (almost) empty batch is legal and uses the running ones.
-    training = norm.training and features.shape[0] >= 2
-    features = nn.functional.batch_norm(
-        features, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, norm.momentum, norm.eps
-    )
-    return relu(features)
+    def forward(self, features: Tensor, rulebook: Rulebook) -> Tensor:  # type: ignore[override]
+        """(M_in, in) -> (M_out, out)."""
+        features = self[0](features, rulebook)
+        norm = cast(nn.BatchNorm1d, self[1])
+        # Batch statistics of fewer than two rows do not exist; an (almost) empty batch is legal and uses the running ones.
+        training = norm.training and features.shape[0] >= 2
+        features = nn.functional.batch_norm(
+            features, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, cast(float, norm.momentum), norm.eps
+        )
+        return self[2](features)
+
+    def downsample(self, voxels: SparseVoxels) -> Rulebook:
+        """The rulebook of a strided block for these voxels."""
+        return cast(StridedConv3d, self[0]).rulebook(voxels.coords, voxels.shape, voxels.batch_size)
 
 
 class SparseBackbone(nn.Module):
@@ -55,42 +63,37 @@ class SparseBackbone(nn.Module):
     def __init__(self, in_channels: int, channels: tuple[int, int, int, int, int]) -> None:
         super().__init__()
         c1, c2, c3, c4, c_out = channels
-        self.conv_input = _block(SubmanifoldConv3d(in_channels, c1, (3, 3, 3)), c1)
-        self.conv1 = nn.ModuleList([_block(SubmanifoldConv3d(c1, c1, (3, 3, 3)), c1)])
+        self.conv_input = ConvBlock(SubmanifoldConv3d(in_channels, c1, (3, 3, 3)), c1)
+        self.conv1 = nn.ModuleList([ConvBlock(SubmanifoldConv3d(c1, c1, (3, 3, 3)), c1)])
         self.conv2 = self._stage(c1, c2, padding=(1, 1, 1))
         self.conv3 = self._stage(c2, c3, padding=(1, 1, 1))
         self.conv4 = self._stage(c3, c4, padding=(0, 1, 1))
-        self.conv_out = _block(StridedConv3d(c4, c_out, (3, 1, 1), stride=(2, 1, 1), padding=(0, 0, 0)), c_out)
+        self.conv_out = ConvBlock(StridedConv3d(c4, c_out, (3, 1, 1), stride=(2, 1, 1), padding=(0, 0, 0)), c_out)
 
     @staticmethod
     def _stage(c_in: int, c_out: int, padding: tuple[int, int, int]) -> nn.ModuleList:
         down = StridedConv3d(c_in, c_out, (3, 3, 3), stride=(2, 2, 2), padding=padding)
-        same = [_block(SubmanifoldConv3d(c_out, c_out, (3, 3, 3)), c_out) for _ in range(2)]
-        return nn.ModuleList([_block(down, c_out), *same])
+        same = [ConvBlock(SubmanifoldConv3d(c_out, c_out, (3, 3, 3)), c_out) for _ in range(2)]
+        return nn.ModuleList([ConvBlock(down, c_out), *same])
 
     def stages(self, voxels: SparseVoxels) -> list[SparseVoxels]:
         """Outputs of conv1, conv2, conv3, conv4 and conv_out (strides 1, 2, 4, 8 and the cut)."""
-        coords, shape, batch = voxels.coords, voxels.shape, voxels.batch_size
-        same = submanifold_rulebook(coords, shape, batch, (3, 3, 3))
-        x = _run(self.conv_input, voxels.features, same)
-        x = _run(self.conv1[0], x, same)
-        outputs = [SparseVoxels(features=x, coords=coords, shape=shape, batch_size=batch)]
+        same = submanifold_rulebook(voxels.coords, voxels.shape, voxels.batch_size, (3, 3, 3))
+        x = self.conv_input(voxels.features, same)
+        x = self.conv1[0](x, same)
+        outputs = [replace(voxels, features=x)]
         for stage in (self.conv2, self.conv3, self.conv4):
-            down = self._down(stage[0], outputs[-1])
-            x = _run(stage[0], x, down)
-            same = submanifold_rulebook(down.out_coords, down.out_shape, batch, (3, 3, 3))
-            for block in list(stage)[1:]:
-                x = _run(block, x, same)
-            outputs.append(SparseVoxels(features=x, coords=down.out_coords, shape=down.out_shape, batch_size=batch))
-        down = self._down(self.conv_out, outputs[-1])
-        x = _run(self.conv_out, x, down)
-        outputs.append(SparseVoxels(features=x, coords=down.out_coords, shape=down.out_shape, batch_size=batch))
+            first, *rest = cast(list[ConvBlock], list(stage))
+            down = first.downsample(outputs[-1])
+            x = first(x, down)
+            same = submanifold_rulebook(down.out_coords, down.out_shape, voxels.batch_size, (3, 3, 3))
+            for block in rest:
+                x = block(x, same)
+            outputs.append(replace(voxels, features=x, coords=down.out_coords, shape=down.out_shape))
+        down = self.conv_out.downsample(outputs[-1])
+        x = self.conv_out(x, down)
+        outputs.append(replace(voxels, features=x, coords=down.out_coords, shape=down.out_shape))
         return outputs
-
-    @staticmethod
-    def _down(block: nn.Sequential, x: SparseVoxels) -> Rulebook:
-        conv = block[0]
-        return strided_rulebook(x.coords, x.shape, x.batch_size, conv.kernel_size, conv.stride, conv.padding)
 
     def forward(self, voxels: SparseVoxels) -> SparseVoxels:
         return self.stages(voxels)[-1]
@@ -116,6 +119,11 @@ class SecondEncoder(nn.Module):
         self.config = config
         z, y, x = config.grid.shape
         self.sparse_shape = (z + 1, y, x)  # the reference adds one layer on top, so that strided layers keep the last one
+        if min(_strided_shape(self.sparse_shape)) < 1:
+            raise InvalidInput(
+                f"a grid of {(z, y, x)} voxels (z, y, x) is gone before the cut at stride (16, 8, 8); it needs at least 22 voxels in z "
+                "and 1 in y and x: use smaller voxels or a larger range"
+            )
         self.sparse_backbone = SparseBackbone(3 + len(config.point_features), config.channels)
         self.spec = SplitSpec(
             layer="sparse_backbone.conv_out",

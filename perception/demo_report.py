@@ -1,0 +1,199 @@
+"""The demo's report: one HTML file that tells the story with the run's own numbers and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from .main_job import MainJob, MethodResult
+from .server.methods import METHODS
+from .structures import SmashedScene
+from .training.detector_files import load_detector
+from .training.run_folder import RunFolder
+from .viz.bev import bev_features_png, bev_panels_png
+from .viz.charts import Series, bar_chart, gap_chart, line_chart, stacked_bars
+from .viz.html import Block, Section, figure_png, figure_svg, key_numbers, page, paragraph, table, write_html
+
+PICTURED_FRAMES = 3
+
+
+def write_report(path: Path, job: MainJob, results: Mapping[str, MethodResult], summary: Mapping[str, object]) -> None:
+    """Write the report of a finished demo. summary: what ``result.json`` holds."""
+    c = job.config
+    sections = [
+        Section("What happened", _story(job, results, summary)),
+        Section("Average precision", _scores(results)),
+        Section("What the server learnt from: pseudo labels over time", _pseudo_labels(job, results)),
+        Section("Training", _losses(job, results)),
+        Section("What leaves the vehicle", _upload(job, summary)),
+        Section("Seen from above, before and after", _pictures(job)),
+        Section("Where the time went", _time(job, summary)),
+    ]
+    subtitle = f"simulated {c.source.name} to simulated {c.target.name}, seed {c.seed}; one seed is an example, not a measurement"
+    write_html(path, page("upcycle3d: the main job on simulated data", sections, subtitle=subtitle))
+
+
+def _number(summary: Mapping[str, object], name: str) -> float:
+    value = summary[name]
+    assert isinstance(value, int | float)
+    return float(value)
+
+
+def _story(job: MainJob, results: Mapping[str, MethodResult], summary: Mapping[str, object]) -> list[Block]:
+    c, source, up = job.config, results["source_only"].student, results["upcycling"].student
+    gap = summary["closed_gap_bev"]
+    ratio = _number(summary, "bytes_per_frame") / _number(summary, "raw_bytes_per_frame")
+    return [
+        paragraph(
+            f"A detector (SECOND-IoU, small) was trained on {c.labelled} labelled scans of one simulated place ({c.source.name}). A fleet "
+            f"at another place ({c.target.name}: other beams, mounting height, streets and car sizes) ran its vehicle half over {c.fleet} "
+            "scans and handed over only the features at the cut, in smashed shards. The server verified the shards and went on training "
+            "the server half with them: a teacher's boxes as hybrid pseudo labels, and labelled objects pasted as features (F-GT). "
+            f"Every method started from the same checkpoint and was scored on {c.validation} target scans nobody trained on."
+        ),
+        key_numbers(
+            [
+                ("source only, BEV AP", source.ap_bev, "%", "the checkpoint as it is"),
+                ("UpCycling, BEV AP", up.ap_bev, "%", "labelled source + smashed target"),
+                ("closed gap, BEV", float("nan") if gap is None else float(str(gap)), "%", "of source only to all target labels"),
+                ("upload a frame", _number(summary, "bytes_per_frame") / 1000, "kB", f"{ratio:.1f} times the raw scan"),
+            ]
+        ),
+        paragraph(
+            "Read the numbers with care: the world is simulated, the detector is small, the validation set has a few hundred cars. "
+            "How much the features give away about the scan is a question of its own; nothing here says that they hide it."
+        ),
+    ]
+
+
+def _scores(results: Mapping[str, MethodResult]) -> list[Block]:
+    header = ("method", "what it is", "3D 0.7", "BEV 0.7", "3D 0.5", "BEV 0.5", "EMA 3D 0.7", "EMA BEV 0.7")
+    rows = [
+        (name, METHODS[name].summary, *asdict(r.student).values(), r.teacher.ap_3d, r.teacher.ap_bev)
+        for name, r in results.items()
+    ]
+    blocks = [
+        table(
+            header,
+            rows,
+            "Car AP in percent, moderate, R40, at 3D or BEV overlap 0.7 and 0.5; the last epoch's student, then its EMA",
+        )
+    ]
+    between = [n for n in results if n not in ("source_only", "oracle_full")]
+    for metric, title in (("ap_bev", "BEV AP at IoU 0.7"), ("ap_3d", "3D AP at IoU 0.7")):
+        values = {name: float(getattr(r.student, metric)) for name, r in results.items()}
+        chart = gap_chart(
+            values["source_only"],
+            [(name, values[name]) for name in between],
+            values["oracle_full"],
+            value_label="AP in percent",
+            title=f"{title}: how much of the gap to the oracle each method closes",
+        )
+        blocks.append(
+            figure_svg(
+                chart,
+                f"{title}. The oracle trains everything on the fleet's own labels; oracle_frozen keeps the source's encoder.",
+            )
+        )
+    return blocks
+
+
+def _pseudo_labels(job: MainJob, results: Mapping[str, MethodResult]) -> list[Block]:
+    names = [n for n in results if METHODS[n].unlabelled]
+    logs = {n: RunFolder.open(job.folder / "methods" / n).metrics("pseudo_labels") for n in names}
+
+    def chart(key: str, label: str, title: str) -> str:
+        series = [Series(n, [m["step"] + 1 for m in log], [m[key] for m in log]) for n, log in logs.items()]
+        return line_chart(series, "training step", label, title, height=260)
+
+    return [
+        paragraph(
+            "The simulator knows the truth, so the teacher's labels can be judged; nothing of it reaches training. Precision: share of "
+            "labels that meet a true car by 3D IoU 0.7. Recall: share of true cars (5 points or more) found so."
+        ),
+        figure_svg(chart("precision_70", "share of labels", "Precision at IoU 0.7"), "Precision of pseudo labels"),
+        figure_svg(chart("recall_70", "share of true cars", "Recall at IoU 0.7"), "Recall of pseudo labels"),
+        figure_svg(chart("labels_per_scene", "labels a scene", "Number of labels"), "Pseudo labels used in each scene"),
+    ]
+
+
+def _losses(job: MainJob, results: Mapping[str, MethodResult]) -> list[Block]:
+    blocks = []
+    runs = {"source training": job.folder / "source_run"} | {
+        name: job.folder / "methods" / name for name in results if METHODS[name].trains != "nothing"
+    }
+    series = []
+    for name, folder in runs.items():
+        log = RunFolder.open(folder).metrics("train")
+        series.append(Series(name, [m["step"] for m in log], [m["total_loss"] for m in log]))
+    blocks.append(
+        figure_svg(
+            line_chart(series, "training step", "sum of loss terms", "Loss"),
+            "Loss of each run; methods learn from different labels, so their levels do not compare",
+        )
+    )
+    return blocks
+
+
+def _upload(job: MainJob, summary: Mapping[str, object]) -> list[Block]:
+    stages = ("voxelize", "backbone", "codec", "write")
+    scene = job.store()[0]
+    sizes = [_number(summary, "raw_bytes_per_frame") / 1000, _number(summary, "bytes_per_frame") / 1000]
+    return [
+        paragraph(
+            f"The cut is after the stride-8 sparse backbone: {scene.spec.channels} channels on the occupied cells of a "
+            f"{scene.spec.shape[1]} x {scene.spec.shape[2]} map. Codec: {job.config.codec}, coordinates exact."
+        ),
+        figure_svg(
+            bar_chart(
+                ["raw scan, float32", f"smashed scene, {job.config.codec}"],
+                sizes,
+                value_label="kB a frame",
+                title="Bytes a frame",
+            ),
+            "Bytes a frame: the raw camera-view scan and what is sent instead",
+        ),
+        figure_svg(
+            stacked_bars(
+                ["vehicle, one frame"],
+                [(s, [_number(summary, f"{s}_ms")]) for s in stages],
+                value_label="ms, median",
+                title="Milliseconds a frame on this machine's CPU",
+            ),
+            "Milliseconds a frame by stage. A vehicle that runs the detector anyway pays for codec and write only.",
+        ),
+        figure_png(
+            _features_picture(job, scene), "One smashed scene: norm of the features at the cut. This is all the server gets."
+        ),
+    ]
+
+
+def _features_picture(job: MainJob, scene: SmashedScene) -> bytes:
+    return bev_features_png(scene, class_names=job.config.preset.detector.class_names, title="features at the cut")
+
+
+def _pictures(job: MainJob) -> list[Block]:
+    frames = job.split("target", "val")
+    names = job.config.preset.detector.class_names
+    x0, y0, _, x1, y1, _ = job.config.preset.detector.encoder.grid.range
+    before, _ = load_detector(job.folder / "source_run")
+    after, _ = load_detector(job.folder / "methods" / "upcycling")
+    blocks = [paragraph("Points are simulated. Dashed boxes are ignored by the protocol (vans).")]
+    # The frames with most cars say most.
+    counts = [(len(labels) if (labels := frames.labels(i)) is not None else 0, i) for i in range(len(frames))]
+    for _, index in sorted(counts, key=lambda c: (-c[0], c[1]))[:PICTURED_FRAMES]:
+        frame = frames[index]
+        panels = [
+            (title, frame.points, frame.labels, detector.detect([frame.points])[0])
+            for title, detector in (("source only", before), ("after UpCycling", after))
+        ]
+        picture = bev_panels_png(panels, class_names=names, view_range=(x0, y0, x1, y1))
+        blocks.append(figure_png(picture, f"Target frame {frame.id}: truth and detections before and after"))
+    return blocks
+
+
+def _time(job: MainJob, summary: Mapping[str, object]) -> list[Block]:
+    rows = [(stage, seconds) for stage, seconds in job.seconds.items()]
+    text = f"{_number(summary, 'seconds'):.0f} seconds in all, {_number(summary, 'peak_memory_gb'):.1f} GB at most in the main process."
+    return [paragraph(text), table(("stage", "seconds"), rows, "Seconds by stage; methods run two at a time")]
