@@ -141,9 +141,9 @@ def test_a_grid_too_shallow_for_the_cut_is_refused_where_the_encoder_is_made():
     def grid(layers: int) -> SecondEncoderConfig:
         return replace(TINY.encoder, grid=VoxelGrid(range=(0.0, -6.4, 0.0, 12.8, 6.4, layers / 10), voxel_size=(0.1, 0.1, 0.1)))
 
-    with pytest.raises(InvalidInput, match="at least 22 voxels in z"):
-        SecondEncoder(grid(21))
-    assert SecondEncoder(grid(22)).spec.shape == (1, 16, 16)
+    with pytest.raises(InvalidInput, match="at least 24 voxels in z"):
+        SecondEncoder(grid(23))
+    assert SecondEncoder(grid(24)).spec.shape == (1, 16, 16)
 
 
 def test_missing_point_features_are_named():

@@ -121,7 +121,7 @@ class SecondEncoder(nn.Module):
         self.sparse_shape = (z + 1, y, x)  # the reference adds one layer on top, so that strided layers keep the last one
         if min(_strided_shape(self.sparse_shape)) < 1:
             raise InvalidInput(
-                f"a grid of {(z, y, x)} voxels (z, y, x) is gone before the cut at stride (16, 8, 8); it needs at least 22 voxels in z "
+                f"a grid of {(z, y, x)} voxels (z, y, x) is gone before the cut at stride (16, 8, 8); it needs at least 24 voxels in z "
                 "and 1 in y and x: use smaller voxels or a larger range"
             )
         self.sparse_backbone = SparseBackbone(3 + len(config.point_features), config.channels)

@@ -1,0 +1,163 @@
+"""The partial-label scenario on the real KITTI sample, by the commands a user would type: few labelled frames, many smashed ones.
+
+    python benchmarks/kitti_partial_label.py --root ../shared/data/kitti --out runs/kitti --seeds 0 1 2
+
+For each list of splits (as given, and with the fleet's four drives taken out of train and val) and each seed: train on the
+labelled frames, extract smashed scenes from the unlabelled ones, upcycle, score on val. The fleet's labels are read for one thing:
+to log how good pseudo labels are. Finished steps are skipped, so it can be stopped and started again. Two jobs run at a time with
+one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from upcycle3d.tools.console import print_table, write_json
+
+METHODS = ("source_continued", "pseudo_label", "upcycling")
+LISTS = {"all": "", "disjoint": "_disjoint"}
+PRESET = "kitti_small"
+
+
+def run(*arguments: object) -> None:
+    """One upcycle3d command in a process of its own, with one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, "-m", "upcycle3d.tools.main", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, arguments))}\n{done.stdout}{done.stderr}")
+
+
+def one_job(root: Path, out: Path, name: str, suffix: str, seed: int) -> dict[str, dict[str, object]]:
+    """AP of every method for one list of splits and one seed."""
+    data, job = out / f"data_{name}", out / f"{name}_seed{seed}"
+    source, store = job / "source_only", job / "store"
+    if not (source / "detector.safetensors").exists():
+        run(
+            "train",
+            PRESET,
+            "--data",
+            data,
+            "--split",
+            f"train{suffix}",
+            "--out",
+            source,
+            "--seed",
+            seed,
+            "--workers",
+            0,
+            "--resume",
+        )
+    if not (store / "catalogue.parquet").exists():
+        scans, ids = root / "training" / "velodyne_reduced", root / "ImageSets" / "unlabelled.txt"
+        run(
+            "extract",
+            "--encoder",
+            source,
+            "--scans",
+            scans,
+            "--ids",
+            ids,
+            "--out",
+            job / "shards",
+            "--receipts",
+            job / "receipts.json",
+            "--json",
+            job / "extract.json",
+        )
+        run("ingest", job / "shards", "--store", store, "--encoder", source)
+    results = {}
+    for method in ("source_only", *METHODS):
+        folder = job / method
+        if not (folder / "detector.safetensors").exists():
+            run("upcycle", PRESET, "--data", data, "--split", f"train{suffix}", "--checkpoint", source, "--store", store, "--method", method,
+                "--truth", job / "receipts.json", data, "--out", folder, "--seed", seed, "--workers", 0, "--resume")  # fmt: skip
+        for overlaps in ("official", "loose"):
+            result = folder / f"{overlaps}.json"
+            if not result.exists():
+                run(
+                    "evaluate",
+                    "run",
+                    "--detector",
+                    folder,
+                    "--data",
+                    data,
+                    "--split",
+                    f"val{suffix}",
+                    "--overlaps",
+                    overlaps,
+                    "--json",
+                    result,
+                )
+        results[method] = {o: json.loads((folder / f"{o}.json").read_text()) for o in ("official", "loose")}
+        print(
+            name,
+            "seed",
+            seed,
+            method,
+            {m: round(results[method]["official"]["Car"][m]["R40"]["moderate"], 1) for m in ("3d", "bev")},
+            flush=True,
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lists", nargs="+", default=list(LISTS), choices=LISTS)
+    arguments = parser.parse_args()
+    for name in arguments.lists:
+        train, val = f"train{LISTS[name]}", f"val{LISTS[name]}"
+        run(
+            "prepare",
+            "kitti",
+            arguments.root,
+            "--out",
+            arguments.out / f"data_{name}",
+            "--splits",
+            train,
+            val,
+            "unlabelled",
+            "--labelled",
+            train,
+            "--classes",
+            "Car",
+        )
+    jobs = [(name, LISTS[name], seed) for seed in arguments.seeds for name in arguments.lists]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda job: one_job(arguments.root, arguments.out, *job), jobs))
+    summary: dict[str, object] = {}
+    for name in arguments.lists:
+        rows = []
+        for method in ("source_only", *METHODS):
+            cells = []
+            for overlaps in ("official", "loose"):
+                for metric in ("3d", "bev"):
+                    values = [
+                        r[method][overlaps]["Car"][metric]["R40"]["moderate"]
+                        for (n, _, _), r in zip(jobs, found, strict=True)
+                        if n == name
+                    ]  # type: ignore[index]
+                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                    cells.append(f"{statistics.fmean(values):.1f} ± {spread:.1f}")
+                    summary[f"{name}/{method}/{overlaps}/{metric}"] = values
+            rows.append((method, *cells))
+        print_table(
+            f"KITTI sample, {name} lists, Car, moderate, R40, {len(arguments.seeds)} seeds",
+            ("method", "3D 0.7", "BEV 0.7", "3D 0.5", "BEV 0.5"),
+            rows,
+        )
+    write_json(arguments.out / "summary.json", summary)
+
+
+if __name__ == "__main__":
+    main()
