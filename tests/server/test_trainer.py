@@ -1,0 +1,299 @@
+"""The server's step on a detector of toy size: every method runs, changes what it should and nothing else, and repeats bit for bit."""
+
+import copy
+import logging
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from upcycle3d.perception.models.anchors import AnchorClass
+from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
+from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
+from upcycle3d.perception.models.detector import Detector
+from upcycle3d.perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
+from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms
+from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig, second_iou
+from upcycle3d.perception.models.targets import RoiSampling
+from upcycle3d.perception.server import trainer as trainer_module
+from upcycle3d.perception.server.feature_gt import FeatureDatabase, FeatureGtConfig, build_feature_database
+from upcycle3d.perception.server.ingest import ingest
+from upcycle3d.perception.server.methods import METHODS
+from upcycle3d.perception.server.pseudo_labels import ScoreThresholds
+from upcycle3d.perception.server.store import SmashedStore
+from upcycle3d.perception.server.trainer import UpcycleConfig, upcycle
+from upcycle3d.perception.structures import Frame, InvalidInput, Labels, PointCloud, UpcycleError, VoxelGrid
+from upcycle3d.perception.training.loop import LoopConfig
+from upcycle3d.perception.training.optim import OneCycle
+from upcycle3d.perception.training.run_folder import RunFolder
+from upcycle3d.perception.vehicle.extractor import Extractor, extract
+from upcycle3d.perception.vehicle.shards import ShardWriter
+
+TINY = SecondIouDetectorConfig(
+    encoder=SecondEncoderConfig(
+        grid=VoxelGrid(range=(0.0, -6.4, -1.0, 12.8, 6.4, 3.0), voxel_size=(0.1, 0.1, 0.1)),
+        point_features=(),
+        channels=(2, 4, 4, 4, 8),
+    ),
+    decoder=SecondIouConfig(
+        anchors=(AnchorClass(name="Car", size=(3.0, 1.6, 1.6), bottom_z=0.0, matched=0.55, unmatched=0.40),),
+        bev=BevBackboneConfig(layers=(1, 1), channels=(8, 8), up_channels=(8, 8)),
+        head_channels=8,
+        pool_size=3,
+        train_proposals=ProposalNms(pre=64, iou=0.8, post=32),
+        test_proposals=ProposalNms(pre=64, iou=0.5, post=16),
+        roi_sampling=RoiSampling(count=16),
+        iou_target=(0.0, 1.0),
+        final=FinalNms(score=0.0),
+    ),
+)
+# An untrained teacher is sure of nothing: these thresholds take all it says, or nothing.
+EVERYTHING = (ScoreThresholds(iou_score=0.0, class_score=0.0, ignore=0.0),)
+NOTHING = (ScoreThresholds(iou_score=1.0, class_score=1.0, ignore=1.0),)
+
+
+def frame(seed: int) -> Frame:
+    """A sparse road and one car."""
+    generator = torch.Generator().manual_seed(seed)
+    road = torch.rand(100, 3, generator=generator) * torch.tensor([12.8, 12.8, 0.05]) - torch.tensor([0.0, 6.4, 0.0])
+    x, y, yaw = (torch.rand(3, generator=generator) * torch.tensor([6.0, 6.0, 6.0]) + torch.tensor([3.0, -3.0, -3.0])).tolist()
+    size = torch.tensor([3.0, 1.6, 1.5])
+    body = (torch.rand(150, 3, generator=generator) - 0.5) * size
+    turn = torch.tensor([[math.cos(yaw), -math.sin(yaw), 0], [math.sin(yaw), math.cos(yaw), 0], [0, 0, 1]])
+    xyz = torch.cat([road, body @ turn.T + torch.tensor([x, y, 0.8])])
+    box = torch.tensor([[x, y, 0.8, *size.tolist(), yaw]])
+    labels = Labels.make(box, torch.zeros(1), num_points=torch.full((1,), 150))
+    return Frame(id=f"frame{seed}", points=PointCloud(xyz=xyz, features=torch.zeros(250, 1)), labels=labels)
+
+
+FRAMES = [frame(seed) for seed in range(4)]
+
+
+def labelled(step: int) -> tuple[Frame, ...]:
+    return FRAMES[step % 4], FRAMES[(step + 1) % 4]
+
+
+def checkpoint() -> Detector:
+    torch.manual_seed(0)
+    return second_iou(TINY)
+
+
+def config(steps: int = 2, thresholds: tuple[ScoreThresholds, ...] = EVERYTHING, seed: int = 0, **changes) -> UpcycleConfig:
+    loop = LoopConfig(seed=seed, optim=OneCycle(lr=0.01, total_steps=steps), log_every=1, checkpoint_every=2)
+    values = {
+        "loop": loop, "labelled_batch": 2, "unlabelled_batch": 2, "thresholds": thresholds,
+        "f_gt": FeatureGtConfig(max_objects=(2,)), "obstacle_score": 1.0, "round_steps": 1,
+    }  # fmt: skip
+    return UpcycleConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> SmashedStore:
+    """Three scenes of a fleet, through shard and ingest, as the vehicle's encoder made them."""
+    folder = tmp_path_factory.mktemp("fleet")
+    extractor = Extractor(checkpoint().encoder, RigSpec(), "fp16")
+    with ShardWriter(folder / "in", spec=extractor.spec, fingerprint=extractor.fingerprint, codec="fp16") as writer:
+        extract([frame(seed).points for seed in (10, 11, 12)], extractor, writer)
+    ingest(folder / "in", folder / "store", expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
+    return SmashedStore(folder / "store")
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> FeatureDatabase:
+    folder: Path = tmp_path_factory.mktemp("features") / "db"
+    detector = checkpoint()
+    fingerprint = encoder_fingerprint(detector.encoder, RigSpec())
+    return build_feature_database(
+        folder, FRAMES, detector, codec="fp16", config=config().f_gt, split_fingerprint="ab" * 32, encoder_fingerprint=fingerprint
+    )
+
+
+@pytest.fixture(scope="module")
+def truth(store) -> dict[str, Labels]:
+    answers = [frame(seed).labels for seed in (10, 11, 12)]
+    return {store[i].scene_id: labels for i, labels in enumerate(answers)}
+
+
+def train(method: str, store, features, *, settings: UpcycleConfig | None = None, **options) -> tuple[Detector, Detector]:
+    """Student and teacher after a few steps of ``method`` from the one checkpoint."""
+    detector = checkpoint()
+    teacher = upcycle(
+        detector, method=METHODS[method], labelled=labelled, store=store, features=features, config=settings or config(),
+        progress=False, **options,
+    )  # fmt: skip
+    return detector, teacher
+
+
+def differing(a: torch.nn.Module, b: torch.nn.Module) -> set[str]:
+    other = b.state_dict()
+    return {name for name, value in a.state_dict().items() if not torch.equal(value, other[name])}
+
+
+# ---- every method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_changes_what_it_trains_and_repeats_bit_for_bit_with_and_without_the_truth(method, store, features, truth):
+    student, teacher = train(method, store, features)
+    changed = differing(student, checkpoint())
+    trains = METHODS[method].trains
+    if trains == "nothing":
+        assert changed == set()
+        assert differing(teacher, checkpoint()) == set()
+    else:
+        assert any(name.startswith("decoder.anchor_head") for name in changed)
+        assert any(name.startswith("decoder.bev_backbone") for name in changed)
+        assert any(name.startswith("encoder.") for name in changed) == (trains == "all")
+        assert not student.training
+        assert all(torch.isfinite(value).all() for value in student.state_dict().values())
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    again, teacher_again = train(method, store, features, truth=truth)  # truth measures; it must not teach
+    assert differing(student, again) == set()
+    assert differing(teacher, teacher_again) == set()
+
+
+def test_methods_differ_in_what_they_learn(store, features):
+    students = {m: train(m, store, features)[0] for m in ("source_continued", "pseudo_label", "hybrid", "noise", "flip_y", "cut_mix")}
+    names = list(students)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            assert differing(students[a], students[b]), f"{a} and {b} trained the same network"
+
+
+def test_another_seed_is_another_run(store, features):
+    a, b = (train("hybrid", store, features, settings=config(seed=seed))[0] for seed in (0, 1))
+    assert differing(a, b)
+
+
+def test_the_teacher_is_the_average_of_the_students_and_shares_their_statistics(store, features):
+    student, teacher = train("hybrid", store, features, settings=config(steps=2))
+    assert "decoder.anchor_head.conv_cls.weight" in differing(student, teacher)
+    buffers = dict(teacher.named_buffers())
+    assert all(torch.equal(value, buffers[name]) for name, value in student.named_buffers())
+    # After its first step the teacher is the student (decay 0).
+    student, teacher = train("hybrid", store, features, settings=config(steps=1))
+    assert differing(student, teacher) == set()
+
+
+# ---- pseudo labels and F-GT
+
+
+def rounds(caplog) -> list[dict[str, float]]:
+    texts = [r.getMessage() for r in caplog.records if r.getMessage().startswith("pseudo labels until")]
+    return [{k: float(v) for k, v in re.findall(r"(\w+) (\d+\.\d+)", text)} for text in texts]
+
+
+@pytest.mark.parametrize("method", ["pseudo_label", "upcycling", "f_gt_trusted", "cut_mix"])
+def test_no_pseudo_label_is_legal(method, store, features, caplog):
+    with caplog.at_level(logging.INFO):
+        student, _ = train(method, store, features, settings=config(thresholds=NOTHING))
+    assert [r["labels_per_scene"] for r in rounds(caplog)] == [0, 0]
+    assert all(torch.isfinite(value).all() for value in student.state_dict().values())
+
+
+def test_objects_are_pasted_only_by_f_gt_and_never_beside_a_box_the_teacher_sees(store, features, caplog):
+    def pasted(method: str, **changes) -> float:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            train(method, store, features, settings=config(steps=1, thresholds=NOTHING, **changes))
+        return rounds(caplog)[0]["pasted_per_scene"]
+
+    assert pasted("upcycling") > 0
+    assert pasted("hybrid") == 0
+    assert pasted("upcycling", obstacle_score=0.0) < pasted("upcycling")
+
+
+def test_the_truth_is_reported_beside_the_labels(store, features, truth, caplog):
+    with caplog.at_level(logging.INFO):
+        train("hybrid", store, features, truth=truth)
+    assert len(rounds(caplog)) == 2
+    for values in rounds(caplog):
+        assert values["labels_per_scene"] > 0
+        assert 0 <= values["precision_70"] <= values["precision_50"] <= 1
+        assert 0 <= values["recall_70"] <= values["recall_50"] <= 1
+
+
+def test_labelled_features_pass_the_codec_scene_by_scene_where_the_encoder_is_frozen(store, features, monkeypatch):
+    seen: list[tuple[int, str]] = []
+    real = trainer_module.round_trip
+
+    def spy(values: torch.Tensor, codec: str) -> torch.Tensor:
+        seen.append((len(values), codec))
+        return real(values, codec)
+
+    monkeypatch.setattr(trainer_module, "round_trip", spy)
+    train("hybrid", store, features, settings=config(steps=1), codec="int8")
+    with torch.no_grad():
+        expected = [len(checkpoint().eval().encode([f.points]).voxels.coords) for f in labelled(0)]
+    assert seen == [(n, "int8") for n in expected]
+    seen.clear()
+    train("oracle_full", None, None)
+    assert seen == []
+    # What the decoder learns from is the quantised feature: a coarser codec trains another network.
+    assert differing(train("hybrid", store, features, codec="int8")[0], train("hybrid", store, features, codec="fp16")[0])
+
+
+# ---- what is missing, and going on
+
+
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.unlabelled])
+def test_a_method_that_needs_scenes_says_so(method, features):
+    for nothing in (None, []):
+        with pytest.raises(InvalidInput, match="store is empty; run `upcycle3d extract`"):
+            train(method, nothing, features)
+
+
+def test_f_gt_without_objects_says_so(store, tmp_path):
+    empty = FeatureDatabase.write(tmp_path / "db", [], channels=8, split_fingerprint="ab", encoder_fingerprint="cd")
+    for nothing in (None, empty):
+        with pytest.raises(InvalidInput, match="F-GT needs a feature database"):
+            train("upcycling", store, nothing)
+
+
+def test_a_method_takes_only_what_it_needs():
+    for method in ("source_only", "source_continued", "oracle_frozen", "oracle_full"):
+        train(method, None, None, settings=config(steps=1))
+
+
+class PowerCut(UpcycleError):
+    pass
+
+
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(store, features, tmp_path):
+    settings = config(steps=4)
+    straight = train("upcycling", store, features, settings=settings)
+
+    def cut_off(step: int) -> tuple[Frame, ...]:
+        if step == 3:
+            raise PowerCut
+        return labelled(step)
+
+    def run() -> RunFolder:
+        return RunFolder.create(tmp_path / "run", settings, seed=0, resume=True, tensorboard=False)
+
+    with pytest.raises(PowerCut):
+        upcycle(
+            checkpoint(), method=METHODS["upcycling"], labelled=cut_off, store=store, features=features, config=settings,
+            run=run(), progress=False,
+        )  # fmt: skip
+    resumed = train("upcycling", store, features, settings=settings, run=run())
+    assert [differing(a, b) for a, b in zip(straight, resumed, strict=True)] == [set(), set()]
+
+
+def test_batches_made_by_a_worker_are_the_same(store, features):
+    here, there = (train("upcycling", store, features, workers=w)[0] for w in (0, 1))
+    assert differing(here, there) == set()
+
+
+def test_the_argument_of_another_run_is_left_alone(store, features):
+    """Methods run one after the other on copies of a checkpoint, with one store and one database."""
+    before = copy.deepcopy(features.boxes), store[0].features.clone()
+    train("upcycling", store, features)
+    assert torch.equal(features.boxes, before[0])
+    assert torch.equal(store[0].features, before[1])
+    assert replace(METHODS["upcycling"]) == METHODS["upcycling"]
