@@ -26,6 +26,7 @@ class AnchorTargets:
     """Targets of all A anchors of one scene, in the anchors' flat order.
 
     class_weight: (A,) 1 learn, 0 ignore. positive: (A,) bool. box_codes: (A, 7), direction: (A,) int64, valid where positive.
+    exact: (A,) bool, where positive: the matched label's box is exact.
     ``positive`` implies class_weight 1; a positive anchor's class is the class of the anchor.
     """
 
@@ -33,6 +34,7 @@ class AnchorTargets:
     positive: Tensor
     box_codes: Tensor
     direction: Tensor
+    exact: Tensor
 
 
 def direction_bin(yaw: Tensor) -> Tensor:
@@ -52,6 +54,7 @@ def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: La
     weight = torch.ones(shape, device=anchors.device)
     codes = torch.zeros(anchors.shape, device=anchors.device)
     direction = torch.zeros(shape, dtype=torch.int64, device=anchors.device)
+    exact = torch.zeros(shape, dtype=torch.bool, device=anchors.device)
     for index, anchor_class in enumerate(classes):
         slots = slice(2 * index, 2 * index + 2)
         own = labels.select(labels.classes == index)
@@ -69,6 +72,7 @@ def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: La
         is_positive = taken & learnt
         weight[:, :, slots] = (~ignored).float().view(*shape[:2], 2)
         positive[:, :, slots] = is_positive.view(*shape[:2], 2)
+        exact[:, :, slots] = (is_positive & own.exact[match]).view(*shape[:2], 2)
         rows = is_positive.nonzero().squeeze(1)
         target = own.boxes.data[match[rows]]
         class_codes = flat.new_zeros(flat.shape)
@@ -78,7 +82,11 @@ def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: La
         bins[rows] = direction_bin(target[:, 6])
         direction[:, :, slots] = bins.view(*shape[:2], 2)
     return AnchorTargets(
-        class_weight=weight.flatten(), positive=positive.flatten(), box_codes=codes.view(-1, 7), direction=direction.flatten()
+        class_weight=weight.flatten(),
+        positive=positive.flatten(),
+        box_codes=codes.view(-1, 7),
+        direction=direction.flatten(),
+        exact=exact.flatten(),
     )
 
 

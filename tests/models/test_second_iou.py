@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -40,6 +41,15 @@ TINY = SecondIouDetectorConfig(
 )
 CAR = torch.tensor([[6.3, 1.1, 0.8, 4.2, 1.9, 1.6, 0.4]])
 CAR_LABEL = Labels.make(CAR, torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """For toy networks a second thread costs more than it brings, and on a busy machine the two wait for each other for minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def detector(seed: int = 0, config: SecondIouDetectorConfig = TINY) -> Detector:
@@ -230,8 +240,8 @@ def test_it_learns_one_scene_by_heart():
     torch.manual_seed(0)
     model = detector().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=120)
-    for _ in range(120):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=80)
+    for _ in range(80):
         optimizer.zero_grad()
         losses(model, [scan()], [CAR_LABEL]).total().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)

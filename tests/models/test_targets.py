@@ -33,7 +33,9 @@ def anchors_at(*xs: float, classes: int = 1) -> Tensor:
     return torch.tensor([[[box(x, yaw) for _ in range(classes) for yaw in ANCHOR_YAWS] for x in xs]])
 
 
-def labels_of(*boxes: list[float], classes: tuple[int, ...] | None = None, weight: tuple[float, ...] | None = None, **kw) -> Labels:
+def labels_of(
+    *boxes: list[float], classes: tuple[int, ...] | None = None, weight: tuple[float, ...] | None = None, **kw
+) -> Labels:
     data = torch.tensor(boxes).view(-1, 7)
     given = torch.zeros(len(data), dtype=torch.int64) if classes is None else torch.tensor(classes)
     return Labels.make(data, given, weight=None if weight is None else torch.tensor(weight), **kw)
@@ -161,7 +163,9 @@ def test_regions_match_their_own_class_only():
 
 
 def test_in_an_incomplete_scene_only_exact_boxes_teach():
-    scene = labels_of(box(0.0), box(50.0), box(80.0), weight=(1.0, 1.0, 0.0), exact=torch.tensor([False, True, True]), complete=False)
+    scene = labels_of(
+        box(0.0), box(50.0), box(80.0), weight=(1.0, 1.0, 0.0), exact=torch.tensor([False, True, True]), complete=False
+    )
     rois = torch.tensor([box(0.0), box(50.5), box(52.0), box(80.0), box(30.0)])
     found = match_rois(rois, torch.zeros(5, dtype=torch.int64), scene)
     # On the teacher's box, and where nobody labelled: nothing. On the pasted object: yes. On an ignored one: no.

@@ -70,7 +70,9 @@ def random_scene(seed: int, cells: int = 60) -> tuple[SplitFeatures, Labels]:
     generator = torch.Generator().manual_seed(seed)
     index = torch.randperm(2 * 24 * 24, generator=generator)[:cells]
     coords = torch.stack([index * 0, index // 576, index // 24 % 24, index % 24], 1)
-    boxes = torch.rand(5, 7, generator=generator) * torch.tensor([20.0, 20, 1, 3, 3, 3, 6]) + torch.tensor([2, -10, 0, 1, 1, 1, -3.0])
+    boxes = torch.rand(5, 7, generator=generator) * torch.tensor([20.0, 20, 1, 3, 3, 3, 6]) + torch.tensor(
+        [2, -10, 0, 1, 1, 1, -3.0]
+    )
     return split_of(coords, torch.randn(cells, 2, generator=generator)), Labels.make(boxes, torch.arange(5))
 
 
@@ -142,7 +144,9 @@ def test_cut_mix_takes_each_side_whole(row):
     assert torch.equal(dense[..., :row, :], a.voxels.dense()[..., :row, :])
     assert torch.equal(dense[..., row:, :], b.voxels.dense()[..., row:, :])
     border = position(row - 0.5, 0)[1]
-    expected = [x for x in labels_a.boxes.data.tolist() if x[1] < border] + [x for x in labels_b.boxes.data.tolist() if x[1] >= border]
+    expected = [x for x in labels_a.boxes.data.tolist() if x[1] < border] + [
+        x for x in labels_b.boxes.data.tolist() if x[1] >= border
+    ]
     assert labels.boxes.data.tolist() == expected
     # A box whose middle is the middle of a cell goes where its cell goes.
     for cell, side in ((row - 1, a), (row, b)):

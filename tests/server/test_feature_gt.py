@@ -21,7 +21,17 @@ from upcycle3d.perception.server.feature_gt import (
     paste_objects,
     sample_objects,
 )
-from upcycle3d.perception.structures import Boxes3D, Frame, InvalidInput, Labels, PointCloud, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.perception.structures import (
+    Boxes3D,
+    Frame,
+    InvalidInput,
+    Labels,
+    PointCloud,
+    SparseVoxels,
+    SplitFeatures,
+    SplitSpec,
+    VoxelGrid,
+)
 from upcycle3d.perception.vehicle.codec import round_trip
 
 GRID = VoxelGrid(range=(0.0, -8.0, -1.0, 16.0, 8.0, 3.0), voxel_size=(0.125, 0.125, 0.125))
@@ -88,7 +98,9 @@ def test_footprint_turns_with_the_box():
 def test_footprint_is_every_cell_whose_centre_is_inside():
     generator = torch.Generator().manual_seed(3)
     for _ in range(20):
-        x, y, yaw = (torch.rand(3, generator=generator) * torch.tensor([16.0, 16.0, 6.0]) - torch.tensor([0.0, 8.0, 3.0])).tolist()
+        x, y, yaw = (
+            torch.rand(3, generator=generator) * torch.tensor([16.0, 16.0, 6.0]) - torch.tensor([0.0, 8.0, 3.0])
+        ).tolist()
         mask = footprint(torch.tensor([box(x, y, yaw)]), SPEC, 0.5)[0]
         for row in range(16):
             for column in range(16):
@@ -293,7 +305,11 @@ def test_building_passes_the_codec_and_skips_frames_that_nobody_labelled(tmp_pat
     generator = torch.Generator().manual_seed(0)
     cloud = PointCloud(xyz=torch.rand(300, 3, generator=generator) * torch.tensor([16.0, 16, 1]) - torch.tensor([0.0, 8, 0]),
                        features=torch.zeros(300, 1))  # fmt: skip
-    frames = [Frame(id="a", points=cloud, labels=labels(box(6.0, 1.0))), Frame(id="b", points=cloud), Frame(id="c", points=cloud, labels=Labels.empty())]
+    frames = [
+        Frame(id="a", points=cloud, labels=labels(box(6.0, 1.0))),
+        Frame(id="b", points=cloud),
+        Frame(id="c", points=cloud, labels=Labels.empty()),
+    ]
     detector = Detector(GridEncoder(), torch.nn.Identity(), ("Car",)).train()
 
     def build():
@@ -309,7 +325,9 @@ def test_building_passes_the_codec_and_skips_frames_that_nobody_labelled(tmp_pat
     stored = replace(whole, voxels=replace(whole.voxels, features=round_trip(whole.voxels.features, "int8")))
     [expected] = cut_objects(stored, labels(box(6.0, 1.0)), min_points=5, margin_cells=1.0)
     assert torch.equal(database[0].features, expected.features)
-    assert not torch.equal(database[0].features, cut_objects(whole, labels(box(6.0, 1.0)), min_points=5, margin_cells=1.0)[0].features)
+    assert not torch.equal(
+        database[0].features, cut_objects(whole, labels(box(6.0, 1.0)), min_points=5, margin_cells=1.0)[0].features
+    )
     with pytest.raises(InvalidInput, match="already exists"):
         build()
 
@@ -323,13 +341,18 @@ def database(tmp_path) -> FeatureDatabase:
     generator = torch.Generator().manual_seed(4)
     objects = []
     for i in range(60):
-        x, y, yaw = (torch.rand(3, generator=generator) * torch.tensor([14.0, 14.0, 6.0]) + torch.tensor([1.0, -7.0, -3.0])).tolist()
+        x, y, yaw = (
+            torch.rand(3, generator=generator) * torch.tensor([14.0, 14.0, 6.0]) + torch.tensor([1.0, -7.0, -3.0])
+        ).tolist()
         size = (3.0, 1.5, 1.5) if i % 2 == 0 else (0.8, 0.6, 1.7)
         objects.append(
             FeatureObject(
-                box=torch.tensor(box(x, y, yaw, size)), class_index=i % 2, num_points=9,
-                coords=torch.zeros(1, 3, dtype=torch.int32), features=torch.zeros(1, 3),
-            )  # fmt: skip
+                box=torch.tensor(box(x, y, yaw, size)),
+                class_index=i % 2,
+                num_points=9,
+                coords=torch.zeros(1, 3, dtype=torch.int32),
+                features=torch.zeros(1, 3),
+            )
         )
     return write(tmp_path / "db", objects)
 

@@ -118,5 +118,5 @@ def test_scenes_are_compared_one_by_one_and_may_be_empty():
     assert (quality.precision_50, quality.recall_50) == (0.5, 0.5)
     nothing = pseudo_label_quality([labels()], [labels()])
     assert (nothing.labels, nothing.truth, nothing.precision_50, nothing.mean_iou) == (0, 0, 0.0, 0.0)
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         pseudo_label_quality(pseudo, truth[:2])

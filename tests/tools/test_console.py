@@ -1,0 +1,85 @@
+"""The program's front door: mistakes become sentences, results become tables and JSON."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from upcycle3d.perception.structures import InvalidInput
+from upcycle3d.tools.console import print_table, progress_bar, run_command, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Nothing to say."""
+
+    steps: int = 1
+
+
+def test_a_full_disk_is_named_and_nothing_else_is_hidden(capsys):
+    def full(config: Arguments) -> None:
+        """Write."""
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/x")
+
+    def missing(config: Arguments) -> None:
+        """Read."""
+        raise FileNotFoundError(errno.ENOENT, "no such file", "/data/y")
+
+    assert run_command(full, []) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "disk is full" in error
+    assert "/data/x" in error
+    with pytest.raises(FileNotFoundError):
+        run_command(missing, [])
+
+
+def test_brackets_in_a_message_survive(capsys):
+    def fails(config: Arguments) -> None:
+        """Fail."""
+        raise InvalidInput("expected [batch, z, y, x]")
+
+    assert run_command(fails, []) == 2
+    assert "[batch, z, y, x]" in capsys.readouterr().err
+
+
+def test_options_reach_the_command():
+    seen = []
+
+    def command(config: Arguments) -> None:
+        """Look."""
+        seen.append(config.steps)
+
+    assert run_command(command, ["--steps", "7"]) == 0
+    assert seen == [7]
+
+
+def test_json_is_written_whole(tmp_path: Path):
+    write_json(tmp_path / "new" / "result.json", {"ap": 1.5})
+    write_json(None, {"ap": 1.5})
+    assert json.loads((tmp_path / "new" / "result.json").read_text()) == {"ap": 1.5}
+
+
+def test_progress_without_a_terminal_is_a_few_lines(capsys):
+    with progress_bar("work", 200) as advance:
+        for i in range(200):
+            advance(i + 1, 200)
+    assert 5 <= len(capsys.readouterr().out.splitlines()) <= 12
+
+
+def test_a_table_of_nothing_is_legal(capsys):
+    print_table("empty", ("a", "b"), [])
+    assert "empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"), [(["--version"], 0, "upcycle3d"), (["--help"], 0, "extract"), (["trian"], 2, "train")]
+)
+def test_the_program_knows_its_commands(arguments, code, text):
+    done = subprocess.run([sys.executable, "-m", "upcycle3d.tools.main", *arguments], capture_output=True, text=True)
+    assert done.returncode == code
+    assert text in done.stdout + done.stderr
