@@ -24,7 +24,9 @@ def chain(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("chain")
     rig = ("--rig.z-shift", 1.73)
     raw, data = root / "raw", root / "data"
-    upcycle3d("simulate", "--domain", "kitti", "--out", raw, "--frames", 7, "--seed", 3, "--splits", "train", 2, "fleet", 3, "val", 2)
+    upcycle3d(
+        "simulate", "--domain", "kitti", "--out", raw, "--frames", 7, "--seed", 3, "--splits", "train", 2, "fleet", 3, "val", 2
+    )
     upcycle3d("prepare", "kitti", raw, "--out", data, "--classes", "Car", "--z-shift", 1.73)
     steps = ("--preset.train.loop.optim.total-steps", 3, "--workers", 0)
     upcycle3d("train", "small", "--data", data, "--out", root / "source", *steps)
@@ -122,5 +124,9 @@ def test_mistakes_become_one_sentence_and_exit_code_2(chain, capsys, command, ar
 def test_a_mistyped_option_names_the_nearest(capsys):
     module = importlib.import_module("upcycle3d.tools.train")
     with pytest.raises(SystemExit):
-        run_command(module.command, ["small", "--data", "x", "--out", "y", "--preset.train.loop.optim.lrr", "1"], parsed_as=module.ARGUMENTS)
+        run_command(
+            module.command,
+            ["small", "--data", "x", "--out", "y", "--preset.train.loop.optim.lrr", "1"],
+            parsed_as=module.ARGUMENTS,
+        )
     assert "--preset.train.loop.optim.lr" in capsys.readouterr().err

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,11 +25,15 @@ from torch import Tensor
 
 from ...datasets.frame_source import FrameSource
 from ...ops.iou3d import iou_bev
+from ..files import atomic_file, sync_folder, write_atomically
 from ..models.detector import Detector
 from ..structures import Boxes3D, InvalidInput, Labels, SplitFeatures, SplitSpec
 from ..vehicle.codec import round_trip
 
 DATABASE_VERSION = 1
+_SCHEMA = pa.schema(
+    {"box": pa.list_(pa.float32(), 7), "class": pa.int64(), "num_points": pa.int64(), "start": pa.int64(), "count": pa.int64()}
+)
 
 
 def footprint(boxes: Tensor, spec: SplitSpec, margin_cells: float = 1.0) -> Tensor:
@@ -127,8 +132,7 @@ class FeatureDatabase:
 
     def __init__(self, folder: Path, table: pa.Table, channels: int) -> None:
         self.folder = folder
-        self.boxes = torch.tensor(np.stack(table["box"].to_numpy(zero_copy_only=False)) if len(table) else np.zeros((0, 7)))
-        self.boxes = self.boxes.float()
+        self.boxes = torch.from_numpy(table["box"].combine_chunks().flatten().to_numpy().reshape(-1, 7).copy())
         self.classes = torch.tensor(table["class"].to_numpy().astype(np.int64))
         self._num_points = table["num_points"].to_numpy()
         self._start, self._count = table["start"].to_numpy(), table["count"].to_numpy()
@@ -151,33 +155,39 @@ class FeatureDatabase:
 
     @staticmethod
     def write(
-        folder: Path, objects: Sequence[FeatureObject], *, channels: int, split_fingerprint: str, encoder_fingerprint: str
+        folder: Path, objects: Iterable[FeatureObject], *, channels: int, split_fingerprint: str, encoder_fingerprint: str
     ) -> FeatureDatabase:
-        """Store ``objects``; the folder appears under its name only when it is complete."""
+        """Store ``objects`` one after the other; the folder appears under its name only when it is complete."""
         _refuse_existing(folder)
-        temporary = folder.with_name(folder.name + ".tmp")
-        temporary.mkdir(parents=True, exist_ok=True)
-        counts = [len(o.coords) for o in objects]
-        with open(temporary / "features.f32", "wb") as f, open(temporary / "coords.i32", "wb") as c:
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        rows = []
+        start = 0
+        with atomic_file(temporary / "features.f32") as features, atomic_file(temporary / "coords.i32") as coords:
             for o in objects:
-                f.write(o.features.float().contiguous().numpy().tobytes())
-                c.write(o.coords.contiguous().numpy().tobytes())
-        table = pa.table(
-            {
-                "box": pa.array([o.box.tolist() for o in objects], pa.list_(pa.float32())),
-                "class": pa.array([o.class_index for o in objects], pa.int64()),
-                "num_points": pa.array([o.num_points for o in objects], pa.int64()),
-                "start": pa.array(np.cumsum([0, *counts])[:-1].astype(np.int64)),
-                "count": pa.array(counts, pa.int64()),
-            }
-        )
+                features.write(o.features.float().contiguous().numpy().tobytes())
+                coords.write(o.coords.contiguous().numpy().tobytes())
+                rows.append(
+                    {
+                        "box": o.box.tolist(),
+                        "class": o.class_index,
+                        "num_points": o.num_points,
+                        "start": start,
+                        "count": len(o.coords),
+                    }
+                )
+                start += len(o.coords)
+        table = pa.Table.from_pylist(rows, schema=_SCHEMA)
         pq.write_table(table, temporary / "index.parquet")
         meta = {
-            "version": DATABASE_VERSION, "channels": channels,
-            "split_fingerprint": split_fingerprint, "encoder_fingerprint": encoder_fingerprint,
-        }  # fmt: skip
-        (temporary / "database.json").write_text(json.dumps(meta, indent=1))
+            "version": DATABASE_VERSION,
+            "channels": channels,
+            "split_fingerprint": split_fingerprint,
+            "encoder_fingerprint": encoder_fingerprint,
+        }
+        write_atomically(temporary / "database.json", json.dumps(meta, indent=1).encode())
         os.replace(temporary, folder)
+        sync_folder(folder.parent)
         return FeatureDatabase(folder, table, channels)
 
     @staticmethod
@@ -202,7 +212,15 @@ class FeatureDatabase:
                 f"the feature database at {folder} was made by another encoder ({meta['encoder_fingerprint'][:12]}, this run has "
                 f"{encoder_fingerprint[:12]}); features of two encoders do not mix: build it with this encoder"
             )
-        return FeatureDatabase(folder, pq.read_table(folder / "index.parquet"), meta["channels"])
+        table, channels = pq.read_table(folder / "index.parquet", schema=_SCHEMA), int(meta["channels"])
+        cells = int(np.sum(table["count"].to_numpy()))
+        for name, size in (("features.f32", cells * channels * 4), ("coords.i32", cells * 12)):
+            found = (folder / name).stat().st_size if (folder / name).exists() else 0
+            if found != size:
+                raise InvalidInput(
+                    f"{folder / name} holds {found} bytes, its index says {size}; delete the database and build it again"
+                )
+        return FeatureDatabase(folder, table, channels)
 
 
 def _refuse_existing(folder: Path) -> None:
@@ -226,20 +244,22 @@ def build_feature_database(
     """
     _refuse_existing(folder)
     detector.eval()
-    objects: list[FeatureObject] = []
-    for i in range(len(frames)):
-        frame = frames[i]
-        if frame.labels is None:
-            continue
-        with torch.no_grad():
-            split = detector.encode([frame.points]).to("cpu")
-        stored = replace(split.voxels, features=round_trip(split.voxels.features, codec))
-        objects += cut_objects(
-            replace(split, voxels=stored), frame.labels, min_points=config.min_points, margin_cells=config.margin_cells
-        )
+
+    def objects() -> Iterator[FeatureObject]:
+        for i in range(len(frames)):
+            frame = frames[i]
+            if frame.labels is None:
+                continue
+            with torch.no_grad():
+                split = detector.encode([frame.points]).to("cpu")
+            stored = replace(split.voxels, features=round_trip(split.voxels.features, codec))
+            yield from cut_objects(
+                replace(split, voxels=stored), frame.labels, min_points=config.min_points, margin_cells=config.margin_cells
+            )
+
     return FeatureDatabase.write(
         folder,
-        objects,
+        objects(),
         channels=detector.spec.channels,
         split_fingerprint=split_fingerprint,
         encoder_fingerprint=encoder_fingerprint,

@@ -287,3 +287,35 @@ def test_a_map_with_an_odd_number_of_cells_keeps_its_size():
     model = detector(config=replace(TINY, encoder=replace(TINY.encoder, grid=grid))).eval()
     assert model.encoder.spec.shape[1:] == (15, 15)
     assert len(model.detect([scan()])) == 1
+
+
+def test_inexact_boxes_can_be_kept_out_of_box_regression():
+    distrusting = replace(TINY, decoder=replace(TINY.decoder, inexact_box_weight=0.0))
+    teacher = Labels.make(CAR, torch.zeros(1, dtype=torch.int64), exact=False, complete=False)
+    for config, box_loss_is_zero in ((TINY, False), (distrusting, True)):
+        model = detector(config=config)
+        outputs = model.decode(model.encode([scan()]), [teacher])
+        terms = model.loss(outputs, [teacher]).floats()
+        assert (terms["box"] == 0) == box_loss_is_zero
+        assert terms["class"] > 0
+        assert terms["direction"] > 0
+        assert model.loss(outputs, [CAR_LABEL]).floats()["box"] > 0
+
+
+@pytest.mark.slow
+def test_one_training_step_of_the_full_reference_preset():
+    model = detector(config=KITTI_SECOND_IOU.detector)
+    generator = torch.Generator().manual_seed(0)
+    xyz = torch.rand(30_000, 3, generator=generator) * torch.tensor([70.0, 79.0, 0.4]) - torch.tensor([0.0, 39.5, 1.9])
+    cloud = PointCloud(xyz=xyz, features=torch.rand(30_000, 1, generator=generator))
+    labels = Labels.make(torch.tensor([[20.0, 3.0, -1.0, 3.9, 1.6, 1.5, 0.3]]), torch.zeros(1, dtype=torch.int64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(2):
+        loss = model.loss(model.decode(model.encode([cloud]), [labels]), [labels]).total()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(math.isfinite(value) for value in losses)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

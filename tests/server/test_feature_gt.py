@@ -392,3 +392,19 @@ def test_sampling_is_a_function_of_the_generator(database):
     assert places(1) == places(1)
     assert places(1) != places(2)
     assert len(set(map(tuple, places(1)))) == len(places(1))
+
+
+def test_a_database_cut_short_is_refused(tmp_path):
+    item = FeatureObject(
+        box=torch.tensor([5.0, 0.0, 0.8, 4.0, 2.0, 1.6, 0.0]),
+        class_index=0,
+        num_points=9,
+        coords=torch.tensor([[0, 1, 2], [0, 1, 3]], dtype=torch.int32),
+        features=torch.ones(2, 4),
+    )
+    FeatureDatabase.write(tmp_path / "db", [item, item], channels=4, split_fingerprint="s", encoder_fingerprint="e")
+    assert len(FeatureDatabase.open(tmp_path / "db", split_fingerprint="s", encoder_fingerprint="e")) == 2
+    path = tmp_path / "db" / "features.f32"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InvalidInput, match="build it again"):
+        FeatureDatabase.open(tmp_path / "db", split_fingerprint="s", encoder_fingerprint="e")
