@@ -20,7 +20,7 @@ from upcycle3d.perception.presets import PRESETS
 from upcycle3d.perception.training.run_folder import describe_environment
 from upcycle3d.tools.console import print_table, write_json
 
-METHODS = "source_only source_continued pseudo_label hybrid upcycling oracle_frozen oracle_full"
+METHODS = "source_only source_continued pseudo_label upcycling oracle_frozen oracle_full"
 METRICS = ("ap_3d", "ap_bev", "ap_3d_50", "ap_bev_50")
 
 

@@ -98,6 +98,8 @@ def _small_decoder(anchor: AnchorClass) -> SecondIouConfig:
         roi_sampling=RoiSampling(count=64),
         iou_target=(0.0, 1.0),
         final=FinalNms(score=0.05),
+        # A teacher this small places 60 % of its boxes to IoU 0.7: good enough to say that a car is there, not where its sides are.
+        inexact_box_weight=0.0,
     )
 
 
@@ -118,12 +120,13 @@ SMALL = Preset(
         augmentation=AugmentationRanges(yaw=(-math.pi / 8, math.pi / 8)),
         gt_sampling=(8,),
     ),
+    # Chosen on simulated Waymo -> Lyft, seed 0 (docs/results.md), then frozen.
     upcycle=UpcycleConfig(
-        loop=_loop(0.0015, 200, checkpoint_every=100),
+        loop=_loop(0.0007, 200, checkpoint_every=100),
         labelled_batch=2,
-        unlabelled_batch=2,
+        unlabelled_batch=4,
         thresholds=(ScoreThresholds(iou_score=0.5, class_score=0.3, ignore=0.25),),
-        f_gt=FeatureGtConfig(max_objects=(8,)),
+        f_gt=FeatureGtConfig(max_objects=(16,)),
         ema_decay=0.99,
         round_steps=20,
     ),
@@ -145,14 +148,14 @@ KITTI_SMALL = Preset(
         augmentation=AugmentationRanges(),
         gt_sampling=(10,),
     ),
-    upcycle=replace(SMALL.upcycle, loop=_loop(0.0015, 200, checkpoint_every=100), f_gt=FeatureGtConfig(max_objects=(10,))),
+    upcycle=replace(SMALL.upcycle, f_gt=FeatureGtConfig(max_objects=(12,))),
 )
 
 # The demo: the small preset with fewer steps.
 DEMO = replace(
     SMALL,
     train=replace(SMALL.train, loop=_loop(0.003, 300, checkpoint_every=100)),
-    upcycle=replace(SMALL.upcycle, loop=_loop(0.0015, 150, checkpoint_every=100)),
+    upcycle=replace(SMALL.upcycle, loop=_loop(0.0007, 120, checkpoint_every=100)),
 )
 
 PRESETS = {
