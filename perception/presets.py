@@ -122,9 +122,9 @@ SMALL = Preset(
     ),
     # Chosen on simulated Waymo -> Lyft, seed 0 (docs/results.md), then frozen.
     upcycle=UpcycleConfig(
-        loop=_loop(0.0007, 200, checkpoint_every=100),
+        loop=_loop(0.0007, 400, checkpoint_every=100),
         labelled_batch=2,
-        unlabelled_batch=4,
+        unlabelled_batch=2,
         thresholds=(ScoreThresholds(iou_score=0.5, class_score=0.3, ignore=0.25),),
         f_gt=FeatureGtConfig(max_objects=(16,)),
         ema_decay=0.99,
@@ -148,14 +148,14 @@ KITTI_SMALL = Preset(
         augmentation=AugmentationRanges(),
         gt_sampling=(10,),
     ),
-    upcycle=replace(SMALL.upcycle, f_gt=FeatureGtConfig(max_objects=(12,))),
+    upcycle=replace(SMALL.upcycle, loop=_loop(0.0007, 300, checkpoint_every=100), f_gt=FeatureGtConfig(max_objects=(12,))),
 )
 
 # The demo: the small preset with fewer steps.
 DEMO = replace(
     SMALL,
     train=replace(SMALL.train, loop=_loop(0.003, 300, checkpoint_every=100)),
-    upcycle=replace(SMALL.upcycle, loop=_loop(0.0007, 120, checkpoint_every=100)),
+    upcycle=replace(SMALL.upcycle, loop=_loop(0.0007, 160, checkpoint_every=100)),
 )
 
 PRESETS = {
