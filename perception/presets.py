@@ -143,12 +143,12 @@ KITTI_SMALL = Preset(
         decoder=_small_decoder(replace(KITTI_ANCHORS[0], matched=0.55, unmatched=0.40)),
     ),
     train=SupervisedConfig(
-        loop=_loop(0.003, 500, checkpoint_every=100),
+        loop=_loop(0.003, 400, checkpoint_every=100),
         batch_size=2,
         augmentation=AugmentationRanges(),
         gt_sampling=(10,),
     ),
-    upcycle=replace(SMALL.upcycle, loop=_loop(0.0007, 300, checkpoint_every=100), f_gt=FeatureGtConfig(max_objects=(12,))),
+    upcycle=replace(SMALL.upcycle, loop=_loop(0.0007, 200, checkpoint_every=100), f_gt=FeatureGtConfig(max_objects=(12,))),
 )
 
 # The demo: the small preset with fewer steps.
