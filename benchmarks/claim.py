@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import sys
 from dataclasses import asdict
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see docs/decisions.md
 
 from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.perception.main_job import MainJob, MainJobConfig, MethodResult, closed_gap
@@ -72,6 +76,17 @@ def report(arguments: argparse.Namespace, results: dict[int, dict[str, MethodRes
             f"Car AP, moderate, R40, {who}, {len(results)} seeds", ("method", "3D 0.7", "BEV 0.7", "3D 0.5", "BEV 0.5"), rows
         )
         summary[who] = means
+        for other in ("source_continued", "pseudo_label"):
+            if {"upcycling", other} <= means.keys():
+                for metric in METRICS[:2]:
+                    by_seed = [
+                        getattr(getattr(r["upcycling"], who), metric) - getattr(getattr(r[other], who), metric)
+                        for r in results.values()
+                    ]
+                    summary[f"upcycling_minus_{other}_{metric}_{who}"] = by_seed
+                    print(
+                        f"{who}: UpCycling minus {other}, {metric}: {statistics.fmean(by_seed):+.1f} points ({', '.join(f'{d:+.1f}' for d in by_seed)})"
+                    )
         for oracle in ("oracle_frozen", "oracle_full"):
             if {"source_only", "upcycling", oracle} <= means.keys():
                 for metric in ("ap_3d", "ap_bev"):
@@ -82,7 +97,7 @@ def report(arguments: argparse.Namespace, results: dict[int, dict[str, MethodRes
                         f"{who}: closed gap of UpCycling, {metric}, against {oracle}: {'null' if gap is None else f'{gap:.0f} %'}"
                     )
     summary["per_seed"] = {seed: {name: asdict(r) for name, r in by_name.items()} for seed, by_name in results.items()}
-    summary["environment"] = describe_environment(command=[], seed=0)
+    summary["environment"] = describe_environment(command=sys.argv, seed=arguments.seeds[0])
     summary["arguments"] = {k: str(v) for k, v in vars(arguments).items()}
     write_json(arguments.json or arguments.out / "summary.json", json.loads(json.dumps(summary)))
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from upcycle3d.datasets.kitti import KittiDataset
 from upcycle3d.tools.console import print_table, write_json
 
 METHODS = ("source_continued", "pseudo_label", "upcycling")
@@ -56,6 +58,7 @@ def one_job(root: Path, out: Path, name: str, suffix: str, seed: int) -> dict[st
             "--resume",
         )
     if not (store / "catalogue.parquet").exists():
+        shutil.rmtree(job / "shards", ignore_errors=True)  # of a run that was stopped
         scans, ids = root / "training" / "velodyne_reduced", root / "ImageSets" / "unlabelled.txt"
         run(
             "extract",
@@ -132,6 +135,12 @@ def main() -> None:
             "--classes",
             "Car",
         )
+        ids = (arguments.root / "ImageSets" / f"{val}.txt").read_text().split()
+        cars = [KittiDataset(arguments.root, ids).frame_objects(i) for i in ids]
+        moderate = sum(
+            int(((o.difficulty() >= 0) & (o.difficulty() <= 1))[k]) for o in cars for k, t in enumerate(o.types) if t == "Car"
+        )
+        print(f"{name} lists: {len(ids)} validation frames, {moderate} moderate cars")
     jobs = [(name, LISTS[name], seed) for seed in arguments.seeds for name in arguments.lists]
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda job: one_job(arguments.root, arguments.out, *job), jobs))

@@ -113,7 +113,11 @@ def read_ids(path: Path | str) -> tuple[str, ...]:
     if not path.is_file():
         found = sorted(p.stem for p in path.parent.glob("*.txt"))
         raise InvalidInput(f"no split file {path}; the folder holds {', '.join(found) or 'no split'}")
-    ids = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{path} is no text file: {error}") from error
+    ids = tuple(line.strip() for line in lines if line.strip())
     if not ids:
         raise InvalidInput(f"{path} names no frame; write one id per line")
     seen: set[str] = set()

@@ -150,13 +150,15 @@ def read_objects(path: Path | str, *, known_types: tuple[str, ...] | None = None
 
 
 def format_objects(objects: KittiObjects) -> str:
-    """KITTI's text, with six decimals at most and no trailing zeros; with a score column if there are scores."""
+    """KITTI's text, with six decimals at most (scores nine) and no trailing zeros; with a score column if there are scores."""
     columns = [objects.truncated[:, None], objects.alpha[:, None], objects.bbox, objects.dimensions, objects.location]
-    columns += [objects.rotation_y[:, None]] + ([] if objects.scores is None else [objects.scores[:, None]])
+    columns += [objects.rotation_y[:, None]]
+    # Nine decimals tell float32 scores apart: rounding must not make ties that change the ranking.
+    scores = [[]] * len(objects) if objects.scores is None else [[_number(s, 9)] for s in objects.scores.tolist()]
     lines = []
-    for name, occluded, row in zip(objects.types, objects.occluded.tolist(), torch.cat(columns, 1).tolist()):
+    for name, occluded, row, score in zip(objects.types, objects.occluded.tolist(), torch.cat(columns, 1).tolist(), scores):
         truncated, *rest = map(_number, row)
-        lines.append(" ".join([name, truncated, str(occluded), *rest]) + "\n")
+        lines.append(" ".join([name, truncated, str(occluded), *rest, *score]) + "\n")
     return "".join(lines)
 
 
@@ -258,6 +260,6 @@ def unknown_class(name: str, known: tuple[str, ...]) -> str:
     return f"unknown class {name!r}; known are {', '.join(known)}{hint}"
 
 
-def _number(value: float) -> str:
-    text = f"{value:.6f}".rstrip("0").rstrip(".")
+def _number(value: float, decimals: int = 6) -> str:
+    text = f"{value:.{decimals}f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text

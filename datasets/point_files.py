@@ -28,7 +28,7 @@ def read_points(
     path: Path | str,
     *,
     columns: tuple[str, ...] | None = None,
-    intensity_scale: float = 1.0,
+    intensity_scale: float | None = 1.0,
     drop_non_finite: bool = False,
 ) -> PointCloud:
     """One scan from a ``.bin`` (float32 rows), ``.npy`` ((N, C), no pickle) or ``.pcd`` (ascii, binary) file.
@@ -36,7 +36,8 @@ def read_points(
     columns: what the values of a row are, in file order; "x", "y", "z" in metres must be among them, "_" skips one, the others
         become features. None means x y z intensity for ``.bin`` and ``.npy``, and x y z plus intensity where present for ``.pcd``,
         whose header names its fields.
-    intensity_scale: what intensity is multiplied by to lie in 0..1; 1/255 for sensors that count to 255.
+    intensity_scale: what intensity is multiplied by to lie in 0..1; 1/255 for sensors that count to 255. None leaves it as it is and
+        says nothing of values beyond 1, for a caller that scales and checks it (``RigSpec.apply``).
     drop_non_finite: leave out points with a NaN or infinite value (organised clouds mark a missing return so) instead of refusing.
 
     Raises InvalidInput: no such file, another format, a size that does not fit the columns, non-finite values, no point.
@@ -57,7 +58,8 @@ def read_points(
 def scan_files(paths: Sequence[Path]) -> tuple[Path, ...]:
     """The scan files among ``paths``, in this order; a folder stands for the scans in it, by name.
 
-    Raises InvalidInput if a path does not exist or there is no scan at all.
+    Raises InvalidInput if a path does not exist, there is no scan at all, or two scans have one name but for folder and suffix:
+    results are filed under that name.
     """
     found: list[Path] = []
     for path in paths:
@@ -66,6 +68,11 @@ def scan_files(paths: Sequence[Path]) -> tuple[Path, ...]:
         found += sorted(p for p in path.iterdir() if p.suffix in POINT_SUFFIXES) if path.is_dir() else [path]
     if not found:
         raise InvalidInput(f"no scan ({', '.join(POINT_SUFFIXES)}) in {', '.join(map(str, paths))}")
+    named: dict[str, Path] = {}
+    for path in found:
+        other = named.setdefault(path.stem, path)
+        if other is not path:
+            raise InvalidInput(f"{other} and {path} are both called {path.stem!r}; rename one, or give them in two runs")
     return tuple(found)
 
 
@@ -76,7 +83,7 @@ def write_bin(path: Path | str, points: PointCloud) -> None:
 
 
 def _to_cloud(
-    path: Path, names: tuple[str, ...], values: NDArray[np.float32], intensity_scale: float, drop_non_finite: bool
+    path: Path, names: tuple[str, ...], values: NDArray[np.float32], intensity_scale: float | None, drop_non_finite: bool
 ) -> PointCloud:
     if any(names.count(axis) != 1 for axis in "xyz"):
         raise InvalidInput(f"{path}: the columns must hold x, y and z once each; found {names}")
@@ -87,19 +94,21 @@ def _to_cloud(
         if not drop_non_finite:
             raise InvalidInput(
                 f"{path}: {int((~finite).sum())} of {len(used)} points hold NaN or inf; "
-                "repair the file, or pass drop_non_finite=True to leave those points out"
+                "repair the file, or leave those points out with drop_non_finite "
+                "(option --drop-non-finite of extract, predict and prepare folder)"
             )
         used = used[finite]
     if len(used) == 0:
         raise InvalidInput(f"{path}: the scan holds no point; leave the frame out of the split")
     rows = torch.from_numpy(np.ascontiguousarray(used, dtype=np.float32))
     features = rows[:, 3:].contiguous()
-    if "intensity" in feature_names:
+    if "intensity" in feature_names and intensity_scale is not None:
         column = features[:, feature_names.index("intensity")]
         column *= intensity_scale
         if float(column.max()) > 1.0:
             warnings.warn(
-                f"{path}: intensity runs to {float(column.max()):g}, expected 0..1; pass intensity_scale (1/255 if the sensor counts to 255)",
+                f"{path}: intensity runs to {float(column.max()):g}, expected 0..1; give intensity_scale, 1/255 = 0.0039216 if the sensor "
+                "counts to 255 (option --intensity-scale of prepare folder)",
                 stacklevel=3,
             )
     return PointCloud(xyz=rows[:, :3].contiguous(), features=features, feature_names=feature_names)
@@ -110,7 +119,8 @@ def _read_bin(path: Path, names: tuple[str, ...]) -> NDArray[np.float32]:
     if size % (4 * width):
         fitting = [w for w in range(3, 11) if size % (4 * w) == 0]
         hint = (
-            f"the size fits {' or '.join(map(str, fitting))} values a row"
+            f"the size fits {' or '.join(map(str, fitting))} values a row: name them in columns (option --columns of extract, predict "
+            "and prepare folder)"
             if fitting
             else "no row of 3 to 10 float32 fits; is the file cut off?"
         )
@@ -157,7 +167,8 @@ def _read_pcd(path: Path, columns: tuple[str, ...] | None) -> tuple[tuple[str, .
     missing = [n for n in names if n not in known]
     if missing:
         raise InvalidInput(
-            f"{path}: no field {', '.join(missing)}; the file has {' '.join(fields)}; name the wanted ones in columns"
+            f"{path}: no field {', '.join(missing)}; the file has {' '.join(fields)}; name the wanted ones in columns "
+            "(option --columns of extract, predict and prepare folder)"
         )
 
     encoding = " ".join(header["DATA"])

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ..perception.files import atomic_file
-from ..perception.structures import Boxes3D, Calibration, Frame, InvalidInput, Labels, PointCloud, UpcycleError
+from ..perception.structures import Calibration, Frame, InvalidInput, Labels, PointCloud, UpcycleError
 from .fingerprint import split_fingerprint
 from .frame_source import FrameSource
 from .prepared_parts import (
@@ -311,9 +311,9 @@ class PreparedDataset:
 def _labels(row: dict[str, Any]) -> Labels | None:
     if row["boxes"] is None:
         return None
-    return Labels(
-        boxes=Boxes3D(data=torch.tensor(row["boxes"], dtype=torch.float32).view(-1, 7)),
-        classes=torch.tensor(row["classes"], dtype=torch.int64),
+    return Labels.make(
+        torch.tensor(row["boxes"], dtype=torch.float32).view(-1, 7),
+        torch.tensor(row["classes"], dtype=torch.int64),
         num_points=torch.tensor(row["box_points"], dtype=torch.int64),
         difficulty=torch.tensor(row["difficulty"], dtype=torch.int64),
         weight=torch.tensor(row["weight"], dtype=torch.float32),

@@ -138,7 +138,8 @@ def _losses(job: MainJob, results: Mapping[str, MethodResult]) -> list[Block]:
 
 def _upload(job: MainJob, summary: Mapping[str, object]) -> list[Block]:
     stages = ("voxelize", "backbone", "codec", "write")
-    scene = job.store()[0]
+    detector, _ = load_detector(job.folder / "source_run")
+    scene = job.store(detector)[0]
     sizes = [_number(summary, "raw_bytes_per_frame") / 1000, _number(summary, "bytes_per_frame") / 1000]
     return [
         paragraph(
@@ -195,5 +196,5 @@ def _pictures(job: MainJob) -> list[Block]:
 
 def _time(job: MainJob, summary: Mapping[str, object]) -> list[Block]:
     rows = [(stage, seconds) for stage, seconds in job.seconds.items()]
-    text = f"{_number(summary, 'seconds'):.0f} seconds in all, {_number(summary, 'peak_memory_gb'):.1f} GB at most in the main process."
+    text = f"{_number(summary, 'seconds'):.0f} seconds in all, {_number(summary, 'peak_memory_gb'):.1f} GB at most (main process and twice its largest child)."
     return [paragraph(text), table(("stage", "seconds"), rows, "Seconds by stage; methods run two at a time")]

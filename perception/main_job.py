@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,24 +21,26 @@ from pathlib import Path
 import torch
 
 from ..datasets.batches import LabelledBatches
-from ..datasets.gt_database import GtDatabase, GtSampler, build_gt_database
+from ..datasets.gt_database import build_gt_database
 from ..datasets.kitti import KittiDataset, read_ids
 from ..datasets.prepared import PreparedDataset, prepare
 from ..datasets.simulation.layout_kitti import write_kitti_layout
 from ..datasets.simulation.places import Domain
+from .assembly import feature_database, fleet_store, labelled_batches
+from .config_json import config_to_json, first_difference
 from .evaluation.detect import detect_frames, kitti_detections
 from .evaluation.kitti import LOOSE, OFFICIAL, KittiResult, MinOverlap, evaluate_kitti
 from .files import write_atomically
 from .models.detector import Detector
-from .models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from .models.encoders.fingerprint import RigSpec
 from .models.second_iou import second_iou
 from .presets import Preset
-from .server.feature_gt import FeatureDatabase, build_feature_database
+from .server.feature_gt import FeatureDatabase
 from .server.ingest import ingest
 from .server.methods import METHODS
 from .server.store import SmashedStore
 from .server.trainer import upcycle
-from .structures import Labels, PointCloud
+from .structures import InvalidInput, Labels, PointCloud
 from .training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
 from .training.run_folder import RunFolder
 from .training.supervised import train_supervised
@@ -91,9 +94,24 @@ class MainJob:
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, path = time.perf_counter(), self.folder / "seconds.json"
         yield
+        if not self.seconds and path.exists():
+            self.seconds = json.loads(path.read_text())
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+        write_atomically(path, json.dumps(self.seconds).encode())
+
+    def _claim_folder(self) -> None:
+        """Stages are skipped where their result is there, so a folder must belong to one configuration."""
+        path, wanted = self.folder / "job.json", config_to_json(replace(self.config, workers=0))
+        if path.exists():
+            difference = first_difference(json.loads(path.read_text()), wanted)
+            if difference:
+                raise InvalidInput(f"{self.folder} holds a job with another configuration ({difference}); choose another folder")
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise InvalidInput(f"{self.folder} is not empty and holds no job; choose another folder")
+        else:
+            write_atomically(path, json.dumps(wanted, indent=1).encode())
 
     # ---- data
 
@@ -121,12 +139,13 @@ class MainJob:
                 self.folder / name,
                 splits=ids,
                 classes=names,
-                notes={"root": str(root), "layout": "kitti", "z_shift": domain.sensor.height},
+                notes={"root": str(root.resolve()), "layout": "kitti", "z_shift": domain.sensor.height},
                 workers=self.config.workers,
             )
 
     def data(self) -> None:
         """Simulate and prepare both domains; different seeds, so that no street is in both."""
+        self._claim_folder()
         c = self.config
         self._simulated("source", c.source, {"train": c.labelled}, seed=1000 + 2 * c.seed)
         self._simulated("target", c.target, {"fleet": c.fleet, "val": c.validation}, seed=1001 + 2 * c.seed)
@@ -137,24 +156,11 @@ class MainJob:
 
     # ---- training on the source
 
-    def _labelled(self, frames: PreparedDataset, database: Path, batch_size: int) -> LabelledBatches:
-        train = self.config.preset.train
-        names = self.config.preset.detector.class_names
-        sampler = None
-        if train.gt_sampling:
-            fingerprint = frames.split_fingerprint()
-            if not (database / "database.json").exists():
-                build_gt_database(frames, database, class_names=names, fingerprint=fingerprint)
-            opened = GtDatabase.open(database, expected_fingerprint=fingerprint)
-            sampler = GtSampler(opened, dict(zip(names, train.gt_sampling, strict=True)))
-        return LabelledBatches(
-            frames=frames,
-            batch_size=batch_size,
-            seed=self.config.seed,
-            augmentation=train.augmentation,
-            keep_range=self.config.preset.detector.encoder.grid.range,
-            gt_sampler=sampler,
-        )
+    def _labelled(self, name: str, split: str, batch_size: int) -> LabelledBatches:
+        frames, database = self.split(name, split), self.folder / f"{name}_gt"
+        if not (database / "database.json").exists():
+            build_gt_database(frames, database, class_names=frames.classes, fingerprint=frames.split_fingerprint())
+        return labelled_batches(self.config.preset, frames, database, batch_size=batch_size, seed=self.config.seed)
 
     def train_source(self) -> Path:
         """Supervised training on the labelled source; returns the run folder."""
@@ -164,7 +170,7 @@ class MainJob:
                 self.say("training on the labelled source frames")
                 torch.manual_seed(self.config.seed)
                 detector = second_iou(preset.detector)
-                labelled = self._labelled(self.split("source", "train"), self.folder / "source_gt", preset.train.batch_size)
+                labelled = self._labelled("source", "train", preset.train.batch_size)
                 loop = replace(preset.train.loop, seed=self.config.seed)
                 run = RunFolder.create(out, replace(preset.train, loop=loop), seed=self.config.seed, resume=True)
                 train_supervised(detector, labelled, loop, run=run, workers=1, progress=self.progress)
@@ -191,6 +197,8 @@ class MainJob:
             def read(index: int) -> Callable[[], PointCloud]:
                 return lambda: scans[index].points
 
+            for half in ("shards", "store"):  # of a run that was stopped: its scenes have other ids than the receipts will
+                shutil.rmtree(self.folder / half, ignore_errors=True)
             with self._timed("extract"):
                 shards = ShardWriter(
                     self.folder / "shards", spec=extractor.spec, fingerprint=extractor.fingerprint, codec=self.config.codec
@@ -212,9 +220,9 @@ class MainJob:
             write_atomically(summary, json.dumps(values).encode())
         return json.loads(summary.read_text())  # type: ignore[no-any-return]
 
-    def store(self) -> SmashedStore:
-        """The fleet's verified scenes."""
-        return SmashedStore(self.folder / "store")
+    def store(self, detector: Detector) -> SmashedStore:
+        """The fleet's verified scenes, made by this detector's encoder."""
+        return fleet_store(self.folder / "store", detector, self.rig())
 
     def truth(self) -> dict[str, Labels]:
         """True labels by scene id. The simulator knows them; they only measure pseudo labels."""
@@ -227,15 +235,10 @@ class MainJob:
     # ---- methods
 
     def _features(self, detector: Detector) -> FeatureDatabase:
-        frames = self.split("source", "train")
-        split, encoder = frames.split_fingerprint(), encoder_fingerprint(detector.encoder, RigSpec())
-        path = self.folder / "feature_gt"
-        if not path.exists():
-            f_gt = self.config.preset.upcycle.f_gt
-            build_feature_database(
-                path, frames, detector, codec=self.config.codec, config=f_gt, split_fingerprint=split, encoder_fingerprint=encoder
-            )
-        return FeatureDatabase.open(path, split_fingerprint=split, encoder_fingerprint=encoder)
+        f_gt = self.config.preset.upcycle.f_gt
+        return feature_database(
+            self.folder / "feature_gt", self.split("source", "train"), detector, f_gt, codec=self.config.codec
+        )
 
     def run_methods(self, names: Sequence[str], *, processes: int = 2) -> dict[str, MethodResult]:
         """Each method from the source checkpoint, ``processes`` at a time with one thread each: on few cores that is faster than
@@ -244,7 +247,7 @@ class MainJob:
             todo = [name for name in names if not (self._method_folder(name) / "result.json").exists()]
             if any(METHODS[name].f_gt for name in todo):
                 self._features(load_detector(self.folder / "source_run")[0])
-            if processes > 1 and len(todo) > 1:
+            if processes > 1 and todo:
                 context = multiprocessing.get_context("spawn")
                 with ProcessPoolExecutor(processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                     running = {pool.submit(_run_method, self.config, self.folder, name): name for name in todo}
@@ -270,14 +273,14 @@ class MainJob:
         with self._timed(name):
             detector, _ = load_detector(self.folder / "source_run")
             config = replace(preset.upcycle, loop=replace(preset.upcycle.loop, seed=self.config.seed))
-            domain, split = ("source", "train") if method.labelled == "source" else ("target", "fleet")
-            labelled = self._labelled(self.split(domain, split), self.folder / f"{domain}_gt", config.labelled_batch)
+            name_of, split = ("source", "train") if method.labelled == "source" else ("target", "fleet")
+            labelled = self._labelled(name_of, split, config.labelled_batch)
             run = RunFolder.create(out, config, seed=self.config.seed, resume=True)
             teacher = upcycle(
                 detector,
                 method=method,
                 labelled=labelled,
-                store=self.store() if method.unlabelled else None,
+                store=self.store(detector) if method.unlabelled else None,
                 features=self._features(detector) if method.f_gt else None,
                 config=config,
                 codec=self.config.codec,

@@ -113,6 +113,9 @@ class Boxes3D(_Value):
         return Boxes3D(data=torch.zeros(0, 7))
 
 
+_LABEL_COLUMNS = ("classes", "num_points", "difficulty", "weight", "exact", "box_weight")
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Labels(_Value):
     """What is known about the objects of one scene, from people, from a teacher or from pasting.
@@ -121,6 +124,7 @@ class Labels(_Value):
     difficulty: (N,) int64, KITTI's 0 easy, 1 moderate, 2 hard, -1 none of them.
     weight: (N,) float32, 1 = learn from it, 0 = ignore: neither object nor background.
     exact: (N,) bool, the box is right to the centimetre (labelled or pasted), so heads that judge quality may learn from it.
+    box_weight: (N,) float32, how much box regression learns from it; a teacher may know that a car is there but not its sides.
     complete: what is not labelled is background. False for pseudo labels: a teacher misses objects.
     """
 
@@ -130,11 +134,12 @@ class Labels(_Value):
     difficulty: Tensor
     weight: Tensor
     exact: Tensor
+    box_weight: Tensor
     complete: bool = True
 
     def __post_init__(self) -> None:
         n = len(self.boxes)
-        for name in ("classes", "num_points", "difficulty", "weight", "exact"):
+        for name in _LABEL_COLUMNS:
             tensor = getattr(self, name)
             _require(tensor.shape == (n,), f"Labels.{name} must be ({n},) like the boxes, found {_shape(tensor)}")
 
@@ -150,9 +155,10 @@ class Labels(_Value):
         difficulty: Tensor | None = None,
         weight: Tensor | None = None,
         exact: Tensor | bool = True,
+        box_weight: Tensor | None = None,
         complete: bool = True,
     ) -> Labels:
-        """Labels with the usual defaults: unknown point counts and difficulty, weight 1, exact."""
+        """Labels with the usual defaults: unknown point counts and difficulty, weights 1, exact."""
         n = boxes.shape[0]
         unknown = torch.full((n,), -1, dtype=torch.int64, device=boxes.device)
         return Labels(
@@ -162,6 +168,7 @@ class Labels(_Value):
             difficulty=unknown if difficulty is None else difficulty,
             weight=torch.ones(n, device=boxes.device) if weight is None else weight,
             exact=torch.full((n,), exact, device=boxes.device) if isinstance(exact, bool) else exact,
+            box_weight=torch.ones(n, device=boxes.device) if box_weight is None else box_weight,
             complete=complete,
         )
 
@@ -174,7 +181,7 @@ class Labels(_Value):
         return replace(
             self,
             boxes=Boxes3D(data=self.boxes.data[mask_or_index]),
-            **{n: getattr(self, n)[mask_or_index] for n in ("classes", "num_points", "difficulty", "weight", "exact")},
+            **{n: getattr(self, n)[mask_or_index] for n in _LABEL_COLUMNS},
         )
 
     @staticmethod
@@ -184,7 +191,7 @@ class Labels(_Value):
         return Labels(
             boxes=Boxes3D(data=torch.cat([p.boxes.data for p in parts])),
             complete=all(p.complete for p in parts),
-            **{n: torch.cat([getattr(p, n) for p in parts]) for n in ("classes", "num_points", "difficulty", "weight", "exact")},
+            **{n: torch.cat([getattr(p, n) for p in parts]) for n in _LABEL_COLUMNS},
         )
 
 

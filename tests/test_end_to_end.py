@@ -2,15 +2,26 @@
 
 import importlib
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from upcycle3d.datasets.point_files import read_points, write_bin
 from upcycle3d.perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from upcycle3d.perception.structures import SmashedScene
 from upcycle3d.perception.training.detector_files import load_detector
+from upcycle3d.perception.vehicle.codec import decode_scene
 from upcycle3d.perception.vehicle.encoder_file import load_encoder
+from upcycle3d.perception.vehicle.manifest import read_manifest
+from upcycle3d.perception.vehicle.shards import read_members
+from upcycle3d.tools import extract
 from upcycle3d.tools.console import run_command
+
+RIG = RigSpec(z_shift=1.73)
+SCANS = ("--encoder", "{0}/source", "--out", "{0}/refused", "--scans", "{0}/raw/training/velodyne_reduced")
 
 
 def upcycle3d(command: str, *arguments: object) -> None:
@@ -34,7 +45,7 @@ def chain(tmp_path_factory) -> Path:
     upcycle3d("extract", "--encoder", root / "source", "--scans", scans, "--ids", raw / "ImageSets" / "fleet.txt", *rig, "--out", root / "shards", "--receipts", root / "receipts.json", "--json", root / "extract.json")  # fmt: skip
     upcycle3d("ingest", root / "shards", "--store", root / "store", "--encoder", root / "source", *rig)
     steps = ("--preset.upcycle.loop.optim.total-steps", 2, "--preset.upcycle.round-steps", 1, "--workers", 0)
-    upcycle3d("upcycle", "small", "--data", data, "--checkpoint", root / "source", "--store", root / "store", "--truth", root / "receipts.json", data, "--out", root / "upcycled", *steps)  # fmt: skip
+    upcycle3d("upcycle", "small", "--data", data, "--checkpoint", root / "source", "--store", root / "store", "--truth", root / "receipts.json", data, *rig, "--out", root / "upcycled", *steps)  # fmt: skip
     return root
 
 
@@ -44,6 +55,95 @@ def test_extraction_reports_bytes_beside_the_raw_scan(chain):
     assert report["failures"] == []
     assert report["bytes_per_frame"] > 0
     assert report["raw_bytes_per_frame"] > 100_000
+
+
+def extracted(chain: Path, out: Path, *arguments: object, rig: RigSpec = RIG) -> dict[str, SmashedScene]:
+    """The scenes that an extraction into ``out`` left there, by scan."""
+    receipts = out / "receipts" / "list.json"
+    upcycle3d("extract", "--encoder", chain / "source", "--out", out, "--receipts", receipts, *arguments)
+    fingerprint = encoder_fingerprint(load_encoder(chain / "source" / "encoder.safetensors"), rig)
+    scan_of, scenes = json.loads(receipts.read_text()), {}
+    for path in out.glob("*.json"):
+        manifest = read_manifest(path)
+        for _, blob in read_members(out / manifest.tar_name, manifest):
+            scene = decode_scene(blob, expected_spec=manifest.spec, expected_fingerprint=fingerprint)
+            scenes[scan_of[scene.scene_id]] = scene
+    return scenes
+
+
+def test_prepared_frames_and_full_turns_cropped_to_the_camera_smash_like_the_cameras_scans(chain, tmp_path):
+    ids, kitti = chain / "raw" / "ImageSets" / "fleet.txt", chain / "raw" / "training"
+    plain = extracted(chain, tmp_path / "a", "--scans", kitti / "velodyne_reduced", "--ids", ids, "--rig.z-shift", 1.73)
+    assert set(plain) == set(ids.read_text().split())
+    for name in plain:  # the same points, and as many behind the vehicle
+        points = read_points(kitti / "velodyne_reduced" / f"{name}.bin")
+        behind = replace(points, xyz=points.xyz * torch.tensor([-1.0, 1.0, 1.0]))
+        both = replace(points, xyz=torch.cat([points.xyz, behind.xyz]), features=torch.cat([points.features, behind.features]))
+        write_bin(tmp_path / "full" / f"{name}.bin", both)
+    prepared = extracted(chain, tmp_path / "b", "--data", chain / "data", "--split", "fleet")
+    cropped = extracted(chain, tmp_path / "c", "--scans", tmp_path / "full", "--calib", kitti / "calib", "--rig.z-shift", 1.73)
+    assert json.loads((chain / "data" / "dataset.json").read_text())["notes"]["z_shift"] == 1.73
+    for other in (prepared, cropped):
+        assert other.keys() == plain.keys()
+        for name, scene in plain.items():
+            torch.testing.assert_close(other[name].coords, scene.coords, rtol=0, atol=0)
+            torch.testing.assert_close(other[name].features, scene.features, rtol=1e-3, atol=1e-3)
+
+
+def test_shards_are_added_to_only_when_asked_and_receipts_are_kept(chain, tmp_path, capsys):
+    scans = chain / "raw" / "training" / "velodyne_reduced"
+    first = extracted(chain, tmp_path, "--scans", scans / "000000.bin", "--rig.z-shift", 1.73)
+    again = ["--encoder", str(chain / "source"), "--scans", str(scans / "000001.bin"), "--out", str(tmp_path)]
+    assert run_command(extract.command, again) == 2
+    assert "--append" in capsys.readouterr().err
+    both = extracted(chain, tmp_path, "--scans", scans / "000001.bin", "--rig.z-shift", 1.73, "--append")
+    assert (set(first), set(both)) == ({"000000"}, {"000000", "000001"})
+
+
+def test_an_extraction_without_a_scene_fails_after_its_report(chain, tmp_path, capsys):
+    (tmp_path / "wide.bin").write_bytes(torch.rand(30).numpy().tobytes())
+    arguments = [
+        "--encoder",
+        chain / "source",
+        "--scans",
+        tmp_path / "wide.bin",
+        "--out",
+        tmp_path / "x",
+        "--json",
+        tmp_path / "j",
+    ]
+    assert run_command(extract.command, [str(a) for a in arguments]) == 2
+    printed = capsys.readouterr()
+    assert "none of 1 scans" in printed.err
+    assert "--columns" in " ".join(printed.out.split())
+    assert json.loads((tmp_path / "j").read_text())["frames"] == 0
+    upcycle3d("extract", *arguments, "--columns", *"xyz_i")
+    assert json.loads((tmp_path / "j").read_text())["frames"] == 1
+
+
+def test_scans_in_bytes_with_gaps_need_only_options(chain, tmp_path, recwarn):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(100, 5, generator=generator) * torch.tensor([10.0, 10.0, 2.0, 9.0, 255.0]) - torch.tensor(
+        [0, 0, 1.73, 0, 0]
+    )
+    rows[0, 0] = float("nan")
+    (tmp_path / "points").mkdir()
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "points" / "scan.bin").write_bytes(rows.numpy().tobytes())
+    (tmp_path / "labels" / "scan.txt").write_text("")
+    reading = ("--columns", "x", "y", "z", "_", "intensity", "--drop-non-finite")
+    options = ("--scans", tmp_path / "points", *reading, "--rig.intensity-scale", 1 / 255, "--rig.z-shift", 1.73)
+    rig = RigSpec(z_shift=1.73, intensity_scale=1 / 255)
+    upcycle3d("predict", "--detector", chain / "source", *options, "--out", tmp_path / "boxes")
+    assert (tmp_path / "boxes" / "scan.json").exists()
+    plain = extracted(chain, tmp_path / "a", *options, rig=rig)["scan"]
+    shaping = (*reading, "--intensity-scale", 1 / 255, "--z-shift", 1.73, "--workers", 1)
+    upcycle3d("prepare", "folder", tmp_path, "--out", tmp_path / "data", *shaping)
+    prepared = extracted(chain, tmp_path / "b", "--data", tmp_path / "data", rig=rig)["scan"]
+    assert len(plain.coords) > 0
+    torch.testing.assert_close(prepared.coords, plain.coords, rtol=0, atol=0)
+    torch.testing.assert_close(prepared.features, plain.features, rtol=1e-3, atol=1e-3)
+    assert [w for w in recwarn if "intensity" in str(w.message)] == []
 
 
 def test_the_upcycled_encoder_is_the_fleets(chain):
@@ -60,12 +160,18 @@ def test_pseudo_label_quality_is_logged_each_round(chain):
     assert {"labels_per_scene", "precision_50", "recall_70", "mean_iou"} <= rounds[0].keys()
 
 
+def numbers(result: dict, name: str = "") -> dict[str, float]:
+    """Every number of nested results, by its path. Files hold six decimals, so orientation differs by as much."""
+    parts = [numbers(v, f"{name}/{k}") if isinstance(v, dict) else {f"{name}/{k}": v} for k, v in result.items()]
+    return {path: value for part in parts for path, value in part.items()}
+
+
 def test_a_run_and_its_written_detections_score_the_same(chain):
     run, kitti, found = chain / "run.json", chain / "kitti.json", chain / "detections"
     upcycle3d("evaluate", "run", "--detector", chain / "upcycled", "--data", chain / "data", "--detections", found, "--json", run)
     labels, ids = chain / "raw" / "training" / "label_2", chain / "raw" / "ImageSets" / "val.txt"
     upcycle3d("evaluate", "kitti", "--labels", labels, "--detections", found, "--ids", ids, "--classes", "Car", "--json", kitti)
-    assert json.loads(run.read_text()) == json.loads(kitti.read_text())
+    assert numbers(json.loads(run.read_text())) == pytest.approx(numbers(json.loads(kitti.read_text())), abs=1e-6)
     assert json.loads(run.read_text())["Car"]["3d"]["R40"].keys() == {"easy", "moderate", "hard"}
 
 
@@ -74,6 +180,15 @@ def test_predict_writes_a_file_for_every_scan(chain):
     upcycle3d("predict", "--detector", chain / "upcycled", "--scans", scans, "--rig.z-shift", 1.73, "--out", chain / "boxes")
     upcycle3d("predict", "--detector", chain / "upcycled", "--scans", scans, "--rig.z-shift", 1.73, "--out", chain / "text", "--format", "kitti", "--calib", chain / "raw" / "training" / "calib")  # fmt: skip
     assert len(list((chain / "boxes").glob("*.json"))) == len(list((chain / "text").glob("*.txt"))) == 7
+
+
+def test_inspect_survives_a_half_written_line_of_metrics(chain, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(chain / "source", run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    upcycle3d("inspect", run, "--json", tmp_path / "facts.json")
+    assert json.loads(json.loads((tmp_path / "facts.json").read_text())["last metrics"])["step"] <= 3
 
 
 @pytest.mark.parametrize("what", ["source", "store", "data", "upcycled/detector.safetensors", "upcycled/encoder.safetensors"])
@@ -110,11 +225,40 @@ def test_doctor_checks_the_sparse_convolution(chain):
         ("ingest", ("{0}/store/shards", "--store", "{0}/other", "--encoder", "{0}/nowhere"), "encoder"),
         ("evaluate", ("run", "--detector", "{0}/source", "--data", "{0}/data", "--split", "vla"), "val"),
         ("inspect", ("{0}/raw",), "no shard"),
+        ("evaluate", ("run", "--detector", "{0}/source", "--data", "{0}/extract.json"), "Not a directory: {0}/extract.json"),
+        ("evaluate", ("run", "--detector", "{0}/source", "--data", "{0}/data", "--device", "cuda:99"), "no device 'cuda:99'"),
+        (
+            "predict",
+            ("--detector", "{0}/source", "--scans", "{0}/raw/training/velodyne_reduced", "--out", "{0}/x", "--device", "cuda:99"),
+            "no device 'cuda:99'",
+        ),
+        (
+            "predict",
+            ("--detector", "{0}/source", "--scans", "{0}/raw/training/velodyne_reduced", "--out", "{0}/extract.json/x"),
+            "Not a directory: {0}/extract.json",
+        ),
+        ("extract", (*SCANS, "--device", "cuda:99"), "no device 'cuda:99'"),
+        ("extract", (*SCANS, "--ids", "{0}/missing.txt"), "no split file {0}/missing.txt"),
+        (
+            "extract",
+            (*SCANS, "--ids", "{0}/raw/ImageSets/fleet.txt", "--scans", "{0}/raw/training/velodyne_reduced/000000.bin"),
+            "3 of the 3 scans",
+        ),
+        ("extract", (*SCANS, "--split", "train"), "--split names a split of --data"),
+        (
+            "extract",
+            (*SCANS, "--scans", "{0}/raw/training/velodyne_reduced", "{0}/raw/training/velodyne_reduced/000000.bin"),
+            "both called '000000'",
+        ),
+        ("extract", (*SCANS, "--data", "{0}/data"), "either --scans"),
+        ("extract", (*SCANS[:4], "--data", "{0}/data", "--rig.z-shift", "2"), "was prepared with RigSpec(z_shift=1.73"),
+        ("extract", (*SCANS[:4], "--data", "{0}/data", "--drop-non-finite"), "say how --scans are read"),
     ],
 )
 def test_mistakes_become_one_sentence_and_exit_code_2(chain, capsys, command, arguments, message):
     module = importlib.import_module(f"upcycle3d.tools.{command}")
     filled = [a.format(chain) for a in arguments]
+    message = message.format(chain)
     assert run_command(module.command, filled, parsed_as=getattr(module, "ARGUMENTS", None)) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert message in error

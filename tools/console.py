@@ -5,18 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ..perception.structures import UpcycleError
+from ..perception.structures import InvalidInput, UpcycleError
 
-console = Console(stderr=False, highlight=False)
+# Wide where nobody watches, so that tables in a log keep their words.
+console = Console(stderr=False, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def run_command(
@@ -33,18 +36,40 @@ def run_command(
         (hint,) = [t for n, t in get_type_hints(function, include_extras=True).items() if n != "return"]
         function(tyro.cli(parsed_as or hint, args=arguments, prog=program, description=function.__doc__))
     except UpcycleError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}")
+        _print_error(str(error))
         return 2
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            where = error.filename or error
+            _print_error(f"the disk is full ({where}); what was finished is kept. Make room and run the command again")
+        elif error.filename is not None:  # a path the user named, or one that follows from it
+            _print_error(f"{error.strerror}: {error.filename}")
+        else:
             raise
-        Console(stderr=True).print(
-            f"[bold red]error:[/] the disk is full ({error.filename or error}); what was finished is kept. Make room and run the command again"
-        )
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def device(name: str) -> torch.device:
+    """The device called ``name``: cpu, cuda or cuda:N. Raises InvalidInput if this machine has none such."""
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidInput(f"{name!r} is no device; give cpu, cuda or cuda:N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InvalidInput(f"this program runs on cpu and cuda, asked for {name!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InvalidInput(
+            f"there is no device {name!r} here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
+            "give --device cpu, or install a CUDA build of torch"
+        )
+    return found
+
+
+def _print_error(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escape(text)}")
 
 
 def _escape(text: str) -> str:

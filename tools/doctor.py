@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..ops.sparse_conv import SubmanifoldConv3d, sparse_conv_reference, submanifold_rulebook
-from .console import console, print_table, write_json
+from .console import console, print_table, run_command, write_json
 
 CORE = ("torch", "numpy", "scipy", "numba", "safetensors", "zstandard", "pyarrow", "tyro", "rich", "tensorboard", "matplotlib")
 OPTIONAL = {"spconv": "spconv", "rerun-sdk": "viz", "open3d-cpu": "viz", "mmengine": "mmdet3d", "ray": "ray"}
@@ -59,3 +60,7 @@ def _check_sparse_conv(device: torch.device) -> str:
     features = torch.randn(100, 4, generator=generator).to(device)
     error = (conv(features, rulebook) - sparse_conv_reference(features, conv.weight, rulebook)).abs().max().item()
     return f"agrees with its reference to {error:.1e}" if error < 1e-4 else f"WRONG by {error:.1e}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))

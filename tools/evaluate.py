@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..perception.evaluation.detect import evaluate_detector
 from ..perception.evaluation.kitti import LOOSE, OFFICIAL, KittiResult, MinOverlap, evaluate_kitti_folders
 from ..perception.structures import InvalidInput
 from ..perception.training.detector_files import load_detector
-from .console import console, print_table, write_json
+from .console import console, device, print_table, run_command, write_json
 
 OVERLAPS: Mapping[str, Mapping[str, MinOverlap]] = {"official": OFFICIAL, "loose": LOOSE}
 
@@ -78,8 +79,9 @@ def _evaluate_run(what: Run, overlaps: Mapping[str, MinOverlap]) -> KittiResult:
             f"{what.data} was not prepared from a KITTI-layout folder, so it has no label files for KITTI's protocol"
         )
     raw = KittiDataset(str(frames.notes["root"]), frames.ids)
+    target = device(what.device)
     detector, _ = load_detector(what.detector)
-    result, detections = evaluate_detector(detector.to(what.device), frames, raw.frame_objects, min_overlaps=overlaps)
+    result, detections = evaluate_detector(detector.to(target), frames, raw.frame_objects, min_overlaps=overlaps)
     if what.detections is not None:
         for frame_id, objects in detections.items():
             write_objects(what.detections / f"{frame_id}.txt", objects)
@@ -100,3 +102,7 @@ def print_result(result: KittiResult, overlaps: Mapping[str, MinOverlap]) -> Non
     )
     limits = ", ".join(f"{n} {overlaps[n].box_3d}" for n in result.classes)
     console.print(f"{result.frames} frames; ground truths easy / moderate / hard: {counts}; 3D overlap needed: {limits}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import tyro
 from ..perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
 from ..perception.server.ingest import ingest
 from ..perception.vehicle.encoder_file import load_encoder
-from .console import console, print_table, write_json
+from .console import console, print_table, run_command, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,3 +58,7 @@ def command(config: Ingest) -> None:
             print_table(title, ("shard", "why"), [(r.shard[:16], r.reason) for r in refusals])
     console.print(f"store: {config.store}")
     write_json(config.json, asdict(report))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))

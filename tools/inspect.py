@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ..perception.training.checkpoint import read_weights
 from ..perception.training.run_folder import RunFolder
 from ..perception.vehicle.encoder_file import load_encoder
 from ..perception.vehicle.manifest import read_manifest
-from .console import print_table, write_json
+from .console import print_table, run_command, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +86,14 @@ def _store(path: Path) -> dict[str, object]:
 
 def _run(path: Path) -> dict[str, object]:
     run = RunFolder.open(path)
-    lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
-    last = json.loads(lines[-1]) if lines else {}
+    metrics = run.metrics()
     files = sorted(p.name for p in path.glob("*.safetensors"))
     status = {f"status {k}": v for k, v in run.status().items() if v not in ("", None)}
-    return status | {"metrics": len(lines), "last metrics": json.dumps(last), "files": ", ".join(files)}
+    return status | {
+        "metrics": len(metrics),
+        "last metrics": json.dumps(metrics[-1] if metrics else {}),
+        "files": ", ".join(files),
+    }
 
 
 def _prepared(path: Path) -> dict[str, object]:
@@ -109,3 +113,7 @@ def _weights(path: Path) -> dict[str, object]:
     if meta.get("format", "").startswith("upcycle3d encoder"):
         facts["fingerprint with a rig of nothing"] = encoder_fingerprint(load_encoder(path), RigSpec())
     return facts
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))

@@ -42,8 +42,8 @@ def main() -> None:
     name = arguments[0]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        print(f"error: there is no command {name!r}{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        print(f"error: there is no command {name!r}{hint} Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         sys.exit(2)
     from .console import run_command
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from ..perception.files import write_atomically
 from ..perception.models.encoders.fingerprint import RigSpec
 from ..perception.structures import Boxes3D, InvalidInput, Predictions
 from ..perception.training.detector_files import load_detector
-from .console import console, print_table, progress_bar, write_json
+from .console import console, device, print_table, progress_bar, run_command, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,10 @@ class Predict:
     """json: boxes in the LiDAR frame; kitti: text in the camera frame, needs --calib"""
     calib: Path | None = None
     """folder of KITTI calibration files, for --format kitti"""
+    columns: tuple[str, ...] = ()
+    """values of a row in file order, `_` skips one; x y z intensity by default"""
+    drop_non_finite: bool = False
+    """leave out points with NaN or inf instead of refusing the scan"""
     rig: RigSpec = field(default_factory=RigSpec)
     """mounting height and intensity scale of these scans"""
     min_score: float = 0.1
@@ -47,14 +52,16 @@ def command(config: Predict) -> None:
     """Boxes for a scan or a folder of scans."""
     if config.format == "kitti" and config.calib is None:
         raise InvalidInput("KITTI's text format lies in the camera frame: give --calib, or use --format json")
-    detector, _ = load_detector(config.detector)
-    detector.to(config.device)
+    target = device(config.device)
+    detector = load_detector(config.detector)[0].to(target)
     scans = scan_files(config.scans)
     counts: dict[str, int] = {}
     with progress_bar("predict", len(scans)) as advance:
         for done, path in enumerate(scans, start=1):
-            points = config.rig.apply(read_points(path))
-            found = detector.detect([points])[0].to("cpu")
+            points = read_points(
+                path, columns=config.columns or None, intensity_scale=None, drop_non_finite=config.drop_non_finite
+            )
+            found = detector.detect([config.rig.apply(points)])[0].to("cpu")
             found = found.select(found.scores >= config.min_score)
             counts[path.name] = len(found)
             if config.format == "kitti":
@@ -89,3 +96,7 @@ def boxes_json(found: Predictions, class_names: tuple[str, ...]) -> list[dict[st
         {"class": class_names[c], "score": round(s, 4)} | {n: round(v, 3) for n, v in zip(names, box, strict=True)}
         for box, c, s in zip(found.boxes.data.tolist(), found.classes.tolist(), found.scores.tolist(), strict=True)
     ]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))

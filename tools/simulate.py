@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .console import console, print_table, progress_bar, write_json
+from ..perception.structures import InvalidInput
+from .console import console, print_table, progress_bar, run_command, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,7 @@ class Simulate:
     layout: Literal["kitti"] = "kitti"
     """native layout of the files"""
     splits: tuple[tuple[str, int], ...] = (("train", 0),)
-    """names and sizes of the splits in order, as `train 80 val 20`; a size of 0 takes the rest"""
+    """names and sizes of the splits in order, as `train 80 val 20`; one size may be 0: it takes the rest"""
     workers: int = 2
     """processes"""
     json: Path | None = None
@@ -41,15 +44,35 @@ def command(config: Simulate) -> None:
     from ..datasets.simulation.layout_kitti import write_kitti_layout
     from ..datasets.simulation.places import domain
 
-    sizes, left = {}, config.frames
-    for name, size in config.splits:
-        sizes[name] = size or left
-        left -= sizes[name]
+    sizes = split_sizes(config.splits, config.frames)
+    place = domain(config.domain)
     with progress_bar("simulate", config.frames) as advance:
         write_kitti_layout(
-            config.out, domain(config.domain), num_frames=config.frames, seed=config.seed, workers=config.workers,
+            config.out, place, num_frames=config.frames, seed=config.seed, workers=config.workers,
             view=config.view, splits=sizes, progress=advance,
         )  # fmt: skip
     print_table("simulated dataset", ("domain", "frames", "seed", "splits"), [(config.domain, config.frames, config.seed, sizes)])
-    console.print(f"next: upcycle3d prepare kitti {config.out} --out PREPARED")
+    height = place.sensor.height
+    console.print(f"next: upcycle3d prepare kitti {config.out} --out PREPARED --classes Car --z-shift {height:g}", soft_wrap=True)
+    console.print(f"for extract, ingest, upcycle and predict on these scans: --rig.z-shift {height:g}")
     write_json(config.json, {"domain": config.domain, "frames": config.frames, "seed": config.seed, "splits": sizes})
+
+
+def split_sizes(splits: Sequence[tuple[str, int]], frames: int) -> dict[str, int]:
+    """Name -> size, the one size of 0 replaced by what the others leave of ``frames``.
+
+    Raises InvalidInput for a name twice, a negative size, more than one 0, or sizes that ask for more than there is.
+    """
+    asked = " ".join(f"{name} {size}" for name, size in splits)
+    sizes = dict(splits)
+    rest = frames - sum(sizes.values())
+    open_ended = [name for name, size in sizes.items() if size == 0]
+    if len(sizes) < len(splits) or min(sizes.values(), default=0) < 0 or len(open_ended) > 1:
+        raise InvalidInput(f"--splits {asked}: give each name once and no negative size; one size at most may be 0 (the rest)")
+    if rest < len(open_ended):
+        raise InvalidInput(f"--splits {asked}: {frames} frames are not enough; raise --frames, or make the splits smaller")
+    return {name: size or rest for name, size in sizes.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))

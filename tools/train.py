@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import tyro
 
-from ..datasets.batches import LabelledBatches
-from ..datasets.gt_database import GtDatabase, GtSampler
 from ..datasets.prepared import PreparedDataset
+from ..perception.assembly import labelled_batches
 from ..perception.models.second_iou import second_iou
 from ..perception.presets import PRESETS, Preset
-from ..perception.structures import InvalidInput
 from ..perception.training.detector_files import save_run_detector
 from ..perception.training.run_folder import RunFolder
 from ..perception.training.supervised import train_supervised
-from .console import console, print_table, write_json
+from .console import console, device, print_table, run_command, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,37 +51,20 @@ def preset_choices(make: type) -> dict[str, object]:
 ARGUMENTS = tyro.extras.subcommand_type_from_defaults(preset_choices(Train), prefix_names=False)
 
 
-def labelled_batches(preset: Preset, data: Path, split: str, *, batch_size: int, seed: int) -> LabelledBatches:
-    """The augmented labelled batches of a prepared split, with GT sampling from that split's own database."""
-    frames = PreparedDataset(data, split)
-    names = preset.detector.class_names
-    if frames.classes != names:
-        raise InvalidInput(
-            f"the dataset {data} was prepared for the classes {frames.classes}, the preset detects {names}; prepare it again with "
-            f"--classes {' '.join(names)}"
-        )
-    sampler = None
-    if preset.train.gt_sampling:
-        database = GtDatabase.open(data / "gt_database" / split, expected_fingerprint=frames.split_fingerprint())
-        sampler = GtSampler(database, dict(zip(names, preset.train.gt_sampling, strict=True)))
-    return LabelledBatches(
-        frames=frames,
-        batch_size=batch_size,
-        seed=seed,
-        augmentation=preset.train.augmentation,
-        keep_range=preset.detector.encoder.grid.range,
-        gt_sampler=sampler,
-    )
+def _what_decides(config: Train) -> Train:
+    """The configuration without what does not change the result: a run may be resumed with other workers, and may be moved."""
+    return replace(config, data=config.data.resolve(), out=Path("."), resume=False, workers=0, device="", json=None)
 
 
 def command(config: Train) -> None:
     """Train a detector on labelled frames: upcycle3d train PRESET --data PREPARED --out RUN."""
     train = replace(config.preset.train, loop=replace(config.preset.train.loop, seed=config.seed))
     preset = replace(config.preset, train=train)
-    labelled = labelled_batches(preset, config.data, config.split, batch_size=train.batch_size, seed=config.seed)
+    frames, database = PreparedDataset(config.data, config.split), config.data / "gt_database" / config.split
+    labelled = labelled_batches(preset, frames, database, batch_size=train.batch_size, seed=config.seed)
     torch.manual_seed(config.seed)
-    detector = second_iou(preset.detector).to(config.device)
-    recorded = replace(config, preset=preset, resume=False, json=None, data=config.data.resolve(), out=config.out.resolve())
+    detector = second_iou(preset.detector).to(device(config.device))
+    recorded = replace(_what_decides(config), preset=preset)
     run = RunFolder.create(config.out, recorded, seed=config.seed, resume=config.resume)
     result = train_supervised(detector, labelled, train.loop, run=run, workers=config.workers)
     save_run_detector(config.out, detector.cpu(), preset.detector)
@@ -95,3 +77,7 @@ def command(config: Train) -> None:
     write_json(
         config.json, {"steps": result.steps, "seconds": result.seconds, "loss": dict(result.terms), "run": str(config.out)}
     )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, parsed_as=ARGUMENTS))

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from ..datasets.prepared import PreparedDataset
-from ..perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from ..perception.assembly import feature_database, fleet_store, labelled_batches
+from ..perception.models.encoders.fingerprint import RigSpec
 from ..perception.presets import Preset
-from ..perception.server.feature_gt import FeatureDatabase, build_feature_database
 from ..perception.server.methods import METHODS
 from ..perception.server.store import SmashedStore
 from ..perception.server.trainer import upcycle
 from ..perception.structures import InvalidInput, Labels
 from ..perception.training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
 from ..perception.training.run_folder import RunFolder
-from .console import console, print_table, write_json
-from .train import labelled_batches, preset_choices
+from .console import console, device, print_table, run_command, write_json
+from .train import preset_choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class Upcycle:
     """labelled split"""
     store: Path | None = None
     """store of smashed scenes"""
+    rig: RigSpec = field(default_factory=RigSpec)
+    """the fleet's rig, as given to extract and ingest: the store must be of this encoder behind this rig"""
     method: Literal[tuple(METHODS)] = "upcycling"  # type: ignore[valid-type]
     """what to do with them; see docs/methods.md"""
     codec: Literal["fp16", "int8"] | None = None
@@ -68,41 +71,34 @@ def command(config: Upcycle) -> None:
     detector, detector_config = load_detector(config.checkpoint)
     if detector_config != preset.detector:
         raise InvalidInput(f"{config.checkpoint} holds a detector other than the preset's; pass the preset it was trained with")
-    detector.to(config.device)
-    store = SmashedStore(config.store) if config.store is not None and method.unlabelled else None
-    codec = config.codec or (store.codecs[0] if store is not None else "fp16")
-    labelled = labelled_batches(preset, config.data, config.split, batch_size=settings.labelled_batch, seed=config.seed)
-    frames = PreparedDataset(config.data, config.split)
-    recorded = replace(config, preset=preset, resume=False, json=None, data=config.data.resolve(), out=config.out.resolve())
-    run = RunFolder.create(config.out, recorded, seed=config.seed, resume=config.resume)
-    features = None
-    if method.f_gt:
-        path, split = config.out / "feature_gt", frames.split_fingerprint()
-        encoder = encoder_fingerprint(detector.encoder, RigSpec())
-        if not path.exists():
-            build_feature_database(
-                path, frames, detector, codec=codec, config=settings.f_gt, split_fingerprint=split, encoder_fingerprint=encoder
-            )
-        features = FeatureDatabase.open(path, split_fingerprint=split, encoder_fingerprint=encoder)
+    frames, database = PreparedDataset(config.data, config.split), config.data / "gt_database" / config.split
+    labelled = labelled_batches(preset, frames, database, batch_size=settings.labelled_batch, seed=config.seed)
+    if method.unlabelled and config.store is None:
+        raise InvalidInput(f"{config.method} learns from smashed scenes: give --store; `upcycle3d extract` and `ingest` make one")
+    # A method without scenes still gets their codec, so that all methods see the same labelled features.
+    store = None if config.store is None else fleet_store(config.store, detector, config.rig)
+    codec = config.codec or _codec_of(store)
+    truth = read_truth(*config.truth) if config.truth else None
+    run = RunFolder.create(config.out, replace(_what_decides(config), preset=preset), seed=config.seed, resume=config.resume)
+    features = feature_database(config.out / "feature_gt", frames, detector, settings.f_gt, codec=codec) if method.f_gt else None
     teacher = upcycle(
-        detector,
+        detector.to(device(config.device)),
         method=method,
         labelled=labelled,
         store=store,
         features=features,
         config=settings,
         codec=codec,
-        truth=read_truth(*config.truth) if config.truth else None,
+        truth=truth,
         run=run,
         workers=config.workers,
     )
     save_run_detector(config.out, detector.cpu(), preset.detector)
     save_detector(config.out / TEACHER_FILE, teacher.cpu(), preset.detector)
-    scenes = 0 if store is None else len(store)
+    scenes = len(store) if store is not None and method.unlabelled else 0
+    steps = settings.loop.total_steps
     print_table(
-        "upcycled",
-        ("method", "labelled frames", "smashed scenes", "steps"),
-        [(config.method, len(frames), scenes, settings.loop.total_steps)],
+        "upcycled", ("method", "labelled frames", "smashed scenes", "steps"), [(config.method, len(frames), scenes, steps)]
     )
     console.print(
         f"student and teacher: {config.out}; next: upcycle3d evaluate run --detector {config.out} --data DATA --split val"
@@ -110,14 +106,46 @@ def command(config: Upcycle) -> None:
     write_json(config.json, {"method": config.method, "labelled": len(frames), "scenes": scenes, "run": str(config.out)})
 
 
+def _codec_of(store: SmashedStore | None) -> str:
+    if store is None:
+        return "fp16"
+    if len(store.codecs) > 1:
+        raise InvalidInput(f"the store holds scenes of several codecs ({', '.join(store.codecs)}); choose one with --codec")
+    return store.codecs[0]
+
+
+def _what_decides(config: Upcycle) -> Upcycle:
+    """The configuration without what does not change the result: a run may be resumed with other workers, and may be moved."""
+    return replace(
+        config,
+        data=config.data.resolve(),
+        checkpoint=config.checkpoint.resolve(),
+        store=None if config.store is None else config.store.resolve(),
+        out=Path("."),
+        truth=None,
+        resume=False,
+        workers=0,
+        device="",
+        json=None,
+    )
+
+
 def read_truth(receipts: Path, data: Path) -> dict[str, Labels]:
     """True labels by scene id, from the receipts that ``extract`` left with its caller and the prepared frames."""
     frames = PreparedDataset(data)
     labels = {frame_id: frames.labels(i) for i, frame_id in enumerate(frames.ids)}
-    found = {scene: labels.get(frame) for scene, frame in json.loads(receipts.read_text()).items()}
+    try:
+        frame_of = json.loads(receipts.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"cannot read the receipts {receipts}: {error}; `upcycle3d extract --receipts` writes them") from error
+    found = {scene: labels.get(frame) for scene, frame in frame_of.items()}
     known = {scene: truth for scene, truth in found.items() if truth is not None}
     if len(known) < len(found):
         raise InvalidInput(
             f"{len(found) - len(known)} of {len(found)} scans in {receipts} have no labels in {data}; prepare those frames too"
         )
     return known
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, parsed_as=ARGUMENTS))

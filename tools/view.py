@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from ..datasets.prepared import PreparedDataset
 from ..perception.files import write_atomically
 from ..perception.training.detector_files import load_detector
 from ..perception.viz.bev import bev_png
-from .console import print_table, write_json
+from .console import print_table, run_command, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,3 +59,7 @@ def command(config: View) -> None:
         )
     print_table("pictures", ("frame", "labels", "detections", "file"), written)
     write_json(config.json, [row[3] for row in written])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))

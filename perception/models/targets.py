@@ -26,7 +26,7 @@ class AnchorTargets:
     """Targets of all A anchors of one scene, in the anchors' flat order.
 
     class_weight: (A,) 1 learn, 0 ignore. positive: (A,) bool. box_codes: (A, 7), direction: (A,) int64, valid where positive.
-    exact: (A,) bool, where positive: the matched label's box is exact.
+    box_weight: (A,) the matched label's, where positive.
     ``positive`` implies class_weight 1; a positive anchor's class is the class of the anchor.
     """
 
@@ -34,7 +34,7 @@ class AnchorTargets:
     positive: Tensor
     box_codes: Tensor
     direction: Tensor
-    exact: Tensor
+    box_weight: Tensor
 
 
 def direction_bin(yaw: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: La
     weight = torch.ones(shape, device=anchors.device)
     codes = torch.zeros(anchors.shape, device=anchors.device)
     direction = torch.zeros(shape, dtype=torch.int64, device=anchors.device)
-    exact = torch.zeros(shape, dtype=torch.bool, device=anchors.device)
+    box_weight = torch.zeros(shape, device=anchors.device)
     for index, anchor_class in enumerate(classes):
         slots = slice(2 * index, 2 * index + 2)
         own = labels.select(labels.classes == index)
@@ -72,7 +72,7 @@ def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: La
         is_positive = taken & learnt
         weight[:, :, slots] = (~ignored).float().view(*shape[:2], 2)
         positive[:, :, slots] = is_positive.view(*shape[:2], 2)
-        exact[:, :, slots] = (is_positive & own.exact[match]).view(*shape[:2], 2)
+        box_weight[:, :, slots] = (is_positive * own.box_weight[match]).view(*shape[:2], 2)
         rows = is_positive.nonzero().squeeze(1)
         target = own.boxes.data[match[rows]]
         class_codes = flat.new_zeros(flat.shape)
@@ -86,7 +86,7 @@ def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: La
         positive=positive.flatten(),
         box_codes=codes.view(-1, 7),
         direction=direction.flatten(),
-        exact=exact.flatten(),
+        box_weight=box_weight.flatten(),
     )
 
 

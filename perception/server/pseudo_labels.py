@@ -1,8 +1,8 @@
 """From a teacher's detections to labels for the student, and how good those labels are.
 
 UpCycling's *hybrid* pseudo labels, in our reading (design.md section 5): each kind of label goes where its quality allows.
-Teacher boxes supervise dense classification, box and direction; they are marked inexact and the scene incomplete, so that the
-head that predicts overlap does not take them for the truth. Objects pasted by feature-level GT sampling are exact and supervise
+Teacher boxes supervise dense classification and direction, and box regression as far as ``box_weight`` says; they are marked inexact
+and the scene incomplete, so that the head that predicts overlap does not take them for the truth. Objects pasted by feature-level GT sampling are exact and supervise
 every head. Detections too weak to be labels but too strong to be background are ignored.
 """
 
@@ -34,18 +34,25 @@ class ScoreThresholds:
             raise InvalidInput(f"thresholds must satisfy 0 <= ignore <= iou_score <= 1, found {self}")
 
 
-def teacher_labels(predictions: Predictions, thresholds: Sequence[ScoreThresholds], *, trusted: bool) -> Labels:
+def teacher_labels(
+    predictions: Predictions, thresholds: Sequence[ScoreThresholds], *, trusted: bool, box_weight: float = 1.0
+) -> Labels:
     """Labels of one unlabelled scene from its teacher's detections; ``thresholds`` holds one entry per class.
 
-    trusted=False gives hybrid labels (inexact, incomplete); True treats the teacher's boxes as the truth for every head (plain
-    pseudo labels, the baseline). Zero labels are legal.
+    trusted=False gives hybrid labels (inexact, incomplete, with ``box_weight`` for box regression); True treats the teacher's boxes
+    as the truth for every head (plain pseudo labels, the baseline). Zero labels are legal.
     """
     table = predictions.scores.new_tensor([[t.iou_score, t.class_score, t.ignore] for t in thresholds])
     iou_score, class_score, ignore = table[predictions.classes].unbind(1)
     good = (predictions.iou_scores >= iou_score) & (predictions.class_scores >= class_score)
     keep = good | (predictions.iou_scores >= ignore)
     return Labels.make(
-        predictions.boxes.data[keep], predictions.classes[keep], weight=good[keep].float(), exact=trusted, complete=trusted
+        predictions.boxes.data[keep],
+        predictions.classes[keep],
+        weight=good[keep].float(),
+        exact=trusted,
+        box_weight=torch.full_like(iou_score[keep], 1.0 if trusted else box_weight),
+        complete=trusted,
     )
 
 

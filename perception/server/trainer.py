@@ -38,6 +38,7 @@ class UpcycleConfig:
     """The server's settings. Everything here is equal for all methods.
 
     unlabelled_batch: smashed scenes a step, beside ``labelled_batch`` labelled frames. thresholds: one entry per class.
+    teacher_box_weight: how much box regression learns from a teacher's boxes, where they are routed (hybrid methods).
     obstacle_score: pasted objects keep clear of every teacher box with at least this predicted overlap. ema_decay: the largest.
     round_steps: how often pseudo labels are summed up in the log.
     """
@@ -47,6 +48,7 @@ class UpcycleConfig:
     unlabelled_batch: int
     thresholds: tuple[ScoreThresholds, ...]
     f_gt: FeatureGtConfig
+    teacher_box_weight: float = 1.0
     obstacle_score: float = 0.1
     ema_decay: float = 0.999
     round_steps: int = 50
@@ -66,7 +68,7 @@ class _Round:
     """Pseudo labels since the last summary, with the truth where it is known."""
 
     pseudo: list[Labels] = field(default_factory=list)
-    truth: list[Labels] = field(default_factory=list)
+    judged: list[tuple[Labels, Labels]] = field(default_factory=list)  # labels with their truth
     pasted: int = 0
 
 
@@ -128,11 +130,13 @@ def upcycle(
         smashed = batch.smashed.to(next(teacher.parameters()).device)
         with torch.no_grad():
             predictions = teacher.predict(teacher.decode(smashed))
-        pseudo = [teacher_labels(p, config.thresholds, trusted=method.trusted) for p in predictions]
+        weight = config.teacher_box_weight
+        pseudo = [teacher_labels(p, config.thresholds, trusted=method.trusted, box_weight=weight) for p in predictions]
         this_round.pseudo += pseudo
         if truth is not None:
             grid = smashed.spec.grid
-            this_round.truth += [within(truth[i], grid).to(smashed.voxels.features.device) for i in batch.scene_ids]
+            known = [(p, truth[i]) for p, i in zip(pseudo, batch.scene_ids, strict=True) if i in truth]
+            this_round.judged += [(p.to("cpu"), within(t, grid)) for p, t in known]
         scenes = [smashed.scene(i) for i in range(smashed.batch_size)]
         changed = [_change(*pair, rng) for pair in zip(scenes, pseudo, predictions, strict=True)]
         if method.cut_mix:
@@ -188,8 +192,8 @@ def _log_round(this_round: _Round, step: int, run: RunFolder | None) -> None:
         "ignored_per_scene": sum(len(p) for p in this_round.pseudo) / scenes - used / scenes,
         "pasted_per_scene": this_round.pasted / scenes,
     }
-    if this_round.truth:
-        quality = pseudo_label_quality(this_round.pseudo, this_round.truth)
+    if this_round.judged:
+        quality = pseudo_label_quality(*zip(*this_round.judged, strict=True))
         values |= {
             "precision_50": quality.precision_50, "precision_70": quality.precision_70,
             "recall_50": quality.recall_50, "recall_70": quality.recall_70, "mean_iou": quality.mean_iou,
@@ -197,4 +201,4 @@ def _log_round(this_round: _Round, step: int, run: RunFolder | None) -> None:
     if run is not None:
         run.log(step, values, kind="pseudo_labels")
     log.info("pseudo labels until step %d: %s", step, ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
-    this_round.pseudo, this_round.truth, this_round.pasted = [], [], 0
+    this_round.pseudo, this_round.judged, this_round.pasted = [], [], 0

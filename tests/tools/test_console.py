@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from upcycle3d.perception.structures import InvalidInput
-from upcycle3d.tools.console import print_table, progress_bar, run_command, write_json
+from upcycle3d.tools.console import device, print_table, progress_bar, run_command, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,21 +21,34 @@ class Arguments:
     steps: int = 1
 
 
-def test_a_full_disk_is_named_and_nothing_else_is_hidden(capsys):
+def test_a_full_disk_or_path_is_named_and_nothing_else_is_hidden(capsys):
     def full(config: Arguments) -> None:
         """Write."""
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/x")
 
     def missing(config: Arguments) -> None:
         """Read."""
-        raise FileNotFoundError(errno.ENOENT, "no such file", "/data/y")
+        raise FileNotFoundError(errno.ENOENT, "no such file", "/data/[y]")
+
+    def nameless(config: Arguments) -> None:
+        """Read."""
+        raise OSError("something else")
 
     assert run_command(full, []) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert "disk is full" in error
     assert "/data/x" in error
-    with pytest.raises(FileNotFoundError):
-        run_command(missing, [])
+    assert run_command(missing, []) == 2
+    assert capsys.readouterr().err == "error: no such file: /data/[y]\n"
+    with pytest.raises(OSError, match="something else"):
+        run_command(nameless, [])
+
+
+@pytest.mark.parametrize(("name", "message"), [("cuda:99", "sees"), ("gpu", "is no device"), ("meta", "cpu and cuda")])
+def test_a_device_that_is_not_there_is_refused(name, message):
+    assert device("cpu").type == "cpu"
+    with pytest.raises(InvalidInput, match=message):
+        device(name)
 
 
 def test_brackets_in_a_message_survive(capsys):
@@ -77,9 +90,20 @@ def test_a_table_of_nothing_is_legal(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "text"), [(["--version"], 0, "upcycle3d"), (["--help"], 0, "extract"), (["trian"], 2, "train")]
+    ("arguments", "code", "text"),
+    [
+        (["--version"], 0, "upcycle3d"),
+        (["--help"], 0, "extract"),
+        (["trian"], 2, "'trian'; did you mean 'train'? Commands: demo,"),
+        (["xyz"], 2, "'xyz'. Commands: demo,"),
+    ],
 )
 def test_the_program_knows_its_commands(arguments, code, text):
     done = subprocess.run([sys.executable, "-m", "upcycle3d.tools.main", *arguments], capture_output=True, text=True)
     assert done.returncode == code
     assert text in done.stdout + done.stderr
+
+
+def test_a_command_can_be_run_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "upcycle3d.tools.inspect", "/nowhere"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: there is nothing at /nowhere\n")

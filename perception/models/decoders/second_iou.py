@@ -41,7 +41,6 @@ class SecondIouConfig:
     box_weight: float = 2.0
     direction_weight: float = 0.2
     iou_weight: float = 1.0
-    inexact_box_weight: float = 1.0  # of box regression towards labels that are not exact (a teacher's)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +152,8 @@ def _dense_loss(dense: DenseOutputs, anchors: Tensor, config: SecondIouConfig, l
         focal = sigmoid_focal_loss(dense.class_logits[b], one_hot * targets.positive[:, None])
         cls.append((focal.sum(1) * targets.class_weight).sum() / positives)
         rows = targets.positive.nonzero().squeeze(1)
-        trust = torch.where(targets.exact[rows], 1.0, config.inexact_box_weight)
-        box.append((trust * box_code_loss(dense.box_codes[b, rows], targets.box_codes[rows])).sum() / positives)
+        off = box_code_loss(dense.box_codes[b, rows], targets.box_codes[rows])
+        box.append((targets.box_weight[rows] * off).sum() / positives)
         turn = F.cross_entropy(dense.direction_logits[b, rows].float(), targets.direction[rows], reduction="sum")
         direction.append(turn / positives)
     return LossTerms(
