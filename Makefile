@@ -23,7 +23,7 @@ lint: $(VENV)/installed-dev
 	mkdir -p .typecheck && ln -sfn .. .typecheck/upcycle3d
 	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p upcycle3d.ops -p upcycle3d.perception -p upcycle3d.datasets -p upcycle3d.tools
 
-# A setting of your own torch: install it into .venv first and the constraint is not used for it (see README).
+# constraints.txt pins torch 2.13.0. For another build (CUDA) make the environment yourself, without the constraints: see README.
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "upcycle3d needs Python 3.11 or newer, found %d.%d; run make PYTHON=python3.11" % sys.version_info[:2])'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)

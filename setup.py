@@ -30,7 +30,7 @@ setup(
     install_requires=[
         "torch>=2.4",
         "numpy>=1.26",
-        "scipy>=1.11",
+        "scipy>=1.11",  # numba compiles np.dot to the BLAS that scipy ships
         "numba>=0.60",
         "safetensors>=0.4.3",
         "zstandard>=0.22",
@@ -41,7 +41,7 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "shapely>=2", "psutil>=5", "ruff>=0.6", "mypy>=1.11"],
+        "dev": ["pytest>=8", "hypothesis>=6", "shapely>=2", "ruff>=0.6", "mypy>=1.11"],
         "spconv": ["spconv>=2.3.8; python_version < '3.14'"],
         "viz": ["rerun-sdk>=0.20", "open3d-cpu>=0.19"],
         "mmdet3d": ["mmengine>=0.10.7,<1", "mmcv-lite>=2.1,<2.2"],

@@ -20,7 +20,7 @@ from .models.targets import RoiSampling
 from .server.feature_gt import FeatureGtConfig
 from .server.pseudo_labels import ScoreThresholds
 from .server.trainer import UpcycleConfig
-from .structures import VoxelGrid
+from .structures import InvalidInput, VoxelGrid
 from .training.loop import LoopConfig
 from .training.optim import OneCycle
 from .training.supervised import SupervisedConfig
@@ -33,6 +33,18 @@ class Preset:
     detector: SecondIouDetectorConfig
     train: SupervisedConfig
     upcycle: UpcycleConfig
+
+    def __post_init__(self) -> None:
+        names = self.detector.class_names
+        lengths = {
+            "upcycle.thresholds": len(self.upcycle.thresholds),
+            "upcycle.f_gt.max_objects": len(self.upcycle.f_gt.max_objects),
+        }
+        if self.train.gt_sampling:  # an empty one means no GT sampling
+            lengths["train.gt_sampling"] = len(self.train.gt_sampling)
+        for field, length in lengths.items():
+            if length != len(names):
+                raise InvalidInput(f"{field} needs one entry per class {names}, found {length}")
 
 
 def _loop(lr: float, steps: int, *, amp: bool = False, checkpoint_every: int = 1000) -> LoopConfig:

@@ -45,3 +45,9 @@ def test_features_are_never_called_anonymous(page):
     text = page.read_text().lower()
     for match in re.finditer(r"anonymous|de-identified|anonymi[sz]ed", text):
         assert "not" in text[max(0, match.start() - 40) : match.start()], text[max(0, match.start() - 60) : match.end()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_no_page_waits_to_be_filled(page):
+    for placeholder in ("RESULTS_TABLE", "_TABLE\n", "ABLATION\n", "SPEED\n", "To be filled", "TODO"):
+        assert placeholder not in page.read_text(), placeholder

@@ -14,7 +14,8 @@ from ..perception.assembly import labelled_batches
 from ..perception.models.second_iou import second_iou
 from ..perception.presets import PRESETS, Preset
 from ..perception.training.detector_files import save_run_detector
-from ..perception.training.run_folder import RunFolder
+from ..perception.training.distributed import init_distributed, per_rank
+from ..perception.training.loop import create_run
 from ..perception.training.supervised import train_supervised
 from .console import console, device, print_table, run_command, write_json
 
@@ -62,11 +63,16 @@ def command(config: Train) -> None:
     preset = replace(config.preset, train=train)
     frames, database = PreparedDataset(config.data, config.split), config.data / "gt_database" / config.split
     labelled = labelled_batches(preset, frames, database, batch_size=train.batch_size, seed=config.seed)
+    context = init_distributed()  # torchrun -m upcycle3d.tools.train …: every rank takes its own batches
     torch.manual_seed(config.seed)
-    detector = second_iou(preset.detector).to(device(config.device))
+    detector = second_iou(preset.detector).to(context.device if context.world_size > 1 else device(config.device))
     recorded = replace(_what_decides(config), preset=preset)
-    run = RunFolder.create(config.out, recorded, seed=config.seed, resume=config.resume)
-    result = train_supervised(detector, labelled, train.loop, run=run, workers=config.workers)
+    run = create_run(config.out, recorded, seed=config.seed, context=context, resume=config.resume)
+    own = per_rank(lambda step, rank, ranks: labelled(step * ranks + rank), context)
+    result = train_supervised(detector, own, train.loop, run=run, workers=config.workers, context=context)
+    context.close()
+    if not context.is_main:
+        return
     save_run_detector(config.out, detector.cpu(), preset.detector)
     print_table(
         "trained detector",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ...datasets.augment import AugmentationRanges
 from ..models.detector import Detector
 from ..structures import Frame, LossTerms
+from .distributed import DistributedContext
 from .loop import LoopConfig, TrainResult, run_steps
 from .run_folder import RunFolder
 
@@ -29,9 +30,10 @@ def train_supervised(
     *,
     run: RunFolder | None = None,
     workers: int = 0,
+    context: DistributedContext | None = None,
     progress: bool = True,
 ) -> TrainResult:
-    """Train ``detector`` in place. labelled: the frames of a step (``datasets.batches.LabelledBatches``)."""
+    """Train ``detector`` in place. labelled: the frames of a step (``datasets.batches.LabelledBatches``), of this rank."""
 
     def loss(frames: tuple[Frame, ...], step: int) -> LossTerms:
         labels = [f.labels for f in frames if f.labels is not None]
@@ -47,6 +49,7 @@ def train_supervised(
         run=run,
         frame_ids=lambda frames: [f.id for f in frames],
         workers=workers,
+        context=context,
         progress=progress,
     )
     detector.eval()
