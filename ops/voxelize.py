@@ -57,10 +57,8 @@ def voxelize(
         )
     array = points.detach().to(torch.float32).contiguous().numpy()
     start, size = np.asarray(point_range[:3], np.float32), np.asarray(voxel_size, np.float32)
-    voxel_of_point, cells = _number_voxels(array, start, size, np.asarray(shape, np.int64), min(max_voxels, len(points)))
-    means, counts = _average(array, voxel_of_point, len(cells), max_points)
-    nx, ny, _ = shape
-    coords = np.stack([cells // (nx * ny), cells // nx % ny, cells % nx], 1)
+    voxel_of_point, coords = _number_voxels(array, start, size, np.asarray(shape, np.int64), min(max_voxels, len(points)))
+    means, counts = _average(array, voxel_of_point, len(coords), max_points)
     return Voxels(features=torch.from_numpy(means), coords=torch.from_numpy(coords), num_points=torch.from_numpy(counts))
 
 
@@ -142,7 +140,7 @@ def _all_finite(points: Tensor) -> bool:
 def _number_voxels(
     points: Floats, start: Floats, size: Floats, shape: NDArray[np.int64], max_voxels: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Voxel of each point (N,), -1 for none, and cell number of each voxel (M,), by a hash table with linear probing.
+    """Voxel of each point (N,), -1 for none, and z y x of each voxel (M, 3), by a hash table with linear probing.
 
     Sixteen neighbouring cells along x share a cache line of the table: consecutive points of a scan are neighbours.
     """
@@ -152,6 +150,7 @@ def _number_voxels(
         blocks, shift = 2 * blocks, shift - 1
     table = np.full(16 * blocks, -1, np.int32)
     cell_of_voxel = np.empty(max_voxels, np.int32)
+    coords = np.empty((max_voxels, 3), np.int32)
     voxel_of_point = np.full(n, -1, np.int32)
     nx, ny, nz = shape
     voxels = 0
@@ -175,9 +174,10 @@ def _number_voxels(
                 continue
             voxel = voxels
             table[slot], cell_of_voxel[voxel] = voxel, cell
+            coords[voxel, 0], coords[voxel, 1], coords[voxel, 2] = np.int32(fz), np.int32(fy), np.int32(fx)
             voxels += 1
         voxel_of_point[i] = voxel
-    return voxel_of_point, cell_of_voxel[:voxels]
+    return voxel_of_point, coords[:voxels]
 
 
 @numba.njit(cache=True, nogil=True)
