@@ -173,7 +173,7 @@ class MainJob:
                 labelled = self._labelled("source", "train", preset.train.batch_size)
                 loop = replace(preset.train.loop, seed=self.config.seed)
                 run = RunFolder.create(out, replace(preset.train, loop=loop), seed=self.config.seed, resume=True)
-                train_supervised(detector, labelled, loop, run=run, workers=1, progress=self.progress)
+                train_supervised(detector, labelled, loop, run=run, progress=self.progress)
                 save_run_detector(out, detector, preset.detector)
         return out
 
