@@ -9,7 +9,6 @@ first grows with the others' load; the second hardly.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -26,6 +25,7 @@ from torch import Tensor
 from upcycle3d.ops.iou3d import iou_3d, iou_bev
 from upcycle3d.ops.nms import nms_rotated
 from upcycle3d.ops.voxelize import voxelize
+from upcycle3d.tools.console import write_json
 
 
 def scan(points: int) -> Tensor:
@@ -83,15 +83,6 @@ def environment() -> dict[str, str | int | float]:
         "numba": numba.__version__,
         "numpy": np.__version__,
     }
-
-
-def write_json(path: Path, value: object) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def main() -> None:

@@ -8,14 +8,13 @@ page follows the reader's light or dark scheme, a narrow or a wide window, and p
 from __future__ import annotations
 
 import base64
-import os
-import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from ..files import write_atomically
 from ..structures import InvalidInput
 from .charts import number_text, numbers_text
 
@@ -130,20 +129,8 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
 
 
 def write_html(path: Path | str, html: str) -> None:
-    """Write a page under a temporary name beside ``path`` and rename it, so that a half-written report is never seen."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(html)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; a report is for passing on
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write a page whole, so that a half-written report is never seen."""
+    write_atomically(Path(path), html.encode("utf-8"))
 
 
 def _text(text: str) -> str:
