@@ -13,14 +13,14 @@ import json
 import os
 import statistics
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see docs/decisions.md
 
 from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.perception.main_job import MainJob, MainJobConfig, MethodResult, closed_gap
-from upcycle3d.perception.presets import PRESETS
+from upcycle3d.perception.presets import PRESETS, Preset
 from upcycle3d.perception.training.run_folder import describe_environment
 from upcycle3d.tools.console import print_table, write_json
 
@@ -38,6 +38,11 @@ def main() -> None:
     parser.add_argument("--labelled", type=int, default=100)
     parser.add_argument("--fleet", type=int, default=200)
     parser.add_argument("--validation", type=int, default=100)
+    parser.add_argument("--lr", type=float, help="upcycling's peak learning rate instead of the preset's")
+    parser.add_argument("--steps", type=int, help="upcycling steps instead of the preset's")
+    parser.add_argument("--max-objects", type=int, help="cars F-GT fills a scene up to, instead of the preset's")
+    parser.add_argument("--unlabelled-batch", type=int, help="smashed scenes a step instead of the preset's")
+    parser.add_argument("--teacher-box-weight", type=float, help="box regression towards teacher boxes instead of the preset's")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -51,7 +56,7 @@ def main() -> None:
             fleet=arguments.fleet,
             validation=arguments.validation,
             seed=seed,
-            preset=PRESETS[arguments.preset],
+            preset=varied(PRESETS[arguments.preset], arguments),
         )
         job = MainJob(
             config=config, folder=arguments.out / f"seed{seed}", say=lambda text, s=seed: print(f"seed {s}: {text}", flush=True)
@@ -61,6 +66,18 @@ def main() -> None:
         job.extract_fleet()
         results[seed] = job.run_methods(arguments.methods)
     report(arguments, results)
+
+
+def varied(preset: Preset, arguments: argparse.Namespace) -> Preset:
+    """The preset with the asked-for upcycling settings; every variant needs a folder of its own."""
+    up = preset.upcycle
+    optim = up.loop.optim
+    optim = replace(optim, lr=arguments.lr or optim.lr, total_steps=arguments.steps or optim.total_steps)
+    weight = up.teacher_box_weight if arguments.teacher_box_weight is None else arguments.teacher_box_weight
+    f_gt = up.f_gt if arguments.max_objects is None else replace(up.f_gt, max_objects=(arguments.max_objects,))
+    batch = arguments.unlabelled_batch or up.unlabelled_batch
+    loop = replace(up.loop, optim=optim)
+    return replace(preset, upcycle=replace(up, loop=loop, f_gt=f_gt, unlabelled_batch=batch, teacher_box_weight=weight))
 
 
 def report(arguments: argparse.Namespace, results: dict[int, dict[str, MethodResult]]) -> None:
