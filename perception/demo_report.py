@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from .features import SmashedScene
 from .main_job import MainJob, MethodResult
 from .server.methods import METHODS
-from .structures import SmashedScene
 from .training.detector_files import load_detector
 from .training.run_folder import RunFolder
 from .viz.bev import bev_features_png, bev_panels_png

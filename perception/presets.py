@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ..datasets.augment import AugmentationRanges
+from .features import VoxelGrid
 from .models.anchors import KITTI_ANCHORS, AnchorClass
 from .models.decoders.bev import BevBackboneConfig
 from .models.decoders.second_iou import SecondIouConfig
@@ -20,7 +21,7 @@ from .models.targets import RoiSampling
 from .server.feature_gt import FeatureGtConfig
 from .server.pseudo_labels import ScoreThresholds
 from .server.trainer import UpcycleConfig
-from .structures import InvalidInput, VoxelGrid
+from .structures import InvalidInput
 from .training.loop import LoopConfig
 from .training.optim import OneCycle
 from .training.supervised import SupervisedConfig
@@ -166,8 +167,8 @@ KITTI_SMALL = Preset(
 # The demo: the small preset with fewer steps.
 DEMO = replace(
     SMALL,
-    train=replace(SMALL.train, loop=_loop(0.003, 300, checkpoint_every=100)),
-    upcycle=replace(SMALL.upcycle, loop=_loop(0.0007, 160, checkpoint_every=100)),
+    train=replace(SMALL.train, loop=_loop(0.003, 260, checkpoint_every=100)),
+    upcycle=replace(SMALL.upcycle, loop=_loop(0.0007, 140, checkpoint_every=100)),
 )
 
 PRESETS = {

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from upcycle3d.datasets.point_files import read_points, write_bin
+from upcycle3d.perception.features import SmashedScene
 from upcycle3d.perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
-from upcycle3d.perception.structures import SmashedScene
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.perception.vehicle.codec import decode_scene
 from upcycle3d.perception.vehicle.encoder_file import load_encoder

@@ -5,19 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from upcycle3d.perception.structures import (
-    Boxes3D,
-    InvalidInput,
-    Labels,
-    LossTerms,
-    PointCloud,
-    Predictions,
-    SmashedScene,
-    SparseVoxels,
-    SplitFeatures,
-    SplitSpec,
-    VoxelGrid,
-)
+from upcycle3d.perception.features import SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.perception.structures import Boxes3D, InvalidInput, Labels, LossTerms, PointCloud, Predictions
 
 GRID = VoxelGrid(range=(0.0, -2.0, -1.0, 4.0, 2.0, 3.0), voxel_size=(0.5, 0.5, 0.5))
 SPEC = SplitSpec(layer="cut", channels=3, stride=(4, 2, 2), shape=(2, 4, 4), grid=GRID)

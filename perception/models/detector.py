@@ -12,7 +12,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from ..structures import Labels, LossTerms, PointCloud, Predictions, SplitFeatures, SplitSpec
+from ..features import SplitFeatures, SplitSpec
+from ..structures import Labels, LossTerms, PointCloud, Predictions
 
 
 class Encoder(Protocol):

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..boxes import wrap_angle
-from ..structures import Boxes3D, InvalidInput, Labels, SparseVoxels, SplitFeatures
+from ..features import SparseVoxels, SplitFeatures
+from ..structures import Boxes3D, InvalidInput, Labels
 
 # One scene (a batch of one) with its labels, and a generator -> the augmented scene with its labels.
 SceneAugmentation = Callable[[SplitFeatures, Labels, np.random.Generator], tuple[SplitFeatures, Labels]]

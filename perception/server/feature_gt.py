@@ -25,9 +25,10 @@ from torch import Tensor
 
 from ...datasets.frame_source import FrameSource
 from ...ops.iou3d import iou_bev
+from ..features import SplitFeatures, SplitSpec
 from ..files import atomic_file, sync_folder, write_atomically
 from ..models.detector import Detector
-from ..structures import Boxes3D, InvalidInput, Labels, SplitFeatures, SplitSpec
+from ..structures import Boxes3D, InvalidInput, Labels
 from ..vehicle.codec import round_trip
 
 DATABASE_VERSION = 1

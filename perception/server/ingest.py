@@ -22,8 +22,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from ..features import SplitSpec
 from ..files import sync_folder, write_atomically
-from ..structures import InvalidInput, SplitSpec, UpcycleError
+from ..structures import InvalidInput, UpcycleError
 from ..vehicle.codec import FINGERPRINT_PATTERN, ForeignScene, decode_scene
 from ..vehicle.manifest import BrokenShard, ShardManifest, open_regular, read_manifest
 from ..vehicle.shards import read_members

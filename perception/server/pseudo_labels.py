@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from ...ops.iou3d import iou_3d
-from ..structures import InvalidInput, Labels, Predictions, VoxelGrid
+from ..features import VoxelGrid
+from ..structures import InvalidInput, Labels, Predictions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ..features import SmashedScene, SparseVoxels, SplitFeatures, SplitSpec
 from ..files import write_atomically
-from ..structures import InvalidInput, SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, UpcycleError
+from ..structures import InvalidInput, UpcycleError
 from ..vehicle.codec import CorruptScene, canonical_json, decode_scene, spec_from_json, spec_to_json, strict_json
 from ..vehicle.manifest import open_regular
 

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from ...datasets.batches import epoch_indices
+from ..features import SplitFeatures
 from ..models.detector import Detector
-from ..structures import Boxes3D, Frame, InvalidInput, Labels, LossTerms, Predictions, SplitFeatures
+from ..structures import Boxes3D, Frame, InvalidInput, Labels, LossTerms, Predictions
 from ..training.ema import make_teacher, update_ema
 from ..training.loop import LoopConfig, run_steps
 from ..training.run_folder import RunFolder

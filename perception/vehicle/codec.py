@@ -31,7 +31,8 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 from torch import Tensor
 
-from ..structures import SMASHED_SCHEMA_VERSION, InvalidInput, SmashedScene, SplitSpec, UpcycleError, VoxelGrid
+from ..features import SMASHED_SCHEMA_VERSION, SmashedScene, SplitSpec, VoxelGrid
+from ..structures import InvalidInput, UpcycleError
 
 CODECS = ("fp16", "int8")
 FEATURE_LIMIT = 65504.0  # the largest half-precision number

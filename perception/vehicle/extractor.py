@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..features import SmashedScene, SparseVoxels, SplitFeatures, SplitSpec
 from ..models.encoders.fingerprint import RigSpec, encoder_fingerprint
-from ..structures import InvalidInput, PointCloud, SmashedScene, SparseVoxels, SplitFeatures, SplitSpec
+from ..structures import InvalidInput, PointCloud
 from .codec import CODECS
 from .shards import ShardWriteError, ShardWriter
 

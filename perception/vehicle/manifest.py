@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..structures import SMASHED_SCHEMA_VERSION, SplitSpec, UpcycleError
+from ..features import SMASHED_SCHEMA_VERSION, SplitSpec
+from ..structures import UpcycleError
 from .codec import (
     CODECS,
     FINGERPRINT_PATTERN,

@@ -23,8 +23,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ..features import SmashedScene, SplitSpec
 from ..files import write_atomically
-from ..structures import InvalidInput, SmashedScene, SplitSpec, UpcycleError
+from ..structures import InvalidInput, UpcycleError
 from .codec import CODECS, encode_scene
 from .manifest import (
     MAX_MEMBERS,

@@ -29,7 +29,8 @@ from matplotlib.patches import Patch, Polygon, Rectangle
 from torch import Tensor
 
 from ..boxes import corners_bev
-from ..structures import InvalidInput, Labels, PointCloud, Predictions, SmashedScene, SplitFeatures
+from ..features import SmashedScene, SplitFeatures
+from ..structures import InvalidInput, Labels, PointCloud, Predictions
 
 Ground = PointCloud | SmashedScene | SplitFeatures | None  # what lies under the boxes
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from upcycle3d.perception.features import VoxelGrid
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
 from upcycle3d.perception.models.openpcdet import PARTS, load_openpcdet, to_our_name
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig, second_iou
-from upcycle3d.perception.structures import InvalidInput, VoxelGrid
+from upcycle3d.perception.structures import InvalidInput
 
 CONFIG = SecondIouDetectorConfig(
     encoder=SecondEncoderConfig(

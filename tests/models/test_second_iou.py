@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from upcycle3d.ops.iou3d import iou_3d
+from upcycle3d.perception.features import SplitFeatures, VoxelGrid
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig, height_compression
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
@@ -18,7 +19,7 @@ from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig, second_iou
 from upcycle3d.perception.models.targets import RoiSampling
 from upcycle3d.perception.presets import KITTI_SECOND_IOU
-from upcycle3d.perception.structures import InvalidInput, Labels, PointCloud, Predictions, SplitFeatures, VoxelGrid
+from upcycle3d.perception.structures import InvalidInput, Labels, PointCloud, Predictions
 
 TINY = SecondIouDetectorConfig(
     encoder=SecondEncoderConfig(

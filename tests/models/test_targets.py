@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from upcycle3d.perception.boxes import decode_residuals
+from upcycle3d.perception.features import SplitSpec, VoxelGrid
 from upcycle3d.perception.models.anchors import ANCHOR_YAWS, AnchorClass, make_anchors
 from upcycle3d.perception.models.targets import (
     RoiSampling,
@@ -16,7 +17,7 @@ from upcycle3d.perception.models.targets import (
     match_rois,
     sample_rois,
 )
-from upcycle3d.perception.structures import Labels, SplitSpec, VoxelGrid
+from upcycle3d.perception.structures import Labels
 
 CAR = AnchorClass(name="Car", size=(4.0, 2.0, 1.5), bottom_z=-0.75, matched=0.55, unmatched=0.40)
 VAN = AnchorClass(name="Van", size=(4.0, 2.0, 1.5), bottom_z=-0.75, matched=0.55, unmatched=0.40)

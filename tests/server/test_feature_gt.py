@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from upcycle3d.ops.iou3d import iou_bev
+from upcycle3d.perception.features import SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
 from upcycle3d.perception.server.feature_gt import (
@@ -21,17 +22,7 @@ from upcycle3d.perception.server.feature_gt import (
     paste_objects,
     sample_objects,
 )
-from upcycle3d.perception.structures import (
-    Boxes3D,
-    Frame,
-    InvalidInput,
-    Labels,
-    PointCloud,
-    SparseVoxels,
-    SplitFeatures,
-    SplitSpec,
-    VoxelGrid,
-)
+from upcycle3d.perception.structures import Boxes3D, Frame, InvalidInput, Labels, PointCloud
 from upcycle3d.perception.vehicle.codec import round_trip
 
 GRID = VoxelGrid(range=(0.0, -8.0, -1.0, 16.0, 8.0, 3.0), voxel_size=(0.125, 0.125, 0.125))

@@ -18,10 +18,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from upcycle3d.perception.features import SmashedScene, SplitSpec, VoxelGrid
 from upcycle3d.perception.server import ingest as ingest_module
 from upcycle3d.perception.server.ingest import IngestReport, StoreWriteError, ingest
 from upcycle3d.perception.server.store import BrokenStore, SmashedStore, to_split_features
-from upcycle3d.perception.structures import InvalidInput, SmashedScene, SplitSpec, VoxelGrid
+from upcycle3d.perception.structures import InvalidInput
 from upcycle3d.perception.vehicle.codec import CorruptScene, canonical_json, encode_scene, round_trip
 from upcycle3d.perception.vehicle.manifest import read_manifest
 from upcycle3d.perception.vehicle.shards import ShardWriter

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from upcycle3d.perception.features import VoxelGrid
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
@@ -25,7 +26,7 @@ from upcycle3d.perception.server.methods import METHODS
 from upcycle3d.perception.server.pseudo_labels import ScoreThresholds
 from upcycle3d.perception.server.store import SmashedStore
 from upcycle3d.perception.server.trainer import UpcycleConfig, upcycle
-from upcycle3d.perception.structures import Frame, InvalidInput, Labels, PointCloud, UpcycleError, VoxelGrid
+from upcycle3d.perception.structures import Frame, InvalidInput, Labels, PointCloud, UpcycleError
 from upcycle3d.perception.training.loop import LoopConfig
 from upcycle3d.perception.training.optim import OneCycle
 from upcycle3d.perception.training.run_folder import RunFolder

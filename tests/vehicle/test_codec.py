@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 
-from upcycle3d.perception.structures import InvalidInput, SmashedScene, SplitSpec, UpcycleError, VoxelGrid
+from upcycle3d.perception.features import SmashedScene, SplitSpec, VoxelGrid
+from upcycle3d.perception.structures import InvalidInput, UpcycleError
 from upcycle3d.perception.vehicle.codec import (
     CODECS,
     CorruptScene,

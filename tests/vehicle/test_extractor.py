@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from upcycle3d.perception.features import SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
 from upcycle3d.perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
-from upcycle3d.perception.structures import InvalidInput, PointCloud, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.perception.structures import InvalidInput, PointCloud
 from upcycle3d.perception.vehicle.codec import round_trip
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
 from upcycle3d.perception.vehicle.manifest import read_manifest

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from upcycle3d.perception.structures import InvalidInput, SmashedScene, SplitSpec, UpcycleError, VoxelGrid
+from upcycle3d.perception.features import SmashedScene, SplitSpec, VoxelGrid
+from upcycle3d.perception.structures import InvalidInput, UpcycleError
 from upcycle3d.perception.vehicle.codec import FeatureOverflow, ForeignScene, decode_scene
 from upcycle3d.perception.vehicle.manifest import MAX_MANIFEST_BYTES, BrokenShard, parse_manifest, read_manifest
 from upcycle3d.perception.vehicle.shards import ShardWriteError, ShardWriter, read_members

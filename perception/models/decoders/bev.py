@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...structures import SparseVoxels
+from ...features import SparseVoxels
 
 
 def height_compression(voxels: SparseVoxels) -> Tensor:

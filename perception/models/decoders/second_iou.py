@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....ops.roi_grid import roi_grid_sample
-from ...structures import Labels, LossTerms, Predictions, SplitFeatures, SplitSpec
+from ...features import SplitFeatures, SplitSpec
+from ...structures import Labels, LossTerms, Predictions
 from ..anchors import KITTI_ANCHORS, AnchorClass, make_anchors
 from ..losses import box_code_loss, sigmoid_focal_loss
 from ..post_processing import FinalNms, ProposalNms, Proposals, propose, select_detections

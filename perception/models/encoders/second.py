@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ....ops.sparse_conv import Rulebook, StridedConv3d, SubmanifoldConv3d, submanifold_rulebook
 from ....ops.voxelize import voxelize
-from ...structures import InvalidInput, PointCloud, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from ...features import SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from ...structures import InvalidInput, PointCloud
 
 
 @dataclass(frozen=True, kw_only=True)
