@@ -43,6 +43,9 @@ def main() -> None:
     parser.add_argument("--max-objects", type=int, help="cars F-GT fills a scene up to, instead of the preset's")
     parser.add_argument("--unlabelled-batch", type=int, help="smashed scenes a step instead of the preset's")
     parser.add_argument("--teacher-box-weight", type=float, help="box regression towards teacher boxes instead of the preset's")
+    parser.add_argument(
+        "--share", type=Path, help="the --out of a finished run that differs in upcycling settings only: use its data and source"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -61,6 +64,8 @@ def main() -> None:
         job = MainJob(
             config=config, folder=arguments.out / f"seed{seed}", say=lambda text, s=seed: print(f"seed {s}: {text}", flush=True)
         )
+        if arguments.share:
+            job.share(arguments.share / f"seed{seed}")
         job.data()
         job.train_source()
         job.extract_fleet()

@@ -48,6 +48,10 @@ from .vehicle.extractor import Extractor, extract
 from .vehicle.shards import ShardWriter
 
 
+# What does not depend on the upcycling settings.
+_SHARED = ("source_raw", "source", "source_gt", "source_run", "target_raw", "target", "store", "receipts.json", "extraction.json")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MainJobConfig:
     """source, target: domains. labelled, fleet, validation: numbers of frames. seed: of the data and of every training."""
@@ -112,6 +116,23 @@ class MainJob:
             raise InvalidInput(f"{self.folder} is not empty and holds no job; choose another folder")
         else:
             write_atomically(path, json.dumps(wanted, indent=1).encode())
+
+    def share(self, other: Path) -> None:
+        """Use data, source model and smashed scenes of the job in ``other``, by links. Both may differ in ``preset.upcycle`` only.
+
+        Raises InvalidInput for a folder without a job, or a job that differs in anything else.
+        """
+        path = other / "job.json"
+        if not path.exists():
+            raise InvalidInput(f"{other} holds no job to share; run that one first")
+        theirs, ours = json.loads(path.read_text()), config_to_json(replace(self.config, workers=0))
+        difference = first_difference(*({**job, "preset": {**job["preset"], "upcycle": None}} for job in (theirs, ours)))
+        if difference:
+            raise InvalidInput(f"the job in {other} cannot be shared: {difference}; only upcycling settings may differ")
+        self._claim_folder()
+        for name in _SHARED:
+            if not (self.folder / name).exists():
+                (self.folder / name).symlink_to((other / name).resolve())
 
     # ---- data
 
