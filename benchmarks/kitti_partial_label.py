@@ -31,7 +31,6 @@ from upcycle3d.tools.console import print_table, write_json
 
 METHODS = ("source_continued", "pseudo_label", "upcycling")
 LISTS = {"all": "", "disjoint": "_disjoint"}
-PRESET = "kitti_small"
 
 
 def run(*arguments: object) -> None:
@@ -43,14 +42,14 @@ def run(*arguments: object) -> None:
         raise SystemExit(f"{' '.join(map(str, arguments))}\n{done.stdout}{done.stderr}")
 
 
-def one_job(root: Path, out: Path, name: str, suffix: str, seed: int) -> dict[str, dict[str, object]]:
+def one_job(preset: str, root: Path, out: Path, name: str, suffix: str, seed: int) -> dict[str, dict[str, object]]:
     """AP of every method for one list of splits and one seed."""
     data, job = out / f"data_{name}", out / f"{name}_seed{seed}"
     source, store = job / "source_only", job / "store"
     if not (source / "detector.safetensors").exists():
         run(
             "train",
-            PRESET,
+            preset,
             "--data",
             data,
             "--split",
@@ -86,7 +85,7 @@ def one_job(root: Path, out: Path, name: str, suffix: str, seed: int) -> dict[st
     for method in ("source_only", *METHODS):
         folder = job / method
         if not (folder / "detector.safetensors").exists():
-            run("upcycle", PRESET, "--data", data, "--split", f"train{suffix}", "--checkpoint", source, "--store", store, "--method", method,
+            run("upcycle", preset, "--data", data, "--split", f"train{suffix}", "--checkpoint", source, "--store", store, "--method", method,
                 "--truth", job / "receipts.json", data, "--out", folder, "--seed", seed, "--workers", 0, "--resume")  # fmt: skip
         for overlaps in ("official", "loose"):
             result = folder / f"{overlaps}.json"
@@ -154,6 +153,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--preset", default="kitti_small", help="kitti_small (SECOND-IoU) or kitti_small_pv_rcnn")
     parser.add_argument("--lists", nargs="+", default=list(LISTS), choices=LISTS)
     arguments = parser.parse_args()
     for name in arguments.lists:
@@ -181,7 +181,7 @@ def main() -> None:
         print(f"{name} lists: {len(ids)} validation frames, {moderate} moderate cars")
     jobs = [(name, LISTS[name], seed) for seed in arguments.seeds for name in arguments.lists]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda job: one_job(arguments.root, arguments.out, *job), jobs))
+        found = list(pool.map(lambda job: one_job(arguments.preset, arguments.root, arguments.out, *job), jobs))
     summary: dict[str, object] = {}
     for name in arguments.lists:
         rows = []

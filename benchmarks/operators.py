@@ -1,4 +1,4 @@
-"""How fast the CPU operators are: voxelisation, rotated IoU, rotated NMS, on made-up scenes of real size.
+"""How fast the CPU operators are: voxelisation, rotated IoU and NMS, PV-RCNN's point operators, on made-up scenes of real size.
 
     python benchmarks/operators.py [--threads 1] [--repeats 20] [--json FILE]
 
@@ -22,8 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upcycle3d.ops.ball_query import Neighbours, ball_query
+from upcycle3d.ops.bev_interpolate import bev_interpolate
+from upcycle3d.ops.farthest_point import farthest_point_sample
 from upcycle3d.ops.iou3d import iou_3d, iou_bev
 from upcycle3d.ops.nms import nms_rotated
+from upcycle3d.ops.segment_max import segment_max
 from upcycle3d.ops.voxelize import voxelize
 from upcycle3d.tools.console import write_json
 
@@ -54,6 +58,62 @@ def clustered_boxes(count: int, objects: int, *, spread: float, seed: int) -> Te
     return (place[torch.randint(objects, (count,), generator=generator)] + noise).clamp_min(
         torch.tensor([-math.inf, -math.inf, -math.inf, 0.5, 0.5, 0.5, -math.inf])
     )
+
+
+def cells(points: Tensor, stride: int) -> Tensor:
+    """(M, 3) int64 z, y, x of the cells of 0.05 x 0.05 x 0.1 m times ``stride`` that hold points, ascending."""
+    size = stride * torch.tensor([0.1, 0.05, 0.05])
+    return torch.unique(((points[:, :3].flip(1) - torch.tensor([-3.0, -40, 0])) / size).floor().long(), dim=0)
+
+
+def set_abstraction_calls() -> dict[str, Callable[[], object]]:
+    """The point operators at the size of PV-RCNN on KITTI: a fifth of a scan, in front of the vehicle, 2,048 keypoints."""
+    points = scan(120_000)[:, :3]
+    points = points[(points[:, 0] > 0) & (points[:, 1].abs() < 0.75 * points[:, 0]) & (points[:, 2] > -3) & (points[:, 2] < 1)]
+    points = points.contiguous()
+    scene = (0, len(points))
+    keypoints, key_scene = points[farthest_point_sample(points, scene, 2048)[0]], (0, 2048)
+    # Radii and limits of the raw points and the four sparse stages; cells stand in for what strided convolutions leave occupied.
+    sources = [(points, (0.4, 0.8), (16, 16))]
+    for stride, radii, limits in (
+        (1, (0.4, 0.8), (16, 16)),
+        (2, (0.8, 1.2), (16, 32)),
+        (4, (1.2, 2.4), (16, 32)),
+        (8, (2.4, 4.8), (16, 32)),
+    ):
+        centre = (cells(points, stride).flip(1) + 0.5) * torch.tensor([0.05, 0.05, 0.1]) * stride + torch.tensor([0.0, -40, -3])
+        sources.append((centre, radii, limits))
+    boxes = clustered_boxes(128, 40, spread=0.3, seed=5)
+    boxes[:, :3] = keypoints[::16]  # proposals stand where points are
+    steps = (torch.arange(6) + 0.5) / 6 - 0.5
+    # Unlike PV-RCNN's the grid is not turned with the box: that changes no count worth timing.
+    grid = (torch.cartesian_prod(steps, steps, steps) * boxes[:, None, 3:6] + boxes[:, None, :3]).flatten(0, 1)
+
+    def all_sources() -> list[list[Neighbours]]:
+        return [ball_query(keypoints, key_scene, s, (0, len(s)), radii, limits) for s, radii, limits in sources]
+
+    generator = torch.Generator().manual_seed(6)
+    neighbours = all_sources()[-1][1]
+    values = torch.randn(len(neighbours.index), 64, generator=generator, requires_grad=True)
+    coarse = cells(points, 8)
+    coords = torch.cat([torch.zeros(len(coarse), 1, dtype=torch.int64), coarse], 1).int()
+    coords[:, 1] //= 3  # the two levels that are left after the last convolution
+    coords = torch.unique(coords, dim=0)
+    features = torch.randn(len(coords), 128, generator=generator, requires_grad=True)
+    positions = (keypoints[:, :2] + torch.tensor([0.0, 40])) / 0.4
+
+    def interpolate() -> Tensor:
+        return bev_interpolate(features, coords, (2, 200, 176), positions, key_scene, 1)
+
+    return {
+        f"2,048 farthest of {len(points):,}": lambda: farthest_point_sample(points, scene, 2048),
+        "balls, 2,048 in 5 sources": all_sources,
+        "balls, 27,648 in 2,048": lambda: ball_query(grid, (0, len(grid)), keypoints, key_scene, (0.8, 1.6), (16, 16)),
+        f"segment max {len(values):,} x 64": lambda: segment_max(values, neighbours.starts),
+        "segment max and gradient": lambda: segment_max(values, neighbours.starts).sum().backward(),
+        "BEV at 2,048 points, 128 x 2": interpolate,
+        "BEV at points and gradient": lambda: interpolate().sum().backward(),
+    }
 
 
 def measure(call: Callable[[], object], repeats: int) -> tuple[float, float]:
@@ -110,6 +170,7 @@ def main() -> None:
         "NMS 4096, 0.7, tight clusters": lambda: nms_rotated(tight, scores, 0.7),
         "NMS 4096, 0.7, loose clusters": lambda: nms_rotated(loose, scores, 0.7),
         "NMS 4096, 0.1, loose clusters": lambda: nms_rotated(loose, scores, 0.1),
+        **set_abstraction_calls(),
     }
     where = environment()
     print("\n".join(f"{name:8s} {value}" for name, value in where.items()))

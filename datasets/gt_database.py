@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 
 from ..ops.iou3d import iou_bev
-from ..ops.points_in_boxes import count_points_in_boxes, points_in_boxes, points_in_boxes_mask
+from ..ops.points_in_boxes import points_in_boxes, points_in_boxes_mask
 from ..perception.files import atomic_file
 from ..perception.structures import Frame, InvalidInput, Labels, PointCloud
 from .fingerprint import combine_digests, frame_digest
 from .frame_source import FrameSource
 
 SCHEMA_VERSION = 1
+MIN_POINTS = 5  # in an object's box; with fewer there is nothing to learn from (OpenPCDet ``filter_by_min_points``)
 
 _INDEX_SCHEMA = pa.schema(
     [
@@ -44,7 +45,7 @@ _INDEX_SCHEMA = pa.schema(
         ("box", pa.list_(pa.float32(), 7)),
         ("offset", pa.int64()),  # first row of the object in the file of points
         ("rows", pa.int64()),  # how many it has there
-        ("num_points", pa.int64()),  # how many of them lie in the box itself (fewer than rows if the cut was enlarged)
+        ("num_points", pa.int64()),  # the same number; an earlier program could cut with an enlarged box
     ]
 )
 
@@ -56,7 +57,6 @@ class GtObject:
     box: Tensor
     class_index: int
     difficulty: int
-    num_points: int
     points: PointCloud
     frame_id: str
 
@@ -104,7 +104,7 @@ class GtDatabase:
             )
         self.boxes = torch.from_numpy(table["box"].combine_chunks().flatten().to_numpy().reshape(-1, 7).copy())
         self.classes = torch.from_numpy(table["class"].to_numpy().astype(np.int64))
-        self._rest = table.select(["frame_id", "difficulty", "offset", "rows", "num_points"])
+        self._rest = table.select(["frame_id", "difficulty", "offset", "rows"])
         self._objects = self.path / Path(header["objects"]).name
         self._width = 3 + len(self.feature_names)
         needed = int((table["offset"].to_numpy() + table["rows"].to_numpy()).max(initial=0)) * self._width * 4
@@ -129,7 +129,6 @@ class GtDatabase:
             box=self.boxes[index].clone(),
             class_index=int(self.classes[index]),
             difficulty=row["difficulty"],
-            num_points=row["num_points"],
             points=PointCloud(
                 xyz=points[:, :3].contiguous(), features=points[:, 3:].contiguous(), feature_names=self.feature_names
             ),
@@ -137,21 +136,13 @@ class GtDatabase:
         )
 
 
-def build_gt_database(
-    source: FrameSource,
-    out: Path,
-    *,
-    class_names: Sequence[str],
-    fingerprint: str,
-    min_points: int = 5,
-    enlarge: float = 0.0,
-) -> GtDatabase:
+def build_gt_database(source: FrameSource, out: Path, *, class_names: Sequence[str], fingerprint: str) -> GtDatabase:
     """Cut every labelled object out of ``source`` into the folder ``out``, one frame in memory at a time.
 
     fingerprint: of the labelled split (``split_fingerprint``); it is checked against the labels that are read, so that a database
-    cannot bear the name of a split it was not made from. min_points: objects with fewer points in their box are left out, and so
-    are ignored ones (weight 0) and boxes that are not exact. enlarge: metres added to each size of the box that cuts.
-    A database that was in ``out`` before serves until the new one is complete.
+    cannot bear the name of a split it was not made from. Objects with fewer than ``MIN_POINTS`` points in their box are left out,
+    and so are ignored ones (weight 0) and boxes that are not exact. A database that was in ``out`` before serves until the new
+    one is complete.
     Raises ``InvalidInput`` if the labels have another fingerprint or frames differ in their point features.
     """
     out = Path(out)
@@ -159,7 +150,7 @@ def build_gt_database(
     temporary = out / f".objects.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            columns, features, checksum, found = _cut(source, file, tuple(class_names), min_points, enlarge)
+            columns, features, checksum, found = _cut(source, file, tuple(class_names))
             file.flush()
             os.fsync(file.fileno())
         if found != fingerprint:
@@ -183,8 +174,6 @@ def build_gt_database(
         "feature_names": features,
         "fingerprint": fingerprint,
         "num_frames": len(source),
-        "min_points": min_points,
-        "enlarge": enlarge,
         "objects": objects_name,
         "index": index_name,
     }
@@ -196,9 +185,7 @@ def build_gt_database(
     return GtDatabase.open(out, expected_fingerprint=fingerprint)
 
 
-def _cut(
-    source: FrameSource, file: BinaryIO, class_names: tuple[str, ...], min_points: int, enlarge: float
-) -> tuple[pa.Table, tuple[str, ...], int, str]:
+def _cut(source: FrameSource, file: BinaryIO, class_names: tuple[str, ...]) -> tuple[pa.Table, tuple[str, ...], int, str]:
     """Writes the points of all objects to ``file``; gives index, feature names, checksum and the fingerprint of what was read."""
     if len(source) == 0:
         raise InvalidInput("cannot build a GT database from no frame: the split is empty")
@@ -215,30 +202,27 @@ def _cut(
                 f"frame {frame.id!r} has point features {frame.points.feature_names}, the first frame has {features}"
             )
         labels = frame.labels.select((frame.labels.weight > 0) & frame.labels.exact)
-        num_points = count_points_in_boxes(frame.points.xyz, labels.boxes.data)
-        keep = num_points >= min_points
-        labels, num_points = labels.select(keep), num_points[keep]
-        boxes = labels.boxes.data.float()
-        cutting = boxes + boxes.new_tensor([0, 0, 0, enlarge, enlarge, enlarge, 0])
-        rows = []
-        for mask in points_in_boxes_mask(frame.points.xyz, cutting):
+        masks = points_in_boxes_mask(frame.points.xyz, labels.boxes.data)
+        keep = masks.sum(1) >= MIN_POINTS
+        labels, masks = labels.select(keep), masks[keep]
+        for mask in masks:
             cloud = frame.points.select(mask)
             blob = torch.cat([cloud.xyz, cloud.features], 1).float().numpy().astype("<f4").tobytes()
             file.write(blob)
             checksum = zlib.crc32(blob, checksum)
-            rows.append(len(cloud))
-        ends = offset + np.cumsum(rows, dtype=np.int64)
+        rows = masks.sum(1).numpy()
+        ends = offset + np.cumsum(rows)
         columns = {
             "frame_id": [frame.id] * len(labels),
             "class": labels.classes.int().numpy(),
             "difficulty": labels.difficulty.int().numpy(),
-            "box": pa.FixedSizeListArray.from_arrays(pa.array(boxes.flatten().numpy()), 7),
-            "offset": ends - np.asarray(rows, np.int64),
-            "rows": np.asarray(rows, np.int64),
-            "num_points": num_points.numpy(),
+            "box": pa.FixedSizeListArray.from_arrays(pa.array(labels.boxes.data.float().flatten().numpy()), 7),
+            "offset": ends - rows,
+            "rows": rows,
+            "num_points": rows,
         }
         tables.append(pa.table(columns, schema=_INDEX_SCHEMA))
-        offset += sum(rows)
+        offset += int(rows.sum())
     index = pa.concat_tables([_INDEX_SCHEMA.empty_table(), *tables]).combine_chunks()
     return index, features, checksum, combine_digests(digests)
 
@@ -303,7 +287,7 @@ def paste(frame: Frame, objects: Sequence[GtObject]) -> Frame:
     pasted = Labels.make(
         boxes,
         torch.tensor([o.class_index for o in objects]),
-        num_points=torch.tensor([o.num_points for o in objects]),
+        num_points=torch.tensor([len(o.points) for o in objects]),
         difficulty=torch.tensor([o.difficulty for o in objects]),
     )
     return replace(

@@ -48,15 +48,14 @@ class KittiDataset:
     z_shift: float = 0.0
     crop_to_camera: bool = True
     with_labels: bool = True
-    part: str = "training"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
         object.__setattr__(self, "ids", tuple(self.ids))
         object.__setattr__(self, "classes", tuple(self.classes))
-        if not (Path(self.root) / self.part).is_dir():
+        if not (Path(self.root) / "training").is_dir():
             raise InvalidInput(
-                f"no folder {Path(self.root) / self.part}; the root must hold {self.part}/velodyne, calib and label_2"
+                f"no folder {Path(self.root) / 'training'}; the root must hold training/velodyne, calib and label_2"
             )
         if self.points_folder not in ("auto", "velodyne", "velodyne_reduced"):
             raise InvalidInput(f"points_folder must be auto, velodyne or velodyne_reduced, found {self.points_folder!r}")
@@ -81,7 +80,7 @@ class KittiDataset:
 
     def path(self, folder: str, frame_id: str, suffix: str) -> Path:
         """The file of a frame. Raises InvalidInput naming frame, path and root if it is missing."""
-        path = Path(self.root) / self.part / folder / f"{frame_id}{suffix}"
+        path = Path(self.root) / "training" / folder / f"{frame_id}{suffix}"
         if not path.is_file():
             raise InvalidInput(
                 f"frame {frame_id}: no file {path} (root {self.root}); check the root, the split and that {folder} is unpacked"
@@ -90,14 +89,14 @@ class KittiDataset:
 
     def calibration(self, frame_id: str) -> Calibration:
         """The frame's calibration, z shift included, with the size of its picture if that is there, else ``DEFAULT_IMAGE_SIZE``."""
-        picture = Path(self.root) / self.part / "image_2" / f"{frame_id}.png"
+        picture = Path(self.root) / "training" / "image_2" / f"{frame_id}.png"
         size = read_png_size(picture) if picture.is_file() else DEFAULT_IMAGE_SIZE
         return shift_calibration(read_calibration(self.path("calib", frame_id, ".txt"), image_size=size), self.z_shift)
 
     def _points(self, frame_id: str, calibration: Calibration) -> PointCloud:
         name = self.points_folder
         if name == "auto":
-            reduced = Path(self.root) / self.part / "velodyne_reduced" / f"{frame_id}.bin"
+            reduced = Path(self.root) / "training" / "velodyne_reduced" / f"{frame_id}.bin"
             name = "velodyne_reduced" if self.crop_to_camera and reduced.is_file() else "velodyne"
         points = read_points(self.path(name, frame_id, ".bin"))
         if self.z_shift:

@@ -89,13 +89,13 @@ class KittiObjects:
         return level
 
 
-def parse_objects(text: str, source: str, *, known_types: tuple[str, ...] | None = None) -> KittiObjects:
+def parse_objects(text: str, source: str) -> KittiObjects:
     """The objects of a label (15 columns) or detection (16 columns) text; an empty text holds none (``scores`` is then None).
 
-    source: what error messages call the text, usually its path. known_types: refuse any other type, e.g. ``KITTI_TYPES``.
+    source: what error messages call the text, usually its path.
 
     Raises InvalidInput with source and line: a wrong number of columns, a value that is no finite number, a box without
-    positive size (-1 -1 -1, "not known", is legal, and so is anything for DontCare), an unknown type.
+    positive size (-1 -1 -1, "not known", is legal, and so is anything for DontCare).
     """
     types: list[str] = []
     rows: list[list[float]] = []
@@ -113,8 +113,6 @@ def parse_objects(text: str, source: str, *, known_types: tuple[str, ...] | None
             raise InvalidInput(f"{where}: all columns after the type must be numbers ({error}): {line.strip()!r}") from error
         if not all(map(math.isfinite, values)):
             raise InvalidInput(f"{where}: found NaN or inf: {line.strip()!r}")
-        if known_types is not None and words[0] not in known_types:
-            raise InvalidInput(f"{where}: {unknown_class(words[0], known_types)}")
         size = values[7:10]
         if min(size) <= 0 and size != [-1.0, -1.0, -1.0] and words[0] != "DontCare":
             raise InvalidInput(
@@ -138,7 +136,7 @@ def parse_objects(text: str, source: str, *, known_types: tuple[str, ...] | None
     )
 
 
-def read_objects(path: Path | str, *, known_types: tuple[str, ...] | None = None) -> KittiObjects:
+def read_objects(path: Path | str) -> KittiObjects:
     """``parse_objects`` of a file. Raises InvalidInput also if it is missing or no text."""
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -146,7 +144,7 @@ def read_objects(path: Path | str, *, known_types: tuple[str, ...] | None = None
         raise InvalidInput(f"cannot read the objects of {path}: {error.strerror}; check the folder and the frame id") from error
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{path} is no text file ({error}); expected KITTI's label_2 format") from error
-    return parse_objects(text, str(path), known_types=known_types)
+    return parse_objects(text, str(path))
 
 
 def format_objects(objects: KittiObjects) -> str:
@@ -167,20 +165,14 @@ def write_objects(path: Path | str, objects: KittiObjects) -> None:
     write_atomically(Path(path), format_objects(objects).encode())
 
 
-def labels_from_kitti(
-    objects: KittiObjects,
-    calibration: Calibration,
-    classes: tuple[str, ...],
-    *,
-    neighbours: Mapping[str, tuple[str, ...]] = NEIGHBOURS,
-) -> Labels:
+def labels_from_kitti(objects: KittiObjects, calibration: Calibration, classes: tuple[str, ...]) -> Labels:
     """Labels in the LiDAR frame of the objects whose type is in ``classes`` (class = its place there), in file order.
 
     A neighbouring type (Van for Car, Person_sitting for Pedestrian), unless it is a class itself, is kept with the class's index
     and weight 0: neither object nor background. Other types and DontCare are dropped. ``difficulty`` by the official limits;
     ``num_points`` is unknown here.
     """
-    index_of = {other: classes.index(name) for name, others in neighbours.items() if name in classes for other in others}
+    index_of = {other: classes.index(name) for name, others in NEIGHBOURS.items() if name in classes for other in others}
     index_of |= {name: i for i, name in enumerate(classes)}
     index_of.pop("DontCare", None)
     kept = objects.select(torch.tensor([t in index_of for t in objects.types], dtype=torch.bool))

@@ -228,13 +228,13 @@ def _publish(
 class PreparedDataset:
     """A prepared dataset, or the frames of one split of it, as a ``FrameSource``.
 
-    root: the folder ``prepare`` wrote. split: a split's name, a sequence of frame ids, or None for every frame.
+    root: the folder ``prepare`` wrote. split: a split's name, or None for every frame.
     The index is held in Arrow buffers, which forked workers share; points are mapped frame by frame, only while they are copied
     out, so memory does not grow with what was read and no open file is handed to a worker.
-    Raises ``InvalidInput`` if the folder is not a finished prepared dataset, was cut off, or lacks the split or an id.
+    Raises ``InvalidInput`` if the folder is not a finished prepared dataset, was cut off, or lacks the split.
     """
 
-    def __init__(self, root: Path, split: str | Sequence[str] | None = None) -> None:
+    def __init__(self, root: Path, split: str | None = None) -> None:
         self.root = Path(root)
         try:
             header = json.loads((self.root / "dataset.json").read_text())
@@ -248,12 +248,11 @@ class PreparedDataset:
         self.feature_names: tuple[str, ...] = tuple(header["feature_names"])
         self.notes: Notes = header["notes"]
         self.splits: dict[str, int] = {name: len(names) for name, names in header["splits"].items()}
-        if isinstance(split, str) and split not in header["splits"]:
+        if split is not None and split not in header["splits"]:
             raise InvalidInput(f"{self.root} has no split {split!r}; it has {sorted(header['splits'])}")
         table = read_index(self.root / Path(header["index"]).name)
         position = {frame_id: i for i, frame_id in enumerate(table["id"].to_pylist())}
-        wanted = position if split is None else header["splits"][split] if isinstance(split, str) else split
-        self.ids: tuple[str, ...] = tuple(wanted)
+        self.ids: tuple[str, ...] = tuple(position if split is None else header["splits"][split])
         unknown = [frame_id for frame_id in self.ids if frame_id not in position]
         if unknown or not self.ids:
             raise InvalidInput(f"{len(unknown)} of {len(self.ids)} frames asked of {self.root} are not in it: {unknown[:3]}")

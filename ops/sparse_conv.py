@@ -14,8 +14,6 @@ gathered copies, are kept for the backward.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -27,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from .rulebook import Rulebook, Triple, strided_rulebook, submanifold_rulebook
 from .spconv_backend import sparse_conv_spconv, spconv_runs_on_cuda
+from .threads import in_threads
 
 _PRODUCT = 1 << 18  # multiply-adds of one tile's product; above this BLAS (OpenBLAS, for numba) starts threads of its own
 _TILES = (8, 256)  # the least and most pairs of a tile
@@ -148,7 +147,7 @@ class _SparseConv(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             total = weight.new_zeros(len(rulebook.starts) - 1, weight.shape[0], weight.shape[4])  # (K, out, in)
             arrays = (features, grad, rulebook.pairs_in, rulebook.pairs_out)
-            _in_threads(_weight_gradient, len(total), *(t.numpy() for t in arrays), np.array(rulebook.starts), total.numpy())
+            in_threads(_weight_gradient, len(total), *(t.numpy() for t in arrays), np.array(rulebook.starts), total.numpy())
             grad_weight = total.transpose(0, 1).reshape(weight.shape)
         return grad_features, grad_weight, None
 
@@ -159,7 +158,7 @@ def _convolve(
     """(num_rows, C_to): per offset k, ``source[rows_from] @ matrices[k]`` added to ``rows_to``, which ascend within an offset."""
     out = source.new_zeros(num_rows, matrices.shape[2])
     arrays = (t.numpy() for t in (source, matrices, rows_from, rows_to))
-    _in_threads(_convolve_range, -(-num_rows // _RANGE), *arrays, np.array(starts), out.numpy())
+    in_threads(_convolve_range, -(-num_rows // _RANGE), *arrays, np.array(starts), out.numpy())
     return out
 
 
@@ -176,29 +175,6 @@ def _ascending_by_input(rulebook: Rulebook) -> tuple[Tensor, Tensor]:
     offset = torch.repeat_interleave(torch.arange(len(counts)), counts)
     order = torch.argsort(offset * rulebook.num_in + rows_in)
     return rulebook.pairs_out[order], rows_in[order]
-
-
-def _in_threads(kernel: Callable[..., None], count: int, *args: Any) -> None:
-    """Run ``kernel(task, *args)`` for every task below ``count``; each of torch's threads takes the next one when it is free.
-
-    The kernel releases the GIL and writes only what its task owns. Threads live for one call: a pool kept in the module would
-    be dead, and hang, in a forked data-loading worker.
-    """
-    tasks = iter(range(count))
-
-    def work() -> None:
-        for task in tasks:
-            kernel(task, *args)
-
-    helpers = min(torch.get_num_threads(), count) - 1
-    if helpers < 1:
-        work()
-        return
-    with ThreadPoolExecutor(helpers) as pool:
-        futures = [pool.submit(work) for _ in range(helpers)]
-        work()
-        for future in futures:
-            future.result()
 
 
 @numba.njit(cache=True, nogil=True)

@@ -28,6 +28,13 @@ def wrap_angle(angle: Tensor) -> Tensor:
     return torch.where(wrapped >= math.pi, torch.full_like(wrapped, -math.pi), wrapped)  # float rounding at the seam
 
 
+def rotate_z(xyz: Tensor, angle: Tensor) -> Tensor:
+    """Points (..., 3) turned about the vertical axis by ``angle`` (...) rad, counter-clockwise from above."""
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    x, y, z = xyz.unbind(-1)
+    return torch.stack([x * cos - y * sin, x * sin + y * cos, z], -1)
+
+
 def corners_bev(boxes: Tensor) -> Tensor:
     """Corners seen from above: (N, 7) -> (N, 4, 2) x, y, counter-clockwise, starting front left."""
     signs = boxes.new_tensor([[1, 1], [-1, 1], [-1, -1], [1, -1]]) / 2

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from .features import SmashedScene
+from .features import SmashedScene, SplitSpec
 from .main_job import MainJob, MethodResult
+from .models.pv_rcnn import PvRcnnDetectorConfig
 from .server.methods import METHODS
 from .training.detector_files import load_detector
 from .training.run_folder import RunFolder
@@ -44,9 +45,10 @@ def _story(job: MainJob, results: Mapping[str, MethodResult], summary: Mapping[s
     c, source, up = job.config, results["source_only"].student, results["upcycling"].student
     gap = summary["closed_gap_bev"]
     ratio = _number(summary, "bytes_per_frame") / _number(summary, "raw_bytes_per_frame")
+    detector = "PV-RCNN" if isinstance(c.preset.detector, PvRcnnDetectorConfig) else "SECOND-IoU"
     return [
         paragraph(
-            f"A detector (SECOND-IoU, small) was trained on {c.labelled} labelled scans of one simulated place ({c.source.name}). A fleet "
+            f"A detector ({detector}, small) was trained on {c.labelled} labelled scans of one simulated place ({c.source.name}). A fleet "
             f"at another place ({c.target.name}: other beams, mounting height, streets and car sizes) ran its vehicle half over {c.fleet} "
             "scans and handed over only the features at the cut, in smashed shards. The server verified the shards and went on training "
             "the server half with them: a teacher's boxes as hybrid pseudo labels, and labelled objects pasted as features (F-GT). "
@@ -144,7 +146,7 @@ def _upload(job: MainJob, summary: Mapping[str, object]) -> list[Block]:
     return [
         paragraph(
             f"The cut is after the stride-8 sparse backbone: {scene.spec.channels} channels on the occupied cells of a "
-            f"{scene.spec.shape[1]} x {scene.spec.shape[2]} map. Codec: {job.config.codec}, coordinates exact."
+            f"{scene.spec.shape[1]} x {scene.spec.shape[2]} map{_keypoints(scene.spec)}. Codec: {job.config.codec}, coordinates exact."
         ),
         figure_svg(
             bar_chart(
@@ -168,6 +170,12 @@ def _upload(job: MainJob, summary: Mapping[str, object]) -> list[Block]:
             _features_picture(job, scene), "One smashed scene: norm of the features at the cut. This is all the server gets."
         ),
     ]
+
+
+def _keypoints(spec: SplitSpec) -> str:
+    if spec.keypoints is None:
+        return ""
+    return f", and at most {spec.keypoints.count} keypoints, centres of occupied voxels, with {spec.keypoints.channels} channels"
 
 
 def _features_picture(job: MainJob, scene: SmashedScene) -> bytes:

@@ -32,8 +32,8 @@ from .evaluation.detect import detect_frames, kitti_detections
 from .evaluation.kitti import LOOSE, OFFICIAL, KittiResult, MinOverlap, evaluate_kitti
 from .files import write_atomically
 from .models.detector import Detector
+from .models.detectors import build_detector
 from .models.encoders.fingerprint import RigSpec
-from .models.second_iou import second_iou
 from .presets import Preset
 from .server.feature_gt import FeatureDatabase
 from .server.ingest import ingest
@@ -46,7 +46,6 @@ from .training.run_folder import RunFolder
 from .training.supervised import train_supervised
 from .vehicle.extractor import Extractor, extract
 from .vehicle.shards import ShardWriter
-
 
 # What does not depend on the upcycling settings.
 _SHARED = ("source_raw", "source", "source_gt", "source_run", "target_raw", "target", "store", "receipts.json", "extraction.json")
@@ -126,7 +125,9 @@ class MainJob:
         if not path.exists():
             raise InvalidInput(f"{other} holds no job to share; run that one first")
         theirs, ours = json.loads(path.read_text()), config_to_json(replace(self.config, workers=0))
-        difference = first_difference(*({**job, "preset": {**job["preset"], "upcycle": None}} for job in (theirs, ours)))
+        for job in (theirs, ours):
+            job["preset"]["upcycle"] = None
+        difference = first_difference(theirs, ours)
         if difference:
             raise InvalidInput(f"the job in {other} cannot be shared: {difference}; only upcycling settings may differ")
         self._claim_folder()
@@ -190,7 +191,7 @@ class MainJob:
             if not (out / "detector.safetensors").exists():
                 self.say("training on the labelled source frames")
                 torch.manual_seed(self.config.seed)
-                detector = second_iou(preset.detector)
+                detector = build_detector(preset.detector)
                 labelled = self._labelled("source", "train", preset.train.batch_size)
                 loop = replace(preset.train.loop, seed=self.config.seed)
                 run = RunFolder.create(out, replace(preset.train, loop=loop), seed=self.config.seed, resume=True)

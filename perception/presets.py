@@ -1,7 +1,7 @@
 """Named configurations, as Python values: pick one by name on the command line, override any field with a dotted option.
 
-The reference settings follow OpenPCDet and ST3D (upcycling.md sections 5.3, 5.7, 5.8); the small ones keep their structure at a size
-that two CPU cores train in minutes.
+A preset is a detector of ``architectures.py`` with the way it is trained on labels and upcycled on smashed scenes; reference settings
+follow OpenPCDet, ST3D and 3DIoUMatch (upcycling.md sections 5.7 to 5.9).
 """
 
 from __future__ import annotations
@@ -10,14 +10,8 @@ import math
 from dataclasses import dataclass, replace
 
 from ..datasets.augment import AugmentationRanges
-from .features import VoxelGrid
-from .models.anchors import KITTI_ANCHORS, AnchorClass
-from .models.decoders.bev import BevBackboneConfig
-from .models.decoders.second_iou import SecondIouConfig
-from .models.encoders.second import SecondEncoderConfig
-from .models.post_processing import FinalNms, ProposalNms
-from .models.second_iou import SecondIouDetectorConfig
-from .models.targets import RoiSampling
+from . import architectures
+from .models.detectors import DetectorConfig
 from .server.feature_gt import FeatureGtConfig
 from .server.pseudo_labels import ScoreThresholds
 from .server.trainer import UpcycleConfig
@@ -31,7 +25,7 @@ from .training.supervised import SupervisedConfig
 class Preset:
     """A detector with the way it is trained on labels and upcycled on smashed scenes."""
 
-    detector: SecondIouDetectorConfig
+    detector: DetectorConfig
     train: SupervisedConfig
     upcycle: UpcycleConfig
 
@@ -48,18 +42,21 @@ class Preset:
                 raise InvalidInput(f"{field} needs one entry per class {names}, found {length}")
 
 
-def _loop(lr: float, steps: int, *, amp: bool = False, checkpoint_every: int = 1000) -> LoopConfig:
-    optim = OneCycle(lr=lr, total_steps=steps, weight_decay=0.01)
+def _loop(lr: float, steps: int, *, weight_decay: float = 0.01, amp: bool = False, checkpoint_every: int = 1000) -> LoopConfig:
+    optim = OneCycle(lr=lr, total_steps=steps, weight_decay=weight_decay)
     log_every = 50 if steps >= 10_000 else 10
     return LoopConfig(seed=0, optim=optim, checkpoint_every=checkpoint_every, log_every=log_every, amp="bf16" if amp else "off")
 
 
-# OpenPCDet's kitti_models/second_iou.yaml: 80 epochs of 3,712 frames at batch 4.
+# ---- KITTI: OpenPCDet's kitti_models, 80 epochs of 3,712 frames at batch 4 (SECOND-IoU) and 2 (PV-RCNN)
+
+_THREE_CLASSES = (
+    ScoreThresholds(iou_score=0.5, class_score=0.4, ignore=0.2),
+    ScoreThresholds(iou_score=0.25, class_score=0.4, ignore=0.2),
+    ScoreThresholds(iou_score=0.25, class_score=0.4, ignore=0.2),
+)
 KITTI_SECOND_IOU = Preset(
-    detector=SecondIouDetectorConfig(
-        encoder=SecondEncoderConfig(grid=VoxelGrid(range=(0.0, -40.0, -3.0, 70.4, 40.0, 1.0), voxel_size=(0.05, 0.05, 0.1))),
-        decoder=SecondIouConfig(anchors=KITTI_ANCHORS),
-    ),
+    detector=architectures.KITTI_SECOND_IOU,
     train=SupervisedConfig(
         loop=_loop(0.003, 74_240, amp=True), batch_size=4, augmentation=AugmentationRanges(), gt_sampling=(20, 15, 15)
     ),
@@ -67,28 +64,21 @@ KITTI_SECOND_IOU = Preset(
         loop=_loop(0.003, 20_000, amp=True),
         labelled_batch=2,
         unlabelled_batch=2,
-        thresholds=(
-            ScoreThresholds(iou_score=0.5, class_score=0.4, ignore=0.2),
-            ScoreThresholds(iou_score=0.25, class_score=0.4, ignore=0.2),
-            ScoreThresholds(iou_score=0.25, class_score=0.4, ignore=0.2),
-        ),
+        thresholds=_THREE_CLASSES,
         f_gt=FeatureGtConfig(max_objects=(15, 10, 10)),
     ),
 )
+KITTI_PV_RCNN = Preset(
+    detector=architectures.KITTI_PV_RCNN,
+    train=replace(KITTI_SECOND_IOU.train, loop=_loop(0.01, 148_480, amp=True), batch_size=2),
+    # 3DIoUMatch's pv_rcnn_ssl: one labelled and one unlabelled scene.
+    upcycle=replace(KITTI_SECOND_IOU.upcycle, loop=_loop(0.01, 40_000, amp=True), labelled_batch=1, unlabelled_batch=1),
+)
 
-# ST3D's Waymo -> KITTI and Lyft setting: x, y, z only, z shifted so that the road is at 0, one class.
+# ---- across datasets: ST3D's Waymo -> KITTI and Lyft setting
+
 CROSS_DATASET_SECOND_IOU = Preset(
-    detector=SecondIouDetectorConfig(
-        encoder=SecondEncoderConfig(
-            grid=VoxelGrid(range=(-75.2, -75.2, -2.0, 75.2, 75.2, 4.0), voxel_size=(0.1, 0.1, 0.15)),
-            point_features=(),
-            max_voxels=90_000,
-        ),
-        decoder=SecondIouConfig(
-            anchors=(AnchorClass(name="Car", size=(4.2, 2.0, 1.6), bottom_z=0.0, matched=0.55, unmatched=0.40),),
-            iou_target=(0.0, 1.0),
-        ),
-    ),
+    detector=architectures.CROSS_DATASET_SECOND_IOU,
     train=SupervisedConfig(loop=_loop(0.003, 600_000, amp=True), batch_size=4, augmentation=AugmentationRanges(flip_x=0.5)),
     upcycle=UpcycleConfig(
         loop=_loop(0.0015, 28_000, amp=True),
@@ -98,33 +88,35 @@ CROSS_DATASET_SECOND_IOU = Preset(
         f_gt=FeatureGtConfig(max_objects=(15,)),
     ),
 )
-
-
-def _small_decoder(anchor: AnchorClass) -> SecondIouConfig:
-    return SecondIouConfig(
-        anchors=(anchor,),
-        bev=BevBackboneConfig(layers=(2, 2), channels=(48, 64), up_channels=(64, 64)),
-        head_channels=96,
-        pool_size=5,
-        train_proposals=ProposalNms(pre=1024, iou=0.8, post=160),
-        test_proposals=ProposalNms(pre=512, iou=0.7, post=80),
-        roi_sampling=RoiSampling(count=64),
-        iou_target=(0.0, 1.0),
-        final=FinalNms(score=0.05),
-    )
-
-
-# Two CPU cores, minutes: the camera's view of 51 m, 0.1 m voxels, 64 x 64 cells at the cut, one class, the road at z = 0.
-SMALL = Preset(
-    detector=SecondIouDetectorConfig(
-        encoder=SecondEncoderConfig(
-            grid=VoxelGrid(range=(0.0, -25.6, -1.0, 51.2, 25.6, 3.0), voxel_size=(0.1, 0.1, 0.1)),
-            point_features=(),
-            max_voxels=16_000,
-            channels=(8, 16, 32, 32, 64),
-        ),
-        decoder=_small_decoder(AnchorClass(name="Car", size=(4.2, 2.0, 1.6), bottom_z=0.0, matched=0.55, unmatched=0.40)),
+CROSS_DATASET_PV_RCNN = Preset(
+    detector=architectures.CROSS_DATASET_PV_RCNN,
+    train=replace(CROSS_DATASET_SECOND_IOU.train, loop=_loop(0.01, 1_200_000, weight_decay=0.001, amp=True), batch_size=2),
+    upcycle=replace(
+        CROSS_DATASET_SECOND_IOU.upcycle,
+        loop=_loop(0.0015, 56_000, weight_decay=0.001, amp=True),
+        labelled_batch=1,
+        unlabelled_batch=1,
+        thresholds=(ScoreThresholds(iou_score=0.6, class_score=0.0, ignore=0.25),),
     ),
+)
+
+# ---- Waymo: OpenPCDet's waymo_models, a fifth of the frames, 30 epochs at batch 2
+
+WAYMO_PV_RCNN = Preset(
+    detector=architectures.WAYMO_PV_RCNN,
+    train=SupervisedConfig(
+        loop=_loop(0.01, 474_000, weight_decay=0.001, amp=True),
+        batch_size=2,
+        augmentation=AugmentationRanges(flip_x=0.5),
+        gt_sampling=(15, 10, 10),
+    ),
+    upcycle=replace(KITTI_PV_RCNN.upcycle, loop=_loop(0.01, 40_000, weight_decay=0.001, amp=True)),
+)
+
+# ---- two CPU cores, minutes
+
+SMALL = Preset(
+    detector=architectures.SMALL_SECOND_IOU,
     train=SupervisedConfig(
         loop=_loop(0.003, 400, checkpoint_every=100),
         batch_size=2,
@@ -144,17 +136,11 @@ SMALL = Preset(
         round_steps=20,
     ),
 )
+SMALL_PV_RCNN = replace(SMALL, detector=architectures.SMALL_PV_RCNN)
 
-# Real KITTI on two CPU cores: 0.1 m voxels, 64 m ahead, a narrow network, cars only, intensity used, no z shift.
+# Real KITTI.
 KITTI_SMALL = Preset(
-    detector=SecondIouDetectorConfig(
-        encoder=replace(
-            SMALL.detector.encoder,
-            grid=VoxelGrid(range=(0.0, -25.6, -3.0, 64.0, 25.6, 1.0), voxel_size=(0.1, 0.1, 0.1)),
-            point_features=("intensity",),
-        ),
-        decoder=_small_decoder(replace(KITTI_ANCHORS[0], matched=0.55, unmatched=0.40)),
-    ),
+    detector=architectures.KITTI_SMALL_SECOND_IOU,
     train=SupervisedConfig(
         loop=_loop(0.003, 400, checkpoint_every=100),
         batch_size=2,
@@ -163,17 +149,24 @@ KITTI_SMALL = Preset(
     ),
     upcycle=replace(SMALL.upcycle, loop=_loop(0.0007, 200, checkpoint_every=100), f_gt=FeatureGtConfig(max_objects=(12,))),
 )
+KITTI_SMALL_PV_RCNN = replace(KITTI_SMALL, detector=architectures.KITTI_SMALL_PV_RCNN)
 
-# The demo: the small preset with fewer steps.
+# The demo: the small presets with fewer steps.
 DEMO = replace(
     SMALL,
     train=replace(SMALL.train, loop=_loop(0.003, 260, checkpoint_every=100)),
     upcycle=replace(SMALL.upcycle, loop=_loop(0.0007, 140, checkpoint_every=100)),
 )
+DEMO_PV_RCNN = replace(DEMO, detector=SMALL_PV_RCNN.detector)
 
 PRESETS = {
     "small": SMALL,
+    "small_pv_rcnn": SMALL_PV_RCNN,
     "kitti_small": KITTI_SMALL,
+    "kitti_small_pv_rcnn": KITTI_SMALL_PV_RCNN,
     "kitti_second_iou": KITTI_SECOND_IOU,
+    "kitti_pv_rcnn": KITTI_PV_RCNN,
+    "waymo_pv_rcnn": WAYMO_PV_RCNN,
     "cross_dataset_second_iou": CROSS_DATASET_SECOND_IOU,
+    "cross_dataset_pv_rcnn": CROSS_DATASET_PV_RCNN,
 }

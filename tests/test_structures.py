@@ -5,7 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from upcycle3d.perception.features import SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.perception.features import (
+    Keypoints,
+    KeypointSpec,
+    SmashedScene,
+    SparseVoxels,
+    SplitFeatures,
+    SplitSpec,
+    VoxelGrid,
+    cell_centres,
+    cells_of_centres,
+)
 from upcycle3d.perception.structures import Boxes3D, InvalidInput, Labels, LossTerms, PointCloud, Predictions
 
 GRID = VoxelGrid(range=(0.0, -2.0, -1.0, 4.0, 2.0, 3.0), voxel_size=(0.5, 0.5, 0.5))
@@ -61,8 +71,84 @@ def test_a_smashed_scene_refuses_what_no_encoder_makes(changes, message):
 def test_an_empty_smashed_scene_is_legal_and_has_no_place_for_time_or_pose():
     empty = scene(coords=torch.zeros(0, 3, dtype=torch.int32), features=torch.zeros(0, 3))
     assert len(empty.features) == 0
-    fields = {"spec", "coords", "features", "codec", "encoder_fingerprint", "scene_id", "schema_version"}
-    assert set(SmashedScene.__dataclass_fields__) == fields
+    assert len(empty.keypoint_cells) == len(empty.keypoint_features) == 0
+    assert set(SmashedScene.__dataclass_fields__) == {
+        "spec", "coords", "features", "keypoint_cells", "keypoint_features", "codec", "encoder_fingerprint", "scene_id",
+        "schema_version",
+    }  # fmt: skip
+
+
+KEYPOINT_SPEC = replace(SPEC, keypoints=KeypointSpec(count=3, channels=2))
+CELLS = torch.tensor([[7, 7, 7], [0, 0, 0], [0, 7, 1]], dtype=torch.int32)  # of the input grid, not of the cut; in any order
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keypoint_cells": cell_centres(CELLS, GRID)}, r"keypoint_cells must be \(3, 3\) int32.*raw points cannot be stored"),
+        ({"keypoint_cells": CELLS.long()}, "keypoint_cells must be"),
+        ({"keypoint_cells": CELLS[:2]}, "keypoint_cells must be"),
+        ({"keypoint_cells": CELLS + 1}, r"keypoint_cells leave the grid \(8, 8, 8\)"),
+        ({"keypoint_cells": CELLS - 1}, "keypoint_cells leave the grid"),
+        ({"keypoint_cells": CELLS[[0, 1, 0]]}, "keypoint_cells must be unique"),
+        ({"keypoint_features": torch.ones(3, 3)}, r"keypoint_features must be \(M, 2\) float"),
+        ({"keypoint_features": torch.ones(3, 2, dtype=torch.int32)}, "keypoint_features must be"),
+        ({"keypoint_features": torch.full((3, 2), float("nan"))}, "keypoint_features hold NaN or inf"),
+        ({"spec": replace(SPEC, keypoints=KeypointSpec(count=2, channels=2))}, "allows 2 keypoints a scene, found 3"),
+        ({"spec": SPEC}, "keypoint_features must be"),
+        ({"spec": SPEC, "keypoint_features": torch.ones(3, 0)}, "allows 0 keypoints a scene, found 3"),
+        (
+            {"spec": replace(SPEC, keypoints=KeypointSpec(count=3, channels=2, source="raw_points"))},
+            "raw points of the scan; a smashed scene holds none.*voxel_centers",
+        ),
+    ],
+)
+def test_a_smashed_scene_refuses_keypoints_that_are_no_cells_of_the_input_grid(changes, message):
+    good = {"spec": KEYPOINT_SPEC, "keypoint_cells": CELLS, "keypoint_features": torch.ones(3, 2)}
+    assert torch.equal(scene(**good).keypoint_cells, CELLS)
+    with pytest.raises(InvalidInput, match=message):
+        scene(**good | changes)
+
+
+# ---- keypoints
+
+
+def test_cells_and_their_centres_are_inverse_and_a_raw_point_has_no_cell():
+    centres = cell_centres(CELLS, GRID)
+    assert centres.tolist() == [[3.75, 1.75, 2.75], [0.25, -1.75, -0.75], [0.75, 1.75, -0.75]]
+    assert cell_centres(torch.tensor([[0, 0, 1]]), GRID, stride=2).tolist() == [[1.5, -1.5, -0.5]]
+    assert torch.equal(cells_of_centres(centres, GRID), CELLS)
+    assert cells_of_centres(centres[:0], GRID).shape == (0, 3)
+    for raw in (centres + 0.002, torch.full((1, 3), float("nan"))):
+        with pytest.raises(InvalidInput, match="only voxel centres leave a vehicle"):
+            cells_of_centres(raw, GRID)
+    fine = VoxelGrid(range=(-75.2, -75.2, -2.0, 75.2, 75.2, 4.0), voxel_size=(0.1, 0.1, 0.15))
+    ends = torch.tensor([[0, 0, 0], [39, 1503, 1503], [17, 1, 1502]], dtype=torch.int32)
+    assert torch.equal(cells_of_centres(cell_centres(ends, fine), fine), ends)
+
+
+def test_keypoints_of_a_batch_keep_their_scenes_and_order():
+    def some(k: int) -> SplitFeatures:
+        keypoints = Keypoints(xyz=torch.rand(k, 3), features=torch.rand(k, 2), starts=(0, k))
+        return SplitFeatures(voxels=features(2).voxels, spec=KEYPOINT_SPEC, keypoints=keypoints)
+
+    scenes = [some(3), some(0), some(1), some(0)]
+    batch = SplitFeatures.collate([SplitFeatures.collate(scenes[:2]), SplitFeatures.collate(scenes[2:])])
+    assert batch.keypoints.starts == (0, 3, 3, 4, 4)
+    for index, alone in enumerate(scenes):
+        assert torch.equal(batch.scene(index).keypoints.xyz, alone.keypoints.xyz)
+        assert torch.equal(batch.scene(index).keypoints.features, alone.keypoints.features)
+    chosen = scenes[0].keypoints.select(torch.tensor([2, 0]))
+    assert torch.equal(chosen.xyz, scenes[0].keypoints.xyz[[2, 0]])
+    with pytest.raises(InvalidInput, match="one scene at a time"):
+        batch.keypoints.select(torch.tensor([0]))
+    for bad in ((0,), (1, 4), (0, 3), (0, 5, 4)):
+        with pytest.raises(InvalidInput, match="starts must rise"):
+            replace(batch.keypoints, starts=bad)
+    with pytest.raises(InvalidInput, match="the features have None"):
+        replace(batch, keypoints=None)
+    with pytest.raises(InvalidInput, match="keypoints do not fit"):
+        replace(scenes[0], keypoints=batch.keypoints)
 
 
 # ---- voxels and batches

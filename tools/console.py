@@ -34,7 +34,9 @@ def run_command(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         (hint,) = [t for n, t in get_type_hints(function, include_extras=True).items() if n != "return"]
-        function(tyro.cli(parsed_as or hint, args=arguments, prog=program, description=function.__doc__))
+        # A preset's detector is one of several kinds; its default has decided which, so it is no subcommand.
+        plain = (tyro.conf.AvoidSubcommands,)
+        function(tyro.cli(parsed_as or hint, args=arguments, prog=program, description=function.__doc__, config=plain))
     except UpcycleError as error:
         _print_error(str(error))
         return 2

@@ -13,7 +13,7 @@ from typing import Literal
 from ..datasets.simulation.places import domain
 from ..perception.demo_report import write_report
 from ..perception.main_job import MainJob, MainJobConfig, MethodResult, closed_gap
-from ..perception.presets import DEMO
+from ..perception.presets import DEMO, DEMO_PV_RCNN
 from .console import console, print_table, run_command, write_json
 
 STAGES = ("simulate", "prepare", "train source", "extract", "ingest", "methods")
@@ -30,6 +30,8 @@ class Demo:
     """simulated domain with labels"""
     target: Literal["kitti", "waymo", "lyft"] = "lyft"
     """simulated domain of the fleet"""
+    detector: Literal["second_iou", "pv_rcnn"] = "second_iou"
+    """PV-RCNN's vehicles send keypoints beside the voxels"""
     labelled: int = 100
     """labelled source frames"""
     fleet: int = 140
@@ -53,7 +55,7 @@ def command(config: Demo) -> None:
             fleet=config.fleet,
             validation=config.validation,
             seed=config.seed,
-            preset=DEMO,
+            preset=DEMO_PV_RCNN if config.detector == "pv_rcnn" else DEMO,
         ),
         folder=config.out,
         say=lambda text: console.print(f"[{time.perf_counter() - start:5.0f} s] {text}", markup=False),

@@ -171,7 +171,7 @@ def result_json(report: ExtractionReport) -> dict[str, object]:
 
 
 def _print(report: ExtractionReport, names: Sequence[str]) -> None:
-    stages = {"voxelize": report.voxelize, "sparse backbone": report.backbone, "codec": report.codec, "write": report.write}
+    stages = {"voxelize": report.voxelize, "backbone": report.backbone, "codec": report.codec, "write": report.write}
     rows = [(name, f"{s.median_ms:.1f}", f"{s.p95_ms:.1f}") for name, s in stages.items()]
     print_table("milliseconds a frame", ("stage", "median", "p95"), rows)
     ratio = report.smashed_bytes_per_frame / max(report.raw_bytes_per_frame, 1)

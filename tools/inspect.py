@@ -10,6 +10,7 @@ from pathlib import Path
 import tyro
 
 from ..datasets.prepared import PreparedDataset
+from ..perception.features import SplitSpec
 from ..perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
 from ..perception.server.store import CATALOGUE, SmashedStore
 from ..perception.structures import InvalidInput
@@ -64,20 +65,35 @@ def _shard(manifest_path: Path) -> dict[str, object]:
         "cut": manifest.spec.layer,
         "channels": manifest.spec.channels,
         "grid at the cut (z, y, x)": manifest.spec.shape,
+        **_keypoints(manifest.spec),
         "codec": manifest.codec,
         "encoder fingerprint": manifest.encoder_fingerprint,
         "tar there": manifest_path.with_suffix(".tar").exists(),
     }
 
 
+def _keypoints(spec: SplitSpec) -> dict[str, object]:
+    """What a cut has beside its cells, if it has."""
+    return (
+        {}
+        if spec.keypoints is None
+        else {"keypoints a scene, at most": spec.keypoints.count, "channels of keypoints": spec.keypoints.channels}
+    )
+
+
 def _store(path: Path) -> dict[str, object]:
     store = SmashedStore(path)
     quarantine = sorted((path / "quarantine").glob("*.reason.txt"))
-    return {
+    facts: dict[str, object] = {
         "scenes": len(store),
         "cells a scene, median": int(store.voxels.median()) if len(store) else 0,
         "codecs": ", ".join(store.codecs),
         "cut": store.spec.layer,
+        **_keypoints(store.spec),
+    }
+    if store.spec.keypoints is not None and len(store):
+        facts["keypoints a scene, median"] = int(store.keypoints.median())
+    return facts | {
         "encoder fingerprint": store.fingerprint,
         "quarantined shards": len(quarantine),
         **{f"quarantined {q.name.split('.')[0][:16]}": q.read_text().strip() for q in quarantine},

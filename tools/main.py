@@ -19,6 +19,7 @@ COMMANDS = {
     "simulate": ("simulate", "write a simulated LiDAR dataset in a native layout from a seed"),
     "prepare": ("prepare", "index, verify and split a dataset, build its GT database; resumable"),
     "train": ("train", "supervised training of a detector"),
+    "import": ("import_weights", "published OpenPCDet weights (SECOND, SECOND-IoU, PV-RCNN) as a detector"),
     "extract": ("extract", "vehicle side: scans to smashed shards"),
     "ingest": ("ingest", "server side: verify shards, quarantine bad ones, catalogue"),
     "upcycle": ("upcycle", "train on labelled data and smashed scenes; --method picks UpCycling or a baseline"),

@@ -11,7 +11,7 @@ import tyro
 
 from ..datasets.prepared import PreparedDataset
 from ..perception.assembly import labelled_batches
-from ..perception.models.second_iou import second_iou
+from ..perception.models.detectors import build_detector
 from ..perception.presets import PRESETS, Preset
 from ..perception.training.detector_files import save_run_detector
 from ..perception.training.distributed import init_distributed, per_rank
@@ -65,7 +65,7 @@ def command(config: Train) -> None:
     labelled = labelled_batches(preset, frames, database, batch_size=train.batch_size, seed=config.seed)
     context = init_distributed()  # torchrun -m upcycle3d.tools.train …: every rank takes its own batches
     torch.manual_seed(config.seed)
-    detector = second_iou(preset.detector).to(context.device if context.world_size > 1 else device(config.device))
+    detector = build_detector(preset.detector).to(context.device if context.world_size > 1 else device(config.device))
     recorded = replace(_what_decides(config), preset=preset)
     run = create_run(config.out, recorded, seed=config.seed, context=context, resume=config.resume)
     own = per_rank(lambda step, rank, ranks: labelled(step * ranks + rank), context)

@@ -67,13 +67,12 @@ def write_kitti_layout(
     *,
     num_frames: int,
     seed: int,
-    first_index: int = 0,
     workers: int = 2,
     view: View = "camera",
     splits: Mapping[str, int | Sequence[int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Simulate frames ``first_index`` to ``first_index + num_frames - 1`` into ``root``; return how many were made anew.
+    """Simulate frames 0 to ``num_frames - 1`` into ``root``; return how many were made anew.
 
     Complete frames are kept, so an interrupted run continues, and more frames can be added later. The bytes do not depend on
     ``workers``, the number of processes.
@@ -84,15 +83,12 @@ def write_kitti_layout(
     ``UpcycleError`` if a worker dies.
     """
     root = Path(root)
-    if num_frames < 1 or first_index < 0 or workers < 1:
-        raise InvalidInput(
-            f"need num_frames >= 1, first_index >= 0 and workers >= 1, found {num_frames}, {first_index}, {workers}"
-        )
-    indices = range(first_index, first_index + num_frames)
-    members = _split_members(indices, splits if splits is not None else {"train": num_frames})
+    if num_frames < 1 or workers < 1:
+        raise InvalidInput(f"need num_frames >= 1 and workers >= 1, found {num_frames} and {workers}")
+    members = _split_members(num_frames, splits if splits is not None else {"train": num_frames})
     _claim(root, domain, seed, view)
 
-    missing = [i for i in indices if not _complete(root, i, view)]
+    missing = [i for i in range(num_frames) if not _complete(root, i, view)]
     done = num_frames - len(missing)
     if progress is not None and done:
         progress(done, num_frames)
@@ -146,9 +142,9 @@ def _claim(root: Path, domain: Domain, seed: int, view: View) -> None:
     write_atomically(path, wanted.encode())
 
 
-def _split_members(indices: range, splits: Mapping[str, int | Sequence[int]]) -> dict[str, list[int]]:
+def _split_members(num_frames: int, splits: Mapping[str, int | Sequence[int]]) -> dict[str, list[int]]:
     members: dict[str, list[int]] = {}
-    start = 0
+    indices, start = range(num_frames), 0
     for name, wanted in splits.items():
         ids = list(indices[start : start + wanted]) if isinstance(wanted, int) else list(wanted)
         if isinstance(wanted, int):
@@ -156,7 +152,7 @@ def _split_members(indices: range, splits: Mapping[str, int | Sequence[int]]) ->
         strangers = [i for i in ids if i not in indices]
         if strangers or not ids or (isinstance(wanted, int) and len(ids) < wanted) or len(set(ids)) < len(ids):
             raise InvalidInput(
-                f"split {name!r} asks for {wanted}, but the frames are {indices.start} to {indices.stop - 1}"
+                f"split {name!r} asks for {wanted}, but the frames are 0 to {num_frames - 1}"
                 + (f", {start - wanted} of them taken" if isinstance(wanted, int) else "")
                 + "; give every split at least one frame, none twice, and make enough of them"
             )

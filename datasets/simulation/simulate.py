@@ -166,7 +166,7 @@ def simulate_frame(domain: Domain, *, seed: int, index: int, view: View) -> Simu
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedDataset:
-    """Frames ``first_index`` to ``first_index + num_frames - 1``, made when asked for; nothing is written or kept.
+    """Frames 0 to ``num_frames - 1``, made when asked for; nothing is written or kept.
 
     Labels are the KITTI reader's: ``classes`` in this order, neighbouring types (vans for cars) with weight 0, points counted in
     the boxes.
@@ -175,7 +175,6 @@ class SimulatedDataset:
     domain: Domain
     seed: int
     num_frames: int
-    first_index: int = 0
     view: View = "camera"
     classes: tuple[str, ...] = KITTI_CLASSES
 
@@ -186,6 +185,6 @@ class SimulatedDataset:
         """Frame ``index`` from 0. Raises IndexError past the end."""
         if not 0 <= index < self.num_frames:
             raise IndexError(f"frame {index} of {self.num_frames}")
-        made = simulate_frame(self.domain, seed=self.seed, index=self.first_index + index, view=self.view)
+        made = simulate_frame(self.domain, seed=self.seed, index=index, view=self.view)
         labels = labels_from_kitti(made.objects, virtual_camera(), self.classes)
         return replace(made.frame, labels=with_point_counts(labels, made.frame.points))

@@ -33,6 +33,12 @@ KITTI_ANCHORS = (
     AnchorClass(name="Cyclist", size=(1.76, 0.6, 1.73), bottom_z=-0.6, matched=0.50, unmatched=0.35),
 )
 
+WAYMO_ANCHORS = (
+    AnchorClass(name="Vehicle", size=(4.7, 2.1, 1.7), bottom_z=0.0, matched=0.55, unmatched=0.40),
+    AnchorClass(name="Pedestrian", size=(0.91, 0.86, 1.73), bottom_z=0.0, matched=0.50, unmatched=0.35),
+    AnchorClass(name="Cyclist", size=(1.78, 0.84, 1.78), bottom_z=0.0, matched=0.50, unmatched=0.35),
+)
+
 
 def make_anchors(spec: SplitSpec, classes: tuple[AnchorClass, ...]) -> Tensor:
     """(H, W, 2 * classes, 7) anchors on the cut's bird's-eye view; the last but one index is 2 * class + yaw.

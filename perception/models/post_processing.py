@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...ops.nms import nms_rotated
-from ..boxes import decode_residuals, wrap_angle
+from ..boxes import decode_residuals, rotate_z, wrap_angle
 from ..structures import Boxes3D, Predictions
-from .targets import DIRECTION_OFFSET
+from .targets import DIRECTION_OFFSET, at_origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,13 @@ def decode_boxes(codes: Tensor, direction_logits: Tensor, anchors: Tensor) -> Te
     folded = torch.remainder(boxes[..., 6] - DIRECTION_OFFSET, math.pi)
     yaw = folded + DIRECTION_OFFSET + math.pi * direction_logits.argmax(-1)
     return torch.cat([boxes[..., :6], yaw[..., None]], -1)
+
+
+def decode_regions(codes: Tensor, regions: Tensor) -> Tensor:
+    """Box codes (..., 7) in the frames of regions (..., 7) -> boxes (..., 7); the inverse of ``targets.encode_regions``."""
+    local = decode_residuals(codes, at_origin(regions))
+    centre = rotate_z(local[..., :3], regions[..., 6]) + regions[..., :3]
+    return torch.cat([centre, local[..., 3:6], local[..., 6:] + regions[..., 6:]], -1)
 
 
 def propose(class_logits: Tensor, box_codes: Tensor, direction_logits: Tensor, anchors: Tensor, nms: ProposalNms) -> Proposals:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...ops.iou3d import iou_3d, iou_bev_nearest
-from ..boxes import encode_residuals
+from ..boxes import encode_residuals, rotate_z
 from ..structures import Labels
 from .anchors import AnchorClass
 
@@ -105,29 +106,47 @@ class RoiSampling:
 class RoiTargets:
     """For R regions of one scene: overlap with their best object of the same class, that object, and whether to learn.
 
-    iou: (R,). match: (R,) int64 row of the labels, 0 where there is none. weight: (R,) 1 or 0.
+    iou: (R,). match: (R,) int64 row of the labels, 0 where there is none. weight: (R,) 1 or 0, for a head that judges the box.
+    box_weight: (R,) for a head that refines the box: the matched label's, 0 where they overlap too little.
     """
 
     iou: Tensor
     match: Tensor
     weight: Tensor
+    box_weight: Tensor
 
 
-def match_rois(rois: Tensor, roi_classes: Tensor, labels: Labels) -> RoiTargets:
+def match_rois(rois: Tensor, roi_classes: Tensor, labels: Labels, *, refine_iou: float = 0.55) -> RoiTargets:
     """Best same-class object of every region (R, 7), and whether a quality head may learn from the pair.
 
     In a completely labelled scene it learns from every region but those on ignored objects. In a pseudo-labelled scene only
     from regions whose best match is an exact box (pasted): a teacher's box says nothing about true overlap, and what the
-    teacher did not find is not background.
+    teacher did not find is not background. A box is refined from an overlap above ``refine_iou`` (OpenPCDet's REG_FG_THRESH).
     """
     if len(labels) == 0 or rois.shape[0] == 0:
         zero = rois.new_zeros(rois.shape[0])
-        return RoiTargets(iou=zero, match=zero.long(), weight=zero + float(labels.complete))
+        return RoiTargets(iou=zero, match=zero.long(), weight=zero + float(labels.complete), box_weight=zero)
     overlap = iou_3d(rois, labels.boxes.data) * (roi_classes[:, None] == labels.classes[None])
     iou, match = overlap.max(1)
     learnt = labels.weight[match] > 0
     weight = learnt | (iou < 0.1) if labels.complete else labels.exact[match] & learnt & (iou > 0)
-    return RoiTargets(iou=iou, match=match, weight=weight.float())
+    box_weight = labels.box_weight[match] * (learnt & (iou > refine_iou))
+    return RoiTargets(iou=iou, match=match, weight=weight.float(), box_weight=box_weight)
+
+
+def encode_regions(boxes: Tensor, regions: Tensor) -> Tensor:
+    """What a box head should answer (N, 7): boxes (N, 7) in the frames of their regions (N, 7), as residuals of the region's size.
+
+    Opposite headings are the same box, so the turn is folded into [-pi/2, pi/2].
+    """
+    local = rotate_z(boxes[:, :3] - regions[:, :3], -regions[:, 6])
+    turn = torch.remainder(boxes[:, 6] - regions[:, 6] + math.pi / 2, math.pi) - math.pi / 2
+    return encode_residuals(torch.cat([local, boxes[:, 3:6], turn[:, None]], 1), at_origin(regions))
+
+
+def at_origin(regions: Tensor) -> Tensor:
+    """Regions (..., 7) in their own frame: at 0, heading along x."""
+    return F.pad(regions[..., 3:6], (3, 1))
 
 
 def sample_rois(iou: Tensor, sampling: RoiSampling) -> Tensor:

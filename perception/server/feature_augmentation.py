@@ -19,43 +19,60 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..boxes import wrap_angle
-from ..features import SparseVoxels, SplitFeatures
+from ..features import Keypoints, SparseVoxels, SplitFeatures
 from ..structures import Boxes3D, InvalidInput, Labels
 
 # One scene (a batch of one) with its labels, and a generator -> the augmented scene with its labels.
 SceneAugmentation = Callable[[SplitFeatures, Labels, np.random.Generator], tuple[SplitFeatures, Labels]]
 
 
-def _with_voxels(split: SplitFeatures, features: Tensor, coords: Tensor) -> SplitFeatures:
-    return replace(split, voxels=replace(split.voxels, features=features, coords=coords))
+def _changed(split: SplitFeatures, features: Tensor, coords: Tensor, keypoints: Keypoints | None) -> SplitFeatures:
+    return replace(split, voxels=replace(split.voxels, features=features, coords=coords), keypoints=keypoints)
+
+
+def _of_both(split: SplitFeatures, change: Callable[[Tensor], Tensor]) -> SplitFeatures:
+    """``change`` applied to the features of the cells and, where there are any, of the keypoints."""
+    keypoints = split.keypoints and replace(split.keypoints, features=change(split.keypoints.features))
+    return _changed(split, change(split.voxels.features), split.voxels.coords, keypoints)
 
 
 def add_noise(
     split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, sigma: float = 0.1
 ) -> tuple[SplitFeatures, Labels]:
     """Gaussian noise of ``sigma`` times each channel's standard deviation over the scene."""
-    f = split.voxels.features
-    if f.shape[0] < 2:
-        return split, labels
-    noise = torch.from_numpy(rng.standard_normal(tuple(f.shape), dtype=np.float32)).to(f.device)
-    return _with_voxels(split, f + noise * (sigma * f.std(0)), split.voxels.coords), labels
+
+    def noisy(f: Tensor) -> Tensor:
+        if f.shape[0] < 2:
+            return f
+        noise = torch.from_numpy(rng.standard_normal(tuple(f.shape), dtype=np.float32)).to(f.device)
+        return f + noise * (sigma * f.std(0))
+
+    return _of_both(split, noisy), labels
 
 
 def drop_channels(
     split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, share: float = 0.1
 ) -> tuple[SplitFeatures, Labels]:
     """Set a random ``share`` of channels to zero and scale the others up, in the whole scene."""
-    f = split.voxels.features
-    keep = torch.from_numpy(rng.random(f.shape[1]) >= share).to(f)
-    return _with_voxels(split, f * keep / (1 - share), split.voxels.coords), labels
+
+    def dropped(f: Tensor) -> Tensor:
+        keep = torch.from_numpy(rng.random(f.shape[1]) >= share).to(f)
+        return f * keep / (1 - share)
+
+    return _of_both(split, dropped), labels
 
 
 def drop_cells(
     split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, share: float = 0.1
 ) -> tuple[SplitFeatures, Labels]:
-    """Remove a random ``share`` of cells."""
-    keep = torch.from_numpy(rng.random(split.voxels.features.shape[0]) >= share).to(split.voxels.features.device)
-    return _with_voxels(split, split.voxels.features[keep], split.voxels.coords[keep]), labels
+    """Remove a random ``share`` of cells and of keypoints."""
+
+    def keep(f: Tensor) -> Tensor:
+        return torch.from_numpy(rng.random(f.shape[0]) >= share).to(f.device)
+
+    cells = keep(split.voxels.features)
+    keypoints = split.keypoints and split.keypoints.select(keep(split.keypoints.features))
+    return _changed(split, split.voxels.features[cells], split.voxels.coords[cells], keypoints), labels
 
 
 def _position(split: SplitFeatures, row: float, column: float) -> tuple[float, float]:
@@ -82,6 +99,18 @@ def _moved(labels: Labels, split: SplitFeatures, matrix: Tensor, yaw_sign: float
     return moved.select((xy[:, 0] >= x0) & (xy[:, 0] < x1) & (xy[:, 1] >= y0) & (xy[:, 1] < y1))
 
 
+def _moved_keypoints(split: SplitFeatures, matrix: Tensor) -> Keypoints | None:
+    """Keypoints under a linear map of the plane about the map's centre; those that leave the range are dropped."""
+    if split.keypoints is None:
+        return None
+    xyz = split.keypoints.xyz
+    centre = xyz.new_tensor(_centre(split))
+    xy = (xyz[:, :2] - centre) @ matrix.to(xyz).T + centre
+    moved = replace(split.keypoints, xyz=torch.cat([xy, xyz[:, 2:]], 1))
+    x0, y0, _, x1, y1, _ = split.spec.grid.range
+    return moved.select((xy[:, 0] >= x0) & (xy[:, 0] < x1) & (xy[:, 1] >= y0) & (xy[:, 1] < y1))
+
+
 def flip_y(split: SplitFeatures, labels: Labels, rng: np.random.Generator) -> tuple[SplitFeatures, Labels]:
     """Left-right mirror image, half of the time."""
     if rng.random() < 0.5:
@@ -89,7 +118,8 @@ def flip_y(split: SplitFeatures, labels: Labels, rng: np.random.Generator) -> tu
     coords = split.voxels.coords.clone()
     coords[:, 2] = split.voxels.shape[1] - 1 - coords[:, 2]
     matrix = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
-    return _with_voxels(split, split.voxels.features, coords), _moved(labels, split, matrix, -1.0, 0.0)
+    keypoints = _moved_keypoints(split, matrix)
+    return _changed(split, split.voxels.features, coords, keypoints), _moved(labels, split, matrix, -1.0, 0.0)
 
 
 def flip_x(split: SplitFeatures, labels: Labels, rng: np.random.Generator) -> tuple[SplitFeatures, Labels]:
@@ -99,7 +129,8 @@ def flip_x(split: SplitFeatures, labels: Labels, rng: np.random.Generator) -> tu
     coords = split.voxels.coords.clone()
     coords[:, 3] = split.voxels.shape[2] - 1 - coords[:, 3]
     matrix = torch.tensor([[-1.0, 0.0], [0.0, 1.0]])
-    return _with_voxels(split, split.voxels.features, coords), _moved(labels, split, matrix, -1.0, math.pi)
+    keypoints = _moved_keypoints(split, matrix)
+    return _changed(split, split.voxels.features, coords, keypoints), _moved(labels, split, matrix, -1.0, math.pi)
 
 
 def rotate_quarter(split: SplitFeatures, labels: Labels, rng: np.random.Generator) -> tuple[SplitFeatures, Labels]:
@@ -113,7 +144,8 @@ def rotate_quarter(split: SplitFeatures, labels: Labels, rng: np.random.Generato
     for _ in range(turns):  # (x, y) -> (-y, x)
         coords[:, 2], coords[:, 3] = coords[:, 3].clone(), height - 1 - coords[:, 2].clone()
     angle = turns * math.pi / 2
-    return _with_voxels(split, split.voxels.features, coords), _moved(labels, split, _rotation(angle), 1.0, angle)
+    keypoints = _moved_keypoints(split, _rotation(angle))
+    return _changed(split, split.voxels.features, coords, keypoints), _moved(labels, split, _rotation(angle), 1.0, angle)
 
 
 def _rotation(angle: float) -> Tensor:
@@ -136,7 +168,7 @@ def _resample(split: SplitFeatures, matrix: Tensor) -> SplitFeatures:
     cells = (moved != 0).any(0).nonzero()  # (M, 3) z y x, ascending
     features = moved[:, cells[:, 0], cells[:, 1], cells[:, 2]].T
     coords = F.pad(cells.int(), (1, 0))
-    return _with_voxels(split, features, coords)
+    return _changed(split, features, coords, _moved_keypoints(split, matrix))
 
 
 def rotate_free(
@@ -170,5 +202,10 @@ def cut_mix(
         shape=a.voxels.shape,
         batch_size=1,
     )
+    keypoints = None
+    if a.keypoints is not None and b.keypoints is not None:
+        sides = a.keypoints.select(a.keypoints.xyz[:, 1] < y), b.keypoints.select(b.keypoints.xyz[:, 1] >= y)
+        both = [torch.cat(column) for column in ([k.xyz for k in sides], [k.features for k in sides])]
+        keypoints = Keypoints(xyz=both[0], features=both[1], starts=(0, len(both[0])))
     parts = [labels_a.select(labels_a.boxes.data[:, 1] < y), labels_b.select(labels_b.boxes.data[:, 1] >= y)]
-    return replace(a, voxels=mixed), Labels.concatenate(parts)
+    return replace(a, voxels=mixed, keypoints=keypoints), Labels.concatenate(parts)

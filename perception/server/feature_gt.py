@@ -4,8 +4,10 @@ GT sampling pastes labelled objects into other scenes. On features it is safe wh
 its place, so its cells need no resampling, and the sparse convolutions spread an object by less than one cell. The objects are cut
 from labelled scenes encoded by the same frozen encoder, so they are what the vehicle would have sent, and their boxes are exact.
 
-    cut    cells of a labelled scene whose centre lies in an object's footprint, one cell wider on each side
-    paste  the same footprint of an unlabelled scene is cleared, then the object's cells are written; never added
+    cut    cells of a labelled scene whose centre lies in an object's footprint, one cell wider on each side;
+           of PV-RCNN also the keypoints in its box, 0.2 m larger in each full dimension
+    paste  the same cells and keypoints of an unlabelled scene are removed, then the object's are written; never added.
+           Keypoints beyond the number that the scene had are taken from its background at random
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,15 +29,25 @@ from torch import Tensor
 
 from ...datasets.frame_source import FrameSource
 from ...ops.iou3d import iou_bev
-from ..features import SplitFeatures, SplitSpec
+from ...ops.points_in_boxes import points_in_boxes_mask
+from ..features import Keypoints, SplitFeatures, SplitSpec
 from ..files import atomic_file, sync_folder, write_atomically
 from ..models.detector import Detector
 from ..structures import Boxes3D, InvalidInput, Labels
-from ..vehicle.codec import round_trip
+from .store import as_stored
 
-DATABASE_VERSION = 1
+DATABASE_VERSION = 2
+_FILES = ("features.f32", "coords.i32", "keypoint_xyz.f32", "keypoint_features.f32")
 _SCHEMA = pa.schema(
-    {"box": pa.list_(pa.float32(), 7), "class": pa.int64(), "num_points": pa.int64(), "start": pa.int64(), "count": pa.int64()}
+    {
+        "box": pa.list_(pa.float32(), 7),
+        "class": pa.int64(),
+        "num_points": pa.int64(),
+        "start": pa.int64(),
+        "count": pa.int64(),
+        "keypoint_start": pa.int64(),
+        "keypoint_count": pa.int64(),
+    }
 )
 
 
@@ -58,34 +72,39 @@ def footprint(boxes: Tensor, spec: SplitSpec, margin_cells: float = 1.0) -> Tens
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureGtConfig:
-    """How F-GT pastes. max_objects: per class, up to this many a scene, in class order. margin_cells: how much wider than the box."""
+    """How F-GT pastes. max_objects: per class, up to this many a scene, in class order. margin_cells: how much wider than the box
+    on each side, for cells; keypoint_margin: m added to each full size of the box, for keypoints."""
 
     max_objects: tuple[int, ...]
     min_points: int = 5
     margin_cells: float = 1.0
+    keypoint_margin: float = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureObject:
-    """One labelled object's features at their own place: box (7,), coords (K, 3) int32 z y x of the cut, features (K, C)."""
+    """One labelled object's features at their own place: box (7,), coords (K, 3) int32 z y x of the cut, features (K, C), and its
+    keypoints (a batch of one; None where the cut has none)."""
 
     box: Tensor
     class_index: int
     num_points: int
     coords: Tensor
     features: Tensor
+    keypoints: Keypoints | None = None
 
 
-def cut_objects(split: SplitFeatures, labels: Labels, *, min_points: int, margin_cells: float) -> list[FeatureObject]:
-    """The learnable objects of one encoded labelled scene (a batch of one) that have cells and at least ``min_points`` points."""
+def cut_objects(split: SplitFeatures, labels: Labels, config: FeatureGtConfig) -> list[FeatureObject]:
+    """The learnable objects of one encoded labelled scene (a batch of one) that have cells and enough points."""
     if split.batch_size != 1:
         raise InvalidInput(f"objects are cut from one scene at a time, found a batch of {split.batch_size}")
     coords = split.voxels.coords[:, 1:]
-    masks = footprint(labels.boxes.data, split.spec, margin_cells)
+    masks = footprint(labels.boxes.data, split.spec, config.margin_cells)
+    owned = None if split.keypoints is None else keypoints_near(split.keypoints, labels.boxes.data, config)
     objects = []
     for i in range(len(labels)):
         rows = masks[i, coords[:, 1].long(), coords[:, 2].long()].nonzero().squeeze(1)
-        if labels.weight[i] > 0 and labels.num_points[i] >= min_points and len(rows):
+        if labels.weight[i] > 0 and labels.num_points[i] >= config.min_points and len(rows):
             objects.append(
                 FeatureObject(
                     box=labels.boxes.data[i],
@@ -93,23 +112,34 @@ def cut_objects(split: SplitFeatures, labels: Labels, *, min_points: int, margin
                     num_points=int(labels.num_points[i]),
                     coords=coords[rows],
                     features=split.voxels.features[rows],
+                    keypoints=None if owned is None or split.keypoints is None else split.keypoints.select(owned[i]),
                 )
             )
     return objects
 
 
-def paste_objects(
-    split: SplitFeatures, labels: Labels, objects: Sequence[FeatureObject], *, margin_cells: float
-) -> tuple[SplitFeatures, Labels]:
-    """Write ``objects`` into one scene (a batch of one): their footprints are cleared first, other cells stay as they are.
+def keypoints_near(keypoints: Keypoints, boxes: Tensor, config: FeatureGtConfig) -> Tensor:
+    """(N, K) bool: which keypoints lie in each box (N, 7) enlarged by the keypoint margin."""
+    margin = config.keypoint_margin
+    return points_in_boxes_mask(keypoints.xyz, boxes + boxes.new_tensor([0, 0, 0, margin, margin, margin, 0]))
 
-    The pasted boxes join the labels as exact ones.
+
+def paste_objects(
+    split: SplitFeatures,
+    labels: Labels,
+    objects: Sequence[FeatureObject],
+    config: FeatureGtConfig,
+    rng: np.random.Generator,
+) -> tuple[SplitFeatures, Labels]:
+    """Write ``objects`` into one scene (a batch of one): their places are cleared first, other cells stay as they are.
+
+    The pasted boxes join the labels as exact ones. rng: which background keypoints make room, if there would be too many.
     """
     if not objects:
         return split, labels
     boxes = torch.stack([o.box for o in objects]).to(labels.boxes.data)
     coords, features = split.voxels.coords, split.voxels.features
-    owner = footprint(boxes, split.spec, margin_cells)
+    owner = footprint(boxes, split.spec, config.margin_cells)
     keep = ~owner.any(0)[coords[:, 2].long(), coords[:, 3].long()]
     parts_c, parts_f = [coords[keep]], [features[keep]]
     taken = torch.zeros(split.spec.shape[1:], dtype=torch.bool, device=coords.device)
@@ -125,49 +155,79 @@ def paste_objects(
         torch.tensor([o.class_index for o in objects], device=boxes.device),
         num_points=torch.tensor([o.num_points for o in objects], device=boxes.device),
     )
-    return replace(split, voxels=voxels), Labels.concatenate([labels, pasted])
+    keypoints = None if split.keypoints is None else _paste_keypoints(split.keypoints, boxes, objects, config, rng)
+    return replace(split, voxels=voxels, keypoints=keypoints), Labels.concatenate([labels, pasted])
+
+
+def _paste_keypoints(
+    scene: Keypoints, boxes: Tensor, objects: Sequence[FeatureObject], config: FeatureGtConfig, rng: np.random.Generator
+) -> Keypoints:
+    pasted = [o.keypoints.to(scene.xyz.device) for o in objects if o.keypoints is not None]
+    # First, so that the first n of a ball around a pasted object are its own.
+    xyz = torch.cat([k.xyz for k in pasted])[: len(scene.xyz)]
+    features = torch.cat([k.features for k in pasted])[: len(scene.xyz)]
+    background = (~keypoints_near(scene, boxes, config).any(0)).nonzero().squeeze(1)
+    room = len(scene.xyz) - len(xyz)
+    if len(background) > room:
+        picked = np.sort(rng.permutation(len(background))[:room])
+        background = background[torch.from_numpy(picked).to(background.device)]
+    rest = scene.select(background)
+    total = len(xyz) + len(background)
+    return Keypoints(
+        xyz=torch.cat([xyz, rest.xyz]), features=torch.cat([features.to(rest.features), rest.features]), starts=(0, total)
+    )
 
 
 class FeatureDatabase:
     """Labelled objects' features on disk, memory-mapped, bound to the labelled split and to the encoder."""
 
-    def __init__(self, folder: Path, table: pa.Table, channels: int) -> None:
+    def __init__(self, folder: Path, table: pa.Table, channels: int, keypoint_channels: int) -> None:
         self.folder = folder
         self.boxes = torch.from_numpy(table["box"].combine_chunks().flatten().to_numpy().reshape(-1, 7).copy())
         self.classes = torch.tensor(table["class"].to_numpy().astype(np.int64))
         self._num_points = table["num_points"].to_numpy()
-        self._start, self._count = table["start"].to_numpy(), table["count"].to_numpy()
-        self._channels = channels
+        self._cells = table["start"].to_numpy(), table["count"].to_numpy()
+        self._keypoints = table["keypoint_start"].to_numpy(), table["keypoint_count"].to_numpy()
+        self._channels, self._keypoint_channels = channels, keypoint_channels
 
     def __len__(self) -> int:
         return len(self.classes)
 
     def __getitem__(self, index: int) -> FeatureObject:
-        start, stop = int(self._start[index]), int(self._start[index] + self._count[index])
-        features = np.memmap(self.folder / "features.f32", np.float32, "r").reshape(-1, self._channels)[start:stop]
-        coords = np.memmap(self.folder / "coords.i32", np.int32, "r").reshape(-1, 3)[start:stop]
+        keypoints = None
+        if self._keypoint_channels:
+            xyz = self._rows("keypoint_xyz.f32", np.float32, 3, self._keypoints, index)
+            features = self._rows("keypoint_features.f32", np.float32, self._keypoint_channels, self._keypoints, index)
+            keypoints = Keypoints(xyz=xyz, features=features, starts=(0, len(xyz)))
         return FeatureObject(
             box=self.boxes[index],
             class_index=int(self.classes[index]),
             num_points=int(self._num_points[index]),
-            coords=torch.from_numpy(np.array(coords)),
-            features=torch.from_numpy(np.array(features)),
+            coords=self._rows("coords.i32", np.int32, 3, self._cells, index),
+            features=self._rows("features.f32", np.float32, self._channels, self._cells, index),
+            keypoints=keypoints,
         )
+
+    def _rows(self, file: str, dtype: type, columns: int, bounds: tuple[Any, Any], index: int) -> Tensor:
+        start, count = (int(column[index]) for column in bounds)
+        if count == 0:  # an empty file cannot be mapped
+            return torch.from_numpy(np.zeros((0, columns), dtype))
+        mapped = np.memmap(self.folder / file, dtype, "r").reshape(-1, columns)
+        return torch.from_numpy(np.array(mapped[start : start + count]))
 
     @staticmethod
     def write(
-        folder: Path, objects: Iterable[FeatureObject], *, channels: int, split_fingerprint: str, encoder_fingerprint: str
+        folder: Path, objects: Iterable[FeatureObject], *, spec: SplitSpec, split_fingerprint: str, encoder_fingerprint: str
     ) -> FeatureDatabase:
         """Store ``objects`` one after the other; the folder appears under its name only when it is complete."""
         _refuse_existing(folder)
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-        rows = []
-        start = 0
-        with atomic_file(temporary / "features.f32") as features, atomic_file(temporary / "coords.i32") as coords:
+        rows, start, keypoint_start = [], 0, 0
+        with ExitStack() as stack:
+            features, coords, xyz, keypoint_features = (stack.enter_context(atomic_file(temporary / name)) for name in _FILES)
             for o in objects:
-                features.write(o.features.float().contiguous().numpy().tobytes())
-                coords.write(o.coords.contiguous().numpy().tobytes())
+                count = 0 if o.keypoints is None else len(o.keypoints.xyz)
                 rows.append(
                     {
                         "box": o.box.tolist(),
@@ -175,21 +235,30 @@ class FeatureDatabase:
                         "num_points": o.num_points,
                         "start": start,
                         "count": len(o.coords),
+                        "keypoint_start": keypoint_start,
+                        "keypoint_count": count,
                     }
                 )
-                start += len(o.coords)
+                features.write(o.features.float().contiguous().numpy().tobytes())
+                coords.write(o.coords.contiguous().numpy().tobytes())
+                if o.keypoints is not None:
+                    xyz.write(o.keypoints.xyz.float().contiguous().numpy().tobytes())
+                    keypoint_features.write(o.keypoints.features.float().contiguous().numpy().tobytes())
+                start, keypoint_start = start + len(o.coords), keypoint_start + count
         table = pa.Table.from_pylist(rows, schema=_SCHEMA)
         pq.write_table(table, temporary / "index.parquet")
+        keypoint_channels = spec.keypoints.channels if spec.keypoints else 0
         meta = {
             "version": DATABASE_VERSION,
-            "channels": channels,
+            "channels": spec.channels,
+            "keypoint_channels": keypoint_channels,
             "split_fingerprint": split_fingerprint,
             "encoder_fingerprint": encoder_fingerprint,
         }
         write_atomically(temporary / "database.json", json.dumps(meta, indent=1).encode())
         os.replace(temporary, folder)
         sync_folder(folder.parent)
-        return FeatureDatabase(folder, table, channels)
+        return FeatureDatabase(folder, table, spec.channels, keypoint_channels)
 
     @staticmethod
     def open(folder: Path, *, split_fingerprint: str, encoder_fingerprint: str) -> FeatureDatabase:
@@ -213,15 +282,17 @@ class FeatureDatabase:
                 f"the feature database at {folder} was made by another encoder ({meta['encoder_fingerprint'][:12]}, this run has "
                 f"{encoder_fingerprint[:12]}); features of two encoders do not mix: build it with this encoder"
             )
-        table, channels = pq.read_table(folder / "index.parquet", schema=_SCHEMA), int(meta["channels"])
-        cells = int(np.sum(table["count"].to_numpy()))
-        for name, size in (("features.f32", cells * channels * 4), ("coords.i32", cells * 12)):
+        table = pq.read_table(folder / "index.parquet", schema=_SCHEMA)
+        channels, keypoint_channels = int(meta["channels"]), int(meta["keypoint_channels"])
+        cells, keypoints = (int(np.sum(table[name].to_numpy())) for name in ("count", "keypoint_count"))
+        sizes = (cells * channels * 4, cells * 12, keypoints * 12, keypoints * keypoint_channels * 4)
+        for name, size in zip(_FILES, sizes, strict=True):
             found = (folder / name).stat().st_size if (folder / name).exists() else 0
             if found != size:
                 raise InvalidInput(
                     f"{folder / name} holds {found} bytes, its index says {size}; delete the database and build it again"
                 )
-        return FeatureDatabase(folder, table, channels)
+        return FeatureDatabase(folder, table, channels, keypoint_channels)
 
 
 def _refuse_existing(folder: Path) -> None:
@@ -253,15 +324,12 @@ def build_feature_database(
                 continue
             with torch.no_grad():
                 split = detector.encode([frame.points]).to("cpu")
-            stored = replace(split.voxels, features=round_trip(split.voxels.features, codec))
-            yield from cut_objects(
-                replace(split, voxels=stored), frame.labels, min_points=config.min_points, margin_cells=config.margin_cells
-            )
+            yield from cut_objects(as_stored(split, codec), frame.labels, config)
 
     return FeatureDatabase.write(
         folder,
         objects(),
-        channels=detector.spec.channels,
+        spec=detector.spec,
         split_fingerprint=split_fingerprint,
         encoder_fingerprint=encoder_fingerprint,
     )

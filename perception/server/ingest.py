@@ -71,8 +71,8 @@ class IngestReport:
 
 def verify_shard(
     manifest_path: Path, tar: Path, *, expected_spec: SplitSpec, expected_fingerprint: str
-) -> tuple[ShardManifest, list[int]]:
-    """The manifest and the number of voxels of every member, after all bytes were checked and every scene decoded.
+) -> tuple[ShardManifest, list[tuple[int, int]]]:
+    """The manifest and the number of voxels and keypoints of every member, after all bytes were checked and every scene decoded.
 
     Raises ``BrokenShard``, ``ForeignScene``, ``CorruptScene`` or ``InvalidInput`` (all ``UpcycleError``) at the first fault.
     """
@@ -84,7 +84,7 @@ def verify_shard(
         )
     if manifest.spec != expected_spec:
         raise ForeignScene(f"the shard was cut at {manifest.spec}, expected {expected_spec}")
-    voxels = []
+    sizes = []
     for member, blob in read_members(tar, manifest):
         try:
             scene = decode_scene(blob, expected_spec=expected_spec, expected_fingerprint=expected_fingerprint)
@@ -92,12 +92,12 @@ def verify_shard(
             raise BrokenShard(f"member {member.name} does not decode: {error}") from error
         if scene.codec != manifest.codec:
             raise BrokenShard(f"member {member.name} is stored as {scene.codec}, the manifest says {manifest.codec}")
-        voxels.append(len(scene.coords))
-    return manifest, voxels
+        sizes.append((len(scene.coords), len(scene.keypoint_cells)))
+    return manifest, sizes
 
 
-def _rows(manifest: ShardManifest, voxels: list[int]) -> pa.Table:
-    n = len(voxels)
+def _rows(manifest: ShardManifest, sizes: list[tuple[int, int]]) -> pa.Table:
+    n = len(sizes)
     return catalogue_rows(
         {
             "shard": [manifest.stem] * n,
@@ -105,7 +105,8 @@ def _rows(manifest: ShardManifest, voxels: list[int]) -> pa.Table:
             "offset": [m.offset for m in manifest.members],
             "length": [m.length for m in manifest.members],
             "sha256": [m.sha256 for m in manifest.members],
-            "voxels": voxels,
+            "voxels": [voxels for voxels, _ in sizes],
+            "keypoints": [keypoints for _, keypoints in sizes],
             "codec": [manifest.codec] * n,
             "fingerprint": [manifest.encoder_fingerprint] * n,
         }
@@ -270,7 +271,7 @@ class _Ingest:
         """Verify one shard and move it where it belongs. ``known`` grows by what is in the catalogue from now on."""
         manifest_path, tar = manifest_folder / f"{stem}.json", tar_folder / f"{stem}.tar"
         try:
-            manifest, voxels = verify_shard(manifest_path, tar, expected_spec=self.spec, expected_fingerprint=self.fingerprint)
+            manifest, sizes = verify_shard(manifest_path, tar, expected_spec=self.spec, expected_fingerprint=self.fingerprint)
         except UpcycleError as error:
             if manifest_folder == self.shards and isinstance(error, ForeignScene):
                 raise InvalidInput(
@@ -292,5 +293,5 @@ class _Ingest:
             self.already_there.append(stem)
         else:
             self.accepted.append(stem)
-            self.tables.append(_rows(manifest, voxels))
+            self.tables.append(_rows(manifest, sizes))
             known.add(stem)

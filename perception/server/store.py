@@ -1,7 +1,8 @@
 """The server's smashed scenes: a catalogue over shards, read at random, checked at every read.
 
     store/shards/<hash>.tar, .json   verified shards, as the vehicles wrote them
-    store/catalogue.parquet          one row a scene: shard, member, offset, length, SHA-256, voxels, codec, fingerprint
+    store/catalogue.parquet          one row a scene: shard, member, offset, length, SHA-256, voxels, keypoints, codec,
+                             fingerprint
     store/quarantine/                what failed, with the reason
 
 One store holds the scenes of one encoder and one cut. ``ingest`` fills it; this file reads it and, alone in the package, turns
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,19 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ..features import SmashedScene, SparseVoxels, SplitFeatures, SplitSpec
+from ..features import Keypoints, SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, cell_centres
 from ..files import write_atomically
 from ..structures import InvalidInput, UpcycleError
-from ..vehicle.codec import CorruptScene, canonical_json, decode_scene, spec_from_json, spec_to_json, strict_json
+from ..vehicle.codec import decode_scene, round_trip
 from ..vehicle.manifest import open_regular
+from ..vehicle.spec_json import CorruptScene, canonical_json, spec_from_json, spec_to_json, strict_json
 
 CATALOGUE = "catalogue.parquet"
 SHARDS = "shards"
 QUARANTINE = "quarantine"
 
 _HEADER_KEY = b"upcycle3d.smashed_catalogue"
-_VERSION = 1
+_VERSION = 2  # 2: keypoints
 _SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -42,6 +44,7 @@ _SCHEMA = pa.schema(
         ("length", pa.int64()),
         ("sha256", pa.string()),
         ("voxels", pa.int32()),
+        ("keypoints", pa.int32()),
         ("codec", pa.string()),
         ("fingerprint", pa.string()),
     ]
@@ -116,8 +119,8 @@ class SmashedStore:
     """Random access to the scenes of a store. ``store[i]`` reads, checks and decodes scene ``i``.
 
     Holds flat arrays only, no open file: it can be shared with forked or spawned data workers and threads. A scene costs one
-    ``pread`` of its bytes. ``spec`` and ``fingerprint`` hold for every scene; ``voxels`` (len,) int32 are their sizes,
-    ``codecs`` the codecs that occur.
+    ``pread`` of its bytes. ``spec`` and ``fingerprint`` hold for every scene; ``voxels`` and ``keypoints``
+    (len,) int32 are their sizes, ``codecs`` the codecs that occur.
     Raises ``BrokenStore`` where there is no catalogue.
     """
 
@@ -138,6 +141,7 @@ class SmashedStore:
         self._sha256 = np.frombuffer(digests, np.uint8).reshape(-1, 32)
         self.codecs: tuple[str, ...] = tuple(sorted(rows["codec"].unique().to_pylist()))
         self.voxels: Tensor = torch.from_numpy(rows["voxels"].to_numpy().copy())
+        self.keypoints: Tensor = torch.from_numpy(rows["keypoints"].to_numpy().copy())
 
     def __len__(self) -> int:
         return len(self._offset)
@@ -171,9 +175,28 @@ def to_split_features(scenes: Sequence[SmashedScene]) -> SplitFeatures:
     kinds = {(s.spec, s.encoder_fingerprint) for s in scenes}
     if len(kinds) != 1:
         raise InvalidInput(f"scenes of different encoders or cuts do not mix in a batch; found {len(kinds)}: {kinds}")
-    spec = scenes[0].spec
-    coords = [torch.nn.functional.pad(s.coords, (1, 0), value=batch) for batch, s in enumerate(scenes)]
-    voxels = SparseVoxels(
-        features=torch.cat([s.features for s in scenes]), coords=torch.cat(coords), shape=spec.shape, batch_size=len(scenes)
+    return SplitFeatures.collate([_live(scene) for scene in scenes])
+
+
+def _live(scene: SmashedScene) -> SplitFeatures:
+    """A batch of one."""
+    coords = torch.nn.functional.pad(scene.coords, (1, 0))
+    voxels = SparseVoxels(features=scene.features, coords=coords, shape=scene.spec.shape, batch_size=1)
+    if scene.spec.keypoints is None:
+        return SplitFeatures(voxels=voxels, spec=scene.spec)
+    keypoints = Keypoints(
+        xyz=cell_centres(scene.keypoint_cells, scene.spec.grid),
+        features=scene.keypoint_features,
+        starts=(0, len(scene.keypoint_cells)),
     )
-    return SplitFeatures(voxels=voxels, spec=spec)
+    return SplitFeatures(voxels=voxels, spec=scene.spec, keypoints=keypoints)
+
+
+def as_stored(split: SplitFeatures, codec: str) -> SplitFeatures:
+    """Live features after the codec's quantisation, scene by scene, without gradient: as if they came out of a store."""
+    scenes = []
+    for scene in map(split.scene, range(split.batch_size)):
+        voxels = replace(scene.voxels, features=round_trip(scene.voxels.features, codec))
+        keypoints = scene.keypoints and replace(scene.keypoints, features=round_trip(scene.keypoints.features, codec))
+        scenes.append(replace(scene, voxels=voxels, keypoints=keypoints))
+    return SplitFeatures.collate(scenes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,12 +24,11 @@ from ..structures import Boxes3D, Frame, InvalidInput, Labels, LossTerms, Predic
 from ..training.ema import make_teacher, update_ema
 from ..training.loop import LoopConfig, run_steps
 from ..training.run_folder import RunFolder
-from ..vehicle.codec import round_trip
 from .feature_augmentation import cut_mix
 from .feature_gt import FeatureDatabase, FeatureGtConfig, paste_objects, sample_objects
 from .methods import Method
 from .pseudo_labels import ScoreThresholds, pseudo_label_quality, teacher_labels, within
-from .store import SmashedStore, to_split_features
+from .store import SmashedStore, as_stored, to_split_features
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +118,7 @@ def upcycle(
         split = detector.encode([f.points for f in batch.frames])
         labels = [f.labels for f in batch.frames if f.labels is not None]
         if method.trains != "all":
-            split = _as_stored(split, codec)
+            split = as_stored(split, codec)
         if batch.smashed is not None:
             scenes, pseudo = _unlabelled(batch, np.random.default_rng([seed, step, 1]))
             split = SplitFeatures.collate([split, *scenes])
@@ -153,7 +152,7 @@ def upcycle(
             obstacles = Boxes3D(data=found.boxes.data[found.iou_scores >= config.obstacle_score])
             objects = sample_objects(features, labels, obstacles, config.f_gt, rng)
             this_round.pasted += len(objects)
-            scene, labels = paste_objects(scene, labels, objects, margin_cells=config.f_gt.margin_cells)
+            scene, labels = paste_objects(scene, labels, objects, config.f_gt, rng)
         return method.augmentation(scene, labels, rng) if method.augmentation else (scene, labels)
 
     def after_step(step: int) -> None:
@@ -175,14 +174,6 @@ def upcycle(
     )
     detector.eval()
     return teacher
-
-
-def _as_stored(split: SplitFeatures, codec: str) -> SplitFeatures:
-    """Live features after the codec's quantisation, scene by scene, so that both halves of a batch went through the same."""
-    parts = [split.scene(i) for i in range(split.batch_size)]
-    return SplitFeatures.collate(
-        [replace(p, voxels=replace(p.voxels, features=round_trip(p.voxels.features, codec))) for p in parts]
-    )
 
 
 def _log_round(this_round: _Round, step: int, run: RunFolder | None) -> None:

@@ -4,7 +4,8 @@
                                  checkpoint.json: step, meta, bytes and SHA-256 of every file and of itself
 
 A checkpoint folder is written under a temporary name, flushed to the disk and renamed, so a run killed at any moment finds
-either the old or the new one. A damaged checkpoint is an error that names the newest good one; nobody falls back by himself.
+either the old or the new one. A damaged checkpoint is an error that says how to go on from the newest good one; nothing falls
+back by itself.
 A file of weights alone (``save_weights``) carries the SHA-256 of its tensors in its metadata.
 """
 
@@ -14,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,11 @@ def save_weights(path: Path, module: nn.Module, meta: Mapping[str, str] | None =
     write_atomically(path, data)
 
 
-def load_weights(path: Path, module: nn.Module) -> dict[str, str]:
-    """Fill ``module`` from a safetensors file and return the file's metadata.
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, verified where it carries a hash (files of others need not).
 
-    Raises InvalidInput with *all* missing names, unexpected names and unequal shapes; the module is then untouched.
     Raises CorruptCheckpoint if the file is unreadable or its tensors do not have the recorded hash.
     """
-    tensors, meta = read_weights(path)
-    fill_module(module, tensors, str(path))
-    return meta
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, verified where it carries a hash (files of others need not)."""
     tensors, meta = _decode(_read(path), path)
     recorded = meta.get(DIGEST_KEY)
     if recorded is not None and recorded != content_digest(tensors):
@@ -68,7 +61,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy ``tensors`` into the parameters and buffers of ``module``; names and shapes must agree completely."""
+    """Copy ``tensors`` into the parameters and buffers of ``module``; names and shapes must agree completely.
+
+    Raises InvalidInput with *all* missing names, unexpected names and unequal shapes; the module is then untouched.
+    """
     own = module.state_dict()
     faults = [f"missing {name} {tuple(t.shape)}" for name, t in own.items() if name not in tensors]
     faults += [f"unexpected {name} {tuple(t.shape)}" for name, t in tensors.items() if name not in own]
@@ -99,7 +95,7 @@ def save_checkpoint(
     *,
     step: int,
     modules: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: torch.optim.Optimizer,
     meta: Mapping[str, Any],
     keep_last: int = 2,
 ) -> Path:
@@ -111,10 +107,9 @@ def save_checkpoint(
     if keep_last < 1:
         raise InvalidInput(f"keep_last must be at least 1, found {keep_last}: without a checkpoint a run cannot resume")
     tensors = {name: _plain(module.state_dict()) for name, module in modules.items()}
-    if optimizer is not None:
-        if "optimizer" in tensors:
-            raise InvalidInput("no module may be called 'optimizer'; the optimiser's own file has that name")
-        tensors["optimizer"] = _optimizer_tensors(optimizer, modules)
+    if "optimizer" in tensors:
+        raise InvalidInput("no module may be called 'optimizer'; the optimiser's own file has that name")
+    tensors["optimizer"] = _optimizer_tensors(optimizer, modules)
 
     final = checkpoint_path(folder, step)
     temporary = folder / f".tmp-{final.name}"
@@ -159,50 +154,42 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """The index of a checkpoint after checking every file's size and hash. Raises CorruptCheckpoint."""
-    _, index = _verified_files(path, None)
-    return index
-
-
-def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None) -> int:
-    """Fill ``modules`` and ``optimizer`` from a checkpoint in place, and return the number of steps done.
+def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+    """Fill ``modules`` and ``optimizer`` from a checkpoint in place; returns the number of steps done and ``meta`` as saved.
 
     Every file is read once, checked against its recorded size and SHA-256, and only then used. Raises CorruptCheckpoint, whose
-    message names the newest good checkpoint beside it, and InvalidInput where names or shapes do not fit. A checkpoint may hold
-    more modules than are asked for (predicting needs only the teacher).
+    message says how to resume from the newest good checkpoint beside it, and InvalidInput where names or shapes do not fit.
     """
     try:
-        wanted = [*modules, *([] if optimizer is None else ["optimizer"])]
-        data, index = _verified_files(path, [f"{name}.safetensors" for name in wanted])
-        decoded = {name: _decode(data[f"{name}.safetensors"], path)[0] for name in wanted}
+        data, index = _verified_files(path)
+        decoded = {name: _decode(content, path / name)[0] for name, content in data.items()}
     except CorruptCheckpoint as error:
         raise CorruptCheckpoint(f"{error}\n{_advice(path)}") from error
+    wanted = {f"{name}.safetensors" for name in (*modules, "optimizer")}
+    if wanted != decoded.keys():
+        raise InvalidInput(
+            f"the checkpoint {path} holds {sorted(decoded)}, not {sorted(wanted)}; does it belong to another method?"
+        )
     for name, module in modules.items():
-        fill_module(module, decoded[name], f"{path / name}.safetensors")
-    if optimizer is not None:
-        _fill_optimizer(optimizer, modules, decoded["optimizer"], path)
-    return int(index["step"])
-
-
-def set_aside_newer(path: Path) -> list[Path]:
-    """Rename the checkpoints beside ``path`` that are newer, so that ``path`` is the latest; returns their new names.
-
-    Called when a user resumes from an older checkpoint on purpose. Nothing is deleted.
-    """
-    newer = [p for p in list_checkpoints(path.parent) if p.name > path.name]
-    return [_set_aside(p) for p in newer]
+        fill_module(module, decoded[f"{name}.safetensors"], f"{path / name}.safetensors")
+    _fill_optimizer(optimizer, modules, decoded["optimizer.safetensors"], path)
+    return int(index["step"]), dict(index["meta"])
 
 
 def _advice(path: Path) -> str:
+    damaged = [path]
     for other in reversed(list_checkpoints(path.parent)):
         if other == path:
             continue
         try:
-            verify_checkpoint(other)
+            _verified_files(other)
         except CorruptCheckpoint:
+            damaged.append(other)
             continue
-        return f"the newest good checkpoint is {other}; pass it explicitly to resume from there"
+        away = ", ".join(map(str, damaged))
+        return (
+            f"move what is damaged ({away}) out of {path.parent}; the run then resumes from the newest good checkpoint, {other}"
+        )
     return f"there is no other good checkpoint in {path.parent}; start the run again in a new folder"
 
 
@@ -214,12 +201,12 @@ def _set_aside(path: Path) -> Path:
     return target
 
 
-def _verified_files(path: Path, wanted: Sequence[str] | None) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Bytes of the wanted files (all: None) and the index, after comparing sizes and hashes."""
+def _verified_files(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The bytes of every file by name and the index, after comparing sizes and hashes."""
     try:
         index = json.loads(_read(path / INDEX))
         good = index["sha256"] == _index_digest(index)
-        step, files, version = int(index["step"]), dict(index["files"]), index["schema_version"]
+        files, version = dict(index["files"]), index["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpoint(f"{path / INDEX} is not a checkpoint index: {error}") from error
     if not good:
@@ -228,13 +215,8 @@ def _verified_files(path: Path, wanted: Sequence[str] | None) -> tuple[dict[str,
         raise InvalidInput(
             f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; use the version that wrote it"
         )
-    absent = [name for name in wanted or [] if name not in files]
-    if absent:
-        raise InvalidInput(
-            f"the checkpoint {path} (step {step}) holds {sorted(files)}, not {absent}; does it belong to another method?"
-        )
     data = {}
-    for name in files if wanted is None else wanted:
+    for name in files:
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != files[name]["bytes"]:  # before reading, so that a wrong file cannot fill the memory
             raise CorruptCheckpoint(f"{path / name} should have {files[name]['bytes']} bytes, found {size}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..config_json import config_from_json, config_to_json
 from ..models.detector import Detector
-from ..models.second_iou import SecondIouDetectorConfig, second_iou
+from ..models.detectors import DetectorConfig, build_detector
 from ..structures import InvalidInput
 from ..vehicle.encoder_file import save_encoder
 from .checkpoint import fill_module, read_weights, save_weights
@@ -15,15 +16,22 @@ from .checkpoint import fill_module, read_weights, save_weights
 DETECTOR_FILE = "detector.safetensors"
 TEACHER_FILE = "teacher.safetensors"
 ENCODER_FILE = "encoder.safetensors"
-_FORMAT = "upcycle3d detector 1"
+_FORMAT = "upcycle3d detector 2"
 
 
-def save_detector(path: Path, detector: Detector, config: SecondIouDetectorConfig) -> None:
+@dataclass(frozen=True)
+class _Stored:
+    """What the metadata holds: the configuration with its kind."""
+
+    detector: DetectorConfig
+
+
+def save_detector(path: Path, detector: Detector, config: DetectorConfig) -> None:
     """Write weights and configuration, atomically."""
-    save_weights(path, detector, {"format": _FORMAT, "config": json.dumps(config_to_json(config))})
+    save_weights(path, detector, {"format": _FORMAT, "config": json.dumps(config_to_json(_Stored(config)))})
 
 
-def load_detector(path: Path) -> tuple[Detector, SecondIouDetectorConfig]:
+def load_detector(path: Path) -> tuple[Detector, DetectorConfig]:
     """A detector in evaluation mode with its configuration, from a file or from a run folder that holds one.
 
     Raises InvalidInput for another kind of file and CorruptCheckpoint for a damaged one.
@@ -34,13 +42,13 @@ def load_detector(path: Path) -> tuple[Detector, SecondIouDetectorConfig]:
     tensors, meta = read_weights(path)
     if meta.get("format") != _FORMAT or "config" not in meta:
         raise InvalidInput(f"{path} is no detector of this program: expected format {_FORMAT!r}, found {meta.get('format')!r}")
-    config = config_from_json(SecondIouDetectorConfig, json.loads(meta["config"]))
-    detector = second_iou(config)
+    config = config_from_json(_Stored, json.loads(meta["config"])).detector
+    detector = build_detector(config)
     fill_module(detector, tensors, str(path))
     return detector.eval(), config
 
 
-def save_run_detector(folder: Path, detector: Detector, config: SecondIouDetectorConfig) -> None:
+def save_run_detector(folder: Path, detector: Detector, config: DetectorConfig) -> None:
     """The detector, and its vehicle half alone: the file that goes to the fleet."""
     save_detector(folder / DETECTOR_FILE, detector, config)
     save_encoder(folder / ENCODER_FILE, detector.encoder)

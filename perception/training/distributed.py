@@ -60,11 +60,10 @@ class DistributedContext:
             dist.destroy_process_group()
 
 
-def init_distributed(device: torch.device | str | None = None, timeout_s: float = 600.0) -> DistributedContext:
+def init_distributed(device: torch.device | str | None = None) -> DistributedContext:
     """Join the process group that torchrun announces in the environment; a single process needs none.
 
     device: None takes this rank's CUDA device if there is one, else the CPU. gloo serves the CPU, nccl CUDA.
-    timeout_s: a collective that waits longer raises instead of hanging for ever.
     Raises InvalidInput if only part of torchrun's environment is set.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -79,7 +78,8 @@ def init_distributed(device: torch.device | str | None = None, timeout_s: float 
         raise InvalidInput(f"WORLD_SIZE is {world_size} but {missing} are not set; start several processes with torchrun")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    # A collective that waits longer raises instead of hanging for ever.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     return DistributedContext(rank=dist.get_rank(), world_size=world_size, device=device)
 
 

@@ -3,14 +3,14 @@
     teacher <- d * teacher + (1 - d) * student,    d = min(1 - 1 / (step + 1), max_decay)
 
 The ramp makes the first teachers plain averages of the students so far. Batch-norm statistics are already moving averages:
-they are copied, not averaged a second time (averaging is a switch). Forgetting them altogether is the usual fault
-(lightly's ``update_momentum``, 3DIoUMatch): the teacher then normalises with the statistics it was born with.
+they are copied, not averaged a second time. Forgetting them altogether is the usual fault (lightly's ``update_momentum``,
+3DIoUMatch): the teacher then normalises with the statistics it was born with.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,27 +33,19 @@ def ema_decay(step: int, max_decay: float = 0.999) -> float:
 
 
 @torch.no_grad()
-def update_ema(
-    teacher: nn.Module,
-    student: nn.Module,
-    step: int,
-    max_decay: float = 0.999,
-    buffers: Literal["copy", "average"] = "copy",
-) -> None:
+def update_ema(teacher: nn.Module, student: nn.Module, step: int, max_decay: float = 0.999) -> None:
     """Move ``teacher`` towards ``student`` in place, after the student's optimiser step ``step`` (0-based).
 
-    Float buffers (batch-norm statistics) are copied or averaged; integer buffers are always copied. Tensors that both modules
-    share (a frozen encoder) are left alone. Raises InvalidInput if names or shapes differ.
+    Buffers (batch-norm statistics) are copied. Tensors that both modules share (a frozen encoder) are left alone.
+    Raises InvalidInput if names or shapes differ.
     Source: Tarvainen and Valpola 2017; ramp and decay of 3DIoUMatch (``pv_rcnn_ssl.py``).
     """
     weight = 1.0 - ema_decay(step, max_decay)
     parameters = _pairs(dict(teacher.named_parameters()), dict(student.named_parameters()), "parameters")
     statistics = _pairs(dict(teacher.named_buffers()), dict(student.named_buffers()), "buffers")
-    averaged = parameters + [pair for pair in statistics if buffers == "average" and pair[0].is_floating_point()]
-    copied = [pair for pair in statistics if buffers == "copy" or not pair[0].is_floating_point()]
-    if averaged:
-        torch._foreach_lerp_([old for old, _ in averaged], [new for _, new in averaged], weight)
-    for old, new in copied:
+    if parameters:
+        torch._foreach_lerp_([old for old, _ in parameters], [new for _, new in parameters], weight)
+    for old, new in statistics:
         old.copy_(new)
 
 

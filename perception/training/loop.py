@@ -6,7 +6,7 @@ learning rate is a function of s. So resuming is loading the weights and the opt
 state to keep.
 
     seed(s) -> batches(s) -> loss -> backward -> mean over ranks -> finite? -> clip -> AdamW -> after_step(s) (EMA teacher)
-               then, counted in steps done: metrics, checkpoint, on_round (evaluation)
+               then, counted in steps done: metrics, checkpoint
 """
 
 from __future__ import annotations
@@ -23,32 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from ..structures import InvalidInput, LossTerms, UpcycleError
-from .checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint, set_aside_newer, verify_checkpoint
+from .checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from .distributed import DistributedContext, all_reduce_gradients, average_statistics, training_buffers
 from .optim import OneCycle, learning_rate, make_optimizer, set_schedule
 from .prefetch import prefetch
 from .progress import Progress, StopRequest
 from .run_folder import RunFolder, State
 
-__all__ = ["Interrupted", "LoopConfig", "NonFiniteLoss", "TrainResult", "create_run", "prefetch", "run_steps", "step_seed"]
-
 Batch = TypeVar("Batch")
 
 
 class NonFiniteLoss(UpcycleError):
-    """A loss term or the gradient is NaN or infinite. ``term`` and ``frame_ids`` are those of this rank ("" if it was another)."""
-
-    def __init__(self, message: str, *, term: str, step: int, frame_ids: Sequence[str]) -> None:
-        super().__init__(message)
-        self.term, self.step, self.frame_ids = term, step, tuple(frame_ids)
+    """A loss term or the gradient is NaN or infinite; the message names it, the step and the frames of each rank where it was."""
 
 
 class Interrupted(UpcycleError):
-    """Training was stopped by Ctrl-C (or SIGTERM) after a complete step; ``step`` steps are done and saved."""
-
-    def __init__(self, message: str, *, step: int) -> None:
-        super().__init__(message)
-        self.step = step
+    """Training was stopped by Ctrl-C (or SIGTERM) after a complete step, which is saved; the message says how to resume."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +49,14 @@ class LoopConfig:
     optim: OneCycle
     clip_norm: float = 10.0  # gradients are scaled down to this L2 norm over all parameters
     log_every: int = 50  # steps
-    checkpoint_every: int = 1000  # steps; one more is written before each round and at the end
-    round_every: int | None = None  # steps between calls of on_round; None: never
+    checkpoint_every: int = 1000  # steps; one more is written at the end
     keep_checkpoints: int = 2
     amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision of the forward pass, on CUDA only; losses stay float32
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "round_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidInput(f"LoopConfig.{name} must be at least 1, found {value}")
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"LoopConfig.{name} must be at least 1, found {getattr(self, name)}")
         if not self.clip_norm > 0:
             raise InvalidInput(f"LoopConfig.clip_norm must be positive (inf: no clipping), found {self.clip_norm}")
 
@@ -93,21 +81,12 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def create_run(
-    path: Path,
-    config: object,
-    *,
-    seed: int,
-    context: DistributedContext,
-    command: Sequence[str] | None = None,
-    resume: bool = False,
-    tensorboard: bool = True,
-) -> RunFolder:
+def create_run(path: Path, config: object, *, seed: int, context: DistributedContext, resume: bool = False) -> RunFolder:
     """``RunFolder.create`` on the main rank, ``RunFolder.open`` on the others; an error on the main rank is raised on all."""
     run, failure = None, ""
     if context.is_main:
         try:
-            run = RunFolder.create(path, config, command=command, seed=seed, resume=resume, tensorboard=tensorboard)
+            run = RunFolder.create(path, config, seed=seed, resume=resume)
         except UpcycleError as error:
             failure = str(error)
     failure = context.gather(failure)[0]
@@ -125,25 +104,21 @@ def run_steps(
     config: LoopConfig,
     run: RunFolder | None = None,
     after_step: Callable[[int], Mapping[str, float] | None] | None = None,
-    on_round: Callable[[int], None] | None = None,
     frame_ids: Callable[[Batch], Sequence[str]] | None = None,
     workers: int = 0,
     context: DistributedContext | None = None,
-    resume_from: Path | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Train ``trainable`` for ``config.total_steps`` steps, going on from the newest checkpoint of ``run`` if there is one.
 
     modules: what a checkpoint keeps, e.g. student and teacher; they hold every trainable parameter. Their train/eval modes are
-        the caller's choice and are put back after ``on_round``.
+        the caller's choice.
     batches(step): the batch of a 0-based step, of this rank; a pure function (its own generator seeded from the step).
     loss(batch, step): weighted float32 terms of this rank. Runs under autocast if ``config.amp`` says so: cast outputs to
         float32 before computing terms.
     after_step(step): after the optimiser step, e.g. ``update_ema``; what it returns is logged with the step's losses.
-    on_round(steps_done): every ``config.round_every`` steps and at the end, after a checkpoint; e.g. evaluation, which logs with
-        ``run.log(steps_done, values, kind="val")``. It must not change weights. If it was cut off, a resumed run repeats it.
     frame_ids(batch): for messages. workers: processes that make batches ahead; the result does not depend on it.
-    resume_from: start from this older checkpoint; newer ones are renamed, not deleted. progress: False prints nothing.
+    progress: False prints nothing.
 
     Raises NonFiniteLoss (the last good weights are saved), Interrupted (Ctrl-C or SIGTERM; saved; a second one aborts at once),
     CorruptCheckpoint, and InvalidInput where modules, parameters or loss terms do not fit together.
@@ -159,21 +134,14 @@ def run_steps(
         if writer is not None:
             writer.sync()
             meta = {"config": writer.config_json(), "scaler": scaler.state_dict()}
-            if not checkpoint_path(writer.checkpoints, step).exists():  # it does where the step after it fails: same content
-                keep = config.keep_checkpoints
+            newest, keep = latest_checkpoint(writer.checkpoints), config.keep_checkpoints
+            if newest != checkpoint_path(writer.checkpoints, step):  # it is where the next step fails: same content
                 save_checkpoint(writer.checkpoints, step=step, modules=modules, optimizer=optimizer, meta=meta, keep_last=keep)
             writer.set_status(state, step=step, total_steps=config.total_steps, message=message)
 
-    def play_round(steps_done: int) -> None:
-        if on_round is not None:
-            modes = [(layer, layer.training) for module in modules.values() for layer in module.modules()]
-            on_round(steps_done)
-            for layer, mode in modes:
-                layer.training = mode
-
     began = time.perf_counter()
-    complete = run is not None and resume_from is None and run.status().get("state") == "finished"
-    start = _resume(run, modules, optimizer, scaler, resume_from, context)
+    complete = run is not None and run.status().get("state") == "finished"
+    start = _resume(run, modules, optimizer, scaler, context)
     if complete and start == config.total_steps:
         return TrainResult(steps=start, start_step=start, seconds=0.0)
     if writer is not None:
@@ -188,8 +156,6 @@ def run_steps(
             show.note(f"mixed precision ({config.amp}) is for CUDA; training on the {parameters[0].device} in float32")
         if writer is not None:
             writer.set_status("running", step=start, total_steps=config.total_steps)
-        if start and _is_round(config, start):
-            play_round(start)
         source = stack.enter_context(closing(prefetch(batches, start, config.total_steps, workers)))
         logged_at, logged_time, waited = start, time.perf_counter(), 0.0
         for step in range(start, config.total_steps):
@@ -207,7 +173,7 @@ def run_steps(
                 ids = tuple(frame_ids(batch)) if frame_ids is not None and fault else ()
                 message = _explain(fault, step, ids, config, context)
                 save(step, "failed", message)
-                raise NonFiniteLoss(message, term=fault, step=step, frame_ids=ids)
+                raise NonFiniteLoss(message)
             _clip(parameters, norm, config.clip_norm)
             scaler.step(optimizer)
             scaler.update()
@@ -234,12 +200,9 @@ def run_steps(
                     writer.log(done, values)
             if stopping and not last:
                 save(done, "interrupted")
-                raise Interrupted(_how_to_resume(done, config, run), step=done)
-            at_round = _is_round(config, done)
-            if last or at_round or done % config.checkpoint_every == 0:
+                raise Interrupted(_how_to_resume(done, config, run, context))
+            if last or done % config.checkpoint_every == 0:
                 save(done, "running")
-            if at_round:
-                play_round(done)
         if writer is not None:
             writer.set_status("finished", step=config.total_steps, total_steps=config.total_steps)
             writer.sync()
@@ -313,8 +276,9 @@ def _explain(fault: str, step: int, ids: Sequence[str], config: LoopConfig, cont
     )
 
 
-def _how_to_resume(done: int, config: LoopConfig, run: RunFolder | None) -> str:
-    how = f"resume with: {run.resume_command}" if run is not None else "it had no run folder, so nothing was saved"
+def _how_to_resume(done: int, config: LoopConfig, run: RunFolder | None, context: DistributedContext) -> str:
+    under = f" (under torchrun, {context.world_size} processes)" if context.world_size > 1 else ""  # which a rank cannot see
+    how = f"resume with{under}: {run.resume_command}" if run is not None else "it had no run folder, so nothing was saved"
     return f"training was interrupted after {done} of {config.total_steps} steps; {how}"
 
 
@@ -323,25 +287,17 @@ def _resume(
     modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    resume_from: Path | None,
     context: DistributedContext,
 ) -> int:
-    """Load the checkpoint to go on from, if any; returns the number of steps done."""
-    if run is None:
-        if resume_from is not None:
-            raise InvalidInput(f"cannot resume from {resume_from} without a run folder")
-        return 0
-    if resume_from is not None and resume_from.resolve().parent != run.checkpoints:
-        raise InvalidInput(f"resume_from must be one of the checkpoints in {run.checkpoints}, found {resume_from}")
-    path = resume_from or latest_checkpoint(run.checkpoints)
-    step = 0
-    if path is not None:
-        step = load_checkpoint(path, modules, optimizer)
+    """Load the newest checkpoint, if any; returns the number of steps done."""
+    path = None if run is None else latest_checkpoint(run.checkpoints)
+    if path is None:
+        step = 0
+    else:
+        step, meta = load_checkpoint(path, modules, optimizer)
         if scaler.is_enabled():
-            scaler.load_state_dict(verify_checkpoint(path)["meta"]["scaler"])
+            scaler.load_state_dict(meta["scaler"])
     context.any([False])  # every rank has read it before the main rank goes on to write
-    if run.writable and resume_from is not None:
-        set_aside_newer(resume_from.resolve())
     return step
 
 
@@ -367,10 +323,6 @@ def _names(modules: Mapping[str, nn.Module], parameters: Sequence[nn.Parameter])
             f"trainable parameters of shapes {strangers[:5]} belong to none of the modules {sorted(modules)}; add theirs"
         )
     return [known[p] for p in parameters]
-
-
-def _is_round(config: LoopConfig, steps_done: int) -> bool:
-    return config.round_every is not None and (steps_done % config.round_every == 0 or steps_done == config.total_steps)
 
 
 def _disjoint(*parts: Mapping[str, float]) -> dict[str, float]:

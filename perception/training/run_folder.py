@@ -14,6 +14,7 @@ import fcntl
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shlex
@@ -22,17 +23,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, Self, TypeVar
+from typing import IO, Any, Literal, Self
 
 import torch
 
-from ..config_json import Json, config_from_json, config_to_json, first_difference
+from ..config_json import Json, config_to_json, first_difference
 from ..files import write_atomically
 from ..structures import InvalidInput
 
-__all__ = ["RunFolder", "config_from_json", "config_to_json", "describe_environment"]
-
-C = TypeVar("C")
 State = Literal["running", "finished", "interrupted", "failed"]
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,15 +95,14 @@ class RunFolder:
         path: Path,
         config: Any,
         *,
-        command: Sequence[str] | None = None,
         seed: int,
         resume: bool = False,
         tensorboard: bool = True,
     ) -> Self:
         """Start a run in ``path``, or continue it with ``resume=True`` and the same configuration.
 
-        command: how it was called (None: the whole command line of this process). Raises InvalidInput if the folder holds a run and ``resume`` is False,
-        if the stored configuration differs (naming the first field), or if another process is writing to it.
+        The command line of this process is recorded. Raises InvalidInput if the folder holds a run and ``resume`` is False, if
+        the stored configuration differs (naming the first field), or if another process is writing to it.
         """
         path = path.resolve()
         resolved = config_to_json(config)
@@ -115,14 +112,17 @@ class RunFolder:
         difference = None if stored is None else first_difference(stored, resolved)
         if difference:
             raise InvalidInput(
-                f"{path} holds a run with another configuration ({difference}); choose a new folder for the new one"
+                f"{path} holds a run with another configuration ({difference}); choose a new folder for the new one, "
+                "or resume it with the options and the version of this program in its environment.json"
             )
         if stored is not None and not resume:
             raise InvalidInput(f"{path} already holds a run with this configuration; resume it, or choose a new folder")
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, lock=_lock(path), tensorboard=tensorboard)
         environment = _read_json(path / "environment.json") if stored is not None else []
-        environment.append(describe_environment(command=sys.orig_argv if command is None else command, seed=seed))
+        # A spawned process was not called by what its own command line says, but by its parent's program and arguments.
+        command = sys.orig_argv if multiprocessing.parent_process() is None else sys.argv
+        environment.append({**describe_environment(command=command, seed=seed), "resume": resume})
         _write_json(path / "environment.json", environment)
         if stored is None:  # last: a folder with a configuration is a complete run folder
             _write_json(path / "config.json", resolved)
@@ -145,16 +145,12 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        """The command that started the run, with ``--resume``."""
-        command: list[str] = self.environment()[0]["command"]
-        return shlex.join([*command, *([] if "--resume" in command else ["--resume"])])
+        """The last command again, with ``--resume`` unless it resumes as it is (``upcycle3d demo`` always does)."""
+        last = self.environment()[-1]
+        return shlex.join([*last["command"], *([] if last["resume"] else ["--resume"])])
 
     def config_json(self) -> dict[str, Json]:
         return dict(_read_json(self.path / "config.json"))
-
-    def config(self, cls: type[C]) -> C:
-        """The stored configuration as the dataclass it was made from."""
-        return config_from_json(cls, self.config_json())
 
     def environment(self) -> list[dict[str, Json]]:
         """One entry for the start and one for every resume."""
@@ -175,8 +171,8 @@ class RunFolder:
     def log(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
         """Append one line to metrics.jsonl and to TensorBoard.
 
-        step: optimiser steps done. kind: "train" belongs to a step; every other kind ("val", "pseudo_labels") to a round of
-        ``run_steps``. A value that is not finite is written as null.
+        step: optimiser steps done for "train", the kind that ``run_steps`` writes; for every other kind ("pseudo_labels") the
+        0-based step that wrote the line. A value that is not finite is written as null.
         """
         self._require_writable()
         clash = values.keys() & {"step", "kind"}
@@ -197,7 +193,7 @@ class RunFolder:
         return [line for line in self._metric_lines() if kind is None or line["kind"] == kind]
 
     def rewind(self, step: int) -> None:
-        """Forget the metrics that a run resumed at ``step`` will write again: later steps, and the round at ``step`` itself."""
+        """Forget the metrics that a run resumed after ``step`` steps will write again (see ``log`` for what a line's step is)."""
         self._require_writable()
         self._close_metrics()
         kept = [
@@ -210,6 +206,8 @@ class RunFolder:
         """Bring the metrics to the disk; done before a checkpoint is written, so that no checkpoint is ahead of them."""
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
         """Close the files and release the lock; reading stays possible."""

@@ -2,8 +2,12 @@
 
     SmashedScene ─ quantise features, delta-code coordinates ─ safetensors ─ zstd (level 1, content checksum) ─ bytes
 
+What is stored: the cells at the cut with their features; where the cut has keypoints, their cells of the input grid with their
+features; and in the header the schema version, the codec, the cut, the encoder's fingerprint and a random identifier.
+
 Coordinates are exact: the sorted linear index of each cell, as gaps to the cell before, in byte planes of the smallest width
-that fits. Features are lossy, by one of two codecs:
+that fits. Keypoints keep the encoder's order, which its ball queries depend on, so their cells are stored as they are: z, y and
+x in planes of two bytes. Features are lossy, by one of two codecs; int8's channels of voxels and keypoints have their own ranges:
 
 ``fp16``  rounds to half precision: relative error at most 2^-11, absolute at most 2^-25 below 2^-14.
 ``int8``  maps each channel of the scene from [min, max] to 0..255: absolute error at most (max - min) / 510 of that channel,
@@ -18,7 +22,6 @@ what the reader expects. Anything else is a ``CorruptScene`` or a ``ForeignScene
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import Any
@@ -31,8 +34,9 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 from torch import Tensor
 
-from ..features import SMASHED_SCHEMA_VERSION, SmashedScene, SplitSpec, VoxelGrid
+from ..features import SMASHED_SCHEMA_VERSION, SmashedScene, SplitSpec
 from ..structures import InvalidInput, UpcycleError
+from .spec_json import CorruptScene, canonical_json, spec_to_json, strict_json
 
 CODECS = ("fp16", "int8")
 FEATURE_LIMIT = 65504.0  # the largest half-precision number
@@ -40,14 +44,11 @@ FEATURE_LIMIT = 65504.0  # the largest half-precision number
 _HEADER_CAP = 1 << 16
 _WINDOW_CAP = 1 << 23  # RFC 8878: what every decoder should support; a frame's window is memory too
 _CELL_CAP = 1 << 31  # linear indices and their sums stay far inside int64
+_AXIS_CAP = 1 << 16  # a keypoint's cell has two bytes an axis
 _METADATA_KEY = "smashed_scene"
 _HEADER_KEYS = {"schema_version", "codec", "split", "encoder_fingerprint", "scene_id"}
 FINGERPRINT_PATTERN = re.compile(r"[0-9a-f]{64}")
 _SCENE_ID_PATTERN = re.compile(r"[0-9a-f]{32}")
-
-
-class CorruptScene(UpcycleError):
-    """Bytes that are damaged, or never were a smashed scene."""
 
 
 class ForeignScene(UpcycleError):
@@ -58,68 +59,6 @@ class FeatureOverflow(UpcycleError):
     """A feature that no codec can hold."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- JSON
-
-
-def canonical_json(value: Any) -> bytes:
-    """The one spelling of ``value``: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def strict_json(data: bytes, what: str) -> Any:
-    """JSON of a stranger: no duplicate keys, no NaN; raises ``CorruptScene`` that names ``what``."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(pairs)
-        if len(record) != len(pairs):
-            raise ValueError("a key stands twice")
-        return record
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:  # ValueError covers broken UTF-8, broken JSON and oversized integers
-        raise CorruptScene(f"{what} is not valid JSON: {error}") from error
-
-
-def spec_to_json(spec: SplitSpec) -> dict[str, Any]:
-    """The cut as plain values."""
-    return {
-        "layer": spec.layer,
-        "channels": spec.channels,
-        "stride": list(spec.stride),
-        "shape": list(spec.shape),
-        "grid": {"range": [float(v) for v in spec.grid.range], "voxel_size": [float(v) for v in spec.grid.voxel_size]},
-    }
-
-
-def spec_from_json(record: Any, what: str) -> SplitSpec:
-    """Inverse of ``spec_to_json`` for a record from outside; raises ``CorruptScene`` or ``InvalidInput`` that names ``what``."""
-
-    def numbers(value: Any, count: int, kinds: tuple[type, ...], low: float, high: float) -> tuple[Any, ...]:
-        fits = isinstance(value, list) and len(value) == count and all(type(v) in kinds and low <= v <= high for v in value)
-        if not fits:
-            raise CorruptScene(f"{what}: expected {count} numbers in {low:g}..{high:g}, found {str(value)[:80]}")
-        return tuple(value)
-
-    if not isinstance(record, dict) or record.keys() != {"layer", "channels", "stride", "shape", "grid"}:
-        raise CorruptScene(f"{what}: expected layer, channels, stride, shape and grid, found {str(record)[:80]}")
-    grid, layer = record["grid"], record["layer"]
-    if not isinstance(grid, dict) or grid.keys() != {"range", "voxel_size"}:
-        raise CorruptScene(f"{what}: expected a grid of range and voxel_size, found {str(grid)[:80]}")
-    if not isinstance(layer, str) or not re.fullmatch(r"[\w.]{1,128}", layer):
-        raise CorruptScene(f"{what}: expected the name of a layer, found {str(layer)[:80]}")
-    (channels,) = numbers([record["channels"]], 1, (int,), 1, 1 << 16)
-    stride = numbers(record["stride"], 3, (int,), 1, 1 << 16)
-    shape = numbers(record["shape"], 3, (int,), 1, 1 << 20)
-    extent = numbers(grid["range"], 6, (int, float), -1e6, 1e6)
-    voxel_size = numbers(grid["voxel_size"], 3, (int, float), 1e-6, 1e6)
-    voxel_grid = VoxelGrid(range=extent, voxel_size=voxel_size)  # type: ignore[arg-type]
-    return SplitSpec(layer=layer, channels=channels, stride=stride, shape=shape, grid=voxel_grid)  # type: ignore[arg-type]
-
-
 # --------------------------------------------------------------------------------------------------------- coordinates
 
 
@@ -128,6 +67,18 @@ def _cells(spec: SplitSpec) -> int:
     if not 0 < cells < _CELL_CAP:
         raise InvalidInput(f"a grid of {spec.shape} has {cells} cells; smashed scenes hold 1 to {_CELL_CAP - 1}")
     return cells
+
+
+def _keypoint_sizes(spec: SplitSpec) -> tuple[int, int]:
+    """At most so many keypoints a scene, of so many channels; (0, 0) without."""
+    if spec.keypoints is None:
+        return (0, 0)
+    if max(spec.grid.shape) > _AXIS_CAP:
+        raise InvalidInput(
+            f"a grid of {spec.grid.shape} voxels (z, y, x) is too large for keypoints, whose cells have two bytes an axis: at most "
+            f"{_AXIS_CAP} voxels; use larger voxels or a smaller range"
+        )
+    return (spec.keypoints.count, spec.keypoints.channels)
 
 
 def _pack_coords(coords: NDArray[np.int32], spec: SplitSpec) -> NDArray[np.uint8]:
@@ -166,8 +117,11 @@ def _check_codec(codec: str) -> None:
         raise InvalidInput(f"unknown codec {codec!r}; choose one of {CODECS}")
 
 
-def _quantise(features: Tensor, codec: str) -> dict[str, Tensor]:
-    """(M, C) float -> what is stored. Raises ``FeatureOverflow`` beyond half precision's range, in both codecs."""
+def _quantise(features: Tensor, codec: str, prefix: str = "") -> dict[str, Tensor]:
+    """(M, C) float -> what is stored, each name behind ``prefix``: "" or "keypoint_".
+
+    Raises ``FeatureOverflow`` beyond half precision's range, in both codecs.
+    """
     _check_codec(codec)
     features = features.detach().float()
     m, channels = features.shape
@@ -177,30 +131,37 @@ def _quantise(features: Tensor, codec: str) -> dict[str, Tensor]:
         if beyond.any():
             channel = int(beyond.nonzero()[0])
             raise FeatureOverflow(
-                f"channel {channel} reaches {reach[channel].item():g}, beyond the {FEATURE_LIMIT:g} that codec {codec!r} can hold; "
-                "the encoder's weights or its input are broken"
+                f"{prefix.replace('_', ' ')}channel {channel} reaches {reach[channel].item():g}, beyond the {FEATURE_LIMIT:g} that "
+                f"codec {codec!r} can hold; the encoder's weights or its input are broken"
             )
     if codec == "fp16":
-        return {"features": features.half()}
+        return {f"{prefix}features": features.half()}
     low = features.amin(0) if m else features.new_zeros(channels)
     scale = (features.amax(0) - low) / 255 if m else features.new_zeros(channels)
     steps = ((features - low) / torch.where(scale > 0, scale, 1)).round().clamp(0, 255).to(torch.uint8)
-    return {"features": steps, "feature_low": low, "feature_scale": scale}
+    return {f"{prefix}features": steps, f"{prefix}feature_low": low, f"{prefix}feature_scale": scale}
 
 
-def _dequantise(stored: dict[str, Tensor]) -> Tensor:
+def _dequantise(stored: dict[str, Tensor], prefix: str = "") -> Tensor:
     """(M, C) float32 from what ``_quantise`` gave."""
-    values = stored["features"].float()
-    return values * stored["feature_scale"] + stored["feature_low"] if "feature_low" in stored else values
+    values = stored[f"{prefix}features"].float()
+    if f"{prefix}feature_low" not in stored:
+        return values
+    return values * stored[f"{prefix}feature_scale"] + stored[f"{prefix}feature_low"]
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    """(M, C) -> (C, M) and back; ranges (C,) stay as they are."""
+    return tensor.T.contiguous() if tensor.ndim == 2 else tensor
 
 
 @torch.no_grad()
 def round_trip(features: Tensor, codec: str) -> Tensor:
     """What a reader of the stored scene would see: the quantisation alone, without bytes, without gradient.
 
-    features: (M, C) of ONE scene (int8's ranges are per scene and channel), any device, rows in any order. Returns float32,
-    equal bit for bit to encoding and decoding, so that labelled raw scenes and stored scenes meet the decoder alike.
-    Raises ``FeatureOverflow`` as ``encode_scene`` does.
+    features: (M, C) of the voxels, or of the keypoints, of ONE scene (int8's ranges are per scene and channel), any device, rows
+    in any order. Returns float32, equal bit for bit to encoding and decoding, so that labelled raw scenes and stored scenes meet
+    the decoder alike. Raises ``FeatureOverflow`` as ``encode_scene`` does.
     """
     return _dequantise(_quantise(features, codec))
 
@@ -208,20 +169,29 @@ def round_trip(features: Tensor, codec: str) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- bytes
 
 
-def _layout(codec: str, width: int, m: int, channels: int) -> dict[str, tuple[str, list[int]]]:
-    """safetensors dtype and shape of every tensor in a scene of ``m`` voxels."""
-    layout = {"coord_gaps": ("U8", [width, m]), "features": ("F16" if codec == "fp16" else "U8", [channels, m])}
+def _feature_layout(codec: str, m: int, channels: int, prefix: str = "") -> dict[str, tuple[str, list[int]]]:
+    layout = {f"{prefix}features": ("F16" if codec == "fp16" else "U8", [channels, m])}
     if codec == "int8":
-        layout |= {"feature_low": ("F32", [channels]), "feature_scale": ("F32", [channels])}
+        layout |= {f"{prefix}feature_low": ("F32", [channels]), f"{prefix}feature_scale": ("F32", [channels])}
+    return layout
+
+
+def _layout(spec: SplitSpec, codec: str, width: int, m: int, k: int) -> dict[str, tuple[str, list[int]]]:
+    """safetensors dtype and shape of every tensor in a scene of ``m`` voxels and ``k`` keypoints."""
+    layout = {"coord_gaps": ("U8", [width, m]), **_feature_layout(codec, m, spec.channels)}
+    if spec.keypoints is not None:
+        layout |= {"keypoint_cells": ("U16", [3, k]), **_feature_layout(codec, k, spec.keypoints.channels, "keypoint_")}
     return layout
 
 
 def _max_raw_bytes(spec: SplitSpec) -> int:
-    return 8 + _HEADER_CAP + _cells(spec) * (4 + 2 * spec.channels) + 8 * spec.channels
+    voxels = _cells(spec) * (4 + 2 * spec.channels) + 8 * spec.channels
+    count, channels = _keypoint_sizes(spec)
+    return 8 + _HEADER_CAP + voxels + count * (6 + 2 * channels) + 8 * channels
 
 
 def max_encoded_bytes(spec: SplitSpec) -> int:
-    """No encoded scene of ``spec`` is longer: every cell occupied, and zstd's bound for data that does not compress."""
+    """No encoded scene of ``spec`` is longer: every cell and keypoint there, and zstd's bound for data that does not compress."""
     raw = _max_raw_bytes(spec)
     return raw + raw // 256 + 1024
 
@@ -229,11 +199,14 @@ def max_encoded_bytes(spec: SplitSpec) -> int:
 def encode_scene(scene: SmashedScene) -> bytes:
     """``scene`` as one zstd-compressed safetensors blob, quantised by ``scene.codec``. Equal scenes give equal bytes.
 
-    Raises ``FeatureOverflow`` for a feature beyond half precision, ``InvalidInput`` for an unknown codec, or an identifier that
-    is not random hexadecimal (a name, a time or a serial number would leave the vehicle with it).
+    Raises ``FeatureOverflow`` for a feature beyond half precision, ``InvalidInput`` for an unknown codec, a grid too large, or an
+    identifier that is not random hexadecimal (a name, a time or a serial number would leave the vehicle with it).
     """
     _cells(scene.spec)
+    _keypoint_sizes(scene.spec)
     stored = _quantise(scene.features, scene.codec)
+    if scene.spec.keypoints is not None:
+        stored |= _quantise(scene.keypoint_features, scene.codec, "keypoint_")
     if not _SCENE_ID_PATTERN.fullmatch(scene.scene_id):
         raise InvalidInput(
             f"scene_id must be 32 random hexadecimal digits (secrets.token_hex(16)), found {scene.scene_id[:80]!r}"
@@ -247,9 +220,10 @@ def encode_scene(scene: SmashedScene) -> bytes:
         "encoder_fingerprint": scene.encoder_fingerprint,
         "scene_id": scene.scene_id,
     }
-    stored["features"] = stored["features"].T
-    arrays = {name: tensor.cpu().contiguous().numpy() for name, tensor in stored.items()}
+    arrays = {name: _turned(tensor).cpu().numpy() for name, tensor in stored.items()}
     arrays["coord_gaps"] = _pack_coords(scene.coords.cpu().numpy(), scene.spec)
+    if scene.spec.keypoints is not None:
+        arrays["keypoint_cells"] = np.ascontiguousarray(scene.keypoint_cells.cpu().numpy().astype("<u2").T)
     raw = safetensors_numpy.save(arrays, metadata={_METADATA_KEY: canonical_json(header).decode()})
     return zstandard.ZstdCompressor(level=1, write_checksum=True, write_content_size=True).compress(raw)
 
@@ -317,42 +291,50 @@ def _check_header(header: dict[str, Any], spec: SplitSpec, fingerprint: str) -> 
             "encoders do not mix: update the vehicle or train a decoder for its encoder"
         )
     if header["split"] != spec_to_json(spec):
-        raise ForeignScene(f"the scene was cut at {str(header['split'])[:300]}, expected {spec_to_json(spec)}")
+        raise ForeignScene(f"the scene was cut at {str(header['split'])[:400]}, expected {spec_to_json(spec)}")
+
+
+def _declared(
+    tensors: dict[str, tuple[str, list[int]]], name: str, rows: tuple[int, int], columns: tuple[int, int]
+) -> tuple[int, int]:
+    """Rows and columns that the header declares for a tensor, each within its bounds."""
+    shape = tensors.get(name, ("", []))[1]
+    bounds = (rows, columns)
+    if len(shape) != 2 or not all(type(n) is int and low <= n <= high for n, (low, high) in zip(shape, bounds, strict=True)):
+        raise CorruptScene(
+            f"a scene's {name} must be ({rows[0]}..{rows[1]}, {columns[0]}..{columns[1]}), found {str(shape)[:80]}"
+        )
+    return (shape[0], shape[1])
 
 
 def decode_scene(data: bytes, *, expected_spec: SplitSpec, expected_fingerprint: str) -> SmashedScene:
-    """Inverse of ``encode_scene`` for bytes from outside; memory is bounded by ``expected_spec``'s grid.
+    """Inverse of ``encode_scene`` for bytes from outside; memory is bounded by ``expected_spec``'s grid and keypoints.
 
     Raises ``CorruptScene`` for damaged bytes, ``ForeignScene`` for an intact scene of another encoder, cut or schema version,
-    ``InvalidInput`` for stored NaN. All are ``UpcycleError``.
+    ``InvalidInput`` for stored NaN, or keypoints twice in a cell or outside the grid. All are ``UpcycleError``.
     """
     raw = _decompress(data, expected_spec)
     header, tensors = _read_header(raw)
     _check_header(header, expected_spec, expected_fingerprint)
-    shape = tensors.get("coord_gaps", ("", []))[1]
-    cells = _cells(expected_spec)
-    if (
-        len(shape) != 2
-        or type(shape[0]) is not int
-        or type(shape[1]) is not int
-        or not (1 <= shape[0] <= 4 and 0 <= shape[1] <= cells)
-    ):
-        raise CorruptScene(f"a scene's coordinates must be (1..4, 0..{cells}) bytes, found {str(shape)[:80]}")
-    width, m = shape
-    layout = _layout(header["codec"], width, m, expected_spec.channels)
+    width, m = _declared(tensors, "coord_gaps", (1, 4), (0, _cells(expected_spec)))
+    count, _ = _keypoint_sizes(expected_spec)
+    k = 0 if expected_spec.keypoints is None else _declared(tensors, "keypoint_cells", (3, 3), (0, count))[1]
+    layout = _layout(expected_spec, header["codec"], width, m, k)
     if tensors != layout:
-        raise CorruptScene(f"a scene of {m} voxels must hold {layout}, found {str(tensors)[:300]}")
+        raise CorruptScene(f"a scene of {m} voxels and {k} keypoints must hold {layout}, found {str(tensors)[:300]}")
     try:
         arrays = safetensors_numpy.load(raw)
     except (SafetensorError, ValueError) as error:
         raise CorruptScene(f"a scene's tensors cannot be read: {error}") from error
-    coords = _unpack_coords(arrays.pop("coord_gaps"), expected_spec)
-    stored = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    stored["features"] = stored["features"].T.contiguous()
+    coords = torch.from_numpy(_unpack_coords(arrays.pop("coord_gaps"), expected_spec))
+    keypoint_cells = arrays.pop("keypoint_cells", np.zeros((3, 0), "<u2")).T.astype(np.int32)
+    stored = {name: _turned(torch.from_numpy(array)) for name, array in arrays.items()}
     return SmashedScene(
         spec=expected_spec,
-        coords=torch.from_numpy(coords),
+        coords=coords,
         features=_dequantise(stored),
+        keypoint_cells=torch.from_numpy(keypoint_cells),
+        keypoint_features=torch.zeros(0, 0) if expected_spec.keypoints is None else _dequantise(stored, "keypoint_"),
         codec=header["codec"],
         encoder_fingerprint=header["encoder_fingerprint"],
         scene_id=header["scene_id"],

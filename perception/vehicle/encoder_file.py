@@ -6,6 +6,7 @@ The vehicle side must not load training code, so the few lines of checking stand
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,22 +15,30 @@ from torch import nn
 
 from ..config_json import config_from_json, config_to_json
 from ..files import write_atomically
+from ..models.encoders.pv_rcnn import PvRcnnEncoder, PvRcnnEncoderConfig
 from ..models.encoders.second import SecondEncoder, SecondEncoderConfig
 from ..structures import InvalidInput
 
-_FORMAT = "upcycle3d encoder 1"
+_FORMAT = "upcycle3d encoder 2"
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What the metadata holds: the configuration with its kind."""
+
+    encoder: SecondEncoderConfig | PvRcnnEncoderConfig
 
 
 def save_encoder(path: Path, encoder: nn.Module) -> None:
     """Write the encoder's weights and configuration, atomically."""
-    if not isinstance(encoder, SecondEncoder):
-        raise InvalidInput(f"only a SecondEncoder has a vehicle file so far, found {type(encoder).__name__}")
-    meta = {"format": _FORMAT, "config": json.dumps(config_to_json(encoder.config))}
+    if not isinstance(encoder, SecondEncoder | PvRcnnEncoder):
+        raise InvalidInput(f"a vehicle file holds a SecondEncoder or a PvRcnnEncoder, found {type(encoder).__name__}")
+    meta = {"format": _FORMAT, "config": json.dumps(config_to_json(_Stored(encoder.config)))}
     tensors = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
     write_atomically(path, save(tensors, metadata=meta))
 
 
-def load_encoder(path: Path) -> SecondEncoder:
+def load_encoder(path: Path) -> SecondEncoder | PvRcnnEncoder:
     """An encoder in evaluation mode. Raises InvalidInput for a missing, damaged or foreign file.
 
     A flipped bit in the weights changes the fingerprint, so the server refuses what such an encoder makes.
@@ -44,6 +53,7 @@ def load_encoder(path: Path) -> SecondEncoder:
         ) from error
     if meta.get("format") != _FORMAT:
         raise InvalidInput(f"{path} is no vehicle encoder: expected format {_FORMAT!r}, found {meta.get('format')!r}")
-    encoder = SecondEncoder(config_from_json(SecondEncoderConfig, json.loads(meta["config"])))
+    config = config_from_json(_Stored, json.loads(meta["config"])).encoder
+    encoder = PvRcnnEncoder(config) if isinstance(config, PvRcnnEncoderConfig) else SecondEncoder(config)
     encoder.load_state_dict(tensors)
     return encoder.eval()

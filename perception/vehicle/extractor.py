@@ -1,9 +1,10 @@
 """The vehicle's part of the work: a scan in, a smashed scene out, and a stream of scans into shards.
 
-    PointCloud ─ rig (z shift, intensity scale) ─ voxelize ─ backbone ─ SmashedScene ─ codec ─ shard
+    PointCloud ─ rig (z shift, intensity scale) ─ voxelize ─ features ─ SmashedScene ─ codec ─ shard
 
 The encoder is a frozen copy in evaluation mode, so the fingerprint taken at the start stays true. Only what stands in
-``SmashedScene`` leaves: cells, features, the encoder's fingerprint and a random identifier.
+``SmashedScene`` leaves: cells, features, the encoder's fingerprint and a random identifier. Keypoints (PV-RCNN) leave as cells
+of the input grid, never as points.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..features import SmashedScene, SparseVoxels, SplitFeatures, SplitSpec
+from ..features import Keypoints, SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, cells_of_centres
 from ..models.encoders.fingerprint import RigSpec, encoder_fingerprint
 from ..structures import InvalidInput, PointCloud
 from .codec import CODECS
@@ -37,14 +38,15 @@ class VehicleEncoder(Protocol):
         """Input voxels of a batch."""
         ...
 
-    def backbone(self, voxels: SparseVoxels, /) -> SparseVoxels:
-        """Voxels at the cut."""
+    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels, /) -> SplitFeatures:
+        """What is at the cut: the sparse backbone's voxels and, of PV-RCNN, the keypoints of its set abstraction."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageTimes:
-    """Milliseconds of one scan. voxelize includes the rig and the copy to the encoder's device, backbone the copy back."""
+    """Milliseconds of one scan. voxelize includes the rig and the copy to the encoder's device, backbone the set abstraction
+    where there is one, and the copy back."""
 
     voxelize_ms: float
     backbone_ms: float
@@ -55,47 +57,67 @@ class Extractor:
 
     rig: what is done to a scan first. codec: how its features will be stored, "fp16" or "int8".
     ``fingerprint`` is that of encoder and rig; the server must expect the same.
+    Raises ``InvalidInput`` for an encoder whose keypoints are raw points of the scan.
     """
 
     def __init__(self, encoder: nn.Module, rig: RigSpec, codec: str) -> None:
         if codec not in CODECS:
             raise InvalidInput(f"unknown codec {codec!r}; choose one of {CODECS}")
-        missing = [name for name in ("spec", "voxelize", "backbone") if not hasattr(encoder, name)]
+        missing = [name for name in ("spec", "voxelize", "features") if not hasattr(encoder, name)]
         if missing:
             raise InvalidInput(f"{type(encoder).__name__} cannot run on a vehicle: it has no {', '.join(missing)}")
+        spec: SplitSpec = encoder.spec  # type: ignore[assignment]
+        if spec.keypoints is not None and spec.keypoints.source == "raw_points":
+            raise InvalidInput(
+                f"{type(encoder).__name__} cannot run on a vehicle: its keypoints are exact LiDAR points of the scan, as in the "
+                f"reference PV-RCNN, and uploading up to {spec.keypoints.count} of them a scan is uploading raw points; train and "
+                'extract with keypoint_source="voxel_centers"'
+            )
         frozen = copy.deepcopy(encoder).eval().requires_grad_(False)
         self.fingerprint = encoder_fingerprint(frozen, rig)
         self._encoder: VehicleEncoder = frozen  # type: ignore[assignment]
         self._device = next((t.device for t in frozen.state_dict().values()), torch.device("cpu"))
-        self.spec: SplitSpec = self._encoder.spec
+        self.spec = spec
         self.rig = rig
         self.codec = codec
 
     def smash(self, points: PointCloud) -> tuple[SmashedScene, StageTimes]:
         """The features of one scan at the cut, not yet quantised, on the CPU, and what they cost. No points: no cells.
 
-        Raises ``InvalidInput`` for points that are not finite or lack what the encoder reads.
+        Raises ``InvalidInput`` for points that are not finite or lack what the encoder reads, and for an encoder whose keypoints
+        are no voxel centres, whatever its ``spec`` says.
         """
         bad = ~(points.xyz.isfinite().all(1) & points.features.isfinite().all(1))
         if bad.any():
             raise InvalidInput(f"{int(bad.sum())} of {len(points)} points hold NaN or inf; drop them where the scan is read")
         start = self._now()
         with torch.inference_mode():
-            voxels = self._encoder.voxelize([self.rig.apply(points).to(self._device)])
+            clouds = [self.rig.apply(points).to(self._device)]
+            voxels = self._encoder.voxelize(clouds)
             voxelized = self._now()
-            cut = SplitFeatures(voxels=self._encoder.backbone(voxels), spec=self.spec).voxels
-            features, coords = cut.features.float().cpu(), cut.coords[:, 1:].cpu()
+            cut = self._encoder.features(clouds, voxels).to("cpu")
         done = self._now()
+        coords = cut.voxels.coords[:, 1:]
         order = self._ascending(coords)
+        keypoint_cells, keypoint_features = self._at_rest(cut.keypoints)
         scene = SmashedScene(
             spec=self.spec,
             coords=coords[order],
-            features=features[order],
+            features=cut.voxels.features.float()[order],
+            keypoint_cells=keypoint_cells,
+            keypoint_features=keypoint_features,
             codec=self.codec,
             encoder_fingerprint=self.fingerprint,
             scene_id=secrets.token_hex(16),
         )
         return scene, StageTimes(voxelize_ms=1e3 * (voxelized - start), backbone_ms=1e3 * (done - voxelized))
+
+    def _at_rest(self, keypoints: Keypoints | None) -> tuple[Tensor, Tensor]:
+        """Cells (K, 3) of the input grid and features (K, C) of keypoints, in their order; none without."""
+        if keypoints is None:
+            return torch.zeros(0, 3, dtype=torch.int32), torch.zeros(0, 0)
+        # The clone is no inference tensor any more.
+        return cells_of_centres(keypoints.xyz, self.spec.grid), keypoints.features.float().clone()
 
     def _ascending(self, coords: Tensor) -> Tensor:
         _, height, length = self.spec.shape

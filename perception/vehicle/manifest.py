@@ -17,16 +17,8 @@ from typing import Any
 
 from ..features import SMASHED_SCHEMA_VERSION, SplitSpec
 from ..structures import UpcycleError
-from .codec import (
-    CODECS,
-    FINGERPRINT_PATTERN,
-    ForeignScene,
-    canonical_json,
-    max_encoded_bytes,
-    spec_from_json,
-    spec_to_json,
-    strict_json,
-)
+from .codec import CODECS, FINGERPRINT_PATTERN, ForeignScene, max_encoded_bytes
+from .spec_json import canonical_json, spec_from_json, spec_to_json, strict_json
 
 SCHEMA = "upcycle3d.smashed_shard"
 MEMBER_SUFFIX = ".safetensors.zst"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from upcycle3d.datasets.fingerprint import split_fingerprint
-from upcycle3d.datasets.gt_database import GtDatabase, GtSampler, build_gt_database, paste
+from upcycle3d.datasets.gt_database import MIN_POINTS, GtDatabase, GtSampler, build_gt_database, paste
 from upcycle3d.datasets.prepared import PreparedDataset, prepare
 from upcycle3d.ops.iou3d import iou_bev
 from upcycle3d.ops.points_in_boxes import count_points_in_boxes, points_in_boxes_mask
@@ -58,8 +58,8 @@ def fingerprint(frames: Sequence[Frame]) -> str:
     return split_fingerprint([f.id for f in frames], [f.labels for f in frames], classes=CLASSES)
 
 
-def build(frames: Sequence[Frame], out: Path, **options: float) -> GtDatabase:
-    return build_gt_database(frames, out, class_names=CLASSES, fingerprint=fingerprint(frames), **options)  # type: ignore[arg-type]
+def build(frames: Sequence[Frame], out: Path) -> GtDatabase:
+    return build_gt_database(frames, out, class_names=CLASSES, fingerprint=fingerprint(frames))
 
 
 def labels_of(frame: Frame) -> Labels:
@@ -88,7 +88,7 @@ def test_objects_come_back_as_they_stood(frames: list[Frame], database: GtDataba
         labels, k = labels_of(frame), i % 6
         assert thing.frame_id == frame.id
         assert torch.equal(thing.box, labels.boxes.data[k])
-        assert (thing.class_index, thing.difficulty, thing.num_points) == (int(labels.classes[k]), int(labels.difficulty[k]), 20)
+        assert (thing.class_index, thing.difficulty, len(thing.points)) == (int(labels.classes[k]), int(labels.difficulty[k]), 20)
         mask = points_in_boxes_mask(frame.points.xyz, labels.boxes.data[k : k + 1])[0]
         assert torch.equal(thing.points.xyz, frame.points.xyz[mask])
         assert torch.equal(thing.points.features, frame.points.features[mask])
@@ -105,21 +105,11 @@ def test_ignored_inexact_and_nearly_empty_objects_stay_out(tmp_path: Path) -> No
     source = [changed, unlabelled, nothing, no_points]
     database = build(source, tmp_path / "a")
     assert torch.equal(database.boxes, boxes[3:])
-    assert len(build(source, tmp_path / "b", min_points=21)) == 0
+    assert len(build([make_frame(4, inside=MIN_POINTS)], tmp_path / "b")) == 6
+    assert len(build([make_frame(4, inside=MIN_POINTS - 1)], tmp_path / "b")) == 0
     empty = build(source[1:], tmp_path / "c")
     assert len(empty) == 0
     assert GtSampler(empty, {"Car": 3}).sample(np.random.default_rng(0), Labels.empty()) == []
-    with_empty_boxes = build(source, tmp_path / "d", min_points=0)
-    assert sorted({with_empty_boxes[i].num_points for i in range(len(with_empty_boxes))}) == [0, 20]
-
-
-def test_an_enlarged_cut_keeps_the_box_and_its_count(frames: list[Frame], tmp_path: Path) -> None:
-    database = build(frames, tmp_path, enlarge=2.0)
-    rows = [len(database[i].points) for i in range(len(database))]
-    assert min(rows) >= 20
-    assert max(rows) > 20
-    assert {database[i].num_points for i in range(len(database))} == {20}
-    assert torch.equal(database.boxes[:6], labels_of(frames[0]).boxes.data)
 
 
 def test_a_database_of_another_split_is_refused(frames: list[Frame], database: GtDatabase, tmp_path: Path) -> None:

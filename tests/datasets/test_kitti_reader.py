@@ -18,7 +18,6 @@ from upcycle3d.datasets.kitti import (
     shift_calibration,
 )
 from upcycle3d.datasets.kitti_text import (
-    KITTI_TYPES,
     format_objects,
     labels_from_kitti,
     parse_objects,
@@ -93,12 +92,11 @@ def test_detections_carry_scores_and_an_empty_file_holds_none() -> None:
         (LABEL.replace("58.49", "nan"), r"f\.txt, line 1: found NaN or inf"),
         (LABEL + LABEL.replace("1.67", "0.00"), r"f\.txt, line 2: height, width, length of Car must be positive, found \[0\.0"),
         (LABEL.replace("3.69", "-3.69"), r"f\.txt, line 1: height, width, length"),
-        (LABEL.replace("Car", "Cra"), r"unknown class 'Cra'; known are Car, .*did you mean 'Car'"),
     ],
 )
 def test_broken_lines_are_refused_with_file_and_line(text: str, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
-        parse_objects(text, "f.txt", known_types=KITTI_TYPES)
+        parse_objects(text, "f.txt")
 
 
 def test_difficulty_follows_the_official_limits() -> None:

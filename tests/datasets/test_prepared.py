@@ -341,11 +341,10 @@ def test_splits_select_and_fingerprints_follow_the_labels(tmp_path: Path) -> Non
     source = Source(6)
     run(source, tmp_path / "d")
     train = PreparedDataset(tmp_path / "d", "train")
-    backwards = PreparedDataset(tmp_path / "d", list(reversed(train.ids)))
-    assert [f.id for f in backwards] == list(reversed(train.ids))
-    assert train.split_fingerprint() == backwards.split_fingerprint()
     assert train.split_fingerprint() != PreparedDataset(tmp_path / "d", "val").split_fingerprint()
-    assert train.split_fingerprint() == split_fingerprint(train.ids, [source[i].labels for i in range(4)], classes=CLASSES)
+    for order in (range(4), reversed(range(4))):
+        frames = [source[i] for i in order]
+        assert train.split_fingerprint() == split_fingerprint([f.id for f in frames], [f.labels for f in frames], classes=CLASSES)
 
     def changed(**labels: torch.Tensor) -> str:
         box = torch.tensor([[1.0, 2, 3, 4, 5, 6, 0.5]])
@@ -355,10 +354,6 @@ def test_splits_select_and_fingerprints_follow_the_labels(tmp_path: Path) -> Non
 
     assert changed() == changed()
     assert len({changed(), changed(kind=torch.ones(1)), changed(box=torch.tensor([[1.0, 2, 3, 4, 5, 6, 0.50001]]))}) == 3
-    with pytest.raises(InvalidInput, match="1 of 1 frames"):
-        PreparedDataset(tmp_path / "d", ["nobody"])
-    with pytest.raises(InvalidInput, match="are not in it"):
-        PreparedDataset(tmp_path / "d", [])
 
 
 def test_damage_on_disk_is_found(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from upcycle3d.ops.iou3d import iou_bev
-from upcycle3d.perception.features import SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.perception.features import Keypoints, KeypointSpec, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
 from upcycle3d.perception.server.feature_gt import (
@@ -19,6 +19,7 @@ from upcycle3d.perception.server.feature_gt import (
     build_feature_database,
     cut_objects,
     footprint,
+    keypoints_near,
     paste_objects,
     sample_objects,
 )
@@ -28,6 +29,7 @@ from upcycle3d.perception.vehicle.codec import round_trip
 GRID = VoxelGrid(range=(0.0, -8.0, -1.0, 16.0, 8.0, 3.0), voxel_size=(0.125, 0.125, 0.125))
 SPEC = SplitSpec(layer="cut", channels=3, stride=(16, 8, 8), shape=(2, 16, 16), grid=GRID)  # cells of 1 m, centres at i + 1/16
 SPLIT, ENCODER = "ab" * 32, "cd" * 32
+CONFIG = FeatureGtConfig(max_objects=(5,))
 
 
 def box(x: float, y: float, yaw: float = 0.0, size: tuple[float, float, float] = (4.0, 2.0, 1.5)) -> list[float]:
@@ -127,7 +129,7 @@ def test_objects_are_cut_with_their_cells_and_only_the_learnable_ones():
     scene = full_scene(0)
     given = labels(box(6.0, 1.0), box(12.0, -4.0), box(4.0, -5.0))
     given = replace(given, num_points=torch.tensor([5, 4, 50]), weight=torch.tensor([1.0, 1, 0]), classes=torch.tensor([2, 0, 0]))
-    [item] = cut_objects(scene, given, min_points=5, margin_cells=1.0)
+    [item] = cut_objects(scene, given, CONFIG)
     assert torch.equal(item.box, given.boxes.data[0])
     assert (item.class_index, item.num_points) == (2, 5)
     assert {(y, x) for _, y, x in item.coords.tolist()} == owned(box(6.0, 1.0))
@@ -137,17 +139,17 @@ def test_objects_are_cut_with_their_cells_and_only_the_learnable_ones():
 
 
 def test_an_object_without_cells_is_not_cut_and_a_batch_is_refused():
-    assert cut_objects(full_scene(0, share=0.0), labels(box(6.0, 1.0)), min_points=5, margin_cells=1.0) == []
-    assert cut_objects(full_scene(0), Labels.empty(), min_points=5, margin_cells=1.0) == []
+    assert cut_objects(full_scene(0, share=0.0), labels(box(6.0, 1.0)), CONFIG) == []
+    assert cut_objects(full_scene(0), Labels.empty(), CONFIG) == []
     with pytest.raises(InvalidInput, match="batch of 2"):
-        cut_objects(full_scene(0, batch_size=2), labels(box(6.0, 1.0)), min_points=5, margin_cells=1.0)
+        cut_objects(full_scene(0, batch_size=2), labels(box(6.0, 1.0)), CONFIG)
 
 
 # ---- paste
 
 
 def cut(seed: int, *boxes: list[float], share: float = 1.0) -> list[FeatureObject]:
-    return cut_objects(full_scene(seed, share), labels(*boxes), min_points=5, margin_cells=1.0)
+    return cut_objects(full_scene(seed, share), labels(*boxes), CONFIG)
 
 
 def test_pasting_replaces_the_footprint_and_touches_no_other_cell():
@@ -155,7 +157,7 @@ def test_pasting_replaces_the_footprint_and_touches_no_other_cell():
     source, target = cut(1, *places, share=0.4), full_scene(2, share=0.6)
     before = cells_of(target)
     known = labels(box(13.0, 6.0), points=-1, exact=False, complete=False)
-    pasted, joined = paste_objects(target, known, source, margin_cells=1.0)
+    pasted, joined = paste_objects(target, known, source, CONFIG, np.random.default_rng(0))
     after, inside = cells_of(pasted), owned(*places)
     assert len(after) == len(pasted.voxels.coords)  # no coordinate twice
     assert {c: f for c, f in after.items() if c[1:] not in inside} == {c: f for c, f in before.items() if c[1:] not in inside}
@@ -172,15 +174,15 @@ def test_pasting_replaces_the_footprint_and_touches_no_other_cell():
 
 def test_pasting_an_object_back_into_its_own_scene_changes_nothing():
     scene = full_scene(1, share=0.5)
-    items = cut_objects(scene, labels(box(5.0, 4.0, 0.3)), min_points=5, margin_cells=1.0)
-    pasted, _ = paste_objects(scene, Labels.empty(), items, margin_cells=1.0)
+    items = cut_objects(scene, labels(box(5.0, 4.0, 0.3)), CONFIG)
+    pasted, _ = paste_objects(scene, Labels.empty(), items, CONFIG, np.random.default_rng(0))
     assert torch.equal(pasted.voxels.dense(), scene.voxels.dense())
 
 
 def test_neighbours_whose_margins_meet_share_no_cell():
     near = [box(5.0, 0.0), box(5.0, 2.5)]
     source = [*cut(1, near[0]), *cut(2, near[1])]
-    pasted, _ = paste_objects(full_scene(3), Labels.empty(), source, margin_cells=1.0)
+    pasted, _ = paste_objects(full_scene(3), Labels.empty(), source, CONFIG, np.random.default_rng(0))
     after = cells_of(pasted)
     assert len(after) == len(pasted.voxels.coords) == 512
     for cell in map(tuple, source[0].coords.tolist()):
@@ -189,18 +191,102 @@ def test_neighbours_whose_margins_meet_share_no_cell():
 
 def test_pasting_nothing_and_pasting_into_nothing():
     scene, none = full_scene(0), Labels.empty(complete=False)
-    assert paste_objects(scene, none, [], margin_cells=1.0) == (scene, none)
+    assert paste_objects(scene, none, [], CONFIG, np.random.default_rng(0)) == (scene, none)
     [item] = cut(1, box(5.0, 0.0))
-    pasted, joined = paste_objects(full_scene(0, share=0.0), none, [item], margin_cells=1.0)
+    pasted, joined = paste_objects(full_scene(0, share=0.0), none, [item], CONFIG, np.random.default_rng(0))
     assert len(pasted.voxels.coords) == len(item.coords)
     assert len(joined) == 1
+
+
+# ---- keypoints
+
+
+KEYPOINT_SPEC = replace(SPEC, keypoints=KeypointSpec(count=40, channels=2))
+
+
+def with_keypoints(scene: SplitFeatures, xyz: torch.Tensor, seed: int = 0) -> SplitFeatures:
+    features = torch.randn(len(xyz), 2, generator=torch.Generator().manual_seed(seed))
+    keypoints = Keypoints(xyz=xyz, features=features, starts=(0, len(xyz)))
+    return SplitFeatures(voxels=scene.voxels, spec=KEYPOINT_SPEC, keypoints=keypoints)
+
+
+def spread(count: int, seed: int) -> torch.Tensor:
+    return torch.rand(count, 3, generator=torch.Generator().manual_seed(seed)) * torch.tensor([16.0, 16, 1]) - torch.tensor(
+        [0, 8, 0.5]
+    )
+
+
+def test_keypoints_are_cut_with_a_box_that_is_a_fifth_of_a_metre_larger():
+    # Half length 2, half width 1, half height 0.75; enlarged by 0.1 on each side.
+    xyz = torch.tensor([[7.95, 1, 0], [8.05, 1, 0], [8.15, 1, 0], [6, 2.05, 0], [6, 2.15, 0], [6, 1, 0.84], [6, 1, 0.86]])
+    scene = with_keypoints(full_scene(0), xyz)
+    [item] = cut_objects(scene, labels(box(6.0, 1.0)), CONFIG)
+    assert torch.equal(item.keypoints.xyz, xyz[[0, 1, 3, 5]])
+    assert torch.equal(item.keypoints.features, scene.keypoints.features[[0, 1, 3, 5]])
+    [bare] = cut_objects(scene, labels(box(6.0, 1.0)), replace(CONFIG, keypoint_margin=0.0))
+    assert torch.equal(bare.keypoints.xyz, xyz[[0, 5]][:1])
+
+
+def test_pasted_keypoints_replace_the_scenes_own_and_the_count_stays():
+    place = box(6.0, 1.0, 0.4)
+    source = with_keypoints(full_scene(1), torch.cat([torch.tensor(place[:3]) + 0.3 * torch.randn(9, 3), spread(5, 2)]), seed=1)
+    objects = cut_objects(source, labels(place), CONFIG)
+    own = objects[0].keypoints
+    target = with_keypoints(full_scene(2), torch.cat([spread(38, 3), torch.tensor([place[:3]])]), seed=2)
+    pasted, _ = paste_objects(target, Labels.empty(complete=False), objects, CONFIG, np.random.default_rng(0))
+    found = pasted.keypoints
+    assert len(found.xyz) == len(target.keypoints.xyz) == 39
+    n = len(own.xyz)
+    assert n >= 5
+    assert torch.equal(found.xyz[:n], own.xyz)  # first, so that balls around the object take them first
+    assert torch.equal(found.features[:n], own.features)
+    inside = keypoints_near(target.keypoints, torch.tensor([place]), CONFIG)[0]
+    assert inside.any()
+    rest = set(map(tuple, found.xyz[n:].tolist()))
+    background = set(map(tuple, target.keypoints.xyz[~inside].tolist()))
+    assert rest <= background
+    assert len(rest) == 39 - n
+    again, _ = paste_objects(target, Labels.empty(), objects, CONFIG, np.random.default_rng(0))
+    other, _ = paste_objects(target, Labels.empty(), objects, CONFIG, np.random.default_rng(1))
+    assert torch.equal(again.keypoints.xyz, found.xyz)
+    assert not torch.equal(other.keypoints.xyz, found.xyz)
+
+
+def test_a_scene_with_few_keypoints_gets_no_more_than_it_had():
+    place = box(6.0, 1.0)
+    objects = cut_objects(with_keypoints(full_scene(1), torch.tensor([place[:3]]).repeat(7, 1)), labels(place), CONFIG)
+    for had in (0, 3):
+        target = with_keypoints(full_scene(2), spread(had, 5))
+        pasted, joined = paste_objects(target, Labels.empty(), objects, CONFIG, np.random.default_rng(0))
+        assert len(pasted.keypoints.xyz) == had
+        assert len(joined) == 1
+
+
+def test_a_database_keeps_keypoints_and_objects_without_any(tmp_path):
+    places = [box(6.0, 1.0), box(11.0, -4.0)]
+    scene = with_keypoints(full_scene(0), torch.tensor([[6.0, 1.0, 0.0], [6.2, 1.0, 0.1]]))
+    objects = cut_objects(scene, labels(*places), CONFIG)
+    assert [len(o.keypoints.xyz) for o in objects] == [2, 0]
+    for order, name in ((objects, "db"), (objects[::-1], "reversed"), (objects[1:], "none")):
+        written = FeatureDatabase.write(
+            tmp_path / name, order, spec=KEYPOINT_SPEC, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER
+        )
+        opened = FeatureDatabase.open(tmp_path / name, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+        for database in (written, opened):
+            for found, expected in zip(map(database.__getitem__, range(len(order))), order, strict=True):
+                assert torch.equal(found.keypoints.xyz, expected.keypoints.xyz)
+                assert torch.equal(found.keypoints.features, expected.keypoints.features)
+                assert torch.equal(found.features, expected.features)
+    (tmp_path / "db" / "keypoint_features.f32").write_bytes(b"")
+    with pytest.raises(InvalidInput, match=r"keypoint_features\.f32 holds 0 bytes"):
+        FeatureDatabase.open(tmp_path / "db", split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
 
 
 # ---- database
 
 
 def write(folder, objects: list[FeatureObject]) -> FeatureDatabase:
-    return FeatureDatabase.write(folder, objects, channels=3, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+    return FeatureDatabase.write(folder, objects, spec=SPEC, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
 
 
 def test_a_database_gives_back_what_was_written(tmp_path):
@@ -314,11 +400,9 @@ def test_building_passes_the_codec_and_skips_frames_that_nobody_labelled(tmp_pat
     with torch.no_grad():
         whole = detector.encode([cloud])
     stored = replace(whole, voxels=replace(whole.voxels, features=round_trip(whole.voxels.features, "int8")))
-    [expected] = cut_objects(stored, labels(box(6.0, 1.0)), min_points=5, margin_cells=1.0)
+    [expected] = cut_objects(stored, labels(box(6.0, 1.0)), CONFIG)
     assert torch.equal(database[0].features, expected.features)
-    assert not torch.equal(
-        database[0].features, cut_objects(whole, labels(box(6.0, 1.0)), min_points=5, margin_cells=1.0)[0].features
-    )
+    assert not torch.equal(database[0].features, cut_objects(whole, labels(box(6.0, 1.0)), CONFIG)[0].features)
     with pytest.raises(InvalidInput, match="already exists"):
         build()
 
@@ -393,7 +477,9 @@ def test_a_database_cut_short_is_refused(tmp_path):
         coords=torch.tensor([[0, 1, 2], [0, 1, 3]], dtype=torch.int32),
         features=torch.ones(2, 4),
     )
-    FeatureDatabase.write(tmp_path / "db", [item, item], channels=4, split_fingerprint="s", encoder_fingerprint="e")
+    FeatureDatabase.write(
+        tmp_path / "db", [item, item], spec=replace(SPEC, channels=4), split_fingerprint="s", encoder_fingerprint="e"
+    )
     assert len(FeatureDatabase.open(tmp_path / "db", split_fingerprint="s", encoder_fingerprint="e")) == 2
     path = tmp_path / "db" / "features.f32"
     path.write_bytes(path.read_bytes()[:-4])

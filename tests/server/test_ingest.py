@@ -11,6 +11,7 @@ import secrets
 import signal
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,17 +19,19 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from upcycle3d.perception.features import SmashedScene, SplitSpec, VoxelGrid
+from upcycle3d.perception.features import KeypointSpec, SmashedScene, SplitSpec, VoxelGrid, cells_of_centres
 from upcycle3d.perception.server import ingest as ingest_module
 from upcycle3d.perception.server.ingest import IngestReport, StoreWriteError, ingest
 from upcycle3d.perception.server.store import BrokenStore, SmashedStore, to_split_features
 from upcycle3d.perception.structures import InvalidInput
-from upcycle3d.perception.vehicle.codec import CorruptScene, canonical_json, encode_scene, round_trip
+from upcycle3d.perception.vehicle.codec import encode_scene, round_trip
 from upcycle3d.perception.vehicle.manifest import read_manifest
 from upcycle3d.perception.vehicle.shards import ShardWriter
+from upcycle3d.perception.vehicle.spec_json import CorruptScene, canonical_json
 
 GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.5, 0.5, 0.5))
 SPEC = SplitSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
+KEYPOINT_SPEC = replace(SPEC, keypoints=KeypointSpec(count=12, channels=3))
 OTHER_SPEC = SplitSpec(layer="backbone.early", channels=4, stride=(2, 1, 1), shape=(2, 32, 32), grid=GRID)
 ENCODER, OTHER_ENCODER = "ab" * 32, "cd" * 32
 
@@ -41,6 +44,14 @@ def scene(seed: int, voxels: int = 30, codec: str = "int8", fingerprint: str = E
     return SmashedScene(
         spec=spec, coords=coords, features=features, codec=codec, encoder_fingerprint=fingerprint, scene_id=secrets.token_hex(16)
     )
+
+
+def keypoint_scene(seed: int, keypoints: int) -> SmashedScene:
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randperm(8 * 32 * 32, generator=generator)[:keypoints]
+    cells = torch.stack([index // 1024, index // 32 % 32, index % 32], 1).to(torch.int32)
+    features = torch.randn(keypoints, 3, generator=generator)
+    return replace(scene(seed), spec=KEYPOINT_SPEC, keypoint_cells=cells, keypoint_features=features)
 
 
 def upload(folder: Path, scenes: list[SmashedScene]) -> Path:
@@ -146,8 +157,8 @@ def test_the_catalogue_has_one_row_a_scene_that_points_at_its_bytes(incoming, st
     assert [r["member"] for r in rows] == [m.name for m in manifest.members]
     assert sorted(r["voxels"] for r in rows) == [20, 21, 22]
     for row in rows:
-        assert list(row) == ["shard", "member", "offset", "length", "sha256", "voxels", "codec", "fingerprint"]
-        assert (row["shard"], row["codec"], row["fingerprint"]) == (manifest.stem, "int8", ENCODER)
+        assert list(row) == ["shard", "member", "offset", "length", "sha256", "voxels", "keypoints", "codec", "fingerprint"]
+        assert (row["shard"], row["keypoints"], row["codec"], row["fingerprint"]) == (manifest.stem, 0, "int8", ENCODER)
         assert hashlib.sha256(data[row["offset"] : row["offset"] + row["length"]]).hexdigest() == row["sha256"]
 
 
@@ -570,6 +581,37 @@ def test_smashed_scenes_become_one_batch_in_order_with_an_empty_last_scene():
         to_split_features([scenes[0], scene(0, fingerprint=OTHER_ENCODER)])
     with pytest.raises(InvalidInput, match="at least one"):
         to_split_features([])
+
+
+def test_keypoints_are_catalogued_and_become_live_at_the_centres_of_their_cells(incoming, store):
+    scenes = [keypoint_scene(0, 12), keypoint_scene(1, 0), keypoint_scene(2, 5)]
+    upload(incoming, scenes)
+    ingest(incoming, store, expected_fingerprint=ENCODER, expected_spec=KEYPOINT_SPEC)
+    smashed = SmashedStore(store)
+    sent = {s.scene_id: s for s in scenes}
+    read = [smashed[i] for i in range(3)]
+    assert smashed.keypoints.tolist() == [len(s.keypoint_cells) for s in read]
+    assert sorted(smashed.keypoints.tolist()) == [0, 5, 12]
+    batch = to_split_features(read)
+    assert batch.spec == KEYPOINT_SPEC
+    for i, s in enumerate(read):
+        live = batch.scene(i).keypoints
+        assert live.xyz.dtype == torch.float32
+        assert torch.equal(cells_of_centres(live.xyz, GRID), sent[s.scene_id].keypoint_cells)
+        assert torch.equal(live.features, round_trip(sent[s.scene_id].keypoint_features, "int8"))
+    one = replace(scenes[0], keypoint_cells=torch.tensor([[0, 1, 2]], dtype=torch.int32), keypoint_features=torch.ones(1, 3))
+    assert to_split_features([one]).keypoints.xyz.tolist() == [[1.25, -7.25, -1.75]]
+    assert to_split_features([scene(0)]).keypoints is None
+    with pytest.raises(InvalidInput, match="do not mix"):
+        to_split_features([scene(0), scenes[0]])
+
+
+def test_a_shard_of_a_cut_without_keypoints_is_refused_where_keypoints_are_expected(incoming, store):
+    plain, other = upload(incoming, [scene(0)]), upload(incoming, [keypoint_scene(1, 3)])
+    report = ingest(incoming, store, expected_fingerprint=ENCODER, expected_spec=KEYPOINT_SPEC)
+    assert report.accepted == (other.stem,)
+    assert [r.shard for r in report.quarantined] == [plain.stem]
+    assert "count=12" in report.quarantined[0].reason
 
 
 def test_a_store_pickles_for_spawned_workers(incoming, store):

@@ -19,6 +19,7 @@ from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
 from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig, second_iou
 from upcycle3d.perception.models.targets import RoiSampling
+from upcycle3d.perception.server import store as store_module
 from upcycle3d.perception.server import trainer as trainer_module
 from upcycle3d.perception.server.feature_gt import FeatureDatabase, FeatureGtConfig, build_feature_database
 from upcycle3d.perception.server.ingest import ingest
@@ -248,13 +249,13 @@ def test_the_truth_is_reported_beside_the_labels(store, features, truth, caplog)
 
 def test_labelled_features_pass_the_codec_scene_by_scene_where_the_encoder_is_frozen(store, features, monkeypatch):
     seen: list[tuple[int, str]] = []
-    real = trainer_module.round_trip
+    real = store_module.round_trip
 
     def spy(values: torch.Tensor, codec: str) -> torch.Tensor:
         seen.append((len(values), codec))
         return real(values, codec)
 
-    monkeypatch.setattr(trainer_module, "round_trip", spy)
+    monkeypatch.setattr(store_module, "round_trip", spy)
     train("hybrid", store, features, settings=config(steps=1), codec="int8")
     with torch.no_grad():
         expected = [len(checkpoint().eval().encode([f.points]).voxels.coords) for f in labelled(0)]
@@ -277,7 +278,7 @@ def test_a_method_that_needs_scenes_says_so(method, features):
 
 
 def test_f_gt_without_objects_says_so(store, tmp_path):
-    empty = FeatureDatabase.write(tmp_path / "db", [], channels=8, split_fingerprint="ab", encoder_fingerprint="cd")
+    empty = FeatureDatabase.write(tmp_path / "db", [], spec=checkpoint().spec, split_fingerprint="ab", encoder_fingerprint="cd")
     for nothing in (None, empty):
         with pytest.raises(InvalidInput, match="F-GT needs a feature database"):
             train("upcycling", store, nothing)

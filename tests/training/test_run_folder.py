@@ -3,14 +3,16 @@
 import json
 import multiprocessing
 import re
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from upcycle3d.perception.config_json import config_from_json, config_to_json
 from upcycle3d.perception.structures import InvalidInput
-from upcycle3d.perception.training.run_folder import RunFolder, config_from_json, config_to_json
+from upcycle3d.perception.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +98,15 @@ def test_a_value_that_json_cannot_keep_is_refused():
 
 
 def _run(path: Path, *, config: Config = CONFIG, resume: bool = False) -> RunFolder:
-    return RunFolder.create(path, config, command=["upcycle3d", "train", "a b"], seed=5, resume=resume, tensorboard=False)
+    return RunFolder.create(path, config, seed=5, resume=resume, tensorboard=False)
 
 
-def test_a_new_run_records_configuration_environment_and_status(tmp_path):
+def test_a_new_run_records_configuration_environment_and_status(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["upcycle3d", "train", "a b"])
     with _run(tmp_path / "run") as run:
         run.set_status("running", step=3, total_steps=9)
     found = RunFolder.open(tmp_path / "run")
-    assert found.config(Config) == CONFIG
+    assert config_from_json(Config, found.config_json()) == CONFIG
     (start,) = found.environment()
     assert start["command"] == ["upcycle3d", "train", "a b"]
     assert start["seed"] == 5
@@ -111,7 +114,36 @@ def test_a_new_run_records_configuration_environment_and_status(tmp_path):
     assert {"python", "platform", "cpus", "git"} <= start.keys()
     assert start["git"] is None or len(start["git"]["commit"]) == 40
     assert (found.status()["state"], found.status()["step"]) == ("running", 3)
-    assert found.resume_command == "upcycle3d train 'a b' --resume"
+
+
+@pytest.mark.parametrize(
+    ("command", "starts", "hint"),
+    [
+        (["upcycle3d", "train", "a b"], [False], "upcycle3d train 'a b' --resume"),
+        (["upcycle3d", "train", "--resume"], [True], "upcycle3d train --resume"),
+        (["upcycle3d", "train", "--resume"], [False, True], "upcycle3d train --resume"),
+        (["upcycle3d", "demo"], [True], "upcycle3d demo"),  # it has no such option
+    ],
+)
+def test_the_hint_is_a_command_that_resumes(tmp_path, monkeypatch, command, starts, hint):
+    monkeypatch.setattr(sys, "orig_argv", command)
+    for resume in starts:
+        _run(tmp_path / "run", resume=resume).close()
+    assert RunFolder.open(tmp_path / "run").resume_command == hint
+
+
+def _start_and_answer(path: Path, answer) -> None:
+    with _run(path) as run:
+        answer.put(run.resume_command)
+
+
+def test_a_spawned_process_records_the_command_that_a_person_gave(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["upcycle3d", "demo"])  # what spawn hands down; the child's own is "python -c ..."
+    answer = multiprocessing.get_context("fork").Queue()
+    child = multiprocessing.get_context("fork").Process(target=_start_and_answer, args=(tmp_path / "run", answer))
+    child.start()
+    assert answer.get(timeout=30) == "upcycle3d demo --resume"
+    child.join(timeout=30)
 
 
 def test_another_configuration_is_refused_by_its_first_field(tmp_path):
@@ -120,6 +152,11 @@ def test_another_configuration_is_refused_by_its_first_field(tmp_path):
     for resume in (False, True):
         with pytest.raises(InvalidInput, match=r"optim\.lr: stored 0\.30000000000000004, now 0\.5"):
             _run(tmp_path / "run", config=other, resume=resume)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored | {"round_every": None}))
+    with pytest.raises(InvalidInput, match=r"\(round_every: stored None, now unknown\); .* the version of this program"):
+        _run(tmp_path / "run", resume=True)  # an option of an older version
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
     with pytest.raises(InvalidInput, match="already holds a run"):
         _run(tmp_path / "run")
     _run(tmp_path / "run", resume=True).close()
@@ -162,17 +199,17 @@ def test_rewinding_leaves_each_step_once_and_a_half_written_line_is_dropped(tmp_
     for step in range(1, 6):
         run.log(step, {"loss": 1 / step})
         if step % 2 == 0:
-            run.log(step, {"AP": float("nan")}, kind="val")
+            run.log(step, {"recall": float("nan")}, kind="pseudo_labels")
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "kind": "tr')
     assert [m["step"] for m in run.metrics("train")] == [1, 2, 3, 4, 5]
-    assert run.metrics("val")[0] == {"step": 2, "kind": "val", "AP": None}
-    run.rewind(4)  # the round at 4 is repeated by the loop, step 4 itself is not
+    assert run.metrics("pseudo_labels")[0] == {"step": 2, "kind": "pseudo_labels", "recall": None}
+    run.rewind(4)  # the 0-based step 4 is made again; the line "train" 4 is that of the step before
     run.log(5, {"loss": 0.2})
     assert [(m["step"], m["kind"]) for m in run.metrics()] == [
         (1, "train"),
         (2, "train"),
-        (2, "val"),
+        (2, "pseudo_labels"),
         (3, "train"),
         (4, "train"),
         (5, "train"),
@@ -199,8 +236,9 @@ def test_tensorboard_gets_the_same_values(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with RunFolder.create(tmp_path / "run", CONFIG, seed=0) as run:
-        run.log(3, {"loss": 0.5})
+    run = RunFolder.create(tmp_path / "run", CONFIG, seed=0)
+    run.log(3, {"loss": 0.5})
+    run.sync()  # on the disk with the checkpoint, whether or not the folder is ever closed
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 0.5)]

@@ -1,6 +1,7 @@
 """What runs on a vehicle: scans to scenes, a stream that no bad scan stops, and a fingerprint that tells encoders apart."""
 
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,17 +11,30 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import zstandard
 from torch import nn
 
-from upcycle3d.perception.features import SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.perception.features import (
+    Keypoints,
+    KeypointSpec,
+    SparseVoxels,
+    SplitFeatures,
+    SplitSpec,
+    VoxelGrid,
+    cell_centres,
+    cells_of_centres,
+)
 from upcycle3d.perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder, PvRcnnEncoderConfig
+from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
 from upcycle3d.perception.structures import InvalidInput, PointCloud
-from upcycle3d.perception.vehicle.codec import round_trip
+from upcycle3d.perception.vehicle.codec import decode_scene, encode_scene, round_trip
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
 from upcycle3d.perception.vehicle.manifest import read_manifest
 from upcycle3d.perception.vehicle.shards import ShardWriteError, ShardWriter, read_members
 
 GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(1.0, 1.0, 1.0))
+FINE_GRID = replace(GRID, voxel_size=(0.25, 0.25, 0.1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +67,32 @@ class TinyEncoder(nn.Module):
             coords.append(nn.functional.pad(cells[back].int(), (1, 0), value=batch))
         return SparseVoxels(features=torch.cat(features), coords=torch.cat(coords), shape=GRID.shape, batch_size=len(points))
 
+    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> SplitFeatures:
+        return SplitFeatures(voxels=self.backbone(voxels), spec=self.spec)
+
     def backbone(self, voxels: SparseVoxels) -> SparseVoxels:
         return replace(voxels, features=self.norm(self.linear(voxels.features)).relu())
 
     def forward(self, points: Sequence[PointCloud]) -> SplitFeatures:
-        return SplitFeatures(voxels=self.backbone(self.voxelize(points)), spec=self.spec)
+        return self.features(points, self.voxelize(points))
+
+
+class KeypointEncoder(TinyEncoder):
+    """With every 7th voxel, counted backwards, as a keypoint that knows the mean of its scan's intensity; or points themselves."""
+
+    def __init__(self, declared: str = "voxel_centers", given: str = "voxel_centers") -> None:
+        super().__init__()
+        self.given = given
+        self.spec = replace(self.spec, keypoints=KeypointSpec(count=64, channels=8, source=declared))
+
+    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> SplitFeatures:
+        parts = []
+        for batch, cloud in enumerate(points):
+            cells = voxels.scene(batch).coords[:, 1:].flip(0)[::7]
+            xyz = cell_centres(cells, GRID) if self.given == "voxel_centers" else cloud.xyz[: len(cells)]
+            known = torch.arange(8.0).expand(len(cells), 8) + cloud.features.mean()
+            parts.append(Keypoints(xyz=xyz, features=known, starts=(0, len(cells))))
+        return SplitFeatures(voxels=self.backbone(voxels), spec=self.spec, keypoints=Keypoints.collate(parts))
 
 
 def encoder(seed: int = 0) -> TinyEncoder:
@@ -141,10 +176,60 @@ def test_points_that_are_not_finite_are_counted_and_refused():
 
 
 def test_a_module_that_is_no_vehicle_encoder_is_refused():
-    with pytest.raises(InvalidInput, match="no spec, voxelize, backbone"):
+    with pytest.raises(InvalidInput, match="no spec, voxelize, features"):
         Extractor(nn.Linear(1, 1), RigSpec(), "fp16")
     with pytest.raises(InvalidInput, match="fp16"):
         Extractor(encoder(), RigSpec(), "fp8")
+
+
+def test_keypoints_leave_as_cells_in_the_encoders_order(tmp_path):
+    extractor = Extractor(KeypointEncoder(), RigSpec(z_shift=0.3), "fp16")
+    scene, _ = extractor.smash(scan(1))
+    with torch.no_grad():
+        expected = KeypointEncoder().eval()([RigSpec(z_shift=0.3).apply(scan(1))]).keypoints
+    assert 20 < len(scene.keypoint_cells) <= 64
+    assert torch.equal(scene.keypoint_cells, cells_of_centres(expected.xyz, GRID))
+    assert torch.equal(scene.keypoint_features, expected.features)
+    assert not scene.keypoint_features.is_inference()
+    with writer_for(extractor, tmp_path) as writer:
+        report = extract([scan(1), PointCloud(xyz=torch.zeros(0, 3), features=torch.zeros(0, 1)), scan(2)], extractor, writer)
+    assert (report.frames, report.failures) == (3, ())
+
+
+def test_an_encoder_whose_keypoints_are_raw_points_never_runs_on_a_vehicle():
+    with pytest.raises(InvalidInput, match=r'exact LiDAR points.*uploading raw points.*keypoint_source="voxel_centers"'):
+        Extractor(KeypointEncoder(declared="raw_points", given="raw_points"), RigSpec(), "fp16")
+
+
+def test_an_encoder_that_lies_about_where_its_keypoints_lie_uploads_none_of_them():
+    with pytest.raises(InvalidInput, match="off the centre of its voxel; only voxel centres leave a vehicle"):
+        Extractor(KeypointEncoder(given="raw_points"), RigSpec(), "fp16").smash(scan(1))
+
+
+def test_an_encoder_that_forgets_its_keypoints_is_refused():
+    model = encoder()
+    model.spec = replace(model.spec, keypoints=KeypointSpec(count=4, channels=8))
+    with pytest.raises(InvalidInput, match="the features have None"):
+        Extractor(model, RigSpec(), "fp16").smash(scan(1))
+
+
+@pytest.mark.parametrize("model", [TinyEncoder, KeypointEncoder])
+def test_nothing_but_cells_features_fingerprint_and_a_random_name_leaves(model):
+    points = scan(3, n=150)
+    extractor = Extractor(model(), RigSpec(), "int8")
+    scene = extractor.smash(points)[0]
+    assert scene.coords.dtype == scene.keypoint_cells.dtype == torch.int32
+    assert (len(scene.keypoint_cells) > 0) == (model is KeypointEncoder)
+    raw = zstandard.ZstdDecompressor().decompress(encode_scene(scene))
+    size = int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8 : 8 + size])
+    said = json.loads(entries.pop("__metadata__")["smashed_scene"])
+    assert said.keys() == {"schema_version", "codec", "split", "encoder_fingerprint", "scene_id"}
+    keypoints = {"keypoint_cells", "keypoint_features", "keypoint_feature_low", "keypoint_feature_scale"}
+    expected = {"coord_gaps", "features", "feature_low", "feature_scale"} | (keypoints if model is KeypointEncoder else set())
+    assert entries.keys() == expected
+    for value in points.xyz[:50].flatten():
+        assert struct.pack("<f", value.item()) not in raw
 
 
 def unreadable(path: str) -> PointCloud:
@@ -219,8 +304,6 @@ def test_a_writer_for_another_encoder_is_refused_before_any_scan(tmp_path):
 
 
 def test_what_is_stored_equals_the_round_trip_that_labelled_batches_get(tmp_path):
-    from upcycle3d.perception.vehicle.codec import decode_scene
-
     extractor = Extractor(encoder(), RigSpec(), "int8")
     with writer_for(extractor, tmp_path) as writer:
         (path,) = extract([scan(0)], extractor, writer).shards
@@ -252,6 +335,7 @@ def test_the_fingerprint_is_stable_and_ignores_mode_gradients_and_step_counters(
         lambda m: setattr(m, "config", replace(m.config, max_points=4)),
         lambda m: setattr(m, "config", replace(m.config, point_features=("intensity", "time"))),
         lambda m: setattr(m, "spec", replace(m.spec, layer="linear")),
+        lambda m: setattr(m, "spec", replace(m.spec, keypoints=KeypointSpec(count=1, channels=1))),
         lambda m: m.register_buffer("extra", torch.zeros(1), persistent=False),
         lambda m: m.double(),
     ],
@@ -289,12 +373,28 @@ def test_a_vehicle_loads_no_decoder_server_label_or_training_code():
 
 
 def test_the_reference_encoder_is_a_vehicle_encoder():
-    second = pytest.importorskip("upcycle3d.perception.models.encoders.second")
     torch.manual_seed(0)
-    grid = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.25, 0.25, 0.1))
-    model = second.SecondEncoder(second.SecondEncoderConfig(grid=grid, channels=(4, 4, 4, 4, 8))).eval()
+    model = SecondEncoder(SecondEncoderConfig(grid=FINE_GRID, channels=(4, 4, 4, 4, 8))).eval()
     scene, _ = Extractor(model, RigSpec(), "fp16").smash(scan(2))
     with torch.no_grad():
         expected = model([scan(2)]).voxels
     assert len(scene.coords) == len(expected.coords) > 0
     assert np.allclose(scene.features.sum(), expected.features.sum(), rtol=1e-4)
+
+
+def test_pv_rcnns_encoder_is_a_vehicle_encoder_unless_its_keypoints_are_raw_points():
+    torch.manual_seed(0)
+    voxels = SecondEncoderConfig(grid=FINE_GRID, channels=(4, 4, 4, 4, 8))
+    model = PvRcnnEncoder(PvRcnnEncoderConfig(voxels=voxels, keypoints=40)).eval()
+    scene, _ = Extractor(model, RigSpec(), "fp16").smash(scan(2))
+    with torch.no_grad():
+        expected = model([scan(2)]).keypoints
+    assert len(scene.keypoint_cells) == 40
+    assert torch.equal(cell_centres(scene.keypoint_cells, FINE_GRID), expected.xyz)
+    assert torch.allclose(scene.keypoint_features, expected.features, rtol=1e-4, atol=1e-5)
+    empty, _ = Extractor(model, RigSpec(), "int8").smash(PointCloud(xyz=torch.zeros(0, 3), features=torch.zeros(0, 1)))
+    assert len(empty.keypoint_cells) == 0
+    encode_scene(empty)
+    raw = PvRcnnEncoder(PvRcnnEncoderConfig(voxels=voxels, keypoints=40, keypoint_source="raw_points"))
+    with pytest.raises(InvalidInput, match="uploading up to 40 of them a scan is uploading raw points"):
+        Extractor(raw, RigSpec(), "fp16")

@@ -1,4 +1,4 @@
-"""From the cut to dense predictions: height compression, the 2D backbone and the anchor head.
+"""From the cut to dense predictions: height compression, the 2D backbone, the anchor head and its losses.
 
 Shared by SECOND, SECOND-IoU and PV-RCNN. Sources: OpenPCDet ``height_compression.py``, ``base_bev_backbone.py``,
 ``anchor_head_single.py``; module indices follow them, so that weights load by name.
@@ -7,13 +7,19 @@ Shared by SECOND, SECOND-IoU and PV-RCNN. Sources: OpenPCDet ``height_compressio
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...features import SparseVoxels
+from ...structures import Labels, LossTerms
+from ..anchors import AnchorClass
+from ..losses import box_code_loss, sigmoid_focal_loss
+from ..targets import assign_anchors
 
 
 def height_compression(voxels: SparseVoxels) -> Tensor:
@@ -89,3 +95,39 @@ class AnchorHead(nn.Module):
             box_codes=flat(self.conv_box(bev), 7),
             direction_logits=flat(self.conv_dir_cls(bev), 2),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseLossWeights:
+    """OpenPCDet's weights; that of the class loss is 1."""
+
+    box: float = 2.0
+    direction: float = 0.2
+
+
+def dense_loss(
+    dense: DenseOutputs, anchors: Tensor, classes: tuple[AnchorClass, ...], labels: Sequence[Labels], weights: DenseLossWeights
+) -> LossTerms:
+    """Class, box and direction losses of the anchors (H, W, 2 * classes, 7) of a batch, per scene over its positive anchors."""
+    batch, total = len(labels), anchors.view(-1, 7).shape[0]
+    num_classes = len(classes)
+    anchor_class = torch.arange(2 * num_classes, device=anchors.device).div(2, rounding_mode="floor")
+    one_hot = F.one_hot(anchor_class, num_classes).float().repeat(total // (2 * num_classes), 1)  # (A, C)
+    cls, box, direction = [], [], []
+    for b, scene in enumerate(labels):
+        targets = assign_anchors(anchors, classes, scene)
+        positives = targets.positive.sum().clamp_min(1)
+        focal = sigmoid_focal_loss(dense.class_logits[b], one_hot * targets.positive[:, None])
+        cls.append((focal.sum(1) * targets.class_weight).sum() / positives)
+        rows = targets.positive.nonzero().squeeze(1)
+        off = box_code_loss(dense.box_codes[b, rows], targets.box_codes[rows])
+        box.append((targets.box_weight[rows] * off).sum() / positives)
+        turn = F.cross_entropy(dense.direction_logits[b, rows].float(), targets.direction[rows], reduction="sum")
+        direction.append(turn / positives)
+    return LossTerms(
+        terms={
+            "class": torch.stack(cls).sum() / batch,
+            "box": weights.box * torch.stack(box).sum() / batch,
+            "direction": weights.direction * torch.stack(direction).sum() / batch,
+        }
+    )

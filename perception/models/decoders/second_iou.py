@@ -19,10 +19,10 @@ from ....ops.roi_grid import roi_grid_sample
 from ...features import SplitFeatures, SplitSpec
 from ...structures import Labels, LossTerms, Predictions
 from ..anchors import KITTI_ANCHORS, AnchorClass, make_anchors
-from ..losses import box_code_loss, sigmoid_focal_loss
 from ..post_processing import FinalNms, ProposalNms, Proposals, propose, select_detections
-from ..targets import RoiSampling, assign_anchors, iou_quality_target, match_rois, sample_rois
-from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseOutputs, height_compression
+from ..targets import RoiSampling, iou_quality_target, match_rois
+from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
+from .regions import fully_connected, sample_regions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,7 @@ class SecondIouConfig:
     roi_sampling: RoiSampling = RoiSampling()
     iou_target: tuple[float, float] = (0.25, 0.75)
     final: FinalNms = FinalNms()
-    box_weight: float = 2.0
-    direction_weight: float = 0.2
+    dense_weights: DenseLossWeights = DenseLossWeights()
     iou_weight: float = 1.0
 
 
@@ -59,23 +58,20 @@ class IouHead(nn.Module):
     def __init__(self, in_channels: int, pool_size: int, channels: int, dropout: float) -> None:
         super().__init__()
         self.shared_fc_layer = nn.Sequential(
-            *_fc(in_channels * pool_size**2, channels), nn.Dropout(dropout), *_fc(channels, channels)
+            *fully_connected(in_channels * pool_size**2, channels), nn.Dropout(dropout), *fully_connected(channels, channels)
         )
         self.iou_layers = nn.Sequential(
-            *_fc(channels, channels), nn.Dropout(dropout), *_fc(channels, channels), nn.Conv1d(channels, 1, 1)
+            *fully_connected(channels, channels),
+            nn.Dropout(dropout),
+            *fully_connected(channels, channels),
+            nn.Conv1d(channels, 1, 1),
         )
         for module in self.modules():
             if isinstance(module, nn.Conv1d):
                 nn.init.xavier_normal_(module.weight)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        if pooled.shape[0] < 2 and self.training:  # batch statistics of fewer than two regions do not exist
-            return pooled.new_zeros(pooled.shape[0])
         return self.iou_layers(self.shared_fc_layer(pooled.flatten(1)[..., None])).view(-1)
-
-
-def _fc(c_in: int, c_out: int) -> list[nn.Module]:
-    return [nn.Conv1d(c_in, c_out, 1, bias=False), nn.BatchNorm1d(c_out), nn.ReLU()]
 
 
 class SecondIouDecoder(nn.Module):
@@ -99,24 +95,8 @@ class SecondIouDecoder(nn.Module):
             nms = self.config.test_proposals if labels is None else self.config.train_proposals
             proposals = propose(dense.class_logits, dense.box_codes, dense.direction_logits, self.anchors.view(-1, 7), nms)
             if labels is not None:
-                proposals = self._sample(proposals, labels)
+                proposals = sample_regions(proposals, labels, self.config.roi_sampling, refine=False)
         return SecondIouOutputs(dense=dense, proposals=proposals, iou_logits=self._judge(bev.detach(), proposals))
-
-    def _sample(self, proposals: Proposals, labels: Sequence[Labels]) -> Proposals:
-        picked = []
-        for b, scene in enumerate(labels):
-            rows = proposals.valid[b].nonzero().squeeze(1)
-            targets = match_rois(proposals.boxes[b, rows], proposals.classes[b, rows], scene)
-            usable = targets.weight > 0
-            picked.append(rows[usable][sample_rois(targets.iou[usable], self.config.roi_sampling)])
-        count = self.config.roi_sampling.count
-        index = torch.stack([F.pad(p, (0, count - len(p))) for p in picked])
-        return Proposals(
-            boxes=proposals.boxes.gather(1, index[..., None].expand(-1, -1, 7)),
-            classes=proposals.classes.gather(1, index),
-            logits=proposals.logits.gather(1, index),
-            valid=torch.stack([torch.arange(count, device=index.device) < len(p) for p in picked]),
-        )
 
     def _judge(self, bev: Tensor, proposals: Proposals) -> Tensor:
         origin, cell = self.spec.grid.range[:2], self.spec.cell_size()
@@ -127,7 +107,7 @@ class SecondIouDecoder(nn.Module):
 
     def loss(self, outputs: SecondIouOutputs, labels: Sequence[Labels]) -> LossTerms:
         """Class, box, direction and IoU losses of a batch, as OpenPCDet weighs them."""
-        dense = _dense_loss(outputs.dense, self.anchors, self.config, labels)
+        dense = dense_loss(outputs.dense, self.anchors, self.config.anchors, labels, self.config.dense_weights)
         return dense.merged(_iou_loss(outputs, self.config, labels))
 
     @torch.no_grad()
@@ -139,31 +119,6 @@ class SecondIouDecoder(nn.Module):
             select_detections(p.boxes[b, v], p.classes[b, v], iou[b, v], cls[b, v], self.config.final)
             for b, v in enumerate(p.valid)
         ]
-
-
-def _dense_loss(dense: DenseOutputs, anchors: Tensor, config: SecondIouConfig, labels: Sequence[Labels]) -> LossTerms:
-    batch, total = len(labels), anchors.view(-1, 7).shape[0]
-    num_classes = len(config.anchors)
-    anchor_class = torch.arange(2 * num_classes, device=anchors.device).div(2, rounding_mode="floor")
-    one_hot = F.one_hot(anchor_class, num_classes).float().repeat(total // (2 * num_classes), 1)  # (A, C)
-    cls, box, direction = [], [], []
-    for b, scene in enumerate(labels):
-        targets = assign_anchors(anchors, config.anchors, scene)
-        positives = targets.positive.sum().clamp_min(1)
-        focal = sigmoid_focal_loss(dense.class_logits[b], one_hot * targets.positive[:, None])
-        cls.append((focal.sum(1) * targets.class_weight).sum() / positives)
-        rows = targets.positive.nonzero().squeeze(1)
-        off = box_code_loss(dense.box_codes[b, rows], targets.box_codes[rows])
-        box.append((targets.box_weight[rows] * off).sum() / positives)
-        turn = F.cross_entropy(dense.direction_logits[b, rows].float(), targets.direction[rows], reduction="sum")
-        direction.append(turn / positives)
-    return LossTerms(
-        terms={
-            "class": torch.stack(cls).sum() / batch,
-            "box": config.box_weight * torch.stack(box).sum() / batch,
-            "direction": config.direction_weight * torch.stack(direction).sum() / batch,
-        }
-    )
 
 
 def _iou_loss(outputs: SecondIouOutputs, config: SecondIouConfig, labels: Sequence[Labels]) -> LossTerms:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...structures import InvalidInput, PointCloud
 
-_FINGERPRINT_VERSION = 1
+_FINGERPRINT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from ....ops.sparse_conv import Rulebook, StridedConv3d, SubmanifoldConv3d, subm
 from ....ops.voxelize import voxelize
 from ...features import SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
 from ...structures import InvalidInput, PointCloud
+from .norm import RowBatchNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +41,11 @@ class ConvBlock(nn.Sequential):
     """Sparse convolution, batch norm, ReLU on the rows of a sparse tensor."""
 
     def __init__(self, conv: SubmanifoldConv3d | StridedConv3d, channels: int) -> None:
-        super().__init__(conv, nn.BatchNorm1d(channels, eps=1e-3, momentum=0.01), nn.ReLU())
+        super().__init__(conv, RowBatchNorm(channels, eps=1e-3, momentum=0.01), nn.ReLU())
 
     def forward(self, features: Tensor, rulebook: Rulebook) -> Tensor:  # type: ignore[override]
         """(M_in, in) -> (M_out, out)."""
-        features = self[0](features, rulebook)
-        norm = cast(nn.BatchNorm1d, self[1])
-        # Batch statistics of fewer than two rows do not exist; an (almost) empty batch is legal and uses the running ones.
-        training = norm.training and features.shape[0] >= 2
-        features = nn.functional.batch_norm(
-            features, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, cast(float, norm.momentum), norm.eps
-        )
-        return self[2](features)
+        return self[2](self[1](self[0](features, rulebook)))
 
     def downsample(self, voxels: SparseVoxels) -> Rulebook:
         """The rulebook of a strided block for these voxels."""
@@ -141,7 +135,7 @@ class SecondEncoder(nn.Module):
         features, coords = [], []
         for batch, cloud in enumerate(points):
             voxels = voxelize(
-                self._columns(cloud),
+                self.columns(cloud),
                 point_range=self.config.grid.range,
                 voxel_size=self.config.grid.voxel_size,
                 max_points=self.config.max_points_per_voxel,
@@ -153,7 +147,8 @@ class SecondEncoder(nn.Module):
             features=torch.cat(features), coords=torch.cat(coords), shape=self.sparse_shape, batch_size=len(points)
         )
 
-    def _columns(self, cloud: PointCloud) -> Tensor:
+    def columns(self, cloud: PointCloud) -> Tensor:
+        """(N, 3 + C) x, y, z and the point features that the encoder reads."""
         missing = [n for n in self.config.point_features if n not in cloud.feature_names]
         if missing:
             raise InvalidInput(
@@ -163,9 +158,9 @@ class SecondEncoder(nn.Module):
         index = [cloud.feature_names.index(n) for n in self.config.point_features]
         return torch.cat([cloud.xyz, cloud.features[:, index]], 1)
 
-    def backbone(self, voxels: SparseVoxels) -> SparseVoxels:
-        """The sparse backbone alone: input voxels to voxels at the cut."""
-        return self.sparse_backbone(voxels)
+    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> SplitFeatures:
+        """Features at the cut of scans with their input voxels (``voxelize``); the points themselves are not looked at again."""
+        return SplitFeatures(voxels=self.sparse_backbone(voxels), spec=self.spec)
 
     def forward(self, points: Sequence[PointCloud]) -> SplitFeatures:
-        return SplitFeatures(voxels=self.backbone(self.voxelize(points)), spec=self.spec)
+        return self.features(points, self.voxelize(points))

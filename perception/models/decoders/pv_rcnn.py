@@ -1,0 +1,185 @@
+"""PV-RCNN's server half: a bird's-eye-view stage that proposes, and keypoints that refine.
+
+    SplitFeatures ─┬─ voxels ─ height compression ─ BevBackbone ─ AnchorHead ─ proposals ──────────┐
+                   └─ keypoints ─┬─ fusion ────────────────── × score ─ 6 x 6 x 6 grid of every proposal ─ RegionHead
+                                 └─ KeypointHead: in an object? ─┘                                  ├─ class: how good is it
+                                                                                                    └─ box: refined
+Source: Shi et al., PV-RCNN (2020), sections 3.3 and 3.4; OpenPCDet ``point_head_simple.py``, ``pvrcnn_head.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...features import Keypoints, SplitFeatures, SplitSpec
+from ...structures import InvalidInput, Labels, LossTerms, Predictions
+from ..anchors import KITTI_ANCHORS, AnchorClass, make_anchors
+from ..encoders.norm import RowBatchNorm
+from ..encoders.set_abstraction import SetAbstraction, SetAbstractionConfig
+from ..post_processing import FinalNms, ProposalNms, Proposals, decode_regions, propose, select_detections
+from ..targets import RoiSampling
+from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
+from .pv_rcnn_loss import keypoint_loss, region_loss
+from .regions import fully_connected, region_grid, sample_regions
+
+
+@dataclass(frozen=True, kw_only=True)
+class PvRcnnConfig:
+    """Everything that shapes the server half; defaults are OpenPCDet's ``kitti_models/pv_rcnn.yaml``.
+
+    fused_channels: of a keypoint after fusion. keypoint_channels: of the keypoint head. grid_size: points along each side of a
+    region. quality_target: overlaps that count as 0 and as 1 for the class branch; (0, 1) keeps the overlap itself.
+    """
+
+    anchors: tuple[AnchorClass, ...] = KITTI_ANCHORS
+    bev: BevBackboneConfig = BevBackboneConfig()
+    fused_channels: int = 128
+    keypoint_channels: int = 256
+    grid_size: int = 6
+    grid_pooling: SetAbstractionConfig = SetAbstractionConfig(channels=(64, 64), radii=(0.8, 1.6), limits=(16, 16))
+    head_channels: int = 256
+    dropout: float = 0.3
+    train_proposals: ProposalNms = ProposalNms(pre=9000, iou=0.8, post=512)
+    test_proposals: ProposalNms = ProposalNms(pre=1024, iou=0.7, post=100)
+    roi_sampling: RoiSampling = RoiSampling()
+    quality_target: tuple[float, float] = (0.25, 0.75)
+    final: FinalNms = FinalNms(iou=0.1)
+    dense_weights: DenseLossWeights = DenseLossWeights()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PvRcnnOutputs:
+    """Raw outputs of a batch: the anchor head's, the keypoints with their logits (K,), the proposals, and of each proposal its
+    quality logit (B, R) and box codes (B, R, 7)."""
+
+    dense: DenseOutputs
+    keypoints: Keypoints
+    keypoint_logits: Tensor
+    proposals: Proposals
+    quality_logits: Tensor
+    box_codes: Tensor
+
+
+class KeypointHead(nn.Module):
+    """Features of keypoints before fusion (K, C) -> logit (K,) that the keypoint lies in an object."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.cls_layers = nn.Sequential(*_linear(in_channels, channels), *_linear(channels, channels), nn.Linear(channels, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.cls_layers(features).squeeze(1)
+
+
+class RegionHead(nn.Module):
+    """Keypoints gathered on a grid in every region -> quality logit and box codes of the region."""
+
+    def __init__(self, config: PvRcnnConfig) -> None:
+        super().__init__()
+        self.grid_size = config.grid_size
+        self.roi_grid_pool_layer = SetAbstraction(config.fused_channels, config.grid_pooling)
+        c, pooled = config.head_channels, config.grid_size**3 * config.grid_pooling.out_channels
+        self.shared_fc_layer = nn.Sequential(*fully_connected(pooled, c), nn.Dropout(config.dropout), *fully_connected(c, c))
+        self.cls_layers, self.reg_layers = (
+            nn.Sequential(*fully_connected(c, c), nn.Dropout(config.dropout), *fully_connected(c, c), nn.Conv1d(c, outputs, 1))
+            for outputs in (1, 7)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv1d):
+                nn.init.xavier_normal_(module.weight)
+        nn.init.normal_(self.reg_layers[-1].weight, std=0.001)  # type: ignore[arg-type]
+
+    def pool(self, regions: Tensor, starts: Sequence[int], keypoints: Keypoints) -> Tensor:
+        """(N, G^3, C) features on the grids of regions (N, 7), scenes one after the other with bounds ``starts``."""
+        points = self.grid_size**3
+        centres = region_grid(regions, self.grid_size).view(-1, 3)
+        pooled = self.roi_grid_pool_layer(
+            centres, [points * s for s in starts], keypoints.xyz, keypoints.starts, keypoints.features
+        )
+        return pooled.view(len(regions), points, -1)
+
+    def forward(self, regions: Tensor, starts: Sequence[int], keypoints: Keypoints) -> tuple[Tensor, Tensor]:
+        """(N,) quality logits and (N, 7) box codes."""
+        pooled = self.pool(regions, starts, keypoints).transpose(1, 2)  # the reference flattens channel by channel
+        shared = self.shared_fc_layer(pooled.flatten(1)[..., None])
+        return self.cls_layers(shared).view(-1), self.reg_layers(shared).view(-1, 7)
+
+
+def _linear(c_in: int, c_out: int) -> list[nn.Module]:
+    return [nn.Linear(c_in, c_out, bias=False), RowBatchNorm(c_out), nn.ReLU()]
+
+
+class PvRcnnDecoder(nn.Module):
+    """The server half. ``forward`` gives raw outputs, ``loss`` and ``predict`` are functions of them."""
+
+    anchors: Tensor
+
+    def __init__(self, spec: SplitSpec, config: PvRcnnConfig) -> None:
+        super().__init__()
+        if spec.keypoints is None:
+            raise InvalidInput(f"PV-RCNN's decoder reads keypoints; the cut {spec.layer!r} has none: use PV-RCNN's encoder")
+        self.spec, self.config = spec, config
+        self.bev_backbone = BevBackbone(spec.channels * spec.shape[0], config.bev)
+        self.anchor_head = AnchorHead(self.bev_backbone.out_channels, len(config.anchors))
+        self.fusion = nn.Sequential(*_linear(spec.keypoints.channels, config.fused_channels))
+        self.keypoint_head = KeypointHead(spec.keypoints.channels, config.keypoint_channels)
+        self.roi_head = RegionHead(config)
+        self.register_buffer("anchors", make_anchors(spec, config.anchors), persistent=False)
+
+    def forward(self, split: SplitFeatures, labels: Sequence[Labels] | None = None) -> PvRcnnOutputs:
+        """Outputs of a batch. With ``labels`` (training) regions are sampled around them, else the best proposals are refined."""
+        dense = self.anchor_head(self.bev_backbone(height_compression(split.voxels)))
+        proposals = self._propose(dense, labels)
+        assert split.keypoints is not None
+        logits = self.keypoint_head(split.keypoints.features)
+        fused = self.fusion(split.keypoints.features) * torch.sigmoid(logits)[:, None]
+        keypoints = Keypoints(xyz=split.keypoints.xyz, features=fused, starts=split.keypoints.starts)
+        quality, codes = self.roi_head(proposals.boxes[proposals.valid], _starts(proposals.valid), keypoints)
+        return PvRcnnOutputs(
+            dense=dense,
+            keypoints=split.keypoints,
+            keypoint_logits=logits,
+            proposals=proposals,
+            quality_logits=_padded(quality, proposals.valid),
+            box_codes=_padded(codes, proposals.valid),
+        )
+
+    @torch.no_grad()
+    def _propose(self, dense: DenseOutputs, labels: Sequence[Labels] | None) -> Proposals:
+        nms = self.config.test_proposals if labels is None else self.config.train_proposals
+        proposals = propose(dense.class_logits, dense.box_codes, dense.direction_logits, self.anchors.view(-1, 7), nms)
+        return proposals if labels is None else sample_regions(proposals, labels, self.config.roi_sampling, refine=True)
+
+    def loss(self, outputs: PvRcnnOutputs, labels: Sequence[Labels]) -> LossTerms:
+        """Losses of the anchors, of the keypoints and of the regions, as OpenPCDet weighs them."""
+        p = outputs.proposals
+        dense = dense_loss(outputs.dense, self.anchors, self.config.anchors, labels, self.config.dense_weights)
+        regions = region_loss(p, outputs.quality_logits, outputs.box_codes, labels, self.config.quality_target)
+        return dense.merged(keypoint_loss(outputs.keypoints, outputs.keypoint_logits, labels)).merged(regions)
+
+    @torch.no_grad()
+    def predict(self, outputs: PvRcnnOutputs) -> list[Predictions]:
+        """Refined detections of every scene, ranked by their predicted quality."""
+        p = outputs.proposals
+        boxes = decode_regions(outputs.box_codes.float(), p.boxes)
+        quality, cls = torch.sigmoid(outputs.quality_logits.float()), torch.sigmoid(p.logits)
+        return [
+            select_detections(boxes[b, v], p.classes[b, v], quality[b, v], cls[b, v], self.config.final)
+            for b, v in enumerate(p.valid)
+        ]
+
+
+def _starts(valid: Tensor) -> list[int]:
+    """(B, R) -> B + 1 bounds of the scenes among the valid entries."""
+    return [0, *valid.sum(1).cumsum(0).tolist()]
+
+
+def _padded(rows: Tensor, valid: Tensor) -> Tensor:
+    """Rows (N, ...) of the valid entries -> (B, R, ...), zeros elsewhere."""
+    out = rows.new_zeros(*valid.shape, *rows.shape[1:])
+    out[valid] = rows
+    return out

@@ -1,0 +1,135 @@
+"""Set abstraction: what a few points know about their surroundings, from the features of other points near them.
+
+    for each radius    neighbours of every centre ─ (offset, features) ─ shared two-layer perceptron ─ maximum
+
+Source: Qi et al., PointNet++ (2017), section 3.2; OpenPCDet ``pointnet2_stack/pointnet2_modules.py`` (``StackSAModuleMSG``), whose
+weights load by name. Three of its habits are kept because its weights depend on them: the first n neighbours in row order; an
+empty ball is a neighbour of zeros; in batch statistics a ball of fewer than n neighbours counts its first one for the rest, and
+an empty one its zeros n times. Computed here without that padding: every neighbour once, with its weight in the statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ....ops.ball_query import Neighbours, ball_query
+from ....ops.neighbour_mlp import neighbour_mlp_max
+from ....ops.segment_max import segment_max
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetAbstractionConfig:
+    """Balls of several radii (m), at most ``limits`` neighbours each, and the widths of the perceptron, the same for all."""
+
+    channels: tuple[int, int]
+    radii: tuple[float, ...]
+    limits: tuple[int, ...]
+
+    @property
+    def out_channels(self) -> int:
+        return len(self.radii) * self.channels[1]
+
+
+class SetAbstraction(nn.Module):
+    """Features (Q, out_channels) of centres from points (N, in_channels) around them, small radius first."""
+
+    def __init__(self, in_channels: int, config: SetAbstractionConfig) -> None:
+        super().__init__()
+        self.config = config
+        c1, c2 = config.channels
+        self.mlps = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(3 + in_channels, c1, 1, bias=False), nn.BatchNorm2d(c1), nn.ReLU(),
+                nn.Conv2d(c1, c2, 1, bias=False), nn.BatchNorm2d(c2), nn.ReLU(),
+            )
+            for _ in config.radii
+        )  # fmt: skip
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(
+        self, centres: Tensor, centre_starts: Sequence[int], points: Tensor, point_starts: Sequence[int], features: Tensor
+    ) -> Tensor:
+        """centres: (Q, 3), points: (N, 3) m; features: (N, C). Scenes lie one after the other, ``*_starts`` are their bounds."""
+        balls = ball_query(centres, centre_starts, points, point_starts, self.config.radii, self.config.limits)
+        # Coordinates are tens of metres, offsets centimetres: half precision would lose them.
+        with torch.autocast(centres.device.type, enabled=False):
+            rows = torch.cat([points, features.float()], 1)
+            pooled = [
+                _pool(cast(nn.Sequential, mlp), rows, centres, near, limit)
+                for mlp, near, limit in zip(self.mlps, balls, self.config.limits, strict=True)
+            ]
+        return torch.cat(pooled, 1)
+
+
+def _pool(mlp: nn.Sequential, rows: Tensor, centres: Tensor, near: Neighbours, limit: int) -> Tensor:
+    """One ball size. The first layer is linear: applied to points and centres, then subtracted, it costs N + Q rows, not one a pair."""
+    first, second = (cast(nn.Conv2d, mlp[k]).weight.flatten(1) for k in (0, 3))
+    norms = cast(nn.BatchNorm2d, mlp[1]), cast(nn.BatchNorm2d, mlp[4])
+    counts = near.starts.diff()
+    if mlp.training:
+        return _pool_training(rows @ first.T, centres @ first[:, :3].T, near, second, norms, limit)
+    # Batch norm with running statistics is a scale, which goes into the weights, and a shift.
+    (scale, shift), (last_scale, last_shift) = (_as_affine(norm) for norm in norms)
+    first, second = first * scale[:, None], second * last_scale[:, None]
+    best = neighbour_mlp_max(rows @ first.T, centres @ first[:, :3].T - shift, near.index, near.starts, second)
+    empty = nn.functional.relu(shift) @ second.T
+    return nn.functional.relu(torch.where(counts[:, None] > 0, best, empty) + last_shift)
+
+
+def _pool_training(
+    at_points: Tensor,
+    at_centres: Tensor,
+    near: Neighbours,
+    second: Tensor,
+    norms: tuple[nn.BatchNorm2d, nn.BatchNorm2d],
+    limit: int,
+) -> Tensor:
+    # One row of zeros more on both sides, and one pair more of these two: the input of an empty ball.
+    counts = near.starts.diff()
+    centre = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    pairs = nn.functional.pad(at_points, (0, 0, 0, 1))[nn.functional.pad(near.index, (0, 1), value=len(at_points))]
+    pairs = pairs - nn.functional.pad(at_centres, (0, 0, 0, 1))[nn.functional.pad(centre, (0, 1), value=len(at_centres))]
+    weight = _multiplicity(near, counts, limit)
+    hidden = nn.functional.relu(_normalise(pairs, norms[0], weight), inplace=True)
+    out = _normalise(hidden @ second.T, norms[1], weight)
+    best = torch.where(counts[:, None] > 0, segment_max(out[:-1], near.starts), out[-1:])
+    return nn.functional.relu(best)  # after the maximum: the same, on fewer rows
+
+
+def _as_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) of batch norm with running statistics."""
+    scale = norm.weight * (cast(Tensor, norm.running_var) + norm.eps).rsqrt()
+    return scale, norm.bias - cast(Tensor, norm.running_mean) * scale
+
+
+def _multiplicity(near: Neighbours, counts: Tensor, limit: int) -> Tensor:
+    """(P + 1,) how often the padded reference has each pair; the last entry is that of all empty balls together."""
+    weight = counts.new_ones(len(near.index) + 1, dtype=torch.float32)
+    full = counts > 0
+    weight[near.starts[:-1][full]] += (limit - counts[full]).float()
+    weight[-1] = limit * (~full).sum()
+    return weight
+
+
+def _normalise(x: Tensor, norm: nn.BatchNorm2d, weight: Tensor) -> Tensor:
+    """Batch norm of rows (P, C) with statistics weighted by ``weight`` (P,); moves the running ones."""
+    total = float(weight.sum())
+    if total < 2:  # batch statistics of fewer than two rows do not exist
+        scale, shift = _as_affine(norm)
+        return torch.addcmul(shift, x, scale)
+    mean = (weight @ x) / total
+    centred = x - mean
+    variance = (weight @ centred.square()) / total
+    with torch.no_grad():
+        momentum = cast(float, norm.momentum)
+        cast(Tensor, norm.running_mean).lerp_(mean, momentum)
+        cast(Tensor, norm.running_var).lerp_(variance * (total / (total - 1)), momentum)
+        cast(Tensor, norm.num_batches_tracked).add_(1)
+    return torch.addcmul(norm.bias, centred, norm.weight * (variance + norm.eps).rsqrt())
