@@ -19,6 +19,7 @@ from ..boxes import encode_residuals, rotate_z
 from ..structures import Labels
 from .anchors import AnchorClass
 
+REFINE_IOU = 0.55  # OpenPCDet's REG_FG_THRESH
 DIRECTION_OFFSET = 0.78539  # the reference's rounded pi / 4: headings near 0 and near pi / 2 stay away from the bin edges
 
 
@@ -116,12 +117,12 @@ class RoiTargets:
     box_weight: Tensor
 
 
-def match_rois(rois: Tensor, roi_classes: Tensor, labels: Labels, *, refine_iou: float = 0.55) -> RoiTargets:
+def match_rois(rois: Tensor, roi_classes: Tensor, labels: Labels) -> RoiTargets:
     """Best same-class object of every region (R, 7), and whether a quality head may learn from the pair.
 
     In a completely labelled scene it learns from every region but those on ignored objects. In a pseudo-labelled scene only
     from regions whose best match is an exact box (pasted): a teacher's box says nothing about true overlap, and what the
-    teacher did not find is not background. A box is refined from an overlap above ``refine_iou`` (OpenPCDet's REG_FG_THRESH).
+    teacher did not find is not background. A box is refined from an overlap above ``REFINE_IOU``.
     """
     if len(labels) == 0 or rois.shape[0] == 0:
         zero = rois.new_zeros(rois.shape[0])
@@ -130,7 +131,7 @@ def match_rois(rois: Tensor, roi_classes: Tensor, labels: Labels, *, refine_iou:
     iou, match = overlap.max(1)
     learnt = labels.weight[match] > 0
     weight = learnt | (iou < 0.1) if labels.complete else labels.exact[match] & learnt & (iou > 0)
-    box_weight = labels.box_weight[match] * (learnt & (iou > refine_iou))
+    box_weight = labels.box_weight[match] * (learnt & (iou > REFINE_IOU))
     return RoiTargets(iou=iou, match=match, weight=weight.float(), box_weight=box_weight)
 
 

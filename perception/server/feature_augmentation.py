@@ -205,7 +205,10 @@ def cut_mix(
     keypoints = None
     if a.keypoints is not None and b.keypoints is not None:
         sides = a.keypoints.select(a.keypoints.xyz[:, 1] < y), b.keypoints.select(b.keypoints.xyz[:, 1] >= y)
-        both = [torch.cat(column) for column in ([k.xyz for k in sides], [k.features for k in sides])]
-        keypoints = Keypoints(xyz=both[0], features=both[1], starts=(0, len(both[0])))
+        xyz, features = torch.cat([k.xyz for k in sides]), torch.cat([k.features for k in sides])
+        if a.spec.keypoints and len(xyz) > a.spec.keypoints.count:  # two crowded halves
+            kept = torch.from_numpy(np.sort(rng.permutation(len(xyz))[: a.spec.keypoints.count])).to(xyz.device)
+            xyz, features = xyz[kept], features[kept]
+        keypoints = Keypoints(xyz=xyz, features=features, starts=(0, len(xyz)))
     parts = [labels_a.select(labels_a.boxes.data[:, 1] < y), labels_b.select(labels_b.boxes.data[:, 1] >= y)]
     return replace(a, voxels=mixed, keypoints=keypoints), Labels.concatenate(parts)

@@ -162,7 +162,11 @@ def paste_objects(
 def _paste_keypoints(
     scene: Keypoints, boxes: Tensor, objects: Sequence[FeatureObject], config: FeatureGtConfig, rng: np.random.Generator
 ) -> Keypoints:
-    pasted = [o.keypoints.to(scene.xyz.device) for o in objects if o.keypoints is not None]
+    pasted: list[Keypoints] = []
+    for index, item in enumerate(objects):
+        if item.keypoints is not None:  # two neighbours' rims may meet: the first one keeps what lies in both
+            own = item.keypoints.to(scene.xyz.device)
+            pasted.append(own.select(~keypoints_near(own, boxes[:index], config).any(0)))
     # First, so that the first n of a ball around a pasted object are its own.
     xyz = torch.cat([k.xyz for k in pasted])[: len(scene.xyz)]
     features = torch.cat([k.features for k in pasted])[: len(scene.xyz)]

@@ -1,7 +1,6 @@
 """SECOND-IoU equals OpenPCDet stage by stage, on a real KITTI frame with weights made by a rule (../shared/reference/golden)."""
 
 import json
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,34 +22,13 @@ SCAN = SHARED / "data" / "kitti" / "training" / "velodyne_reduced" / "000003.bin
 pytestmark = pytest.mark.skipif(not (GOLDEN.is_dir() and SCAN.is_file()), reason="golden outputs are not on this machine")
 
 
-def rule_weights(entries: list[dict]) -> dict[str, torch.Tensor]:
-    """Section 2 of the golden README."""
-    state = {}
-    for entry in entries:
-        name, shape = entry["name"], tuple(entry["shape"])
-        rng = np.random.default_rng(zlib.crc32(name.encode()))
-        if name.endswith(("num_batches_tracked", "global_step")):
-            state[name] = torch.zeros(shape, dtype=torch.int64)
-            continue
-        if len(shape) >= 2:
-            output_axis = 1 if name.startswith("backbone_2d.deblocks") else 0
-            fan_in = np.prod(shape) / shape[output_axis]
-            values = rng.normal(0, np.sqrt(2 / fan_in), size=shape) * (entry.get("rule_scale") or 1.0)
-        elif name.endswith(("running_mean", "bias")):
-            values = rng.normal(0, 0.1, size=shape)
-        else:
-            values = rng.uniform(0.5, 1.5, size=shape)
-        state[name] = torch.from_numpy(values.astype(np.float32))
-    return state
-
-
 @pytest.fixture(scope="module")
 def golden() -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / "second_iou_kitti.npz"))
 
 
 @pytest.fixture(scope="module")
-def run() -> dict[str, object]:
+def run(rule_weights) -> dict[str, object]:
     spec = json.loads((GOLDEN / "state_dict_second_iou.json").read_text())
     detector = second_iou(KITTI_SECOND_IOU.detector)
     parts = {

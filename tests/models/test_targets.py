@@ -182,6 +182,20 @@ def test_without_labels_regions_are_background_only_if_the_scene_is_complete(com
     assert none.weight.shape == none.iou.shape == none.match.shape == (0,)
 
 
+def test_a_box_is_refined_where_it_overlaps_enough_and_as_much_as_its_label_is_worth():
+    scene = labels_of(box(0.0), box(50.0), box(80.0), weight=(1.0, 1.0, 0.0), box_weight=torch.tensor([1.0, 0.25, 1.0]))
+    rois = torch.tensor([box(0.0), box(1.0), box(1.5), box(50.0), box(80.0), box(30.0)])  # overlaps 1, 0.6, 0.45, 1, 1, 0
+    found = match_rois(rois, torch.zeros(6, dtype=torch.int64), scene)
+    assert found.box_weight.tolist() == [1, 1, 0, 0.25, 0, 0]
+    assert match_rois(rois, torch.ones(6, dtype=torch.int64), scene).box_weight.tolist() == [0] * 6  # another class
+    # A teacher's box may refine, though it judges nothing.
+    guess = labels_of(box(0.0), exact=False, complete=False)
+    found = match_rois(rois, torch.zeros(6, dtype=torch.int64), guess)
+    assert found.weight.tolist() == [0] * 6
+    assert found.box_weight.tolist() == [1, 1, 0, 0, 0, 0]
+    assert match_rois(rois, torch.zeros(6, dtype=torch.int64), Labels.empty()).box_weight.tolist() == [0] * 6
+
+
 def kinds(iou: Tensor, rows: Tensor, sampling: RoiSampling) -> tuple[int, int, int]:
     """Foreground, hard background, easy background among the drawn."""
     drawn = iou[rows]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle3d.perception.features import SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.perception.features import Keypoints, KeypointSpec, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
 from upcycle3d.perception.server.feature_augmentation import (
     add_noise,
     cut_mix,
@@ -283,3 +283,103 @@ def test_a_change_is_a_function_of_the_generator_and_leaves_its_argument_alone(c
     assert torch.equal(split.voxels.dense(), before[0])
     assert torch.equal(labels.boxes.data, before[1])
     assert len(a.voxels.coords.unique(dim=0)) == len(a.voxels.coords)
+
+
+# ---- keypoints
+
+KEYPOINT_SPEC = replace(SPEC, keypoints=KeypointSpec(count=64, channels=2))
+
+
+def with_keypoints(split: SplitFeatures, xyz: torch.Tensor, seed: int = 0) -> SplitFeatures:
+    features = torch.randn(len(xyz), 2, generator=torch.Generator().manual_seed(seed))
+    keypoints = Keypoints(xyz=xyz, features=features, starts=(0, len(xyz)))
+    return SplitFeatures(voxels=split.voxels, spec=KEYPOINT_SPEC, keypoints=keypoints)
+
+
+def centres_of_cells(split: SplitFeatures) -> torch.Tensor:
+    """(M, 3) the middle of every cell, at a height of its slice."""
+    _, z, y, x = split.voxels.coords.unbind(1)
+    return torch.stack([x * CELL + 0.0625, y * CELL - 12 + 0.0625, z.float()], 1)
+
+
+@pytest.mark.parametrize(
+    ("move", "rng"), [(flip_x, Fixed()), (flip_y, Fixed()), *((rotate_quarter, Fixed(integer=n)) for n in range(4))]
+)
+def test_a_keypoint_in_the_middle_of_a_cell_stays_there_under_exact_moves(move, rng):
+    plain, labels = random_scene(1)
+    split = with_keypoints(plain, centres_of_cells(plain))
+    moved, _ = move(split, labels, rng)
+    assert len(moved.keypoints.xyz) == 60
+    assert torch.allclose(moved.keypoints.xyz, centres_of_cells(moved), atol=1e-4)
+    assert torch.equal(moved.keypoints.features, split.keypoints.features)
+    assert moved.keypoints.starts == (0, 60)
+
+
+@pytest.mark.parametrize(
+    ("move", "rng"),
+    [(flip_x, Fixed()), (flip_y, Fixed()), (rotate_quarter, Fixed()), (rotate_free, Fixed()), (scale_map, Fixed(uniform=0.95))],
+)
+def test_a_keypoint_in_the_middle_of_a_box_stays_there_and_without_keypoints_all_else_is_the_same(move, rng):
+    plain, labels = random_scene(2)
+    split = with_keypoints(plain, labels.boxes.data[:, :3])
+    moved, boxes = move(split, labels, rng)
+    assert torch.allclose(moved.keypoints.xyz[:, :2], boxes.boxes.data[:, :2], atol=1e-4)
+    assert torch.equal(moved.keypoints.xyz[:, 2], boxes.boxes.data[:, 2])
+    bare, bare_boxes = move(plain, labels, rng)
+    assert bare.keypoints is None
+    assert same_cells(bare, moved)
+    assert same_boxes(bare_boxes, boxes)
+
+
+def test_keypoints_that_leave_the_map_are_dropped_with_their_features():
+    x, y = position(11.5, 11.5)
+    split = with_keypoints(empty_scene()[0], torch.tensor([[1.0, -11, 0], [x, y, 0], [23, 11, 0]]))
+    moved, _ = rotate_free(split, Labels.empty(), Fixed(uniform=math.pi / 4))
+    assert torch.allclose(moved.keypoints.xyz, torch.tensor([[x, y, 0.0]]), atol=1e-4)
+    assert torch.equal(moved.keypoints.features, split.keypoints.features[1:2])
+
+
+def test_noise_and_dropout_change_the_features_of_keypoints_too():
+    plain, labels = random_scene(6)
+    xyz = torch.rand(600, 3, generator=torch.Generator().manual_seed(1)) * 10
+    split = with_keypoints(plain, xyz)
+    noisy, _ = add_noise(split, labels, np.random.default_rng(0), sigma=0.1)
+    assert torch.equal(noisy.keypoints.xyz, xyz)
+    ratio = (noisy.keypoints.features - split.keypoints.features).std(0) / split.keypoints.features.std(0)
+    assert torch.allclose(ratio, torch.full((2,), 0.1), atol=0.02)
+    silent = {
+        tuple((drop_channels(split, labels, np.random.default_rng(seed), share=0.5)[0].keypoints.features == 0).all(0).tolist())
+        for seed in range(20)
+    }
+    assert silent == {(a, b) for a in (True, False) for b in (True, False)}
+    fewer, _ = drop_cells(split, labels, np.random.default_rng(0), share=0.2)
+    assert 450 < len(fewer.keypoints.xyz) < 510
+    before = dict(zip(map(tuple, xyz.tolist()), split.keypoints.features.tolist(), strict=True))
+    kept = zip(map(tuple, fewer.keypoints.xyz.tolist()), fewer.keypoints.features.tolist(), strict=True)
+    assert all(before[place] == features for place, features in kept)
+
+
+@pytest.mark.parametrize("row", [8, 15])
+def test_cut_mix_cuts_keypoints_where_it_cuts_cells(row):
+    (a, labels_a), (b, labels_b) = random_scene(1, cells=500), random_scene(2, cells=500)
+    a, b = (with_keypoints(s, centres_of_cells(s), seed) for seed, s in enumerate((a, b)))
+    mixed, _ = cut_mix(a, labels_a, b, labels_b, Fixed(integer=row))
+    assert torch.allclose(mixed.keypoints.xyz, centres_of_cells(mixed))
+    left = int((a.voxels.coords[:, 2] < row).sum())
+    assert torch.equal(mixed.keypoints.features[:left], a.keypoints.features[a.voxels.coords[:, 2] < row])
+    assert torch.equal(mixed.keypoints.features[left:], b.keypoints.features[b.voxels.coords[:, 2] >= row])
+
+
+@pytest.mark.parametrize("change", [*MOVES, add_noise, drop_channels, drop_cells])
+@pytest.mark.parametrize("count", [0, 1])
+def test_scenes_with_hardly_any_keypoint_are_legal(change, count):
+    split = with_keypoints(empty_scene()[0], torch.tensor([[12.0, 0, 0]])[:count])
+    before = split.keypoints.xyz.clone(), split.keypoints.features.clone()
+    for seed in range(3):
+        changed, _ = change(split, Labels.empty(), np.random.default_rng(seed))
+        assert len(changed.keypoints.xyz) <= count
+        assert torch.isfinite(changed.keypoints.features).all()
+        mixed, _ = cut_mix(split, Labels.empty(), split, Labels.empty(), np.random.default_rng(seed))
+        assert len(mixed.keypoints.xyz) == count  # each keypoint is on one side of the line
+    assert torch.equal(split.keypoints.xyz, before[0])
+    assert torch.equal(split.keypoints.features, before[1])

@@ -229,7 +229,7 @@ def test_keypoints_are_cut_with_a_box_that_is_a_fifth_of_a_metre_larger():
 
 def test_pasted_keypoints_replace_the_scenes_own_and_the_count_stays():
     place = box(6.0, 1.0, 0.4)
-    source = with_keypoints(full_scene(1), torch.cat([torch.tensor(place[:3]) + 0.3 * torch.randn(9, 3), spread(5, 2)]), seed=1)
+    source = with_keypoints(full_scene(1), torch.cat([torch.tensor(place[:3]) + spread(9, 6) / 20, spread(5, 2)]), seed=1)
     objects = cut_objects(source, labels(place), CONFIG)
     own = objects[0].keypoints
     target = with_keypoints(full_scene(2), torch.cat([spread(38, 3), torch.tensor([place[:3]])]), seed=2)
@@ -250,6 +250,17 @@ def test_pasted_keypoints_replace_the_scenes_own_and_the_count_stays():
     other, _ = paste_objects(target, Labels.empty(), objects, CONFIG, np.random.default_rng(1))
     assert torch.equal(again.keypoints.xyz, found.xyz)
     assert not torch.equal(other.keypoints.xyz, found.xyz)
+
+
+def test_a_keypoint_between_two_pasted_objects_is_pasted_once():
+    places = [box(5.0, 0.0), box(5.0, 2.1)]  # 0.1 m apart: their rims of 0.1 m meet
+    source = with_keypoints(full_scene(1), torch.tensor([[5.0, 1.05, 0.0], [5.0, 0.0, 0.0], [5.0, 2.1, 0.0]]))
+    objects = cut_objects(source, labels(*places), CONFIG)
+    assert [len(o.keypoints.xyz) for o in objects] == [2, 2]
+    target = with_keypoints(full_scene(2), spread(20, 3) + torch.tensor([20.0, 0, 0]))
+    pasted, _ = paste_objects(target, Labels.empty(), objects, CONFIG, np.random.default_rng(0))
+    assert sorted(map(tuple, pasted.keypoints.xyz[:3].tolist())) == sorted(map(tuple, source.keypoints.xyz.tolist()))
+    assert len(pasted.keypoints.xyz.unique(dim=0)) == 20
 
 
 def test_a_scene_with_few_keypoints_gets_no_more_than_it_had():

@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from upcycle3d.perception.features import VoxelGrid
+from upcycle3d.perception.features import SplitFeatures, VoxelGrid
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
+from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnConfig
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoderConfig
 from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
+from upcycle3d.perception.models.encoders.set_abstraction import SetAbstractionConfig
 from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms
+from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig, pv_rcnn
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig, second_iou
 from upcycle3d.perception.models.targets import RoiSampling
 from upcycle3d.perception.server import store as store_module
@@ -25,12 +29,13 @@ from upcycle3d.perception.server.feature_gt import FeatureDatabase, FeatureGtCon
 from upcycle3d.perception.server.ingest import ingest
 from upcycle3d.perception.server.methods import METHODS
 from upcycle3d.perception.server.pseudo_labels import ScoreThresholds
-from upcycle3d.perception.server.store import SmashedStore
+from upcycle3d.perception.server.store import SmashedStore, as_stored, to_split_features
 from upcycle3d.perception.server.trainer import UpcycleConfig, upcycle
 from upcycle3d.perception.structures import Frame, InvalidInput, Labels, PointCloud, UpcycleError
 from upcycle3d.perception.training.loop import LoopConfig
 from upcycle3d.perception.training.optim import OneCycle
 from upcycle3d.perception.training.run_folder import RunFolder
+from upcycle3d.perception.vehicle.codec import CODECS, decode_scene, encode_scene
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
 from upcycle3d.perception.vehicle.shards import ShardWriter
 
@@ -317,3 +322,87 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(store, features, tmp_path):
 def test_batches_made_by_a_worker_are_the_same(store, features):
     here, there = (train("upcycling", store, features, workers=w)[0] for w in (0, 1))
     assert differing(here, there) == set()
+
+
+# ---- keypoints
+
+BALLS = SetAbstractionConfig(channels=(4, 4), radii=(0.6, 1.2), limits=(4, 8))
+TINY_PV_RCNN = PvRcnnDetectorConfig(
+    encoder=PvRcnnEncoderConfig(
+        voxels=TINY.encoder, keypoints=64, raw_points=BALLS, conv1=None, conv2=None, conv3=BALLS, conv4=None
+    ),
+    decoder=PvRcnnConfig(
+        anchors=TINY.decoder.anchors,
+        bev=TINY.decoder.bev,
+        fused_channels=8,
+        keypoint_channels=8,
+        grid_size=2,
+        grid_pooling=BALLS,
+        head_channels=8,
+        train_proposals=TINY.decoder.train_proposals,
+        test_proposals=TINY.decoder.test_proposals,
+        roi_sampling=TINY.decoder.roi_sampling,
+        quality_target=(0.0, 1.0),
+        final=FinalNms(score=0.0, iou=0.1),
+    ),
+)
+
+
+def keypoint_checkpoint() -> Detector:
+    torch.manual_seed(0)
+    return pv_rcnn(TINY_PV_RCNN)
+
+
+def test_a_detector_with_keypoints_is_upcycled_with_pasted_objects(tmp_path, caplog):
+    extractor = Extractor(keypoint_checkpoint().encoder, RigSpec(), "int8")
+    with ShardWriter(tmp_path / "in", spec=extractor.spec, fingerprint=extractor.fingerprint, codec="int8") as writer:
+        extract([frame(seed).points for seed in (10, 11, 12)], extractor, writer)
+    ingest(tmp_path / "in", tmp_path / "store", expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
+    store = SmashedStore(tmp_path / "store")
+    assert store.keypoints.tolist() == [64, 64, 64]
+    features = build_feature_database(
+        tmp_path / "db", FRAMES, keypoint_checkpoint(), codec="int8", config=config().f_gt, split_fingerprint="ab" * 32,
+        encoder_fingerprint=extractor.fingerprint,
+    )  # fmt: skip
+    assert any(len(features[i].keypoints.xyz) for i in range(len(features)))
+
+    def run() -> tuple[Detector, Detector]:
+        student = keypoint_checkpoint()
+        teacher = upcycle(
+            student, method=METHODS["upcycling"], labelled=labelled, store=store, features=features,
+            config=config(steps=3, thresholds=NOTHING), codec="int8", progress=False,
+        )  # fmt: skip
+        return student, teacher
+
+    with caplog.at_level(logging.INFO):
+        student, teacher = run()
+    assert sum(r["pasted_per_scene"] for r in rounds(caplog)) > 0
+    changed = differing(student, keypoint_checkpoint())
+    for part in ("bev_backbone", "anchor_head", "fusion", "keypoint_head", "roi_head.roi_grid_pool_layer", "roi_head.cls_layers"):
+        assert any(name.startswith(f"decoder.{part}") for name in changed), part
+    assert not any(name.startswith("encoder.") for name in changed)
+    assert all(torch.isfinite(value).all() for value in student.state_dict().values())
+    assert [differing(a, b) for a, b in zip((student, teacher), run(), strict=True)] == [set(), set()]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_labelled_features_are_bit_for_bit_what_a_store_would_give(codec):
+    encoder = keypoint_checkpoint().encoder.eval()
+    clouds = [f.points for f in FRAMES[:2]] + [PointCloud(xyz=torch.zeros(0, 3), features=torch.zeros(0, 1))]
+    extractor = Extractor(encoder, RigSpec(), codec)
+    scenes = [
+        decode_scene(
+            encode_scene(extractor.smash(c)[0]), expected_spec=extractor.spec, expected_fingerprint=extractor.fingerprint
+        )
+        for c in clouds
+    ]
+    expected = to_split_features(scenes)
+    encoder.requires_grad_(False)  # frozen, as in every method that learns from a store
+    live = SplitFeatures.collate([encoder([c]) for c in clouds])
+    found = as_stored(live, codec)
+    assert found.keypoints.starts == expected.keypoints.starts == (0, 64, 128, 128)
+    assert torch.equal(found.keypoints.xyz, expected.keypoints.xyz)
+    assert torch.equal(found.keypoints.features, expected.keypoints.features)
+    assert torch.equal(found.voxels.sorted().coords, expected.voxels.sorted().coords)
+    assert torch.equal(found.voxels.sorted().features, expected.voxels.sorted().features)
+    assert not torch.equal(found.keypoints.features, live.keypoints.features)

@@ -100,7 +100,7 @@ class RegionHead(nn.Module):
         pooled = self.roi_grid_pool_layer(
             centres, [points * s for s in starts], keypoints.xyz, keypoints.starts, keypoints.features
         )
-        return pooled.view(len(regions), points, -1)
+        return pooled.view(len(regions), points, self.roi_grid_pool_layer.config.out_channels)
 
     def forward(self, regions: Tensor, starts: Sequence[int], keypoints: Keypoints) -> tuple[Tensor, Tensor]:
         """(N,) quality logits and (N, 7) box codes."""
