@@ -287,7 +287,7 @@ def test_a_change_is_a_function_of_the_generator_and_leaves_its_argument_alone(c
 
 # ---- keypoints
 
-KEYPOINT_SPEC = replace(SPEC, keypoints=KeypointSpec(count=64, channels=2))
+KEYPOINT_SPEC = replace(SPEC, keypoints=KeypointSpec(count=600, channels=2))
 
 
 def with_keypoints(split: SplitFeatures, xyz: torch.Tensor, seed: int = 0) -> SplitFeatures:
@@ -368,6 +368,15 @@ def test_cut_mix_cuts_keypoints_where_it_cuts_cells(row):
     left = int((a.voxels.coords[:, 2] < row).sum())
     assert torch.equal(mixed.keypoints.features[:left], a.keypoints.features[a.voxels.coords[:, 2] < row])
     assert torch.equal(mixed.keypoints.features[left:], b.keypoints.features[b.voxels.coords[:, 2] >= row])
+
+
+def test_cut_mix_of_two_crowded_halves_holds_no_more_keypoints_than_the_cut_allows():
+    (a, labels_a), (b, labels_b) = random_scene(1, cells=500), random_scene(2, cells=500)
+    spec = replace(KEYPOINT_SPEC, keypoints=replace(KEYPOINT_SPEC.keypoints, count=100))
+    a, b = (replace(with_keypoints(s, centres_of_cells(s), seed), spec=spec) for seed, s in enumerate((a, b)))
+    mixed, _ = cut_mix(a, labels_a, b, labels_b, np.random.default_rng(0))
+    assert len(mixed.keypoints.xyz) == 100
+    assert len(mixed.keypoints.xyz.unique(dim=0)) == 100
 
 
 @pytest.mark.parametrize("change", [*MOVES, add_noise, drop_channels, drop_cells])
