@@ -19,6 +19,7 @@ from torch import Tensor
 from ..perception.boxes import wrap_angle
 from ..perception.structures import Boxes3D, Frame, InvalidInput
 from .gt_database import GtSampler, paste
+from .object_sizes import scale_sizes, shift_sizes
 
 
 class Movement(ABC):
@@ -135,12 +136,16 @@ class AugmentationRanges:
     """How far ``sample_augmentation`` may go. The defaults are OpenPCDet's for KITTI (``kitti_dataset.yaml``).
 
     flip_x, flip_y: probabilities of ``FlipX`` and ``FlipY``. yaw: (least, most) rad. scale: (least, most) factor.
+    size_shift: m added to length, width, height of every labelled object (statistical normalisation). object_scale: (least, most)
+    factor of each object's size (random object scaling). See ``object_sizes.py``; neither does anything by default.
     """
 
     flip_x: float = 0.0
     flip_y: float = 0.5
     yaw: tuple[float, float] = (-math.pi / 4, math.pi / 4)
     scale: tuple[float, float] = (0.95, 1.05)
+    size_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    object_scale: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
         if not (0 <= self.flip_x <= 1 and 0 <= self.flip_y <= 1):
@@ -163,7 +168,7 @@ def labelled_example(
     sampler: GtSampler | None,
     keep_range: tuple[float, float, float, float, float, float],
 ) -> Frame:
-    """A labelled scan as the detector is trained on it: objects pasted, scene moved, points shuffled, boxes outside dropped.
+    """A labelled scan as the detector is trained on it: objects pasted, resized if asked for, scene moved, points shuffled, boxes outside dropped.
 
     keep_range: (x0, y0, z0, x1, y1, z1) m; boxes whose centre leaves it seen from above (x, y) are dropped, points stay (the
     voxeliser crops them). Raises ``InvalidInput`` for a frame without labels.
@@ -174,6 +179,10 @@ def labelled_example(
         )
     if sampler is not None:
         frame = paste(frame, sampler.sample(rng, frame.labels))
+    if any(ranges.size_shift):
+        frame = shift_sizes(frame, ranges.size_shift)
+    if ranges.object_scale != (1.0, 1.0):
+        frame = scale_sizes(frame, ranges.object_scale, rng)
     frame = sample_augmentation(rng, ranges).frame(frame)
     order = torch.from_numpy(rng.permutation(len(frame.points)))
     assert frame.labels is not None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..perception.structures import Frame, InvalidInput
-from .augment import AugmentationRanges, labelled_example
+from .augment import AugmentationRanges, Compose, labelled_example, sample_augmentation
 from .frame_source import FrameSource
 from .gt_database import GtSampler
 
@@ -45,3 +45,31 @@ class LabelledBatches:
         rng = np.random.default_rng([self.seed, step])
         rows = epoch_indices(len(self.frames), self.batch_size, step, self.seed)
         return tuple(labelled_example(self.frames[i], rng, self.augmentation, self.gt_sampler, self.keep_range) for i in rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlabelledScan:
+    """A raw scan as it came, without labels, and the movement under which the student sees it; its teacher sees it as it came."""
+
+    frame: Frame
+    movement: Compose
+
+    def moved(self) -> Frame:
+        """What the student sees."""
+        return self.movement.frame(self.frame)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlabelledBatches:
+    """Raw unlabelled scans of every step, for the methods that UpCycling does without. Whatever labels the frames have are dropped."""
+
+    frames: FrameSource
+    batch_size: int
+    seed: int
+    augmentation: AugmentationRanges
+
+    def __call__(self, step: int) -> tuple[UnlabelledScan, ...]:
+        rng = np.random.default_rng([self.seed, step, 2])
+        rows = epoch_indices(len(self.frames), self.batch_size, step, self.seed)
+        bare = [replace(self.frames[i], labels=None) for i in rows]
+        return tuple(UnlabelledScan(frame=f, movement=sample_augmentation(rng, self.augmentation)) for f in bare)

@@ -5,9 +5,10 @@ The commands and the simulated main job both come through here, so that a check 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from ..datasets.batches import LabelledBatches
+from ..datasets.batches import LabelledBatches, UnlabelledBatches
 from ..datasets.gt_database import GtDatabase, GtSampler
 from ..datasets.prepared import PreparedDataset
 from .models.detector import Detector
@@ -45,6 +46,12 @@ def labelled_batches(
     )
 
 
+def unlabelled_batches(preset: Preset, frames: PreparedDataset, *, batch_size: int, seed: int) -> UnlabelledBatches:
+    """Raw unlabelled scans, moved for the student as labelled ones are, without GT sampling and without resizing objects."""
+    ranges = replace(preset.train.augmentation, size_shift=(0.0, 0.0, 0.0), object_scale=(1.0, 1.0))
+    return UnlabelledBatches(frames=frames, batch_size=batch_size, seed=seed, augmentation=ranges)
+
+
 def feature_database(
     folder: Path, frames: PreparedDataset, detector: Detector, config: FeatureGtConfig, *, codec: str
 ) -> FeatureDatabase:
@@ -54,7 +61,7 @@ def feature_database(
         build_feature_database(
             folder, frames, detector, codec=codec, config=config, split_fingerprint=split, encoder_fingerprint=encoder
         )
-    return FeatureDatabase.open(folder, split_fingerprint=split, encoder_fingerprint=encoder)
+    return FeatureDatabase.open(folder, config=config, split_fingerprint=split, encoder_fingerprint=encoder)
 
 
 def fleet_store(folder: Path, detector: Detector, rig: RigSpec) -> SmashedStore:

@@ -102,7 +102,7 @@ def _scores(results: Mapping[str, MethodResult]) -> list[Block]:
 
 
 def _pseudo_labels(job: MainJob, results: Mapping[str, MethodResult]) -> list[Block]:
-    names = [n for n in results if METHODS[n].unlabelled]
+    names = [n for n in results if METHODS[n].unlabelled != "none"]
     logs = {n: RunFolder.open(job.folder / "methods" / n).metrics("pseudo_labels") for n in names}
 
     def chart(key: str, label: str, title: str) -> str:

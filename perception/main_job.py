@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 
-from ..datasets.batches import LabelledBatches
+from ..datasets.batches import LabelledBatches, UnlabelledBatches
 from ..datasets.gt_database import build_gt_database
 from ..datasets.kitti import KittiDataset, read_ids
 from ..datasets.prepared import PreparedDataset, prepare
 from ..datasets.simulation.layout_kitti import write_kitti_layout
 from ..datasets.simulation.places import Domain
-from .assembly import feature_database, fleet_store, labelled_batches
+from .assembly import feature_database, fleet_store, labelled_batches, unlabelled_batches
 from .config_json import config_to_json, first_difference
 from .evaluation.detect import detect_frames, kitti_detections
 from .evaluation.kitti import LOOSE, OFFICIAL, KittiResult, MinOverlap, evaluate_kitti
@@ -246,13 +246,21 @@ class MainJob:
         """The fleet's verified scenes, made by this detector's encoder."""
         return fleet_store(self.folder / "store", detector, self.rig())
 
-    def truth(self) -> dict[str, Labels]:
-        """True labels by scene id. The simulator knows them; they only measure pseudo labels."""
-        receipts = json.loads((self.folder / "receipts.json").read_text())
+    def truth_of_scans(self) -> dict[str, Labels]:
+        """True labels of the fleet by frame id. The simulator knows them; they only measure pseudo labels."""
         fleet = self.split("target", "fleet")
         found = ((frame_id, fleet.labels(i)) for i, frame_id in enumerate(fleet.ids))
-        by_frame = {frame_id: labels for frame_id, labels in found if labels is not None}
+        return {frame_id: labels for frame_id, labels in found if labels is not None}
+
+    def truth(self) -> dict[str, Labels]:
+        """The same by scene id."""
+        by_frame = self.truth_of_scans()
+        receipts = json.loads((self.folder / "receipts.json").read_text())
         return {scene: by_frame[frame] for scene, frame in receipts.items()}
+
+    def _raw_scans(self, batch_size: int) -> UnlabelledBatches:
+        """The fleet's raw scans, which UpCycling never sees: for the methods that need them."""
+        return unlabelled_batches(self.config.preset, self.split("target", "fleet"), batch_size=batch_size, seed=self.config.seed)
 
     # ---- methods
 
@@ -302,11 +310,12 @@ class MainJob:
                 detector,
                 method=method,
                 labelled=labelled,
-                store=self.store(detector) if method.unlabelled else None,
+                store=self.store(detector) if method.unlabelled == "smashed" else None,
+                scans=self._raw_scans(config.unlabelled_batch) if method.unlabelled == "raw" else None,
                 features=self._features(detector) if method.f_gt else None,
                 config=config,
                 codec=self.config.codec,
-                truth=self.truth() if method.unlabelled else None,
+                truth={"none": None, "smashed": self.truth(), "raw": self.truth_of_scans()}[method.unlabelled],
                 run=run,
                 progress=self.progress,
             )

@@ -154,7 +154,7 @@ KITTI_SMALL_PV_RCNN = replace(KITTI_SMALL, detector=architectures.KITTI_SMALL_PV
 # The demo: the small presets with fewer steps.
 DEMO = replace(
     SMALL,
-    train=replace(SMALL.train, loop=_loop(0.003, 260, checkpoint_every=100)),
+    train=replace(SMALL.train, loop=_loop(0.003, 300, checkpoint_every=100)),
     upcycle=replace(SMALL.upcycle, loop=_loop(0.0007, 140, checkpoint_every=100)),
 )
 DEMO_PV_RCNN = replace(DEMO, detector=SMALL_PV_RCNN.detector)

@@ -11,7 +11,7 @@ from typing import Literal
 import tyro
 
 from ..datasets.prepared import PreparedDataset
-from ..perception.assembly import feature_database, fleet_store, labelled_batches
+from ..perception.assembly import feature_database, fleet_store, labelled_batches, unlabelled_batches
 from ..perception.models.encoders.fingerprint import RigSpec
 from ..perception.presets import Preset
 from ..perception.server.methods import METHODS
@@ -40,6 +40,8 @@ class Upcycle:
     """labelled split"""
     store: Path | None = None
     """store of smashed scenes"""
+    raw: tuple[Path, str] | None = None
+    """for methods that learn from raw unlabelled scans: a prepared dataset and its split. Its labels are not read"""
     rig: RigSpec = field(default_factory=RigSpec)
     """the fleet's rig, as given to extract and ingest: the store must be of this encoder behind this rig"""
     method: Literal[tuple(METHODS)] = "upcycling"  # type: ignore[valid-type]
@@ -73,11 +75,15 @@ def command(config: Upcycle) -> None:
         raise InvalidInput(f"{config.checkpoint} holds a detector other than the preset's; pass the preset it was trained with")
     frames, database = PreparedDataset(config.data, config.split), config.data / "gt_database" / config.split
     labelled = labelled_batches(preset, frames, database, batch_size=settings.labelled_batch, seed=config.seed)
-    if method.unlabelled and config.store is None:
+    if method.unlabelled == "raw" and config.raw is None:
+        raise InvalidInput(f"{config.method} learns from raw unlabelled scans: give --raw PREPARED SPLIT")
+    if method.unlabelled == "smashed" and config.store is None:
         raise InvalidInput(f"{config.method} learns from smashed scenes: give --store; `upcycle3d extract` and `ingest` make one")
     # A method without scenes still gets their codec, so that all methods see the same labelled features.
     store = None if config.store is None else fleet_store(config.store, detector, config.rig)
     codec = config.codec or _codec_of(store)
+    raw = None if config.raw is None or method.unlabelled != "raw" else PreparedDataset(*config.raw)
+    scans = None if raw is None else unlabelled_batches(preset, raw, batch_size=settings.unlabelled_batch, seed=config.seed)
     truth = read_truth(*config.truth) if config.truth else None
     run = RunFolder.create(config.out, replace(_what_decides(config), preset=preset), seed=config.seed, resume=config.resume)
     features = feature_database(config.out / "feature_gt", frames, detector, settings.f_gt, codec=codec) if method.f_gt else None
@@ -88,6 +94,7 @@ def command(config: Upcycle) -> None:
         store=store,
         features=features,
         config=settings,
+        scans=scans,
         codec=codec,
         truth=truth,
         run=run,
@@ -95,10 +102,10 @@ def command(config: Upcycle) -> None:
     )
     save_run_detector(config.out, detector.cpu(), preset.detector)
     save_detector(config.out / TEACHER_FILE, teacher.cpu(), preset.detector)
-    scenes = len(store) if store is not None and method.unlabelled else 0
+    scenes = len(raw) if raw is not None else len(store) if store is not None and method.unlabelled == "smashed" else 0
     steps = settings.loop.total_steps
     print_table(
-        "upcycled", ("method", "labelled frames", "smashed scenes", "steps"), [(config.method, len(frames), scenes, steps)]
+        "upcycled", ("method", "labelled frames", "unlabelled scenes", "steps"), [(config.method, len(frames), scenes, steps)]
     )
     console.print(
         f"student and teacher: {config.out}; next: upcycle3d evaluate run --detector {config.out} --data DATA --split val"
@@ -121,6 +128,7 @@ def _what_decides(config: Upcycle) -> Upcycle:
         data=config.data.resolve(),
         checkpoint=config.checkpoint.resolve(),
         store=None if config.store is None else config.store.resolve(),
+        raw=None if config.raw is None else (config.raw[0].resolve(), config.raw[1]),
         out=Path("."),
         truth=None,
         resume=False,

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ...datasets.frame_source import FrameSource
+from ...datasets.object_sizes import shift_sizes
 from ...ops.iou3d import iou_bev
 from ...ops.points_in_boxes import points_in_boxes_mask
 from ..features import Keypoints, SplitFeatures, SplitSpec
@@ -36,7 +37,7 @@ from ..models.detector import Detector
 from ..structures import Boxes3D, InvalidInput, Labels
 from .store import as_stored
 
-DATABASE_VERSION = 2
+DATABASE_VERSION = 3
 _FILES = ("features.f32", "coords.i32", "keypoint_xyz.f32", "keypoint_features.f32")
 _SCHEMA = pa.schema(
     {
@@ -73,12 +74,24 @@ def footprint(boxes: Tensor, spec: SplitSpec, margin_cells: float = 1.0) -> Tens
 @dataclass(frozen=True, kw_only=True)
 class FeatureGtConfig:
     """How F-GT pastes. max_objects: per class, up to this many a scene, in class order. margin_cells: how much wider than the box
-    on each side, for cells; keypoint_margin: m added to each full size of the box, for keypoints."""
+    on each side, for cells; keypoint_margin: m added to each full size of the box, for keypoints. size_shift: m added to the length, width
+    and height of labelled objects before they are encoded and cut out, where the fleet's objects are known to be of another size (our
+    addition: statistical normalisation of F-GT)."""
 
     max_objects: tuple[int, ...]
     min_points: int = 5
     margin_cells: float = 1.0
     keypoint_margin: float = 0.2
+    size_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def cutting(self) -> dict[str, float | list[float]]:
+        """What decides which features a database holds, for its file."""
+        return {
+            "min_points": self.min_points,
+            "margin_cells": self.margin_cells,
+            "keypoint_margin": self.keypoint_margin,
+            "size_shift": list(self.size_shift),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +234,13 @@ class FeatureDatabase:
 
     @staticmethod
     def write(
-        folder: Path, objects: Iterable[FeatureObject], *, spec: SplitSpec, split_fingerprint: str, encoder_fingerprint: str
+        folder: Path,
+        objects: Iterable[FeatureObject],
+        *,
+        spec: SplitSpec,
+        config: FeatureGtConfig,
+        split_fingerprint: str,
+        encoder_fingerprint: str,
     ) -> FeatureDatabase:
         """Store ``objects`` one after the other; the folder appears under its name only when it is complete."""
         _refuse_existing(folder)
@@ -256,6 +275,7 @@ class FeatureDatabase:
             "version": DATABASE_VERSION,
             "channels": spec.channels,
             "keypoint_channels": keypoint_channels,
+            "cutting": config.cutting(),
             "split_fingerprint": split_fingerprint,
             "encoder_fingerprint": encoder_fingerprint,
         }
@@ -265,8 +285,8 @@ class FeatureDatabase:
         return FeatureDatabase(folder, table, spec.channels, keypoint_channels)
 
     @staticmethod
-    def open(folder: Path, *, split_fingerprint: str, encoder_fingerprint: str) -> FeatureDatabase:
-        """Open a database, refusing one of another labelled split (it would leak labels) or of another encoder."""
+    def open(folder: Path, *, config: FeatureGtConfig, split_fingerprint: str, encoder_fingerprint: str) -> FeatureDatabase:
+        """Open a database, refusing one of another labelled split (it would leak labels), of another encoder, or cut otherwise."""
         try:
             meta = json.loads((folder / "database.json").read_text())
         except (OSError, ValueError) as error:
@@ -285,6 +305,11 @@ class FeatureDatabase:
             raise InvalidInput(
                 f"the feature database at {folder} was made by another encoder ({meta['encoder_fingerprint'][:12]}, this run has "
                 f"{encoder_fingerprint[:12]}); features of two encoders do not mix: build it with this encoder"
+            )
+        if meta["cutting"] != config.cutting():
+            raise InvalidInput(
+                f"the feature database at {folder} was cut with {meta['cutting']}, this run asks for {config.cutting()}; delete it and "
+                "build it again"
             )
         table = pq.read_table(folder / "index.parquet", schema=_SCHEMA)
         channels, keypoint_channels = int(meta["channels"]), int(meta["keypoint_channels"])
@@ -326,6 +351,9 @@ def build_feature_database(
             frame = frames[i]
             if frame.labels is None:
                 continue
+            if any(config.size_shift):
+                frame = shift_sizes(frame, config.size_shift)
+            assert frame.labels is not None
             with torch.no_grad():
                 split = detector.encode([frame.points]).to("cpu")
             yield from cut_objects(as_stored(split, codec), frame.labels, config)
@@ -334,6 +362,7 @@ def build_feature_database(
         folder,
         objects(),
         spec=detector.spec,
+        config=config,
         split_fingerprint=split_fingerprint,
         encoder_fingerprint=encoder_fingerprint,
     )

@@ -28,7 +28,7 @@ class Method:
 
     trains: "nothing" (the checkpoint is the result), "decoder" (the encoder is frozen) or "all".
     labelled: whose labels the labelled half of a batch comes from; "target" only for the oracles.
-    unlabelled: whether stored smashed scenes with teacher boxes join the batch.
+    unlabelled: what joins the batch with teacher boxes: stored "smashed" scenes, or "raw" scans, which a fleet would have to upload.
     trusted: teacher boxes count as the truth for every head (plain pseudo labels) instead of being routed (hybrid).
     f_gt: paste labelled objects' features into unlabelled scenes. augmentation: changes each unlabelled scene.
     cut_mix: mix pairs of unlabelled scenes.
@@ -37,7 +37,7 @@ class Method:
     summary: str
     trains: Literal["nothing", "decoder", "all"] = "decoder"
     labelled: Literal["source", "target"] = "source"
-    unlabelled: bool = True
+    unlabelled: Literal["none", "smashed", "raw"] = "smashed"
     trusted: bool = False
     f_gt: bool = False
     augmentation: SceneAugmentation | None = None
@@ -45,8 +45,8 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "source_only": Method(summary="the checkpoint as it is", trains="nothing", unlabelled=False),
-    "source_continued": Method(summary="the same extra steps on labelled data alone", unlabelled=False),
+    "source_only": Method(summary="the checkpoint as it is", trains="nothing", unlabelled="none"),
+    "source_continued": Method(summary="the same extra steps on labelled data alone", unlabelled="none"),
     "pseudo_label": Method(summary="teacher boxes supervise every head, no F-GT", trusted=True),
     "upcycling": Method(summary="hybrid pseudo labels and F-GT", f_gt=True),
     "hybrid": Method(summary="hybrid pseudo labels, no F-GT"),
@@ -60,6 +60,8 @@ METHODS: dict[str, Method] = {
     "rotate": Method(summary="hybrid labels, free rotation of features", augmentation=rotate_free),
     "scale": Method(summary="hybrid labels, scaled feature map", augmentation=scale_map),
     "cut_mix": Method(summary="hybrid labels, halves of two scenes", cut_mix=True),
-    "oracle_frozen": Method(summary="source encoder, decoder trained on target labels", labelled="target", unlabelled=False),
-    "oracle_full": Method(summary="everything trained on target labels", trains="all", labelled="target", unlabelled=False),
+    "mean_teacher": Method(summary="raw scans, teacher boxes supervise every head", unlabelled="raw", trains="all", trusted=True),
+    "iou_match": Method(summary="raw scans, hybrid pseudo labels (as 3DIoUMatch)", unlabelled="raw", trains="all"),
+    "oracle_frozen": Method(summary="source encoder, decoder trained on target labels", labelled="target", unlabelled="none"),
+    "oracle_full": Method(summary="everything trained on target labels", trains="all", labelled="target", unlabelled="none"),
 }

@@ -1,23 +1,26 @@
-"""The server's step: learn from a few labelled raw scenes and many unlabelled smashed ones. One page, for any detector.
+"""The server's step: learn from a few labelled raw scenes and many unlabelled smashed ones, for any detector.
 
     labelled frames ── encoder (frozen) ── codec round trip ──────────────┐
                                                                           ├─ one batch ─ student ─ losses
     smashed scenes ─┬─ teacher (EMA) ─ boxes ─ hybrid labels ─┐           │
                     └─────────────────── F-GT paste ──────────┴───────────┘
 
-The two halves go through the student together, so that batch norm sees the mixture it will keep statistics of.
+The two halves go through the student together, so that batch norm sees the mixture it will keep statistics of. The methods that
+UpCycling is compared with differ in what ``methods.Method`` says; some learn from raw unlabelled scans, seen by the teacher as they
+came and by the student moved.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from ...datasets.batches import epoch_indices
+from ...datasets.augment import Movement
+from ...datasets.batches import UnlabelledScan, epoch_indices
 from ..features import SplitFeatures
 from ..models.detector import Detector
 from ..structures import Boxes3D, Frame, InvalidInput, Labels, LossTerms, Predictions
@@ -56,10 +59,11 @@ class UpcycleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UpcycleBatch:
-    """One step's input: labelled frames, and smashed scenes with their ids (none for methods without them)."""
+    """One step's input: labelled frames, and by method smashed scenes with their ids, raw unlabelled scans, or neither."""
 
     frames: tuple[Frame, ...]
-    smashed: SplitFeatures | None
+    smashed: SplitFeatures | None = None
+    raw: tuple[UnlabelledScan, ...] = ()
     scene_ids: tuple[str, ...] = ()
 
 
@@ -80,6 +84,7 @@ def upcycle(
     store: SmashedStore | None,
     features: FeatureDatabase | None,
     config: UpcycleConfig,
+    scans: Callable[[int], tuple[UnlabelledScan, ...]] | None = None,
     codec: str = "fp16",
     truth: Mapping[str, Labels] | None = None,
     run: RunFolder | None = None,
@@ -90,10 +95,13 @@ def upcycle(
 
     labelled: the labelled frames of a step (``datasets.batches.LabelledBatches``); for the oracles those of the target.
     store: verified smashed scenes; features: F-GT's database, cut from the labelled split by the same encoder.
-    truth: labels by scene id, only to log how good pseudo labels are; nothing of it reaches training.
+    scans: the raw unlabelled scans of a step (``datasets.batches.UnlabelledBatches``), for the methods that need them.
+    truth: labels by scene id (of raw scans: by frame id), only to log how good pseudo labels are; nothing of it reaches training.
     Raises InvalidInput if the method needs scenes or a database that are missing, and NonFiniteLoss from the loop.
     """
-    if method.unlabelled and (store is None or len(store) == 0):
+    if method.unlabelled == "raw" and scans is None:
+        raise InvalidInput("this method learns from raw unlabelled scans and has none; give the fleet's prepared dataset")
+    if method.unlabelled == "smashed" and (store is None or len(store) == 0):
         raise InvalidInput(
             "this method learns from smashed scenes and the store is empty; run `upcycle3d extract` and `ingest` first"
         )
@@ -109,8 +117,11 @@ def upcycle(
 
     def batch_at(step: int) -> UpcycleBatch:
         frames = labelled(step)
-        if not method.unlabelled or store is None:
-            return UpcycleBatch(frames=frames, smashed=None)
+        if method.unlabelled == "raw" and scans is not None:
+            raw = scans(step)
+            return UpcycleBatch(frames=frames, raw=raw, scene_ids=tuple(scan.frame.id for scan in raw))
+        if method.unlabelled == "none" or store is None:
+            return UpcycleBatch(frames=frames)
         scenes = [store[i] for i in epoch_indices(len(store), config.unlabelled_batch, step, seed)]
         return UpcycleBatch(frames=frames, smashed=to_split_features(scenes), scene_ids=tuple(s.scene_id for s in scenes))
 
@@ -119,25 +130,31 @@ def upcycle(
         labels = [f.labels for f in batch.frames if f.labels is not None]
         if method.trains != "all":
             split = as_stored(split, codec)
-        if batch.smashed is not None:
+        if batch.scene_ids:
             scenes, pseudo = _unlabelled(batch, np.random.default_rng([seed, step, 1]))
             split = SplitFeatures.collate([split, *scenes])
             labels += pseudo
         return detector.loss(detector.decode(split, labels), labels)
 
     def _unlabelled(batch: UpcycleBatch, rng: np.random.Generator) -> tuple[list[SplitFeatures], list[Labels]]:
-        assert batch.smashed is not None
-        smashed = batch.smashed.to(next(teacher.parameters()).device)
         with torch.no_grad():
-            predictions = teacher.predict(teacher.decode(smashed))
+            clean = (
+                teacher.encode([scan.frame.points for scan in batch.raw])
+                if batch.smashed is None
+                else batch.smashed.to(next(teacher.parameters()).device)
+            )
+            predictions = teacher.predict(teacher.decode(clean))
         weight = config.teacher_box_weight
         pseudo = [teacher_labels(p, config.thresholds, trusted=method.trusted, box_weight=weight) for p in predictions]
         this_round.pseudo += pseudo
         if truth is not None:
-            grid = smashed.spec.grid
+            grid = clean.spec.grid
             known = [(p, truth[i]) for p, i in zip(pseudo, batch.scene_ids, strict=True) if i in truth]
             this_round.judged += [(p.to("cpu"), within(t, grid)) for p, t in known]
-        scenes = [smashed.scene(i) for i in range(smashed.batch_size)]
+        if batch.smashed is None:  # the student sees each raw scan moved, and the teacher's boxes move along
+            moved = detector.encode([scan.moved().points for scan in batch.raw])
+            return [moved], [within(_moved(p, s.movement), clean.spec.grid) for p, s in zip(pseudo, batch.raw, strict=True)]
+        scenes = [clean.scene(i) for i in range(clean.batch_size)]
         changed = [_change(*pair, rng) for pair in zip(scenes, pseudo, predictions, strict=True)]
         if method.cut_mix:
             order = rng.permutation(len(changed))
@@ -157,7 +174,7 @@ def upcycle(
 
     def after_step(step: int) -> None:
         update_ema(teacher, detector, step, config.ema_decay)
-        if method.unlabelled and (step + 1) % config.round_steps == 0:
+        if method.unlabelled != "none" and (step + 1) % config.round_steps == 0:
             _log_round(this_round, step, run)
 
     run_steps(
@@ -174,6 +191,10 @@ def upcycle(
     )
     detector.eval()
     return teacher
+
+
+def _moved(labels: Labels, movement: Movement) -> Labels:
+    return replace(labels, boxes=Boxes3D(data=movement.boxes(labels.boxes.data)))
 
 
 def _log_round(this_round: _Round, step: int, run: RunFolder | None) -> None:

@@ -280,9 +280,9 @@ def test_a_database_keeps_keypoints_and_objects_without_any(tmp_path):
     assert [len(o.keypoints.xyz) for o in objects] == [2, 0]
     for order, name in ((objects, "db"), (objects[::-1], "reversed"), (objects[1:], "none")):
         written = FeatureDatabase.write(
-            tmp_path / name, order, spec=KEYPOINT_SPEC, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER
+            tmp_path / name, order, spec=KEYPOINT_SPEC, config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER
         )
-        opened = FeatureDatabase.open(tmp_path / name, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+        opened = FeatureDatabase.open(tmp_path / name, config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
         for database in (written, opened):
             for found, expected in zip(map(database.__getitem__, range(len(order))), order, strict=True):
                 assert torch.equal(found.keypoints.xyz, expected.keypoints.xyz)
@@ -290,20 +290,20 @@ def test_a_database_keeps_keypoints_and_objects_without_any(tmp_path):
                 assert torch.equal(found.features, expected.features)
     (tmp_path / "db" / "keypoint_features.f32").write_bytes(b"")
     with pytest.raises(InvalidInput, match=r"keypoint_features\.f32 holds 0 bytes"):
-        FeatureDatabase.open(tmp_path / "db", split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+        FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
 
 
 # ---- database
 
 
 def write(folder, objects: list[FeatureObject]) -> FeatureDatabase:
-    return FeatureDatabase.write(folder, objects, spec=SPEC, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+    return FeatureDatabase.write(folder, objects, spec=SPEC, config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
 
 
 def test_a_database_gives_back_what_was_written(tmp_path):
     objects = [*cut(1, box(5.0, 4.0)), replace(cut(2, box(11.0, -4.0, 1.2), share=0.5)[0], class_index=2, num_points=7)]
     written = write(tmp_path / "db", objects)
-    opened = FeatureDatabase.open(tmp_path / "db", split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+    opened = FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
     assert len(written) == len(opened) == 2
     for database in (written, opened):
         for index, expected in enumerate(objects):
@@ -318,14 +318,23 @@ def test_a_database_gives_back_what_was_written(tmp_path):
 def test_a_database_of_another_split_or_encoder_is_refused(tmp_path):
     write(tmp_path / "db", cut(1, box(5.0, 4.0)))
     with pytest.raises(InvalidInput, match="leak labels"):
-        FeatureDatabase.open(tmp_path / "db", split_fingerprint="00" * 32, encoder_fingerprint=ENCODER)
+        FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint="00" * 32, encoder_fingerprint=ENCODER)
     with pytest.raises(InvalidInput, match="another encoder"):
-        FeatureDatabase.open(tmp_path / "db", split_fingerprint=SPLIT, encoder_fingerprint="00" * 32)
+        FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint="00" * 32)
+
+
+def test_a_database_that_was_cut_otherwise_is_refused(tmp_path):
+    write(tmp_path / "db", cut(1, box(5.0, 4.0)))
+    for other in (replace(CONFIG, margin_cells=2.0), replace(CONFIG, size_shift=(-0.9, -0.5, -0.3))):
+        with pytest.raises(InvalidInput, match="was cut with"):
+            FeatureDatabase.open(tmp_path / "db", config=other, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+    more = replace(CONFIG, max_objects=(9,))  # how many are pasted is no matter of the database
+    assert len(FeatureDatabase.open(tmp_path / "db", config=more, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)) == 1
 
 
 def test_a_missing_broken_or_newer_database_is_refused(tmp_path):
     def open_it():
-        return FeatureDatabase.open(tmp_path / "db", split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+        return FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
 
     with pytest.raises(InvalidInput, match="no readable feature database"):
         open_it()
@@ -347,12 +356,12 @@ def test_a_database_is_never_overwritten_and_remains_of_a_crash_do_no_harm(tmp_p
     write(tmp_path / "db", cut(1, box(5.0, 4.0)))
     with pytest.raises(InvalidInput, match="already exists"):
         write(tmp_path / "db", [])
-    assert len(FeatureDatabase.open(tmp_path / "db", split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)) == 1
+    assert len(FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)) == 1
 
 
 def test_an_empty_database_is_legal(tmp_path):
     write(tmp_path / "db", [])
-    opened = FeatureDatabase.open(tmp_path / "db", split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+    opened = FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
     assert len(opened) == 0
     config = FeatureGtConfig(max_objects=(5,))
     assert sample_objects(opened, Labels.empty(), Boxes3D.empty(), config, np.random.default_rng(0)) == []
@@ -489,10 +498,15 @@ def test_a_database_cut_short_is_refused(tmp_path):
         features=torch.ones(2, 4),
     )
     FeatureDatabase.write(
-        tmp_path / "db", [item, item], spec=replace(SPEC, channels=4), split_fingerprint="s", encoder_fingerprint="e"
+        tmp_path / "db",
+        [item, item],
+        spec=replace(SPEC, channels=4),
+        config=CONFIG,
+        split_fingerprint="s",
+        encoder_fingerprint="e",
     )
-    assert len(FeatureDatabase.open(tmp_path / "db", split_fingerprint="s", encoder_fingerprint="e")) == 2
+    assert len(FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint="s", encoder_fingerprint="e")) == 2
     path = tmp_path / "db" / "features.f32"
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(InvalidInput, match="build it again"):
-        FeatureDatabase.open(tmp_path / "db", split_fingerprint="s", encoder_fingerprint="e")
+        FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint="s", encoder_fingerprint="e")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from upcycle3d.datasets.augment import AugmentationRanges
+from upcycle3d.datasets.batches import UnlabelledBatches
 from upcycle3d.perception.features import SplitFeatures, VoxelGrid
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
@@ -28,7 +30,7 @@ from upcycle3d.perception.server import trainer as trainer_module
 from upcycle3d.perception.server.feature_gt import FeatureDatabase, FeatureGtConfig, build_feature_database
 from upcycle3d.perception.server.ingest import ingest
 from upcycle3d.perception.server.methods import METHODS
-from upcycle3d.perception.server.pseudo_labels import ScoreThresholds
+from upcycle3d.perception.server.pseudo_labels import ScoreThresholds, teacher_labels
 from upcycle3d.perception.server.store import SmashedStore, as_stored, to_split_features
 from upcycle3d.perception.server.trainer import UpcycleConfig, upcycle
 from upcycle3d.perception.structures import Frame, InvalidInput, Labels, PointCloud, UpcycleError
@@ -133,12 +135,18 @@ def truth(store) -> dict[str, Labels]:
     return {store[i].scene_id: labels for i, labels in enumerate(answers)}
 
 
+RAW = UnlabelledBatches(
+    frames=[frame(seed) for seed in (10, 11, 12)], batch_size=2, seed=0, augmentation=AugmentationRanges(flip_y=1.0)
+)
+
+
 def train(method: str, store, features, *, settings: UpcycleConfig | None = None, **options) -> tuple[Detector, Detector]:
     """Student and teacher after a few steps of ``method`` from the one checkpoint."""
     detector = checkpoint()
+    scans = RAW if METHODS[method].unlabelled == "raw" else None
     teacher = upcycle(
         detector, method=METHODS[method], labelled=labelled, store=store, features=features, config=settings or config(),
-        progress=False, **options,
+        progress=False, **{"scans": scans, **options},
     )  # fmt: skip
     return detector, teacher
 
@@ -170,6 +178,43 @@ def test_a_method_changes_what_it_trains_and_repeats_bit_for_bit_with_and_withou
     again, teacher_again = train(method, store, features, truth=truth)  # truth measures; it must not teach
     assert differing(student, again) == set()
     assert differing(teacher, teacher_again) == set()
+
+
+def test_raw_scans_are_moved_for_the_student_and_the_boxes_move_along(store, monkeypatch):
+    """The teacher sees the scan as it came; what it says is flipped with the student's scan. No label of the scans is passed on."""
+    seen: dict[str, list] = {"teacher": [], "student": [], "labels": []}
+    real_encode, real_loss = Detector.encode, Detector.loss
+
+    def encode(self, points):
+        seen["student" if self.training else "teacher"].append(points)
+        return real_encode(self, points)
+
+    def loss(self, outputs, labels):
+        seen["labels"].append(labels)
+        return real_loss(self, outputs, labels)
+
+    monkeypatch.setattr(Detector, "encode", encode)
+    monkeypatch.setattr(Detector, "loss", loss)
+    train("iou_match", None, None, settings=config(steps=1))
+    [clean], [_, moved] = seen["teacher"], seen["student"]
+    scans = RAW(0)
+    for scan, before, after in zip(scans, clean, moved, strict=True):
+        assert scan.frame.labels is None
+        assert torch.equal(before.xyz, scan.frame.points.xyz)
+        assert torch.equal(after.xyz, scan.movement.points(scan.frame.points.xyz))
+    with torch.no_grad():
+        teacher = checkpoint().eval()
+        found = teacher.predict(teacher.decode(teacher.encode(clean)))
+    for scan, prediction, labels in zip(scans, found, seen["labels"][0][-2:], strict=True):
+        expected = teacher_labels(prediction, config().thresholds, trusted=False, box_weight=config().teacher_box_weight)
+        boxes = scan.movement.boxes(expected.boxes.data)
+        assert len(labels) > 0
+        assert all(any(torch.allclose(b, e, atol=1e-4) for e in boxes) for b in labels.boxes.data)
+
+
+def test_a_method_of_raw_scans_without_any_says_so():
+    with pytest.raises(InvalidInput, match="raw unlabelled scans"):
+        train("mean_teacher", None, None, scans=None)
 
 
 def test_methods_differ_in_what_they_learn(store, features):
@@ -275,7 +320,7 @@ def test_labelled_features_pass_the_codec_scene_by_scene_where_the_encoder_is_fr
 # ---- what is missing, and going on
 
 
-@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.unlabelled])
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.unlabelled == "smashed"])
 def test_a_method_that_needs_scenes_says_so(method, features):
     for nothing in (None, []):
         with pytest.raises(InvalidInput, match="store is empty; run `upcycle3d extract`"):
@@ -283,7 +328,14 @@ def test_a_method_that_needs_scenes_says_so(method, features):
 
 
 def test_f_gt_without_objects_says_so(store, tmp_path):
-    empty = FeatureDatabase.write(tmp_path / "db", [], spec=checkpoint().spec, split_fingerprint="ab", encoder_fingerprint="cd")
+    empty = FeatureDatabase.write(
+        tmp_path / "db",
+        [],
+        spec=checkpoint().spec,
+        config=FeatureGtConfig(max_objects=(5,)),
+        split_fingerprint="ab",
+        encoder_fingerprint="cd",
+    )
     for nothing in (None, empty):
         with pytest.raises(InvalidInput, match="F-GT needs a feature database"):
             train("upcycling", store, nothing)
