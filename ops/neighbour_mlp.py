@@ -37,9 +37,10 @@ def neighbour_mlp_max(points: Tensor, centres: Tensor, index: Tensor, starts: Te
     if needs_gradient or points.device.type != "cpu" or points.dtype != torch.float32:
         return neighbour_mlp_max_reference(points, centres, index, starts, second)
     out = torch.empty(len(centres), len(second))
-    fill = -points.shape[1] % 4  # the kernel takes four channels at a time
-    arrays: list[Any] = [F.pad(t.detach(), (0, fill)).contiguous().numpy() for t in (points, centres)]
-    arrays += [index.contiguous().numpy(), starts.contiguous().numpy(), F.pad(second.detach(), (0, fill)).T.contiguous().numpy()]
+    tables = [t.detach() for t in (points, centres, second)]
+    if points.shape[1] % 4:  # the kernel takes four channels at a time
+        tables = [F.pad(t, (0, -points.shape[1] % 4)) for t in tables]
+    arrays: list[Any] = [t.contiguous().numpy() for t in (*tables[:2], index, starts, tables[2].T)]
     in_threads(_pool, -(-len(centres) // _RANGE), *arrays, out.numpy())
     return out
 
