@@ -58,7 +58,7 @@ def count_by_cutoff(last_cutoff, cutoffs, start, truth, weight, accuracy, easy, 
                         seen.append(to)
                     gain[to], pair_to[to], taker[to], left[to] = value, p, d, j
                     queue.append(to)
-        best = -1
+        best = np.int64(-1)
         best_value = 0
         for j in seen:
             value = gain[j] if owner[j] < 0 else gain[j] - weight[held[owner[j]]]

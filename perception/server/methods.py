@@ -31,7 +31,7 @@ class Method:
     unlabelled: what joins the batch with teacher boxes: stored "smashed" scenes, or "raw" scans, which a fleet would have to upload.
     trusted: teacher boxes count as the truth for every head (plain pseudo labels) instead of being routed (hybrid).
     f_gt: paste labelled objects' features into unlabelled scenes. augmentation: changes each unlabelled scene.
-    cut_mix: mix pairs of unlabelled scenes.
+    cut_mix: mix pairs of unlabelled scenes. self_training: ST3D instead of this trainer, on raw scans without labelled data.
     """
 
     summary: str
@@ -42,6 +42,7 @@ class Method:
     f_gt: bool = False
     augmentation: SceneAugmentation | None = None
     cut_mix: bool = False
+    self_training: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -62,6 +63,9 @@ METHODS: dict[str, Method] = {
     "cut_mix": Method(summary="hybrid labels, halves of two scenes", cut_mix=True),
     "mean_teacher": Method(summary="raw scans, teacher boxes supervise every head", unlabelled="raw", trains="all", trusted=True),
     "iou_match": Method(summary="raw scans, hybrid pseudo labels (as 3DIoUMatch)", unlabelled="raw", trains="all"),
+    "st3d": Method(
+        summary="ST3D: self-training on raw scans alone", unlabelled="raw", trains="all", trusted=True, self_training=True
+    ),
     "oracle_frozen": Method(summary="source encoder, decoder trained on target labels", labelled="target", unlabelled="none"),
     "oracle_full": Method(summary="everything trained on target labels", trains="all", labelled="target", unlabelled="none"),
 }

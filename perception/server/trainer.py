@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ...datasets.augment import Movement
-from ...datasets.batches import UnlabelledScan, epoch_indices
+from ...datasets.batches import UnlabelledBatches, UnlabelledScan, epoch_indices
 from ..features import SplitFeatures
 from ..models.detector import Detector
 from ..structures import Boxes3D, Frame, InvalidInput, Labels, LossTerms, Predictions
@@ -31,6 +31,7 @@ from .feature_augmentation import cut_mix
 from .feature_gt import FeatureDatabase, FeatureGtConfig, paste_objects, sample_objects
 from .methods import Method
 from .pseudo_labels import ScoreThresholds, pseudo_label_quality, teacher_labels, within
+from .self_training import SelfTrainingConfig, self_train
 from .store import SmashedStore, as_stored, to_split_features
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class UpcycleConfig:
     unlabelled_batch: smashed scenes a step, beside ``labelled_batch`` labelled frames. thresholds: one entry per class.
     teacher_box_weight: how much box regression learns from a teacher's boxes, where they are routed (hybrid methods).
     obstacle_score: pasted objects keep clear of every teacher box with at least this predicted overlap. ema_decay: the largest.
-    round_steps: how often pseudo labels are summed up in the log.
+    round_steps: how often pseudo labels are summed up in the log. self_training: of ``st3d`` alone.
     """
 
     loop: LoopConfig
@@ -55,6 +56,7 @@ class UpcycleConfig:
     obstacle_score: float = 0.1
     ema_decay: float = 0.999
     round_steps: int = 50
+    self_training: SelfTrainingConfig = SelfTrainingConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ def upcycle(
     store: SmashedStore | None,
     features: FeatureDatabase | None,
     config: UpcycleConfig,
-    scans: Callable[[int], tuple[UnlabelledScan, ...]] | None = None,
+    scans: UnlabelledBatches | None = None,
     codec: str = "fp16",
     truth: Mapping[str, Labels] | None = None,
     run: RunFolder | None = None,
@@ -95,7 +97,7 @@ def upcycle(
 
     labelled: the labelled frames of a step (``datasets.batches.LabelledBatches``); for the oracles those of the target.
     store: verified smashed scenes; features: F-GT's database, cut from the labelled split by the same encoder.
-    scans: the raw unlabelled scans of a step (``datasets.batches.UnlabelledBatches``), for the methods that need them.
+    scans: the raw unlabelled scans, for the methods that need them.
     truth: labels by scene id (of raw scans: by frame id), only to log how good pseudo labels are; nothing of it reaches training.
     Raises InvalidInput if the method needs scenes or a database that are missing, and NonFiniteLoss from the loop.
     """
@@ -107,6 +109,18 @@ def upcycle(
         )
     if method.f_gt and (features is None or len(features) == 0):
         raise InvalidInput("F-GT needs a feature database with objects; the labelled split has none with enough points")
+    if method.self_training and scans is not None:
+        return self_train(
+            detector,
+            scans,
+            config=config.self_training,
+            thresholds=config.thresholds,
+            batch_size=config.labelled_batch + config.unlabelled_batch,  # as many scenes a step as the other methods
+            loop=config.loop,
+            ema_decay=config.ema_decay,
+            run=run,
+            progress=progress,
+        )
     if method.trains != "all":
         detector.freeze_encoder()
     teacher = make_teacher(detector)

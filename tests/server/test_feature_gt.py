@@ -427,6 +427,20 @@ def test_building_passes_the_codec_and_skips_frames_that_nobody_labelled(tmp_pat
         build()
 
 
+def test_objects_of_another_size_are_resized_before_they_are_encoded(tmp_path):
+    cloud = PointCloud(xyz=torch.rand(600, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([16.0, 16, 1]) - torch.tensor([0.0, 8, 0]),
+                       features=torch.zeros(600, 1))  # fmt: skip
+    frames = [Frame(id="a", points=cloud, labels=labels(box(6.0, 1.0)))]
+    detector = Detector(GridEncoder(), torch.nn.Identity(), ("Car",))
+    config = replace(CONFIG, size_shift=(-1.0, -0.5, -0.25))
+    database = build_feature_database(
+        tmp_path / "db", frames, detector, codec="fp16", config=config, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER
+    )
+    assert torch.allclose(database[0].box, torch.tensor([6.0, 1.0, -0.125, 3.0, 1.5, 1.25, 0.0]))  # its bottom stays at -0.75
+    mean_x = database[0].features[:, 0]
+    assert mean_x.max() <= 16  # features are positions here: those of moved points, none of a point outside the scan
+
+
 # ---- sampling
 
 

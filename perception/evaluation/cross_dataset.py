@@ -1,0 +1,113 @@
+"""KITTI's metric on datasets that are not KITTI's: the protocol of ST3D and its successors for Waymo and Lyft as targets.
+
+Papers on domain adaptation report one number on every target, KITTI's AP, so that targets can be compared (ST3D,
+``pcdet/datasets/lyft/lyft_dataset.py``, ``kitti_eval``; ``tools/cfgs/dataset_configs/da_lyft_dataset.yaml``). KITTI's rules ask for
+a camera; here each box gets the same 2D box of 50 px, occlusion 0 and truncation 0, so that every object counts as easy and the
+three difficulties are equal. Objects and detections without a corner within 75.2 m to each side and 10 m in height are dropped,
+and classes carry KITTI's names. Everything else is ``evaluate_kitti``. The metrics bbox and aos mean nothing here.
+
+ST3D drops by range on Lyft only; its Waymo evaluation keeps everything. It turns other classes into Person_sitting, which only
+matters to pedestrians; we drop them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ...datasets.kitti_text import KittiObjects
+from ..boxes import corners_3d, lidar_to_kitti_camera, wrap_angle
+from ..structures import InvalidInput, Labels, Predictions
+from .kitti import OFFICIAL, KittiResult, MinOverlap, evaluate_kitti
+
+# To KITTI's names; the maps of ST3D for Waymo and Lyft. A class not named here takes no part.
+KITTI_NAMES: Mapping[str, str] = {
+    "Car": "Car",
+    "Pedestrian": "Pedestrian",
+    "Cyclist": "Cyclist",
+    "Vehicle": "Car",
+    "car": "Car",
+    "pedestrian": "Pedestrian",
+    "truck": "Truck",
+}
+RANGE = (-75.2, -75.2, -10.0, 75.2, 75.2, 10.0)  # m, LiDAR frame: low x y z, high x y z
+
+_LOOKING_AHEAD = torch.tensor(  # a camera at the LiDAR: x right, y down, z forward
+    [[0.0, -1.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64
+)
+_FAKE_BOX = (0.0, 0.0, 50.0, 50.0)  # px
+
+
+def evaluate_cross_dataset(
+    labels: Sequence[Labels],
+    predictions: Sequence[Predictions],
+    *,
+    label_classes: tuple[str, ...],
+    detector_classes: tuple[str, ...],
+    names: Mapping[str, str] = KITTI_NAMES,
+    limits: tuple[float, ...] | None = RANGE,
+    min_overlaps: Mapping[str, MinOverlap] = OFFICIAL,
+) -> KittiResult:
+    """KITTI's AP of ``predictions[i]`` against ``labels[i]``, LiDAR frame; scored are the classes that the detector knows.
+
+    label_classes, detector_classes: the names of class 0, 1, .. of each. names: their names in KITTI. limits: low x y z, high x y z
+    in m; None keeps everything. A label of weight 0 is neither right nor wrong.
+
+    Raises InvalidInput: different numbers of frames, no class with a minimum overlap that both sides know.
+    """
+    known = {names[c] for c in label_classes if c in names}
+    shared = dict.fromkeys(names[c] for c in detector_classes if c in names)
+    classes = tuple(c for c in shared if c in known and c in min_overlaps)
+    if not classes:
+        raise InvalidInput(
+            f"the detector's classes {', '.join(detector_classes)} and the labels' {', '.join(label_classes)} share none with a "
+            f"minimum overlap ({', '.join(min_overlaps)}); known names are {', '.join(names)}"
+        )
+    truths = [
+        cross_dataset_objects(f.boxes.data, _kitti_types(f.classes, label_classes, names), ignored=f.weight == 0, limits=limits)
+        for f in labels
+    ]
+    found = [
+        cross_dataset_objects(f.boxes.data, _kitti_types(f.classes, detector_classes, names), scores=f.scores, limits=limits)
+        for f in predictions
+    ]
+    return evaluate_kitti(truths, found, classes=classes, min_overlaps=min_overlaps)
+
+
+def cross_dataset_objects(
+    boxes: Tensor,
+    types: Sequence[str | None],
+    *,
+    scores: Tensor | None = None,
+    ignored: Tensor | None = None,
+    limits: tuple[float, ...] | None = RANGE,
+) -> KittiObjects:
+    """Boxes (N, 7) in the LiDAR frame as KITTI's objects before a camera that does not exist; those of type None are left out.
+
+    ignored: (N,) bool, objects beyond all difficulties: finding them is neither right nor wrong.
+    """
+    location, dimensions, rotation_y = lidar_to_kitti_camera(boxes, _LOOKING_AHEAD)
+    keep = torch.tensor([t is not None for t in types], dtype=torch.bool)
+    if limits is not None:
+        corners = corners_3d(boxes.double())
+        low, high = corners.new_tensor(limits[:3]), corners.new_tensor(limits[3:])
+        keep &= ((corners >= low) & (corners <= high)).all(-1).any(-1)
+    n = len(types)
+    hidden = torch.zeros(n, dtype=torch.bool) if ignored is None else ignored
+    return KittiObjects(
+        types=tuple(t or "" for t in types),
+        truncated=hidden.double(),
+        occluded=torch.zeros(n, dtype=torch.int64),
+        alpha=wrap_angle(rotation_y - torch.atan2(location[:, 0], location[:, 2])),
+        bbox=torch.tensor(_FAKE_BOX, dtype=torch.float64).expand(n, 4),
+        dimensions=dimensions,
+        location=location,
+        rotation_y=rotation_y,
+        scores=None if scores is None else scores.double(),
+    ).select(keep)
+
+
+def _kitti_types(classes: Tensor, class_names: tuple[str, ...], names: Mapping[str, str]) -> list[str | None]:
+    return [names.get(class_names[c]) for c in classes.tolist()]

@@ -1,0 +1,106 @@
+"""Waymo evaluation from plain files: one JSON file a frame, detections as ``upcycle3d predict`` writes them.
+
+A detection file is a list of records {"class", "score", "x", "y", "z", "dx", "dy", "dz", "yaw"}, metres and radians, vehicle frame,
+centre of the box. A label file is a list of the same without "score" but with "level" (1 or 2) or "num_points" (LiDAR points
+inside, from which the level follows), or an object that holds that list as "objects" and may add
+
+    "no_label_zones": [[[x, y], [x, y], ..], ..]    polygons, m
+    "context_name": "1024..", "timestamp_micros": 1550083467346370    Waymo's names of the frame, for ``waymo_objects``
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..structures import Boxes3D, InvalidInput, Labels, Predictions
+from .waymo import WAYMO_NAMES, WaymoTruth
+
+_BOX = ("x", "y", "z", "dx", "dy", "dz", "yaw")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaymoLabelFile:
+    """What a label file holds. zones: polygons (K, 2) m. context_name, timestamp_micros: None where the file does not say."""
+
+    truth: WaymoTruth
+    zones: tuple[Tensor, ...]
+    context_name: str | None
+    timestamp_micros: int | None
+
+
+def read_waymo_labels(path: Path | str, *, classes: tuple[str, ...]) -> WaymoLabelFile:
+    """A label file; objects of Waymo's other classes get the number -1 and take no part.
+
+    Raises InvalidInput naming the file and the record: no JSON, a field missing or of the wrong form, an unknown class.
+    """
+    content = _read(path)
+    header: Mapping[str, Any] = content if isinstance(content, dict) else {"objects": content}
+    boxes, numbers, records = _records(path, header.get("objects"), classes)
+    levels, points = [], []
+    for i, record in enumerate(records):
+        level, count = record.get("level", -1), record.get("num_points", -1)
+        if level not in (1, 2) and not (level == -1 and isinstance(count, int) and count >= 0):
+            raise InvalidInput(f"{path}, object {i}: expected a level of 1 or 2, or num_points from 0, found {record}")
+        levels.append(level)
+        points.append(1 if count == -1 else count)
+    labels = Labels.make(boxes, numbers, num_points=torch.tensor(points).long(), difficulty=torch.tensor(levels).long())
+    try:
+        zones = tuple(torch.tensor(zone, dtype=torch.float64).reshape(-1, 2) for zone in header.get("no_label_zones", ()))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"{path}: no_label_zones must be a list of polygons [[x, y], ..]: {error}") from error
+    context, time = header.get("context_name"), header.get("timestamp_micros")
+    if not isinstance(context, str | None) or not isinstance(time, int | None):
+        raise InvalidInput(f"{path}: context_name must be text and timestamp_micros a whole number, found {context!r}, {time!r}")
+    truth = WaymoTruth.from_labels(labels, difficulty_is_level=True)
+    return WaymoLabelFile(truth=truth, zones=zones, context_name=context, timestamp_micros=time)
+
+
+def read_waymo_detections(path: Path | str, *, classes: tuple[str, ...]) -> Predictions:
+    """A detection file; those of Waymo's other classes are left out. Raises InvalidInput like ``read_waymo_labels``."""
+    boxes, numbers, records = _records(path, _read(path), classes)
+    scores = []
+    for i, record in enumerate(records):
+        score = record.get("score")
+        if not isinstance(score, int | float) or not 0 <= score <= 1:
+            raise InvalidInput(f"{path}, object {i}: expected a score from 0 to 1, found {score!r}")
+        scores.append(score)
+    values = torch.tensor(scores, dtype=torch.float32)
+    found = Predictions(
+        boxes=Boxes3D(data=boxes), classes=numbers, scores=values, class_scores=values, iou_scores=torch.ones_like(values)
+    )
+    return found.select(numbers >= 0)
+
+
+def _read(path: Path | str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInput(f"cannot read the boxes of {path}: {error.strerror}; write [] for a frame without any") from error
+    except ValueError as error:
+        raise InvalidInput(f"{path} is no JSON file: {error}") from error
+
+
+def _records(path: Path | str, content: object, classes: tuple[str, ...]) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
+    """Boxes (N, 7), class numbers (N,), -1 for those not asked for, and the records."""
+    if not isinstance(content, list):
+        raise InvalidInput(f"{path} must hold a list of boxes, found {type(content).__name__}")
+    rows, numbers = [], []
+    for i, record in enumerate(content):
+        found = [record.get(name) for name in _BOX] if isinstance(record, dict) else []
+        values = [float(v) for v in found if isinstance(v, int | float) and math.isfinite(v)]
+        if len(values) != len(_BOX) or min(values[3:6]) <= 0:
+            raise InvalidInput(f"{path}, object {i}: expected numbers {', '.join(_BOX)} and positive sizes, found {record!r}")
+        name = WAYMO_NAMES.get(str(record.get("class")))
+        if name is None:
+            raise InvalidInput(f"{path}, object {i}: unknown class {record.get('class')!r}; known are {', '.join(WAYMO_NAMES)}")
+        rows.append(values)
+        numbers.append(classes.index(name) if name in classes else -1)
+    return torch.tensor(rows, dtype=torch.float32).reshape(-1, 7), torch.tensor(numbers, dtype=torch.int64), content

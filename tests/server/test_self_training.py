@@ -1,0 +1,197 @@
+"""ST3D's self-training: what becomes a label, how labels of rounds are merged, how augmentation grows, and that a stopped run goes on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from upcycle3d.datasets.augment import AugmentationRanges
+from upcycle3d.datasets.batches import UnlabelledBatches
+from upcycle3d.perception.features import VoxelGrid
+from upcycle3d.perception.models.anchors import AnchorClass
+from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
+from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
+from upcycle3d.perception.models.detector import Detector
+from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
+from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms
+from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig, second_iou
+from upcycle3d.perception.models.targets import RoiSampling
+from upcycle3d.perception.server.pseudo_labels import ScoreThresholds
+from upcycle3d.perception.server.self_training import (
+    LabelMemory,
+    Remembered,
+    SelfTrainingConfig,
+    ensemble,
+    grown,
+    remember,
+    self_train,
+)
+from upcycle3d.perception.structures import Boxes3D, Frame, PointCloud, Predictions
+from upcycle3d.perception.training import loop as loop_module
+from upcycle3d.perception.training.loop import LoopConfig
+from upcycle3d.perception.training.optim import OneCycle
+from upcycle3d.perception.training.run_folder import RunFolder
+
+CONFIG = SelfTrainingConfig()
+THRESHOLDS = (ScoreThresholds(iou_score=0.6, class_score=0.0, ignore=0.2),)
+
+
+def box(x: float) -> list[float]:
+    return [x, 0.0, 0.0, 4.0, 2.0, 1.5, 0.0]
+
+
+def remembered(*entries: tuple[float, float, bool, int]) -> Remembered:
+    """x of the box, score, positive, rounds missed."""
+    return Remembered(
+        boxes=torch.tensor([box(x) for x, *_ in entries]).view(-1, 7),
+        classes=torch.zeros(len(entries), dtype=torch.int64),
+        scores=torch.tensor([e[1] for e in entries]),
+        positive=torch.tensor([e[2] for e in entries], dtype=torch.bool),
+        missed=torch.tensor([e[3] for e in entries], dtype=torch.int64),
+    )
+
+
+def rows(labels: Remembered) -> list[tuple[float, float, bool, int]]:
+    columns = (labels.boxes[:, 0], labels.scores, labels.positive, labels.missed)
+    return [(round(x, 3), round(s, 3), p, m) for x, s, p, m in zip(*(c.tolist() for c in columns), strict=True)]
+
+
+def test_a_box_is_a_label_ignored_or_nothing_by_its_predicted_overlap():
+    scores = torch.tensor([0.9, 0.6, 0.59, 0.2, 0.19])
+    found = Predictions(
+        boxes=Boxes3D(data=torch.tensor([box(10.0 * k) for k in range(5)])), classes=torch.zeros(5, dtype=torch.int64),
+        scores=scores, class_scores=torch.ones(5), iou_scores=scores,
+    )  # fmt: skip
+    labels = remember(found, THRESHOLDS)
+    assert rows(labels) == [(0, 0.9, True, 0), (10, 0.6, True, 0), (20, 0.59, False, 0), (30, 0.2, False, 0)]
+    assert labels.labels().weight.tolist() == [1, 1, 0, 0]
+    assert labels.labels().complete
+    assert len(remember(Predictions.empty(), THRESHOLDS).boxes) == 0
+
+
+def test_of_two_boxes_of_one_object_the_higher_score_stays():
+    old, new = remembered((0.0, 0.9, True, 1), (20.0, 0.3, False, 0)), remembered((0.5, 0.7, True, 0), (20.5, 0.8, True, 0))
+    assert rows(ensemble(old, new, CONFIG)) == [(0.0, 0.9, True, 0), (20.5, 0.8, True, 0)]
+
+
+def test_an_old_box_waits_is_ignored_and_then_removed_unless_it_is_seen_again():
+    labels, nothing = remembered((0.0, 0.9, True, 0)), remembered()
+    states = []
+    for _ in range(3):
+        labels = ensemble(labels, nothing, CONFIG)
+        states.append(rows(labels))
+    assert states == [[(0.0, 0.9, True, 1)], [(0.0, 0.9, False, 2)], []]
+    again = ensemble(remembered((0.0, 0.9, True, 2)), remembered((0.2, 0.5, False, 0)), CONFIG)
+    assert rows(again) == [(0.0, 0.9, True, 0)]
+
+
+def test_boxes_of_other_classes_or_far_away_are_other_objects():
+    old, new = remembered((0.0, 0.9, True, 0)), remembered((3.9, 0.7, True, 0))  # 0.1 m of overlap: IoU under 0.1
+    assert rows(ensemble(old, new, CONFIG)) == [(3.9, 0.7, True, 0), (0.0, 0.9, True, 1)]
+    other = Remembered(**{**vars(remembered((0.0, 0.7, True, 0))), "classes": torch.tensor([1])})
+    assert len(ensemble(old, other, CONFIG).boxes) == 2
+    assert rows(ensemble(remembered(), new, CONFIG)) == rows(new)
+
+
+def test_augmentation_grows_step_by_step():
+    ranges = AugmentationRanges(yaw=(-0.4, 0.4), scale=(0.95, 1.05))
+    start, end = grown(ranges, CONFIG, 0.0), grown(ranges, CONFIG, 1.0)
+    assert start.yaw == (-0.4, 0.4)
+    assert start.object_scale == pytest.approx((0.95, 1.05))
+    assert end.yaw[1] == pytest.approx(0.4 * 1.1**4)
+    assert end.scale == pytest.approx((1 - 0.05 * 1.1**4, 1 + 0.05 * 1.1**4))
+    assert grown(ranges, CONFIG, 0.4).yaw[1] == pytest.approx(0.4 * 1.1**2)
+
+
+def test_labels_of_a_round_survive_on_disk(tmp_path):
+    labels = [remembered((0.0, 0.9, True, 1), (9.0, 0.3, False, 0)), remembered(), remembered((5.0, 0.5, True, 2))]
+    LabelMemory(tmp_path).put(3, labels)
+    found = LabelMemory(tmp_path).get(3)
+    assert [rows(r) for r in found] == [rows(r) for r in labels]
+    assert LabelMemory(tmp_path).get(2) is None
+
+
+# ---- training
+
+
+def detector() -> Detector:
+    torch.manual_seed(0)
+    config = SecondIouDetectorConfig(
+        encoder=SecondEncoderConfig(
+            grid=VoxelGrid(range=(0.0, -3.2, -1.0, 6.4, 3.2, 3.0), voxel_size=(0.1, 0.1, 0.1)), point_features=(),
+            channels=(2, 4, 4, 4, 8),
+        ),
+        decoder=SecondIouConfig(
+            anchors=(AnchorClass(name="Car", size=(2.0, 1.0, 1.0), bottom_z=0.0, matched=0.5, unmatched=0.3),),
+            bev=BevBackboneConfig(layers=(1, 1), channels=(8, 8), up_channels=(8, 8)), head_channels=8, pool_size=3,
+            train_proposals=ProposalNms(pre=64, iou=0.8, post=16), test_proposals=ProposalNms(pre=64, iou=0.7, post=8),
+            roi_sampling=RoiSampling(count=8), iou_target=(0.0, 1.0), final=FinalNms(score=0.0),
+        ),
+    )  # fmt: skip
+    return second_iou(config)
+
+
+def scans() -> UnlabelledBatches:
+    generator = torch.Generator().manual_seed(1)
+    frames = [
+        Frame(
+            id=str(i),
+            points=PointCloud(
+                xyz=torch.rand(400, 3, generator=generator) * torch.tensor([6.4, 6.4, 2]) - torch.tensor([0, 3.2, 0.5]),
+                features=torch.zeros(400, 1),
+            ),
+        )
+        for i in range(3)
+    ]
+    return UnlabelledBatches(frames=frames, batch_size=2, seed=0, augmentation=AugmentationRanges())
+
+
+def train(run: RunFolder | None = None) -> tuple[Detector, Detector]:
+    student = detector()
+    everything = (ScoreThresholds(iou_score=0.0, class_score=0.0, ignore=0.0),)
+    loop = LoopConfig(seed=0, optim=OneCycle(lr=0.003, total_steps=6), log_every=1, checkpoint_every=2)
+    teacher = self_train(
+        student, scans(), config=SelfTrainingConfig(relabel_steps=3), thresholds=everything, batch_size=2, loop=loop, run=run,
+        progress=False,
+    )  # fmt: skip
+    return student, teacher
+
+
+def test_labels_are_made_each_round_and_everything_is_trained(tmp_path):
+    run = RunFolder.create(tmp_path / "run", CONFIG, seed=0, tensorboard=False)
+    student, teacher = train(run)
+    assert [m["step"] for m in run.metrics("pseudo_labels")] == [0, 3]
+    assert sorted(p.name for p in (tmp_path / "run" / "pseudo_labels").iterdir()) == [
+        "round_0000.safetensors",
+        "round_0001.safetensors",
+    ]
+    before = detector().state_dict()
+    changed = {n.split(".")[0] for n, v in student.named_parameters() if not torch.equal(v, before[n])}
+    assert changed == {"encoder", "decoder"}
+    assert not student.training
+    assert not teacher.training
+    assert all(np.isfinite(v.numpy()).all() for v in student.state_dict().values())
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch):
+    whole, _ = train(RunFolder.create(tmp_path / "whole", CONFIG, seed=0, tensorboard=False))
+    monkeypatch.setattr(loop_module, "set_schedule", stop_at(5, loop_module.set_schedule))
+    with (
+        pytest.raises(RuntimeError, match="power cut"),
+        RunFolder.create(tmp_path / "cut", CONFIG, seed=0, tensorboard=False) as run,
+    ):
+        train(run)
+    monkeypatch.undo()
+    resumed, _ = train(RunFolder.create(tmp_path / "cut", CONFIG, seed=0, resume=True, tensorboard=False))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def stop_at(step: int, schedule):
+    def stopping(optimizer, config, now):
+        if now == step:
+            raise RuntimeError("power cut")
+        schedule(optimizer, config, now)
+
+    return stopping
