@@ -6,6 +6,7 @@ a difference of the method.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +31,7 @@ class Method:
     labelled: whose labels the labelled half of a batch comes from; "target" only for the oracles.
     unlabelled: what joins the batch with teacher boxes: stored "smashed" scenes, or "raw" scans, which a fleet would have to upload.
     trusted: teacher boxes count as the truth for every head (plain pseudo labels) instead of being routed (hybrid).
-    f_gt: paste labelled objects' features into unlabelled scenes. augmentation: changes each unlabelled scene.
+    f_gt: paste labelled objects' features into unlabelled scenes. rotate_pasted: turn each by up to so much (rad). augmentation: changes each unlabelled scene.
     cut_mix: mix pairs of unlabelled scenes. self_training: ST3D instead of this trainer, on raw scans without labelled data.
     """
 
@@ -40,6 +41,7 @@ class Method:
     unlabelled: Literal["none", "smashed", "raw"] = "smashed"
     trusted: bool = False
     f_gt: bool = False
+    rotate_pasted: float = 0.0
     augmentation: SceneAugmentation | None = None
     cut_mix: bool = False
     self_training: bool = False
@@ -52,6 +54,9 @@ METHODS: dict[str, Method] = {
     "upcycling": Method(summary="hybrid pseudo labels and F-GT", f_gt=True),
     "hybrid": Method(summary="hybrid pseudo labels, no F-GT"),
     "f_gt_trusted": Method(summary="F-GT, teacher boxes supervise every head", trusted=True, f_gt=True),
+    "f_rot": Method(
+        summary="UpCycling with the pasted objects turned (our reading of F-RoT)", f_gt=True, rotate_pasted=math.pi / 16
+    ),
     "noise": Method(summary="hybrid labels, Gaussian noise on features", augmentation=add_noise),
     "channel_dropout": Method(summary="hybrid labels, channels dropped", augmentation=drop_channels),
     "cell_dropout": Method(summary="hybrid labels, cells dropped", augmentation=drop_cells),

@@ -29,6 +29,7 @@ from ..training.loop import LoopConfig, run_steps
 from ..training.run_folder import RunFolder
 from .feature_augmentation import cut_mix
 from .feature_gt import FeatureDatabase, FeatureGtConfig, paste_objects, sample_objects
+from .feature_rotation import rotate_objects
 from .methods import Method
 from .pseudo_labels import ScoreThresholds, pseudo_label_quality, teacher_labels, within
 from .self_training import SelfTrainingConfig, self_train
@@ -182,6 +183,9 @@ def upcycle(
         if method.f_gt and features is not None:
             obstacles = Boxes3D(data=found.boxes.data[found.iou_scores >= config.obstacle_score])
             objects = sample_objects(features, labels, obstacles, config.f_gt, rng)
+            if method.rotate_pasted:
+                blocked = torch.cat([labels.boxes.data, obstacles.data])
+                objects = rotate_objects(objects, blocked, scene.spec, config.f_gt, limit=method.rotate_pasted, rng=rng)
             this_round.pasted += len(objects)
             scene, labels = paste_objects(scene, labels, objects, config.f_gt, rng)
         return method.augmentation(scene, labels, rng) if method.augmentation else (scene, labels)

@@ -1,0 +1,90 @@
+"""F-RoT, in our reading: objects pasted by F-GT, each turned about its own centre.
+
+Of F-RoT only the name is known to us, and that the first version of UpCycling's paper called it safe (upcycling.md 3.5); this is an
+ablation, no part of the method. Features are not equivariant to rotation, so a turned crop holds vectors that the encoder would not make;
+a small angle changes little.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...ops.iou3d import iou_bev
+from ..boxes import rotate_z, wrap_angle
+from ..features import SplitSpec
+from .feature_gt import FeatureGtConfig, FeatureObject, footprint
+
+
+def rotate_object(item: FeatureObject, angle: float, spec: SplitSpec, config: FeatureGtConfig) -> FeatureObject:
+    """``item`` turned by ``angle`` rad, counter-clockwise from above: cells bilinearly, keypoints and box exactly.
+
+    Only cells in the footprint of the turned box stay. The object may lose all of them near the border of the map.
+    """
+    box = torch.cat([item.box[:6], wrap_angle(item.box[6:] + angle)])
+    low = item.coords[:, 1:].amin(0) if len(item.coords) else torch.zeros(2)
+    high = item.coords[:, 1:].amax(0) if len(item.coords) else torch.zeros(2)
+    reach = math.ceil(float((high - low).float().norm())) + 2  # cells; wherever it turns to, the object stays in this window
+    y0, x0 = (int(v) - reach for v in low)
+    size = [int(h) - int(v) + 2 * reach + 1 for h, v in zip(high, low, strict=True)]
+    window = torch.zeros(spec.shape[0], *size, item.features.shape[1])
+    c = item.coords.long()
+    window[c[:, 0], c[:, 1] - y0, c[:, 2] - x0] = item.features.float()
+
+    # Each cell of the turned object looks back to where it came from, in metres about the box's centre.
+    rows, columns = torch.meshgrid(torch.arange(size[0]) + y0, torch.arange(size[1]) + x0, indexing="ij")
+    x, y = _position(rows, columns, spec)
+    offset = torch.stack([x - box[0], y - box[1], torch.zeros_like(x)], -1)
+    source = rotate_z(offset, torch.tensor(-angle)) + box[:3]
+    cell_x, cell_y = spec.cell_size()
+    first_x, first_y = _position(torch.tensor(y0), torch.tensor(x0), spec)
+    place = torch.stack([(source[..., 0] - first_x) / cell_x, (source[..., 1] - first_y) / cell_y], -1)  # in cells of the window
+    grid = 2 * place / torch.tensor([size[1] - 1, size[0] - 1]) - 1
+    flat = window.permute(0, 3, 1, 2).flatten(0, 1)[None]
+    turned = F.grid_sample(flat, grid[None], align_corners=True)[0].view(spec.shape[0], -1, *size)
+
+    cells = (turned != 0).any(1).nonzero()
+    coords = cells + torch.tensor([0, y0, x0])
+    inside = ((coords >= 0) & (coords < torch.tensor(spec.shape))).all(1)
+    cells, coords = cells[inside], coords[inside]
+    own = footprint(box[None], spec, config.margin_cells)[0][coords[:, 1], coords[:, 2]]
+    cells, coords = cells[own], coords[own]
+    keypoints = item.keypoints
+    if keypoints is not None:
+        keypoints = replace(keypoints, xyz=rotate_z(keypoints.xyz - box[:3], torch.tensor(angle)) + box[:3])
+    features = turned[cells[:, 0], :, cells[:, 1], cells[:, 2]]
+    return replace(item, box=box, coords=coords.int(), features=features, keypoints=keypoints)
+
+
+def rotate_objects(
+    objects: Sequence[FeatureObject],
+    blocked: Tensor,
+    spec: SplitSpec,
+    config: FeatureGtConfig,
+    *,
+    limit: float,
+    rng: np.random.Generator,
+) -> list[FeatureObject]:
+    """Each object turned by an angle drawn from [-limit, limit] rad; one that would meet ``blocked`` (N, 7) or another stays as it is."""
+    result = list(objects)
+    for k, item in enumerate(objects):
+        turned = rotate_object(item, float(rng.uniform(-limit, limit)), spec, config)
+        others = [o.box for j, o in enumerate(result) if j != k]
+        around = torch.cat([blocked.cpu(), *(b[None] for b in others)])
+        if len(turned.coords) and (len(around) == 0 or float(iou_bev(turned.box[None], around).sum()) == 0):
+            result[k] = turned
+    return result
+
+
+def _position(row: Tensor, column: Tensor, spec: SplitSpec) -> tuple[Tensor, Tensor]:
+    """x, y in m of cell centres (see ``feature_gt.footprint``)."""
+    grid, stride = spec.grid, spec.stride
+    x = grid.range[0] + (column * stride[2] + 0.5) * grid.voxel_size[0]
+    y = grid.range[1] + (row * stride[1] + 0.5) * grid.voxel_size[1]
+    return x, y
