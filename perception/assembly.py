@@ -20,9 +20,17 @@ from .structures import InvalidInput
 
 
 def labelled_batches(
-    preset: Preset, frames: PreparedDataset, gt_database: Path, *, batch_size: int, seed: int
+    preset: Preset,
+    frames: PreparedDataset,
+    gt_database: Path,
+    *,
+    batch_size: int,
+    seed: int,
+    size_shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
 ) -> LabelledBatches:
     """The augmented labelled batches of a split, with GT sampling from that split's own database.
+
+    size_shift: m added to the size of every labelled object instead of the preset's, where F-GT's objects are resized so.
 
     Raises InvalidInput if the dataset was prepared for other classes, or the database was built from another split.
     """
@@ -40,7 +48,7 @@ def labelled_batches(
         frames=frames,
         batch_size=batch_size,
         seed=seed,
-        augmentation=preset.train.augmentation,
+        augmentation=replace(preset.train.augmentation, size_shift=size_shift) if any(size_shift) else preset.train.augmentation,
         keep_range=preset.detector.encoder.grid.range,
         gt_sampler=sampler,
     )

@@ -25,7 +25,7 @@ from ..datasets.gt_database import build_gt_database
 from ..datasets.kitti import KittiDataset, read_ids
 from ..datasets.prepared import PreparedDataset, prepare
 from ..datasets.simulation.layout_kitti import write_kitti_layout
-from ..datasets.simulation.places import Domain
+from ..datasets.simulation.places import Domain, Triple
 from .assembly import feature_database, fleet_store, labelled_batches, unlabelled_batches
 from .config_json import config_to_json, first_difference
 from .evaluation.detect import detect_frames, kitti_detections
@@ -47,8 +47,8 @@ from .training.supervised import train_supervised
 from .vehicle.extractor import Extractor, extract
 from .vehicle.shards import ShardWriter
 
-# What does not depend on the upcycling settings.
-_SHARED = ("source_raw", "source", "source_gt", "source_run", "target_raw", "target", "store", "receipts.json", "extraction.json")
+_DATA = ("source_raw", "source", "source_gt", "target_raw", "target", "target_gt")
+_MODEL = ("source_run", "store", "receipts.json", "extraction.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,22 +116,26 @@ class MainJob:
         else:
             write_atomically(path, json.dumps(wanted, indent=1).encode())
 
-    def share(self, other: Path) -> None:
-        """Use data, source model and smashed scenes of the job in ``other``, by links. Both may differ in ``preset.upcycle`` only.
+    def share(self, other: Path, *, model: bool = True) -> None:
+        """Use the data of the job in ``other`` by links and, with ``model``, its source model and smashed scenes too.
 
-        Raises InvalidInput for a folder without a job, or a job that differs in anything else.
+        Both may differ in ``preset.upcycle`` and, without ``model``, in ``preset.train``. Raises InvalidInput for a folder without a
+        job, or a job that differs in anything else.
         """
         path = other / "job.json"
         if not path.exists():
             raise InvalidInput(f"{other} holds no job to share; run that one first")
         theirs, ours = json.loads(path.read_text()), config_to_json(replace(self.config, workers=0))
+        free = ("upcycle",) if model else ("upcycle", "train")
         for job in (theirs, ours):
-            job["preset"]["upcycle"] = None
+            job["preset"].update(dict.fromkeys(free))
         difference = first_difference(theirs, ours)
         if difference:
-            raise InvalidInput(f"the job in {other} cannot be shared: {difference}; only upcycling settings may differ")
+            raise InvalidInput(
+                f"the job in {other} cannot be shared: {difference}; only {' and '.join(free)} settings may differ"
+            )
         self._claim_folder()
-        for name in _SHARED:
+        for name in _DATA + (_MODEL if model else ()):
             if not (self.folder / name).exists():
                 (self.folder / name).symlink_to((other / name).resolve())
 
@@ -178,11 +182,12 @@ class MainJob:
 
     # ---- training on the source
 
-    def _labelled(self, name: str, split: str, batch_size: int) -> LabelledBatches:
+    def _labelled(self, name: str, split: str, batch_size: int, size_shift: Triple = (0.0, 0.0, 0.0)) -> LabelledBatches:
         frames, database = self.split(name, split), self.folder / f"{name}_gt"
         if not (database / "database.json").exists():
             build_gt_database(frames, database, class_names=frames.classes, fingerprint=frames.split_fingerprint())
-        return labelled_batches(self.config.preset, frames, database, batch_size=batch_size, seed=self.config.seed)
+        preset, seed = self.config.preset, self.config.seed
+        return labelled_batches(preset, frames, database, batch_size=batch_size, seed=seed, size_shift=size_shift)
 
     def train_source(self) -> Path:
         """Supervised training on the labelled source; returns the run folder."""
@@ -304,7 +309,8 @@ class MainJob:
             detector, _ = load_detector(self.folder / "source_run")
             config = replace(preset.upcycle, loop=replace(preset.upcycle.loop, seed=self.config.seed))
             name_of, split = ("source", "train") if method.labelled == "source" else ("target", "fleet")
-            labelled = self._labelled(name_of, split, config.labelled_batch)
+            shift = config.f_gt.size_shift if name_of == "source" else (0.0, 0.0, 0.0)
+            labelled = self._labelled(name_of, split, config.labelled_batch, shift)
             run = RunFolder.create(out, config, seed=self.config.seed, resume=True)
             teacher = upcycle(
                 detector,

@@ -37,7 +37,7 @@ def test_a_variant_of_the_upcycling_settings_uses_the_same_data(tmp_path):
 
 def test_nothing_is_shared_with_a_job_that_differs_in_more(tmp_path):
     job(tmp_path / "a")._claim_folder()
-    with pytest.raises(InvalidInput, match="seed: stored 0, now 1; only upcycling settings may differ"):
+    with pytest.raises(InvalidInput, match="seed: stored 0, now 1; only upcycle settings may differ"):
         job(tmp_path / "b", replace(CONFIG, seed=1)).share(tmp_path / "a")
     with pytest.raises(InvalidInput, match="holds no job to share"):
         job(tmp_path / "b").share(tmp_path / "nowhere")

@@ -74,7 +74,9 @@ def command(config: Upcycle) -> None:
     if detector_config != preset.detector:
         raise InvalidInput(f"{config.checkpoint} holds a detector other than the preset's; pass the preset it was trained with")
     frames, database = PreparedDataset(config.data, config.split), config.data / "gt_database" / config.split
-    labelled = labelled_batches(preset, frames, database, batch_size=settings.labelled_batch, seed=config.seed)
+    # F-GT's size normalisation holds for the labelled half too, but the oracles' labels have the right size already.
+    shift = settings.f_gt.size_shift if method.labelled == "source" else (0.0, 0.0, 0.0)
+    labelled = labelled_batches(preset, frames, database, batch_size=settings.labelled_batch, seed=config.seed, size_shift=shift)
     if method.unlabelled == "raw" and config.raw is None:
         raise InvalidInput(f"{config.method} learns from raw unlabelled scans: give --raw PREPARED SPLIT")
     if method.unlabelled == "smashed" and config.store is None:

@@ -18,7 +18,7 @@ from ..files import write_atomically
 from ..structures import InvalidInput, Predictions
 
 LABEL_TYPES = {"Vehicle": 1, "Pedestrian": 2, "Sign": 3, "Cyclist": 4}  # label.proto, Label.Type
-_BOX_FIELDS = (1, 2, 3, 5, 4, 6, 7)  # of x y z, length, width, height, heading in Label.Box: width comes before length
+_BOX_COLUMNS = (0, 1, 2, 4, 3, 5, 6)  # fields 1..7 of Label.Box: centre, then width before length, height, heading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,9 @@ def _objects(frame: WaymoDetections, classes: tuple[str, ...]) -> Iterator[bytes
     where = _bytes(4, frame.context_name.encode()) + _key(5, 0) + _varint(frame.timestamp_micros)
     rows = zip(found.boxes.data.double().tolist(), found.classes.tolist(), found.scores.tolist(), zones, strict=True)
     for values, kind, score, zone in rows:
-        box = b"".join(_key(field, 1) + struct.pack("<d", v) for field, v in zip(_BOX_FIELDS, values, strict=True))
+        box = b"".join(
+            _key(field, 1) + struct.pack("<d", v) for field, v in enumerate((values[c] for c in _BOX_COLUMNS), start=1)
+        )
         label = _bytes(1, box) + _key(3, 0) + _varint(LABEL_TYPES[classes[kind]])
         overlap = b"" if zone is None else _key(3, 0) + _varint(int(zone))
         yield _bytes(1, label) + _key(2, 5) + struct.pack("<f", score) + overlap + where

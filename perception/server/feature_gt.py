@@ -75,8 +75,8 @@ def footprint(boxes: Tensor, spec: SplitSpec, margin_cells: float = 1.0) -> Tens
 class FeatureGtConfig:
     """How F-GT pastes. max_objects: per class, up to this many a scene, in class order. margin_cells: how much wider than the box
     on each side, for cells; keypoint_margin: m added to each full size of the box, for keypoints. size_shift: m added to the length, width
-    and height of labelled objects before they are encoded and cut out, where the fleet's objects are known to be of another size (our
-    addition: statistical normalisation of F-GT)."""
+    and height of labelled objects before they are encoded and cut out, where the fleet's objects are known to be of another size; the
+    labelled half of a batch is resized likewise (our addition: statistical normalisation of F-GT)."""
 
     max_objects: tuple[int, ...]
     min_points: int = 5
