@@ -29,8 +29,8 @@ class Simulate:
     """everything follows from it"""
     view: Literal["camera", "full"] = "camera"
     """camera: only what a front camera sees (fast); full: the whole turn"""
-    layout: Literal["kitti"] = "kitti"
-    """native layout of the files"""
+    layout: Literal["kitti", "waymo", "lyft"] = "kitti"
+    """native layout of the files; waymo (v2 tables) and lyft want `--view full`, as their labels go all around"""
     splits: tuple[tuple[str, int], ...] = (("train", 0),)
     """names and sizes of the splits in order, as `train 80 val 20`; one size may be 0: it takes the rest"""
     workers: int = 2
@@ -42,18 +42,24 @@ class Simulate:
 def command(config: Simulate) -> None:
     """Write a simulated LiDAR dataset in a native layout from a seed."""
     from ..datasets.simulation.layout_kitti import write_kitti_layout
+    from ..datasets.simulation.layout_lyft import write_lyft_layout
+    from ..datasets.simulation.layout_waymo import write_waymo_layout
     from ..datasets.simulation.places import domain
 
     sizes = split_sizes(config.splits, config.frames)
     place = domain(config.domain)
     with progress_bar("simulate", config.frames) as advance:
-        write_kitti_layout(
+        write = {"kitti": write_kitti_layout, "waymo": write_waymo_layout, "lyft": write_lyft_layout}[config.layout]
+        write(
             config.out, place, num_frames=config.frames, seed=config.seed, workers=config.workers,
             view=config.view, splits=sizes, progress=advance,
         )  # fmt: skip
     print_table("simulated dataset", ("domain", "frames", "seed", "splits"), [(config.domain, config.frames, config.seed, sizes)])
-    height = place.sensor.height
-    console.print(f"next: upcycle3d prepare kitti {config.out} --out PREPARED --classes Car --z-shift {height:g}", soft_wrap=True)
+    height = 0.0 if config.layout == "waymo" else place.sensor.height  # Waymo's origin lies on the road
+    # Vans: KITTI's reader knows them by itself, Lyft's must be told, Waymo does not tell them from cars.
+    options = {"kitti": "", "waymo": " --class-map Vehicle Car", "lyft": " --neighbours other_vehicle Car"}[config.layout]
+    next_step = f"prepare {config.layout} {config.out} --out PREPARED --classes Car --z-shift {height:g}{options}"
+    console.print(f"next: upcycle3d {next_step}", soft_wrap=True)
     console.print(f"for extract, ingest, upcycle and predict on these scans: --rig.z-shift {height:g}")
     write_json(config.json, {"domain": config.domain, "frames": config.frames, "seed": config.seed, "splits": sizes})
 

@@ -1,0 +1,285 @@
+"""nuScenes and Lyft Level 5 as frames, from their tables and sweeps, without either SDK.
+
+    root/<version>/*.json                     the tables (``nuscenes_tables.py``)
+    root/samples, sweeps/LIDAR_TOP/*.pcd.bin  nuScenes' sweeps, or
+    root/lidar/*.bin                          Lyft's: float32 rows x y z intensity ring
+    root/ImageSets/<split>.txt                yours: one scene name per line (scenes, not frames: neighbours in time look alike)
+
+The frame that points and boxes come in is the vehicle's, moved to the sensor: axes of the ego frame, origin of the LiDAR.
+
+       nuScenes' file     Lyft's file (host-a101)     what comes out, for both                      seen from above
+           ^ y forward          o--> y                     ^ x forward
+           |                    |                          |          z_shift lifts z by the mounting height,
+           o--> x               v x backward      y <------o          so that the road is near 0
+
+It is ``calibrated_sensor.rotation`` in full, roll and pitch too (these LiDARs lean by 1 to 3 degrees), but not its translation. A
+vehicle knows that rotation, so its extractor can do the same; its pose in the world it need not know, so the ego pose serves boxes
+and earlier sweeps only. A box that leans in this frame (labels of nuScenes and Lyft are upright in the world, the vehicle on a
+slope is not) keeps its centre, its sizes and the heading of its long axis.
+OpenPCDet and ST3D leave nuScenes' points as they are, x to the right; our detectors want x forward.
+
+nuScenes counts intensity to 255; Lyft published none and writes 100 everywhere. Both are divided by 255.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..perception.boxes import wrap_angle
+from ..perception.structures import Frame, InvalidInput, Labels, PointCloud
+from .kitti import with_point_counts
+from .nuscenes_tables import DriveTables, Sweep
+
+_COLUMNS = 5  # x y z intensity ring
+_INTENSITY_MAX = 255.0
+_EGO_RADIUS = 1.0  # m; what an earlier sweep holds within this square is the vehicle itself, and would be smeared along its way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """What differs between the datasets: the usual version of the tables, and which class each category is by default."""
+
+    name: str
+    version: str
+    class_map: Mapping[str, str]
+
+
+LYFT = Dialect(
+    name="lyft",
+    version="v1.01-train",
+    class_map={
+        "car": "Car",
+        "pedestrian": "Pedestrian",
+        "bicycle": "Cyclist",
+        "motorcycle": "Motorcyclist",
+        "truck": "Truck",
+        "bus": "Bus",
+        "other_vehicle": "OtherVehicle",
+        "emergency_vehicle": "EmergencyVehicle",
+        "animal": "Animal",
+    },
+)
+# The grouping of nuScenes' detection benchmark; what it leaves out (strollers, wheelchairs, debris, ...) has no class.
+NUSCENES = Dialect(
+    name="nuscenes",
+    version="v1.0-trainval",
+    class_map={
+        "vehicle.car": "Car",
+        "human.pedestrian.adult": "Pedestrian",
+        "human.pedestrian.child": "Pedestrian",
+        "human.pedestrian.construction_worker": "Pedestrian",
+        "human.pedestrian.police_officer": "Pedestrian",
+        "vehicle.bicycle": "Cyclist",
+        "vehicle.motorcycle": "Motorcyclist",
+        "vehicle.truck": "Truck",
+        "vehicle.bus.bendy": "Bus",
+        "vehicle.bus.rigid": "Bus",
+        "vehicle.trailer": "Trailer",
+        "vehicle.construction": "ConstructionVehicle",
+        "movable_object.barrier": "Barrier",
+        "movable_object.trafficcone": "TrafficCone",
+    },
+)
+
+
+@dataclass(frozen=True)
+class NuScenesDataset:
+    """The keyframes ``ids`` (sample tokens) of a nuScenes or Lyft folder: a length, and frame i.
+
+    classes: names of the labels' classes, counted in this order. class_map: category of the tables -> class; None takes the
+        dialect's. A category that leads to none of ``classes`` is background.
+    neighbours: category -> the class that it looks like: its boxes are kept with weight 0, as KITTI's vans are for cars.
+    z_shift: m, the mounting height of the LiDAR, added to z of points and boxes so that the road lies near 0.
+    sweeps: how many turns a frame holds, the keyframe's and those before it, moved along with the vehicle's own motion; beyond 1
+        a feature "time" says how old a point is, in s. A scene's first frames hold fewer. The tables must be read with
+        ``keyframes_only=False``.
+    max_length: m, longer boxes are left out of the labels (ST3D drops buses and trucks from a source's vehicles so, at 10 m).
+    with_labels: False leaves ``labels`` None.
+
+    ``num_points`` of a label is the table's where it knows (nuScenes), else counted; of the keyframe's turn in both cases.
+    Raises InvalidInput for options that contradict each other, names that do not exist, and ids that are no sample.
+    """
+
+    tables: DriveTables
+    ids: tuple[str, ...] | list[str]
+    dialect: Dialect
+    classes: tuple[str, ...] = ("Car", "Pedestrian", "Cyclist")
+    class_map: Mapping[str, str] | None = None
+    neighbours: Mapping[str, str] = field(default_factory=dict)
+    z_shift: float = 0.0
+    sweeps: int = 1
+    max_length: float | None = None
+    with_labels: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", tuple(self.ids))
+        object.__setattr__(self, "classes", tuple(self.classes))
+        if self.class_map is None:
+            object.__setattr__(self, "class_map", self.dialect.class_map)
+        if self.sweeps < 1 or (self.max_length is not None and self.max_length <= 0):
+            raise InvalidInput(f"need sweeps >= 1 and max_length > 0, found {self.sweeps} and {self.max_length}")
+        if self.with_labels:
+            self._check_classes()
+
+    def _check_classes(self) -> None:
+        if not self.tables.categories:
+            raise InvalidInput(
+                "the tables hold no category: read them with annotations=True, or ask for frames with_labels=False"
+            )
+        class_map = self.class_map or {}
+        known = tuple(dict.fromkeys((*self.tables.categories, *self.dialect.class_map)))
+        for category in (*class_map, *self.neighbours):
+            if category not in known:
+                raise InvalidInput(f"no category {category!r} in {self.dialect.name}'s tables{_nearest(category, known)}")
+        for name in self.classes:
+            if name not in class_map.values():
+                raise InvalidInput(
+                    f"no category leads to the class {name!r}{_nearest(name, tuple(class_map.values()))}; add it to class_map"
+                )
+        for category, name in self.neighbours.items():
+            if name not in self.classes or class_map.get(category) in self.classes:
+                raise InvalidInput(
+                    f"neighbours: {category!r} -> {name!r}: the class must be one of {', '.join(self.classes)}, and the category none of them itself"
+                )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Frame:
+        """Frame ``index``. Raises InvalidInput naming the sample and the file or row that is missing or broken."""
+        sample = self.ids[index]
+        keyframe = self.tables.keyframe(sample)
+        try:
+            points = self._in_frame(read_sweep(keyframe.path), keyframe, keyframe)
+            labels = self.labels(sample) if self.with_labels else None
+            if labels is not None and bool((labels.num_points < 0).any()):
+                counted = with_point_counts(labels, points).num_points
+                labels = replace(labels, num_points=torch.where(labels.num_points < 0, counted, labels.num_points))
+            if self.sweeps > 1:
+                points = self._accumulate(points, keyframe)
+        except InvalidInput as error:
+            if sample in str(error):
+                raise
+            raise InvalidInput(f"sample {sample}: {error}") from error
+        return Frame(id=sample, points=points, labels=labels)
+
+    def labels(self, sample: str) -> Labels:
+        """The labels of a keyframe without opening its sweep; ``num_points`` is -1 where the table does not know."""
+        keyframe, found = self.tables.keyframe(sample), self.tables.annotations(sample)
+        class_map = {**{c: n for c, n in (self.class_map or {}).items() if n in self.classes}, **self.neighbours}
+        kept = [
+            i for i, category in enumerate(found.categories)
+            if category in class_map and (self.max_length is None or float(found.size[i, 1]) <= self.max_length)
+        ]  # fmt: skip
+        names = [found.categories[i] for i in kept]
+        centre = self._shifted(keyframe.vehicle.to_inner(found.centre[kept]) - keyframe.sensor.translation)
+        forward = found.rotation[kept, :, 0] @ keyframe.vehicle.rotation  # (N, 3), the boxes' x axes in the vehicle's frame
+        yaw = wrap_angle(torch.atan2(forward[:, 1], forward[:, 0]))
+        boxes = torch.cat([centre, found.size[kept][:, [1, 0, 2]], yaw[:, None]], 1).float()
+        boxes[:, 6] = wrap_angle(boxes[:, 6])
+        return Labels.make(
+            boxes,
+            torch.tensor([self.classes.index(class_map[name]) for name in names], dtype=torch.int64),
+            num_points=found.num_points[kept],
+            weight=torch.tensor([0.0 if name in self.neighbours else 1.0 for name in names]),
+        )
+
+    def _accumulate(self, points: PointCloud, keyframe: Sweep) -> PointCloud:
+        """The keyframe's points and those of the sweeps before it, with their age."""
+        clouds, sweep = [_with_age(points, 0.0)], keyframe
+        while len(clouds) < self.sweeps and sweep.previous:
+            sweep = self.tables.sweep(sweep.previous)
+            cloud = read_sweep(sweep.path)
+            cloud = cloud.select(cloud.xyz[:, :2].abs().amax(1) >= _EGO_RADIUS)
+            clouds.append(_with_age(self._in_frame(cloud, sweep, keyframe), (keyframe.timestamp - sweep.timestamp) * 1e-6))
+        return PointCloud.concatenate(clouds)
+
+    def _in_frame(self, cloud: PointCloud, sweep: Sweep, keyframe: Sweep) -> PointCloud:
+        """Points of a sweep's own frame, in the keyframe's as drawn above."""
+        xyz = cloud.xyz.double()
+        if sweep is keyframe:  # no way through the world: metres from a map's origin would cost digits
+            return replace(cloud, xyz=self._shifted(xyz @ sweep.sensor.rotation.T).float())
+        moved = keyframe.vehicle.to_inner(sweep.vehicle.to_outer(sweep.sensor.to_outer(xyz)))
+        return replace(cloud, xyz=self._shifted(moved - keyframe.sensor.translation).float())
+
+    def _shifted(self, xyz: Tensor) -> Tensor:
+        return xyz + xyz.new_tensor([0.0, 0.0, self.z_shift])
+
+
+def read_sweep(path: Path | str) -> PointCloud:
+    """One sweep in the sensor's own frame: float32 rows x y z intensity ring; intensity / 255, the ring is left out.
+
+    Raises InvalidInput: no such file, a length that is no whole number of rows, NaN or inf, no point.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InvalidInput(
+            f"no sweep {path}; unpack the LiDAR archive (earlier sweeps are in one of their own), or leave the frame out"
+        )
+    size = path.stat().st_size
+    if size % (4 * _COLUMNS) or not size:
+        raise InvalidInput(
+            f"{path}: {size} bytes are no whole number of rows of {_COLUMNS} float32 (x y z intensity ring), or none: the sweep is cut off. "
+            "Download it again (Lyft's host-a011_lidar1_1233090652702363606.bin is cut off in v1.01 and whole in v1.02), or leave the frame out"
+        )
+    rows = np.fromfile(path, dtype="<f4").reshape(-1, _COLUMNS)
+    if not np.isfinite(rows[:, :4]).all():
+        raise InvalidInput(
+            f"{path}: {int((~np.isfinite(rows[:, :4]).all(1)).sum())} of {len(rows)} points hold NaN or inf; repair the file"
+        )
+    values = torch.from_numpy(rows[:, :4].astype(np.float32))
+    return PointCloud(xyz=values[:, :3].contiguous(), features=values[:, 3:] / _INTENSITY_MAX)
+
+
+def split_by_scene(tables: DriveTables, scenes: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Split name -> the sample tokens of its scenes, scene by scene in order of time.
+
+    scenes: split name -> scene names. Raises InvalidInput for a scene that does not exist (with the nearest name).
+    """
+    splits: dict[str, tuple[str, ...]] = {}
+    for split, names in scenes.items():
+        for name in names:
+            if name not in tables.scenes:
+                near = _nearest(name, tuple(tables.scenes))
+                raise InvalidInput(
+                    f"split {split!r}: no scene {name!r} in {tables.version}/scene.json{near}; a split lists scene names"
+                )
+        splits[split] = tuple(token for name in dict.fromkeys(names) for token in tables.scenes[name])
+    return splits
+
+
+def draw_scenes(tables: DriveTables, *, val_share: float, seed: int = 0) -> dict[str, tuple[str, ...]]:
+    """Scene names of a "train" and a "val" split: whole logs are drawn until "val" holds ``val_share`` of the frames.
+
+    Scenes of one log are one drive: the same street and cars, so they never part. Raises InvalidInput if there are not two logs.
+    """
+    logs = sorted({tables.logs[name] for name in tables.scenes})
+    if not 0 < val_share < 1 or len(logs) < 2:
+        raise InvalidInput(f"a val split needs 0 < val_share < 1 and at least two logs, found {val_share} and {len(logs)}")
+    wanted, taken, val = val_share * len(tables.sample_order), 0, set()
+    for i in np.random.default_rng(seed).permutation(len(logs))[:-1]:  # one log at least is left for training
+        if taken >= wanted:
+            break
+        val.add(logs[i])
+        taken += sum(len(tokens) for name, tokens in tables.scenes.items() if tables.logs[name] == logs[i])
+    return {
+        "train": tuple(name for name in tables.scenes if tables.logs[name] not in val),
+        "val": tuple(name for name in tables.scenes if tables.logs[name] in val),
+    }
+
+
+def _with_age(cloud: PointCloud, seconds: float) -> PointCloud:
+    age = torch.full((len(cloud), 1), seconds)
+    return replace(cloud, features=torch.cat([cloud.features, age], 1), feature_names=(*cloud.feature_names, "time"))
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(set(known))[:12])}"

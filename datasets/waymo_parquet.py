@@ -1,0 +1,224 @@
+"""Waymo's v2 files: one Parquet table a segment and component, joined here by segment, time and laser.
+
+    root/lidar/<segment>.parquet               range images: a row per frame and laser
+    root/lidar_pose/<segment>.parquet          pixel poses of the TOP laser: a row per frame
+    root/lidar_calibration/<segment>.parquet   a row per laser
+    root/vehicle_pose/<segment>.parquet        a row per frame
+    root/lidar_box/<segment>.parquet           a row per labelled object (not in the testing set)
+
+Columns are named ``[LiDARComponent].range_image_return1.values`` and the like (waymo-open-dataset, ``v2/perception``). A real file of
+range images packs some fifty frames into a row group of a gigabyte, so rows are streamed and the place in the stream is kept: frames
+asked for in order cost one pass, while a step back starts the row group again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ..perception.structures import InvalidInput
+from .waymo_geometry import Image, LaserScan, Matrix, WaymoFrame, WaymoObjects
+
+SEGMENT, TIME, LASER, OBJECT = (
+    "key.segment_context_name",
+    "key.frame_timestamp_micros",
+    "key.laser_name",
+    "key.laser_object_id",
+)
+RETURNS = tuple(f"[LiDARComponent].range_image_return{i}" for i in (1, 2))  # each .values and .shape
+PIXEL_POSE = "[LiDARPoseComponent].range_image_return1"
+VEHICLE_POSE = "[VehiclePoseComponent].world_from_vehicle.transform"
+EXTRINSIC = "[LiDARCalibrationComponent].extrinsic.transform"
+INCLINATION = "[LiDARCalibrationComponent].beam_inclination"  # .min, .max and .values
+BOX = "[LiDARBoxComponent].box"
+BOX_COLUMNS = tuple(f"{BOX}.{name}" for name in ("center.x", "center.y", "center.z", "size.x", "size.y", "size.z", "heading"))
+TYPE, BOX_POINTS, LEVEL = (
+    f"[LiDARBoxComponent].{name}" for name in ("type", "num_lidar_points_in_box", "difficulty_level.detection")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablePlace:
+    """Where a frame lies: the folder that holds the components, the segment, the time in us."""
+
+    root: Path
+    segment: str
+    timestamp: int
+
+
+def find_frames(root: Path, segment: str) -> tuple[TablePlace, ...]:
+    """All frames of a segment that have range images, by time. Raises InvalidInput if its table cannot be read."""
+    times = _Component(root, "lidar", segment, (TIME,)).times
+    return tuple(TablePlace(root=root, segment=segment, timestamp=t) for t in sorted(set(times.tolist())))
+
+
+class SegmentReader:
+    """The frames of one segment; fastest in order of time. Keeps tables open and labels, not images. Not for two threads at once."""
+
+    def __init__(self, root: Path, segment: str) -> None:
+        self.root, self.segment = root, segment
+
+    def frame(self, timestamp: int, *, with_points: bool = True, with_objects: bool = True) -> WaymoFrame:
+        """The frame of time ``timestamp`` us. Raises InvalidInput naming table and time for what is missing or damaged."""
+        return WaymoFrame(
+            segment=self.segment,
+            timestamp=timestamp,
+            pose=self._pose(timestamp) if with_points else None,
+            lasers=tuple(self._lasers(timestamp)) if with_points else (),
+            objects=self._objects(timestamp) if with_objects else None,
+        )
+
+    @cached_property
+    def _lidar(self) -> _Component:
+        return _Component(self.root, "lidar", self.segment, (TIME, LASER, *_image_columns(*RETURNS)))
+
+    @cached_property
+    def _pixel_poses(self) -> _Component:
+        return _Component(self.root, "lidar_pose", self.segment, (TIME, LASER, *_image_columns(PIXEL_POSE)))
+
+    @cached_property
+    def _vehicle_poses(self) -> _Component:
+        return _Component(self.root, "vehicle_pose", self.segment, (TIME, VEHICLE_POSE))
+
+    @cached_property
+    def _boxes(self) -> _Component:
+        return _Component(self.root, "lidar_box", self.segment, (TIME, OBJECT, *BOX_COLUMNS, TYPE, BOX_POINTS, LEVEL))
+
+    @cached_property
+    def _calibrations(self) -> dict[int, dict[str, Any]]:
+        columns = (LASER, EXTRINSIC, *(f"{INCLINATION}.{name}" for name in ("min", "max", "values")))
+        rows = _Component(self.root, "lidar_calibration", self.segment, columns).table.to_pylist()
+        return {row[LASER]: row for row in rows}
+
+    def _lasers(self, timestamp: int) -> Iterator[LaserScan]:
+        poses = {row[LASER].as_py(): row for row in self._pixel_poses.rows(timestamp)}
+        for row in self._lidar.rows(timestamp):
+            name = row[LASER].as_py()
+            where = f"{self._lidar.path}, time {timestamp}, laser {name}"
+            if name not in self._calibrations:
+                raise InvalidInput(f"{where}: no row of this laser in lidar_calibration; its points cannot be placed")
+            calibration = self._calibrations[name]
+            images = [_image(row, column, where) for column in RETURNS]
+            listed = calibration[f"{INCLINATION}.values"]
+            yield LaserScan(
+                name=name,
+                returns=tuple(image for image in images if image is not None),
+                pixel_poses=_image(poses[name], PIXEL_POSE, f"{self._pixel_poses.path}, time {timestamp}")
+                if name in poses
+                else None,
+                extrinsic=_transform(calibration[EXTRINSIC], where),
+                inclinations=np.array(listed, np.float64) if listed else None,
+                inclination_range=(calibration[f"{INCLINATION}.min"], calibration[f"{INCLINATION}.max"]),
+            )
+
+    def _pose(self, timestamp: int) -> Matrix | None:
+        rows = self._vehicle_poses.at(timestamp).to_pylist()
+        return _transform(rows[0][VEHICLE_POSE], f"{self._vehicle_poses.path}, time {timestamp}") if rows else None
+
+    def _objects(self, timestamp: int) -> WaymoObjects:
+        table = self._boxes.at(timestamp)
+
+        def whole_numbers(name: str, unknown: int) -> NDArray[np.int64]:
+            return table[name].fill_null(unknown).to_numpy().astype(np.int64)
+
+        return WaymoObjects(
+            boxes=np.stack([table[name].to_numpy() for name in BOX_COLUMNS], 1).astype(
+                np.float64
+            ),  # null: NaN, which labels refuse
+            types=whole_numbers(TYPE, 0),
+            num_points=whole_numbers(BOX_POINTS, -1),
+            levels=whole_numbers(LEVEL, 0),
+            names=tuple(str(name) for name in table[OBJECT].to_pylist()),
+        )
+
+
+class _Component:
+    """One component of one segment. ``table``: all of it, for small ones; ``rows``: one time's, streamed, for range images."""
+
+    def __init__(self, root: Path, component: str, segment: str, columns: Sequence[str]) -> None:
+        self.path = root / component / f"{segment}.parquet"
+        if not self.path.is_file():
+            advice = "; or read without labels, if this is a testing set" if component == "lidar_box" else ""
+            raise InvalidInput(f"segment {segment}: no table {self.path}; download the component {component} into {root}{advice}")
+        self._columns = list(columns)
+        with self._readable():
+            self._file = pq.ParquetFile(self.path, page_checksum_verification=True)
+            names = self._file.schema_arrow.names
+            missing = [name for name in (SEGMENT, *columns) if name not in names]
+            if missing:
+                raise InvalidInput(
+                    f"{self.path}: no column {', '.join(missing)}; it has {', '.join(names)}; is it the component {component} of v2?"
+                )
+            keys = self._file.read([SEGMENT, *({TIME} & set(columns))], use_threads=False)
+        strangers = {str(name) for name in keys[SEGMENT].unique().to_pylist()} - {segment}
+        if strangers:
+            raise InvalidInput(f"{self.path}: holds rows of segment {min(strangers)}; the file's name and content disagree")
+        self.times = keys[TIME].to_numpy() if TIME in columns else np.zeros(0, np.int64)
+        metadata = self._file.metadata
+        self._ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+        self._stream: Iterator[pa.RecordBatch] = iter(())
+        self._group, self._next = -1, 0  # the row group that is streamed, and the number of the row that comes next
+
+    @cached_property
+    def table(self) -> pa.Table:
+        with self._readable():
+            return self._file.read(self._columns, use_threads=False)
+
+    def at(self, timestamp: int) -> pa.Table:
+        """The rows of one time of ``table``."""
+        return self.table.take(np.flatnonzero(self.times == timestamp))
+
+    def rows(self, timestamp: int) -> Iterator[dict[str, Any]]:
+        """The rows of one time, as scalars by column, reading no row group without one."""
+        for index in np.flatnonzero(self.times == timestamp).tolist():
+            group = int(np.searchsorted(self._ends, index, "right"))
+            with self._readable():
+                if group != self._group or self._next > index:
+                    self._stream = self._file.iter_batches(1, row_groups=[group], columns=self._columns, use_threads=False)
+                    self._group, self._next = group, int(self._ends[group - 1]) if group else 0
+                batch = None
+                while self._next <= index:
+                    batch = next(self._stream, None)
+                    self._next += 1
+            if batch is None:
+                raise InvalidInput(f"{self.path}: row {index} is missing from row group {group}; copy it again")
+            yield {name: batch.column(name)[0] for name in self._columns}
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            self._group = -1
+            raise InvalidInput(f"{self.path}: not a readable Parquet file ({error}); copy it again") from error
+
+
+def _image_columns(*images: str) -> list[str]:
+    return [f"{image}.{part}" for image in images for part in ("values", "shape")]
+
+
+def _image(row: dict[str, Any], column: str, where: str) -> Image | None:
+    """(H, W, C) of a range image, None of a null."""
+    values, shape = row[f"{column}.values"], row[f"{column}.shape"].as_py()
+    if not values.is_valid or shape is None:
+        return None
+    flat = values.values.to_numpy(zero_copy_only=False)
+    if len(shape) != 3 or min(shape) < 1 or shape[0] * shape[1] * shape[2] != len(flat):
+        raise InvalidInput(f"{where}: {column} declares the shape {shape} and holds {len(flat)} numbers")
+    return np.asarray(flat, np.float32).reshape(shape)
+
+
+def _transform(numbers: list[float] | None, where: str) -> Matrix:
+    numbers = numbers or []
+    if len(numbers) != 16 or None in numbers:
+        raise InvalidInput(f"{where}: a transform holds {len(numbers)} numbers, expected 16 (4 x 4)")
+    return np.array(numbers, np.float64).reshape(4, 4)
