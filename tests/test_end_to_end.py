@@ -12,6 +12,7 @@ import torch
 from upcycle3d.datasets.point_files import read_points, write_bin
 from upcycle3d.perception.features import SmashedScene
 from upcycle3d.perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from upcycle3d.perception.server.store import SmashedStore
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.perception.vehicle.codec import decode_scene
 from upcycle3d.perception.vehicle.encoder_file import load_encoder
@@ -274,3 +275,28 @@ def test_a_mistyped_option_names_the_nearest(capsys):
             parsed_as=module.ARGUMENTS,
         )
     assert "--preset.train.loop.optim.lr" in capsys.readouterr().err
+
+
+def test_the_same_commands_serve_pv_rcnn(chain, tmp_path):
+    """Train, extract, ingest, upcycle, evaluate: keypoints travel with the scene, and raw ones do not leave."""
+    raw, data, rig = chain / "raw", chain / "data", ("--rig.z-shift", 1.73)
+    steps = ("--preset.train.loop.optim.total-steps", 2, "--workers", 0)
+    upcycle3d("train", "small_pv_rcnn", "--data", data, "--out", tmp_path / "source", *steps)
+    scans = ("--scans", raw / "training" / "velodyne_reduced", "--ids", raw / "ImageSets" / "fleet.txt")
+    upcycle3d("extract", "--encoder", tmp_path / "source", *scans, *rig, "--codec", "int8", "--out", tmp_path / "shards")
+    upcycle3d("ingest", tmp_path / "shards", "--store", tmp_path / "store", "--encoder", tmp_path / "source", *rig)
+    steps = ("--preset.upcycle.loop.optim.total-steps", 1, "--workers", 0)
+    upcycle3d("upcycle", "small_pv_rcnn", "--data", data, "--checkpoint", tmp_path / "source", "--store", tmp_path / "store", *rig, "--out", tmp_path / "upcycled", *steps)  # fmt: skip
+    upcycle3d(
+        "evaluate", "run", "--detector", tmp_path / "upcycled", "--data", data, "--split", "val", "--json", tmp_path / "ap.json"
+    )
+    assert "Car" in json.loads((tmp_path / "ap.json").read_text())
+    scene = SmashedStore(tmp_path / "store")[0]
+    assert 0 < len(scene.keypoint_cells) <= 1024
+
+    steps = ("--preset.train.loop.optim.total-steps", 1, "--workers", 0)
+    reference = ("--preset.detector.encoder.keypoint-source", "raw_points")
+    upcycle3d("train", "small_pv_rcnn", "--data", data, "--out", tmp_path / "reference", *reference, *steps)
+    refused = ["--encoder", tmp_path / "reference", *scans, *rig, "--out", tmp_path / "refused"]
+    assert run_command(extract.command, [str(a) for a in refused]) == 2
+    assert not list((tmp_path / "refused").glob("*.tar"))
