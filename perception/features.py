@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from .structures import Value, require, shape_of
+
+Place = TypeVar("Place", float, Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +199,16 @@ class SplitSpec:
     def cell_size(self) -> tuple[float, float]:
         """(x, y) metres of one bird's-eye-view cell."""
         return (self.grid.voxel_size[0] * self.stride[2], self.grid.voxel_size[1] * self.stride[1])
+
+    def position(self, row: Place, column: Place) -> tuple[Place, Place]:
+        """x, y in m of a place on the bird's-eye view given in cells (y, x), whole numbers being centres of cells.
+
+        The centre of cell i is that of its receptive field, (i * stride + 1/2) voxels from the start of the range: strided
+        convolutions with kernel 3 are centred on every second voxel.
+        """
+        x = self.grid.range[0] + (column * self.stride[2] + 0.5) * self.grid.voxel_size[0]
+        y = self.grid.range[1] + (row * self.stride[1] + 0.5) * self.grid.voxel_size[1]
+        return x, y
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -37,7 +37,7 @@ from .models.encoders.fingerprint import RigSpec
 from .presets import Preset
 from .server.feature_gt import FeatureDatabase
 from .server.ingest import ingest
-from .server.methods import METHODS
+from .server.methods import METHODS, Method
 from .server.store import SmashedStore
 from .server.trainer import upcycle
 from .structures import InvalidInput, Labels, PointCloud
@@ -263,6 +263,11 @@ class MainJob:
         receipts = json.loads((self.folder / "receipts.json").read_text())
         return {scene: by_frame[frame] for scene, frame in receipts.items()}
 
+    def _truth_for(self, method: Method) -> dict[str, Labels] | None:
+        if method.unlabelled == "none":
+            return None
+        return self.truth_of_scans() if method.unlabelled == "raw" else self.truth()
+
     def _raw_scans(self, batch_size: int) -> UnlabelledBatches:
         """The fleet's raw scans, which UpCycling never sees: for the methods that need them."""
         return unlabelled_batches(self.config.preset, self.split("target", "fleet"), batch_size=batch_size, seed=self.config.seed)
@@ -321,7 +326,7 @@ class MainJob:
                 features=self._features(detector) if method.f_gt else None,
                 config=config,
                 codec=self.config.codec,
-                truth={"none": None, "smashed": self.truth(), "raw": self.truth_of_scans()}[method.unlabelled],
+                truth=self._truth_for(method),
                 run=run,
                 progress=self.progress,
             )

@@ -3,7 +3,7 @@
 On raw points these are the bread and butter of semi-supervised detection. On features they are not: sparse convolutions are not
 equivariant to flips, rotations or scales, so a transformed map holds vectors the encoder never makes (upcycling.md 3.3). The
 labels move with the cells. Geometry turns about the middle of the map, so that the square stays filled. A cell lies at the centre of
-its receptive field, (i * stride + 1/2) voxels from the start of the range (see ``feature_gt.footprint``), so the middle of the map
+its receptive field, (i * stride + 1/2) voxels from the start of the range (see ``SplitSpec.position``), so the middle of the map
 is not the middle of the range: turning the boxes about the latter would leave them 7/8 of a cell beside their cells.
 """
 
@@ -75,17 +75,9 @@ def drop_cells(
     return _changed(split, split.voxels.features[cells], split.voxels.coords[cells], keypoints), labels
 
 
-def _position(split: SplitFeatures, row: float, column: float) -> tuple[float, float]:
-    """x, y in m of a place on the map, given in cells."""
-    grid, stride = split.spec.grid, split.spec.stride
-    x = grid.range[0] + (column * stride[2] + 0.5) * grid.voxel_size[0]
-    y = grid.range[1] + (row * stride[1] + 0.5) * grid.voxel_size[1]
-    return x, y
-
-
 def _centre(split: SplitFeatures) -> tuple[float, float]:
     _, height, width = split.spec.shape
-    return _position(split, (height - 1) / 2, (width - 1) / 2)
+    return split.spec.position((height - 1) / 2, (width - 1) / 2)
 
 
 def _moved(labels: Labels, split: SplitFeatures, matrix: Tensor, yaw_sign: float, yaw_shift: float, scale: float = 1.0) -> Labels:
@@ -194,7 +186,7 @@ def cut_mix(
     """One side of scene ``a`` beside the other side of scene ``b``, cut along x at a random row of cells."""
     _, height, _ = a.voxels.shape
     row = int(rng.integers(height // 4, height - height // 4))
-    _, y = _position(a, row - 0.5, 0)
+    _, y = a.spec.position(row - 0.5, 0.0)
     left, right = a.voxels.coords[:, 2] < row, b.voxels.coords[:, 2] >= row
     mixed = SparseVoxels(
         features=torch.cat([a.voxels.features[left], b.voxels.features[right]]),

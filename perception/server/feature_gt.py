@@ -53,15 +53,10 @@ _SCHEMA = pa.schema(
 
 
 def footprint(boxes: Tensor, spec: SplitSpec, margin_cells: float = 1.0) -> Tensor:
-    """(N, H, W) bool: cells whose centre lies in each box (N, 7) seen from above, widened by ``margin_cells`` on each side.
-
-    The centre of cell i is that of its receptive field, (i * stride + 1/2) voxels from the start of the range: strided
-    convolutions with kernel 3 are centred on every second voxel.
-    """
+    """(N, H, W) bool: cells whose centre (``SplitSpec.position``) lies in each box (N, 7) seen from above, widened by ``margin_cells``
+    on each side."""
     _, height, width = spec.shape
-    sx, sy = spec.grid.voxel_size[0], spec.grid.voxel_size[1]
-    x = spec.grid.range[0] + (torch.arange(width, device=boxes.device) * spec.stride[2] + 0.5) * sx
-    y = spec.grid.range[1] + (torch.arange(height, device=boxes.device) * spec.stride[1] + 0.5) * sy
+    x, y = spec.position(torch.arange(height, device=boxes.device), torch.arange(width, device=boxes.device))
     dx = x[None, None, :] - boxes[:, 0, None, None]
     dy = y[None, :, None] - boxes[:, 1, None, None]
     cos, sin = torch.cos(boxes[:, 6])[:, None, None], torch.sin(boxes[:, 6])[:, None, None]

@@ -39,11 +39,11 @@ def rotate_object(item: FeatureObject, angle: float, spec: SplitSpec, config: Fe
 
     # Each cell of the turned object looks back to where it came from, in metres about the box's centre.
     rows, columns = torch.meshgrid(torch.arange(size[0]) + y0, torch.arange(size[1]) + x0, indexing="ij")
-    x, y = _position(rows, columns, spec)
+    x, y = spec.position(rows, columns)
     offset = torch.stack([x - box[0], y - box[1], torch.zeros_like(x)], -1)
     source = rotate_z(offset, torch.tensor(-angle)) + box[:3]
     cell_x, cell_y = spec.cell_size()
-    first_x, first_y = _position(torch.tensor(y0), torch.tensor(x0), spec)
+    first_x, first_y = spec.position(float(y0), float(x0))
     place = torch.stack([(source[..., 0] - first_x) / cell_x, (source[..., 1] - first_y) / cell_y], -1)  # in cells of the window
     grid = 2 * place / torch.tensor([size[1] - 1, size[0] - 1]) - 1
     flat = window.permute(0, 3, 1, 2).flatten(0, 1)[None]
@@ -80,11 +80,3 @@ def rotate_objects(
         if len(turned.coords) and (len(around) == 0 or float(iou_bev(turned.box[None], around).sum()) == 0):
             result[k] = turned
     return result
-
-
-def _position(row: Tensor, column: Tensor, spec: SplitSpec) -> tuple[Tensor, Tensor]:
-    """x, y in m of cell centres (see ``feature_gt.footprint``)."""
-    grid, stride = spec.grid, spec.stride
-    x = grid.range[0] + (column * stride[2] + 0.5) * grid.voxel_size[0]
-    y = grid.range[1] + (row * stride[1] + 0.5) * grid.voxel_size[1]
-    return x, y

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ...ops.iou3d import iou_3d
 from ..features import VoxelGrid
@@ -35,6 +36,14 @@ class ScoreThresholds:
             raise InvalidInput(f"thresholds must satisfy 0 <= ignore <= iou_score <= 1, found {self}")
 
 
+def worth(predictions: Predictions, thresholds: Sequence[ScoreThresholds]) -> tuple[Tensor, Tensor]:
+    """Which detections (N,) are good enough for a label, and which are labels or at least ignored. One threshold per class."""
+    table = predictions.scores.new_tensor([[t.iou_score, t.class_score, t.ignore] for t in thresholds])
+    iou_score, class_score, ignore = table[predictions.classes].unbind(1)
+    good = (predictions.iou_scores >= iou_score) & (predictions.class_scores >= class_score)
+    return good, good | (predictions.iou_scores >= ignore)
+
+
 def teacher_labels(
     predictions: Predictions, thresholds: Sequence[ScoreThresholds], *, trusted: bool, box_weight: float = 1.0
 ) -> Labels:
@@ -43,16 +52,13 @@ def teacher_labels(
     trusted=False gives hybrid labels (inexact, incomplete, with ``box_weight`` for box regression); True treats the teacher's boxes
     as the truth for every head (plain pseudo labels, the baseline). Zero labels are legal.
     """
-    table = predictions.scores.new_tensor([[t.iou_score, t.class_score, t.ignore] for t in thresholds])
-    iou_score, class_score, ignore = table[predictions.classes].unbind(1)
-    good = (predictions.iou_scores >= iou_score) & (predictions.class_scores >= class_score)
-    keep = good | (predictions.iou_scores >= ignore)
+    good, keep = worth(predictions, thresholds)
     return Labels.make(
         predictions.boxes.data[keep],
         predictions.classes[keep],
         weight=good[keep].float(),
         exact=trusted,
-        box_weight=torch.full_like(iou_score[keep], 1.0 if trusted else box_weight),
+        box_weight=torch.full_like(predictions.scores[keep], 1.0 if trusted else box_weight),
         complete=trusted,
     )
 

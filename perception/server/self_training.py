@@ -28,7 +28,7 @@ from ..structures import Frame, Labels, LossTerms, Predictions
 from ..training.ema import make_teacher, update_ema
 from ..training.loop import LoopConfig, run_steps
 from ..training.run_folder import RunFolder
-from .pseudo_labels import ScoreThresholds
+from .pseudo_labels import ScoreThresholds, worth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +74,7 @@ _COLUMNS = ("boxes", "classes", "scores", "positive", "missed")
 
 def remember(found: Predictions, thresholds: Sequence[ScoreThresholds]) -> Remembered:
     """A round's own labels of one scan: positive from the label thresholds on, ignored from the ignore threshold on."""
-    table = found.scores.new_tensor([[t.iou_score, t.class_score, t.ignore] for t in thresholds])
-    iou_score, class_score, ignore = table[found.classes].unbind(1)
-    positive = (found.iou_scores >= iou_score) & (found.class_scores >= class_score)
-    keep = positive | (found.iou_scores >= ignore)
+    positive, keep = worth(found, thresholds)
     return Remembered(
         boxes=found.boxes.data[keep],
         classes=found.classes[keep],
