@@ -10,24 +10,18 @@ Frames are independent, so workers share nothing. The label is written last: a f
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ...perception.files import write_atomically
-from ...perception.structures import Calibration, InvalidInput, UpcycleError
+from ...perception.structures import Calibration, InvalidInput
 from ..kitti_text import write_objects
 from ..point_files import write_bin
 from .places import Domain
-from .raycast import SIMULATOR_VERSION
 from .simulate import SimulatedFrame, View, simulate_frame, virtual_camera
+from .writing import claim, run_jobs, split_members
 
 FOLDERS: Mapping[View, str] = {"camera": "velodyne_reduced", "full": "velodyne"}
 
@@ -85,14 +79,14 @@ def write_kitti_layout(
     root = Path(root)
     if num_frames < 1 or workers < 1:
         raise InvalidInput(f"need num_frames >= 1 and workers >= 1, found {num_frames} and {workers}")
-    members = _split_members(num_frames, splits if splits is not None else {"train": num_frames})
-    _claim(root, domain, seed, view)
+    members = split_members(num_frames, splits if splits is not None else {"train": num_frames})
+    claim(root, domain, seed, view, contents=("training",))
 
     missing = [i for i in range(num_frames) if not _complete(root, i, view)]
     done = num_frames - len(missing)
     if progress is not None and done:
         progress(done, num_frames)
-    for _ in _run([(root, domain, seed, i, view) for i in missing], workers):
+    for _ in run_jobs(_work, [(root, domain, seed, i, view) for i in missing], workers):
         done += 1
         if progress is not None:
             progress(done, num_frames)
@@ -101,60 +95,6 @@ def write_kitti_layout(
     return len(missing)
 
 
-def _run(jobs: list[tuple[Path, Domain, int, int, View]], workers: int) -> Iterator[int]:
-    """The frames as they get done. The first is made here, so that the ray-caster is compiled once, before there are workers."""
-    yield from map(_work, jobs[:1])
-    rest = jobs[1:]
-    if workers == 1 or len(rest) < 2:
-        yield from map(_work, rest)
-        return
-    # Forked where that is safe, as torch's own DataLoader does, with one torch thread per worker: no start-up time, no import.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    chunk = max(1, min(16, len(rest) // (4 * workers)))
-    try:
-        with ProcessPoolExecutor(min(workers, len(rest)), context, torch.set_num_threads, (1,)) as pool:
-            yield from pool.map(_work, rest, chunksize=chunk)
-    except BrokenProcessPool as error:
-        raise UpcycleError(
-            "a simulation worker died (out of memory, or killed); the frames made so far are kept: run it again, "
-            "with workers=1 if it happens again"
-        ) from error
-
-
 def _complete(root: Path, index: int, view: View) -> bool:
     files = (f"{FOLDERS[view]}/{index:06d}.bin", f"calib/{index:06d}.txt", f"label_2/{index:06d}.txt")
     return all((root / "training" / f).is_file() for f in files)
-
-
-def _claim(root: Path, domain: Domain, seed: int, view: View) -> None:
-    """Write what is simulated here, or refuse if something else already is."""
-    path = root / "simulation.json"
-    wanted = json.dumps({"version": SIMULATOR_VERSION, "seed": seed, "view": view, "domain": asdict(domain)}, indent=1) + "\n"
-    if path.is_file():
-        if path.read_text(encoding="utf-8") != wanted:
-            raise InvalidInput(
-                f"{path} describes another simulation than domain {domain.name!r}, seed {seed}, view {view!r}, version {SIMULATOR_VERSION}; "
-                "use another folder, or remove that one"
-            )
-        return
-    if (root / "training").exists():
-        raise InvalidInput(f"{root / 'training'} exists but {path} does not: it is no simulated dataset; use another folder")
-    write_atomically(path, wanted.encode())
-
-
-def _split_members(num_frames: int, splits: Mapping[str, int | Sequence[int]]) -> dict[str, list[int]]:
-    members: dict[str, list[int]] = {}
-    indices, start = range(num_frames), 0
-    for name, wanted in splits.items():
-        ids = list(indices[start : start + wanted]) if isinstance(wanted, int) else list(wanted)
-        if isinstance(wanted, int):
-            start += wanted
-        strangers = [i for i in ids if i not in indices]
-        if strangers or not ids or (isinstance(wanted, int) and len(ids) < wanted) or len(set(ids)) < len(ids):
-            raise InvalidInput(
-                f"split {name!r} asks for {wanted}, but the frames are 0 to {num_frames - 1}"
-                + (f", {start - wanted} of them taken" if isinstance(wanted, int) else "")
-                + "; give every split at least one frame, none twice, and make enough of them"
-            )
-        members[name] = ids
-    return members

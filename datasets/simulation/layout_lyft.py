@@ -18,24 +18,18 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
-from sys import platform
 from typing import Any
 
 import numpy as np
 import torch
 
 from ...perception.files import write_atomically
-from ...perception.structures import InvalidInput, UpcycleError
+from ...perception.structures import InvalidInput
 from ..nuscenes_tables import Pose, quaternion_matrix
-from .layout_kitti import _split_members
 from .places import Domain
-from .raycast import SIMULATOR_VERSION
 from .simulate import SimulatedFrame, View, simulate_frame
+from .writing import claim, run_jobs, split_members
 
 VERSION = "v1.01-train"
 CATEGORIES: Mapping[str, str] = {
@@ -161,34 +155,17 @@ def write_lyft_layout(
     root = Path(root)
     if num_frames < 1 or workers < 1:
         raise InvalidInput(f"need num_frames >= 1 and workers >= 1, found {num_frames} and {workers}")
-    members = _split_members(num_frames, splits if splits is not None else {"train": num_frames})
-    _claim(root, domain, seed, view)
+    members = split_members(num_frames, splits if splits is not None else {"train": num_frames})
+    claim(root, domain, seed, view, layout="lyft", contents=(VERSION, "lidar"))
     jobs = [(root, domain, seed, i, view) for i in range(num_frames) if not _rows_file(root, i).is_file()]
     done = num_frames - len(jobs)
     if progress is not None and done:
         progress(done, num_frames)
 
-    def advance(_: int) -> None:
-        nonlocal done
+    for _ in run_jobs(_work, jobs, workers):
         done += 1
         if progress is not None:
             progress(done, num_frames)
-
-    for index in map(_work, jobs[:1]):  # here, so that the ray-caster is compiled once, before there are workers
-        advance(index)
-    if workers == 1 or len(jobs) < 3:
-        for index in map(_work, jobs[1:]):
-            advance(index)
-    else:
-        context = get_context("fork" if platform == "linux" else "spawn")
-        try:
-            with ProcessPoolExecutor(min(workers, len(jobs)), context, torch.set_num_threads, (1,)) as pool:
-                for index in pool.map(_work, jobs[1:], chunksize=max(1, min(16, len(jobs) // (4 * workers)))):
-                    advance(index)
-        except BrokenProcessPool as error:
-            raise UpcycleError(
-                "a simulation worker died (out of memory, or killed); the frames made so far are kept: run it again"
-            ) from error
     _write_tables(root, num_frames)
     for name, indices in members.items():
         write_atomically(root / "ImageSets" / f"{name}.txt", "".join(f"{scene_name(i)}\n" for i in indices).encode())
@@ -218,23 +195,6 @@ def _write_tables(root: Path, num_frames: int) -> None:
             tables[name] += rows
     for name, rows in tables.items():
         write_atomically(root / VERSION / f"{name}.json", json.dumps(rows).encode())
-
-
-def _claim(root: Path, domain: Domain, seed: int, view: View) -> None:
-    """Write what is simulated here, or refuse if something else already is."""
-    path = root / "simulation.json"
-    wanted = {"layout": "lyft", "version": SIMULATOR_VERSION, "seed": seed, "view": view, "domain": asdict(domain)}
-    text = json.dumps(wanted, indent=1) + "\n"
-    if path.is_file():
-        if path.read_text(encoding="utf-8") != text:
-            raise InvalidInput(
-                f"{path} describes another simulation than Lyft's layout of domain {domain.name!r}, seed {seed}, view {view!r}, "
-                f"version {SIMULATOR_VERSION}; use another folder, or remove that one"
-            )
-        return
-    if (root / VERSION).exists() or (root / "lidar").exists():
-        raise InvalidInput(f"{root} holds {VERSION} or lidar but no {path.name}: it is no simulated dataset; use another folder")
-    write_atomically(path, text.encode())
 
 
 def _quaternion(yaw: float, pitch: float, roll: float) -> list[float]:

@@ -11,14 +11,8 @@ poses are turned by half a step against the frame's pose: a reader that ignores 
 
 from __future__ import annotations
 
-import json
 import math
-import multiprocessing
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +22,7 @@ import torch
 
 from ...ops.points_in_boxes import count_points_in_boxes
 from ...perception.files import atomic_file, write_atomically
-from ...perception.structures import InvalidInput, UpcycleError
+from ...perception.structures import InvalidInput
 from ..waymo_geometry import TOP, LaserScan, Matrix, WaymoFrame, WaymoObjects, frame_points
 from ..waymo_parquet import (
     BOX_COLUMNS,
@@ -46,9 +40,9 @@ from ..waymo_parquet import (
     VEHICLE_POSE,
 )
 from .places import Domain
-from .raycast import SIMULATOR_VERSION
 from .sensors import Sensor
 from .simulate import SimulatedFrame, View, simulate_frame
+from .writing import claim, run_jobs
 
 FRAMES_PER_SEGMENT = 5
 _TYPE_OF = {"Car": 1, "Van": 1, "Truck": 1, "Pedestrian": 2, "Cyclist": 4}  # Label.Type
@@ -156,7 +150,7 @@ def write_waymo_layout(
         raise InvalidInput(
             f"need num_frames and workers of at least 1 and splits within them, found {num_frames}, {workers}, {dict(splits)}"
         )
-    _claim(root, domain, seed, view)
+    claim(root, domain, seed, view, layout="waymo", contents=("lidar",))
     members: dict[str, list[str]] = {}
     segments: dict[str, range] = {}
     start = 0
@@ -168,7 +162,7 @@ def write_waymo_layout(
     missing = {name: r for name, r in segments.items() if not (root / "lidar_box" / f"{name}.parquet").is_file()}
     made, done = sum(map(len, missing.values())), start - sum(map(len, missing.values()))
     jobs = [(root, domain, seed, view, name, r) for name, r in missing.items()]
-    for frames in _run(jobs, workers):
+    for frames in run_jobs(_work, jobs, workers, chunk=1):
         done += frames
         if progress is not None:
             progress(done, start)
@@ -185,37 +179,6 @@ def _work(job: _Job) -> int:
     made = ((i, simulate_frame(domain, seed=seed, index=i, view=view)) for i in indices)
     write_segment(root, segment, (waymo_frame(frame, domain.sensor, segment=segment, index=i) for i, frame in made))
     return len(indices)
-
-
-def _run(jobs: list[_Job], workers: int) -> Iterable[int]:
-    """Frames made by each job. The first runs here, so that the ray-caster is compiled once, before there are workers."""
-    yield from map(_work, jobs[:1])
-    if workers == 1 or len(jobs) < 3:
-        yield from map(_work, jobs[1:])
-        return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # as in layout_kitti
-    try:
-        with ProcessPoolExecutor(min(workers, len(jobs) - 1), context, torch.set_num_threads, (1,)) as pool:
-            yield from pool.map(_work, jobs[1:])
-    except BrokenProcessPool as error:
-        raise UpcycleError(
-            "a simulation worker died (out of memory, or killed); the segments made so far are kept: run it again, "
-            "with workers=1 if it happens again"
-        ) from error
-
-
-def _claim(root: Path, domain: Domain, seed: int, view: View) -> None:
-    """Write what is simulated here, or refuse if something else already is."""
-    path = root / "simulation.json"
-    settings = {"version": SIMULATOR_VERSION, "layout": "waymo", "seed": seed, "view": view, "domain": asdict(domain)}
-    wanted = json.dumps(settings, indent=1) + "\n"
-    if path.is_file():
-        if path.read_text(encoding="utf-8") != wanted:
-            raise InvalidInput(f"{path} describes another simulation than this; use another folder, or remove that one")
-    elif (root / "lidar").exists():
-        raise InvalidInput(f"{root / 'lidar'} exists but {path} does not: it is no simulated dataset; use another folder")
-    else:
-        write_atomically(path, wanted.encode())
 
 
 # ---- tables
