@@ -97,13 +97,12 @@ class Extractor:
             voxelized = self._now()
             cut = self._encoder.features(clouds, voxels).to("cpu")
         done = self._now()
-        coords = cut.voxels.coords[:, 1:]
-        order = self._ascending(coords)
+        cells = cut.voxels.sorted()
         keypoint_cells, keypoint_features = self._at_rest(cut.keypoints)
         scene = SmashedScene(
             spec=self.spec,
-            coords=coords[order],
-            features=cut.voxels.features.float()[order],
+            coords=cells.coords[:, 1:].contiguous(),
+            features=cells.features.float().clone(),  # the clone is no inference tensor any more
             keypoint_cells=keypoint_cells,
             keypoint_features=keypoint_features,
             codec=self.codec,
@@ -116,13 +115,7 @@ class Extractor:
         """Cells (K, 3) of the input grid and features (K, C) of keypoints, in their order; none without."""
         if keypoints is None:
             return torch.zeros(0, 3, dtype=torch.int32), torch.zeros(0, 0)
-        # The clone is no inference tensor any more.
         return cells_of_centres(keypoints.xyz, self.spec.grid), keypoints.features.float().clone()
-
-    def _ascending(self, coords: Tensor) -> Tensor:
-        _, height, length = self.spec.shape
-        wide = coords.long()
-        return ((wide[:, 0] * height + wide[:, 1]) * length + wide[:, 2]).argsort()
 
     def _now(self) -> float:
         if self._device.type == "cuda":
