@@ -1,7 +1,7 @@
 """Bytes of a smashed scene beside its raw scan: both detectors, both codecs, on simulated or given scans.
 
     python benchmarks/upload.py --presets small small_pv_rcnn kitti_second_iou kitti_pv_rcnn
-    python benchmarks/upload.py --detectors runs/claim/seed10/source_run runs/pv/seed10/source_run --domain waymo
+    python benchmarks/upload.py --detectors runs/waymo_kitti/seed10/plain/source_run runs/waymo_kitti_pv/seed10/plain/source_run --domain waymo
 
 Presets have random weights: their features compress otherwise than trained ones. The raw scan is counted as float32 x, y, z and the
 features it has; a scene as encoded (zstd), without its share of the tar.

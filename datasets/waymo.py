@@ -10,8 +10,6 @@ A segment is 20 s of one drive, so neighbouring frames show one street: whatever
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -208,21 +206,9 @@ def find_waymo_splits(root: Path | str, names: Sequence[str] = ()) -> dict[str, 
     return {name: segments for name, segments in splits.items() if segments}
 
 
-def split_by_sequence(ids: Sequence[str], fraction: float, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(labelled, rest): frame ids of about ``fraction`` of the sequences, and all others, in the order of ``ids``.
-
-    A sequence is what stands before the last "_" of an id; no sequence is on both sides. Sequences are ranked by the SHA-256 of
-    ``seed:sequence`` and the first ceil(fraction x count) are labelled, so a split depends on neither machine nor library, and for
-    one seed 1 % lies in 2 %, 5 % and 20 %. The partial-label settings are fractions 0.01, 0.02, 0.05, 0.2 with seeds 0, 1, 2.
-    Raises InvalidInput for a fraction outside (0, 1], or no id.
-    """
-    if not 0 < fraction <= 1 or not ids:
-        raise InvalidInput(f"split_by_sequence needs ids and a fraction in (0, 1], found {len(ids)} ids and {fraction}")
-    sequence = [name.rpartition("_")[0] for name in ids]
-    ranked = sorted(set(sequence), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    chosen = set(ranked[: math.ceil(round(fraction * len(ranked), 9))])
-    sides = [tuple(i for i, name in zip(ids, sequence) if (name in chosen) is wanted) for wanted in (True, False)]
-    return sides[0], sides[1]
+def segment_of(frame_id: str) -> str:
+    """The segment of a frame: what stands before the last "_" of its id."""
+    return frame_id.rpartition("_")[0]
 
 
 def _table_places(root: Path, segment: str) -> tuple[FramePlace, ...]:

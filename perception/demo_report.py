@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from .features import SmashedScene, SplitSpec
-from .main_job import MainJob, MethodResult
+from .main_job import MainJob, TrialResult, closed_gap
 from .models.pv_rcnn import PvRcnnDetectorConfig
 from .server.methods import METHODS
 from .training.detector_files import load_detector
@@ -17,13 +16,15 @@ from .viz.charts import Series, bar_chart, gap_chart, line_chart, stacked_bars
 from .viz.html import Block, Section, figure_png, figure_svg, key_numbers, page, paragraph, table, write_html
 
 PICTURED_FRAMES = 3
+CAR_3D, CAR_BEV = "Car 3D 0.7", "Car BEV 0.7"
 
 
-def write_report(path: Path, job: MainJob, results: Mapping[str, MethodResult], summary: Mapping[str, object]) -> None:
-    """Write the report of a finished demo. summary: what ``result.json`` holds."""
-    c = job.config
+def write_report(
+    path: Path, job: MainJob, places: tuple[str, str], results: Mapping[str, TrialResult], summary: Mapping[str, object]
+) -> None:
+    """Write the report of a finished demo. places: names of source and target. summary: what ``result.json`` holds."""
     sections = [
-        Section("What happened", _story(job, results, summary)),
+        Section("What happened", _story(job, places, results, summary)),
         Section("Average precision", _scores(results)),
         Section("What the server learnt from: pseudo labels over time", _pseudo_labels(job, results)),
         Section("Training", _losses(job, results)),
@@ -31,7 +32,9 @@ def write_report(path: Path, job: MainJob, results: Mapping[str, MethodResult], 
         Section("Seen from above, before and after", _pictures(job)),
         Section("Where the time went", _time(job, summary)),
     ]
-    subtitle = f"simulated {c.source.name} to simulated {c.target.name}, seed {c.seed}; one seed is an example, not a measurement"
+    subtitle = (
+        f"simulated {places[0]} to simulated {places[1]}, seed {job.config.seed}; one seed is an example, not a measurement"
+    )
     write_html(path, page("upcycle3d: the main job on simulated data", sections, subtitle=subtitle))
 
 
@@ -41,24 +44,27 @@ def _number(summary: Mapping[str, object], name: str) -> float:
     return float(value)
 
 
-def _story(job: MainJob, results: Mapping[str, MethodResult], summary: Mapping[str, object]) -> list[Block]:
+def _story(
+    job: MainJob, places: tuple[str, str], results: Mapping[str, TrialResult], summary: Mapping[str, object]
+) -> list[Block]:
     c, source, up = job.config, results["source_only"].student, results["upcycling"].student
-    gap = summary["closed_gap_bev"]
+    gap = closed_gap(source[CAR_BEV], up[CAR_BEV], results["oracle_full"].student[CAR_BEV])
+    labelled, fleet, validation = (len(split.open()) for split in (c.labelled, c.fleet, c.validation))
     ratio = _number(summary, "bytes_per_frame") / _number(summary, "raw_bytes_per_frame")
     detector = "PV-RCNN" if isinstance(c.preset.detector, PvRcnnDetectorConfig) else "SECOND-IoU"
     return [
         paragraph(
-            f"A detector ({detector}, small) was trained on {c.labelled} labelled scans of one simulated place ({c.source.name}). A fleet "
-            f"at another place ({c.target.name}: other beams, mounting height, streets and car sizes) ran its vehicle half over {c.fleet} "
+            f"A detector ({detector}, small) was trained on {labelled} labelled scans of one simulated place ({places[0]}). A fleet "
+            f"at another place ({places[1]}: other beams, mounting height, streets and car sizes) ran its vehicle half over {fleet} "
             "scans and handed over only the features at the cut, in smashed shards. The server verified the shards and went on training "
             "the server half with them: a teacher's boxes as hybrid pseudo labels, and labelled objects pasted as features (F-GT). "
-            f"Every method started from the same checkpoint and was scored on {c.validation} target scans nobody trained on."
+            f"Every method started from the same checkpoint and was scored on {validation} target scans nobody trained on."
         ),
         key_numbers(
             [
-                ("source only, BEV AP", source.ap_bev, "%", "the checkpoint as it is"),
-                ("UpCycling, BEV AP", up.ap_bev, "%", "labelled source + smashed target"),
-                ("closed gap, BEV", float("nan") if gap is None else float(str(gap)), "%", "of source only to all target labels"),
+                ("source only, BEV AP", source[CAR_BEV], "%", "the checkpoint as it is"),
+                ("UpCycling, BEV AP", up[CAR_BEV], "%", "labelled source + smashed target"),
+                ("closed gap, BEV", float("nan") if gap is None else gap, "%", "of source only to all target labels"),
                 ("upload a frame", _number(summary, "bytes_per_frame") / 1000, "kB", f"{ratio:.1f} times the raw scan"),
             ]
         ),
@@ -69,11 +75,10 @@ def _story(job: MainJob, results: Mapping[str, MethodResult], summary: Mapping[s
     ]
 
 
-def _scores(results: Mapping[str, MethodResult]) -> list[Block]:
+def _scores(results: Mapping[str, TrialResult]) -> list[Block]:
     header = ("method", "what it is", "3D 0.7", "BEV 0.7", "3D 0.5", "BEV 0.5", "EMA 3D 0.7", "EMA BEV 0.7")
-    rows = [
-        (name, METHODS[name].summary, *asdict(r.student).values(), r.teacher.ap_3d, r.teacher.ap_bev)
-        for name, r in results.items()
+    rows: list[tuple[str | float, ...]] = [
+        (name, METHODS[name].summary, *r.student.values(), r.teacher[CAR_3D], r.teacher[CAR_BEV]) for name, r in results.items()
     ]
     blocks = [
         table(
@@ -83,8 +88,8 @@ def _scores(results: Mapping[str, MethodResult]) -> list[Block]:
         )
     ]
     between = [n for n in results if n not in ("source_only", "oracle_full")]
-    for metric, title in (("ap_bev", "BEV AP at IoU 0.7"), ("ap_3d", "3D AP at IoU 0.7")):
-        values = {name: float(getattr(r.student, metric)) for name, r in results.items()}
+    for metric, title in ((CAR_BEV, "BEV AP at IoU 0.7"), (CAR_3D, "3D AP at IoU 0.7")):
+        values = {name: r.student[metric] for name, r in results.items()}
         chart = gap_chart(
             values["source_only"],
             [(name, values[name]) for name in between],
@@ -101,7 +106,7 @@ def _scores(results: Mapping[str, MethodResult]) -> list[Block]:
     return blocks
 
 
-def _pseudo_labels(job: MainJob, results: Mapping[str, MethodResult]) -> list[Block]:
+def _pseudo_labels(job: MainJob, results: Mapping[str, TrialResult]) -> list[Block]:
     names = [n for n in results if METHODS[n].unlabelled != "none"]
     logs = {n: RunFolder.open(job.folder / "methods" / n).metrics("pseudo_labels") for n in names}
 
@@ -120,9 +125,9 @@ def _pseudo_labels(job: MainJob, results: Mapping[str, MethodResult]) -> list[Bl
     ]
 
 
-def _losses(job: MainJob, results: Mapping[str, MethodResult]) -> list[Block]:
+def _losses(job: MainJob, results: Mapping[str, TrialResult]) -> list[Block]:
     blocks = []
-    runs = {"source training": job.folder / "source_run"} | {
+    runs = {"source training": job.source} | {
         name: job.folder / "methods" / name for name in results if METHODS[name].trains != "nothing"
     }
     series = []
@@ -140,7 +145,7 @@ def _losses(job: MainJob, results: Mapping[str, MethodResult]) -> list[Block]:
 
 def _upload(job: MainJob, summary: Mapping[str, object]) -> list[Block]:
     stages = ("voxelize", "backbone", "codec", "write")
-    detector, _ = load_detector(job.folder / "source_run")
+    detector, _ = load_detector(job.source)
     scene = job.store(detector)[0]
     sizes = [_number(summary, "raw_bytes_per_frame") / 1000, _number(summary, "bytes_per_frame") / 1000]
     return [
@@ -183,10 +188,10 @@ def _features_picture(job: MainJob, scene: SmashedScene) -> bytes:
 
 
 def _pictures(job: MainJob) -> list[Block]:
-    frames = job.split("target", "val")
+    frames = job.config.validation.open()
     names = job.config.preset.detector.class_names
     x0, y0, _, x1, y1, _ = job.config.preset.detector.encoder.grid.range
-    before, _ = load_detector(job.folder / "source_run")
+    before, _ = load_detector(job.source)
     after, _ = load_detector(job.folder / "methods" / "upcycling")
     blocks = [paragraph("Points are simulated. Dashed boxes are ignored by the protocol (vans).")]
     # The frames with most cars say most.

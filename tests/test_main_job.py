@@ -1,49 +1,63 @@
-"""A job's folder belongs to one configuration, and what does not depend on the upcycling settings can be shared."""
+"""A job's folder belongs to one configuration and the same frames, and its trials share one source model."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from upcycle3d.datasets.simulation.places import domain
-from upcycle3d.perception.main_job import MainJob, MainJobConfig, closed_gap
+from upcycle3d.perception.experiments import Size, simulated_adaptation
+from upcycle3d.perception.main_job import MainJob, MainJobConfig, RunOptions, Trial, TrialResult, closed_gap
 from upcycle3d.perception.presets import SMALL
 from upcycle3d.perception.structures import InvalidInput
 
-CONFIG = MainJobConfig(
-    source=domain("waymo"), target=domain("lyft"), labelled=2, fleet=1, validation=1, seed=0, preset=SMALL, workers=1
-)
+QUIET = RunOptions(say=lambda text: None, processes=1)
 
 
-def job(folder: Path, config: MainJobConfig = CONFIG) -> MainJob:
-    return MainJob(config=config, folder=folder, say=lambda text: None)
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> MainJobConfig:
+    size = Size(labelled=2, fleet=1, validation=1)
+    data = simulated_adaptation(tmp_path_factory.mktemp("data"), "waymo", "lyft", size=size, seed=0, classes=("Car",), workers=1)
+    return MainJobConfig(
+        labelled=data.labelled, fleet=data.fleet, validation=data.validation, protocol="kitti", preset=SMALL, seed=0
+    )
 
 
-def test_a_folder_of_another_job_is_refused_and_names_the_difference(tmp_path):
-    job(tmp_path / "a").data()
-    with pytest.raises(InvalidInput, match=r"labelled: stored 2, now 3"):
-        job(tmp_path / "a", replace(CONFIG, labelled=3)).data()
+def test_a_folder_of_another_job_is_refused_and_names_the_difference(config, tmp_path):
+    MainJob(config=config, folder=tmp_path, options=QUIET)
+    with pytest.raises(InvalidInput, match=r"seed: stored 0, now 1"):
+        MainJob(config=replace(config, seed=1), folder=tmp_path, options=QUIET)
+    with pytest.raises(InvalidInput, match=r"labelled: stored '2 frames [0-9a-f]+', now '1 frames"):
+        MainJob(config=replace(config, labelled=config.fleet), folder=tmp_path, options=QUIET)
 
 
-def test_a_variant_of_the_upcycling_settings_uses_the_same_data(tmp_path):
-    job(tmp_path / "a").data()
-    variant = replace(CONFIG, preset=replace(SMALL, upcycle=replace(SMALL.upcycle, unlabelled_batch=4)))
-    shared = job(tmp_path / "b", variant)
-    shared.share(tmp_path / "a")
-    shared.data()  # nothing left to do, and it does not mind
-    assert shared.split("source", "train").ids == job(tmp_path / "a").split("source", "train").ids
-    assert (tmp_path / "b" / "source").resolve() == (tmp_path / "a" / "source").resolve()
+def test_upcycling_settings_belong_to_the_trial_not_to_the_job(config, tmp_path):
+    MainJob(config=config, folder=tmp_path, options=QUIET)
+    other = replace(config, preset=replace(SMALL, upcycle=replace(SMALL.upcycle, unlabelled_batch=4)))
+    MainJob(config=other, folder=tmp_path, options=QUIET)
 
 
-def test_nothing_is_shared_with_a_job_that_differs_in_more(tmp_path):
-    job(tmp_path / "a")._claim_folder()
-    with pytest.raises(InvalidInput, match="seed: stored 0, now 1; only upcycle settings may differ"):
-        job(tmp_path / "b", replace(CONFIG, seed=1)).share(tmp_path / "a")
-    with pytest.raises(InvalidInput, match="holds no job to share"):
-        job(tmp_path / "b").share(tmp_path / "nowhere")
+def test_a_given_checkpoint_is_taken_and_must_be_of_the_preset(config, tmp_path):
+    loop = replace(SMALL.train.loop, optim=replace(SMALL.train.loop.optim, total_steps=1))
+    short = replace(config, preset=replace(SMALL, train=replace(SMALL.train, loop=loop)))
+    source = MainJob(config=short, folder=tmp_path / "a", options=QUIET).train_source()
+    given = MainJob(config=replace(short, checkpoint=source), folder=tmp_path / "b", options=QUIET)
+    assert given.train_source() == source
+    (result,) = dict(given.results({"plain": Trial(method="source_only", upcycle=SMALL.upcycle)})).values()
+    assert result.student == result.teacher
+    assert set(result.student) == {"Car 3D 0.7", "Car BEV 0.7", "Car 3D 0.5", "Car BEV 0.5"}
+    other = replace(short.preset, detector=replace(SMALL.detector, encoder=replace(SMALL.detector.encoder, max_voxels=9)))
+    with pytest.raises(InvalidInput, match="a detector other than the preset's"):
+        MainJob(config=replace(short, checkpoint=source, preset=other), folder=tmp_path / "c", options=QUIET).train_source()
+
+
+def test_the_best_step_is_taken_metric_by_metric_and_survives_its_file(tmp_path):
+    history = ((100, {"a": 3.0, "b": 1.0}), (200, {"a": 2.0, "b": 5.0}))
+    result = TrialResult(student=history[-1][1], teacher=history[-1][1], history=history, seconds=1.0)
+    assert result.best() == {"a": 3.0, "b": 5.0}
+    result.write(tmp_path / "r.json", seed=3)
+    assert TrialResult.read(tmp_path / "r.json") == result
 
 
 def test_the_closed_gap_is_null_where_there_is_no_gap():
-    assert closed_gap(10, 15, 20) == 50
+    assert closed_gap(10, 15, 30) == 25
     assert closed_gap(10, 15, 11.9) is None
-    assert closed_gap(10, 15, 20, spread=11) is None
+    assert closed_gap(10, 15, 30, spread=25) is None

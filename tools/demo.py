@@ -6,17 +6,17 @@ import os
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..datasets.simulation.places import domain
-from ..perception.demo_report import write_report
-from ..perception.main_job import MainJob, MainJobConfig, MethodResult, closed_gap
+from ..perception.demo_report import CAR_3D, CAR_BEV, write_report
+from ..perception.experiments import Size, simulated_adaptation
+from ..perception.main_job import MainJob, MainJobConfig, RunOptions, Trial, TrialResult, closed_gap
 from ..perception.presets import DEMO, DEMO_PV_RCNN
 from .console import console, print_table, run_command, write_json
 
-STAGES = ("simulate", "prepare", "train source", "extract", "ingest", "methods")
+STAGES = ("simulate and prepare", "train source", "extract", "ingest", "trials")
 METHODS = ("source_only", "source_continued", "pseudo_label", "upcycling", "oracle_frozen", "oracle_full")
 
 
@@ -46,47 +46,57 @@ class Demo:
 
 def command(config: Demo) -> None:
     """The main job on simulated data: about five minutes on two cores. Open OUT/report.html at the end."""
-    start = time.perf_counter()
+    start, preset = time.perf_counter(), DEMO_PV_RCNN if config.detector == "pv_rcnn" else DEMO
+
+    def say(text: str) -> None:
+        console.print(f"[{time.perf_counter() - start:5.0f} s] {text}", markup=False)
+
+    say(f"simulating and preparing {config.source} with labels and {config.target} with a fleet")
+    size = Size(labelled=config.labelled, fleet=config.fleet, validation=config.validation)
+    data = simulated_adaptation(
+        config.out, config.source, config.target, size=size, seed=config.seed, classes=preset.detector.class_names
+    )
+    simulated = time.perf_counter() - start
     job = MainJob(
         config=MainJobConfig(
-            source=domain(config.source),
-            target=domain(config.target),
-            labelled=config.labelled,
-            fleet=config.fleet,
-            validation=config.validation,
+            labelled=data.labelled,
+            fleet=data.fleet,
+            validation=data.validation,
+            protocol="kitti",
+            preset=preset,
             seed=config.seed,
-            preset=DEMO_PV_RCNN if config.detector == "pv_rcnn" else DEMO,
         ),
         folder=config.out,
-        say=lambda text: console.print(f"[{time.perf_counter() - start:5.0f} s] {text}", markup=False),
+        options=RunOptions(say=say),
     )
-    job.data()
+    job.add_seconds("simulate and prepare", simulated)
     job.train_source()
     extraction = job.extract_fleet()
-    results = job.run_methods(METHODS)
+    results = dict(job.results({name: Trial(method=name, upcycle=preset.upcycle) for name in METHODS}))
+    results = {name: results[name] for name in METHODS}
     seconds = sum(v for stage, v in job.seconds.items() if stage in STAGES)  # also of an earlier start of the same demo
     summary = result_json(results, extraction, seconds)
-    write_report(config.out / "report.html", job, results, summary)
+    write_report(config.out / "report.html", job, (config.source, config.target), results, summary)
     write_json(config.out / "result.json", summary)
     write_json(config.json, summary)
-    rows = [(name, *asdict(r.student).values(), r.teacher.ap_3d, r.teacher.ap_bev) for name, r in results.items()]
-    header = ("method", "3D 0.7", "BEV 0.7", "3D 0.5", "BEV 0.5", "EMA 3D 0.7", "EMA BEV 0.7")
-    print_table(f"Car AP (moderate, R40, %) on {config.validation} frames of simulated {config.target}", header, rows)
+    metrics = list(results["upcycling"].student)
+    rows = [(name, *(r.student[m] for m in metrics), *(r.teacher[m] for m in metrics[:2])) for name, r in results.items()]
+    header = ("method", *metrics, *(f"EMA {m}" for m in metrics[:2]))
+    print_table(f"AP (moderate, R40, %) on {config.validation} frames of simulated {config.target}", header, rows)
     console.print(f"{seconds:.0f} s, {summary['peak_memory_gb']:.1f} GB; report: {config.out / 'report.html'}")
 
 
-def result_json(results: dict[str, MethodResult], extraction: dict[str, float], seconds: float) -> dict[str, object]:
+def result_json(results: dict[str, TrialResult], extraction: dict[str, float], seconds: float) -> dict[str, object]:
     """What ``result.json`` holds: AP by method, the closed gaps, bytes, seconds and memory."""
-    scores: dict[str, object] = {name: asdict(r.student) for name, r in results.items()}
-    source, upcycled = results["source_only"].student, results["upcycling"].student
-    full, frozen = results["oracle_full"].student, results["oracle_frozen"].student
-    return scores | {
-        "oracle": asdict(full),
-        "closed_gap_3d": closed_gap(source.ap_3d, upcycled.ap_3d, full.ap_3d),
-        "closed_gap_bev": closed_gap(source.ap_bev, upcycled.ap_bev, full.ap_bev),
-        "closed_gap_3d_frozen": closed_gap(source.ap_3d, upcycled.ap_3d, frozen.ap_3d),
-        "closed_gap_bev_frozen": closed_gap(source.ap_bev, upcycled.ap_bev, frozen.ap_bev),
-        "teacher": {name: asdict(r.teacher) for name, r in results.items()},
+
+    def gap(metric: str, oracle: str) -> float | None:
+        source, own, best = (results[name].student[metric] for name in ("source_only", "upcycling", oracle))
+        return closed_gap(source, own, best)
+
+    return {
+        **{name: r.student for name, r in results.items()},
+        "closed_gap": {oracle: {m: gap(m, oracle) for m in (CAR_3D, CAR_BEV)} for oracle in ("oracle_frozen", "oracle_full")},
+        "teacher": {name: r.teacher for name, r in results.items()},
         **extraction,
         "seconds": seconds,
         "peak_memory_gb": _peak_memory_gb(),

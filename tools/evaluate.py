@@ -12,10 +12,11 @@ from typing import Annotated, Literal
 import tyro
 from torch import Tensor
 
-from ..datasets.kitti import KittiDataset, read_ids
+from ..datasets.kitti import read_ids
 from ..datasets.kitti_text import write_objects
 from ..datasets.prepared import PreparedDataset
 from ..perception.evaluation.detect import evaluate_detector
+from ..perception.evaluation.headline import Protocol, kitti_truths, own_protocol
 from ..perception.evaluation.kitti import LOOSE, OFFICIAL, KittiResult, MinOverlap, evaluate_kitti_folders
 from ..perception.evaluation.lyft import LyftResult, evaluate_lyft, read_lyft_boxes
 from ..perception.evaluation.protocols import (
@@ -36,8 +37,6 @@ from .console import console, device, print_table, run_command, write_json
 from .predict import boxes_json
 
 OVERLAPS: Mapping[str, Mapping[str, MinOverlap]] = {"official": OFFICIAL, "loose": LOOSE}
-Protocol = Literal["kitti", "waymo", "lyft", "cross_dataset"]
-OWN_PROTOCOL: Mapping[object, Protocol] = {"kitti": "kitti", "waymo": "waymo", "lyft": "lyft"}  # by a dataset's layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +167,7 @@ def _named(frame_id: str, frame: WaymoLabelFile, found: Predictions, in_zone: Te
 def _evaluate_run(what: Run) -> None:
     frames = PreparedDataset(what.data, what.split)
     layout, overlaps = frames.notes.get("layout"), OVERLAPS[what.overlaps]
-    protocol = what.protocol or OWN_PROTOCOL.get(layout)
-    if protocol is None:
-        raise InvalidInput(f"{what.data} has the layout {layout!r}, which has no protocol of its own; choose one with --protocol")
+    protocol = what.protocol or own_protocol(frames)
     if what.objects is not None and protocol != "waymo":
         raise InvalidInput(f"--objects is the form of Waymo's programs; the protocol here is {protocol}")
     if protocol == "kitti":
@@ -198,15 +195,10 @@ def _evaluate_run(what: Run) -> None:
 
 
 def _run_on_kitti(what: Run, frames: PreparedDataset, overlaps: Mapping[str, MinOverlap]) -> KittiResult:
-    if frames.notes.get("layout") != "kitti":
-        raise InvalidInput(
-            f"{what.data} was not prepared from a KITTI-layout folder, so it has no label files for KITTI's protocol; "
-            "--protocol cross_dataset is KITTI's AP without them"
-        )
-    raw = KittiDataset(str(frames.notes["root"]), frames.ids)
+    truths = kitti_truths(frames)
     target = device(what.device)
     detector, _ = load_detector(what.detector)
-    result, detections = evaluate_detector(detector.to(target), frames, raw.frame_objects, min_overlaps=overlaps)
+    result, detections = evaluate_detector(detector.to(target), frames, truths, min_overlaps=overlaps)
     if what.detections is not None:
         for frame_id, objects in detections.items():
             write_objects(what.detections / f"{frame_id}.txt", objects)

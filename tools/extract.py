@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -124,19 +124,14 @@ def _prepared_frames(config: Extract, data: Path) -> tuple[RigSpec, Scans]:
     if config.columns or config.drop_non_finite:
         raise InvalidInput("--columns and --drop-non-finite say how --scans are read; --data was read when it was prepared")
     frames = PreparedDataset(data, config.split)
-    rig = RigSpec(
-        z_shift=float(frames.notes.get("z_shift", 0.0)), intensity_scale=float(frames.notes.get("intensity_scale", 1.0))
-    )
+    rig = RigSpec.of(frames.notes)
     if config.rig not in (RigSpec(), rig):
         raise InvalidInput(
             f"{data} was prepared with {rig}, asked for {config.rig}; leave --rig out, or prepare the data with it"
         )
 
     def read(index: int) -> PointCloud:
-        points = frames[index].points
-        xyz = points.xyz - points.xyz.new_tensor([0.0, 0.0, rig.z_shift])
-        scale = points.features.new_tensor([rig.intensity_scale if n == "intensity" else 1.0 for n in points.feature_names])
-        return replace(points, xyz=xyz, features=points.features / scale)
+        return rig.undo(frames[index].points)
 
     return rig, {name: partial(read, index) for index, name in enumerate(frames.ids)}
 

@@ -23,7 +23,7 @@ COMMANDS = {
     "extract": ("extract", "vehicle side: scans to smashed shards"),
     "ingest": ("ingest", "server side: verify shards, quarantine bad ones, catalogue"),
     "upcycle": ("upcycle", "train on labelled data and smashed scenes; --method picks UpCycling or a baseline"),
-    "bench": ("bench", "UpCycling and what it is compared with, over seeds, in one resumable command"),
+    "bench upcycling": ("bench", "UpCycling and what it is compared with, over seeds, in one resumable command"),
     "predict": ("predict", "boxes for a scan or a folder of scans"),
     "evaluate": ("evaluate", "AP by the dataset's own protocol"),
     "inspect": ("inspect", "what a shard, a store, a run, a detector or a prepared dataset holds"),
@@ -41,9 +41,11 @@ def main() -> None:
     if arguments[0] == "--version":
         print(f"upcycle3d {__version__}")
         return
-    name = arguments[0]
+    name, rest = arguments[0], arguments[1:]
+    if " ".join(arguments[:2]) in COMMANDS:  # a command of two words
+        name, rest = " ".join(arguments[:2]), arguments[2:]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
+        near = [c for c in COMMANDS if c.startswith(f"{name} ")] or difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         print(f"error: there is no command {name!r}{hint} Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         sys.exit(2)
@@ -51,7 +53,7 @@ def main() -> None:
 
     module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
     parsed_as = getattr(module, "ARGUMENTS", None)
-    sys.exit(run_command(module.command, arguments[1:], program=f"upcycle3d {name}", parsed_as=parsed_as))
+    sys.exit(run_command(module.command, rest, program=f"upcycle3d {name}", parsed_as=parsed_as))
 
 
 def _usage() -> str:

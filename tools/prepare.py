@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,10 +15,11 @@ from ..datasets.folder import FolderDataset, folder_ids
 from ..datasets.frame_source import FrameSource
 from ..datasets.gt_database import build_gt_database
 from ..datasets.kitti import KITTI_CLASSES, KittiDataset, read_ids
+from ..datasets.label_shares import DRAWS, label_share_splits, labelled_split
 from ..datasets.nuscenes import LYFT, NUSCENES, NuScenesDataset, draw_scenes, split_by_scene
 from ..datasets.nuscenes_tables import DriveTables, read_tables
 from ..datasets.prepared import Notes, PreparedDataset, prepare
-from ..datasets.waymo import WAYMO_CLASSES, FramePlace, WaymoDataset, find_waymo_frames, find_waymo_splits, split_by_sequence
+from ..datasets.waymo import WAYMO_CLASSES, FramePlace, WaymoDataset, find_waymo_frames, find_waymo_splits, segment_of
 from ..perception.structures import InvalidInput
 from .console import console, print_table, progress_bar, run_command, write_json
 
@@ -34,7 +35,11 @@ class Common:
     splits: tuple[str, ...] = ()
     """splits to take, by file name; all by default"""
     labelled: tuple[str, ...] = ()
-    """splits whose labels may be learnt from: each gets its own GT database. By default train, or every split if there is no train"""
+    """splits whose labels may be learnt from: each gets its own GT database. By default train with the labelled ones of
+    --label-shares, or every split if there is no train"""
+    label_shares: tuple[float, ...] = ()
+    """also split train into train-SHARE-DRAW and train-SHARE-DRAW-rest, draws 0 1 2, as `0.01 0.02 0.05 0.2`: whole segments or
+    scenes where the dataset has them, else frames"""
     z_shift: float = 0.0
     """m, mounting height of the sensor, added to z so that the road is near 0"""
     workers: int = 2
@@ -126,8 +131,6 @@ class Waymo(Common):
     """leave out points where nobody labelled"""
     with_labels: bool = True
     """read lidar_box; the testing set has none"""
-    label_shares: tuple[float, ...] = ()
-    """also split train by whole segments into train-SHARE-SEED and train-SHARE-SEED-rest, seeds 0 1 2; as `0.01 0.02 0.05 0.2`"""
 
 
 Dataset = Kitti | Folder | Lyft | NuScenes | Waymo
@@ -163,7 +166,9 @@ def command(
         splits = split_by_scene(tables, splits)
     if not splits:
         raise InvalidInput(f"no split in {dataset.root / folder}; write NAME.txt with one frame id per line")
-    labelled = dataset.labelled or (("train",) if "train" in splits else tuple(splits))
+    splits = {**splits, **_label_shares(dataset, splits, tables)}
+    shared = tuple(labelled_split(share, draw) for share in dataset.label_shares for draw in DRAWS)
+    labelled = dataset.labelled or (("train", *shared) if "train" in splits else tuple(splits))
     for name in labelled:
         if name not in splits:
             near = get_close_matches(name, splits, 1)
@@ -231,19 +236,27 @@ def _notes(dataset: Dataset) -> Notes:
     }
 
 
+def _label_shares(
+    dataset: Dataset, splits: Mapping[str, Sequence[str]], tables: DriveTables | None
+) -> Mapping[str, Sequence[str]]:
+    """The splits of --label-shares. A split of such a name that the dataset's own lists hold goes before the drawn one."""
+    if not dataset.label_shares:
+        return {}
+    if "train" not in splits:
+        raise InvalidInput(f"--label-shares splits train, which is not among {', '.join(splits) or 'no splits'}")
+    group: Callable[[str], str] = segment_of if isinstance(dataset, Waymo) else str
+    if tables is not None:
+        scene_of = {token: scene for scene, tokens in tables.scenes.items() for token in tokens}
+        group = scene_of.__getitem__
+    drawn = label_share_splits(splits["train"], dataset.label_shares, group=group)
+    return {name: ids for name, ids in drawn.items() if name not in splits}
+
+
 def _waymo_frames(dataset: Waymo) -> tuple[dict[str, tuple[str, ...]], tuple[FramePlace, ...]]:
     """Split -> frame ids, and where each frame is, in the order of the ids."""
     segments = find_waymo_splits(dataset.root, dataset.splits)
     found = find_waymo_frames(dataset.root, (s for part in segments.values() for s in part), every=dataset.every)
     splits = {split: tuple(place.id for s in part for place in found[s]) for split, part in segments.items()}
-    if dataset.label_shares and "train" not in splits:
-        raise InvalidInput(f"--label-shares splits train, which is not among {', '.join(splits) or 'no splits'}")
-    for share in dataset.label_shares:
-        for seed in range(3):
-            labelled, rest = split_by_sequence(splits["train"], share, seed)
-            splits[f"train-{share:g}-{seed}"] = labelled
-            if rest:
-                splits[f"train-{share:g}-{seed}-rest"] = rest
     return splits, tuple({place.id: place for part in found.values() for place in part}.values())
 
 

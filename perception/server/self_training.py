@@ -10,7 +10,7 @@ an old box that the detector misses twice is ignored and after the third time re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -157,6 +157,7 @@ def self_train(
     loop: LoopConfig,
     ema_decay: float = 0.999,
     run: RunFolder | None = None,
+    after_step: Callable[[int, Detector], None] | None = None,
     progress: bool = True,
 ) -> Detector:
     """Train all of ``detector`` in place on its own labels of ``scans``, and return its EMA for comparison (ST3D has none).
@@ -191,13 +192,18 @@ def self_train(
         labels = [f.labels for f in batch if f.labels is not None]
         return detector.loss(detector.decode(detector.encode([f.points for f in batch]), labels), labels)
 
+    def finish_step(step: int) -> None:
+        update_ema(teacher, detector, step, ema_decay)
+        if after_step is not None:
+            after_step(step, detector)
+
     detector.train()
     run_steps(
         modules={"student": detector, "teacher": teacher},
         trainable=[p for p in detector.parameters() if p.requires_grad],
         batches=batch_at,
         loss=loss,
-        after_step=lambda step: update_ema(teacher, detector, step, ema_decay),
+        after_step=finish_step,
         config=loop,
         run=run,
         frame_ids=lambda batch: [f.id for f in batch],

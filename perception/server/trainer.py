@@ -91,6 +91,7 @@ def upcycle(
     codec: str = "fp16",
     truth: Mapping[str, Labels] | None = None,
     run: RunFolder | None = None,
+    after_step: Callable[[int, Detector], None] | None = None,
     workers: int = 0,
     progress: bool = True,
 ) -> Detector:
@@ -100,6 +101,7 @@ def upcycle(
     store: verified smashed scenes; features: F-GT's database, cut from the labelled split by the same encoder.
     scans: the raw unlabelled scans, for the methods that need them.
     truth: labels by scene id (of raw scans: by frame id), only to log how good pseudo labels are; nothing of it reaches training.
+    after_step(step, student): called after each 0-based step, to look at the student; it must leave it in training mode.
     Raises InvalidInput if the method needs scenes or a database that are missing, and NonFiniteLoss from the loop.
     """
     if method.unlabelled == "raw" and scans is None:
@@ -120,6 +122,7 @@ def upcycle(
             loop=config.loop,
             ema_decay=config.ema_decay,
             run=run,
+            after_step=after_step,
             progress=progress,
         )
     if method.trains != "all":
@@ -190,17 +193,19 @@ def upcycle(
             scene, labels = paste_objects(scene, labels, objects, config.f_gt, rng)
         return method.augmentation(scene, labels, rng) if method.augmentation else (scene, labels)
 
-    def after_step(step: int) -> None:
+    def finish_step(step: int) -> None:
         update_ema(teacher, detector, step, config.ema_decay)
         if method.unlabelled != "none" and (step + 1) % config.round_steps == 0:
             _log_round(this_round, step, run)
+        if after_step is not None:
+            after_step(step, detector)
 
     run_steps(
         modules={"student": detector, "teacher": teacher},
         trainable=[p for p in detector.parameters() if p.requires_grad],
         batches=batch_at,
         loss=loss,
-        after_step=after_step,
+        after_step=finish_step,
         config=config.loop,
         run=run,
         frame_ids=lambda batch: [*(f.id for f in batch.frames), *batch.scene_ids],

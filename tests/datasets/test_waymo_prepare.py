@@ -13,7 +13,7 @@ from upcycle3d.datasets.point_files import read_points
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout
 from upcycle3d.datasets.simulation.places import WAYMO, domain
-from upcycle3d.datasets.waymo import WaymoDataset, find_waymo_frames, find_waymo_splits, split_by_sequence
+from upcycle3d.datasets.waymo import WaymoDataset, find_waymo_frames, find_waymo_splits
 from upcycle3d.perception.structures import InvalidInput
 from upcycle3d.tools import prepare, simulate
 from upcycle3d.tools.console import run_command
@@ -60,27 +60,6 @@ def test_splits_come_from_lists_then_from_folders(written, tmp_path):
     (tmp_path / "ImageSets").mkdir()  # OpenPCDet's lists hold v1 file names
     (tmp_path / "ImageSets" / "few.txt").write_text(f"segment-{SEGMENTS[1]}_with_camera_labels.tfrecord\n")
     assert find_waymo_splits(tmp_path) == {"few": SEGMENTS[1:]}
-
-
-IDS = [f"{segment:03d}_{10 * frame}" for segment in range(150) for frame in range(3)]
-
-
-def test_partial_labels_are_whole_sequences_the_same_everywhere_and_nested():
-    previous: set[str] = set()
-    for fraction, count in ((0.01, 2), (0.02, 3), (0.05, 8), (0.2, 30), (1.0, 150)):
-        labelled, rest = split_by_sequence(IDS, fraction, seed=0)
-        sequences = {i.rpartition("_")[0] for i in labelled}
-        assert len(sequences) == count
-        assert not sequences & {i.rpartition("_")[0] for i in rest}
-        assert sorted(labelled + rest) == sorted(IDS)
-        assert list(labelled) == [i for i in IDS if i in set(labelled)]
-        assert previous <= set(labelled)
-        previous = set(labelled)
-    chosen = [{i.rpartition("_")[0] for i in split_by_sequence(IDS[::-1], 0.02, seed)[0]} for seed in (0, 1, 2)]
-    assert chosen == [{"024", "031", "057"}, {"089", "092", "095"}, {"009", "080", "121"}]  # for ever
-    for ids, fraction in ((IDS, 0.0), (IDS, 1.1), ([], 0.5)):
-        with pytest.raises(InvalidInput, match="a fraction in"):
-            split_by_sequence(ids, fraction, 0)
 
 
 # ---- the commands

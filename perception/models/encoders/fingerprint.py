@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
@@ -56,6 +57,16 @@ class RigSpec:
                     "set RigSpec.intensity_scale for this sensor (1/255 for bytes)"
                 )
         return replace(points, xyz=xyz, features=features)
+
+    def undo(self, points: PointCloud) -> PointCloud:
+        """The scan that ``apply`` made ``points`` of."""
+        scale = points.features.new_tensor([self.intensity_scale if n == "intensity" else 1.0 for n in points.feature_names])
+        return replace(points, xyz=points.xyz - points.xyz.new_tensor([0.0, 0.0, self.z_shift]), features=points.features / scale)
+
+    @classmethod
+    def of(cls, notes: Mapping[str, str | float | bool]) -> RigSpec:
+        """The rig that a prepared dataset's notes tell of."""
+        return cls(z_shift=float(notes.get("z_shift", 0.0)), intensity_scale=float(notes.get("intensity_scale", 1.0)))
 
 
 def _plain(value: Any, where: str) -> Any:
