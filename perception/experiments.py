@@ -266,12 +266,14 @@ def read_cells(cells: Path) -> dict[str, dict[int, TrialResult]]:
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A variant over its seeds: mean and standard deviation of each metric of the last step's student; the mean over seeds of the best
-    value along the way, chosen by the target's labels; the gap it closes of each metric by oracle (None where there is none, or an oracle is missing); minutes of a cell."""
+    value along the way, chosen by the target's labels; means by steps done; the gap it closes of each metric by oracle (None where there
+    is none, or an oracle is missing); minutes of a cell."""
 
     seeds: int
     mean: Mapping[str, float]
     spread: Mapping[str, float]
     best: Mapping[str, float]
+    along: Mapping[int, Mapping[str, float]]
     closed: Mapping[str, Mapping[str, float | None]]
     minutes: float
 
@@ -297,11 +299,14 @@ def summarise(found: Mapping[str, Mapping[int, TrialResult]]) -> dict[str, Row]:
     for variant, by_seed in found.items():
         values = {m: of(variant, m, list(by_seed)) for m in metrics}
         best = {m: statistics.fmean(r.best().get(m, 0.0) for r in by_seed.values()) for m in metrics}
+        steps = set.intersection(*({step for step, _ in r.history} for r in by_seed.values()))
+        along = [dict(r.history) for r in by_seed.values()]
         rows[variant] = Row(
             seeds=len(by_seed),
             mean={m: statistics.fmean(v) for m, v in values.items()},
             spread={m: _spread(v) for m, v in values.items()},
             best=best,
+            along={s: {m: statistics.fmean(h[s].get(m, 0.0) for h in along) for m in metrics} for s in sorted(steps)},
             closed={oracle: {m: gap(variant, oracle, m) for m in metrics} for oracle in ORACLES},
             minutes=statistics.fmean(r.seconds for r in by_seed.values()) / 60,
         )

@@ -33,7 +33,7 @@ from ..perception.main_job import RunOptions
 from ..perception.presets import DEMO, DEMO_PV_RCNN, PRESETS, Preset
 from ..perception.structures import InvalidInput
 from ..perception.training.run_folder import describe_environment
-from ..perception.viz.charts import bar_chart
+from ..perception.viz.charts import Series, bar_chart, line_chart
 from ..perception.viz.html import Section, figure_svg, page, paragraph, table, write_html
 from .console import console, device, print_table, run_command, write_json
 
@@ -151,6 +151,7 @@ def command(config: Bench) -> None:
     write_json(config.json, {"rows": {name: asdict(row) for name, row in rows.items()}, "environment": environment})
 
 
+CURVES = 8  # in one chart; more cannot be told apart
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
@@ -200,6 +201,21 @@ def _report(rows: Mapping[str, Row]) -> list[Section]:
         for metrics in _metrics(rows)
         for metric in metrics
     ]
+    first = _metrics(rows)[0][:2]
+    trained = {name: row.along for name, row in rows.items() if len(row.along) > 1}
+    curves = [
+        figure_svg(
+            line_chart(
+                [Series(n, list(a), [scores[metric] for scores in a.values()]) for n, a in list(trained.items())[:CURVES]],
+                "training step",
+                "percent, mean over seeds",
+                metric,
+            ),
+            f"{metric} of the student along the way, on the target's validation frames: to look at, not to choose by",
+        )
+        for metric in first
+        if trained
+    ]
     text = (
         "The last step's student on target scans nobody trained on. Gap: share of the distance from source_only to oracle_frozen and to "
         "oracle_full that a variant closes, of the means; null where there is no such distance or no such oracle. Best step: the mean over "
@@ -208,7 +224,7 @@ def _report(rows: Mapping[str, Row]) -> list[Section]:
     )
     return [
         Section("Tables", [paragraph(text), *(table(header, body, caption) for caption, header, body in _tables(rows))]),
-        Section("Charts", charts),
+        Section("Charts", [*charts, *curves]),
     ]
 
 

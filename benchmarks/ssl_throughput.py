@@ -1,0 +1,108 @@
+"""Unlabelled scenes a second that the server learns from: UpCycling beside raw-level semi-supervised learning.
+
+    python benchmarks/ssl_throughput.py [--preset small] [--threads 1] [--rounds 3] [--steps 8] [--json FILE]
+
+The trainer itself on a simulated fleet: every method takes the same labelled half and as many unlabelled scenes a step, read from disk.
+Methods take turns; the first two steps of each turn are left out. Scenes a second count the whole step, the labelled half included; the
+cost of a scene is what a step takes longer than one of source_continued, which has the labelled half alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see docs/decisions.md
+
+import torch
+
+from upcycle3d.perception.assembly import feature_database, fleet_store, labelled_batches, unlabelled_batches
+from upcycle3d.perception.experiments import Size, simulated_adaptation
+from upcycle3d.perception.main_job import MainJob, MainJobConfig
+from upcycle3d.perception.presets import PRESETS, Preset
+from upcycle3d.perception.server.methods import METHODS
+from upcycle3d.perception.server.trainer import upcycle
+from upcycle3d.perception.training.detector_files import load_detector
+from upcycle3d.perception.training.loop import LoopConfig
+from upcycle3d.perception.training.run_folder import describe_environment
+from upcycle3d.tools.console import print_table, write_json
+
+COMPARED = ("source_continued", "upcycling", "hybrid", "iou_match", "mean_teacher")
+
+
+def shortened(loop: LoopConfig, steps: int) -> LoopConfig:
+    """The loop with so many steps."""
+    return replace(loop, optim=replace(loop.optim, total_steps=steps))
+
+
+def step_times(job: MainJob, preset: Preset, name: str, steps: int) -> list[float]:
+    """Seconds of each step after the first two."""
+    method, c, ends = METHODS[name], job.config, [0.0]
+    detector = load_detector(job.source)[0]
+    batch = preset.upcycle.unlabelled_batch
+    database = c.labelled.root / "gt_database" / c.labelled.name
+    labelled = labelled_batches(preset, c.labelled.open(), database, batch_size=preset.upcycle.labelled_batch, seed=0)
+    features = feature_database(job.folder / "features", c.labelled.open(), detector, preset.upcycle.f_gt, codec=c.codec)
+    upcycle(
+        detector,
+        method=method,
+        labelled=labelled,
+        store=fleet_store(job.folder / "store", detector, job.rig()),
+        features=features,
+        scans=unlabelled_batches(preset, c.fleet.open(), batch_size=batch, seed=0),
+        config=replace(preset.upcycle, loop=shortened(preset.upcycle.loop, steps)),
+        codec=c.codec,
+        after_step=lambda step, student: ends.append(time.perf_counter()),
+        progress=False,
+    )
+    return [end - start for start, end in pairwise(ends[2:])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    preset = PRESETS[arguments.preset]
+    # A source model good enough to find cars: F-GT and the second stage cost what they cost in a run.
+    trained = replace(preset, train=replace(preset.train, loop=shortened(preset.train.loop, 60)))
+    times: dict[str, list[float]] = {name: [] for name in COMPARED}
+    with tempfile.TemporaryDirectory() as folder:
+        size, classes = Size(labelled=16, fleet=16, validation=1), preset.detector.class_names
+        data = simulated_adaptation(Path(folder), "waymo", "lyft", size=size, seed=0, classes=classes)
+        config = MainJobConfig(
+            labelled=data.labelled, fleet=data.fleet, validation=data.validation, protocol="kitti", preset=trained, seed=0
+        )
+        job = MainJob(config=config, folder=Path(folder) / "job")
+        job.train_source()
+        job.extract_fleet()
+        for _ in range(arguments.rounds):
+            for name in COMPARED:
+                times[name] += step_times(job, preset, name, arguments.steps)
+    batch, base = preset.upcycle.unlabelled_batch, statistics.median(times["source_continued"])
+    median = {name: statistics.median(values) for name, values in times.items()}
+    rate = {name: batch / median[name] for name in COMPARED[1:]}
+    cost = {name: (median[name] - base) / batch for name in COMPARED[1:]}
+    rows = [
+        (name, f"{median[name]:.3f}", f"{rate[name]:.2f}", f"{rate[name] / rate['iou_match']:.2f}", f"{1e3 * cost[name]:.0f}")
+        for name in COMPARED[1:]
+    ]
+    header = ("method", "s a step", "unlabelled scenes/s", "of iou_match's", "ms a scene above source_continued")
+    print_table(f"{arguments.preset}: {preset.upcycle.labelled_batch} labelled + {batch} unlabelled a step", header, rows)
+    print(f"source_continued: {base:.3f} s a step; {arguments.threads} threads, load {os.getloadavg()[0]:.1f}")
+    environment = describe_environment(command=["benchmarks/ssl_throughput.py"], seed=0)
+    write_json(arguments.json, {"seconds": median, "scenes_per_s": rate, "cost": cost, "environment": environment})
+
+
+if __name__ == "__main__":
+    main()
