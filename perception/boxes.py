@@ -21,6 +21,8 @@ import math
 import torch
 from torch import Tensor
 
+LARGEST_SIZE_CODE = math.log(1000 / 16)
+
 
 def wrap_angle(angle: Tensor) -> Tensor:
     """``angle`` (radians) moved by whole turns into [-pi, pi)."""
@@ -75,16 +77,21 @@ def encode_residuals(boxes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def decode_residuals(codes: Tensor, anchors: Tensor) -> Tensor:
-    """The inverse of ``encode_residuals``: codes and anchors (..., 7) -> boxes (..., 7). Yaw is not wrapped."""
+    """The inverse of ``encode_residuals``: codes and anchors (..., 7) -> boxes (..., 7). Yaw is not wrapped.
+
+    A size is at most 62.5 times the anchor's and at least a 62.5th of it, torchvision's limit for boxes in pictures: a network that has
+    hardly been trained answers with codes whose exponential is infinite, and its boxes shall be absurd but finite.
+    """
+    sizes = codes[..., 3:6].clamp(-LARGEST_SIZE_CODE, LARGEST_SIZE_CODE).exp()
     diagonal = torch.hypot(anchors[..., 3], anchors[..., 4])
     return torch.stack(
         [
             codes[..., 0] * diagonal + anchors[..., 0],
             codes[..., 1] * diagonal + anchors[..., 1],
             codes[..., 2] * anchors[..., 5] + anchors[..., 2],
-            torch.exp(codes[..., 3]) * anchors[..., 3],
-            torch.exp(codes[..., 4]) * anchors[..., 4],
-            torch.exp(codes[..., 5]) * anchors[..., 5],
+            sizes[..., 0] * anchors[..., 3],
+            sizes[..., 1] * anchors[..., 4],
+            sizes[..., 2] * anchors[..., 5],
             codes[..., 6] + anchors[..., 6],
         ],
         -1,

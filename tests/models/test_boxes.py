@@ -106,3 +106,12 @@ def test_wrapped_angles_lie_in_one_turn_and_look_the_same_way(dtype):
     assert torch.allclose(wrapped.sin(), angles.sin(), atol=2e-6)
     assert torch.allclose(wrapped.cos(), angles.cos(), atol=2e-6)
     assert wrap_angle(pi[None]).item() == wrap_angle(-pi[None]).item() == -pi.item()
+
+
+def test_codes_of_an_untrained_network_give_finite_boxes():
+    anchors = torch.tensor([[0.0, 0, 0, 3.9, 1.6, 1.56, 0]]).expand(3, 7)
+    codes = torch.tensor([[2e7] * 7, [-2e7] * 7, [200.0] * 7])
+    boxes = decode_residuals(codes, anchors)
+    assert torch.isfinite(boxes).all()
+    assert (boxes[:, 3:6] > 0).all()
+    assert boxes[:, 3].max() < 245
