@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .places import CAR, CYCLIST, PEDESTRIAN, VAN
+from .places import ANIMAL, CAR, CYCLIST, PEDESTRIAN, TRAILER, TRAM, TRUCK, VAN
 from .raycast import BOX, CYLINDER, ELLIPSOID
 
 CABIN_PASS = 0.45  # a cabin's sides are mostly glass; what the rays meet inside is not modelled
@@ -122,17 +122,144 @@ def _cyclist(length: float, width: float, height: float, clothes: float) -> list
     return [*wheels, frame, handlebar, *legs, torso, head]
 
 
+def _tram(length: float, width: float, height: float, paint: float) -> list[np.ndarray]:
+    """Low-floor cars joined by narrow bellows: skirt, a band of windows that lean in at both ends, roof with boxes on it."""
+    joint, cars = 0.5, max(3, round(length / 6.5))
+    car = (length - (cars - 1) * joint) / cars
+    parts = []
+    for i in range(cars):
+        x = -length / 2 + car / 2 + i * (car + joint)
+        nose, tail = float(i == cars - 1), float(i == 0)
+        z, hz = _span(0.18, 1.05)
+        parts.append(part(BOX, (x, 0, z), (car / 2, width / 2, hz), paint, taper=(0.1 * nose, 0.1 * tail, 0), gloss=PAINT_GLOSS))
+        z, hz = _span(1.05, 0.68 * height)
+        parts.append(
+            part(
+                BOX, (x, 0, z), (car / 2 - 0.05 * (nose + tail), 0.49 * width, hz), 0.3,
+                taper=(0.6 * nose, 0.6 * tail, 0.03), pass_chance=CABIN_PASS, gloss=CABIN_GLOSS,
+            )
+        )  # fmt: skip
+        left, right = x - car / 2 + 0.65 * tail, x + car / 2 - 0.65 * nose
+        (mid, hx), (z, hz) = _span(left, right), _span(0.68 * height, 0.86 * height)
+        parts.append(part(BOX, (mid, 0, z), (hx, 0.47 * width, hz), paint, taper=(0.3 * nose, 0.3 * tail, 0.1)))
+        z, hz = _span(0.86 * height, height)
+        parts.append(part(BOX, (x, 0, z), (0.3 * car, 0.3 * width, hz), 0.4))
+        parts.append(part(BOX, (x, 0, 0.2), (1.2, 0.4 * width, 0.2), TYRE))
+        if i:
+            z, hz = _span(0.3, 0.83 * height)
+            parts.append(part(BOX, (x - car / 2 - joint / 2, 0, z), (joint / 2, 0.42 * width, hz), 0.1))
+    return parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Animal:
+    """A species' proportions. back, belly: heights over the animal's. chest: where the trunk ends, over the length from the middle
+    (nose 0.5). head: half its length over the animal's length, half its width over the animal's width, half its height over the
+    animal's height. neck: how far its foot reaches back, over the length. leg: radius over the length. tail: low and high end over
+    the height."""
+
+    back: float
+    belly: float
+    chest: float
+    head: tuple[float, float, float]
+    neck: float
+    leg: float
+    tail: tuple[float, float]
+    antlers: float = 0.0
+
+
+_ANIMALS = (
+    _Animal(back=0.76, belly=0.40, chest=0.28, head=(0.15, 0.32, 0.13), neck=0.12, leg=0.035, tail=(0.5, 0.98)),  # dog
+    _Animal(
+        back=0.64, belly=0.38, chest=0.24, head=(0.12, 0.22, 0.07), neck=0.10, leg=0.024, tail=(0.46, 0.60), antlers=0.2
+    ),  # deer
+    _Animal(back=0.72, belly=0.42, chest=0.22, head=(0.15, 0.20, 0.09), neck=0.20, leg=0.032, tail=(0.30, 0.68)),  # horse
+)
+
+
+def _animal(length: float, width: float, height: float, coat: float, kind: _Animal) -> list[np.ndarray]:
+    """Four legs apart, a round trunk between them, neck and head before it, a tail behind."""
+    tail = 0.03 * length
+    x, hx = _span(tail - length / 2, kind.chest * length)
+    z, hz = _span(kind.belly * height, kind.back * height)
+    trunk = [part(ELLIPSOID, (x, 0, z), (hx, width / 2, hz), coat)]
+    trunk += [part(ELLIPSOID, (x + s * 0.55 * hx, 0, z), (0.44 * hx, 0.48 * width, 0.96 * hz), coat) for s in (-1, 1)]
+    leg, stride = kind.leg * length, 0.05 * length
+    legs = [
+        part(CYLINDER, (x + front * 0.68 * hx + front * left * stride, left * 0.28 * width, z / 2), (leg, leg, z / 2), 0.8 * coat)
+        for front in (-1, 1)
+        for left in (-1, 1)
+    ]
+    half_head, head_top = kind.head[0] * length, (1 - kind.antlers) * height
+    head_z = head_top - kind.head[2] * height
+    head = part(ELLIPSOID, (length / 2 - half_head, 0, head_z), (half_head, kind.head[1] * width, kind.head[2] * height), coat)
+    # The neck's front stands upright before the chest, its back slants: parts only lean inwards.
+    neck_front = max(length / 2 - 1.5 * half_head, kind.chest * length)
+    x, hx = _span(kind.chest * length - kind.neck * length, neck_front)
+    z, hz = _span(z, head_z + 0.5 * kind.head[2] * height)
+    neck = part(BOX, (x, 0, z), (hx, 0.24 * width, hz), coat, taper=(0, max(0.0, 2 * hx - half_head), 0.08 * width))
+    tail_z, half_tail = _span(kind.tail[0] * height, kind.tail[1] * height)
+    parts = [*trunk, *legs, neck, head, part(CYLINDER, (tail - length / 2, 0, tail_z), (tail, tail, half_tail), coat)]
+    z, hz = _span(head_z, height)  # ears, or antlers
+    out, wide = (0.36 * width, 0.14 * width) if kind.antlers else (0.12 * width, 0.05 * width)
+    x = length / 2 - 1.6 * half_head
+    return [*parts, *(part(BOX, (x, s * out, z), (0.02 * length, wide, hz), coat) for s in (-1, 1))]
+
+
+def _trailer(length: float, width: float, height: float, paint: float, flat: bool) -> list[np.ndarray]:
+    """A closed box or a loaded bed between stakes, high above two axles, and a drawbar with its prop: no cab, no nose."""
+    bar = 1.3
+    deck = length / 2 - bar  # its front end
+    x, hx = _span(-length / 2, deck)
+    wheels = [
+        part(ELLIPSOID, (x + axle * 0.4, s * (width / 2 - 0.12), 0.33), (0.33, 0.12, 0.33), TYRE)
+        for axle in (-1.15, 0.75)
+        for s in (-1, 1)
+    ]
+    z = 0.55 if flat else 0.6
+    frame = part(BOX, (x, 0, z), (hx, 0.3 * width, 0.07), 0.3)
+    front, half_bar = _span(deck, length / 2)
+    drawbar = [
+        part(BOX, (front, 0, 0.5), (half_bar, 0.06, 0.06), 0.3),
+        part(BOX, (deck + 0.25, 0, 0.5), (0.25, 0.4, 0.05), 0.3),
+        part(BOX, (deck + 0.65, 0, 0.5), (0.15, 0.2, 0.05), 0.3),
+        part(CYLINDER, (length / 2 - 0.3, 0, 0.4), (0.07, 0.07, 0.4), 0.3),
+    ]
+    parts = [*wheels, frame, *drawbar]
+    if not flat:
+        z, hz = _span(0.72, height)
+        return [*parts, part(BOX, (x, 0, z), (hx, width / 2, hz), paint, taper=(0.25, 0, 0.02 * width), gloss=PAINT_GLOSS)]
+    bed, board = 0.72, 0.35
+    parts.append(part(BOX, (x, 0, bed - 0.05), (hx, width / 2, 0.05), 0.4))
+    z, hz = _span(bed, bed + board)
+    parts += [part(BOX, (x, s * (width / 2 - 0.03), z), (hx, 0.03, hz), paint) for s in (-1, 1)]
+    parts.append(part(BOX, (0.03 - length / 2, 0, z), (0.03, width / 2, hz), paint))
+    z, hz = _span(bed, height)
+    parts.append(part(BOX, (deck - 0.05, 0, z), (0.05, width / 2, hz), paint, pass_chance=0.4))  # a headboard of bars
+    stakes = [(a, s) for a in (0.05 - length / 2, x - 0.33 * hx, x + 0.33 * hx) for s in (-1, 1)]
+    parts += [part(CYLINDER, (a, s * (width / 2 - 0.05), z), (0.05, 0.05, hz), 0.3) for a, s in stakes]
+    z, hz = _span(bed, bed + 0.55 * (height - bed))
+    parts.append(part(BOX, (x - 0.35 * hx, 0, z), (0.5 * hx, 0.36 * width, hz), 0.5))
+    return parts
+
+
 def body(class_index: int, size: np.ndarray, reflectivity: float, style: int) -> np.ndarray:
     """The parts (P, 17) of a road user of a class with labelled size (3,) length, width, height, in its own frame.
 
-    reflectivity: of paint or clothes, 0..1. style: hatchback, sedan, SUV, pickup; only cars look at it.
+    reflectivity: of paint, clothes or coat, 0..1. style: of a car hatchback, sedan, SUV, pickup; of an animal dog, deer, horse; of a
+    trailer box, flat bed; others do not look at it.
     """
     length, width, height = (float(v) for v in size)
     if class_index == CAR:
         return np.stack(_car(length, width, height, reflectivity, _STYLES[style]))
-    build: Callable[[float, float, float, float], list[np.ndarray]] = {PEDESTRIAN: _pedestrian, CYCLIST: _cyclist, VAN: _van}.get(
-        class_index, _truck
-    )
+    if class_index == ANIMAL:
+        return np.stack(_animal(length, width, height, reflectivity, _ANIMALS[style]))
+    if class_index == TRAILER:
+        return np.stack(_trailer(length, width, height, reflectivity, flat=style == 1))
+    builders: dict[int, Callable[[float, float, float, float], list[np.ndarray]]] = {
+        PEDESTRIAN: _pedestrian, CYCLIST: _cyclist, VAN: _van, TRUCK: _truck, TRAM: _tram,
+    }  # fmt: skip
+    build = builders[class_index]
     return np.stack(build(length, width, height, reflectivity))
 
 

@@ -35,6 +35,8 @@ VERSION = "v1.01-train"
 CATEGORIES: Mapping[str, str] = {
     "Car": "car", "Pedestrian": "pedestrian", "Cyclist": "bicycle", "Van": "other_vehicle", "Truck": "truck",
 }  # fmt: skip
+# Of an ``OpenPlace``. Lyft itself has no trams and trailers; a table names these only where the dataset holds them.
+OPEN_CATEGORIES: Mapping[str, str] = {"Tram": "tram", "Animal": "animal", "Trailer": "trailer"}
 TABLES = (
     "attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map", "sample", "sample_annotation", "sample_data",
     "scene", "sensor", "visibility",
@@ -113,11 +115,12 @@ def frame_rows(made: SimulatedFrame, height: float, *, seed: int, index: int) ->
     assert labels is not None  # a simulated frame always knows its objects
     boxes = labels.boxes.data.double()
     centres = vehicle.to_outer(boxes[:, :3] + sensor.translation)
+    categories = {**CATEGORIES, **OPEN_CATEGORIES}
     for k, (box, centre, kind) in enumerate(zip(boxes.tolist(), centres.tolist(), labels.classes.tolist())):
         instance, annotation = token("instance", seed, index, k), token("sample_annotation", seed, index, k)
         rows["instance"].append(
             {
-                "token": instance, "category_token": token("category", CATEGORIES[made.class_names[kind]]), "nbr_annotations": 1,
+                "token": instance, "category_token": token("category", categories[made.class_names[kind]]), "nbr_annotations": 1,
                 "first_annotation_token": annotation, "last_annotation_token": annotation,
             }
         )  # fmt: skip
@@ -189,10 +192,12 @@ def _write_tables(root: Path, num_frames: int) -> None:
     """All tables from the rows of the frames; the sensor and the categories belong to no frame."""
     tables: dict[str, list[Row]] = {name: [] for name in TABLES}
     tables["sensor"] = [{"token": token("sensor"), "channel": "LIDAR_TOP", "modality": "lidar"}]
-    tables["category"] = [{"token": token("category", name), "name": name, "description": ""} for name in CATEGORIES.values()]
     for index in range(num_frames):
         for name, rows in json.loads(_rows_file(root, index).read_text()).items():
             tables[name] += rows
+    used = {instance["category_token"] for instance in tables["instance"]}
+    names = [*CATEGORIES.values(), *(name for name in OPEN_CATEGORIES.values() if token("category", name) in used)]
+    tables["category"] = [{"token": token("category", name), "name": name, "description": ""} for name in names]
     for name, rows in tables.items():
         write_atomically(root / VERSION / f"{name}.json", json.dumps(rows).encode())
 

@@ -45,7 +45,8 @@ from .simulate import SimulatedFrame, View, simulate_frame
 from .writing import claim, run_jobs
 
 FRAMES_PER_SEGMENT = 5
-_TYPE_OF = {"Car": 1, "Van": 1, "Truck": 1, "Pedestrian": 2, "Cyclist": 4}  # Label.Type
+# Label.Type: vehicle 1, pedestrian 2, cyclist 4; 0 is unknown, as Waymo labels no animals.
+_TYPE_OF = {"Car": 1, "Van": 1, "Truck": 1, "Tram": 1, "Trailer": 1, "Pedestrian": 2, "Cyclist": 4, "Animal": 0}
 _FIRST_TIME, _PERIOD = 1_500_000_000_000_000, 100_000  # us
 _MOST_INTENSITY = 0.999999  # whose inverse tanh is 7.3; that of 1 is infinite
 

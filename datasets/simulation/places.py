@@ -8,7 +8,8 @@ Sources of the numbers: ``docs/simulation.md``. They were chosen once and are no
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -16,7 +17,8 @@ from ...perception.structures import InvalidInput
 from .sensors import KITTI_HDL64E, LYFT_ROOF, WAYMO_TOP, Sensor
 
 CLASS_NAMES = ("Car", "Pedestrian", "Cyclist", "Van", "Truck")
-CAR, PEDESTRIAN, CYCLIST, VAN, TRUCK = range(5)
+ALL_CLASS_NAMES = (*CLASS_NAMES, "Tram", "Animal", "Trailer")  # the last three only where an ``OpenPlace`` asks for them
+CAR, PEDESTRIAN, CYCLIST, VAN, TRUCK, TRAM, ANIMAL, TRAILER = range(8)
 
 Triple = tuple[float, float, float]
 
@@ -69,6 +71,55 @@ class Place:
     built: float
     trees: float
     relief: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenPlace(Place):
+    """A street that also holds road users a detector of cars, pedestrians and cyclists has not learnt, or lacks some.
+
+    trams, trucks, trailers, animals: mean number within 100 m either way, put in after everything else, so the street is otherwise
+    the same (these trucks come on top of ``vehicle_mix``'s). absent: names in ``CLASS_NAMES`` whose places stay empty.
+    animal_sizes, animal_mix: of dogs, deer, horses.
+
+    A class of its own and not fields of ``Place``: the record of an ordinary simulated folder stays as it was.
+    """
+
+    trams: float = 0.0
+    trucks: float = 0.0
+    trailers: float = 0.0
+    animals: float = 0.0
+    absent: tuple[str, ...] = ()
+    tram_size: SizeDistribution = SizeDistribution(mean=(28.0, 2.65, 3.60), std=(2.0, 0.04, 0.06))
+    trailer_size: SizeDistribution = SizeDistribution(mean=(5.50, 2.35, 2.50), std=(0.60, 0.06, 0.20))
+    animal_sizes: tuple[SizeDistribution, SizeDistribution, SizeDistribution] = (
+        SizeDistribution(mean=(0.85, 0.28, 0.62), std=(0.10, 0.03, 0.06)),
+        SizeDistribution(mean=(1.45, 0.45, 1.45), std=(0.10, 0.04, 0.10)),
+        SizeDistribution(mean=(2.05, 0.62, 1.95), std=(0.06, 0.03, 0.10)),
+    )
+    animal_mix: Triple = (0.4, 0.3, 0.3)
+
+    def __post_init__(self) -> None:
+        numbers = (self.trams, self.trucks, self.trailers, self.animals)
+        if not all(0 <= n < math.inf for n in numbers):
+            raise InvalidInput(f"numbers of trams, trucks, trailers and animals must be finite and not negative, found {numbers}")
+        strangers = [name for name in self.absent if name not in CLASS_NAMES]
+        if strangers:
+            raise InvalidInput(f"absent names {', '.join(strangers)}; ordinary streets hold {', '.join(CLASS_NAMES)}")
+
+    @classmethod
+    def like(
+        cls,
+        place: Place,
+        *,
+        trams: float = 0.0,
+        trucks: float = 0.0,
+        trailers: float = 0.0,
+        animals: float = 0.0,
+        absent: tuple[str, ...] = (),
+    ) -> OpenPlace:
+        """``place`` with these further road users; the street itself is seed by seed the same."""
+        street = {f.name: getattr(place, f.name) for f in fields(Place)}
+        return cls(**street, trams=trams, trucks=trucks, trailers=trailers, animals=animals, absent=absent)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from ...perception.boxes import lidar_to_kitti_camera, wrap_angle
 from ...perception.structures import Calibration, Frame, InvalidInput, Labels, PointCloud
 from ..kitti import KITTI_CLASSES, with_point_counts
 from ..kitti_text import KittiObjects, labels_from_kitti, project_boxes
-from .places import CLASS_NAMES, Domain
+from .places import ALL_CLASS_NAMES, Domain
 from .raycast import Z, cast
 from .sensors import Sensor
 from .world import build_world
@@ -90,7 +90,7 @@ def _as_kitti(boxes: np.ndarray, classes: np.ndarray, visible: np.ndarray, calib
     location, dimensions, rotation_y = lidar_to_kitti_camera(torch.from_numpy(boxes), calibration.lidar_to_camera)
     bbox, seen = project_boxes(location, dimensions, rotation_y, calibration)
     return KittiObjects(
-        types=tuple(CLASS_NAMES[c] for c in classes.tolist()),
+        types=tuple(ALL_CLASS_NAMES[c] for c in classes.tolist()),
         truncated=torch.where(seen, torch.from_numpy(_truncation(boxes, calibration)), 1.0),
         occluded=torch.from_numpy((visible[:, None] < _VISIBLE_SHARES).sum(1)),
         alpha=wrap_angle(rotation_y - torch.atan2(location[:, 0], location[:, 2])),
@@ -156,7 +156,7 @@ def simulate_frame(domain: Domain, *, seed: int, index: int, view: View) -> Simu
     cloud = PointCloud(xyz=torch.from_numpy(points[:, :3].copy()), features=torch.from_numpy(points[:, 3:].copy()))
     return SimulatedFrame(
         frame=Frame(id=f"{index:06d}", points=cloud, labels=labels, calibration=calibration),
-        class_names=CLASS_NAMES,
+        class_names=ALL_CLASS_NAMES,
         objects=objects,
         visible=torch.from_numpy(visible[keep]),
         beams=torch.from_numpy(rings),

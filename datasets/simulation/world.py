@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from .bodies import block, body, bush, post, tree
-from .places import CAR, CYCLIST, PEDESTRIAN, TRUCK, VAN, Place
+from .places import ANIMAL, CAR, CLASS_NAMES, CYCLIST, PEDESTRIAN, TRAILER, TRAM, TRUCK, VAN, OpenPlace, Place
 from .raycast import COS, HALF_X, HALF_Y, OBJECT, SIN, X, Y, Z
 
 EXTENT = 100.0  # m either way along the road
+_TRIES = 40  # places an ``OpenPlace`` tries for one of its road users
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class World:
     """A street around the sensor, on the ground: x forward, y left, z up from the ground under the sensor.
 
     parts: (P, 17) float64, see ``raycast``. waves: (W, 4) float64, the ground. boxes: (N, 7) float64 labelled road users
-    (project convention). classes: (N,) int64 into ``CLASS_NAMES``.
+    (project convention). classes: (N,) int64 into ``ALL_CLASS_NAMES``.
     """
 
     parts: np.ndarray
@@ -89,6 +90,7 @@ class _Street:
         self.crossing = float(ahead) if crossing or turning else math.inf
         self.half_road = place.lanes * place.lane_width
         self.lane = -0.5 * place.lane_width if place.lanes == 1 or rng.random() < 0.5 else -1.5 * place.lane_width
+        self.absent = {CLASS_NAMES.index(name) for name in place.absent} if isinstance(place, OpenPlace) else set()
         self.parts: list[np.ndarray] = []
         self.boxes: list[np.ndarray] = []
         self.classes: list[int] = []
@@ -129,13 +131,22 @@ class _Street:
         reflectivity = float(self.rng.uniform(0.06, 0.8) if class_index in (CAR, VAN, TRUCK) else self.rng.uniform(0.15, 0.7))
         style = int(self.rng.choice(4, p=self.place.car_styles))
         x, y, yaw = self.bend(s, d, yaw + self.rng.normal(0, sway))
-        margin = 0.15 if class_index in (PEDESTRIAN, CYCLIST) else 0.3
+        if class_index not in self.absent:
+            self.stand(class_index, size, reflectivity, style, (x, y, yaw))
+
+    def stand(
+        self, class_index: int, size: np.ndarray, reflectivity: float, style: int, pose: tuple[float, float, float]
+    ) -> bool:
+        """Put a road user of this look at ``pose``, x y yaw seen from the vehicle, if there is room; returns whether."""
+        x, y, yaw = pose
+        margin = 0.15 if class_index in (PEDESTRIAN, CYCLIST, ANIMAL) else 0.3
         if not self._free(x, y, (size[0] / 2, size[1] / 2), yaw, margin):
-            return
+            return False
         z = ground_height(self.waves, x, y)
         self._put(body(class_index, size, reflectivity, style), x, y, yaw, z, len(self.boxes))
         self.boxes.append(np.array([x, y, z + size[2] / 2, *size, yaw]))
         self.classes.append(class_index)
+        return True
 
     def add_thing(self, parts: np.ndarray, s: float, d: float, yaw: float = 0.0, *, margin: float = 0.2) -> None:
         """Something that is no road user; its footprint is that of its largest part near the ground."""
@@ -243,6 +254,62 @@ def _surroundings(street: _Street) -> None:
         street.add_thing(far, 0.0, sign * (kerb + rng.uniform(45, 60)), margin=-100.0)
 
 
+def _in_a_lane(street: _Street, rng: np.random.Generator, middle: float) -> tuple[float, float, float]:
+    """s, d, yaw in a lane, or with chance ``middle`` in the middle of the road; now and then on the crossing street."""
+    place, way = street.place, 1 if rng.random() < 0.5 else -1
+    beside = -way * (int(rng.integers(place.lanes)) + 0.5) * place.lane_width
+    beside = (0.0 if rng.random() < middle else beside) + rng.normal(0, 0.1)
+    along, crosses = rng.uniform(-0.85, 0.85) * EXTENT, rng.random() < 0.2
+    if crosses and math.isfinite(street.crossing):
+        return street.crossing + way * 0.5 * place.lane_width, 0.6 * along, way * math.pi / 2
+    return along, beside, 0.0 if way == 1 else math.pi
+
+
+def _parked_trailer(street: _Street, rng: np.random.Generator) -> tuple[float, float, float]:
+    """s, d, yaw at the kerb, or in a drive between the houses."""
+    left, s, in_drive = rng.random() < 0.5, rng.uniform(-0.85, 0.85) * EXTENT, rng.random() < 0.2
+    sign, along = (1 if left else -1), (math.pi if left else 0.0)
+    if street.near_crossing(s, 5.0):
+        s -= 2 * (street.half_road + 5.0)
+    if in_drive:
+        return s, sign * (street.kerb(left) + street.place.sidewalk_width + rng.uniform(3.5, 6.0)), -sign * math.pi / 2
+    return s, sign * (street.half_road + 1.3), along
+
+
+def _loose_animal(street: _Street, rng: np.random.Generator) -> tuple[float, float, float]:
+    """s, d, yaw on the sidewalk, in a garden or on the road."""
+    s, sign, where = rng.uniform(-60, 60), (1 if rng.random() < 0.5 else -1), rng.random()
+    kerb, sidewalk, beyond = street.kerb(sign == 1), street.place.sidewalk_width, rng.random()
+    if where < 0.5:
+        d = kerb + 0.3 + beyond * (sidewalk - 0.3)
+    else:
+        d = kerb + sidewalk + 1.0 + 8.0 * beyond if where < 0.75 else street.half_road * beyond
+    return s, sign * d, rng.uniform(-math.pi, math.pi)
+
+
+def _further_users(street: _Street, place: OpenPlace) -> None:
+    """What an open place adds, the longest first. Each class has a generator of its own: more of one class moves no other one, but
+    where they want the same spot."""
+    rngs = map(np.random.default_rng, street.rng.integers(2**63, size=4))
+    for class_index, number, rng in zip(
+        (TRAM, TRUCK, TRAILER, ANIMAL), (place.trams, place.trucks, place.trailers, place.animals), rngs
+    ):
+        for _ in range(rng.poisson(number)):
+            style = int(rng.choice(3, p=place.animal_mix)) if class_index == ANIMAL else int(rng.integers(2))
+            sizes = {TRAM: place.tram_size, TRUCK: place.sizes[TRUCK], TRAILER: place.trailer_size}
+            size = (place.animal_sizes[style] if class_index == ANIMAL else sizes[class_index]).sample(rng)
+            reflectivity, sway = float(rng.uniform(0.15, 0.7)), rng.normal(0, 0.02)
+            for _ in range(_TRIES):
+                if class_index == TRAILER:
+                    s, d, yaw = _parked_trailer(street, rng)
+                elif class_index == ANIMAL:
+                    s, d, yaw = _loose_animal(street, rng)
+                else:
+                    s, d, yaw = _in_a_lane(street, rng, middle=0.3 if class_index == TRAM else 0.0)
+                if street.stand(class_index, size, reflectivity, style, street.bend(s, d, yaw + sway)):
+                    break
+
+
 def build_world(place: Place, rng: np.random.Generator) -> World:
     """A random street of ``place``; the same generator state gives the same street."""
     street = _Street(place, rng)
@@ -250,6 +317,8 @@ def build_world(place: Place, rng: np.random.Generator) -> World:
     _parking(street)
     _people(street)
     _surroundings(street)
+    if isinstance(place, OpenPlace):
+        _further_users(street, place)
     boxes = np.stack(street.boxes) if street.boxes else np.zeros((0, 7))
     boxes[:, 6] = (boxes[:, 6] + np.pi) % (2 * np.pi) - np.pi
     return World(parts=np.concatenate(street.parts), waves=street.waves, boxes=boxes, classes=np.array(street.classes, np.int64))

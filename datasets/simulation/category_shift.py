@@ -1,0 +1,76 @@
+"""Category shift on simulated streets: the target holds road users that the source does not know, or lacks one that it knows.
+
+A source detector has learnt cars, pedestrians and cyclists. The four scenarios of universal domain adaptation (You et al.,
+"Universal domain adaptation", CVPR 2019), by what the target holds:
+
+    closed         the same classes
+    partial        one source class is missing
+    open           trucks, trams, animals and trailers besides
+    open_partial   both
+
+Vans are in none of these worlds, source or target: KITTI counts them neither as cars nor as something else, and a scenario
+needs every object to be known or private. The place's own trucks are left out likewise, so trucks are there only where private.
+Their shares of the traffic are cars. The four scenarios of a domain are the same streets, frame by frame, but for what is added
+or missing and, where something is added, what it hides. Differences between scenarios are therefore differences of categories.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+from ...perception.structures import InvalidInput
+from .places import Domain, OpenPlace
+
+ShiftKind = Literal["closed", "partial", "open", "open_partial"]
+
+SOURCE_CLASSES = ("Car", "Pedestrian", "Cyclist")
+PRIVATE_CLASSES = ("Truck", "Tram", "Animal", "Trailer")
+# Mean numbers within 100 m either way, for at least 60 of each to be seen in 100 frames of the camera (docs/simulation.md).
+TRUCKS, TRAMS, ANIMALS, TRAILERS = 2.5, 1.75, 4.5, 2.5
+
+
+def source_domain(domain: Domain) -> Domain:
+    """``domain`` with cars, pedestrians and cyclists alone: what the source detector is trained on."""
+    place = replace(domain.place, vehicle_mix=(1.0, 0.0, 0.0))
+    return replace(domain, name=f"{domain.name}-source", place=place)
+
+
+def category_shift(target: Domain, kind: ShiftKind, *, lacking: str = "Cyclist") -> Domain:
+    """``target`` as the target domain of a scenario, for a source of ``SOURCE_CLASSES``.
+
+    lacking: the source class that "partial" and "open_partial" leave out; the others do not look at it. The kinds share their streets
+    seed by seed. Raises ``InvalidInput`` for another kind or a class that the source does not have.
+    """
+    known, private = known_classes(kind, lacking=lacking), bool(private_classes(kind))
+    absent = tuple(name for name in SOURCE_CLASSES if name not in known)
+    street = source_domain(target).place
+    place = OpenPlace.like(
+        street,
+        trucks=TRUCKS * private,
+        trams=TRAMS * private,
+        animals=ANIMALS * private,
+        trailers=TRAILERS * private,
+        absent=absent,
+    )
+    name = "-".join([target.name, kind, *(f"no-{a.lower()}" for a in absent)])
+    return replace(target, name=name, place=place)
+
+
+def known_classes(kind: ShiftKind, *, lacking: str = "Cyclist") -> tuple[str, ...]:
+    """The source classes that the target of a scenario holds, in the source's order."""
+    _check(kind)
+    if lacking not in SOURCE_CLASSES:
+        raise InvalidInput(f"lacking must be one of the source's {', '.join(SOURCE_CLASSES)}, found {lacking!r}")
+    return tuple(name for name in SOURCE_CLASSES if kind in ("closed", "open") or name != lacking)
+
+
+def private_classes(kind: ShiftKind) -> tuple[str, ...]:
+    """The classes of a scenario's target that its source does not know: ``PRIVATE_CLASSES`` or none."""
+    _check(kind)
+    return PRIVATE_CLASSES if kind in ("open", "open_partial") else ()
+
+
+def _check(kind: str) -> None:
+    if kind not in get_args(ShiftKind):
+        raise InvalidInput(f"kind must be one of {', '.join(get_args(ShiftKind))}, found {kind!r}")
