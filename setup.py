@@ -14,6 +14,7 @@ PACKAGES = [
     "upcycle3d.perception.training",
     "upcycle3d.perception.evaluation",
     "upcycle3d.perception.viz",
+    "upcycle3d.perception.adapt",
     "upcycle3d.datasets",
     "upcycle3d.datasets.simulation",
     "upcycle3d.tools",

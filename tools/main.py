@@ -24,6 +24,7 @@ COMMANDS = {
     "ingest": ("ingest", "server side: verify shards, quarantine bad ones, catalogue"),
     "upcycle": ("upcycle", "train on labelled data and smashed scenes; --method picks UpCycling or a baseline"),
     "bench upcycling": ("bench", "UpCycling and what it is compared with, over seeds, in one resumable command"),
+    "adapt features": ("adapt", "GLC: adapt labels of target features when the categories differ too"),
     "predict": ("predict", "boxes for a scan or a folder of scans"),
     "evaluate": ("evaluate", "AP by the dataset's own protocol"),
     "inspect": ("inspect", "what a shard, a store, a run, a detector or a prepared dataset holds"),
