@@ -138,6 +138,13 @@ SMALL = Preset(
 )
 SMALL_PV_RCNN = replace(SMALL, detector=architectures.SMALL_PV_RCNN)
 
+# Cars, pedestrians and cyclists, for adaptation to other categories (docs/adapt.md); its upcycling settings are untried.
+SMALL_THREE_CLASSES = Preset(
+    detector=architectures.SMALL_THREE_CLASSES,
+    train=replace(SMALL.train, loop=_loop(0.003, 1200, checkpoint_every=100), gt_sampling=(6, 10, 6)),
+    upcycle=replace(SMALL.upcycle, thresholds=SMALL.upcycle.thresholds * 3, f_gt=FeatureGtConfig(max_objects=(12, 8, 8))),
+)
+
 # Real KITTI.
 KITTI_SMALL = Preset(
     detector=architectures.KITTI_SMALL_SECOND_IOU,
@@ -162,6 +169,7 @@ DEMO_PV_RCNN = replace(DEMO, detector=SMALL_PV_RCNN.detector)
 PRESETS = {
     "small": SMALL,
     "small_pv_rcnn": SMALL_PV_RCNN,
+    "small_three_classes": SMALL_THREE_CLASSES,
     "kitti_small": KITTI_SMALL,
     "kitti_small_pv_rcnn": KITTI_SMALL_PV_RCNN,
     "kitti_second_iou": KITTI_SECOND_IOU,

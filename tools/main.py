@@ -25,6 +25,7 @@ COMMANDS = {
     "upcycle": ("upcycle", "train on labelled data and smashed scenes; --method picks UpCycling or a baseline"),
     "bench upcycling": ("bench", "UpCycling and what it is compared with, over seeds, in one resumable command"),
     "adapt features": ("adapt", "GLC: adapt labels of target features when the categories differ too"),
+    "adapt detector": ("adapt_detector", "GLC on a detector's proposals: new labels and unknown scores on another domain"),
     "predict": ("predict", "boxes for a scan or a folder of scans"),
     "evaluate": ("evaluate", "AP by the dataset's own protocol"),
     "inspect": ("inspect", "what a shard, a store, a run, a detector or a prepared dataset holds"),

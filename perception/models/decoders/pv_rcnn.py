@@ -24,7 +24,7 @@ from ..post_processing import FinalNms, ProposalNms, Proposals, decode_regions, 
 from ..targets import RoiSampling
 from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
 from .pv_rcnn_loss import keypoint_loss, region_loss
-from .regions import fully_connected, region_grid, sample_regions
+from .regions import JudgedRegions, fully_connected, judged_regions, region_grid, sample_regions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +102,18 @@ class RegionHead(nn.Module):
         )
         return pooled.view(len(regions), points, self.roi_grid_pool_layer.config.out_channels)
 
+    def describe(self, regions: Tensor, starts: Sequence[int], keypoints: Keypoints) -> Tensor:
+        """(N, head_channels) what the head knows about each region, before it judges and refines."""
+        pooled = self.pool(regions, starts, keypoints).transpose(1, 2)  # the reference flattens channel by channel
+        return self.shared_fc_layer(pooled.flatten(1)[..., None])[..., 0]
+
+    def answer(self, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) quality logits and (N, 7) box codes of what ``describe`` gave."""
+        return self.cls_layers(shared[..., None]).view(-1), self.reg_layers(shared[..., None]).view(-1, 7)
+
     def forward(self, regions: Tensor, starts: Sequence[int], keypoints: Keypoints) -> tuple[Tensor, Tensor]:
         """(N,) quality logits and (N, 7) box codes."""
-        pooled = self.pool(regions, starts, keypoints).transpose(1, 2)  # the reference flattens channel by channel
-        shared = self.shared_fc_layer(pooled.flatten(1)[..., None])
-        return self.cls_layers(shared).view(-1), self.reg_layers(shared).view(-1, 7)
+        return self.answer(self.describe(regions, starts, keypoints))
 
 
 def _linear(c_in: int, c_out: int) -> list[nn.Module]:
@@ -135,9 +142,7 @@ class PvRcnnDecoder(nn.Module):
         dense = self.anchor_head(self.bev_backbone(height_compression(split.voxels)))
         proposals = self._propose(dense, labels)
         assert split.keypoints is not None
-        logits = self.keypoint_head(split.keypoints.features)
-        fused = self.fusion(split.keypoints.features) * torch.sigmoid(logits)[:, None]
-        keypoints = Keypoints(xyz=split.keypoints.xyz, features=fused, starts=split.keypoints.starts)
+        logits, keypoints = self._fuse(split.keypoints)
         quality, codes = self.roi_head(proposals.boxes[proposals.valid], _starts(proposals.valid), keypoints)
         return PvRcnnOutputs(
             dense=dense,
@@ -147,6 +152,22 @@ class PvRcnnDecoder(nn.Module):
             quality_logits=_padded(quality, proposals.valid),
             box_codes=_padded(codes, proposals.valid),
         )
+
+    def _fuse(self, keypoints: Keypoints) -> tuple[Tensor, Keypoints]:
+        """Logits (K,) that a keypoint lies in an object, and the keypoints with fused features weighted by that."""
+        logits = self.keypoint_head(keypoints.features)
+        fused = self.fusion(keypoints.features) * torch.sigmoid(logits)[:, None]
+        return logits, Keypoints(xyz=keypoints.xyz, features=fused, starts=keypoints.starts)
+
+    @torch.no_grad()
+    def judged_regions(self, split: SplitFeatures) -> list[JudgedRegions]:
+        """Every scene's proposals with refined boxes, and the feature that quality and refinement are read from."""
+        assert split.keypoints is not None
+        p = self._propose(self.anchor_head(self.bev_backbone(height_compression(split.voxels))), None)
+        boxes = p.boxes[p.valid]
+        features = self.roi_head.describe(boxes, _starts(p.valid), self._fuse(split.keypoints)[1])
+        quality, codes = self.roi_head.answer(features)
+        return judged_regions(p, decode_regions(codes.float(), boxes), quality, features)
 
     @torch.no_grad()
     def _propose(self, dense: DenseOutputs, labels: Sequence[Labels] | None) -> Proposals:

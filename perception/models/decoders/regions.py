@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...boxes import rotate_z
-from ...structures import Labels
+from ...boxes import rotate_z, wrap_angle
+from ...structures import Boxes3D, Labels, Predictions
 from ..encoders.norm import RowBatchNorm
 from ..post_processing import Proposals
 from ..targets import RoiSampling, match_rois, sample_rois
@@ -49,3 +50,32 @@ def region_grid(regions: Tensor, size: int) -> Tensor:
     unit = torch.cartesian_prod(steps, steps, steps).view(-1, 3)
     local = unit * regions[:, None, 3:6]
     return rotate_z(local, regions[:, None, 6]) + regions[:, None, :3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedRegions:
+    """The proposals of one scene before the final suppression. detections: all of them, in the order of the proposals.
+
+    logits: (R,) of the anchor head for the proposal's class. An anchor learns the logit of its own class alone, so this and the class
+    are all that the head says. features: (R, C) the second stage's shared feature, from which it judged the proposal.
+    """
+
+    detections: Predictions
+    logits: Tensor
+    features: Tensor
+
+
+def judged_regions(proposals: Proposals, boxes: Tensor, quality_logits: Tensor, features: Tensor) -> list[JudgedRegions]:
+    """Scenes apart, from rows of all N valid proposals one scene after the other: boxes (N, 7), logits (N,), features (N, C)."""
+    quality, found, start = torch.sigmoid(quality_logits.float()), [], 0
+    for b, valid in enumerate(proposals.valid):
+        rows, logits = slice(start, start := start + int(valid.sum())), proposals.logits[b, valid]
+        detections = Predictions(
+            boxes=Boxes3D(data=torch.cat([boxes[rows, :6], wrap_angle(boxes[rows, 6:])], 1)),
+            classes=proposals.classes[b, valid],
+            scores=quality[rows],
+            class_scores=torch.sigmoid(logits),
+            iou_scores=quality[rows],
+        )
+        found.append(JudgedRegions(detections=detections, logits=logits, features=features[rows]))
+    return found

@@ -22,7 +22,7 @@ from ..anchors import KITTI_ANCHORS, AnchorClass, make_anchors
 from ..post_processing import FinalNms, ProposalNms, Proposals, propose, select_detections
 from ..targets import RoiSampling, iou_quality_target, match_rois
 from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
-from .regions import fully_connected, sample_regions
+from .regions import JudgedRegions, fully_connected, judged_regions, sample_regions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,12 @@ class IouHead(nn.Module):
             if isinstance(module, nn.Conv1d):
                 nn.init.xavier_normal_(module.weight)
 
+    def describe(self, pooled: Tensor) -> Tensor:
+        """Pooled features of N regions (N, C, G, G) -> what the head knows about each (N, head_channels)."""
+        return self.shared_fc_layer(pooled.flatten(1)[..., None])[..., 0]
+
     def forward(self, pooled: Tensor) -> Tensor:
-        return self.iou_layers(self.shared_fc_layer(pooled.flatten(1)[..., None])).view(-1)
+        return self.iou_layers(self.describe(pooled)[..., None]).view(-1)
 
 
 class SecondIouDecoder(nn.Module):
@@ -91,19 +95,33 @@ class SecondIouDecoder(nn.Module):
         """Outputs of a batch. With ``labels`` (training) regions are sampled around them, else the best proposals are judged."""
         bev = self.bev_backbone(height_compression(split.voxels))
         dense = self.anchor_head(bev)
-        with torch.no_grad():
-            nms = self.config.test_proposals if labels is None else self.config.train_proposals
-            proposals = propose(dense.class_logits, dense.box_codes, dense.direction_logits, self.anchors.view(-1, 7), nms)
-            if labels is not None:
-                proposals = sample_regions(proposals, labels, self.config.roi_sampling, refine=False)
+        proposals = self._propose(dense, labels)
         return SecondIouOutputs(dense=dense, proposals=proposals, iou_logits=self._judge(bev.detach(), proposals))
 
-    def _judge(self, bev: Tensor, proposals: Proposals) -> Tensor:
+    @torch.no_grad()
+    def _propose(self, dense: DenseOutputs, labels: Sequence[Labels] | None) -> Proposals:
+        nms = self.config.test_proposals if labels is None else self.config.train_proposals
+        proposals = propose(dense.class_logits, dense.box_codes, dense.direction_logits, self.anchors.view(-1, 7), nms)
+        return proposals if labels is None else sample_regions(proposals, labels, self.config.roi_sampling, refine=False)
+
+    def _pool(self, bev: Tensor, proposals: Proposals) -> Tensor:
+        """(N, C, G, G) patches of the map under the N valid proposals; padding must not enter the head's batch statistics."""
         origin, cell = self.spec.grid.range[:2], self.spec.cell_size()
         pooled = roi_grid_sample(bev, proposals.boxes, origin=origin, cell=cell, grid_size=self.config.pool_size)
+        return pooled[proposals.valid]
+
+    def _judge(self, bev: Tensor, proposals: Proposals) -> Tensor:
         logits = bev.new_zeros(proposals.valid.shape)
-        # Padding must not enter the head's batch statistics.
-        return logits.masked_scatter(proposals.valid, self.roi_head(pooled[proposals.valid]).to(logits.dtype))
+        return logits.masked_scatter(proposals.valid, self.roi_head(self._pool(bev, proposals)).to(logits.dtype))
+
+    @torch.no_grad()
+    def judged_regions(self, split: SplitFeatures) -> list[JudgedRegions]:
+        """Every scene's proposals as the second stage sees them, with the feature that the overlap is read from."""
+        bev = self.bev_backbone(height_compression(split.voxels))
+        proposals = self._propose(self.anchor_head(bev), None)
+        features = self.roi_head.describe(self._pool(bev, proposals))
+        iou = self.roi_head.iou_layers(features[..., None]).view(-1)
+        return judged_regions(proposals, proposals.boxes[proposals.valid], iou, features)
 
     def loss(self, outputs: SecondIouOutputs, labels: Sequence[Labels]) -> LossTerms:
         """Class, box, direction and IoU losses of a batch, as OpenPCDet weighs them."""

@@ -1,0 +1,240 @@
+"""GLC on a detector where domain and categories shift: simulated source and target, four scenarios, over seeds; resumable.
+
+    python benchmarks/category_shift.py --target lyft --seeds 0 --out runs/category_shift_lyft       development: defaults may be chosen here
+    python benchmarks/category_shift.py --target kitti --seeds 0 1 2 --out runs/category_shift_kitti  reported: once, after a freeze
+
+A detector of cars, pedestrians and cyclists (``small_three_classes``) is trained on the source world, one a seed; so is the proposal
+classifier. Each scenario's target adds trucks, trams, animals and trailers, lacks cyclists, or both (``simulation/category_shift.py``).
+Adaptation sees the target's proposals without labels; labels measure it on the same frames. Every (scenario, seed) leaves a JSON file
+as soon as it is known, and what is there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see docs/decisions.md
+
+import torch
+
+from upcycle3d.datasets.gt_database import build_gt_database
+from upcycle3d.datasets.prepared import PreparedDataset
+from upcycle3d.datasets.simulation.category_shift import (
+    PRIVATE_CLASSES,
+    SOURCE_CLASSES,
+    ShiftKind,
+    category_shift,
+    source_domain,
+)
+from upcycle3d.datasets.simulation.places import domain
+from upcycle3d.datasets.simulation.stand_in import prepared_stand_in
+from upcycle3d.perception.adapt.class_map import map_by_name
+from upcycle3d.perception.adapt.detector import DetectorAdaptConfig, adapt_proposals, cached_classifier
+from upcycle3d.perception.adapt.detector_report import detector_facts
+from upcycle3d.perception.adapt.open_set import judge_by_source
+from upcycle3d.perception.adapt.proposal_classifier import ClassifierConfig, ProposalClassifier
+from upcycle3d.perception.adapt.proposal_matching import match_proposals
+from upcycle3d.perception.adapt.proposal_metrics import known_ap, proposal_report
+from upcycle3d.perception.adapt.proposals import (
+    DetectorProposals,
+    ProposalSelection,
+    cached_proposals,
+    collect_from_frames,
+)
+from upcycle3d.perception.adapt.unknown import UnknownRule
+from upcycle3d.perception.assembly import labelled_batches
+from upcycle3d.perception.models.detector import Detector
+from upcycle3d.perception.models.detectors import build_detector
+from upcycle3d.perception.presets import SMALL_THREE_CLASSES
+from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
+from upcycle3d.perception.training.run_folder import RunFolder, describe_environment
+from upcycle3d.perception.training.supervised import train_supervised
+from upcycle3d.tools.adapt_detector import scored_region
+from upcycle3d.tools.console import print_table, write_json
+
+SCENARIOS: tuple[ShiftKind, ...] = get_args(ShiftKind)
+ALL_CLASSES = (*SOURCE_CLASSES, *PRIVATE_CLASSES)
+FIXED = UnknownRule(method="fixed", value=0.55)
+BASELINE, ADAPTED = "source, entropy > 0.55", "adapted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Frames to train and to adapt on, steps of the detector's training."""
+
+    source_frames: int
+    target_frames: int
+    steps: int
+
+
+def trained_detector(folder: Path, source: Path, seed: int, steps: int) -> Detector:
+    """The source's detector in ``folder``/run, trained if it is not there."""
+    run = folder / "run"
+    if not (run / "detector.safetensors").exists():
+        train = SMALL_THREE_CLASSES.train
+        loop = replace(train.loop, seed=seed, optim=replace(train.loop.optim, total_steps=steps))
+        preset = replace(SMALL_THREE_CLASSES, train=replace(train, loop=loop))
+        frames, database = PreparedDataset(source, "train"), source / "gt_database" / "train"
+        if not (database / "database.json").exists():
+            build_gt_database(frames, database, class_names=frames.classes, fingerprint=frames.split_fingerprint())
+        torch.manual_seed(seed)
+        detector = build_detector(preset.detector)
+        labelled = labelled_batches(preset, frames, database, batch_size=train.batch_size, seed=seed)
+        with RunFolder.create(run, preset.train, seed=seed, resume=True) as opened:
+            train_supervised(detector, labelled, loop, run=opened, progress=False)
+        save_run_detector(run, detector, preset.detector)
+    return load_detector(run)[0]
+
+
+def proposals_on(path: Path, detector: Detector, frames: PreparedDataset) -> DetectorProposals:
+    data, selection = f"train: {len(frames)} frames {frames.split_fingerprint()[:16]}", ProposalSelection()
+    return cached_proposals(
+        path, detector, selection, data=data, collect=lambda: collect_from_frames(detector, frames, selection, data=data)
+    )
+
+
+def source_side(folder: Path, source: str, seed: int, sizes: Sizes, workers: int) -> tuple[Detector, ProposalClassifier]:
+    """Detector and proposal classifier of a seed, from the source world."""
+    place = source_domain(domain(source))
+    splits = {"train": sizes.source_frames}
+    data = prepared_stand_in(folder / "source", place, splits, seed=9000 + seed, classes=SOURCE_CLASSES, workers=workers)
+    detector, frames = trained_detector(folder, data, seed, sizes.steps), PreparedDataset(data, "train")
+    proposals = proposals_on(folder / "source_proposals.safetensors", detector, frames)
+
+    def matches() -> Any:
+        labels = [frames.labels(i) for i in range(len(frames))]
+        return match_proposals(proposals, labels, frames.classes, map_by_name(SOURCE_CLASSES, frames.classes))
+
+    config = ClassifierConfig(seed=seed)
+    return detector, cached_classifier(folder / "classifier.safetensors", proposals, matches, config)
+
+
+def cell(
+    folder: Path,
+    detector: Detector,
+    classifier: ProposalClassifier,
+    target: str,
+    kind: ShiftKind,
+    seed: int,
+    sizes: Sizes,
+    workers: int,
+) -> dict[str, object]:
+    """One scenario: adapt without labels, then measure the source's classifier and the adapted one."""
+    place, splits = category_shift(domain(target), kind), {"train": sizes.target_frames}
+    data = prepared_stand_in(folder / kind, place, splits, seed=9500 + seed, classes=ALL_CLASSES, workers=workers)
+    frames = PreparedDataset(data, "train")
+    proposals = proposals_on(folder / f"{kind}_proposals.safetensors", detector, frames)
+    config = DetectorAdaptConfig()
+    config = replace(config, adapt=replace(config.adapt, seed=seed))
+    adapted = adapt_proposals(classifier, proposals, config)
+
+    labels, names = [frames.labels(i) for i in range(len(frames))], map_by_name(SOURCE_CLASSES, frames.classes)
+    matches = match_proposals(proposals, labels, frames.classes, names)
+    ways = {
+        BASELINE: judge_by_source(classifier, proposals, kind=config.score, rule=FIXED),
+        "source, entropy, automatic": judge_by_source(classifier, proposals, kind=config.score, rule=config.unknown),
+        "source, entropy with background > 0.55": judge_by_source(classifier, proposals, kind="all", rule=FIXED),
+        "source, entropy with background, automatic": judge_by_source(classifier, proposals, kind="all", rule=config.unknown),
+        ADAPTED: adapted.judged,
+    }
+    limits = scored_region(detector)
+    metrics = {n: proposal_report(proposals, way, matches, labels, names, limits=limits) for n, way in ways.items()}
+    detector_ap = known_ap(proposals, None, labels, frames.classes, names, limits=limits)
+    return detector_facts(classifier, proposals, adapted, metrics, detector_ap)
+
+
+def summary(cells: Mapping[tuple[str, int], dict[str, Any]], kinds: tuple[str, ...]) -> None:
+    """Tables: mean and deviation over the seeds that are there."""
+    rows, aps = [], []
+    for kind in kinds:
+        found = [value for (name, _), value in cells.items() if name == kind]
+        for way in found[0]["metrics"] if found else ():
+            reports = [f["metrics"][way] for f in found]
+            columns = ("os_star", "unk", "h", "auroc", "fpr95", "closed_accuracy", "accuracy")
+            rows.append((kind, way, *(_mean([r["matched"][c] for r in reports], 3) for c in columns), *_shares(reports)))
+        for name in found[0]["detector_ap"] if found else ():
+            before = [f["detector_ap"][name] for f in found]
+            after = [f["metrics"][ADAPTED]["known_ap"][name] for f in found]
+            aps.append((kind, name, _mean(before, 1), _mean(after, 1), _mean([a - b for a, b in zip(after, before)], 1)))
+        changes = [
+            statistics.fmean(f["metrics"][ADAPTED]["known_ap"][n] - f["detector_ap"][n] for n in f["detector_ap"]) for f in found
+        ]
+        aps.append((kind, "mean of these", "", "", _mean(changes, 1)))
+    header = ("OS*", "UNK", "H", "AUROC", "FPR95", "closed acc.", "acc.", "proposed", "novel", "private among unknown")
+    print_table(f"proposals on objects, {len({s for _, s in cells})} seeds", ("scenario", "judged by", *header), rows)
+    print_table("AP R40 of the known classes", ("scenario", "metric", "detector", "adapted", "change"), aps)
+
+
+def _shares(reports: list[dict[str, Any]]) -> tuple[str, str, str]:
+    """Recall of private objects by proposals, novel-category accuracy, share of private objects among what is called unknown."""
+    proposed, among = [], []
+    for report in reports:
+        objects = sum(p["objects"] for p in report["private"].values())
+        called = report["called_unknown"]
+        proposed.append(sum(p["proposed"] for p in report["private"].values()) / objects if objects else None)
+        among.append(called["private"] / max(1, sum(called.values())) if objects else None)
+    return _mean(proposed, 3), _mean([r["novel_category_accuracy"] for r in reports], 3), _mean(among, 3)
+
+
+def _mean(values: list[float | None], digits: int) -> str:
+    there = [v for v in values if v is not None]
+    if not there:
+        return "-"
+    deviation = f" ± {statistics.stdev(there):.{digits}f}" if len(there) > 1 else ""
+    return f"{statistics.fmean(there):.{digits}f}{deviation}"
+
+
+def read_or_make(path: Path, settings: dict[str, object], make: Callable[[], dict[str, object]]) -> dict[str, Any]:
+    """The result in ``path``, or a new one, written there with how it was made. A result of other sizes is refused."""
+    if not path.exists():
+        write_json(path, {"settings": settings, "result": make(), "environment": describe_environment(command=sys.argv, seed=0)})
+    stored = json.loads(path.read_text())
+    if stored["settings"] != settings:
+        sys.exit(f"{path} was made with {stored['settings']}, asked for {settings}; choose another folder with --out")
+    found: dict[str, Any] = stored["result"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default="waymo")
+    parser.add_argument("--target", default="lyft")
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--source-frames", type=int, default=400)
+    parser.add_argument("--target-frames", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=SMALL_THREE_CLASSES.train.loop.total_steps)
+    parser.add_argument("--workers", type=int, default=2, help="processes that simulate and prepare frames")
+    parser.add_argument("--out", type=Path, required=True)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = Sizes(source_frames=a.source_frames, target_frames=a.target_frames, steps=a.steps)
+    cells: dict[tuple[str, int], dict[str, Any]] = {}
+    for seed in a.seeds:
+        folder = a.out / f"seed{seed}"
+        source: list[tuple[Detector, ProposalClassifier]] = []
+        for kind in a.scenarios:
+            settings = {"source": a.source, "target": a.target, "scenario": kind, "seed": seed, **asdict(sizes)}
+
+            def make(
+                folder: Path = folder, kind: ShiftKind = kind, seed: int = seed, source: list[Any] = source
+            ) -> dict[str, object]:
+                if not source:
+                    source.append(source_side(folder, a.source, seed, sizes, a.workers))
+                return cell(folder, *source[0], a.target, kind, seed, sizes, a.workers)
+
+            cells[kind, seed] = read_or_make(a.out / f"{kind}_seed{seed}.json", settings, make)
+            print(f"{kind}, seed {seed}: done", flush=True)
+    summary(cells, tuple(a.scenarios))
+
+
+if __name__ == "__main__":
+    main()
