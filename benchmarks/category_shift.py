@@ -25,7 +25,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 
 import torch
 
-from upcycle3d.datasets.gt_database import build_gt_database
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation.category_shift import (
     PRIVATE_CLASSES,
@@ -42,22 +41,18 @@ from upcycle3d.perception.adapt.detector_report import detector_facts
 from upcycle3d.perception.adapt.open_set import judge_by_source
 from upcycle3d.perception.adapt.proposal_classifier import ClassifierConfig, ProposalClassifier
 from upcycle3d.perception.adapt.proposal_matching import match_proposals
-from upcycle3d.perception.adapt.proposal_metrics import known_ap, proposal_report
+from upcycle3d.perception.adapt.proposal_metrics import known_ap, proposal_report, seen_region
 from upcycle3d.perception.adapt.proposals import (
     DetectorProposals,
     ProposalSelection,
-    cached_proposals,
-    collect_from_frames,
+    cached_on_frames,
 )
 from upcycle3d.perception.adapt.unknown import UnknownRule
-from upcycle3d.perception.assembly import labelled_batches
+from upcycle3d.perception.main_job import DataSplit, RunOptions, train_source_model
 from upcycle3d.perception.models.detector import Detector
-from upcycle3d.perception.models.detectors import build_detector
 from upcycle3d.perception.presets import SMALL_THREE_CLASSES
-from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
-from upcycle3d.perception.training.run_folder import RunFolder, describe_environment
-from upcycle3d.perception.training.supervised import train_supervised
-from upcycle3d.tools.adapt_detector import scored_region
+from upcycle3d.perception.training.detector_files import load_detector
+from upcycle3d.perception.training.run_folder import describe_environment
 from upcycle3d.tools.console import print_table, write_json
 
 SCENARIOS: tuple[ShiftKind, ...] = get_args(ShiftKind)
@@ -75,30 +70,8 @@ class Sizes:
     steps: int
 
 
-def trained_detector(folder: Path, source: Path, seed: int, steps: int) -> Detector:
-    """The source's detector in ``folder``/run, trained if it is not there."""
-    run = folder / "run"
-    if not (run / "detector.safetensors").exists():
-        train = SMALL_THREE_CLASSES.train
-        loop = replace(train.loop, seed=seed, optim=replace(train.loop.optim, total_steps=steps))
-        preset = replace(SMALL_THREE_CLASSES, train=replace(train, loop=loop))
-        frames, database = PreparedDataset(source, "train"), source / "gt_database" / "train"
-        if not (database / "database.json").exists():
-            build_gt_database(frames, database, class_names=frames.classes, fingerprint=frames.split_fingerprint())
-        torch.manual_seed(seed)
-        detector = build_detector(preset.detector)
-        labelled = labelled_batches(preset, frames, database, batch_size=train.batch_size, seed=seed)
-        with RunFolder.create(run, preset.train, seed=seed, resume=True) as opened:
-            train_supervised(detector, labelled, loop, run=opened, progress=False)
-        save_run_detector(run, detector, preset.detector)
-    return load_detector(run)[0]
-
-
 def proposals_on(path: Path, detector: Detector, frames: PreparedDataset) -> DetectorProposals:
-    data, selection = f"train: {len(frames)} frames {frames.split_fingerprint()[:16]}", ProposalSelection()
-    return cached_proposals(
-        path, detector, selection, data=data, collect=lambda: collect_from_frames(detector, frames, selection, data=data)
-    )
+    return cached_on_frames(path, detector, frames, ProposalSelection(), split="train")
 
 
 def source_side(folder: Path, source: str, seed: int, sizes: Sizes, workers: int) -> tuple[Detector, ProposalClassifier]:
@@ -106,7 +79,11 @@ def source_side(folder: Path, source: str, seed: int, sizes: Sizes, workers: int
     place = source_domain(domain(source))
     splits = {"train": sizes.source_frames}
     data = prepared_stand_in(folder / "source", place, splits, seed=9000 + seed, classes=SOURCE_CLASSES, workers=workers)
-    detector, frames = trained_detector(folder, data, seed, sizes.steps), PreparedDataset(data, "train")
+    train, split = SMALL_THREE_CLASSES.train, DataSplit(root=data, name="train")
+    loop = replace(train.loop, optim=replace(train.loop.optim, total_steps=sizes.steps))
+    preset = replace(SMALL_THREE_CLASSES, train=replace(train, loop=loop))
+    train_source_model(folder / "run", split, preset, seed=seed, options=RunOptions())
+    detector, frames = load_detector(folder / "run")[0], split.open()
     proposals = proposals_on(folder / "source_proposals.safetensors", detector, frames)
 
     def matches() -> Any:
@@ -145,7 +122,7 @@ def cell(
         "source, entropy with background, automatic": judge_by_source(classifier, proposals, kind="all", rule=config.unknown),
         ADAPTED: adapted.judged,
     }
-    limits = scored_region(detector)
+    limits = seen_region(detector)
     metrics = {n: proposal_report(proposals, way, matches, labels, names, limits=limits) for n, way in ways.items()}
     detector_ap = known_ap(proposals, None, labels, frames.classes, names, limits=limits)
     return detector_facts(classifier, proposals, adapted, metrics, detector_ap)

@@ -7,7 +7,7 @@ HSSDA does so on Waymo too); KITTI's frames are drawn one by one, as everybody d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..perception.structures import InvalidInput
 
@@ -39,14 +39,23 @@ def labelled_split(share: float, draw: int) -> str:
 
 
 def label_share_splits(
-    ids: Sequence[str], shares: Iterable[float], *, group: Callable[[str], str] = str
+    ids: Sequence[str],
+    shares: Iterable[float],
+    *,
+    group: Callable[[str], str] = str,
+    given: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, tuple[str, ...]]:
-    """The splits of every share and draw, by name."""
-    splits = {}
+    """The splits of every share and draw, by name, that are not ``given``: published lists go before ours, and what a given labelled
+    split does not name is its rest."""
+    splits: dict[str, tuple[str, ...]] = {}
     for share in shares:
         for draw in DRAWS:
+            name = labelled_split(share, draw)
             labelled, rest = draw_labelled(ids, share, draw, group=group)
-            splits[labelled_split(share, draw)] = labelled
+            if given and name in given:
+                labelled, names = tuple(given[name]), set(given[name])
+                rest = tuple(i for i in ids if i not in names)
+            splits[name] = labelled
             if rest:
-                splits[f"{labelled_split(share, draw)}-rest"] = rest
-    return splits
+                splits[f"{name}-rest"] = rest
+    return {name: part for name, part in splits.items() if not given or name not in given}

@@ -156,7 +156,7 @@ VARIANTS: dict[str, Variant] = {name: Variant(method=name) for name in METHODS} 
 
 
 def source_preset(preset: Preset, source: Source, scenario: Scenario) -> Preset:
-    """The preset by which a source model is trained; trials take the plain one."""
+    """The preset by which a source model is trained, and its trials' labelled half augmented."""
     augmentation = preset.train.augmentation
     if source == "sn":
         augmentation = replace(augmentation, size_shift=scenario.size_shift)

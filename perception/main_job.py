@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -40,7 +40,7 @@ from .server.trainer import UpcycleConfig, upcycle
 from .structures import InvalidInput, Labels, PointCloud
 from .training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
 from .training.run_folder import RunFolder
-from .training.supervised import SupervisedConfig, train_supervised
+from .training.supervised import train_supervised
 from .vehicle.extractor import Extractor, extract
 from .vehicle.shards import ShardWriter
 
@@ -61,12 +61,20 @@ class DataSplit:
         frames = self.open()
         return f"{len(frames)} frames {frames.split_fingerprint()[:16]}"
 
+    def gt_database(self) -> Path:
+        """The folder of the split's own GT database, built if ``prepare`` did not."""
+        folder = self.root / "gt_database" / self.name
+        if not (folder / "database.json").exists():
+            frames = self.open()
+            build_gt_database(frames, folder, class_names=frames.classes, fingerprint=frames.split_fingerprint())
+        return folder
+
 
 @dataclass(frozen=True, kw_only=True)
 class MainJobConfig:
     """labelled: whose labels are learnt from. fleet: whose scans are smashed; its labels are for the oracles, and to measure pseudo
-    labels. validation: scored by ``protocol``. preset: the detector and how the source model is trained; ``preset.upcycle`` is a
-    trial's own. seed: of every training. checkpoint: a run folder to take as the source model instead of training one.
+    labels. validation: scored by ``protocol``. preset: the detector, how the source model is trained, and the augmentation of every
+    labelled batch; ``preset.upcycle`` is a trial's own. seed: of every training. checkpoint: a run folder to take as the source model instead of training one.
     """
 
     labelled: DataSplit
@@ -127,6 +135,23 @@ class RunOptions:
     processes: int = 2
     progress: bool = False
 
+    def __post_init__(self) -> None:
+        if self.scores_along < 1:
+            raise InvalidInput(f"a trial is scored once at least, after its last step; found scores_along = {self.scores_along}")
+
+
+def train_source_model(out: Path, data: DataSplit, preset: Preset, *, seed: int, options: RunOptions) -> None:
+    """Supervised training of ``preset`` on a labelled split into the run folder ``out``; a finished one is left as it is."""
+    if (out / "detector.safetensors").exists():
+        return
+    torch.manual_seed(seed)
+    detector = build_detector(preset.detector).to(options.device)
+    labelled = labelled_batches(preset, data.open(), data.gt_database(), batch_size=preset.train.batch_size, seed=seed)
+    train = replace(preset.train, loop=replace(preset.train.loop, seed=seed))
+    with RunFolder.create(out, train, seed=seed, resume=True) as run:
+        train_supervised(detector, labelled, train.loop, run=run, workers=options.workers, progress=options.progress)
+    save_run_detector(out, detector.cpu(), preset.detector)
+
 
 @dataclass
 class MainJob:
@@ -173,17 +198,6 @@ class MainJob:
 
     # ---- training on the labelled frames
 
-    def _labelled(
-        self, split: DataSplit, train: SupervisedConfig, batch_size: int, upcycle: UpcycleConfig | None
-    ) -> LabelledBatches:
-        frames, database = split.open(), split.root / "gt_database" / split.name
-        if not (database / "database.json").exists():
-            build_gt_database(frames, database, class_names=frames.classes, fingerprint=frames.split_fingerprint())
-        preset = replace(self.config.preset, train=train)
-        # F-GT's size normalisation holds for the labelled half too, but the oracles' labels have the right size already.
-        shift = upcycle.f_gt.size_shift if upcycle is not None and split == self.config.labelled else (0.0, 0.0, 0.0)
-        return labelled_batches(preset, frames, database, batch_size=batch_size, seed=self.config.seed, size_shift=shift)
-
     @property
     def source(self) -> Path:
         """The run folder of the source model."""
@@ -191,22 +205,14 @@ class MainJob:
 
     def train_source(self) -> Path:
         """Supervised training on the labelled frames; returns the run folder."""
-        preset, seed = self.config.preset, self.config.seed
-        if self.config.checkpoint is not None:
-            if load_detector(self.source)[1] != preset.detector:
+        c = self.config
+        if c.checkpoint is not None:
+            if load_detector(self.source)[1] != c.preset.detector:
                 raise InvalidInput(f"{self.source} holds a detector other than the preset's; pass the preset it was trained with")
         elif not (self.source / "detector.safetensors").exists():
             self.options.say("training on the labelled frames")
             with self.timed("train source"):
-                torch.manual_seed(seed)
-                detector = build_detector(preset.detector).to(self.options.device)
-                labelled = self._labelled(self.config.labelled, preset.train, preset.train.batch_size, None)
-                loop = replace(preset.train.loop, seed=seed)
-                with RunFolder.create(self.source, replace(preset.train, loop=loop), seed=seed, resume=True) as run:
-                    train_supervised(
-                        detector, labelled, loop, run=run, workers=self.options.workers, progress=self.options.progress
-                    )
-                save_run_detector(self.source, detector.cpu(), preset.detector)
+                train_source_model(self.source, c.labelled, c.preset, seed=c.seed, options=self.options)
         return self.source
 
     # ---- the fleet
@@ -276,7 +282,7 @@ class MainJob:
         yield from ((name, TrialResult.read(self._trial_folder(name) / "result.json")) for name in finished)
         todo = [name for name in trials if name not in finished]
         with self.timed("trials"):
-            self._shared_by(trials[name] for name in todo)
+            self._shared_by([trials[name] for name in todo])
             for name, result in self._run_all({name: trials[name] for name in todo}):
                 self.options.say(f"{name}: {METHODS[trials[name].method].summary}")
                 yield name, result
@@ -292,20 +298,31 @@ class MainJob:
             for future in as_completed(running):
                 yield running[future], future.result()
 
-    def _shared_by(self, trials: Iterator[Trial]) -> None:
+    def _labels_from(self, method: Method) -> DataSplit:
+        return self.config.labelled if method.labelled == "source" else self.config.fleet
+
+    def _shared_by(self, trials: Collection[Trial]) -> None:
         """Make what several trials read, before they run at once."""
-        for trial in trials:
-            method = METHODS[trial.method]
-            if method.trains != "nothing":
-                split = self.config.labelled if method.labelled == "source" else self.config.fleet
-                self._labelled(split, self.config.preset.train, 1, None)
-            if method.f_gt:
-                self._features(load_detector(self.source)[0], trial.upcycle)
+        for split in {self._labels_from(METHODS[t.method]) for t in trials if METHODS[t.method].trains != "nothing"}:
+            split.gt_database()
+        pasting = {t.upcycle.f_gt: t.upcycle for t in trials if METHODS[t.method].f_gt}
+        if pasting:
+            detector, _ = load_detector(self.source)
+            for upcycle in pasting.values():
+                self._features(detector, upcycle)
 
     def _features(self, detector: Detector, upcycle: UpcycleConfig) -> FeatureDatabase:
         key = hashlib.sha256(json.dumps(config_to_json(upcycle.f_gt), sort_keys=True).encode()).hexdigest()[:12]
         return feature_database(
             self.folder / f"feature_gt_{key}", self.config.labelled.open(), detector, upcycle.f_gt, codec=self.config.codec
+        )
+
+    def _labelled(self, method: Method, upcycle: UpcycleConfig) -> LabelledBatches:
+        split, c = self._labels_from(method), self.config
+        # F-GT's size normalisation holds for the labelled half too, but the oracles' labels have the right size already.
+        shift = upcycle.f_gt.size_shift if method.labelled == "source" else (0.0, 0.0, 0.0)
+        return labelled_batches(
+            c.preset, split.open(), split.gt_database(), batch_size=upcycle.labelled_batch, seed=c.seed, size_shift=shift
         )
 
     def _trial_folder(self, name: str) -> Path:
@@ -329,9 +346,7 @@ class MainJob:
             teacher = upcycle(
                 detector,
                 method=method,
-                labelled=self._labelled(
-                    c.labelled if method.labelled == "source" else c.fleet, preset.train, config.labelled_batch, config
-                ),
+                labelled=self._labelled(method, config),
                 store=self.store(detector) if method.unlabelled == "smashed" else None,
                 scans=unlabelled_batches(preset, c.fleet.open(), batch_size=config.unlabelled_batch, seed=c.seed)
                 if method.unlabelled == "raw"

@@ -61,3 +61,8 @@ def test_the_closed_gap_is_null_where_there_is_no_gap():
     assert closed_gap(10, 15, 30) == 25
     assert closed_gap(10, 15, 11.9) is None
     assert closed_gap(10, 15, 30, spread=25) is None
+
+
+def test_a_trial_is_scored_at_least_once():
+    with pytest.raises(InvalidInput, match="scores_along = 0"):
+        RunOptions(scores_along=0)

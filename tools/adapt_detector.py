@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 from ..datasets.prepared import PreparedDataset
-from ..perception.adapt.adapter import AdaptConfig
 from ..perception.adapt.class_map import IGNORE, UNKNOWN, ClassMap, map_by_name, pair_map
 from ..perception.adapt.detector import (
     DetectorAdaptConfig,
@@ -21,22 +20,25 @@ from ..perception.adapt.detector_report import detector_facts, detector_page
 from ..perception.adapt.open_set import judge_by_source
 from ..perception.adapt.proposal_classifier import ClassifierConfig, ProposalClassifier, load_classifier
 from ..perception.adapt.proposal_matching import Matches, match_proposals
-from ..perception.adapt.proposal_metrics import ProposalReport, known_ap, proposal_report
+from ..perception.adapt.proposal_metrics import ProposalReport, known_ap, proposal_report, seen_region
 from ..perception.adapt.proposals import (
     DetectorProposals,
     ProposalSelection,
+    cached_on_frames,
     cached_proposals,
-    collect_from_frames,
     collect_from_store,
 )
 from ..perception.adapt.unknown import UnknownRule
 from ..perception.assembly import fleet_store
+from ..perception.evaluation.headline import Scores
 from ..perception.models.detector import Detector
 from ..perception.models.encoders.fingerprint import RigSpec
 from ..perception.structures import InvalidInput
 from ..perception.training.detector_files import load_detector
 from ..perception.viz.html import write_html
 from .console import console, device, print_table, progress_bar, run_command, write_json
+
+DEFAULTS = DetectorAdaptConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +75,9 @@ class AdaptDetector:
     """rule of the unknown's threshold"""
     fixed_threshold: float = 0.55
     """with the rule "fixed\""""
-    epochs: int = DetectorAdaptConfig().adapt.epochs
+    epochs: int = DEFAULTS.adapt.epochs
     """of adaptation"""
-    lr: float = DetectorAdaptConfig().adapt.lr
+    lr: float = DEFAULTS.adapt.lr
     """of adaptation"""
     seed: int = 0
     """of classifier and adaptation"""
@@ -100,8 +102,9 @@ def command(config: AdaptDetector) -> None:
     classes = None if measured is None else target_map(config, detector.class_names, measured.classes)
     classifier = _classifier(config, detector)
     target = _of_target(config, detector, frames)
-    adapt = DetectorAdaptConfig(
-        adapt=replace(_adapt(), epochs=config.epochs, lr=config.lr, seed=config.seed, class_number=config.class_number),
+    adapt = replace(
+        DEFAULTS,
+        adapt=replace(DEFAULTS.adapt, epochs=config.epochs, lr=config.lr, seed=config.seed, class_number=config.class_number),
         unknown=UnknownRule(method=config.threshold, value=config.fixed_threshold),
     )
     adapted = adapt_proposals(classifier, target, adapt)
@@ -109,7 +112,7 @@ def command(config: AdaptDetector) -> None:
     write_detections(config.out / "detections", target, adapted.judged, z_shift=rig.z_shift)
     save_adapted(config.out / "adapted.safetensors", adapted, classifier)
     metrics: dict[str, ProposalReport] = {}
-    detector_ap: dict[str, float] = {}
+    detector_ap: Scores = {}
     if measured is not None and classes is not None:
         labels = [measured.labels(i) for i in range(len(measured))]
         matches = match_proposals(target, labels, measured.classes, classes)
@@ -120,7 +123,7 @@ def command(config: AdaptDetector) -> None:
             f"source, entropy, {config.threshold}": judge_by_source(classifier, target, kind=adapt.score, rule=adapt.unknown),
             "adapted": adapted.judged,
         }
-        limits = scored_region(detector)
+        limits = seen_region(detector)
         metrics = {n: proposal_report(target, judged, matches, labels, classes, limits=limits) for n, judged in ways.items()}
         detector_ap = known_ap(target, None, labels, measured.classes, classes, limits=limits)
     write_json(config.out / "result.json", detector_facts(classifier, target, adapted, metrics, detector_ap))
@@ -169,30 +172,14 @@ def target_map(config: AdaptDetector, classes: tuple[str, ...], target: tuple[st
     return replace(whole, meaning={name: whole.meaning[name] for name in target})
 
 
-def scored_region(detector: Detector) -> tuple[float, ...]:
-    """Low x y z, high x y z m of what the detector can see, with room in height: objects elsewhere are not scored."""
-    x0, y0, _, x1, y1, _ = detector.spec.grid.range
-    return (x0, y0, -10.0, x1, y1, 10.0)
-
-
-def _adapt() -> AdaptConfig:
-    return DetectorAdaptConfig().adapt
-
-
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
 def _of_frames(config: AdaptDetector, detector: Detector, frames: PreparedDataset, split: str, name: str) -> DetectorProposals:
-    data = f"{split}: {len(frames)} frames {frames.split_fingerprint()[:16]}"
     with progress_bar(f"proposals on the {name}", len(frames)) as advance:
-        return cached_proposals(
-            config.out / f"{name}_proposals.safetensors",
-            detector,
-            config.proposals,
-            data=data,
-            collect=lambda: collect_from_frames(detector, frames, config.proposals, data=data, on_progress=advance),
-        )
+        path = config.out / f"{name}_proposals.safetensors"
+        return cached_on_frames(path, detector, frames, config.proposals, split=split, on_progress=advance)
 
 
 def _of_target(config: AdaptDetector, detector: Detector, frames: PreparedDataset | None) -> DetectorProposals:

@@ -239,7 +239,7 @@ def _notes(dataset: Dataset) -> Notes:
 def _label_shares(
     dataset: Dataset, splits: Mapping[str, Sequence[str]], tables: DriveTables | None
 ) -> Mapping[str, Sequence[str]]:
-    """The splits of --label-shares. A split of such a name that the dataset's own lists hold goes before the drawn one."""
+    """The splits of --label-shares."""
     if not dataset.label_shares:
         return {}
     if "train" not in splits:
@@ -248,8 +248,7 @@ def _label_shares(
     if tables is not None:
         scene_of = {token: scene for scene, tokens in tables.scenes.items() for token in tokens}
         group = scene_of.__getitem__
-    drawn = label_share_splits(splits["train"], dataset.label_shares, group=group)
-    return {name: ids for name, ids in drawn.items() if name not in splits}
+    return label_share_splits(splits["train"], dataset.label_shares, group=group, given=splits)
 
 
 def _waymo_frames(dataset: Waymo) -> tuple[dict[str, tuple[str, ...]], tuple[FramePlace, ...]]:

@@ -200,7 +200,7 @@ class GLCAdapter:
             module.train()
             order = torch.randperm(len(inputs), generator=shuffle).to(inputs.device)
             for step, index in enumerate(order[: steps * batch_size].split(batch_size)):
-                _set_lr(optimizer, (epoch * steps + step) / (config.epochs * steps))
+                set_learning_rate(optimizer, (epoch * steps + step) / (config.epochs * steps))
                 terms = _losses(module, classifier, inputs[index], index, labels, bank, config)
                 loss = config.pseudo_weight * terms[0] + config.local_weight * terms[1] + config.affinity_weight * terms[2]
                 optimizer.zero_grad(set_to_none=True)
@@ -302,8 +302,8 @@ def _optimizer(module: nn.Module, config: AdaptConfig) -> torch.optim.SGD:
     )
 
 
-def _set_lr(optimizer: torch.optim.Optimizer, done: float) -> None:
-    """done: the share of all steps taken, 0..1."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, done: float) -> None:
+    """GLC's schedule, also of its source models: each group's ``base_lr`` * (1 + 10 done) ** -0.75; done: share of all steps, 0..1."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * (1 + 10 * done) ** -0.75
 

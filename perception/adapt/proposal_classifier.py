@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..structures import InvalidInput, require
 from ..training.checkpoint import fill_module, read_weights, save_weights
+from .adapter import set_learning_rate
 from .proposal_matching import BACKGROUND
 from .proposals import DetectorProposals
 
@@ -205,16 +206,18 @@ def _fit(
 ) -> None:
     parameters = [*bottleneck.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(
-        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True
+        [{"params": parameters, "base_lr": config.lr}],
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=True,
     )
     size = min(config.batch_size, len(inputs))
     steps = len(inputs) // size  # the rest of an epoch is dropped: batch norm needs full batches
     for epoch in range(config.epochs):
         order = torch.from_numpy(rng.permutation(len(inputs)))
         for step, rows in enumerate(order[: steps * size].split(size)):
-            done = (epoch * steps + step) / (config.epochs * steps)
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * (1 + 10 * done) ** -0.75
+            set_learning_rate(optimizer, (epoch * steps + step) / (config.epochs * steps))
             logits = head(bottleneck(inputs[rows]))
             each = F.cross_entropy(logits, targets[rows], label_smoothing=config.smoothing, reduction="none")
             loss = (each * weight[targets[rows]]).mean()

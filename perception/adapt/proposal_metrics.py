@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..evaluation.cross_dataset import evaluate_cross_dataset
+from ..evaluation.headline import Scores, kitti_scores
 from ..evaluation.kitti import LOOSE, OFFICIAL
+from ..models.detector import Detector
 from ..structures import InvalidInput, Labels
 from .class_map import ClassMap
 from .metrics import accuracy, auroc, class_accuracy, fpr_at_tpr, novel_category_accuracy, open_set_scores
@@ -78,7 +80,7 @@ class ProposalReport:
     private: Mapping[str, PrivateClass]
     called_unknown: CalledUnknown
     novel_category_accuracy: float | None
-    known_ap: Mapping[str, float]
+    known_ap: Scores
     threshold: float
 
 
@@ -139,7 +141,7 @@ def known_ap(
     class_map: ClassMap,
     *,
     limits: tuple[float, ...] | None = None,
-) -> dict[str, float]:
+) -> Scores:
     """ "Car 3D 0.7" -> AP R40 in percent of the known classes, by KITTI's rules without a camera (``evaluate_cross_dataset``).
 
     judged: None for the detector's own labels. Private objects take no part: a box on one is a false positive of its class. limits:
@@ -153,16 +155,17 @@ def known_ap(
         kept = scene.select((meaning[scene.classes] >= 0) & (meaning[scene.classes] < len(names)))
         truths.append(Labels.make(kept.boxes.data, meaning[kept.classes], weight=kept.weight, num_points=kept.num_points))
     found = [known_detections(proposals, judged, index) for index in range(len(labels))]
-    values: dict[str, float] = {}
-    for overlaps in (OFFICIAL, LOOSE):
-        result = evaluate_cross_dataset(
-            truths, found, label_classes=names, detector_classes=names, limits=limits, min_overlaps=overlaps
-        )
-        for name, of_class in result.classes.items():
-            if of_class.ground_truths[1]:
-                values[f"{name} 3D {overlaps[name].box_3d:g}"] = of_class.box_3d.r40[1]
-                values[f"{name} BEV {overlaps[name].bev:g}"] = of_class.bev.r40[1]
-    return values
+    official, loose = (
+        evaluate_cross_dataset(truths, found, label_classes=names, detector_classes=names, limits=limits, min_overlaps=overlaps)
+        for overlaps in (OFFICIAL, LOOSE)
+    )
+    return kitti_scores(official, loose)
+
+
+def seen_region(detector: Detector) -> tuple[float, ...]:
+    """Low x y z, high x y z m of what the detector can see, with room in height: the limits within which objects are scored."""
+    x0, y0, _, x1, y1, _ = detector.spec.grid.range
+    return (x0, y0, -10.0, x1, y1, 10.0)
 
 
 def proposal_report(

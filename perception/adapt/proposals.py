@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ...datasets.frame_source import FrameSource
+from ...datasets.prepared import PreparedDataset
 from ...ops.nms import nms_rotated
 from ...ops.points_in_boxes import points_in_boxes_mask
 from ..features import SmashedScene, SplitFeatures
@@ -29,7 +30,7 @@ from ..files import write_atomically
 from ..models.decoders.regions import JudgedRegions
 from ..models.detector import Detector
 from ..server.store import to_split_features
-from ..structures import Boxes3D, InvalidInput, Predictions, Value, require, shape_of
+from ..structures import Boxes3D, InvalidInput, PointCloud, Predictions, Value, require, shape_of
 from ..training.checkpoint import DIGEST_KEY, content_digest
 
 _FORMAT = "upcycle3d proposals 1"
@@ -138,7 +139,6 @@ class _Judges(Protocol):
     def judged_regions(self, split: SplitFeatures) -> list[JudgedRegions]: ...
 
 
-@torch.no_grad()
 def collect_from_frames(
     detector: Detector,
     frames: FrameSource,
@@ -149,21 +149,14 @@ def collect_from_frames(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DetectorProposals:
     """Proposals on scans, with point counts. Labels are not looked at. Puts the detector into evaluation mode."""
-    detector.eval()
-    parts, ids = [], []
-    for batch in _batches(len(frames), batch_size):
-        read = [frames[i] for i in batch]
-        for frame, regions in zip(read, _judged(detector, detector.encode([f.points for f in read])), strict=True):
-            kept = _select(regions, selection)
-            inside = points_in_boxes_mask(frame.points.xyz, kept.detections.boxes.data.cpu()).sum(1)
-            parts.append((kept, inside))
-            ids.append(frame.id)
-        if on_progress is not None:
-            on_progress(len(ids), len(frames))
-    return _joined(detector, parts, ids, data, selection)
+
+    def read(rows: range) -> _Batch:
+        batch = [frames[i] for i in rows]
+        return detector.encode([f.points for f in batch]), [f.id for f in batch], [f.points for f in batch]
+
+    return _collect(detector, len(frames), read, selection, data, batch_size, on_progress)
 
 
-@torch.no_grad()
 def collect_from_store(
     detector: Detector,
     store: SceneSource,
@@ -174,25 +167,41 @@ def collect_from_store(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DetectorProposals:
     """Proposals on a fleet's smashed scenes, without point counts; the detector's encoder must have made them."""
-    detector.eval()
     device = next(detector.parameters()).device
-    parts, ids = [], []
-    for batch in _batches(len(store), batch_size):
-        scenes = [store[i] for i in batch]
-        for scene, regions in zip(scenes, _judged(detector, to_split_features(scenes).to(device)), strict=True):
-            parts.append((_select(regions, selection), None))
-            ids.append(scene.scene_id)
+
+    def read(rows: range) -> _Batch:
+        scenes = [store[i] for i in rows]
+        return to_split_features(scenes).to(device), [s.scene_id for s in scenes], [None] * len(scenes)
+
+    return _collect(detector, len(store), read, selection, data, batch_size, on_progress)
+
+
+_Batch = tuple[SplitFeatures, list[str], Sequence[PointCloud | None]]
+
+
+@torch.no_grad()
+def _collect(
+    detector: Detector,
+    length: int,
+    read: Callable[[range], _Batch],
+    selection: ProposalSelection,
+    data: str,
+    batch_size: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> DetectorProposals:
+    detector.eval()
+    parts: list[tuple[JudgedRegions, Tensor | None]] = []
+    ids: list[str] = []
+    for start in range(0, length, batch_size):
+        split, names, clouds = read(range(start, min(start + batch_size, length)))
+        for regions, cloud in zip(cast(_Judges, detector.decoder).judged_regions(split), clouds, strict=True):
+            kept = _select(regions, selection)
+            boxes = kept.detections.boxes.data.cpu()
+            parts.append((kept, None if cloud is None else points_in_boxes_mask(cloud.xyz, boxes).sum(1)))
+        ids += names
         if on_progress is not None:
-            on_progress(len(ids), len(store))
+            on_progress(len(ids), length)
     return _joined(detector, parts, ids, data, selection)
-
-
-def _batches(length: int, size: int) -> Iterator[range]:
-    return (range(start, min(start + size, length)) for start in range(0, length, size))
-
-
-def _judged(detector: Detector, split: SplitFeatures) -> list[JudgedRegions]:
-    return cast(_Judges, detector.decoder).judged_regions(split)
 
 
 def _select(regions: JudgedRegions, selection: ProposalSelection) -> JudgedRegions:
@@ -316,3 +325,23 @@ def cached_proposals(
         if stored != wanted:
             raise InvalidInput(f"{path} holds proposals of another {what} ({stored}, wanted {wanted}); choose another folder")
     return found
+
+
+def cached_on_frames(
+    path: Path,
+    detector: Detector,
+    frames: PreparedDataset,
+    selection: ProposalSelection,
+    *,
+    split: str,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DetectorProposals:
+    """``cached_proposals`` on a split of a prepared dataset, known by its name and fingerprint."""
+    data = f"{split}: {len(frames)} frames {frames.split_fingerprint()[:16]}"
+    return cached_proposals(
+        path,
+        detector,
+        selection,
+        data=data,
+        collect=lambda: collect_from_frames(detector, frames, selection, data=data, on_progress=on_progress),
+    )

@@ -53,7 +53,7 @@ def headline(detector: Detector, frames: PreparedDataset, protocol: Protocol) ->
         found = list(detect_frames(detector, frames))
         truths = [truth_of(frame.id) for frame, _ in found]
         detections = [kitti_detections(frame, p, detector.class_names) for frame, p in found]
-        return _kitti_scores(
+        return kitti_scores(
             *(
                 evaluate_kitti(truths, detections, classes=detector.class_names, min_overlaps=overlaps)
                 for overlaps in (OFFICIAL, LOOSE)
@@ -62,7 +62,7 @@ def headline(detector: Detector, frames: PreparedDataset, protocol: Protocol) ->
     z_shift = float(frames.notes.get("z_shift", 0.0))
     labelled = detect_labelled(detector, frames, label_classes=frames.classes, z_shift=z_shift)
     if protocol == "cross_dataset":
-        return _kitti_scores(*(score_cross_dataset(labelled, min_overlaps=overlaps) for overlaps in (OFFICIAL, LOOSE)))
+        return kitti_scores(*(score_cross_dataset(labelled, min_overlaps=overlaps) for overlaps in (OFFICIAL, LOOSE)))
     if protocol == "waymo":
         waymo = score_waymo(labelled, difficulty_is_level=frames.notes.get("layout") == "waymo")
         values = {
@@ -77,7 +77,8 @@ def headline(detector: Detector, frames: PreparedDataset, protocol: Protocol) ->
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _kitti_scores(official: KittiResult, loose: KittiResult) -> Scores:
+def kitti_scores(official: KittiResult, loose: KittiResult) -> Scores:
+    """3D and BEV AP, R40, moderate, of every class with an object: by ``OFFICIAL``, then by ``LOOSE``, as the names tell."""
     scores = {}
     for name in official.classes:
         for result, overlaps in ((official, OFFICIAL), (loose, LOOSE)):

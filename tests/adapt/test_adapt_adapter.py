@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from upcycle3d.perception.adapt.adapter import AdaptConfig, GLCAdapter, _optimizer, _set_lr, extract, refresh_batch_norm
+from upcycle3d.perception.adapt.adapter import AdaptConfig, GLCAdapter, _optimizer, extract, refresh_batch_norm, set_learning_rate
 from upcycle3d.perception.adapt.lead import LeadConfig
 from upcycle3d.perception.adapt.metrics import open_set_scores
 from upcycle3d.perception.structures import InvalidInput
@@ -137,10 +137,10 @@ def test_what_cannot_be_adapted_is_named(world):
 def test_slow_parameters_learn_at_a_tenth_and_the_rate_decays_as_published(world):
     module, _, _, _ = world
     optimizer = _optimizer(module, replace(SMALL, slow=("0.",), lr=0.01))
-    _set_lr(optimizer, 0.0)
+    set_learning_rate(optimizer, 0.0)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.001, 0.01])
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 4]
-    _set_lr(optimizer, 0.5)
+    set_learning_rate(optimizer, 0.5)
     assert optimizer.param_groups[1]["lr"] == pytest.approx(0.01 * 6**-0.75)
 
 

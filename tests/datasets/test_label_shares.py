@@ -34,6 +34,14 @@ def test_kitti_frames_are_drawn_one_by_one_in_the_published_numbers():
     assert len(splits) == 24
 
 
+def test_a_published_list_goes_before_the_drawn_one_and_decides_its_rest():
+    ids = [f"{i:03d}" for i in range(100)]
+    splits = label_share_splits(ids, (0.05,), given={"train": ids, "train-0.05-0": ["007", "042"]})
+    assert "train-0.05-0" not in splits
+    assert splits["train-0.05-0-rest"] == tuple(i for i in ids if i not in ("007", "042"))
+    assert splits["train-0.05-1"] == draw_labelled(ids, 0.05, 1)[0]
+
+
 def test_everything_labelled_leaves_no_rest():
     assert set(label_share_splits(["a", "b"], (1.0,))) == {"train-1-0", "train-1-1", "train-1-2"}
 
