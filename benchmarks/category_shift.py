@@ -38,7 +38,7 @@ from upcycle3d.datasets.simulation.stand_in import prepared_stand_in
 from upcycle3d.perception.adapt.class_map import map_by_name
 from upcycle3d.perception.adapt.detector import DetectorAdaptConfig, adapt_proposals, cached_classifier
 from upcycle3d.perception.adapt.detector_report import detector_facts
-from upcycle3d.perception.adapt.open_set import judge_by_source
+from upcycle3d.perception.adapt.open_set import baselines, judge_by_source
 from upcycle3d.perception.adapt.proposal_classifier import ClassifierConfig, ProposalClassifier
 from upcycle3d.perception.adapt.proposal_matching import match_proposals
 from upcycle3d.perception.adapt.proposal_metrics import known_ap, proposal_report, seen_region
@@ -47,7 +47,6 @@ from upcycle3d.perception.adapt.proposals import (
     ProposalSelection,
     cached_on_frames,
 )
-from upcycle3d.perception.adapt.unknown import UnknownRule
 from upcycle3d.perception.main_job import DataSplit, RunOptions, train_source_model
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.presets import SMALL_THREE_CLASSES
@@ -57,8 +56,7 @@ from upcycle3d.tools.console import print_table, write_json
 
 SCENARIOS: tuple[ShiftKind, ...] = get_args(ShiftKind)
 ALL_CLASSES = (*SOURCE_CLASSES, *PRIVATE_CLASSES)
-FIXED = UnknownRule(method="fixed", value=0.55)
-BASELINE, ADAPTED = "source, entropy > 0.55", "adapted"
+ADAPTED = "adapted"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +114,7 @@ def cell(
     labels, names = [frames.labels(i) for i in range(len(frames))], map_by_name(SOURCE_CLASSES, frames.classes)
     matches = match_proposals(proposals, labels, frames.classes, names)
     ways = {
-        BASELINE: judge_by_source(classifier, proposals, kind=config.score, rule=FIXED),
-        "source, entropy, automatic": judge_by_source(classifier, proposals, kind=config.score, rule=config.unknown),
-        "source, entropy with background > 0.55": judge_by_source(classifier, proposals, kind="all", rule=FIXED),
-        "source, entropy with background, automatic": judge_by_source(classifier, proposals, kind="all", rule=config.unknown),
+        **{name: judge_by_source(classifier, proposals, way) for name, way in baselines(config.judge).items()},
         ADAPTED: adapted.judged,
     }
     limits = seen_region(detector)
@@ -186,8 +181,8 @@ def main() -> None:
     parser.add_argument("--target", default="lyft")
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--source-frames", type=int, default=400)
-    parser.add_argument("--target-frames", type=int, default=200)
+    parser.add_argument("--source-frames", type=int, default=700)
+    parser.add_argument("--target-frames", type=int, default=250)
     parser.add_argument("--steps", type=int, default=SMALL_THREE_CLASSES.train.loop.total_steps)
     parser.add_argument("--workers", type=int, default=2, help="processes that simulate and prepare frames")
     parser.add_argument("--out", type=Path, required=True)

@@ -141,7 +141,7 @@ SMALL_PV_RCNN = replace(SMALL, detector=architectures.SMALL_PV_RCNN)
 # Cars, pedestrians and cyclists, for adaptation to other categories (docs/adapt.md); its upcycling settings are untried.
 SMALL_THREE_CLASSES = Preset(
     detector=architectures.SMALL_THREE_CLASSES,
-    train=replace(SMALL.train, loop=_loop(0.003, 1200, checkpoint_every=100), gt_sampling=(6, 10, 6)),
+    train=replace(SMALL.train, loop=_loop(0.003, 1500, checkpoint_every=100), gt_sampling=(6, 10, 6)),
     upcycle=replace(SMALL.upcycle, thresholds=SMALL.upcycle.thresholds * 3, f_gt=FeatureGtConfig(max_objects=(12, 8, 8))),
 )
 

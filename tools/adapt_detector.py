@@ -17,7 +17,7 @@ from ..perception.adapt.detector import (
     write_detections,
 )
 from ..perception.adapt.detector_report import detector_facts, detector_page
-from ..perception.adapt.open_set import judge_by_source
+from ..perception.adapt.open_set import baselines, judge_by_source
 from ..perception.adapt.proposal_classifier import ClassifierConfig, ProposalClassifier, load_classifier
 from ..perception.adapt.proposal_matching import Matches, match_proposals
 from ..perception.adapt.proposal_metrics import ProposalReport, known_ap, proposal_report, seen_region
@@ -105,7 +105,7 @@ def command(config: AdaptDetector) -> None:
     adapt = replace(
         DEFAULTS,
         adapt=replace(DEFAULTS.adapt, epochs=config.epochs, lr=config.lr, seed=config.seed, class_number=config.class_number),
-        unknown=UnknownRule(method=config.threshold, value=config.fixed_threshold),
+        judge=replace(DEFAULTS.judge, unknown=UnknownRule(method=config.threshold, value=config.fixed_threshold)),
     )
     adapted = adapt_proposals(classifier, target, adapt)
     rig = config.rig if frames is None else RigSpec.of(frames.notes)
@@ -117,10 +117,7 @@ def command(config: AdaptDetector) -> None:
         labels = [measured.labels(i) for i in range(len(measured))]
         matches = match_proposals(target, labels, measured.classes, classes)
         ways = {
-            "source, entropy > 0.55": judge_by_source(
-                classifier, target, kind=adapt.score, rule=UnknownRule(method="fixed", value=0.55)
-            ),
-            f"source, entropy, {config.threshold}": judge_by_source(classifier, target, kind=adapt.score, rule=adapt.unknown),
+            **{name: judge_by_source(classifier, target, way) for name, way in baselines(adapt.judge).items()},
             "adapted": adapted.judged,
         }
         limits = seen_region(detector)

@@ -53,7 +53,7 @@ class AdaptConfig:
     weight_decay: float = 1e-3
     pseudo_weight: float = 0.3
     local_weight: float = 1.0
-    affinity_weight: float = 1.0  # GLC++'s term; GLC itself has none
+    affinity_weight: float = 0.1  # GLC++'s term; GLC itself has none
     neighbours: int = 8  # that must agree; the paper has 4
     class_number: int | None = None  # of the target, if it is known; else it is estimated once, before the first epoch
     estimate: ClassNumberConfig = ClassNumberConfig()

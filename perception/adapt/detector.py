@@ -22,7 +22,7 @@ from ..files import atomic_file
 from ..structures import InvalidInput, require
 from ..training.checkpoint import save_weights
 from .adapter import AdaptConfig, AdaptedModel, EpochReport, GLCAdapter
-from .open_set import JudgedProposals, ScoreKind, frame_records, judge
+from .open_set import JudgeConfig, JudgedProposals, frame_records, judge
 from .proposal_classifier import (
     ClassifierConfig,
     ProposalClassifier,
@@ -33,12 +33,11 @@ from .proposal_classifier import (
 )
 from .proposal_matching import Matches
 from .proposals import DetectorProposals
-from .unknown import UnknownRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorAdaptConfig:
-    """adapt: of the bottleneck. score, unknown: what the threshold acts on, and how it is chosen; ``adapt.unknown`` is not used.
+    """adapt: of the bottleneck; its ``unknown`` is not used. judge: what becomes of the adapted probabilities.
 
     clusters: classes assumed in the target for each class of the classifier, background included, unless ``adapt.class_number`` says
     how many; None estimates the number.
@@ -46,8 +45,7 @@ class DetectorAdaptConfig:
 
     adapt: AdaptConfig = AdaptConfig(affinity_weight=0.0)
     clusters: int | None = 3
-    score: ScoreKind = "objects"
-    unknown: UnknownRule = UnknownRule()
+    judge: JudgeConfig = JudgeConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +74,7 @@ def adapt_proposals(
     adapter = GLCAdapter(feature_module=trainable_bottleneck(classifier), classifier=classifier.head, config=settings)
     model = adapter.fit(inputs, after_epoch=after_epoch)
     found = model.predict(inputs)
-    judged = judge(found.probabilities, found.features, classifier.classes[:-1], kind=config.score, rule=config.unknown)
+    judged = judge(found.probabilities, found.features, target, config.judge)
     return AdaptedProposals(judged=judged, model=replace(model, threshold=judged.threshold))
 
 

@@ -61,7 +61,7 @@ def detector_page(
                     [
                         ("proposals", len(target), "", f"on {len(target.frame_ids)} frames"),
                         ("called unknown", 100 * counts["unknown"] / max(1, len(judged)), "%", "of all proposals"),
-                        ("threshold", judged.threshold, "", "of the entropy among known classes, chosen without labels"),
+                        ("threshold", judged.threshold, "", "of the unknown score, chosen without labels"),
                     ]
                 ),
                 paragraph(

@@ -177,23 +177,25 @@ class OneVsAllConfig:
     rho: float = 0.75  # floor of the prior of a class without confident samples
     positives: Literal["uniform", "expected"] = "expected"  # N / K for every class, or as many as the classifier expects
     shrink: float = 0.8  # "expected" takes this part of sum_n P[n, c]
-    spare_own: bool = (
-        True  # K - 1 negative clusters: the target's classes but c, whose leftover samples must not get one of their own
-    )
-    votes: int = 3  # labellings with other k-means seeds; the median margin decides, that is their majority if odd
+    negatives: tuple[float, ...] = (
+        1.0,
+        1.5,
+        2.0,
+    )  # clusters of the negatives, in K; the median margin of these clusterings decides
     kmeans: KMeansConfig = KMeansConfig()
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rho <= 1 or not 0 < self.shrink <= 1 or self.votes < 1 or self.votes % 2 == 0:
+        odd = len(self.negatives) % 2 == 1 and min(self.negatives) > 0
+        if not 0 <= self.rho <= 1 or not 0 < self.shrink <= 1 or not odd:
             raise InvalidInput(
-                f"one-vs-all labelling needs 0 <= rho <= 1, 0 < shrink <= 1 and an odd number of votes, found {self}"
+                f"one-vs-all labelling needs 0 <= rho <= 1, 0 < shrink <= 1 and an odd number of positive factors, found {self}"
             )
 
     @staticmethod
     def paper() -> OneVsAllConfig:
         """What the released code does."""
-        return OneVsAllConfig(positives="uniform", spare_own=False, votes=1)
+        return OneVsAllConfig(positives="uniform", negatives=(1.0,))
 
 
 def positive_counts(probabilities: Tensor, class_number: int, config: OneVsAllConfig) -> list[int]:
@@ -211,11 +213,6 @@ def positive_counts(probabilities: Tensor, class_number: int, config: OneVsAllCo
 def most_confident(probabilities: Tensor, c: int) -> Tensor:
     """(N,) all rows, those with the largest probability of class ``c`` first; equal ones in their order."""
     return probabilities[:, c].sort(descending=True, stable=True).indices
-
-
-def negative_number(class_number: int, config: OneVsAllConfig) -> int:
-    """Clusters of the negatives: K, or with ``spare_own`` K - 1, but not below 3 for that (few large clusters hide rare classes)."""
-    return max(class_number - 1, min(class_number, 3)) if config.spare_own else class_number
 
 
 def one_vs_all_labels(features: Tensor, probabilities: Tensor, class_number: int, config: OneVsAllConfig) -> TargetLabels:
@@ -241,8 +238,8 @@ def one_vs_all_labels(features: Tensor, probabilities: Tensor, class_number: int
         if len(mine) == 0:
             continue
         negatives, own, rivals = most_confident(probabilities, c)[counts[c] :], features[mine], []
-        k = min(negative_number(class_number, config), len(negatives))
-        for vote in range(config.votes):
+        for vote, factor in enumerate(config.negatives):
+            k = min(max(1, round(factor * class_number)), len(negatives))
             clusters = kmeans(features, k, config.kmeans, rows=negatives, seed=config.seed + vote)
             rivals.append((own @ F.normalize(clusters.centroids).T).amax(1))
         margin[mine] = prior[c] * similarity[mine] - torch.stack(rivals).median(0).values

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from upcycle3d.datasets.prepared import PreparedDataset, prepare
+from upcycle3d.perception.adapt.open_set import JudgeConfig, baselines
 from upcycle3d.perception.adapt.proposals import ProposalSelection, collect_from_frames, load_proposals
 from upcycle3d.perception.features import VoxelGrid
 from upcycle3d.perception.models.anchors import AnchorClass
@@ -115,7 +116,7 @@ def test_detections_numbers_and_a_report_are_written_and_labels_decide_nothing(r
     records = json.loads((tmp_path / "a" / "detections" / names[0]).read_text())
     assert records[0]["z"] == pytest.approx(float(proposals.boxes[0, 2]) - 0.5, abs=1e-3)  # the sensor's frame
     measured, blind = (json.loads((tmp_path / x / "result.json").read_text()) for x in "ab")
-    assert list(measured["metrics"]) == ["source, entropy > 0.55", "source, entropy, otsu", "adapted"]
+    assert list(measured["metrics"]) == [*baselines(JudgeConfig()), "adapted"]
     assert set(measured["metrics"]["adapted"]["private"]) == {"Animal"}
     assert blind["metrics"] == {}
     assert measured["threshold"] == blind["threshold"]

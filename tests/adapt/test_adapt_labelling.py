@@ -15,7 +15,6 @@ from upcycle3d.perception.adapt.labelling import (
     OneVsAllConfig,
     class_number_candidates,
     estimate_class_number,
-    negative_number,
     one_vs_all_labels,
     positive_counts,
 )
@@ -49,8 +48,9 @@ def labels_reference(features: torch.Tensor, probabilities: torch.Tensor, k: int
         prior = config.rho + (1 - config.rho) * float(probabilities[positives, c].mean())
         prototype = F.normalize(features[positives].mean(0), dim=0)
         rivals = []
-        for vote in range(config.votes):
-            centroids = kmeans(features[negatives], negative_number(k, config), config.kmeans, seed=config.seed + vote).centroids
+        for vote, factor in enumerate(config.negatives):
+            clusters = min(round(factor * k), len(negatives))
+            centroids = kmeans(features[negatives], clusters, config.kmeans, seed=config.seed + vote).centroids
             rivals.append([max(float(features[i] @ (m / m.norm())) for m in centroids) for i in range(n)])
         for i in range(n):
             positive_cosine[i, c] = float(features[i] @ prototype)
@@ -70,7 +70,8 @@ def test_labels_equal_the_slow_reference(config):
 def test_labels_find_the_unknown_on_separate_classes_and_soft_labels_are_distributions():
     features, probabilities, truth = target()
     careful = KMeansConfig(init="plusplus", restarts=5, points_per_centroid=0)
-    found = one_vs_all_labels(features, probabilities, 6, replace(OneVsAllConfig(), kmeans=careful))
+    others = OneVsAllConfig(negatives=(5 / 6,), kmeans=careful)  # exactly as many clusters as there are other classes
+    found = one_vs_all_labels(features, probabilities, 6, others)
     assert (found.hard.numpy() == truth).mean() > 0.9
     unknown = found.hard == 4
     torch.testing.assert_close(found.soft.sum(1), torch.ones(300))
@@ -94,9 +95,13 @@ def test_a_source_private_class_has_the_smallest_prior():
     assert ((found.prior >= 0.75) & (found.prior <= 1)).all()
 
 
-def test_negative_clusters_spare_the_class_itself_but_never_run_out():
-    assert [negative_number(k, OneVsAllConfig()) for k in (2, 3, 4, 12)] == [2, 3, 3, 11]
-    assert negative_number(12, OneVsAllConfig.paper()) == 12
+def test_one_odd_number_of_negative_clusters_does_not_decide_alone():
+    """A guess of K far too small lets everything in; two clusterings with more clusters outvote it."""
+    features, probabilities, truth = target()
+    alone = one_vs_all_labels(features, probabilities, 6, OneVsAllConfig(negatives=(0.2,)))
+    voted = one_vs_all_labels(features, probabilities, 6, OneVsAllConfig(negatives=(0.2, 1.0, 1.0)))
+    private = truth == 4
+    assert (voted.hard.numpy()[private] == 4).mean() > (alone.hard.numpy()[private] == 4).mean() + 0.2
 
 
 @pytest.mark.parametrize("positives", ["uniform", "expected"])
@@ -139,8 +144,10 @@ def test_bad_targets_are_refused_by_name():
         labels(features, probabilities[:9])
     with pytest.raises(InvalidInput, match="class_number = 1"):
         labels(features, probabilities, 1)
-    with pytest.raises(InvalidInput, match="odd number of votes"):
-        OneVsAllConfig(votes=2)
+    with pytest.raises(InvalidInput, match="odd number of positive factors"):
+        OneVsAllConfig(negatives=(1.0, 2.0))
+    with pytest.raises(InvalidInput, match="odd number of positive factors"):
+        OneVsAllConfig(negatives=(0.0,))
 
 
 # ---- the number of classes -----------------------------------------------------------------------------------------------

@@ -12,7 +12,15 @@ import torch
 from upcycle3d.perception.adapt.adapter import AdaptConfig
 from upcycle3d.perception.adapt.class_map import IGNORE, PAIRS, UNKNOWN, ClassMap, map_by_name, pair_map
 from upcycle3d.perception.adapt.detector import DetectorAdaptConfig, adapt_proposals, cached_classifier, write_detections
-from upcycle3d.perception.adapt.open_set import JudgedProposals, judge, judge_by_source, known_detections, unknown_scores
+from upcycle3d.perception.adapt.open_set import (
+    JudgeConfig,
+    JudgedProposals,
+    baselines,
+    judge,
+    judge_by_source,
+    known_detections,
+    unknown_scores,
+)
 from upcycle3d.perception.adapt.proposal_classifier import (
     ClassifierConfig,
     WeightNormLinear,
@@ -165,7 +173,7 @@ def test_every_pair_of_datasets_maps_to_what_the_notes_say():
 
 def test_the_classifier_learns_every_class_and_repeats(classifier, tmp_path: Path):
     ids = matched(SOURCE, SOURCE_LABELS).ids
-    judged = judge_by_source(classifier, SOURCE, kind="objects", rule=UnknownRule(method="fixed", value=2.0))
+    judged = judge_by_source(classifier, SOURCE, JudgeConfig.entropy("objects", UnknownRule(method="fixed", value=2.0)))
     for c in range(3):
         assert (judged.nearest[ids == c] == c).float().mean() > 0.8, NAMES[c]
     assert (judged.probabilities.argmax(1) == 3)[ids == BACKGROUND].float().mean() > 0.6
@@ -175,7 +183,7 @@ def test_the_classifier_learns_every_class_and_repeats(classifier, tmp_path: Pat
     save_classifier(tmp_path / "c.safetensors", again)
     loaded = load_classifier(tmp_path / "c.safetensors")
     for other in (again, loaded):
-        same = judge_by_source(other, SOURCE, kind="objects", rule=UnknownRule(method="fixed"))
+        same = judge_by_source(other, SOURCE, JudgeConfig())
         assert torch.equal(same.probabilities, judged.probabilities)
     assert (loaded.classes, loaded.config, loaded.counts) == (classifier.classes, QUICK, classifier.counts)
     other_seed = train_proposal_classifier(SOURCE, ids, replace(QUICK, seed=1))
@@ -235,11 +243,31 @@ def test_background_does_not_swallow_the_unknown():
     with pytest.raises(InvalidInput, match="two known classes"):
         unknown_scores(torch.tensor([[0.4, 0.6]]))
     with pytest.raises(InvalidInput, match="background last"):
-        judge(p, torch.zeros(4, 2), ("Car", "Pedestrian"), kind="objects", rule=UnknownRule())
+        judge(p, torch.zeros(4, 2), few(5))
+    with pytest.raises(InvalidInput, match="background last"):
+        judge(p[:, :3], torch.zeros(4, 2), few(4))
+
+
+def test_the_detector_has_a_say_in_score_and_class():
+    p = torch.tensor([[0.3, 0.3, 0.3, 0.1], [0.3, 0.3, 0.3, 0.1], [0.5, 0.1, 0.3, 0.1], [0.9, 0.01, 0.01, 0.08]])
+    asked = replace(few(4), scores=torch.tensor([0.9, 0.1, 0.1, 0.1]), classes=torch.tensor([1, 1, 2, 2]))
+    alone = judge(p, torch.zeros(4, 2), asked, JudgeConfig.entropy("objects", UnknownRule(method="fixed", value=0.5)))
+    assert alone.nearest.tolist() == [0, 0, 0, 0]
+    assert alone.unknown.tolist() == [True, True, True, False]
+    both = judge(p, torch.zeros(4, 2), asked, JudgeConfig(unknown=UnknownRule(method="fixed", value=0.5)))
+    assert both.nearest.tolist() == [1, 1, 2, 0]  # unless the classifier is sure of another class
+    assert both.unknown.tolist() == [False, True, True, False]  # a box that the detector is sure of is no unknown
+    torch.testing.assert_close(both.unknown_scores, alone.unknown_scores * torch.tensor([0.1, 0.9, 0.9, 0.9]) ** 2)
+    detector = judge(p, torch.zeros(4, 2), asked, baselines(JudgeConfig())["detector's score alone"])
+    torch.testing.assert_close(detector.unknown_scores, torch.tensor([0.01, 0.81, 0.81, 0.81]))
+    for bad in ({"confidence": -1.0}, {"class_trust": float("nan")}, {"score": "none", "confidence": 0.0}):
+        with pytest.raises(InvalidInput):
+            JudgeConfig(**bad)
 
 
 def test_adaptation_finds_the_unknown_repeats_and_leaves_the_classifier_alone(classifier):
-    config = DetectorAdaptConfig(adapt=replace(DetectorAdaptConfig().adapt, epochs=4))
+    alone = JudgeConfig.entropy("objects", UnknownRule())  # these simulated detector scores say nothing
+    config = DetectorAdaptConfig(adapt=replace(DetectorAdaptConfig().adapt, epochs=4), judge=alone)
     before = classifier.bottleneck[1].weight.clone()
     adapted = adapt_proposals(classifier, OPEN, config)
     assert torch.equal(classifier.bottleneck[1].weight, before)
@@ -267,7 +295,7 @@ def few(n: int) -> DetectorProposals:
 
 
 def test_a_closed_target_has_no_h_and_all_the_rest(classifier):
-    judged = judge_by_source(classifier, SOURCE, kind="objects", rule=UnknownRule())
+    judged = judge_by_source(classifier, SOURCE, JudgeConfig.entropy("objects", UnknownRule()))
     result = proposal_report(SOURCE, judged, matched(SOURCE, SOURCE_LABELS), SOURCE_LABELS, map_by_name(NAMES, TARGET))
     assert (result.matched.h, result.matched.auroc, result.private, result.novel_category_accuracy) == (None, None, {}, None)
     assert result.matched.closed_accuracy > 0.8
@@ -325,5 +353,5 @@ def test_written_detections_keep_boxes_and_scores_and_say_what_is_unknown(tmp_pa
 
 
 def test_paper_options_run_too(classifier):
-    config = DetectorAdaptConfig(adapt=replace(AdaptConfig.paper(), epochs=1), score="all")
+    config = DetectorAdaptConfig(adapt=replace(AdaptConfig.paper(), epochs=1), judge=JudgeConfig.entropy("all", UnknownRule()))
     assert len(adapt_proposals(classifier, few(120), config).judged) == 120
