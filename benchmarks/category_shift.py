@@ -1,7 +1,7 @@
 """GLC on a detector where domain and categories shift: simulated source and target, four scenarios, over seeds; resumable.
 
     python benchmarks/category_shift.py --target lyft --seeds 0 --out runs/category_shift_lyft       development: defaults may be chosen here
-    python benchmarks/category_shift.py --target kitti --seeds 0 1 2 --out runs/category_shift_kitti  reported: once, after a freeze
+    python benchmarks/category_shift.py --target kitti --seeds 1 2 3 --out runs/category_shift_kitti  reported: once, after a freeze
 
 A detector of cars, pedestrians and cyclists (``small_three_classes``) is trained on the source world, one a seed; so is the proposal
 classifier. Each scenario's target adds trucks, trams, animals and trailers, lacks cyclists, or both (``simulation/category_shift.py``).

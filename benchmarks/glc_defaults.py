@@ -45,6 +45,7 @@ ROWS: Mapping[str, AdaptConfig] = {
     "affinity term 0.3": replace(OURS, affinity_weight=0.3),
     "K negatives": replace(OURS, labelling=replace(LABELS, negatives=(1.0,))),
     "K negatives, 3 votes": replace(OURS, labelling=replace(LABELS, negatives=(1.0, 1.0, 1.0))),
+    "K, 1.25 K, 1.5 K": replace(OURS, labelling=replace(LABELS, negatives=(1.0, 1.25, 1.5))),
     "1.5 to 2.5 K": replace(OURS, labelling=replace(LABELS, negatives=(1.5, 2.0, 2.5))),
     "rho 0.9": replace(OURS, labelling=replace(LABELS, rho=0.9)),
     "k-means++ on all": replace(OURS, labelling=replace(LABELS, kmeans=CAREFUL)),

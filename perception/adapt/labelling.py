@@ -177,11 +177,8 @@ class OneVsAllConfig:
     rho: float = 0.75  # floor of the prior of a class without confident samples
     positives: Literal["uniform", "expected"] = "expected"  # N / K for every class, or as many as the classifier expects
     shrink: float = 0.8  # "expected" takes this part of sum_n P[n, c]
-    negatives: tuple[float, ...] = (
-        1.0,
-        1.5,
-        2.0,
-    )  # clusters of the negatives, in K; the median margin of these clusterings decides
+    # Clusters of the negatives, in K; the median margin of these clusterings decides.
+    negatives: tuple[float, ...] = (1.0, 1.5, 2.0)
     kmeans: KMeansConfig = KMeansConfig()
     seed: int = 1234
 

@@ -92,7 +92,7 @@ def unknown_scores(probabilities: Tensor, kind: ScoreKind = "objects") -> Tensor
         'only kind "all" would say anything, and that is how sure the detector is of an object',
     )
     if kind == "none":
-        return torch.ones(len(probabilities))
+        return probabilities.new_ones(len(probabilities))
     if kind == "all":
         return normalised_entropy(probabilities)
     known = probabilities[:, :-1].clamp_min(1e-8)  # a sure background leaves nothing to divide by
