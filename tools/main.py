@@ -6,6 +6,7 @@ import difflib
 import importlib
 import os
 import sys
+from collections.abc import Collection
 
 from .. import __version__
 
@@ -47,7 +48,12 @@ def main() -> None:
     if " ".join(arguments[:2]) in COMMANDS:  # a command of two words
         name, rest = " ".join(arguments[:2]), arguments[2:]
     if name not in COMMANDS:
-        near = [c for c in COMMANDS if c.startswith(f"{name} ")] or difflib.get_close_matches(name, COMMANDS, 1)
+        group = [c for c in COMMANDS if c.startswith(f"{name} ")]
+        if group and (not rest or rest[0] in ("-h", "--help")):
+            print(_usage(group))
+            sys.exit(0 if rest else 2)
+        name = " ".join(arguments[:2]) if group else name
+        near = difflib.get_close_matches(name, COMMANDS, 1) or group
         hint = f"; did you mean {near[0]!r}?" if near else "."
         print(f"error: there is no command {name!r}{hint} Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         sys.exit(2)
@@ -58,9 +64,9 @@ def main() -> None:
     sys.exit(run_command(module.command, rest, program=f"upcycle3d {name}", parsed_as=parsed_as))
 
 
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+def _usage(names: Collection[str] = COMMANDS) -> str:
+    width = max(map(len, names))
+    lines = [f"  {name:<{width}}  {COMMANDS[name][1]}" for name in names]
     return "\n".join(
         [
             "upcycle3d: learn from a fleet's LiDAR without collecting raw point clouds",

@@ -51,7 +51,7 @@ def detector_page(
     detector_ap: Mapping[str, float],
 ) -> str:
     """The HTML report: key numbers, embedding, histogram with the threshold; metrics only where there are labels."""
-    judged, unknown = adapted.judged, len(adapted.judged.classes)
+    judged = adapted.judged
     counts = _named(judged)
     sections = [
         Section(
@@ -74,9 +74,14 @@ def detector_page(
         Section(
             "Pictures",
             [
-                figure_svg(embedding_plot(judged.features, judged.ids, unknown, "Target proposals by new label"), "Embedding."),
                 figure_svg(
-                    score_histogram(judged.unknown_scores, judged.threshold, "Unknown score of target proposals"), "Histogram."
+                    embedding_plot(judged.features, judged.ids, judged.classes, "Target proposals by new label"), "Embedding."
+                ),
+                figure_svg(
+                    score_histogram(
+                        judged.unknown_scores, judged.threshold, "Target proposals by unknown score", "unknown score"
+                    ),
+                    "Histogram.",
                 ),
             ],
         ),

@@ -190,6 +190,7 @@ def report(name: str, file: FeatureFile, found: FeatureLabels) -> str:
     """The HTML page: key numbers, the embedding, the histogram with the threshold, the classes and the metrics."""
     unknown, values = file.probabilities.shape[1], feature_metrics(file, found)
     counts = torch.bincount(found.labels.hard, minlength=unknown + 1).tolist()
+    names = [str(c) for c in range(unknown)]
     guessed = "estimated by silhouette" if found.estimate is not None else "given"
     sections = [
         Section(
@@ -212,10 +213,11 @@ def report(name: str, file: FeatureFile, found: FeatureLabels) -> str:
             "Pictures",
             [
                 figure_svg(
-                    embedding_plot(file.features, found.labels.hard, unknown, "Target samples by pseudo label"), "Embedding."
+                    embedding_plot(file.features, found.labels.hard, names, "Target samples by pseudo label"), "Embedding."
                 ),
                 figure_svg(
-                    score_histogram(found.scores, found.threshold, "Unknown score"), "Histogram of the unlabelled scores."
+                    score_histogram(found.scores, found.threshold, "Target samples by unknown score", "normalised entropy"),
+                    "Histogram of the unlabelled scores.",
                 ),
             ],
         ),
@@ -224,7 +226,7 @@ def report(name: str, file: FeatureFile, found: FeatureLabels) -> str:
             [
                 table(
                     ("class", "labelled", "prior"),
-                    [(str(c), counts[c], found.labels.prior[c].item()) for c in range(unknown)]
+                    [(name, counts[c], found.labels.prior[c].item()) for c, name in enumerate(names)]
                     + [("unknown", counts[unknown], "")],
                     "A low prior hints at a class that the target does not have.",
                 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,41 +14,40 @@ from ..viz.svg import LINE, PALETTE, WIDTH, Plot, Svg, colour_of, linear_ticks
 from .kmeans import principal_components
 
 UNKNOWN_COLOUR = "#8A939C"
+_LEGEND = 15  # letters that fit beside the picture
 _MARKS = 1500  # points drawn at most: a picture shows no more and the file stays small
 
 
-def embedding_plot(features: Tensor, classes: Tensor, unknown: int, title: str, *, seed: int = 0) -> str:
-    """Normalised features (N, D) along their two main directions; colour by class (N,), grey where it is ``unknown``.
+def embedding_plot(features: Tensor, classes: Tensor, names: Sequence[str], title: str, *, seed: int = 0) -> str:
+    """Normalised features (N, D) along their two main directions; colour by class (N,), grey where it is ``len(names)``: unknown.
 
     A random sample of 1,500 is drawn; classes beyond the sixth share colours with earlier ones, the legend names them together.
     """
     require(len(features) == len(classes), f"one class per sample expected, found {len(classes)} for {len(features)}")
     rows = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(features))[:_MARKS]))
-    notes = [
-        f"{len(rows)} of {len(features)} samples, principal components of normalised features; colours repeat every 6 classes"
-    ]
+    notes = [f"{len(rows)} of {len(features)} samples, the two principal components of normalised features"]
+    if len(names) > len(PALETTE):
+        notes.append(f"colours repeat every {len(PALETTE)} classes")
     plot = Plot(Svg(title, notes, 400), left=56, right=120, bottom=48)
-    label = "first principal component"
+    label = "first principal component, upwards the second"
     if not len(rows):
         return plot.empty(label)
     points = principal_components(F.normalize(features[rows.to(features.device)]), 2).cpu().numpy()
     points = np.hstack([points, np.zeros((len(points), 2))])[:, :2]
-    names = classes[rows.to(classes.device)].cpu().numpy()
+    drawn = classes[rows.to(classes.device)].cpu().numpy()
     x_at = plot.x_axis(linear_ticks(*_ends(points[:, 0]), 6), _ends(points[:, 0]), label)
     y_at = plot.y_axis(*_ends(points[:, 1]), False)
-    for x, y, name in zip(x_at(points[:, 0]), y_at(points[:, 1]), names, strict=True):
-        plot.svg.circle(x, y, 2, UNKNOWN_COLOUR if name == unknown else colour_of(int(name)))
-    entries = [
-        (f"{', '.join(str(c) for c in range(i, unknown, len(PALETTE)))}", PALETTE[i]) for i in range(min(unknown, len(PALETTE)))
-    ]
+    for x, y, index in zip(x_at(points[:, 0]), y_at(points[:, 1]), drawn, strict=True):
+        plot.svg.circle(x, y, 2, UNKNOWN_COLOUR if index == len(names) else colour_of(int(index)))
+    entries = [(", ".join(names[i :: len(PALETTE)]), colour) for i, colour in enumerate(PALETTE[: len(names)])]
     for k, (text, colour) in enumerate([*entries, ("unknown", UNKNOWN_COLOUR)]):
         plot.svg.circle(WIDTH - 106, plot.top + 8 + LINE * k, 4, colour)
-        plot.svg.text(WIDTH - 96, plot.top + 12 + LINE * k, text, size=12)
+        plot.svg.text(WIDTH - 96, plot.top + 12 + LINE * k, text if len(text) <= _LEGEND else text[: _LEGEND - 1] + "…", size=12)
     return plot.svg.done()
 
 
-def score_histogram(scores: Tensor, threshold: float, title: str, *, bins: int = 50) -> str:
-    """Unknown scores (N,) in 0..1 and the threshold, above which a sample counts as unknown."""
+def score_histogram(scores: Tensor, threshold: float, title: str, label: str, *, bins: int = 50) -> str:
+    """Unknown scores (N,) in 0..1, named ``label``, and the threshold, above which a sample counts as unknown."""
     values = scores.detach().cpu().numpy()
     above = int((values > threshold).sum())
     plot = Plot(
@@ -55,7 +56,7 @@ def score_histogram(scores: Tensor, threshold: float, title: str, *, bins: int =
         right=16,
         bottom=48,
     )
-    label = "normalised entropy (0 certain, 1 no idea)"
+    label = f"{label} (0 certain, 1 no idea)"
     if not len(values):
         return plot.empty(label)
     counts, edges = np.histogram(values, bins=bins, range=(0.0, 1.0))

@@ -23,12 +23,13 @@ Method = Literal["fixed", "otsu", "yen", "two_means"]
 def normalised_entropy(probabilities: Tensor, *, epsilon: float = 1e-5) -> Tensor:
     """(N,) entropy of (N, C) distributions over ln C: 0 certain, 1 uniform. ``epsilon`` inside the logarithm as in the paper's code.
 
-    Raises InvalidInput for fewer than two classes.
+    That makes the entropy of a sure sample negative, by 1e-5; it counts as 0. Raises InvalidInput for fewer than two classes.
     """
     require(
         probabilities.ndim == 2 and probabilities.shape[1] >= 2, f"entropy needs (N, C >= 2), found {tuple(probabilities.shape)}"
     )
-    return -(probabilities * (probabilities + epsilon).log()).sum(1) / math.log(probabilities.shape[1])
+    entropy = -(probabilities * (probabilities + epsilon).log()).sum(1)
+    return entropy.clamp_min(0) / math.log(probabilities.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)

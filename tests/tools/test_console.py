@@ -96,6 +96,8 @@ def test_a_table_of_nothing_is_legal(capsys):
         (["--help"], 0, "extract"),
         (["trian"], 2, "'trian'; did you mean 'train'? Commands: demo,"),
         (["xyz"], 2, "'xyz'. Commands: demo,"),
+        (["adapt", "--help"], 0, "adapt detector"),  # two commands begin with this word
+        (["adapt", "fetures"], 2, "'adapt fetures'; did you mean 'adapt features'?"),
     ],
 )
 def test_the_program_knows_its_commands(arguments, code, text):
