@@ -4,7 +4,7 @@
 
 Four splits (shared / source-private / target-private): OPDA 5/2/3, OSDA 6/0/4, PDA 5/5/0, CLDA 10/0/0; four families of shifts,
 ``draws`` draws each, 1,500 target samples, d = 64, the digits' network trained on 6,000 source samples. H of the last epoch for the
-first two, accuracy for the others. No digit, no image and no scan was looked at. About a minute per row and two draws.
+first two, accuracy for the others. No digit, no image and no scan was looked at. About a minute per row and two draws; docs/adapt.md has the table.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from ..perception.assembly import fleet_store
 from ..perception.evaluation.headline import Scores
 from ..perception.models.detector import Detector
 from ..perception.models.encoders.fingerprint import RigSpec
+from ..perception.server.store import SmashedStore
 from ..perception.structures import InvalidInput
 from ..perception.training.detector_files import load_detector
 from ..perception.viz.html import write_html
@@ -97,11 +98,16 @@ def command(config: AdaptDetector) -> None:
         raise InvalidInput("smashed scenes have no labels to measure against; give --target PREPARED SPLIT")
     detector = load_detector(config.detector)[0].to(device(config.device))
     frames = None if config.target is None else PreparedDataset(*config.target)
-    # What could be wrong with the metrics is found before anything is computed.
+    store = None if config.target_store is None else fleet_store(config.target_store, detector, config.rig)
+    # What could be wrong with the target and the metrics is found before anything is computed.
+    if store is not None and len(store) == 0:
+        raise InvalidInput(
+            f"{config.target_store} holds no scene of the encoder {store.fingerprint[:16]}; `upcycle3d ingest` shards of it first"
+        )
     measured = frames if config.target_labels_for_metrics else None
     classes = None if measured is None else target_map(config, detector.class_names, measured.classes)
     classifier = _classifier(config, detector)
-    target = _of_target(config, detector, frames)
+    target = _of_target(config, detector, frames if store is None else store)
     adapt = replace(
         DEFAULTS,
         adapt=replace(DEFAULTS.adapt, epochs=config.epochs, lr=config.lr, seed=config.seed, class_number=config.class_number),
@@ -179,19 +185,19 @@ def _of_frames(config: AdaptDetector, detector: Detector, frames: PreparedDatase
         return cached_on_frames(path, detector, frames, config.proposals, split=split, on_progress=advance)
 
 
-def _of_target(config: AdaptDetector, detector: Detector, frames: PreparedDataset | None) -> DetectorProposals:
-    if frames is not None and config.target is not None:
-        return _of_frames(config, detector, frames, config.target[1], "target")
-    assert config.target_store is not None
-    store = fleet_store(config.target_store, detector, config.rig)
-    data = f"store: {len(store)} scenes of the encoder {store.fingerprint[:16]}"
-    with progress_bar("proposals on the target", len(store)) as advance:
+def _of_target(config: AdaptDetector, detector: Detector, target: PreparedDataset | SmashedStore | None) -> DetectorProposals:
+    assert target is not None  # one of the two is given
+    if isinstance(target, PreparedDataset):
+        assert config.target is not None
+        return _of_frames(config, detector, target, config.target[1], "target")
+    data = f"store: {len(target)} scenes of the encoder {target.fingerprint[:16]}"
+    with progress_bar("proposals on the target", len(target)) as advance:
         return cached_proposals(
             config.out / "target_proposals.safetensors",
             detector,
             config.proposals,
             data=data,
-            collect=lambda: collect_from_store(detector, store, config.proposals, data=data, on_progress=advance),
+            collect=lambda: collect_from_store(detector, target, config.proposals, data=data, on_progress=advance),
         )
 
 

@@ -80,7 +80,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extractor = Extractor(detector.encoder, RigSpec(), "fp16")
     with ShardWriter(folder / "shards", spec=extractor.spec, fingerprint=extractor.fingerprint, codec="fp16") as writer:
         extract([lambda f=f: f.points for f in frames[3:]], extractor, writer)
-    ingest(folder / "shards", folder / "store", expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
+    (folder / "no_shards").mkdir()
+    for incoming, store in (("shards", "store"), ("no_shards", "empty_store")):
+        ingest(folder / incoming, folder / store, expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
     return folder
 
 
@@ -158,6 +160,7 @@ def test_mistakes_become_sentences_before_anything_is_computed(root: Path, tmp_p
         ((*base, *target), "give the source either"),
         ((*base, *source, *target, "--target-store", root / "store"), "give the target either"),
         ((*base, *source, "--target-store", root / "store", "--target-labels-for-metrics"), "have no labels"),
+        ((*base, *source, "--target-store", root / "empty_store"), "holds no scene of the encoder"),
         ((*base, *source, *target, "--target-labels-for-metrics", "--class-map", "Horse=unknown"), "found Horse"),
         ((*base, *source, *target, "--target-labels-for-metrics", "--class-map", "Animal"), "NAME=MEANING"),
         ((*base, *source, *target, "--target-labels-for-metrics", "--class-map", "Animal=Lorry"), "map to nothing known"),
