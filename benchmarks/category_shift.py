@@ -26,30 +26,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 import torch
 
 from upcycle3d.datasets.prepared import PreparedDataset
-from upcycle3d.datasets.simulation.category_shift import (
-    PRIVATE_CLASSES,
-    SOURCE_CLASSES,
-    ShiftKind,
-    category_shift,
-    source_domain,
-)
+from upcycle3d.datasets.simulation.category_shift import PRIVATE_CLASSES, SOURCE_CLASSES, ShiftKind, category_shift, source_domain
 from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.datasets.simulation.stand_in import prepared_stand_in
-from upcycle3d.perception.adapt.class_map import map_by_name
-from upcycle3d.perception.adapt.detector import DetectorAdaptConfig, adapt_proposals, cached_classifier
-from upcycle3d.perception.adapt.detector_report import detector_facts
-from upcycle3d.perception.adapt.open_set import baselines, judge_by_source
-from upcycle3d.perception.adapt.proposal_classifier import ClassifierConfig, ProposalClassifier
-from upcycle3d.perception.adapt.proposal_matching import match_proposals
-from upcycle3d.perception.adapt.proposal_metrics import known_ap, proposal_report, seen_region
-from upcycle3d.perception.adapt.proposals import (
-    DetectorProposals,
-    ProposalSelection,
-    cached_on_frames,
-)
-from upcycle3d.perception.main_job import DataSplit, RunOptions, train_source_model
+from upcycle3d.perception.adapt.detection.adaptation import DetectorAdaptConfig, adapt_proposals, cached_classifier
+from upcycle3d.perception.adapt.detection.open_set import baselines, judge_by_source
+from upcycle3d.perception.adapt.detection.proposal_classifier import ClassifierConfig, ProposalClassifier
+from upcycle3d.perception.adapt.detection.proposal_matching import match_proposals
+from upcycle3d.perception.adapt.detection.proposal_metrics import known_ap, proposal_report, seen_region
+from upcycle3d.perception.adapt.detection.proposals import DetectorProposals, ProposalSelection, cached_on_frames
+from upcycle3d.perception.adapt.detection.report import detector_facts
+from upcycle3d.perception.adapt.glc.class_map import map_by_name
 from upcycle3d.perception.models.detector import Detector
-from upcycle3d.perception.presets import SMALL_THREE_CLASSES
+from upcycle3d.perception.recipes.pipeline import DataSplit, RunOptions, train_source_model
+from upcycle3d.perception.recipes.presets import SMALL_THREE_CLASSES
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.perception.training.run_folder import describe_environment
 from upcycle3d.tools.console import print_table, write_json

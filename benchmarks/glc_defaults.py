@@ -19,11 +19,11 @@ import torch
 from glc_gaussian import Domains, GaussianSet, gaussian_domains, train_source
 from torch import nn
 
-from upcycle3d.perception.adapt.adapter import AdaptConfig, GLCAdapter
-from upcycle3d.perception.adapt.kmeans import KMeansConfig
-from upcycle3d.perception.adapt.labelling import ClassNumberConfig, OneVsAllConfig
-from upcycle3d.perception.adapt.metrics import accuracy, open_set_scores
-from upcycle3d.perception.adapt.unknown import UnknownRule
+from upcycle3d.perception.adapt.glc.adapter import AdaptConfig, GLCAdapter
+from upcycle3d.perception.adapt.glc.kmeans import KMeansConfig
+from upcycle3d.perception.adapt.glc.labelling import ClassNumberConfig, OneVsAllConfig
+from upcycle3d.perception.adapt.glc.metrics import accuracy, open_set_scores
+from upcycle3d.perception.adapt.glc.unknown import UnknownRule
 from upcycle3d.tools.console import print_table, write_json
 
 SPLITS = {"OPDA": (5, 2, 3), "OSDA": (6, 0, 4), "PDA": (5, 5, 0), "CLDA": (10, 0, 0)}

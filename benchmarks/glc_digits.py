@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from upcycle3d.perception.adapt.adapter import AdaptConfig, AdaptedModel, GLCAdapter, Prediction
-from upcycle3d.perception.adapt.metrics import accuracy, auroc, open_set_scores
+from upcycle3d.perception.adapt.glc.adapter import AdaptConfig, AdaptedModel, GLCAdapter, Prediction
+from upcycle3d.perception.adapt.glc.metrics import accuracy, auroc, open_set_scores
 from upcycle3d.tools.console import print_table, write_json
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "reference" / "glc_data"

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from upcycle3d.perception.adapt.labelling import (
+from upcycle3d.perception.adapt.glc.labelling import (
     ClassNumberConfig,
     OneVsAllConfig,
     class_number_candidates,
     estimate_class_number,
     one_vs_all_labels,
 )
-from upcycle3d.perception.adapt.metrics import open_set_scores
+from upcycle3d.perception.adapt.glc.metrics import open_set_scores
 from upcycle3d.tools.console import print_table, write_json
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "reference" / "glc_data"

@@ -19,15 +19,15 @@ import torch
 from glc_gaussian import SETS, gaussian_domains, train_linear
 from torch import Tensor
 
-from upcycle3d.perception.adapt.labelling import (
+from upcycle3d.perception.adapt.glc.labelling import (
     ClassNumberConfig,
     OneVsAllConfig,
     class_number_candidates,
     estimate_class_number,
     one_vs_all_labels,
 )
-from upcycle3d.perception.adapt.metrics import open_set_scores
-from upcycle3d.perception.adapt.unknown import UnknownRule, is_unknown, normalised_entropy
+from upcycle3d.perception.adapt.glc.metrics import open_set_scores
+from upcycle3d.perception.adapt.glc.unknown import UnknownRule, is_unknown, normalised_entropy
 from upcycle3d.tools.console import print_table, write_json
 
 SPEC = SETS["lidar3"]

@@ -29,12 +29,12 @@ from upcycle3d.datasets.kitti import KittiDataset, read_ids
 from upcycle3d.datasets.prepared import PreparedDataset, prepare
 from upcycle3d.datasets.simulation.layout_kitti import write_kitti_layout
 from upcycle3d.datasets.simulation.places import domain
-from upcycle3d.perception.assembly import labelled_batches
 from upcycle3d.perception.evaluation.detect import evaluate_detector
 from upcycle3d.perception.evaluation.kitti import LOOSE, OFFICIAL
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig, pv_rcnn
-from upcycle3d.perception.presets import SMALL_PV_RCNN
+from upcycle3d.perception.recipes.assembly import labelled_batches
+from upcycle3d.perception.recipes.presets import SMALL_PV_RCNN
 from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
 from upcycle3d.perception.training.run_folder import RunFolder, describe_environment
 from upcycle3d.perception.training.supervised import train_supervised

@@ -17,7 +17,7 @@ from torch import Tensor
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.ops.iou3d import iou_3d
 from upcycle3d.perception.evaluation.detect import detect_frames
-from upcycle3d.perception.presets import PRESETS
+from upcycle3d.perception.recipes.presets import PRESETS
 from upcycle3d.perception.server.pseudo_labels import teacher_labels, within
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.tools.console import print_table, write_json

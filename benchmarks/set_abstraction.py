@@ -22,13 +22,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 import torch
 from torch import Tensor
 
+from upcycle3d.core.features import cell_centres
 from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.datasets.simulation.simulate import simulate_frame
 from upcycle3d.ops.ball_query import ball_query
 from upcycle3d.ops.farthest_point import farthest_point_sample
-from upcycle3d.perception.architectures import KITTI_PV_RCNN
-from upcycle3d.perception.features import cell_centres
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder
+from upcycle3d.perception.recipes.architectures import KITTI_PV_RCNN
 from upcycle3d.perception.training.run_folder import describe_environment
 from upcycle3d.tools.console import print_table, write_json
 

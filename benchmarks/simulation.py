@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
+from upcycle3d.core.structures import Labels
 from upcycle3d.datasets.kitti import KittiDataset
 from upcycle3d.datasets.kitti_text import KittiObjects
 from upcycle3d.datasets.simulation.layout_kitti import write_kitti_layout
 from upcycle3d.datasets.simulation.places import DOMAINS, Domain
 from upcycle3d.datasets.simulation.simulate import View, simulate_frame
-from upcycle3d.perception.structures import Labels
 
 BINS = ((8, 12), (12, 18), (18, 22), (27, 33), (37, 43), (47, 53))  # m
 

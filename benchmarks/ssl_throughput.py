@@ -22,10 +22,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 
 import torch
 
-from upcycle3d.perception.assembly import feature_database, fleet_store, labelled_batches, unlabelled_batches
-from upcycle3d.perception.experiments import Size, simulated_adaptation
-from upcycle3d.perception.main_job import MainJob, MainJobConfig
-from upcycle3d.perception.presets import PRESETS, Preset
+from upcycle3d.perception.recipes.assembly import feature_database, fleet_store, labelled_batches, unlabelled_batches
+from upcycle3d.perception.recipes.experiments import Size, simulated_adaptation
+from upcycle3d.perception.recipes.pipeline import MainJob, MainJobConfig
+from upcycle3d.perception.recipes.presets import PRESETS, Preset
 from upcycle3d.perception.server.methods import METHODS
 from upcycle3d.perception.server.trainer import upcycle
 from upcycle3d.perception.training.detector_files import load_detector

@@ -20,13 +20,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 
 import torch
 
+from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.structures import Boxes3D, Frame, Labels
 from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.datasets.simulation.simulate import SimulatedDataset
-from upcycle3d.perception.architectures import SMALL_PV_RCNN, SMALL_SECOND_IOU
 from upcycle3d.perception.models.detectors import DetectorConfig, build_detector
-from upcycle3d.perception.models.encoders.fingerprint import RigSpec
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder
-from upcycle3d.perception.structures import Boxes3D, Frame, Labels
+from upcycle3d.perception.recipes.architectures import SMALL_PV_RCNN, SMALL_SECOND_IOU
 from upcycle3d.perception.training.run_folder import describe_environment
 from upcycle3d.tools.console import print_table, write_json
 

@@ -19,16 +19,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 import torch
 from torch import nn
 
+from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.structures import PointCloud
 from upcycle3d.datasets.point_files import read_points
 from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.datasets.simulation.simulate import simulate_frame
 from upcycle3d.perception.models.detectors import build_detector
-from upcycle3d.perception.models.encoders.fingerprint import RigSpec
-from upcycle3d.perception.presets import PRESETS
-from upcycle3d.perception.structures import PointCloud
+from upcycle3d.perception.recipes.presets import PRESETS
 from upcycle3d.perception.training.detector_files import load_detector
-from upcycle3d.perception.vehicle.codec import CODECS, encode_scene
 from upcycle3d.perception.vehicle.extractor import Extractor
+from upcycle3d.perception.wire.codec import CODECS, encode_scene
 from upcycle3d.tools.console import print_table, write_json
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..perception.boxes import wrap_angle
-from ..perception.structures import Boxes3D, Frame, InvalidInput
+from ..core.boxes import wrap_angle
+from ..core.errors import InvalidInput
+from ..core.structures import Boxes3D, Frame
 from .gt_database import GtSampler, paste
 from .object_sizes import scale_sizes, shift_sizes
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..perception.structures import Frame, InvalidInput
+from ..core.errors import InvalidInput
+from ..core.structures import Frame
 from .augment import AugmentationRanges, Compose, labelled_example, sample_augmentation
 from .frame_source import FrameSource
 from .gt_database import GtSampler

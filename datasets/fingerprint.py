@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
-from ..perception.structures import InvalidInput, Labels
+from ..core.errors import InvalidInput
+from ..core.structures import Labels
 
 
 def split_fingerprint(ids: Sequence[str], labels: Iterable[Labels | None], *, classes: Sequence[str]) -> str:

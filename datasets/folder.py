@@ -4,7 +4,7 @@
     root/labels/<id>.txt                   one object per line: class x y z dx dy dz yaw   (# starts a comment)
     root/splits/<name>.txt                 optional: the ids of a split, one per line
 
-Centre of the box, metres and radians, x forward, y left, z up, as drawn in ``perception/boxes.py``. An empty label file says
+Centre of the box, metres and radians, x forward, y left, z up, as drawn in ``core/boxes.py``. An empty label file says
 "nothing here"; a missing one is an error, because it usually means a wrong path.
 """
 
@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from ..perception.boxes import wrap_angle
-from ..perception.structures import Boxes3D, Frame, InvalidInput, Labels
+from ..core.boxes import wrap_angle
+from ..core.errors import InvalidInput
+from ..core.structures import Boxes3D, Frame, Labels
 from .kitti import read_ids, with_point_counts
 from .kitti_text import unknown_class
 from .point_files import POINT_SUFFIXES, read_points

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..perception.structures import Frame
+from ..core.structures import Frame
 
 
 class FrameSource(Protocol):

@@ -27,10 +27,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ..core.errors import InvalidInput
+from ..core.files import atomic_file
+from ..core.structures import Frame, Labels, PointCloud
 from ..ops.iou3d import iou_bev
 from ..ops.points_in_boxes import points_in_boxes, points_in_boxes_mask
-from ..perception.files import atomic_file
-from ..perception.structures import Frame, InvalidInput, Labels, PointCloud
 from .fingerprint import combine_digests, frame_digest
 from .frame_source import FrameSource
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..perception.structures import InvalidInput
+from ..core.errors import InvalidInput
 
 _CHUNK = 1 << 20  # characters read at a time
 _MAX_ROW = 16 << 20  # characters of one row; what is longer is no such table

@@ -20,7 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..perception.structures import Calibration, Frame, InvalidInput, Labels, PointCloud
+from ..core.errors import InvalidInput
+from ..core.structures import Calibration, Frame, Labels, PointCloud
 from .kitti_text import KittiObjects, labels_from_kitti, read_objects
 from .point_files import read_points
 

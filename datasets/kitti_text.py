@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..perception.boxes import corners_bev, kitti_camera_to_lidar, lidar_to_kitti_camera, wrap_angle
-from ..perception.files import write_atomically
-from ..perception.structures import Calibration, InvalidInput, Labels, Predictions
+from ..core.boxes import corners_bev, kitti_camera_to_lidar, lidar_to_kitti_camera, wrap_angle
+from ..core.errors import InvalidInput
+from ..core.files import write_atomically
+from ..core.structures import Calibration, Labels, Predictions
 
 KITTI_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare")
 # Look so alike that finding one is neither right nor wrong (KITTI devkit, evaluate_object.cpp, cleanData).

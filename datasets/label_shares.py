@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ..perception.structures import InvalidInput
+from ..core.errors import InvalidInput
 
 DRAWS = (0, 1, 2)
 

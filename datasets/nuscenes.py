@@ -32,8 +32,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..perception.boxes import wrap_angle
-from ..perception.structures import Frame, InvalidInput, Labels, PointCloud
+from ..core.boxes import wrap_angle
+from ..core.errors import InvalidInput
+from ..core.structures import Frame, Labels, PointCloud
 from .kitti import with_point_counts
 from .nuscenes_tables import DriveTables, Sweep
 

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..perception.structures import InvalidInput
+from ..core.errors import InvalidInput
 from .json_table import JsonTable
 
 _UNIT_TOLERANCE = 1e-3

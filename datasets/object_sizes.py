@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.boxes import rotate_z
+from ..core.errors import InvalidInput
+from ..core.structures import Boxes3D, Frame
 from ..ops.points_in_boxes import points_in_boxes
-from ..perception.boxes import rotate_z
-from ..perception.structures import Boxes3D, Frame, InvalidInput
 
 SMALLEST = 0.1  # m; a shift that would shrink a side below this leaves that object alone
 

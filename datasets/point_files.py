@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..perception.files import write_atomically
-from ..perception.structures import InvalidInput, PointCloud
+from ..core.errors import InvalidInput
+from ..core.files import write_atomically
+from ..core.structures import PointCloud
 
 XYZI = ("x", "y", "z", "intensity")
 POINT_SUFFIXES = (".bin", ".npy", ".pcd")

@@ -30,19 +30,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from ..perception.files import atomic_file
-from ..perception.structures import Calibration, Frame, InvalidInput, Labels, PointCloud, UpcycleError
+from ..core.errors import InvalidInput, UpcycleError
+from ..core.files import atomic_file
+from ..core.structures import Calibration, Frame, Labels, PointCloud
 from .fingerprint import split_fingerprint
 from .frame_source import FrameSource
-from .prepared_parts import (
-    SCHEMA_VERSION,
-    finished,
-    make_chunk,
-    read_index,
-    remove_leftovers,
-    remove_superseded,
-    write_chunks,
-)
+from .prepared_parts import SCHEMA_VERSION, finished, make_chunk, read_index, remove_leftovers, remove_superseded, write_chunks
 
 Notes = Mapping[str, str | float | bool]
 Progress = Callable[[int, int], None]

@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from ..core.errors import InvalidInput, UpcycleError
+from ..core.files import atomic_file
+from ..core.structures import Frame
 from ..ops.points_in_boxes import count_points_in_boxes
-from ..perception.files import atomic_file
-from ..perception.structures import Frame, InvalidInput, UpcycleError
 from .frame_source import FrameSource
 
 SCHEMA_VERSION = 1

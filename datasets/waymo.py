@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..perception.boxes import wrap_angle
-from ..perception.structures import Boxes3D, Frame, InvalidInput, Labels
+from ..core.boxes import wrap_angle
+from ..core.errors import InvalidInput
+from ..core.structures import Boxes3D, Frame, Labels
 from .kitti import read_ids, with_point_counts
 from .waymo_geometry import TYPES, WaymoFrame, WaymoObjects, frame_points
 from .waymo_parquet import SegmentReader, TablePlace, find_frames

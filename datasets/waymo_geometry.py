@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..perception.structures import InvalidInput, PointCloud
+from ..core.errors import InvalidInput
+from ..core.structures import PointCloud
 
 LASERS = {1: "TOP", 2: "FRONT", 3: "SIDE_LEFT", 4: "SIDE_RIGHT", 5: "REAR"}  # LaserName
 TOP = 1

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..perception.structures import InvalidInput
+from ..core.errors import InvalidInput
 from .waymo_geometry import Image, LaserScan, Matrix, WaymoFrame, WaymoObjects
 
 SEGMENT, TIME, LASER, OBJECT = (

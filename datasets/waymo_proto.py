@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..perception.structures import InvalidInput
+from ..core.errors import InvalidInput
 from .waymo_geometry import Image, LaserScan, Matrix, WaymoFrame, WaymoObjects
 from .waymo_records import RecordPlace, read_head, read_record
 

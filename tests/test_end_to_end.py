@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from upcycle3d.core.features import SmashedScene
+from upcycle3d.core.rig import RigSpec
 from upcycle3d.datasets.point_files import read_points, write_bin
-from upcycle3d.perception.features import SmashedScene
-from upcycle3d.perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.server.store import SmashedStore
 from upcycle3d.perception.training.detector_files import load_detector
-from upcycle3d.perception.vehicle.codec import decode_scene
-from upcycle3d.perception.vehicle.encoder_file import load_encoder
-from upcycle3d.perception.vehicle.manifest import read_manifest
-from upcycle3d.perception.vehicle.shards import read_members
+from upcycle3d.perception.wire.codec import decode_scene
+from upcycle3d.perception.wire.encoder_file import load_encoder
+from upcycle3d.perception.wire.manifest import read_manifest
+from upcycle3d.perception.wire.shards import read_members
 from upcycle3d.tools import extract
 from upcycle3d.tools.console import run_command
 

@@ -65,15 +65,15 @@ def offences(of: str, *, allowed: tuple[str, ...] | None = None, forbidden: tupl
 
 def test_the_graph_is_read():
     assert "ops.nms" in GRAPH["perception.models.post_processing"]
-    assert "perception.structures" in GRAPH["datasets.batches"]
-    assert "perception.boxes" in GRAPH["perception.models.targets"]
+    assert "core.structures" in GRAPH["datasets.batches"]
+    assert "core.boxes" in GRAPH["perception.models.targets"]
 
 
 def test_operators_stand_alone():
     assert offences("ops", allowed=()) == []
 
 
-VALUES = ("perception.structures", "perception.features", "perception.boxes")
+VALUES = ("core.structures", "core.features", "core.boxes")
 SERVER_SIDE = ("perception.server", "perception.training", "perception.evaluation", "perception.viz")
 
 
@@ -90,14 +90,14 @@ def test_encoders_know_no_decoder():
 
 
 def test_the_vehicle_needs_nothing_but_encoders_and_values():
-    files = ("perception.files", "perception.config_json")
+    files = ("core.files", "core.config_json")
     assert offences("perception.vehicle", allowed=("ops", "perception.models.encoders", *VALUES, *files)) == []
 
 
 def test_values_and_boxes_import_nothing_but_each_other():
-    assert offences("perception.structures", allowed=()) == []
-    assert offences("perception.features", allowed=("perception.structures",)) == []
-    assert offences("perception.boxes", allowed=()) == []
+    assert offences("core.structures", allowed=()) == []
+    assert offences("core.features", allowed=("core.structures",)) == []
+    assert offences("core.boxes", allowed=()) == []
 
 
 def test_evaluation_does_not_train_and_nothing_but_tools_imports_tools():

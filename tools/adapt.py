@@ -12,11 +12,11 @@ from typing import Literal
 
 import tyro
 
-from ..perception.adapt.feature_file import facts, label_features, read_features, report, write_labels
-from ..perception.adapt.labelling import ClassNumberConfig, OneVsAllConfig
-from ..perception.adapt.lead import LeadConfig
-from ..perception.adapt.unknown import UnknownRule
-from ..perception.structures import InvalidInput
+from ..core.errors import InvalidInput
+from ..perception.adapt.glc.feature_file import facts, label_features, read_features, report, write_labels
+from ..perception.adapt.glc.labelling import ClassNumberConfig, OneVsAllConfig
+from ..perception.adapt.glc.lead import LeadConfig
+from ..perception.adapt.glc.unknown import UnknownRule
 from ..perception.viz.html import write_html
 from .console import console, print_table, run_command, write_json
 

@@ -7,34 +7,34 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from ..core.errors import InvalidInput
+from ..core.rig import RigSpec
 from ..datasets.prepared import PreparedDataset
-from ..perception.adapt.class_map import IGNORE, UNKNOWN, ClassMap, map_by_name, pair_map
-from ..perception.adapt.detector import (
+from ..perception.adapt.detection.adaptation import (
     DetectorAdaptConfig,
     adapt_proposals,
     cached_classifier,
     save_adapted,
     write_detections,
 )
-from ..perception.adapt.detector_report import detector_facts, detector_page
-from ..perception.adapt.open_set import baselines, judge_by_source
-from ..perception.adapt.proposal_classifier import ClassifierConfig, ProposalClassifier, load_classifier
-from ..perception.adapt.proposal_matching import Matches, match_proposals
-from ..perception.adapt.proposal_metrics import ProposalReport, known_ap, proposal_report, seen_region
-from ..perception.adapt.proposals import (
+from ..perception.adapt.detection.open_set import baselines, judge_by_source
+from ..perception.adapt.detection.proposal_classifier import ClassifierConfig, ProposalClassifier, load_classifier
+from ..perception.adapt.detection.proposal_matching import Matches, match_proposals
+from ..perception.adapt.detection.proposal_metrics import ProposalReport, known_ap, proposal_report, seen_region
+from ..perception.adapt.detection.proposals import (
     DetectorProposals,
     ProposalSelection,
     cached_on_frames,
     cached_proposals,
     collect_from_store,
 )
-from ..perception.adapt.unknown import UnknownRule
-from ..perception.assembly import fleet_store
+from ..perception.adapt.detection.report import detector_facts, detector_page
+from ..perception.adapt.glc.class_map import IGNORE, UNKNOWN, ClassMap, map_by_name, pair_map
+from ..perception.adapt.glc.unknown import UnknownRule
 from ..perception.evaluation.headline import Scores
 from ..perception.models.detector import Detector
-from ..perception.models.encoders.fingerprint import RigSpec
+from ..perception.recipes.assembly import fleet_store
 from ..perception.server.store import SmashedStore
-from ..perception.structures import InvalidInput
 from ..perception.training.detector_files import load_detector
 from ..perception.viz.html import write_html
 from .console import console, device, print_table, progress_bar, run_command, write_json

@@ -11,8 +11,9 @@ from typing import Literal
 
 import tyro
 
+from ..core.errors import InvalidInput
 from ..perception.evaluation.headline import Protocol
-from ..perception.experiments import (
+from ..perception.recipes.experiments import (
     ORACLES,
     SCENARIOS,
     VARIANTS,
@@ -29,9 +30,8 @@ from ..perception.experiments import (
     simulated_partial,
     summarise,
 )
-from ..perception.main_job import RunOptions
-from ..perception.presets import DEMO, DEMO_PV_RCNN, PRESETS, Preset
-from ..perception.structures import InvalidInput
+from ..perception.recipes.pipeline import RunOptions
+from ..perception.recipes.presets import DEMO, DEMO_PV_RCNN, PRESETS, Preset
 from ..perception.training.run_folder import describe_environment
 from ..perception.viz.charts import Series, bar_chart, line_chart
 from ..perception.viz.html import Section, figure_svg, page, paragraph, table, write_html

@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ..perception.structures import InvalidInput, UpcycleError
+from ..core.errors import InvalidInput, UpcycleError
 
 # Wide where nobody watches, so that tables in a log keep their words.
 console = Console(stderr=False, highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -98,7 +98,7 @@ def write_json(path: Path | None, value: object) -> None:
     """The result for machines, atomically; nothing without a path."""
     if path is None:
         return
-    from ..perception.files import write_atomically
+    from ..core.files import write_atomically
 
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 

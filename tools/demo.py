@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..perception.demo_report import CAR_3D, CAR_BEV, write_report
-from ..perception.experiments import Size, simulated_adaptation
-from ..perception.main_job import MainJob, MainJobConfig, RunOptions, Trial, TrialResult, closed_gap
-from ..perception.presets import DEMO, DEMO_PV_RCNN
+from ..perception.recipes.demo_report import CAR_3D, CAR_BEV, write_report
+from ..perception.recipes.experiments import Size, simulated_adaptation
+from ..perception.recipes.pipeline import MainJob, MainJobConfig, RunOptions, Trial, TrialResult, closed_gap
+from ..perception.recipes.presets import DEMO, DEMO_PV_RCNN
 from .console import console, print_table, run_command, write_json
 
 STAGES = ("simulate and prepare", "train source", "extract", "ingest", "trials")

@@ -12,6 +12,9 @@ from typing import Annotated, Literal
 import tyro
 from torch import Tensor
 
+from ..core.errors import InvalidInput
+from ..core.files import write_atomically
+from ..core.structures import Predictions
 from ..datasets.kitti import read_ids
 from ..datasets.kitti_text import write_objects
 from ..datasets.prepared import PreparedDataset
@@ -19,19 +22,11 @@ from ..perception.evaluation.detect import evaluate_detector
 from ..perception.evaluation.headline import Protocol, kitti_truths, own_protocol
 from ..perception.evaluation.kitti import LOOSE, OFFICIAL, KittiResult, MinOverlap, evaluate_kitti_folders
 from ..perception.evaluation.lyft import LyftResult, evaluate_lyft, read_lyft_boxes
-from ..perception.evaluation.protocols import (
-    LabelledDetections,
-    detect_labelled,
-    score_cross_dataset,
-    score_lyft,
-    score_waymo,
-)
+from ..perception.evaluation.protocols import LabelledDetections, detect_labelled, score_cross_dataset, score_lyft, score_waymo
 from ..perception.evaluation.waymo import OFFICIAL as WAYMO_OVERLAPS
 from ..perception.evaluation.waymo import WAYMO_NAMES, WaymoResult, evaluate_waymo, overlaps_zones
 from ..perception.evaluation.waymo_json import WaymoLabelFile, read_waymo_detections, read_waymo_labels
 from ..perception.evaluation.waymo_objects import WaymoDetections, write_waymo_objects
-from ..perception.files import write_atomically
-from ..perception.structures import InvalidInput, Predictions
 from ..perception.training.detector_files import load_detector
 from .console import console, device, print_table, run_command, write_json
 from .predict import boxes_json

@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from ..core.errors import InvalidInput, UpcycleError
+from ..core.files import write_atomically
+from ..core.rig import RigSpec
+from ..core.structures import PointCloud
 from ..datasets.point_files import read_points, scan_files
-from ..perception.files import write_atomically
-from ..perception.models.encoders.fingerprint import RigSpec
-from ..perception.structures import InvalidInput, PointCloud, UpcycleError
-from ..perception.vehicle.encoder_file import load_encoder
 from ..perception.vehicle.extractor import ExtractionReport, Extractor, extract
-from ..perception.vehicle.shards import ShardWriter
+from ..perception.wire.encoder_file import load_encoder
+from ..perception.wire.shards import ShardWriter
 from .console import console, device, print_table, progress_bar, run_command, write_json
 
 Scans = Mapping[str, Callable[[], PointCloud]]

@@ -18,12 +18,12 @@ import torch
 import tyro
 from torch import Tensor
 
+from ..core.errors import InvalidInput
 from ..perception.models.detector import Detector
 from ..perception.models.detectors import DetectorConfig, build_detector
 from ..perception.models.openpcdet import load_openpcdet, openpcdet_parts
 from ..perception.models.pv_rcnn import PvRcnnDetectorConfig
-from ..perception.presets import PRESETS
-from ..perception.structures import InvalidInput
+from ..perception.recipes.presets import PRESETS
 from ..perception.training.checkpoint import read_weights
 from ..perception.training.detector_files import save_run_detector
 from ..perception.training.run_folder import RunFolder

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import tyro
 
-from ..perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from ..core.rig import RigSpec
+from ..perception.models.encoders.fingerprint import encoder_fingerprint
 from ..perception.server.ingest import ingest
-from ..perception.vehicle.encoder_file import load_encoder
+from ..perception.wire.encoder_file import load_encoder
 from .console import console, print_table, run_command, write_json
 
 

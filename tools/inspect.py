@@ -9,15 +9,16 @@ from pathlib import Path
 
 import tyro
 
+from ..core.errors import InvalidInput
+from ..core.features import SplitSpec
+from ..core.rig import RigSpec
 from ..datasets.prepared import PreparedDataset
-from ..perception.features import SplitSpec
-from ..perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from ..perception.models.encoders.fingerprint import encoder_fingerprint
 from ..perception.server.store import CATALOGUE, SmashedStore
-from ..perception.structures import InvalidInput
 from ..perception.training.checkpoint import read_weights
 from ..perception.training.run_folder import RunFolder
-from ..perception.vehicle.encoder_file import load_encoder
-from ..perception.vehicle.manifest import read_manifest
+from ..perception.wire.encoder_file import load_encoder
+from ..perception.wire.manifest import read_manifest
 from .console import print_table, run_command, write_json
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..core.errors import InvalidInput
 from ..datasets.folder import FolderDataset, folder_ids
 from ..datasets.frame_source import FrameSource
 from ..datasets.gt_database import build_gt_database
@@ -20,7 +21,6 @@ from ..datasets.nuscenes import LYFT, NUSCENES, NuScenesDataset, draw_scenes, sp
 from ..datasets.nuscenes_tables import DriveTables, read_tables
 from ..datasets.prepared import Notes, PreparedDataset, prepare
 from ..datasets.waymo import WAYMO_CLASSES, FramePlace, WaymoDataset, find_waymo_frames, find_waymo_splits, segment_of
-from ..perception.structures import InvalidInput
 from .console import console, print_table, progress_bar, run_command, write_json
 
 

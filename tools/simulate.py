@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..perception.structures import InvalidInput
+from ..core.errors import InvalidInput
 from .console import console, print_table, progress_bar, run_command, write_json
 
 

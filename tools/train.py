@@ -10,9 +10,9 @@ import torch
 import tyro
 
 from ..datasets.prepared import PreparedDataset
-from ..perception.assembly import labelled_batches
 from ..perception.models.detectors import build_detector
-from ..perception.presets import PRESETS, Preset
+from ..perception.recipes.assembly import labelled_batches
+from ..perception.recipes.presets import PRESETS, Preset
 from ..perception.training.detector_files import save_run_detector
 from ..perception.training.distributed import init_distributed, per_rank
 from ..perception.training.loop import create_run

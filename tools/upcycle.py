@@ -10,14 +10,15 @@ from typing import Literal
 
 import tyro
 
+from ..core.errors import InvalidInput
+from ..core.rig import RigSpec
+from ..core.structures import Labels
 from ..datasets.prepared import PreparedDataset
-from ..perception.assembly import feature_database, fleet_store, labelled_batches, unlabelled_batches
-from ..perception.models.encoders.fingerprint import RigSpec
-from ..perception.presets import Preset
+from ..perception.recipes.assembly import feature_database, fleet_store, labelled_batches, unlabelled_batches
+from ..perception.recipes.presets import Preset
 from ..perception.server.methods import METHODS
 from ..perception.server.store import SmashedStore
 from ..perception.server.trainer import upcycle
-from ..perception.structures import InvalidInput, Labels
 from ..perception.training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
 from ..perception.training.run_folder import RunFolder
 from .console import console, device, print_table, run_command, write_json

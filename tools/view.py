@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.files import write_atomically
 from ..datasets.prepared import PreparedDataset
-from ..perception.files import write_atomically
 from ..perception.training.detector_files import load_detector
 from ..perception.viz.bev import bev_png
 from .console import print_table, run_command, write_json

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal, get_args
 
-from ...perception.structures import InvalidInput
+from ...core.errors import InvalidInput
 from .places import Domain, OpenPlace, Place
 
 ShiftKind = Literal["closed", "partial", "open", "open_partial"]

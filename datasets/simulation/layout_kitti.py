@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from ...perception.files import write_atomically
-from ...perception.structures import Calibration, InvalidInput
+from ...core.errors import InvalidInput
+from ...core.files import write_atomically
+from ...core.structures import Calibration
 from ..kitti_text import write_objects
 from ..point_files import write_bin
 from .places import Domain

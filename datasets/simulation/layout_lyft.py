@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...perception.files import write_atomically
-from ...perception.structures import InvalidInput
+from ...core.errors import InvalidInput
+from ...core.files import write_atomically
 from ..nuscenes_tables import Pose, quaternion_matrix
 from .places import Domain
 from .simulate import SimulatedFrame, View, simulate_frame

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from ...core.errors import InvalidInput
+from ...core.files import atomic_file, write_atomically
 from ...ops.points_in_boxes import count_points_in_boxes
-from ...perception.files import atomic_file, write_atomically
-from ...perception.structures import InvalidInput
 from ..waymo_geometry import TOP, LaserScan, Matrix, WaymoFrame, WaymoObjects, frame_points
 from ..waymo_parquet import (
     BOX_COLUMNS,

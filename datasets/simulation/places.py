@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ...perception.structures import InvalidInput
+from ...core.errors import InvalidInput
 from .sensors import KITTI_HDL64E, LYFT_ROOF, WAYMO_TOP, Sensor
 
 CLASS_NAMES = ("Car", "Pedestrian", "Cyclist", "Van", "Truck")

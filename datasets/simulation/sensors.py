@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...perception.structures import InvalidInput
+from ...core.errors import InvalidInput
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...perception.boxes import lidar_to_kitti_camera, wrap_angle
-from ...perception.structures import Calibration, Frame, InvalidInput, Labels, PointCloud
+from ...core.boxes import lidar_to_kitti_camera, wrap_angle
+from ...core.errors import InvalidInput
+from ...core.structures import Calibration, Frame, Labels, PointCloud
 from ..kitti import KITTI_CLASSES, with_point_counts
 from ..kitti_text import KittiObjects, labels_from_kitti, project_boxes
 from .places import ALL_CLASS_NAMES, Domain

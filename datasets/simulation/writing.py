@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from ...perception.files import write_atomically
-from ...perception.structures import InvalidInput, UpcycleError
+from ...core.errors import InvalidInput, UpcycleError
+from ...core.files import write_atomically
 from .places import Domain
 from .raycast import SIMULATOR_VERSION
 from .simulate import View

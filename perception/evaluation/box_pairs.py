@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...core.errors import InvalidInput
 from ...ops.iou3d import iou_3d_aligned
-from ..structures import InvalidInput
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -39,7 +39,7 @@ class BoxPairs:
 
 
 def box_pairs(detections: Floats, detection_frames: Indices, truths: Floats, truth_frames: Indices) -> BoxPairs:
-    """The overlapping pairs of boxes (N, 7) and (M, 7) of the same frame, centre, sizes, yaw; see ``perception/boxes.py``.
+    """The overlapping pairs of boxes (N, 7) and (M, 7) of the same frame, centre, sizes, yaw; see ``core/boxes.py``.
 
     detection_frames (N,), truth_frames (M,): frame numbers from 0, in any order. Raises InvalidInput for NaN or infinity.
     """

@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ...core.boxes import corners_3d, lidar_to_kitti_camera, wrap_angle
+from ...core.errors import InvalidInput
+from ...core.structures import Labels, Predictions
 from ...datasets.kitti_text import KittiObjects
-from ..boxes import corners_3d, lidar_to_kitti_camera, wrap_angle
-from ..structures import InvalidInput, Labels, Predictions
 from .kitti import OFFICIAL, KittiResult, MinOverlap, evaluate_kitti
 
 # To KITTI's names; the maps of ST3D for Waymo and Lyft. A class not named here takes no part.

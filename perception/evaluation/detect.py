@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+from ...core.errors import InvalidInput
+from ...core.structures import Frame, Predictions
 from ...datasets.frame_source import FrameSource
 from ...datasets.kitti_text import KittiObjects, predictions_to_kitti
 from ..models.detector import Detector
-from ..structures import Frame, InvalidInput, Predictions
 from .kitti import OFFICIAL, KittiResult, MinOverlap, evaluate_kitti
 
 

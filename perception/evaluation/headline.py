@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+from ...core.errors import InvalidInput
 from ...datasets.kitti import KittiDataset
 from ...datasets.kitti_text import KittiObjects
 from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
-from ..structures import InvalidInput
 from .detect import detect_frames, kitti_detections
 from .kitti import LOOSE, OFFICIAL, KittiResult, evaluate_kitti
 from .protocols import detect_labelled, score_cross_dataset, score_lyft, score_waymo

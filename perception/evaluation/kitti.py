@@ -33,9 +33,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...core.errors import InvalidInput
 from ...datasets.kitti_text import MAX_OCCLUSION, MAX_TRUNCATION, MIN_HEIGHT, NEIGHBOURS, KittiObjects, read_objects
 from ...ops.iou3d import iou_3d_aligned, iou_bev_aligned
-from ..structures import InvalidInput
 from .kitti_matching import SAMPLES, count_matches, recall_thresholds, true_positive_scores
 
 DIFFICULTIES = ("easy", "moderate", "hard")

@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..structures import InvalidInput, shape_of
+from ...core.errors import InvalidInput
+from ...core.structures import shape_of
 from .box_pairs import box_pairs
 
 MIN_OVERLAPS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
@@ -42,7 +43,7 @@ LYFT_NAMES: Mapping[str, str] = {name: name for name in LYFT_CLASSES} | {
 class LyftBoxes:
     """The objects or detections of all frames, in file order.
 
-    frames: N frame ids (Lyft: sample tokens). names: N class names. boxes: (N, 7), see ``perception/boxes.py``; float64 where
+    frames: N frame ids (Lyft: sample tokens). names: N class names. boxes: (N, 7), see ``core/boxes.py``; float64 where
     coordinates are the world's, kilometres from its origin. scores: (N,), None for objects.
     """
 

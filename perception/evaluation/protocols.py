@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...core.errors import InvalidInput
+from ...core.structures import Boxes3D, Labels, Predictions
 from ...datasets.frame_source import FrameSource
 from ..models.detector import Detector
-from ..structures import Boxes3D, InvalidInput, Labels, Predictions
 from .cross_dataset import evaluate_cross_dataset
 from .detect import detect_frames
 from .kitti import OFFICIAL, KittiResult, MinOverlap

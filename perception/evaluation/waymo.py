@@ -33,7 +33,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..structures import Boxes3D, InvalidInput, Labels, Predictions, Value, require, shape_of
+from ...core.errors import InvalidInput, require
+from ...core.structures import Boxes3D, Labels, Predictions, Value, shape_of
 from .box_pairs import box_pairs
 from .waymo_matching import FP, HEADING, TP, TP_LEVEL_1, count_by_cutoff
 

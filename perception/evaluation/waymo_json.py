@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..structures import Boxes3D, InvalidInput, Labels, Predictions
+from ...core.errors import InvalidInput
+from ...core.structures import Boxes3D, Labels, Predictions
 from .waymo import WAYMO_NAMES, WaymoTruth
 
 _BOX = ("x", "y", "z", "dx", "dy", "dz", "yaw")

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..files import write_atomically
-from ..structures import InvalidInput, Predictions
+from ...core.errors import InvalidInput
+from ...core.files import write_atomically
+from ...core.structures import Predictions
 
 LABEL_TYPES = {"Vehicle": 1, "Pedestrian": 2, "Sign": 3, "Cyclist": 4}  # label.proto, Label.Type
 _BOX_COLUMNS = (0, 1, 2, 4, 3, 5, 6)  # fields 1..7 of Label.Box: centre, then width before length, height, heading

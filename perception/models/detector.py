@@ -12,8 +12,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from ..features import SplitFeatures, SplitSpec
-from ..structures import Labels, LossTerms, PointCloud, Predictions
+from ...core.features import SplitFeatures, SplitSpec
+from ...core.structures import Labels, LossTerms, PointCloud, Predictions
 
 
 class Encoder(Protocol):

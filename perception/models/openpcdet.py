@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..structures import InvalidInput
+from ...core.errors import InvalidInput
 from .decoders.pv_rcnn import PvRcnnDecoder
 from .detector import Detector
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...core.boxes import decode_residuals, rotate_z, wrap_angle
+from ...core.structures import Boxes3D, Predictions
 from ...ops.nms import nms_rotated
-from ..boxes import decode_residuals, rotate_z, wrap_angle
-from ..structures import Boxes3D, Predictions
 from .targets import DIRECTION_OFFSET, at_origin
 
 

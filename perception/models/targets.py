@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...core.boxes import encode_residuals, rotate_z
+from ...core.structures import Labels
 from ...ops.iou3d import iou_3d, iou_bev_nearest
-from ..boxes import encode_residuals, rotate_z
-from ..structures import Labels
 from .anchors import AnchorClass
 
 REFINE_IOU = 0.55  # OpenPCDet's REG_FG_THRESH

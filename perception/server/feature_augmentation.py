@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..boxes import wrap_angle
-from ..features import Keypoints, SparseVoxels, SplitFeatures
-from ..structures import Boxes3D, InvalidInput, Labels
+from ...core.boxes import wrap_angle
+from ...core.errors import InvalidInput
+from ...core.features import Keypoints, SparseVoxels, SplitFeatures
+from ...core.structures import Boxes3D, Labels
 
 # One scene (a batch of one) with its labels, and a generator -> the augmented scene with its labels.
 SceneAugmentation = Callable[[SplitFeatures, Labels, np.random.Generator], tuple[SplitFeatures, Labels]]

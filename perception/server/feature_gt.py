@@ -27,14 +27,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ...core.errors import InvalidInput
+from ...core.features import Keypoints, SplitFeatures, SplitSpec
+from ...core.files import atomic_file, sync_folder, write_atomically
+from ...core.structures import Boxes3D, Labels
 from ...datasets.frame_source import FrameSource
 from ...datasets.object_sizes import shift_sizes
 from ...ops.iou3d import iou_bev
 from ...ops.points_in_boxes import points_in_boxes_mask
-from ..features import Keypoints, SplitFeatures, SplitSpec
-from ..files import atomic_file, sync_folder, write_atomically
 from ..models.detector import Detector
-from ..structures import Boxes3D, InvalidInput, Labels
 from .store import as_stored
 
 DATABASE_VERSION = 3

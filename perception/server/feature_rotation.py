@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...core.boxes import rotate_z, wrap_angle
+from ...core.features import SplitSpec
 from ...ops.iou3d import iou_bev
-from ..boxes import rotate_z, wrap_angle
-from ..features import SplitSpec
 from .feature_gt import FeatureGtConfig, FeatureObject, footprint
 
 

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ..features import SplitSpec
-from ..files import sync_folder, write_atomically
-from ..structures import InvalidInput, UpcycleError
-from ..vehicle.codec import FINGERPRINT_PATTERN, ForeignScene, decode_scene
-from ..vehicle.manifest import BrokenShard, ShardManifest, open_regular, read_manifest
-from ..vehicle.shards import read_members
+from ...core.errors import InvalidInput, UpcycleError
+from ...core.features import SplitSpec
+from ...core.files import sync_folder, write_atomically
+from ..wire.codec import FINGERPRINT_PATTERN, ForeignScene, decode_scene
+from ..wire.manifest import BrokenShard, ShardManifest, open_regular, read_manifest
+from ..wire.shards import read_members
 from .store import CATALOGUE, QUARANTINE, SHARDS, Catalogue, catalogue_rows, read_catalogue, write_catalogue
 
 _UPLOAD_NAME = re.compile(r"([0-9a-f]{32})\.(json|tar)")

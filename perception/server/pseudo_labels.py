@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...core.errors import InvalidInput
+from ...core.features import VoxelGrid
+from ...core.structures import Labels, Predictions
 from ...ops.iou3d import iou_3d
-from ..features import VoxelGrid
-from ..structures import InvalidInput, Labels, Predictions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ...core.files import write_atomically
+from ...core.structures import Frame, Labels, LossTerms, Predictions
 from ...datasets.augment import AugmentationRanges, labelled_example
 from ...datasets.batches import UnlabelledBatches, epoch_indices
 from ...ops.iou3d import iou_bev
-from ..files import write_atomically
 from ..models.detector import Detector
-from ..structures import Frame, Labels, LossTerms, Predictions
 from ..training.ema import make_teacher, update_ema
 from ..training.loop import LoopConfig, run_steps
 from ..training.run_folder import RunFolder

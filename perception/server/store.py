@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ..features import Keypoints, SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, cell_centres
-from ..files import write_atomically
-from ..structures import InvalidInput, UpcycleError
-from ..vehicle.codec import decode_scene, round_trip
-from ..vehicle.manifest import open_regular
-from ..vehicle.spec_json import CorruptScene, canonical_json, spec_from_json, spec_to_json, strict_json
+from ...core.errors import InvalidInput, UpcycleError
+from ...core.features import Keypoints, SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, cell_centres
+from ...core.files import write_atomically
+from ..wire.codec import decode_scene, round_trip
+from ..wire.cut_json import CorruptScene, canonical_json, spec_from_json, spec_to_json, strict_json
+from ..wire.manifest import open_regular
 
 CATALOGUE = "catalogue.parquet"
 SHARDS = "shards"

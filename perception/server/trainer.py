@@ -19,11 +19,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from ...core.errors import InvalidInput
+from ...core.features import SplitFeatures
+from ...core.structures import Boxes3D, Frame, Labels, LossTerms, Predictions
 from ...datasets.augment import Movement
 from ...datasets.batches import UnlabelledBatches, UnlabelledScan, epoch_indices
-from ..features import SplitFeatures
 from ..models.detector import Detector
-from ..structures import Boxes3D, Frame, InvalidInput, Labels, LossTerms, Predictions
 from ..training.ema import make_teacher, update_ema
 from ..training.loop import LoopConfig, run_steps
 from ..training.run_folder import RunFolder

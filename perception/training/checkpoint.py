@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ..files import sync_folder, write_atomically
-from ..structures import InvalidInput, UpcycleError
+from ...core.errors import InvalidInput, UpcycleError
+from ...core.files import sync_folder, write_atomically
 
 INDEX = "checkpoint.json"
 DIGEST_KEY = "content_sha256"

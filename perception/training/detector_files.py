@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config_json import config_from_json, config_to_json
+from ...core.config_json import config_from_json, config_to_json
+from ...core.errors import InvalidInput
 from ..models.detector import Detector
 from ..models.detectors import DetectorConfig, build_detector
-from ..structures import InvalidInput
-from ..vehicle.encoder_file import save_encoder
+from ..wire.encoder_file import save_encoder
 from .checkpoint import fill_module, read_weights, save_weights
 
 DETECTOR_FILE = "detector.safetensors"

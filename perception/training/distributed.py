@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..structures import InvalidInput
+from ...core.errors import InvalidInput
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..structures import InvalidInput
+from ...core.errors import InvalidInput
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -22,7 +22,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..structures import InvalidInput, LossTerms, UpcycleError
+from ...core.errors import InvalidInput, UpcycleError
+from ...core.structures import LossTerms
 from .checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from .distributed import DistributedContext, all_reduce_gradients, average_statistics, training_buffers
 from .optim import OneCycle, learning_rate, make_optimizer, set_schedule

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..structures import InvalidInput
+from ...core.errors import InvalidInput
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from ..structures import UpcycleError
+from ...core.errors import UpcycleError
 
 T = TypeVar("T")
 

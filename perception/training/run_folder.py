@@ -27,9 +27,9 @@ from typing import IO, Any, Literal, Self
 
 import torch
 
-from ..config_json import Json, config_to_json, first_difference
-from ..files import write_atomically
-from ..structures import InvalidInput
+from ...core.config_json import Json, config_to_json, first_difference
+from ...core.errors import InvalidInput
+from ...core.files import write_atomically
 
 State = Literal["running", "finished", "interrupted", "failed"]
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]

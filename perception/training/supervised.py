@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...core.structures import Frame, LossTerms
 from ...datasets.augment import AugmentationRanges
 from ..models.detector import Detector
-from ..structures import Frame, LossTerms
 from .distributed import DistributedContext
 from .loop import LoopConfig, TrainResult, run_steps
 from .run_folder import RunFolder

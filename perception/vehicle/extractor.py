@@ -22,11 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..features import Keypoints, SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, cells_of_centres
-from ..models.encoders.fingerprint import RigSpec, encoder_fingerprint
-from ..structures import InvalidInput, PointCloud
-from .codec import CODECS
-from .shards import ShardWriteError, ShardWriter
+from ...core.errors import InvalidInput
+from ...core.features import Keypoints, SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, cells_of_centres
+from ...core.rig import RigSpec
+from ...core.structures import PointCloud
+from ..models.encoders.fingerprint import encoder_fingerprint
+from ..wire.codec import CODECS
+from ..wire.shards import ShardWriteError, ShardWriter
 
 
 class VehicleEncoder(Protocol):

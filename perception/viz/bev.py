@@ -28,9 +28,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon, Rectangle
 from torch import Tensor
 
-from ..boxes import corners_bev
-from ..features import SmashedScene, SplitFeatures
-from ..structures import InvalidInput, Labels, PointCloud, Predictions
+from ...core.boxes import corners_bev
+from ...core.errors import InvalidInput
+from ...core.features import SmashedScene, SplitFeatures
+from ...core.structures import Labels, PointCloud, Predictions
 
 Ground = PointCloud | SmashedScene | SplitFeatures | None  # what lies under the boxes
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..structures import InvalidInput
+from ...core.errors import InvalidInput
 from .svg import LINE, PALETTE, WIDTH, Plot, Rows, Svg, colour_of, linear_ticks, text_width
 
 QUIET = "#8A939C"  # bars that are not the point of the chart

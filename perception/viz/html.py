@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from ..files import write_atomically
-from ..structures import InvalidInput
+from ...core.errors import InvalidInput
+from ...core.files import write_atomically
 from .charts import number_text, numbers_text
 
 _SVG = "{http://www.w3.org/2000/svg}"

@@ -8,10 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from upcycle3d.perception.adapt.adapter import AdaptConfig, GLCAdapter, _optimizer, extract, refresh_batch_norm, set_learning_rate
-from upcycle3d.perception.adapt.lead import LeadConfig
-from upcycle3d.perception.adapt.metrics import open_set_scores
-from upcycle3d.perception.structures import InvalidInput
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.perception.adapt.glc.adapter import (
+    AdaptConfig,
+    GLCAdapter,
+    _optimizer,
+    extract,
+    refresh_batch_norm,
+    set_learning_rate,
+)
+from upcycle3d.perception.adapt.glc.lead import LeadConfig
+from upcycle3d.perception.adapt.glc.metrics import open_set_scores
 
 SMALL = AdaptConfig(epochs=2, batch_size=32, class_number=5)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle3d.perception.adapt.plots import embedding_plot, score_histogram
-from upcycle3d.perception.adapt.unknown import normalised_entropy
+from upcycle3d.perception.adapt.glc.plots import embedding_plot, score_histogram
+from upcycle3d.perception.adapt.glc.unknown import normalised_entropy
 from upcycle3d.tools import adapt
 from upcycle3d.tools.console import run_command
 

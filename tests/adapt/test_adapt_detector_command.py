@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from upcycle3d.core.features import VoxelGrid
+from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.structures import Frame, Labels, PointCloud
 from upcycle3d.datasets.prepared import PreparedDataset, prepare
-from upcycle3d.perception.adapt.open_set import JudgeConfig, baselines
-from upcycle3d.perception.adapt.proposals import ProposalSelection, collect_from_frames, load_proposals
-from upcycle3d.perception.features import VoxelGrid
+from upcycle3d.perception.adapt.detection.open_set import JudgeConfig, baselines
+from upcycle3d.perception.adapt.detection.proposals import ProposalSelection, collect_from_frames, load_proposals
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
 from upcycle3d.perception.models.detectors import build_detector
-from upcycle3d.perception.models.encoders.fingerprint import RigSpec
 from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
 from upcycle3d.perception.models.post_processing import ProposalNms
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
 from upcycle3d.perception.server.ingest import ingest
-from upcycle3d.perception.structures import Frame, Labels, PointCloud
 from upcycle3d.perception.training.detector_files import save_detector
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
-from upcycle3d.perception.vehicle.shards import ShardWriter
+from upcycle3d.perception.wire.shards import ShardWriter
 from upcycle3d.tools import adapt_detector
 from upcycle3d.tools.console import run_command
 

@@ -5,14 +5,8 @@ import pytest
 import torch
 from scipy.cluster.vq import kmeans2
 
-from upcycle3d.perception.adapt.kmeans import (
-    KMeansConfig,
-    _first_of_permutation,
-    kmeans,
-    principal_components,
-    silhouette,
-)
-from upcycle3d.perception.structures import InvalidInput
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.perception.adapt.glc.kmeans import KMeansConfig, _first_of_permutation, kmeans, principal_components, silhouette
 
 BOTH = [KMeansConfig(init="sample"), KMeansConfig(init="plusplus", restarts=3, points_per_centroid=0)]
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from upcycle3d.perception.adapt.kmeans import KMeansConfig, kmeans
-from upcycle3d.perception.adapt.labelling import (
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.perception.adapt.glc.kmeans import KMeansConfig, kmeans
+from upcycle3d.perception.adapt.glc.labelling import (
     ClassNumberConfig,
     OneVsAllConfig,
     class_number_candidates,
@@ -18,8 +19,7 @@ from upcycle3d.perception.adapt.labelling import (
     one_vs_all_labels,
     positive_counts,
 )
-from upcycle3d.perception.adapt.lead import LeadConfig, larger_mixture_mean, lead_labels
-from upcycle3d.perception.structures import InvalidInput
+from upcycle3d.perception.adapt.glc.lead import LeadConfig, larger_mixture_mean, lead_labels
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "glc_data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="no reference outputs beside the checkout")

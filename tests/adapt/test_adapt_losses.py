@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from upcycle3d.perception.adapt.losses import affinity_loss, hard_negatives, soft_cross_entropy
-from upcycle3d.perception.adapt.memory_bank import MemoryBank
-from upcycle3d.perception.adapt.unknown import UnknownRule, is_unknown, normalised_entropy, otsu, two_means, yen
-from upcycle3d.perception.structures import InvalidInput
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.perception.adapt.glc.losses import affinity_loss, hard_negatives, soft_cross_entropy
+from upcycle3d.perception.adapt.glc.memory_bank import MemoryBank
+from upcycle3d.perception.adapt.glc.unknown import UnknownRule, is_unknown, normalised_entropy, otsu, two_means, yen
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:

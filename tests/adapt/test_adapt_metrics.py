@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-from upcycle3d.perception.adapt.class_map import IGNORE, UNKNOWN, ClassMap
-from upcycle3d.perception.adapt.metrics import (
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.perception.adapt.glc.class_map import IGNORE, UNKNOWN, ClassMap
+from upcycle3d.perception.adapt.glc.metrics import (
     accuracy,
     auroc,
     class_accuracy,
@@ -15,7 +16,6 @@ from upcycle3d.perception.adapt.metrics import (
     novel_category_accuracy,
     open_set_scores,
 )
-from upcycle3d.perception.structures import InvalidInput
 
 
 def test_os_star_unk_and_h_by_hand():

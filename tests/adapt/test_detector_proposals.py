@@ -10,7 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from upcycle3d.perception.adapt.proposals import (
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.features import VoxelGrid
+from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.structures import Frame, PointCloud
+from upcycle3d.perception.adapt.detection.proposals import (
     DetectorProposals,
     ProposalSelection,
     as_stored,
@@ -21,21 +25,18 @@ from upcycle3d.perception.adapt.proposals import (
     load_proposals,
     save_proposals,
 )
-from upcycle3d.perception.features import VoxelGrid
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnConfig
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.detectors import build_detector
-from upcycle3d.perception.models.encoders.fingerprint import RigSpec
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoderConfig
 from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
 from upcycle3d.perception.models.encoders.set_abstraction import SetAbstractionConfig
 from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms, select_detections
 from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
-from upcycle3d.perception.structures import Frame, InvalidInput, PointCloud
 from upcycle3d.perception.vehicle.extractor import Extractor
 
 GRID = VoxelGrid(range=(0.0, -6.4, -1.0, 12.8, 6.4, 3.0), voxel_size=(0.1, 0.1, 0.1))

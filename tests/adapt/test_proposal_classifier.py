@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle3d.perception.adapt.adapter import AdaptConfig
-from upcycle3d.perception.adapt.class_map import IGNORE, PAIRS, UNKNOWN, ClassMap, map_by_name, pair_map
-from upcycle3d.perception.adapt.detector import DetectorAdaptConfig, adapt_proposals, cached_classifier, write_detections
-from upcycle3d.perception.adapt.open_set import (
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.structures import Labels
+from upcycle3d.perception.adapt.detection.adaptation import (
+    DetectorAdaptConfig,
+    adapt_proposals,
+    cached_classifier,
+    write_detections,
+)
+from upcycle3d.perception.adapt.detection.open_set import (
     JudgeConfig,
     JudgedProposals,
     baselines,
@@ -21,18 +26,19 @@ from upcycle3d.perception.adapt.open_set import (
     known_detections,
     unknown_scores,
 )
-from upcycle3d.perception.adapt.proposal_classifier import (
+from upcycle3d.perception.adapt.detection.proposal_classifier import (
     ClassifierConfig,
     WeightNormLinear,
     load_classifier,
     save_classifier,
     train_proposal_classifier,
 )
-from upcycle3d.perception.adapt.proposal_matching import BACKGROUND, IGNORED, Matches, MatchRules, match_proposals
-from upcycle3d.perception.adapt.proposal_metrics import known_ap, proposal_report
-from upcycle3d.perception.adapt.proposals import DetectorProposals, ProposalSelection
-from upcycle3d.perception.adapt.unknown import UnknownRule
-from upcycle3d.perception.structures import InvalidInput, Labels
+from upcycle3d.perception.adapt.detection.proposal_matching import BACKGROUND, IGNORED, Matches, MatchRules, match_proposals
+from upcycle3d.perception.adapt.detection.proposal_metrics import known_ap, proposal_report
+from upcycle3d.perception.adapt.detection.proposals import DetectorProposals, ProposalSelection
+from upcycle3d.perception.adapt.glc.adapter import AdaptConfig
+from upcycle3d.perception.adapt.glc.class_map import IGNORE, PAIRS, UNKNOWN, ClassMap, map_by_name, pair_map
+from upcycle3d.perception.adapt.glc.unknown import UnknownRule
 
 NAMES = ("Car", "Pedestrian", "Cyclist")
 TARGET = (*NAMES, "Truck", "Animal", "Odd")

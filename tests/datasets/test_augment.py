@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from upcycle3d.core.boxes import corners_3d
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.structures import Calibration, Frame, Labels, PointCloud
 from upcycle3d.datasets.augment import (
     AugmentationRanges,
     Compose,
@@ -24,8 +27,6 @@ from upcycle3d.datasets.augment import (
 from upcycle3d.datasets.fingerprint import split_fingerprint
 from upcycle3d.datasets.gt_database import GtSampler, build_gt_database
 from upcycle3d.ops.points_in_boxes import points_in_boxes_mask
-from upcycle3d.perception.boxes import corners_3d
-from upcycle3d.perception.structures import Calibration, Frame, InvalidInput, Labels, PointCloud
 
 MOVEMENTS = [
     FlipY(),

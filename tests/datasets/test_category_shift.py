@@ -13,6 +13,8 @@ import pytest
 import torch
 from shapely.geometry import Polygon
 
+from upcycle3d.core.boxes import corners_bev
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.kitti import KittiDataset, read_ids
 from upcycle3d.datasets.kitti_text import labels_from_kitti, parse_objects
 from upcycle3d.datasets.nuscenes import LYFT as LYFT_TABLES
@@ -64,8 +66,6 @@ from upcycle3d.datasets.simulation.raycast import (
 from upcycle3d.datasets.simulation.sensors import Sensor
 from upcycle3d.datasets.simulation.simulate import SimulatedDataset, simulate_frame, virtual_camera
 from upcycle3d.datasets.simulation.world import World, build_world
-from upcycle3d.perception.boxes import corners_bev
-from upcycle3d.perception.structures import InvalidInput
 
 KINDS = ("closed", "partial", "open", "open_partial")
 ALL_SEVEN = (*SOURCE_CLASSES, *PRIVATE_CLASSES)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.folder import FolderDataset, folder_ids, read_labels
-from upcycle3d.perception.structures import InvalidInput
 
 LABELS = """# two objects
 Car 10 2 -0.5  4 2 1.5 3.5   # turned

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.structures import Frame, Labels, PointCloud
 from upcycle3d.datasets.fingerprint import split_fingerprint
 from upcycle3d.datasets.gt_database import MIN_POINTS, GtDatabase, GtSampler, build_gt_database, paste
 from upcycle3d.datasets.prepared import PreparedDataset, prepare
 from upcycle3d.ops.iou3d import iou_bev
 from upcycle3d.ops.points_in_boxes import count_points_in_boxes, points_in_boxes_mask
-from upcycle3d.perception.structures import Frame, InvalidInput, Labels, PointCloud
 
 CLASSES = ("Car", "Pedestrian")
 SIZES = torch.tensor([[4.0, 1.8, 1.6], [0.8, 0.8, 1.8]])
@@ -163,7 +164,7 @@ from pathlib import Path
 import torch
 from upcycle3d.datasets.fingerprint import split_fingerprint
 from upcycle3d.datasets.gt_database import build_gt_database
-from upcycle3d.perception.structures import Frame, Labels, PointCloud
+from upcycle3d.core.structures import Frame, Labels, PointCloud
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from upcycle3d.core.boxes import kitti_camera_to_lidar
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.structures import Boxes3D, Calibration, PointCloud, Predictions
 from upcycle3d.datasets.kitti import (
     KittiDataset,
     crop_to_camera,
@@ -25,8 +28,6 @@ from upcycle3d.datasets.kitti_text import (
     read_objects,
     write_objects,
 )
-from upcycle3d.perception.boxes import kitti_camera_to_lidar
-from upcycle3d.perception.structures import Boxes3D, Calibration, InvalidInput, PointCloud, Predictions
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "kitti"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real KITTI samples are not there")

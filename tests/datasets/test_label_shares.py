@@ -2,9 +2,9 @@
 
 import pytest
 
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.label_shares import DRAWS, draw_labelled, label_share_splits, labelled_split
 from upcycle3d.datasets.waymo import segment_of
-from upcycle3d.perception.structures import InvalidInput
 
 IDS = [f"{segment:03d}_{10 * frame}" for segment in range(150) for frame in range(3)]
 

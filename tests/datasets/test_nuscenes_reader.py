@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.json_table import JsonTable
 from upcycle3d.datasets.nuscenes import LYFT, NUSCENES, NuScenesDataset, draw_scenes, read_sweep, split_by_scene
 from upcycle3d.datasets.nuscenes_tables import quaternion_matrix, read_tables
-from upcycle3d.perception.structures import InvalidInput
 
 VERSION = "v1.0-mini"
 LEFT = [math.cos(math.pi / 4), 0.0, 0.0, math.sin(math.pi / 4)]  # a quarter turn to the left

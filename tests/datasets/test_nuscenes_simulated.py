@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.nuscenes import LYFT, NuScenesDataset, split_by_scene
 from upcycle3d.datasets.nuscenes_tables import read_tables
 from upcycle3d.datasets.prepared import PreparedDataset
@@ -14,7 +15,6 @@ from upcycle3d.datasets.simulation import places
 from upcycle3d.datasets.simulation.layout_lyft import CATEGORIES, VERSION, frame_poses, write_lyft_layout
 from upcycle3d.datasets.simulation.simulate import simulate_frame
 from upcycle3d.ops.points_in_boxes import count_points_in_boxes
-from upcycle3d.perception.structures import InvalidInput
 from upcycle3d.tools import prepare, simulate
 from upcycle3d.tools.console import run_command
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.structures import Frame, Labels, PointCloud
 from upcycle3d.datasets.object_sizes import resize_objects, scale_sizes, shift_sizes
 from upcycle3d.ops.points_in_boxes import points_in_boxes
-from upcycle3d.perception.structures import Frame, InvalidInput, Labels, PointCloud
 
 BOXES = torch.tensor([[10.0, 2, 0.8, 4, 2, 1.6, 0.5], [20.0, -5, 1.0, 0.8, 0.6, 1.8, -2.0]])
 

@@ -18,10 +18,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from upcycle3d.core.errors import InvalidInput, UpcycleError
+from upcycle3d.core.files import atomic_file
+from upcycle3d.core.structures import Calibration, Frame, Labels, PointCloud
 from upcycle3d.datasets.fingerprint import split_fingerprint
 from upcycle3d.datasets.prepared import PreparedDataset, PrepareReport, prepare
-from upcycle3d.perception.files import atomic_file
-from upcycle3d.perception.structures import Calibration, Frame, InvalidInput, Labels, PointCloud, UpcycleError
 
 CLASSES = ("Car", "Pedestrian")
 

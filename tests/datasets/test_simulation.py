@@ -11,6 +11,8 @@ import pytest
 import torch
 from shapely.geometry import Polygon
 
+from upcycle3d.core.boxes import corners_bev
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.kitti import KittiDataset, crop_to_camera, read_ids
 from upcycle3d.datasets.simulation.bodies import block, body, part
 from upcycle3d.datasets.simulation.layout_kitti import write_kitti_layout
@@ -39,8 +41,6 @@ from upcycle3d.datasets.simulation.raycast import (
 from upcycle3d.datasets.simulation.sensors import Sensor
 from upcycle3d.datasets.simulation.simulate import SimulatedDataset, SimulatedFrame, simulate_frame
 from upcycle3d.datasets.simulation.world import build_world
-from upcycle3d.perception.boxes import corners_bev
-from upcycle3d.perception.structures import InvalidInput
 
 FLAT = np.zeros((1, 4))
 # Answers every pulse, without noise, on an even grid of 0.2 degrees.

@@ -10,19 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.kitti import with_point_counts
 from upcycle3d.datasets.simulation.layout_waymo import waymo_frame, write_segment, write_waymo_layout
 from upcycle3d.datasets.simulation.places import CLASS_NAMES, WAYMO
 from upcycle3d.datasets.simulation.simulate import simulate_frame
-from upcycle3d.datasets.waymo import (
-    WaymoDataset,
-    find_waymo_frames,
-    labels_from_waymo,
-)
+from upcycle3d.datasets.waymo import WaymoDataset, find_waymo_frames, labels_from_waymo
 from upcycle3d.datasets.waymo_geometry import WaymoObjects
 from upcycle3d.datasets.waymo_parquet import SegmentReader
 from upcycle3d.perception.evaluation.waymo import WaymoTruth
-from upcycle3d.perception.structures import InvalidInput
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "waymo" / "points_unlabelled"
 SENSOR = replace(

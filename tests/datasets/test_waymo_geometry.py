@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.waymo_geometry import LaserScan, WaymoFrame, beam_inclinations, frame_points
-from upcycle3d.perception.structures import InvalidInput
 
 RNG = np.random.default_rng(3)
 HEIGHT, WIDTH = 5, 8

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.point_files import read_points
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout
 from upcycle3d.datasets.simulation.places import WAYMO, domain
 from upcycle3d.datasets.waymo import WaymoDataset, find_waymo_frames, find_waymo_splits
-from upcycle3d.perception.structures import InvalidInput
 from upcycle3d.tools import prepare, simulate
 from upcycle3d.tools.console import run_command
 
@@ -159,9 +159,9 @@ def test_two_workers_write_the_same_bytes(written, tmp_path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 def test_a_real_frame_goes_through_the_cross_dataset_encoder():
-    from upcycle3d.perception.architectures import CROSS_DATASET_SECOND_IOU
-    from upcycle3d.perception.models.encoders.fingerprint import RigSpec
+    from upcycle3d.core.rig import RigSpec
     from upcycle3d.perception.models.encoders.second import SecondEncoder
+    from upcycle3d.perception.recipes.architectures import CROSS_DATASET_SECOND_IOU
     from upcycle3d.perception.vehicle.extractor import Extractor
 
     columns = ("x", "y", "z", "intensity", "elongation")

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.waymo import WaymoDataset, find_waymo_frames, labels_from_waymo
 from upcycle3d.datasets.waymo_geometry import frame_points
 from upcycle3d.datasets.waymo_proto import parse_frame, read_frame, read_identity
 from upcycle3d.datasets.waymo_records import RecordPlace, find_records, masked_crc32c
-from upcycle3d.perception.structures import InvalidInput
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "waymo" / "frames"
 

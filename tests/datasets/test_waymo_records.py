@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.waymo_records import find_records, masked_crc32c, read_head, read_record, read_records
-from upcycle3d.perception.structures import InvalidInput
 
 
 def crc32c(data: bytes) -> int:

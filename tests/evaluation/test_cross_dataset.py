@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
+from upcycle3d.core.boxes import corners_3d, kitti_camera_to_lidar
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.structures import Boxes3D, Labels, Predictions
 from upcycle3d.datasets.kitti_text import KittiObjects
-from upcycle3d.perception.boxes import corners_3d, kitti_camera_to_lidar
 from upcycle3d.perception.evaluation.cross_dataset import cross_dataset_objects, evaluate_cross_dataset
 from upcycle3d.perception.evaluation.kitti import LOOSE, KittiResult, evaluate_kitti
-from upcycle3d.perception.structures import Boxes3D, InvalidInput, Labels, Predictions
 
 AHEAD = torch.tensor([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
 

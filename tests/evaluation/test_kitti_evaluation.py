@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.kitti_text import parse_objects, write_objects
 from upcycle3d.perception.evaluation.kitti import KittiResult, MinOverlap, evaluate_kitti, evaluate_kitti_folders
 from upcycle3d.perception.evaluation.kitti_matching import recall_thresholds
-from upcycle3d.perception.structures import InvalidInput
 
 LEVELS = ("easy", "moderate", "hard")
 

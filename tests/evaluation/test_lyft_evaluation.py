@@ -9,8 +9,8 @@ import pytest
 import torch
 from shapely.geometry import Polygon
 
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.evaluation.lyft import MIN_OVERLAPS, LyftBoxes, LyftResult, evaluate_lyft, read_lyft_boxes
-from upcycle3d.perception.structures import InvalidInput
 
 SAMPLES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "lyft" / "map_test_jsons"
 Item = tuple[str, str, float, float]  # frame, class, x, score

@@ -9,9 +9,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from shapely.geometry import Polygon
 
-from upcycle3d.perception.boxes import corners_bev
+from upcycle3d.core.boxes import corners_bev
+from upcycle3d.core.structures import Boxes3D, Predictions
 from upcycle3d.perception.evaluation.waymo import OFFICIAL, RANGES, WaymoTruth, evaluate_waymo
-from upcycle3d.perception.structures import Boxes3D, Predictions
 
 CLASSES = ("Vehicle", "Pedestrian", "Sign", "Cyclist")
 SIZES = {0: (4.5, 2.0, 1.6), 1: (0.8, 0.8, 1.7), 3: (1.8, 0.8, 1.7)}

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.structures import Boxes3D, Labels, Predictions
 from upcycle3d.perception.evaluation.waymo import (
     SCORE_CUTOFFS,
     WaymoResult,
@@ -15,7 +17,6 @@ from upcycle3d.perception.evaluation.waymo import (
     evaluate_waymo,
     overlaps_zones,
 )
-from upcycle3d.perception.structures import Boxes3D, InvalidInput, Labels, Predictions
 
 CLASSES = ("Vehicle", "Pedestrian", "Cyclist")
 Row = tuple[float, ...]

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.structures import Boxes3D, Predictions
 from upcycle3d.perception.evaluation.waymo_objects import WaymoDetections, encode_waymo_objects, write_waymo_objects
-from upcycle3d.perception.structures import Boxes3D, InvalidInput, Predictions
 
 CLASSES = ("Vehicle", "Pedestrian", "Cyclist")
 TIME = 1550083467346370  # needs eight bytes as a varint

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle3d.perception.architectures import KITTI_PV_RCNN
-from upcycle3d.perception.features import Keypoints, SplitFeatures
+from upcycle3d.core.features import Keypoints, SplitFeatures
+from upcycle3d.core.structures import PointCloud, Predictions
 from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnOutputs
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.openpcdet import load_openpcdet
 from upcycle3d.perception.models.post_processing import decode_regions
 from upcycle3d.perception.models.pv_rcnn import pv_rcnn
-from upcycle3d.perception.structures import PointCloud, Predictions
+from upcycle3d.perception.recipes.architectures import KITTI_PV_RCNN
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 GOLDEN = SHARED / "reference" / "golden"

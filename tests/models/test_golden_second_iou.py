@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from upcycle3d.core.structures import PointCloud
 from upcycle3d.ops.iou3d import iou_bev
 from upcycle3d.ops.nms import nms_rotated
 from upcycle3d.perception.models.decoders.bev import height_compression
 from upcycle3d.perception.models.openpcdet import load_openpcdet
 from upcycle3d.perception.models.post_processing import decode_boxes
 from upcycle3d.perception.models.second_iou import second_iou
-from upcycle3d.perception.presets import KITTI_SECOND_IOU
-from upcycle3d.perception.structures import PointCloud
+from upcycle3d.perception.recipes.presets import KITTI_SECOND_IOU
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 GOLDEN = SHARED / "reference" / "golden"

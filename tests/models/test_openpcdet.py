@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from upcycle3d.perception.architectures import KITTI_PV_RCNN, KITTI_SECOND_IOU, SMALL_PV_RCNN, WAYMO_PV_RCNN
-from upcycle3d.perception.features import VoxelGrid
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.features import VoxelGrid
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
 from upcycle3d.perception.models.detector import Detector
@@ -17,7 +17,7 @@ from upcycle3d.perception.models.detectors import DetectorConfig, build_detector
 from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
 from upcycle3d.perception.models.openpcdet import load_openpcdet, openpcdet_parts, openpcdet_state
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
-from upcycle3d.perception.structures import InvalidInput
+from upcycle3d.perception.recipes.architectures import KITTI_PV_RCNN, KITTI_SECOND_IOU, SMALL_PV_RCNN, WAYMO_PV_RCNN
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "golden"
 Shapes = dict[str, tuple[int, ...]]

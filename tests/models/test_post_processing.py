@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from upcycle3d.perception.boxes import encode_residuals
+from upcycle3d.core.boxes import encode_residuals
 from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms, decode_boxes, propose, select_detections
 from upcycle3d.perception.models.targets import DIRECTION_OFFSET, direction_bin
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from upcycle3d.core.boxes import rotate_z, wrap_angle
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.features import Keypoints, SplitFeatures, VoxelGrid, cells_of_centres
+from upcycle3d.core.structures import Labels, LossTerms, PointCloud
 from upcycle3d.ops.iou3d import iou_3d
-from upcycle3d.perception.boxes import rotate_z, wrap_angle
-from upcycle3d.perception.features import Keypoints, SplitFeatures, VoxelGrid, cells_of_centres
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnConfig, PvRcnnDecoder
@@ -24,9 +26,8 @@ from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms, d
 from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig, pv_rcnn
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
 from upcycle3d.perception.models.targets import RoiSampling, encode_regions
-from upcycle3d.perception.structures import InvalidInput, Labels, LossTerms, PointCloud
 from upcycle3d.perception.training.detector_files import load_detector, save_detector, save_run_detector
-from upcycle3d.perception.vehicle.encoder_file import load_encoder
+from upcycle3d.perception.wire.encoder_file import load_encoder
 
 COUNT = 96
 GRID = VoxelGrid(range=(0.0, -6.4, -1.0, 12.8, 6.4, 3.0), voxel_size=(0.1, 0.1, 0.1))

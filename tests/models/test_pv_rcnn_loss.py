@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from upcycle3d.core.features import Keypoints
+from upcycle3d.core.structures import Labels
 from upcycle3d.ops.iou3d import iou_3d
-from upcycle3d.perception.features import Keypoints
 from upcycle3d.perception.models.decoders.pv_rcnn_loss import corner_loss, keypoint_loss, keypoint_targets, region_loss
 from upcycle3d.perception.models.decoders.regions import sample_regions
 from upcycle3d.perception.models.post_processing import Proposals
 from upcycle3d.perception.models.targets import RoiSampling, encode_regions
-from upcycle3d.perception.structures import Labels
 
 # ---- what keypoints learn
 

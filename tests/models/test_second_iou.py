@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.features import SplitFeatures, VoxelGrid
+from upcycle3d.core.structures import Labels, PointCloud, Predictions
 from upcycle3d.ops.iou3d import iou_3d
-from upcycle3d.perception.features import SplitFeatures, VoxelGrid
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig, height_compression
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
@@ -18,8 +20,7 @@ from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEnc
 from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig, second_iou
 from upcycle3d.perception.models.targets import RoiSampling
-from upcycle3d.perception.presets import KITTI_SECOND_IOU
-from upcycle3d.perception.structures import InvalidInput, Labels, PointCloud, Predictions
+from upcycle3d.perception.recipes.presets import KITTI_SECOND_IOU
 
 TINY = SecondIouDetectorConfig(
     encoder=SecondEncoderConfig(

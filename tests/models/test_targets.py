@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from upcycle3d.perception.boxes import decode_residuals
-from upcycle3d.perception.features import SplitSpec, VoxelGrid
+from upcycle3d.core.boxes import decode_residuals
+from upcycle3d.core.features import SplitSpec, VoxelGrid
+from upcycle3d.core.structures import Labels
 from upcycle3d.perception.models.anchors import ANCHOR_YAWS, AnchorClass, make_anchors
 from upcycle3d.perception.models.targets import (
     RoiSampling,
@@ -17,7 +18,6 @@ from upcycle3d.perception.models.targets import (
     match_rois,
     sample_rois,
 )
-from upcycle3d.perception.structures import Labels
 
 CAR = AnchorClass(name="Car", size=(4.0, 2.0, 1.5), bottom_z=-0.75, matched=0.55, unmatched=0.40)
 VAN = AnchorClass(name="Van", size=(4.0, 2.0, 1.5), bottom_z=-0.75, matched=0.55, unmatched=0.40)

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle3d.perception.features import Keypoints, KeypointSpec, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.features import Keypoints, KeypointSpec, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.core.structures import Labels
 from upcycle3d.perception.server.feature_augmentation import (
     add_noise,
     cut_mix,
@@ -24,7 +26,6 @@ from upcycle3d.perception.server.feature_augmentation import (
     rotate_quarter,
     scale_map,
 )
-from upcycle3d.perception.structures import InvalidInput, Labels
 
 GRID = VoxelGrid(range=(0.0, -12.0, -1.0, 24.0, 12.0, 3.0), voxel_size=(0.125, 0.125, 0.125))
 SPEC = SplitSpec(layer="cut", channels=2, stride=(16, 8, 8), shape=(2, 24, 24), grid=GRID)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.features import Keypoints, KeypointSpec, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.core.structures import Boxes3D, Frame, Labels, PointCloud
 from upcycle3d.ops.iou3d import iou_bev
-from upcycle3d.perception.features import Keypoints, KeypointSpec, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
 from upcycle3d.perception.server.feature_gt import (
@@ -23,8 +25,7 @@ from upcycle3d.perception.server.feature_gt import (
     paste_objects,
     sample_objects,
 )
-from upcycle3d.perception.structures import Boxes3D, Frame, InvalidInput, Labels, PointCloud
-from upcycle3d.perception.vehicle.codec import round_trip
+from upcycle3d.perception.wire.codec import round_trip
 
 GRID = VoxelGrid(range=(0.0, -8.0, -1.0, 16.0, 8.0, 3.0), voxel_size=(0.125, 0.125, 0.125))
 SPEC = SplitSpec(layer="cut", channels=3, stride=(16, 8, 8), shape=(2, 16, 16), grid=GRID)  # cells of 1 m, centres at i + 1/16

@@ -19,15 +19,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from upcycle3d.perception.features import KeypointSpec, SmashedScene, SplitSpec, VoxelGrid, cells_of_centres
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.features import KeypointSpec, SmashedScene, SplitSpec, VoxelGrid, cells_of_centres
 from upcycle3d.perception.server import ingest as ingest_module
 from upcycle3d.perception.server.ingest import IngestReport, StoreWriteError, ingest
 from upcycle3d.perception.server.store import BrokenStore, SmashedStore, to_split_features
-from upcycle3d.perception.structures import InvalidInput
-from upcycle3d.perception.vehicle.codec import encode_scene, round_trip
-from upcycle3d.perception.vehicle.manifest import read_manifest
-from upcycle3d.perception.vehicle.shards import ShardWriter
-from upcycle3d.perception.vehicle.spec_json import CorruptScene, canonical_json
+from upcycle3d.perception.wire.codec import encode_scene, round_trip
+from upcycle3d.perception.wire.cut_json import CorruptScene, canonical_json
+from upcycle3d.perception.wire.manifest import read_manifest
+from upcycle3d.perception.wire.shards import ShardWriter
 
 GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.5, 0.5, 0.5))
 SPEC = SplitSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)

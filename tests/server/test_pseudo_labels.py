@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from upcycle3d.perception.features import VoxelGrid
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.features import VoxelGrid
+from upcycle3d.core.structures import Boxes3D, Labels, Predictions
 from upcycle3d.perception.server.pseudo_labels import ScoreThresholds, pseudo_label_quality, teacher_labels, within
-from upcycle3d.perception.structures import Boxes3D, InvalidInput, Labels, Predictions
 
 CAR = ScoreThresholds(iou_score=0.6, class_score=0.4, ignore=0.2)
 PEDESTRIAN = ScoreThresholds(iou_score=0.3, class_score=0.0, ignore=0.3)  # no band

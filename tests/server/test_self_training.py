@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from upcycle3d.core.features import VoxelGrid
+from upcycle3d.core.structures import Boxes3D, Frame, PointCloud, Predictions
 from upcycle3d.datasets.augment import AugmentationRanges
 from upcycle3d.datasets.batches import UnlabelledBatches
-from upcycle3d.perception.features import VoxelGrid
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
@@ -27,7 +28,6 @@ from upcycle3d.perception.server.self_training import (
     remember,
     self_train,
 )
-from upcycle3d.perception.structures import Boxes3D, Frame, PointCloud, Predictions
 from upcycle3d.perception.training import loop as loop_module
 from upcycle3d.perception.training.loop import LoopConfig
 from upcycle3d.perception.training.optim import OneCycle

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from upcycle3d.core.errors import InvalidInput, UpcycleError
+from upcycle3d.core.features import SplitFeatures, VoxelGrid
+from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.structures import Frame, Labels, PointCloud
 from upcycle3d.datasets.augment import AugmentationRanges
 from upcycle3d.datasets.batches import UnlabelledBatches
-from upcycle3d.perception.features import SplitFeatures, VoxelGrid
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnConfig
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
 from upcycle3d.perception.models.detector import Detector
-from upcycle3d.perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoderConfig
 from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
 from upcycle3d.perception.models.encoders.set_abstraction import SetAbstractionConfig
@@ -33,13 +36,12 @@ from upcycle3d.perception.server.methods import METHODS
 from upcycle3d.perception.server.pseudo_labels import ScoreThresholds, teacher_labels
 from upcycle3d.perception.server.store import SmashedStore, as_stored, to_split_features
 from upcycle3d.perception.server.trainer import UpcycleConfig, upcycle
-from upcycle3d.perception.structures import Frame, InvalidInput, Labels, PointCloud, UpcycleError
 from upcycle3d.perception.training.loop import LoopConfig
 from upcycle3d.perception.training.optim import OneCycle
 from upcycle3d.perception.training.run_folder import RunFolder
-from upcycle3d.perception.vehicle.codec import CODECS, decode_scene, encode_scene
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
-from upcycle3d.perception.vehicle.shards import ShardWriter
+from upcycle3d.perception.wire.codec import CODECS, decode_scene, encode_scene
+from upcycle3d.perception.wire.shards import ShardWriter
 
 TINY = SecondIouDetectorConfig(
     encoder=SecondEncoderConfig(

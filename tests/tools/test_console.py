@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from upcycle3d.perception.structures import InvalidInput
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.tools.console import device, print_table, progress_bar, run_command, write_json
 
 

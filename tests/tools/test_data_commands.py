@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from upcycle3d.perception.structures import InvalidInput
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.tools import prepare, simulate
 from upcycle3d.tools.console import run_command
 from upcycle3d.tools.simulate import split_sizes

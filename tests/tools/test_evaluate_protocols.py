@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from upcycle3d.core.structures import Boxes3D, Labels, PointCloud, Predictions
 from upcycle3d.perception.evaluation.protocols import LabelledDetections, score_lyft, score_waymo
-from upcycle3d.perception.structures import Boxes3D, Labels, PointCloud, Predictions
 from upcycle3d.tools import evaluate, prepare
 from upcycle3d.tools.console import run_command
 from upcycle3d.tools.predict import boxes_json

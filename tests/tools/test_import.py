@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from upcycle3d.perception.architectures import SMALL_PV_RCNN, SMALL_SECOND_IOU
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.detectors import build_detector
 from upcycle3d.perception.models.openpcdet import openpcdet_state
+from upcycle3d.perception.recipes.architectures import SMALL_PV_RCNN, SMALL_SECOND_IOU
 from upcycle3d.perception.training.detector_files import load_detector
-from upcycle3d.perception.vehicle.encoder_file import load_encoder
+from upcycle3d.perception.wire.encoder_file import load_encoder
 from upcycle3d.tools import import_weights
 from upcycle3d.tools.console import run_command
 

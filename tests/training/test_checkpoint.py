@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from upcycle3d.perception.structures import InvalidInput
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.training.checkpoint import (
     CorruptCheckpoint,
     fill_module,

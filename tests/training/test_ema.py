@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from upcycle3d.perception.structures import InvalidInput
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.training.ema import ema_decay, make_teacher, update_ema
 
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from upcycle3d.perception.structures import InvalidInput, LossTerms
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.structures import LossTerms
 from upcycle3d.perception.training.checkpoint import CorruptCheckpoint, latest_checkpoint, list_checkpoints
 from upcycle3d.perception.training.distributed import (
     DistributedContext,

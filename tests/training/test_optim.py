@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from upcycle3d.perception.structures import InvalidInput
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.training.optim import OneCycle, learning_rate, make_optimizer, momentum, set_schedule
 
 CONFIG = OneCycle(lr=0.003, total_steps=1000)

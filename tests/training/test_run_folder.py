@@ -10,8 +10,8 @@ from typing import Literal
 
 import pytest
 
-from upcycle3d.perception.config_json import config_from_json, config_to_json
-from upcycle3d.perception.structures import InvalidInput
+from upcycle3d.core.config_json import config_from_json, config_to_json
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.training.run_folder import RunFolder
 
 

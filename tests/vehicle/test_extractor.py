@@ -14,7 +14,8 @@ import torch
 import zstandard
 from torch import nn
 
-from upcycle3d.perception.features import (
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.features import (
     Keypoints,
     KeypointSpec,
     SparseVoxels,
@@ -24,14 +25,15 @@ from upcycle3d.perception.features import (
     cell_centres,
     cells_of_centres,
 )
-from upcycle3d.perception.models.encoders.fingerprint import RigSpec, encoder_fingerprint
+from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.structures import PointCloud
+from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder, PvRcnnEncoderConfig
 from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
-from upcycle3d.perception.structures import InvalidInput, PointCloud
-from upcycle3d.perception.vehicle.codec import decode_scene, encode_scene, round_trip
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
-from upcycle3d.perception.vehicle.manifest import read_manifest
-from upcycle3d.perception.vehicle.shards import ShardWriteError, ShardWriter, read_members
+from upcycle3d.perception.wire.codec import decode_scene, encode_scene, round_trip
+from upcycle3d.perception.wire.manifest import read_manifest
+from upcycle3d.perception.wire.shards import ShardWriteError, ShardWriter, read_members
 
 GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(1.0, 1.0, 1.0))
 FINE_GRID = replace(GRID, voxel_size=(0.25, 0.25, 0.1))
@@ -362,7 +364,7 @@ def test_the_fingerprint_covers_the_rig_and_names_what_it_cannot_cover():
 def test_a_vehicle_loads_no_decoder_server_label_or_training_code():
     code = (
         "import json, sys\n"
-        "import upcycle3d.perception.vehicle.extractor, upcycle3d.perception.vehicle.shards, upcycle3d.perception.vehicle.codec\n"
+        "import upcycle3d.perception.vehicle.extractor, upcycle3d.perception.wire.shards, upcycle3d.perception.wire.codec\n"
         "print(json.dumps([m for m in sys.modules if m.startswith('upcycle3d')]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from upcycle3d.perception.features import SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
-from upcycle3d.perception.structures import Boxes3D, InvalidInput, Labels, PointCloud, Predictions
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.features import SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.core.structures import Boxes3D, Labels, PointCloud, Predictions
 from upcycle3d.perception.viz.bev import DETECTION, TRUTH, Panel, bev_features_png, bev_panels_png, bev_png
 
 VIEW = (0.0, -20.0, 40.0, 20.0)

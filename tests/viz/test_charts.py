@@ -8,16 +8,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from upcycle3d.perception.structures import InvalidInput
-from upcycle3d.perception.viz.charts import (
-    Series,
-    bar_chart,
-    gap_chart,
-    line_chart,
-    number_text,
-    numbers_text,
-    stacked_bars,
-)
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.perception.viz.charts import Series, bar_chart, gap_chart, line_chart, number_text, numbers_text, stacked_bars
 from upcycle3d.perception.viz.svg import _log_ticks
 
 NS = "{http://www.w3.org/2000/svg}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from upcycle3d.perception.structures import InvalidInput
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.viz.charts import Series, bar_chart, line_chart
 from upcycle3d.perception.viz.html import (
     Section,

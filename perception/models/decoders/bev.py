@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...features import SparseVoxels
-from ...structures import Labels, LossTerms
+from ....core.features import SparseVoxels
+from ....core.structures import Labels, LossTerms
 from ..anchors import AnchorClass
 from ..losses import box_code_loss, sigmoid_focal_loss
 from ..targets import assign_anchors

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...features import Keypoints, SplitFeatures, SplitSpec
-from ...structures import InvalidInput, Labels, LossTerms, Predictions
+from ....core.errors import InvalidInput
+from ....core.features import Keypoints, SplitFeatures, SplitSpec
+from ....core.structures import Labels, LossTerms, Predictions
 from ..anchors import KITTI_ANCHORS, AnchorClass, make_anchors
 from ..encoders.norm import RowBatchNorm
 from ..encoders.set_abstraction import SetAbstraction, SetAbstractionConfig

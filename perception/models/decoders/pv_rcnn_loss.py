@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ....core.boxes import corners_3d
+from ....core.features import Keypoints
+from ....core.structures import Labels, LossTerms
 from ....ops.points_in_boxes import points_in_boxes
-from ...boxes import corners_3d
-from ...features import Keypoints
-from ...structures import Labels, LossTerms
 from ..losses import sigmoid_focal_loss, smooth_l1
 from ..post_processing import Proposals, decode_regions
 from ..targets import encode_regions, iou_quality_target, match_rois

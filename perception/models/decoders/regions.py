@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...boxes import rotate_z, wrap_angle
-from ...structures import Boxes3D, Labels, Predictions
+from ....core.boxes import rotate_z, wrap_angle
+from ....core.structures import Boxes3D, Labels, Predictions
 from ..encoders.norm import RowBatchNorm
 from ..post_processing import Proposals
 from ..targets import RoiSampling, match_rois, sample_rois

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ....core.features import SplitFeatures, SplitSpec
+from ....core.structures import Labels, LossTerms, Predictions
 from ....ops.roi_grid import roi_grid_sample
-from ...features import SplitFeatures, SplitSpec
-from ...structures import Labels, LossTerms, Predictions
 from ..anchors import KITTI_ANCHORS, AnchorClass, make_anchors
 from ..post_processing import FinalNms, ProposalNms, Proposals, propose, select_detections
 from ..targets import RoiSampling, iou_quality_target, match_rois

@@ -18,10 +18,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ....core.features import Keypoints, KeypointSpec, SparseVoxels, SplitFeatures, VoxelGrid, cell_centres
+from ....core.structures import PointCloud
 from ....ops.bev_interpolate import bev_interpolate
 from ....ops.farthest_point import farthest_point_sample
-from ...features import Keypoints, KeypointSpec, SparseVoxels, SplitFeatures, VoxelGrid, cell_centres
-from ...structures import PointCloud
 from .second import SecondEncoder, SecondEncoderConfig
 from .set_abstraction import SetAbstraction, SetAbstractionConfig
 

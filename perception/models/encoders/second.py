@@ -15,10 +15,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ....core.errors import InvalidInput
+from ....core.features import SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from ....core.structures import PointCloud
 from ....ops.sparse_conv import Rulebook, StridedConv3d, SubmanifoldConv3d, submanifold_rulebook
 from ....ops.voxelize import voxelize
-from ...features import SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
-from ...structures import InvalidInput, PointCloud
 from .norm import RowBatchNorm
 
 

@@ -1,0 +1,150 @@
+"""Configurations as JSON and back: frozen dataclasses, nested, with tuples, Optionals, Literals, Unions and Paths.
+
+The way back is strict: an unknown name is an error with the nearest known one, a wrong type says what was expected. Nothing is
+looked up in a registry: the classes are read from the type hints.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .errors import InvalidInput
+
+C = TypeVar("C")
+Json = Any
+_LISTS = (tuple, list, collections.abc.Sequence)
+_DICTS = (dict, collections.abc.Mapping)
+
+
+def config_to_json(config: Any) -> dict[str, Json]:
+    """A frozen dataclass as plain JSON values. A dataclass in a Union of several carries its class name as ``kind``."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise InvalidInput(f"a configuration must be a dataclass instance, found {type(config).__name__}")
+    encoded: dict[str, Json] = _encode(config, type(config), "")
+    return encoded
+
+
+def config_from_json(cls: type[C], data: Mapping[str, Json]) -> C:
+    """The dataclass ``cls`` from what ``config_to_json`` gave (or a YAML file of the same form).
+
+    Raises InvalidInput for an unknown name (suggesting the nearest), a missing one without default, and a wrong type.
+    """
+    decoded: C = _decode(data, cls, "")
+    return decoded
+
+
+def first_difference(stored: Json, now: Json, where: str = "") -> str | None:
+    """``"train.lr: stored 0.1, now 0.2"`` for the first place where two JSON values differ, or None."""
+    if isinstance(stored, dict) and isinstance(now, dict):
+        for key in [*stored, *(k for k in now if k not in stored)]:
+            if key not in now:
+                return f"{where}{key}: stored {stored[key]!r}, now unknown"
+            if key not in stored:
+                return f"{where}{key}: not stored, now {now[key]!r}"
+            found = first_difference(stored[key], now[key], f"{where}{key}.")
+            if found:
+                return found
+        return None
+    return None if stored == now else f"{where[:-1]}: stored {stored!r}, now {now!r}"
+
+
+def _encode(value: Any, hint: Any, where: str) -> Json:
+    options = _options(hint)
+    if dataclasses.is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        tag = {"kind": type(value).__name__} if sum(dataclasses.is_dataclass(o) for o in options) > 1 else {}
+        body = {f.name: _encode(getattr(value, f.name), hints[f.name], f"{where}{f.name}.") for f in dataclasses.fields(value)}
+        return {**tag, **body}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)  # JSON has no infinity
+    if isinstance(value, bool | int | str | None):
+        return value
+    if isinstance(value, tuple | list):
+        hints_of = (_element_hints(o, len(value)) for o in options if typing.get_origin(o) in _LISTS)
+        elements = next((h for h in hints_of if h is not None), [Any] * len(value))
+        return [_encode(v, h, f"{where}{i}.") for i, (v, h) in enumerate(zip(value, elements, strict=True))]
+    if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
+        element = next((typing.get_args(o)[1] for o in options if typing.get_origin(o) in _DICTS), Any)
+        return {k: _encode(v, element, f"{where}{k}.") for k, v in value.items()}
+    raise InvalidInput(f"the configuration field {where[:-1]!r} holds a {type(value).__name__}, which JSON cannot keep")
+
+
+def _decode(data: Json, hint: Any, where: str) -> Any:
+    options = _options(hint)
+    classes = [o for o in options if dataclasses.is_dataclass(o)]
+    if isinstance(data, Mapping) and classes:
+        return _decode_dataclass(data, classes, where)
+    for option in options:
+        origin, arguments = typing.get_origin(option), typing.get_args(option)
+        if option is Any or (option is type(None) and data is None):
+            return data
+        if origin is Literal and any(data == a and type(data) is type(a) for a in arguments):
+            return data
+        if option in (bool, int, str) and type(data) is option:
+            return data
+        if option is float and (type(data) in (int, float) or data in ("inf", "-inf", "nan")):
+            return float(data)
+        if option is Path and isinstance(data, str):
+            return Path(data)
+        if origin in _LISTS and isinstance(data, list | tuple):
+            elements = _element_hints(option, len(data))
+            if elements is not None:
+                decoded = [_decode(v, h, f"{where}{i}.") for i, (v, h) in enumerate(zip(data, elements, strict=True))]
+                return decoded if origin is list else tuple(decoded)
+        if origin in _DICTS and isinstance(data, Mapping):
+            return {k: _decode(v, arguments[1], f"{where}{k}.") for k, v in data.items()}
+    wanted = " or ".join(str(o) if typing.get_args(o) else getattr(o, "__name__", str(o)) for o in options)
+    raise InvalidInput(f"{where[:-1] or 'the configuration'} must be {wanted}, found {data!r}")
+
+
+def _decode_dataclass(data: Mapping[str, Json], classes: Sequence[Any], where: str) -> Any:
+    cls = classes[0]
+    if len(classes) > 1:
+        by_name = {c.__name__: c for c in classes}
+        kind = str(data.get("kind"))
+        if kind not in by_name:
+            raise InvalidInput(f"`{where}kind` cannot be {kind!r}{_suggestion(kind, by_name, '')}")
+        cls, data = by_name[kind], {k: v for k, v in data.items() if k != "kind"}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key in data:
+        if key not in fields:
+            raise InvalidInput(f"unknown option `{where}{key}` of {cls.__name__}{_suggestion(key, fields, where)}")
+    for key, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and key not in data:
+            raise InvalidInput(f"the option `{where}{key}` of {cls.__name__} is missing and has no default")
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _decode(value, hints[key], f"{where}{key}.") for key, value in data.items()})
+
+
+def _options(hint: Any) -> list[Any]:
+    """The members of a Union (flat), or the hint itself; Annotated is looked through."""
+    if typing.get_origin(hint) is typing.Annotated:
+        return _options(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [o for member in typing.get_args(hint) for o in _options(member)]
+    return [hint]
+
+
+def _element_hints(option: Any, count: int) -> list[Any] | None:
+    """Types of ``count`` elements of a tuple or list type; None if it is a tuple of another length."""
+    arguments = typing.get_args(option)
+    if typing.get_origin(option) is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
+        return list(arguments) if len(arguments) == count else None
+    return [arguments[0]] * count
+
+
+def _suggestion(name: str, known: Iterable[str], where: str) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean `{where}{near[0]}`?" if near else f"; known are {sorted(names)}"

@@ -1,0 +1,92 @@
+"""JSON of shards and scenes: one spelling when written, nothing taken on trust when read; and the cut of a network in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from ...core.errors import InvalidInput, UpcycleError
+from ...core.features import KeypointSpec, SplitSpec, VoxelGrid
+
+
+class CorruptScene(UpcycleError):
+    """Bytes that are damaged, or never were a smashed scene."""
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of ``value``: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def strict_json(data: bytes, what: str) -> Any:
+    """JSON of a stranger: no duplicate keys, no NaN; raises ``CorruptScene`` that names ``what``."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) != len(pairs):
+            raise ValueError("a key stands twice")
+        return record
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:  # ValueError covers broken UTF-8, broken JSON and oversized integers
+        raise CorruptScene(f"{what} is not valid JSON: {error}") from error
+
+
+def spec_to_json(spec: SplitSpec) -> dict[str, Any]:
+    """The cut as plain values. Raises ``InvalidInput`` for one whose keypoints are raw points: no file has a word for them."""
+    keypoints = spec.keypoints
+    if keypoints is not None and keypoints.source != "voxel_centers":
+        raise InvalidInput(
+            f"the keypoints of the cut {spec.layer!r} are raw points of the scan; only voxel centres are ever stored or uploaded: "
+            'train and extract with keypoint_source="voxel_centers"'
+        )
+    return {
+        "layer": spec.layer,
+        "channels": spec.channels,
+        "stride": list(spec.stride),
+        "shape": list(spec.shape),
+        "grid": {"range": [float(v) for v in spec.grid.range], "voxel_size": [float(v) for v in spec.grid.voxel_size]},
+        "keypoints": None if keypoints is None else {"count": keypoints.count, "channels": keypoints.channels},
+    }
+
+
+def spec_from_json(record: Any, what: str) -> SplitSpec:
+    """Inverse of ``spec_to_json`` for a record from outside; raises ``CorruptScene`` or ``InvalidInput`` that names ``what``."""
+
+    def numbers(value: Any, count: int, kinds: tuple[type, ...], low: float, high: float) -> tuple[Any, ...]:
+        fits = isinstance(value, list) and len(value) == count and all(type(v) in kinds and low <= v <= high for v in value)
+        if not fits:
+            raise CorruptScene(f"{what}: expected {count} numbers in {low:g}..{high:g}, found {str(value)[:80]}")
+        return tuple(value)
+
+    if not isinstance(record, dict) or record.keys() != {"layer", "channels", "stride", "shape", "grid", "keypoints"}:
+        raise CorruptScene(f"{what}: expected layer, channels, stride, shape, grid and keypoints, found {str(record)[:80]}")
+    grid, layer, keypoints = record["grid"], record["layer"], record["keypoints"]
+    if not isinstance(grid, dict) or grid.keys() != {"range", "voxel_size"}:
+        raise CorruptScene(f"{what}: expected a grid of range and voxel_size, found {str(grid)[:80]}")
+    if not isinstance(layer, str) or not re.fullmatch(r"[\w.]{1,128}", layer):
+        raise CorruptScene(f"{what}: expected the name of a layer, found {str(layer)[:80]}")
+    if keypoints is not None:
+        if not isinstance(keypoints, dict) or keypoints.keys() != {"count", "channels"}:
+            raise CorruptScene(f"{what}: expected keypoints of count and channels, or null, found {str(keypoints)[:80]}")
+        count, of_each = numbers([keypoints["count"], keypoints["channels"]], 2, (int,), 1, 1 << 16)
+        keypoints = KeypointSpec(count=count, channels=of_each)
+    (channels,) = numbers([record["channels"]], 1, (int,), 1, 1 << 16)
+    stride = numbers(record["stride"], 3, (int,), 1, 1 << 16)
+    shape = numbers(record["shape"], 3, (int,), 1, 1 << 20)
+    extent = numbers(grid["range"], 6, (int, float), -1e6, 1e6)
+    voxel_size = numbers(grid["voxel_size"], 3, (int, float), 1e-6, 1e6)
+    voxel_grid = VoxelGrid(range=extent, voxel_size=voxel_size)  # type: ignore[arg-type]
+    return SplitSpec(
+        layer=layer,
+        channels=channels,
+        stride=stride,  # type: ignore[arg-type]
+        shape=shape,  # type: ignore[arg-type]
+        grid=voxel_grid,
+        keypoints=keypoints,
+    )
