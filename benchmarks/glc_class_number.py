@@ -23,7 +23,7 @@ from glc_gaussian import GaussianSet, gaussian_domains, train_source
 from torch import Tensor
 
 from upcycle3d.perception.adapt.glc.adapter import extract, refresh_batch_norm
-from upcycle3d.perception.adapt.glc.labelling import ClassNumberConfig, class_number_candidates, estimate_class_number
+from upcycle3d.perception.adapt.glc.labeling import ClassNumberConfig, class_number_candidates, estimate_class_number
 from upcycle3d.tools.console import print_table
 
 STORED = Path(__file__).resolve().parents[1].parent / "shared" / "reference" / "glc_data"

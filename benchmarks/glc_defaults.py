@@ -21,7 +21,7 @@ from torch import nn
 
 from upcycle3d.perception.adapt.glc.adapter import AdaptConfig, GLCAdapter
 from upcycle3d.perception.adapt.glc.kmeans import KMeansConfig
-from upcycle3d.perception.adapt.glc.labelling import ClassNumberConfig, OneVsAllConfig
+from upcycle3d.perception.adapt.glc.labeling import ClassNumberConfig, OneVsAllConfig
 from upcycle3d.perception.adapt.glc.metrics import accuracy, open_set_scores
 from upcycle3d.perception.adapt.glc.unknown import UnknownRule
 from upcycle3d.tools.console import print_table, write_json
@@ -39,16 +39,16 @@ ROWS: Mapping[str, AdaptConfig] = {
     "paper": AdaptConfig.paper(),
     "ours": OURS,
     "no affinity term": replace(OURS, affinity_weight=0.0),
-    "4 neighbours": replace(OURS, neighbours=4),
-    "16 neighbours": replace(OURS, neighbours=16),
-    "uniform positives": replace(OURS, labelling=replace(LABELS, positives="uniform")),
+    "4 neighbours": replace(OURS, neighbors=4),
+    "16 neighbours": replace(OURS, neighbors=16),
+    "uniform positives": replace(OURS, labeling=replace(LABELS, positives="uniform")),
     "affinity term 0.3": replace(OURS, affinity_weight=0.3),
-    "K negatives": replace(OURS, labelling=replace(LABELS, negatives=(1.0,))),
-    "K negatives, 3 votes": replace(OURS, labelling=replace(LABELS, negatives=(1.0, 1.0, 1.0))),
-    "K, 1.25 K, 1.5 K": replace(OURS, labelling=replace(LABELS, negatives=(1.0, 1.25, 1.5))),
-    "1.5 to 2.5 K": replace(OURS, labelling=replace(LABELS, negatives=(1.5, 2.0, 2.5))),
-    "rho 0.9": replace(OURS, labelling=replace(LABELS, rho=0.9)),
-    "k-means++ on all": replace(OURS, labelling=replace(LABELS, kmeans=CAREFUL)),
+    "K negatives": replace(OURS, labeling=replace(LABELS, negatives=(1.0,))),
+    "K negatives, 3 votes": replace(OURS, labeling=replace(LABELS, negatives=(1.0, 1.0, 1.0))),
+    "K, 1.25 K, 1.5 K": replace(OURS, labeling=replace(LABELS, negatives=(1.0, 1.25, 1.5))),
+    "1.5 to 2.5 K": replace(OURS, labeling=replace(LABELS, negatives=(1.5, 2.0, 2.5))),
+    "rho 0.9": replace(OURS, labeling=replace(LABELS, rho=0.9)),
+    "k-means++ on all": replace(OURS, labeling=replace(LABELS, kmeans=CAREFUL)),
     "batch norm kept": replace(OURS, refresh_batch_norm=False),
     "no smoothing": replace(OURS, estimate=ClassNumberConfig(rounds=0)),
     "threshold 0.55": replace(OURS, unknown=UnknownRule(method="fixed")),

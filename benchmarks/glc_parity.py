@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from upcycle3d.perception.adapt.glc.labelling import (
+from upcycle3d.perception.adapt.glc.labeling import (
     ClassNumberConfig,
     OneVsAllConfig,
     class_number_candidates,

@@ -19,7 +19,7 @@ import torch
 from glc_gaussian import SETS, gaussian_domains, train_linear
 from torch import Tensor
 
-from upcycle3d.perception.adapt.glc.labelling import (
+from upcycle3d.perception.adapt.glc.labeling import (
     ClassNumberConfig,
     OneVsAllConfig,
     class_number_candidates,
@@ -27,7 +27,7 @@ from upcycle3d.perception.adapt.glc.labelling import (
     one_vs_all_labels,
 )
 from upcycle3d.perception.adapt.glc.metrics import open_set_scores
-from upcycle3d.perception.adapt.glc.unknown import UnknownRule, is_unknown, normalised_entropy
+from upcycle3d.perception.adapt.glc.unknown import UnknownRule, is_unknown, normalized_entropy
 from upcycle3d.tools.console import print_table, write_json
 
 SPEC = SETS["lidar3"]
@@ -44,7 +44,7 @@ def results(features: Tensor, probabilities: Tensor, truth: np.ndarray, seed: in
         candidates = class_number_candidates(SPEC.classes, guess.candidates)
         numbers[name] = estimate_class_number(features, candidates, guess, seed=seed).value
         found[name] = one_vs_all_labels(features, probabilities, numbers[name], replace(config, seed=config.seed + seed)).hard
-    scores = normalised_entropy(probabilities)
+    scores = normalized_entropy(probabilities)
     for name, rule in (("entropy > 0.55", UnknownRule(method="fixed")), ("entropy, Otsu", UnknownRule(method="otsu"))):
         found[name] = torch.where(is_unknown(scores, rule.threshold(scores)), SPEC.classes, probabilities.argmax(1))
     values = {name: open_set_scores(hard.numpy(), truth, range(SPEC.shared), SPEC.classes) for name, hard in found.items()}

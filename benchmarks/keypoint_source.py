@@ -33,7 +33,7 @@ from upcycle3d.perception.evaluation.detect import evaluate_detector
 from upcycle3d.perception.evaluation.kitti import LOOSE, OFFICIAL
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig, pv_rcnn
-from upcycle3d.perception.recipes.assembly import labelled_batches
+from upcycle3d.perception.recipes.assembly import labeled_batches
 from upcycle3d.perception.recipes.presets import SMALL_PV_RCNN
 from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
 from upcycle3d.perception.training.run_folder import RunFolder, describe_environment
@@ -74,10 +74,10 @@ def train(folder: Path, kind: Kind, seed: int) -> None:
     torch.manual_seed(seed)
     detector = pv_rcnn(with_keypoints(kind))
     frames = PreparedDataset(folder / "data", "train")
-    labelled = labelled_batches(preset, frames, folder / "gt", batch_size=preset.train.batch_size, seed=seed)
+    labeled = labeled_batches(preset, frames, folder / "gt", batch_size=preset.train.batch_size, seed=seed)
     config = replace(preset.train, loop=replace(preset.train.loop, seed=seed))
     run = RunFolder.create(out, config, seed=seed, resume=True)
-    train_supervised(detector, labelled, config.loop, run=run, progress=False)
+    train_supervised(detector, labeled, config.loop, run=run, progress=False)
     save_run_detector(out, detector, preset.detector)
 
 

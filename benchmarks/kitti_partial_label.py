@@ -168,7 +168,7 @@ def main() -> None:
             train,
             val,
             "unlabelled",
-            "--labelled",
+            "--labeled",
             train,
             "--classes",
             "Car",

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upcycle3d.ops.ball_query import Neighbours, ball_query
+from upcycle3d.ops.ball_query import Neighbors, ball_query
 from upcycle3d.ops.bev_interpolate import bev_interpolate
 from upcycle3d.ops.farthest_point import farthest_point_sample
 from upcycle3d.ops.iou3d import iou_3d, iou_bev
@@ -51,9 +51,9 @@ def clustered_boxes(count: int, objects: int, *, spread: float, seed: int) -> Te
     spread: standard deviation of the centre in m; heading and size vary along with it.
     """
     generator = torch.Generator().manual_seed(seed)
-    centre = torch.rand(objects, 3, generator=generator) * torch.tensor([70.0, 80.0, 0.5]) - torch.tensor([0.0, 40.0, 1.0])
+    center = torch.rand(objects, 3, generator=generator) * torch.tensor([70.0, 80.0, 0.5]) - torch.tensor([0.0, 40.0, 1.0])
     heading = 2 * math.pi * torch.rand(objects, 1, generator=generator)
-    place = torch.cat([centre, torch.tensor([3.9, 1.6, 1.56]).expand(objects, 3), heading], 1)
+    place = torch.cat([center, torch.tensor([3.9, 1.6, 1.56]).expand(objects, 3), heading], 1)
     noise = torch.randn(count, 7, generator=generator) * spread * torch.tensor([1, 1, 0.3, 0.5, 0.2, 0.2, 0.3])
     return (place[torch.randint(objects, (count,), generator=generator)] + noise).clamp_min(
         torch.tensor([-math.inf, -math.inf, -math.inf, 0.5, 0.5, 0.5, -math.inf])
@@ -81,20 +81,20 @@ def set_abstraction_calls() -> dict[str, Callable[[], object]]:
         (4, (1.2, 2.4), (16, 32)),
         (8, (2.4, 4.8), (16, 32)),
     ):
-        centre = (cells(points, stride).flip(1) + 0.5) * torch.tensor([0.05, 0.05, 0.1]) * stride + torch.tensor([0.0, -40, -3])
-        sources.append((centre, radii, limits))
+        center = (cells(points, stride).flip(1) + 0.5) * torch.tensor([0.05, 0.05, 0.1]) * stride + torch.tensor([0.0, -40, -3])
+        sources.append((center, radii, limits))
     boxes = clustered_boxes(128, 40, spread=0.3, seed=5)
     boxes[:, :3] = keypoints[::16]  # proposals stand where points are
     steps = (torch.arange(6) + 0.5) / 6 - 0.5
     # Unlike PV-RCNN's the grid is not turned with the box: that changes no count worth timing.
     grid = (torch.cartesian_prod(steps, steps, steps) * boxes[:, None, 3:6] + boxes[:, None, :3]).flatten(0, 1)
 
-    def all_sources() -> list[list[Neighbours]]:
+    def all_sources() -> list[list[Neighbors]]:
         return [ball_query(keypoints, key_scene, s, (0, len(s)), radii, limits) for s, radii, limits in sources]
 
     generator = torch.Generator().manual_seed(6)
-    neighbours = all_sources()[-1][1]
-    values = torch.randn(len(neighbours.index), 64, generator=generator, requires_grad=True)
+    neighbors = all_sources()[-1][1]
+    values = torch.randn(len(neighbors.index), 64, generator=generator, requires_grad=True)
     coarse = cells(points, 8)
     coords = torch.cat([torch.zeros(len(coarse), 1, dtype=torch.int64), coarse], 1).int()
     coords[:, 1] //= 3  # the two levels that are left after the last convolution
@@ -109,8 +109,8 @@ def set_abstraction_calls() -> dict[str, Callable[[], object]]:
         f"2,048 farthest of {len(points):,}": lambda: farthest_point_sample(points, scene, 2048),
         "balls, 2,048 in 5 sources": all_sources,
         "balls, 27,648 in 2,048": lambda: ball_query(grid, (0, len(grid)), keypoints, key_scene, (0.8, 1.6), (16, 16)),
-        f"segment max {len(values):,} x 64": lambda: segment_max(values, neighbours.starts),
-        "segment max and gradient": lambda: segment_max(values, neighbours.starts).sum().backward(),
+        f"segment max {len(values):,} x 64": lambda: segment_max(values, neighbors.starts),
+        "segment max and gradient": lambda: segment_max(values, neighbors.starts).sum().backward(),
         "BEV at 2,048 points, 128 x 2": interpolate,
         "BEV at points and gradient": lambda: interpolate().sum().backward(),
     }

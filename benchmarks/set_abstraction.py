@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 import torch
 from torch import Tensor
 
-from upcycle3d.core.features import cell_centres
+from upcycle3d.core.features import cell_centers
 from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.datasets.simulation.simulate import simulate_frame
 from upcycle3d.ops.ball_query import ball_query
@@ -58,7 +58,7 @@ def main() -> None:
     with torch.inference_mode():
         voxels = encoder.voxelize(points)
         stages, raw = encoder.second.sparse_backbone.stages(voxels), encoder.raw_source(points)
-        centres, starts = cell_centres(voxels.coords[:, 1:], encoder.spec.grid), voxels.starts()
+        centers, starts = cell_centers(voxels.coords[:, 1:], encoder.spec.grid), voxels.starts()
         xyz, key_starts = encoder.sample(raw, voxels)
         sources = encoder.sources(raw, stages)
         occurring, padded, rows = [], [], []
@@ -83,7 +83,7 @@ def main() -> None:
 
         found = measure(
             {
-                "farthest point sampling": lambda: farthest_point_sample(centres, starts, encoder.config.keypoints),
+                "farthest point sampling": lambda: farthest_point_sample(centers, starts, encoder.config.keypoints),
                 "sparse backbone": lambda: encoder.second.sparse_backbone.stages(voxels),
                 "set abstraction": lambda: encoder.describe(xyz, key_starts, raw, stages),
                 "of it ball queries": lambda: [

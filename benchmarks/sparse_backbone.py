@@ -111,11 +111,11 @@ def scan(seed: int = 0) -> tuple[Tensor, Tensor]:
     for size, count in (((3.9, 1.6, 1.56), 25), ((0.3, 0.3, 6.0), 25), ((12.0, 1.0, 4.0), 12), ((1.5, 1.5, 2.5), 25)):
         for _ in range(count):
             half = np.array(size if rng.random() < 0.7 else (size[1], size[0], size[2])) / 2
-            centre = np.array([rng.uniform(16, 70), rng.uniform(-38, 38), half[2] - 1.73])
-            if abs(centre[1]) < half[1] + 2 and centre[0] < 25:
+            center = np.array([rng.uniform(16, 70), rng.uniform(-38, 38), half[2] - 1.73])
+            if abs(center[1]) < half[1] + 2 and center[0] < 25:
                 continue  # a free lane ahead
             with np.errstate(divide="ignore", invalid="ignore"):
-                near, far = np.sort([(centre - half) / rays, (centre + half) / rays], axis=0)
+                near, far = np.sort([(center - half) / rays, (center + half) / rays], axis=0)
             enter, leave = near.max(axis=1), far.min(axis=1)
             reach = np.where((enter > 0) & (enter < leave), np.minimum(reach, enter), reach)
     seen = reach < 80

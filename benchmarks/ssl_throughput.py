@@ -22,9 +22,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 
 import torch
 
-from upcycle3d.perception.recipes.assembly import feature_database, fleet_store, labelled_batches, unlabelled_batches
+from upcycle3d.perception.recipes.assembly import feature_object_database, fleet_store, labeled_batches, unlabeled_batches
 from upcycle3d.perception.recipes.experiments import Size, simulated_adaptation
-from upcycle3d.perception.recipes.pipeline import MainJob, MainJobConfig
+from upcycle3d.perception.recipes.pipeline import Pipeline, PipelineConfig
 from upcycle3d.perception.recipes.presets import PRESETS, Preset
 from upcycle3d.perception.server.methods import METHODS
 from upcycle3d.perception.server.trainer import upcycle
@@ -41,21 +41,21 @@ def shortened(loop: LoopConfig, steps: int) -> LoopConfig:
     return replace(loop, optim=replace(loop.optim, total_steps=steps))
 
 
-def step_times(job: MainJob, preset: Preset, name: str, steps: int) -> list[float]:
+def step_times(job: Pipeline, preset: Preset, name: str, steps: int) -> list[float]:
     """Seconds of each step after the first two."""
     method, c, ends = METHODS[name], job.config, [0.0]
     detector = load_detector(job.source)[0]
-    batch = preset.upcycle.unlabelled_batch
-    database = c.labelled.root / "gt_database" / c.labelled.name
-    labelled = labelled_batches(preset, c.labelled.open(), database, batch_size=preset.upcycle.labelled_batch, seed=0)
-    features = feature_database(job.folder / "features", c.labelled.open(), detector, preset.upcycle.f_gt, codec=c.codec)
+    batch = preset.upcycle.unlabeled_batch
+    database = c.labeled.root / "gt_database" / c.labeled.name
+    labeled = labeled_batches(preset, c.labeled.open(), database, batch_size=preset.upcycle.labeled_batch, seed=0)
+    features = feature_object_database(job.folder / "features", c.labeled.open(), detector, preset.upcycle.f_gt, codec=c.codec)
     upcycle(
         detector,
         method=method,
-        labelled=labelled,
+        labeled=labeled,
         store=fleet_store(job.folder / "store", detector, job.rig()),
         features=features,
-        scans=unlabelled_batches(preset, c.fleet.open(), batch_size=batch, seed=0),
+        scans=unlabeled_batches(preset, c.fleet.open(), batch_size=batch, seed=0),
         config=replace(preset.upcycle, loop=shortened(preset.upcycle.loop, steps)),
         codec=c.codec,
         after_step=lambda step, student: ends.append(time.perf_counter()),
@@ -78,18 +78,18 @@ def main() -> None:
     trained = replace(preset, train=replace(preset.train, loop=shortened(preset.train.loop, 60)))
     times: dict[str, list[float]] = {name: [] for name in COMPARED}
     with tempfile.TemporaryDirectory() as folder:
-        size, classes = Size(labelled=16, fleet=16, validation=1), preset.detector.class_names
+        size, classes = Size(labeled=16, fleet=16, validation=1), preset.detector.class_names
         data = simulated_adaptation(Path(folder), "waymo", "lyft", size=size, seed=0, classes=classes)
-        config = MainJobConfig(
-            labelled=data.labelled, fleet=data.fleet, validation=data.validation, protocol="kitti", preset=trained, seed=0
+        config = PipelineConfig(
+            labeled=data.labeled, fleet=data.fleet, validation=data.validation, protocol="kitti", preset=trained, seed=0
         )
-        job = MainJob(config=config, folder=Path(folder) / "job")
+        job = Pipeline(config=config, folder=Path(folder) / "job")
         job.train_source()
         job.extract_fleet()
         for _ in range(arguments.rounds):
             for name in COMPARED:
                 times[name] += step_times(job, preset, name, arguments.steps)
-    batch, base = preset.upcycle.unlabelled_batch, statistics.median(times["source_continued"])
+    batch, base = preset.upcycle.unlabeled_batch, statistics.median(times["source_continued"])
     median = {name: statistics.median(values) for name, values in times.items()}
     rate = {name: batch / median[name] for name in COMPARED[1:]}
     cost = {name: (median[name] - base) / batch for name in COMPARED[1:]}
@@ -98,7 +98,7 @@ def main() -> None:
         for name in COMPARED[1:]
     ]
     header = ("method", "s a step", "unlabelled scenes/s", "of iou_match's", "ms a scene above source_continued")
-    print_table(f"{arguments.preset}: {preset.upcycle.labelled_batch} labelled + {batch} unlabelled a step", header, rows)
+    print_table(f"{arguments.preset}: {preset.upcycle.labeled_batch} labelled + {batch} unlabelled a step", header, rows)
     print(f"source_continued: {base:.3f} s a step; {arguments.threads} threads, load {os.getloadavg()[0]:.1f}")
     environment = describe_environment(command=["benchmarks/ssl_throughput.py"], seed=0)
     write_json(arguments.json, {"seconds": median, "scenes_per_s": rate, "cost": cost, "environment": environment})

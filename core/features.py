@@ -1,6 +1,6 @@
 """Features at the cut: live in a network, and at rest in a smashed scene; see ``structures.py`` for what surrounds them.
 
-    PointCloud ── encoder ── SplitFeatures ─┬─ decoder ── Predictions
+    PointCloud ── encoder ── CutFeatures ─┬─ decoder ── Predictions
                                             └─ SmashedScene: the same at rest, on disk and on the wire
 
 Two kinds of features: sparse voxels of every detector and, of PV-RCNN, keypoints. Sparse coordinates are (batch, z, y, x). Only ``vehicle/`` makes a smashed scene from live features, only ``server/`` turns it back.
@@ -184,7 +184,7 @@ class KeypointSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitSpec:
+class CutSpec:
     """Where a network is cut: the layer whose output leaves the vehicle.
 
     stride is (z, y, x) input voxels per cell of the cut; shape is the sparse grid (z, y, x) at the cut. keypoints: None without.
@@ -213,11 +213,11 @@ class SplitSpec:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class SplitFeatures(Value):
+class CutFeatures(Value):
     """Live, batched, differentiable features at the cut: what ``encode`` returns and ``decode`` takes."""
 
     voxels: SparseVoxels
-    spec: SplitSpec
+    spec: CutSpec
     keypoints: Keypoints | None = None
 
     def __post_init__(self) -> None:
@@ -241,19 +241,19 @@ class SplitFeatures(Value):
     def batch_size(self) -> int:
         return self.voxels.batch_size
 
-    def scene(self, index: int) -> SplitFeatures:
+    def scene(self, index: int) -> CutFeatures:
         """Scene ``index`` alone, as a batch of one."""
         keypoints = None if self.keypoints is None else self.keypoints.scene(index)
         return replace(self, voxels=self.voxels.scene(index), keypoints=keypoints)
 
     @staticmethod
-    def collate(scenes: Sequence[SplitFeatures]) -> SplitFeatures:
+    def collate(scenes: Sequence[CutFeatures]) -> CutFeatures:
         """One batch of several batches, scenes in order."""
-        require(len(scenes) > 0, "SplitFeatures.collate needs at least one scene")
+        require(len(scenes) > 0, "CutFeatures.collate needs at least one scene")
         specs = {s.spec for s in scenes}
         require(len(specs) == 1, f"cannot batch features of different cuts: {specs}")
         keypoints = [s.keypoints for s in scenes if s.keypoints is not None]
-        return SplitFeatures(
+        return CutFeatures(
             voxels=SparseVoxels.collate([s.voxels for s in scenes]),
             spec=scenes[0].spec,
             keypoints=Keypoints.collate(keypoints) if keypoints else None,
@@ -274,7 +274,7 @@ class SmashedScene(Value):
     codec: how features are stored ("fp16", "int8"). encoder_fingerprint: SHA-256 of the encoder that made it.
     """
 
-    spec: SplitSpec
+    spec: CutSpec
     coords: Tensor
     features: Tensor
     codec: str
@@ -333,19 +333,19 @@ def _cell_index(cells: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return (wide[:, 0] * shape[1] + wide[:, 1]) * shape[2] + wide[:, 2]
 
 
-def cell_centres(cells: Tensor, grid: VoxelGrid, stride: int = 1) -> Tensor:
+def cell_centers(cells: Tensor, grid: VoxelGrid, stride: int = 1) -> Tensor:
     """Centres (N, 3) x, y, z in m of cells (N, 3) z, y, x, each ``stride`` voxels of ``grid`` wide."""
     start, size = (cells.new_tensor(v, dtype=torch.float32) for v in (grid.range[:3], grid.voxel_size))
     return (cells.flip(1).float() + 0.5) * (size * stride) + start
 
 
-def cells_of_centres(xyz: Tensor, grid: VoxelGrid) -> Tensor:
-    """The cells (N, 3) int32 z, y, x whose centres ``xyz`` (N, 3) are: the inverse of ``cell_centres``.
+def cells_of_centers(xyz: Tensor, grid: VoxelGrid) -> Tensor:
+    """The cells (N, 3) int32 z, y, x whose centres ``xyz`` (N, 3) are: the inverse of ``cell_centers``.
 
     Raises InvalidInput for a point that is no centre of a cell, as a raw point is not.
     """
     start, size = (xyz.new_tensor(v) for v in (grid.range[:3], grid.voxel_size))
     cells = ((xyz - start) / size).floor().to(torch.int32).flip(1)
-    off = (cell_centres(cells, grid) - xyz).abs().amax().item() if len(xyz) else 0.0
+    off = (cell_centers(cells, grid) - xyz).abs().amax().item() if len(xyz) else 0.0
     require(off < 1e-3, f"a keypoint lies {off:.3f} m off the centre of its voxel; only voxel centres leave a vehicle")
     return cells

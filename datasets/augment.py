@@ -162,7 +162,7 @@ def sample_augmentation(rng: np.random.Generator, ranges: AugmentationRanges) ->
     return Compose((*([FlipY()] if flip_y else []), *([FlipX()] if flip_x else []), yaw, scale))
 
 
-def labelled_example(
+def labeled_example(
     frame: Frame,
     rng: np.random.Generator,
     ranges: AugmentationRanges,
@@ -187,11 +187,11 @@ def labelled_example(
     frame = sample_augmentation(rng, ranges).frame(frame)
     order = torch.from_numpy(rng.permutation(len(frame.points)))
     assert frame.labels is not None
-    centre = frame.labels.boxes.data[:, :2]
-    low, high = centre.new_tensor(keep_range[:2]), centre.new_tensor(keep_range[3:5])
-    inside = ((centre >= low) & (centre < high)).all(1)
+    center = frame.labels.boxes.data[:, :2]
+    low, high = center.new_tensor(keep_range[:2]), center.new_tensor(keep_range[3:5])
+    inside = ((center >= low) & (center < high)).all(1)
     return replace(frame, points=frame.points.select(order), labels=frame.labels.select(inside))
 
 
-def _boxes(centre: Tensor, size: Tensor, yaw: Tensor) -> Tensor:
-    return torch.cat([centre, size, wrap_angle(yaw)[:, None]], 1)
+def _boxes(center: Tensor, size: Tensor, yaw: Tensor) -> Tensor:
+    return torch.cat([center, size, wrap_angle(yaw)[:, None]], 1)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..core.errors import InvalidInput
 from ..core.structures import Frame
-from .augment import AugmentationRanges, Compose, labelled_example, sample_augmentation
+from .augment import AugmentationRanges, Compose, labeled_example, sample_augmentation
 from .frame_source import FrameSource
 from .gt_database import GtSampler
 
@@ -29,7 +29,7 @@ def epoch_indices(length: int, batch_size: int, step: int, seed: int) -> list[in
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledBatches:
+class LabeledBatches:
     """Augmented labelled frames of every step. Calling it with a step gives that step's frames.
 
     keep_range: (6,) m; boxes whose centre leaves it after augmentation are dropped.
@@ -45,11 +45,11 @@ class LabelledBatches:
     def __call__(self, step: int) -> tuple[Frame, ...]:
         rng = np.random.default_rng([self.seed, step])
         rows = epoch_indices(len(self.frames), self.batch_size, step, self.seed)
-        return tuple(labelled_example(self.frames[i], rng, self.augmentation, self.gt_sampler, self.keep_range) for i in rows)
+        return tuple(labeled_example(self.frames[i], rng, self.augmentation, self.gt_sampler, self.keep_range) for i in rows)
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnlabelledScan:
+class UnlabeledScan:
     """A raw scan as it came, without labels, and the movement under which the student sees it; its teacher sees it as it came."""
 
     frame: Frame
@@ -61,7 +61,7 @@ class UnlabelledScan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnlabelledBatches:
+class UnlabeledBatches:
     """Raw unlabelled scans of every step, for the methods that UpCycling does without. Whatever labels the frames have are dropped."""
 
     frames: FrameSource
@@ -69,8 +69,8 @@ class UnlabelledBatches:
     seed: int
     augmentation: AugmentationRanges
 
-    def __call__(self, step: int) -> tuple[UnlabelledScan, ...]:
+    def __call__(self, step: int) -> tuple[UnlabeledScan, ...]:
         rng = np.random.default_rng([self.seed, step, 2])
         rows = epoch_indices(len(self.frames), self.batch_size, step, self.seed)
         bare = [replace(self.frames[i], labels=None) for i in rows]
-        return tuple(UnlabelledScan(frame=f, movement=sample_augmentation(rng, self.augmentation)) for f in bare)
+        return tuple(UnlabeledScan(frame=f, movement=sample_augmentation(rng, self.augmentation)) for f in bare)

@@ -25,7 +25,7 @@ from ..core.structures import Calibration, Labels, Predictions
 
 KITTI_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare")
 # Look so alike that finding one is neither right nor wrong (KITTI devkit, evaluate_object.cpp, cleanData).
-NEIGHBOURS: Mapping[str, tuple[str, ...]] = {"Car": ("Van",), "Pedestrian": ("Person_sitting",)}
+NEIGHBORS: Mapping[str, tuple[str, ...]] = {"Car": ("Van",), "Pedestrian": ("Person_sitting",)}
 # Limits of easy, moderate, hard: the 2D box is taller (px), occlusion and truncation are not above.
 MIN_HEIGHT = (40.0, 25.0, 25.0)
 MAX_OCCLUSION = (0, 1, 2)
@@ -173,7 +173,7 @@ def labels_from_kitti(objects: KittiObjects, calibration: Calibration, classes: 
     and weight 0: neither object nor background. Other types and DontCare are dropped. ``difficulty`` by the official limits;
     ``num_points`` is unknown here.
     """
-    index_of = {other: classes.index(name) for name, others in NEIGHBOURS.items() if name in classes for other in others}
+    index_of = {other: classes.index(name) for name, others in NEIGHBORS.items() if name in classes for other in others}
     index_of |= {name: i for i, name in enumerate(classes)}
     index_of.pop("DontCare", None)
     kept = objects.select(torch.tensor([t in index_of for t in objects.types], dtype=torch.bool))

@@ -14,7 +14,7 @@ from ..core.errors import InvalidInput
 DRAWS = (0, 1, 2)
 
 
-def draw_labelled(
+def draw_labeled(
     ids: Sequence[str], share: float, draw: int, *, group: Callable[[str], str] = str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(labelled, rest): frame ids of about ``share`` of the groups, and all others, in the order of ``ids``.
@@ -29,11 +29,11 @@ def draw_labelled(
     groups = [group(name) for name in ids]
     ranked = sorted(set(groups), key=lambda name: hashlib.sha256(f"{draw}:{name}".encode()).digest())
     chosen = set(ranked[: max(1, int(round(share * len(ranked), 9)))])
-    labelled, rest = (tuple(i for i, g in zip(ids, groups, strict=True) if (g in chosen) is wanted) for wanted in (True, False))
-    return labelled, rest
+    labeled, rest = (tuple(i for i, g in zip(ids, groups, strict=True) if (g in chosen) is wanted) for wanted in (True, False))
+    return labeled, rest
 
 
-def labelled_split(share: float, draw: int) -> str:
+def labeled_split(share: float, draw: int) -> str:
     """Name of the labelled split of a draw; its other frames are in ``<name>-rest``."""
     return f"train-{share:g}-{draw}"
 
@@ -50,12 +50,12 @@ def label_share_splits(
     splits: dict[str, tuple[str, ...]] = {}
     for share in shares:
         for draw in DRAWS:
-            name = labelled_split(share, draw)
-            labelled, rest = draw_labelled(ids, share, draw, group=group)
+            name = labeled_split(share, draw)
+            labeled, rest = draw_labeled(ids, share, draw, group=group)
             if given and name in given:
-                labelled, names = tuple(given[name]), set(given[name])
+                labeled, names = tuple(given[name]), set(given[name])
                 rest = tuple(i for i in ids if i not in names)
-            splits[name] = labelled
+            splits[name] = labeled
             if rest:
                 splits[f"{name}-rest"] = rest
     return {name: part for name, part in splits.items() if not given or name not in given}

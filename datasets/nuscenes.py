@@ -96,7 +96,7 @@ class NuScenesDataset:
 
     classes: names of the labels' classes, counted in this order. class_map: category of the tables -> class; None takes the
         dialect's. A category that leads to none of ``classes`` is background.
-    neighbours: category -> the class that it looks like: its boxes are kept with weight 0, as KITTI's vans are for cars.
+    neighbors: category -> the class that it looks like: its boxes are kept with weight 0, as KITTI's vans are for cars.
     z_shift: m, the mounting height of the LiDAR, added to z of points and boxes so that the road lies near 0.
     sweeps: how many turns a frame holds, the keyframe's and those before it, moved along with the vehicle's own motion; beyond 1
         a feature "time" says how old a point is, in s. A scene's first frames hold fewer. The tables must be read with
@@ -113,7 +113,7 @@ class NuScenesDataset:
     dialect: Dialect
     classes: tuple[str, ...] = ("Car", "Pedestrian", "Cyclist")
     class_map: Mapping[str, str] | None = None
-    neighbours: Mapping[str, str] = field(default_factory=dict)
+    neighbors: Mapping[str, str] = field(default_factory=dict)
     z_shift: float = 0.0
     sweeps: int = 1
     max_length: float | None = None
@@ -136,7 +136,7 @@ class NuScenesDataset:
             )
         class_map = self.class_map or {}
         known = tuple(dict.fromkeys((*self.tables.categories, *self.dialect.class_map)))
-        for category in (*class_map, *self.neighbours):
+        for category in (*class_map, *self.neighbors):
             if category not in known:
                 raise InvalidInput(f"no category {category!r} in {self.dialect.name}'s tables{_nearest(category, known)}")
         for name in self.classes:
@@ -144,10 +144,10 @@ class NuScenesDataset:
                 raise InvalidInput(
                     f"no category leads to the class {name!r}{_nearest(name, tuple(class_map.values()))}; add it to class_map"
                 )
-        for category, name in self.neighbours.items():
+        for category, name in self.neighbors.items():
             if name not in self.classes or class_map.get(category) in self.classes:
                 raise InvalidInput(
-                    f"neighbours: {category!r} -> {name!r}: the class must be one of {', '.join(self.classes)}, and the category none of them itself"
+                    f"neighbors: {category!r} -> {name!r}: the class must be one of {', '.join(self.classes)}, and the category none of them itself"
                 )
 
     def __len__(self) -> int:
@@ -174,22 +174,22 @@ class NuScenesDataset:
     def labels(self, sample: str) -> Labels:
         """The labels of a keyframe without opening its sweep; ``num_points`` is -1 where the table does not know."""
         keyframe, found = self.tables.keyframe(sample), self.tables.annotations(sample)
-        class_map = {**{c: n for c, n in (self.class_map or {}).items() if n in self.classes}, **self.neighbours}
+        class_map = {**{c: n for c, n in (self.class_map or {}).items() if n in self.classes}, **self.neighbors}
         kept = [
             i for i, category in enumerate(found.categories)
             if category in class_map and (self.max_length is None or float(found.size[i, 1]) <= self.max_length)
         ]  # fmt: skip
         names = [found.categories[i] for i in kept]
-        centre = self._shifted(keyframe.vehicle.to_inner(found.centre[kept]) - keyframe.sensor.translation)
+        center = self._shifted(keyframe.vehicle.to_inner(found.center[kept]) - keyframe.sensor.translation)
         forward = found.rotation[kept, :, 0] @ keyframe.vehicle.rotation  # (N, 3), the boxes' x axes in the vehicle's frame
         yaw = wrap_angle(torch.atan2(forward[:, 1], forward[:, 0]))
-        boxes = torch.cat([centre, found.size[kept][:, [1, 0, 2]], yaw[:, None]], 1).float()
+        boxes = torch.cat([center, found.size[kept][:, [1, 0, 2]], yaw[:, None]], 1).float()
         boxes[:, 6] = wrap_angle(boxes[:, 6])
         return Labels.make(
             boxes,
             torch.tensor([self.classes.index(class_map[name]) for name in names], dtype=torch.int64),
             num_points=found.num_points[kept],
-            weight=torch.tensor([0.0 if name in self.neighbours else 1.0 for name in names]),
+            weight=torch.tensor([0.0 if name in self.neighbors else 1.0 for name in names]),
         )
 
     def _accumulate(self, points: PointCloud, keyframe: Sweep) -> PointCloud:

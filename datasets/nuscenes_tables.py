@@ -66,7 +66,7 @@ class Annotations:
     categories: N names. num_points: (N,) int64 LiDAR points inside, -1 where the table does not know.
     """
 
-    centre: Tensor
+    center: Tensor
     size: Tensor
     rotation: Tensor
     categories: tuple[str, ...]
@@ -160,7 +160,7 @@ class DriveTables:
                 raise InvalidInput(f"{where}: its instance, or that instance's category, is not in the tables; unpack them again")
             _check_unit(value[6:], where)
         return Annotations(
-            centre=torch.from_numpy(values[:, :3].copy()),
+            center=torch.from_numpy(values[:, :3].copy()),
             size=torch.from_numpy(values[:, 3:6].copy()),
             rotation=quaternion_matrix(torch.from_numpy(values[:, 6:].copy())),
             categories=tuple(self.categories[c] for c in counts[:, 0].tolist()),

@@ -35,7 +35,7 @@ _REFERENCE_PAIRS = 1 << 22  # distances the reference holds at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neighbours:
+class Neighbors:
     """The neighbours of Q centres within one radius, centre by centre."""
 
     index: Tensor  # (P,) int64, rows of the points, ascending and without repeats within a centre
@@ -43,18 +43,18 @@ class Neighbours:
 
 
 def ball_query(
-    centres: Tensor,
-    centre_starts: Sequence[int],
+    centers: Tensor,
+    center_starts: Sequence[int],
     points: Tensor,
     point_starts: Sequence[int],
     radii: Sequence[float],
     limits: Sequence[int],
-) -> list[Neighbours]:
+) -> list[Neighbors]:
     """The first ``limits[k]`` points within ``radii[k]`` of each centre, for every k.
 
     Args:
         centres: (Q, 3) x, y, z in m, the scenes one after the other.
-        centre_starts: B + 1 row bounds of the scenes in ``centres``.
+        center_starts: B + 1 row bounds of the scenes in ``centres``.
         points: (N, 3) x, y, z in m, likewise; float32 like the centres (other types are rounded to it).
         point_starts: B + 1 row bounds of the scenes in ``points``. Scenes without centres or points are legal.
         radii: in m, in any order; one search serves them all.
@@ -63,37 +63,37 @@ def ball_query(
     No gradient. Runs where the points are. Raises ValueError for wrong shapes, bounds that do not fit, non-finite values, no radius,
     or a radius or limit that is not positive.
     """
-    _check(centres, centre_starts, points, point_starts, radii, limits)
+    _check(centers, center_starts, points, point_starts, radii, limits)
     if points.device.type != "cpu":
-        return ball_query_reference(centres, centre_starts, points, point_starts, radii, limits)
-    centre, point = float32_array(centres), float32_array(points)
-    cell, starts, rows, xyz = _lists(centre, np.array(centre_starts), point, np.array(point_starts), *_grid(centre, radii))
+        return ball_query_reference(centers, center_starts, points, point_starts, radii, limits)
+    center, point = float32_array(centers), float32_array(points)
+    cell, starts, rows, xyz = _lists(center, np.array(center_starts), point, np.array(point_starts), *_grid(center, radii))
     # No scene has more neighbours than points: a limit beyond that reserves nothing.
     most = np.minimum(np.array(limits, np.int64), max(len(point), 1))
-    found, counts = np.empty((len(centre), most.sum()), np.int32), np.zeros((len(most), len(centre)), np.int64)
-    tasks = -(-len(centre) // _RANGE)
-    in_threads(_search, tasks, centre, cell, starts, rows, xyz, np.array(_squared(radii)), most, found, counts)
+    found, counts = np.empty((len(center), most.sum()), np.int32), np.zeros((len(most), len(center)), np.int64)
+    tasks = -(-len(center) // _RANGE)
+    in_threads(_search, tasks, center, cell, starts, rows, xyz, np.array(_squared(radii)), most, found, counts)
     return [
-        Neighbours(index=torch.from_numpy(index), starts=torch.from_numpy(bounds))
+        Neighbors(index=torch.from_numpy(index), starts=torch.from_numpy(bounds))
         for index, bounds in (_compact(found, column, counts[k]) for k, column in enumerate(np.cumsum(most) - most))
     ]
 
 
 def ball_query_reference(
-    centres: Tensor,
-    centre_starts: Sequence[int],
+    centers: Tensor,
+    center_starts: Sequence[int],
     points: Tensor,
     point_starts: Sequence[int],
     radii: Sequence[float],
     limits: Sequence[int],
-) -> list[Neighbours]:
+) -> list[Neighbors]:
     """``ball_query`` in plain torch, on any device, by the distances of all pairs; equal to it on the CPU."""
-    _check(centres, centre_starts, points, point_starts, radii, limits)
-    centres, points = centres.detach().float(), points.detach().float()
+    _check(centers, center_starts, points, point_starts, radii, limits)
+    centers, points = centers.detach().float(), points.detach().float()
     index: list[list[Tensor]] = [[torch.empty(0, dtype=torch.int64, device=points.device)] for _ in radii]
     counts: list[list[Tensor]] = [[torch.zeros(1, dtype=torch.int64, device=points.device)] for _ in radii]
-    for (first, last), (low, high) in zip(pairwise(centre_starts), pairwise(point_starts)):
-        for chunk in centres[first:last].split(max(1, _REFERENCE_PAIRS // max(1, high - low))):
+    for (first, last), (low, high) in zip(pairwise(center_starts), pairwise(point_starts)):
+        for chunk in centers[first:last].split(max(1, _REFERENCE_PAIRS // max(1, high - low))):
             dx, dy, dz = (points[low:high, None] - chunk).unbind(2)  # (points, centres)
             distance = (dx * dx + dy * dy + dz * dz).T
             for k, squared in enumerate(_squared(radii)):
@@ -101,23 +101,23 @@ def ball_query_reference(
                 within &= within.cumsum(1) <= limits[k]
                 index[k].append(low + within.nonzero()[:, 1])
                 counts[k].append(within.sum(1))
-    return [Neighbours(index=torch.cat(i), starts=torch.cat(c).cumsum(0)) for i, c in zip(index, counts)]
+    return [Neighbors(index=torch.cat(i), starts=torch.cat(c).cumsum(0)) for i, c in zip(index, counts)]
 
 
 def _check(
-    centres: Tensor,
-    centre_starts: Sequence[int],
+    centers: Tensor,
+    center_starts: Sequence[int],
     points: Tensor,
     point_starts: Sequence[int],
     radii: Sequence[float],
     limits: Sequence[int],
 ) -> None:
-    for name, tensor, starts in (("centres", centres, centre_starts), ("points", points, point_starts)):
+    for name, tensor, starts in (("centers", centers, center_starts), ("points", points, point_starts)):
         check_points(f"ball_query, {name}", tensor)
         check_starts(f"ball_query, {name}", starts, len(tensor))
-    if len(centre_starts) != len(point_starts) or centres.device != points.device:
+    if len(center_starts) != len(point_starts) or centers.device != points.device:
         raise ValueError(
-            f"ball_query: {len(centre_starts) - 1} scenes of centres on {centres.device}, "
+            f"ball_query: {len(center_starts) - 1} scenes of centres on {centers.device}, "
             f"but {len(point_starts) - 1} of points on {points.device}"
         )
     if len(radii) < 1 or len(radii) != len(limits) or not all(0 < r < np.inf for r in radii) or min(limits) < 1:
@@ -128,13 +128,13 @@ def _squared(radii: Sequence[float]) -> list[np.float32]:
     return [np.float32(radius) * np.float32(radius) for radius in radii]
 
 
-def _grid(centres: Floats, radii: Sequence[float]) -> tuple[NDArray[np.float64], float, float, int, int]:
+def _grid(centers: Floats, radii: Sequence[float]) -> tuple[NDArray[np.float64], float, float, int, int]:
     """Origin x, y of the grid, cells per metre, reach in m, number of columns and rows: a grid over the centres of all scenes."""
     # The reach has a margin: a point just outside the largest radius may be inside after rounding.
     reach = 1.0001 * float(np.float32(max(radii)))
-    if len(centres) == 0:
+    if len(centers) == 0:
         return np.zeros(2), 1.0, reach, 1, 1
-    low, high = (np.array([end(centres[:, axis]) for axis in (0, 1)], np.float64) for end in (np.min, np.max))
+    low, high = (np.array([end(centers[:, axis]) for axis in (0, 1)], np.float64) for end in (np.min, np.max))
     cell = 1.5 * reach
     while np.prod(np.floor((high - low) * (1 / cell)) + 1) > _CELLS:
         cell *= 2
@@ -144,12 +144,12 @@ def _grid(centres: Floats, radii: Sequence[float]) -> tuple[NDArray[np.float64],
 
 @numba.njit(cache=True, nogil=True)
 def _lists(
-    centres: Floats,
-    centre_starts: Bounds,
+    centers: Floats,
+    center_starts: Bounds,
     points: Floats,
     point_starts: Bounds,
     origin: NDArray[np.float64],
-    per_metre: float,
+    per_meter: float,
     reach: float,
     columns: int,
     rows: int,
@@ -159,12 +159,12 @@ def _lists(
     The lists lie one after the other: their bounds (cells + 2; the last is of no use), rows of points (L,), coordinates (3, L).
     The cell of a place is a monotone function of it, rounding included, so no point within reach is missed.
     """
-    scenes, cells = len(centre_starts) - 1, columns * rows
-    cell, used = np.empty(len(centres), np.int32), np.zeros(scenes * cells, np.bool_)
+    scenes, cells = len(center_starts) - 1, columns * rows
+    cell, used = np.empty(len(centers), np.int32), np.zeros(scenes * cells, np.bool_)
     for scene in range(scenes):
-        for i in range(centre_starts[scene], centre_starts[scene + 1]):
-            column = int((np.float64(centres[i, 0]) - origin[0]) * per_metre)  # never negative
-            row = int((np.float64(centres[i, 1]) - origin[1]) * per_metre)
+        for i in range(center_starts[scene], center_starts[scene + 1]):
+            column = int((np.float64(centers[i, 0]) - origin[0]) * per_meter)  # never negative
+            row = int((np.float64(centers[i, 1]) - origin[1]) * per_meter)
             cell[i] = scene * cells + row * columns + column
             used[cell[i]] = True
 
@@ -175,8 +175,8 @@ def _lists(
         for i in range(point_starts[scene], point_starts[scene + 1]):
             for axis in range(2):
                 place, most = np.float64(points[i, axis]), np.float64(shape[axis])
-                below = ((place - reach) - origin[axis]) * per_metre
-                above = ((place + reach) - origin[axis]) * per_metre + 1
+                below = ((place - reach) - origin[axis]) * per_meter
+                above = ((place + reach) - origin[axis]) * per_meter + 1
                 # Stored as integers: cut to the whole number below, for these are no longer negative.
                 span[i, axis, 0], span[i, axis, 1] = min(max(below, 0.0), most), min(max(above, 0.0), most)
             for row in range(span[i, 1, 0], span[i, 1, 1]):
@@ -202,7 +202,7 @@ def _lists(
 @numba.njit(cache=True, nogil=True)
 def _search(
     task: int,
-    centres: Floats,
+    centers: Floats,
     cell: Ints,
     starts: Bounds,
     rows: Ints,
@@ -216,8 +216,8 @@ def _search(
     distance = np.empty(_BLOCK, np.float32)
     # A block is written past the limit rather than tested for it.
     hits, taken = np.empty((len(limits), limits.max() + _BLOCK), np.int32), np.empty(len(limits), np.int64)
-    for q in range(task * _RANGE, min(len(centres), (task + 1) * _RANGE)):
-        cx, cy, cz = centres[q]
+    for q in range(task * _RANGE, min(len(centers), (task + 1) * _RANGE)):
+        cx, cy, cz = centers[q]
         taken[:] = 0
         last = starts[cell[q] + 1]
         for first in range(starts[cell[q]], last, _BLOCK):

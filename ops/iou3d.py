@@ -133,8 +133,8 @@ def _nearest_rectangle(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     boxes = boxes.detach().to(torch.float32)
     turned = torch.remainder(boxes[:, 6:7] + math.pi / 4, math.pi) > math.pi / 2  # heading is nearer to the y axis
     size = torch.where(turned, boxes[:, [4, 3]], boxes[:, 3:5]).clamp_min(0)
-    centre, half = boxes[:, :2].T.contiguous(), size.T.contiguous() / 2
-    return centre - half, centre + half, size.prod(1)
+    center, half = boxes[:, :2].T.contiguous(), size.T.contiguous() / 2
+    return center - half, center + half, size.prod(1)
 
 
 def _matrix(a: Tensor, b: Tensor, measure: int) -> Tensor:

@@ -147,10 +147,10 @@ def _submanifold_pairs(keys: Tensor, order: Tensor | None, deltas: list[int]) ->
     found = np.zeros(half, np.int64)
     _merge(ascending, np.array(deltas[:half], np.int64), low, high, found)
 
-    centre = np.arange(num, dtype=np.int32)
+    center = np.arange(num, dtype=np.int32)
     lows, highs = [low[k, : found[k]] for k in range(half)], [high[k, : found[k]] for k in range(half)]
-    pairs_in = np.concatenate([*lows, centre, *highs[::-1]])
-    pairs_out = np.concatenate([*highs, centre, *lows[::-1]])
+    pairs_in = np.concatenate([*lows, center, *highs[::-1]])
+    pairs_out = np.concatenate([*highs, center, *lows[::-1]])
     counts = [*found.tolist(), num, *found[::-1].tolist()]
     if order is not None:
         _restore_rows(pairs_in, pairs_out, np.array(_bounds(counts)), order.numpy(), np.empty(num, np.int32))

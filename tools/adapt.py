@@ -14,7 +14,7 @@ import tyro
 
 from ..core.errors import InvalidInput
 from ..perception.adapt.glc.feature_file import facts, label_features, read_features, report, write_labels
-from ..perception.adapt.glc.labelling import ClassNumberConfig, OneVsAllConfig
+from ..perception.adapt.glc.labeling import ClassNumberConfig, OneVsAllConfig
 from ..perception.adapt.glc.lead import LeadConfig
 from ..perception.adapt.glc.unknown import UnknownRule
 from ..perception.viz.html import write_html
@@ -31,7 +31,7 @@ class Features:
     """folder for the results: NAME.npz, NAME.json and NAME.html of every NAME.npz"""
     class_number: int | None = None
     """number of classes of the target, if it is known; else it is estimated"""
-    labeller: Literal["glc", "lead"] = "glc"
+    labeler: Literal["glc", "lead"] = "glc"
     """lead needs the classifier's weight (C, D) as the array "weight" of the file"""
     options: Literal["ours", "paper"] = "ours"
     """positives and k-means of the labeller, candidates of the class number, and threshold: ours, or the GLC paper's"""
@@ -57,7 +57,7 @@ def command(config: Features) -> None:
         found = label_features(
             file,
             class_number=config.class_number,
-            labelling=_labelling(config),
+            labeling=_labeling(config),
             unknown=_rule(config),
             estimate=ClassNumberConfig.paper() if paper else ClassNumberConfig(),
             seed=config.seed,
@@ -72,9 +72,9 @@ def command(config: Features) -> None:
     console.print(f"written to {config.out}")
 
 
-def _labelling(config: Features) -> OneVsAllConfig | LeadConfig:
+def _labeling(config: Features) -> OneVsAllConfig | LeadConfig:
     clustering = OneVsAllConfig.paper() if config.options == "paper" else OneVsAllConfig()
-    return LeadConfig() if config.labeller == "lead" else replace(clustering, seed=clustering.seed + config.seed)
+    return LeadConfig() if config.labeler == "lead" else replace(clustering, seed=clustering.seed + config.seed)
 
 
 def _rule(config: Features) -> UnknownRule:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from ..perception.recipes.demo_report import CAR_3D, CAR_BEV, write_report
 from ..perception.recipes.experiments import Size, simulated_adaptation
-from ..perception.recipes.pipeline import MainJob, MainJobConfig, RunOptions, Trial, TrialResult, closed_gap
+from ..perception.recipes.pipeline import Pipeline, PipelineConfig, RunOptions, Trial, TrialResult, closed_gap
 from ..perception.recipes.presets import DEMO, DEMO_PV_RCNN
 from .console import console, print_table, run_command, write_json
 
@@ -32,7 +32,7 @@ class Demo:
     """simulated domain of the fleet"""
     detector: Literal["second_iou", "pv_rcnn"] = "second_iou"
     """PV-RCNN's vehicles send keypoints beside the voxels"""
-    labelled: int = 100
+    labeled: int = 100
     """labelled source frames"""
     fleet: int = 140
     """unlabelled target frames"""
@@ -52,14 +52,14 @@ def command(config: Demo) -> None:
         console.print(f"[{time.perf_counter() - start:5.0f} s] {text}", markup=False)
 
     say(f"simulating and preparing {config.source} with labels and {config.target} with a fleet")
-    size = Size(labelled=config.labelled, fleet=config.fleet, validation=config.validation)
+    size = Size(labeled=config.labeled, fleet=config.fleet, validation=config.validation)
     data = simulated_adaptation(
         config.out, config.source, config.target, size=size, seed=config.seed, classes=preset.detector.class_names
     )
     simulated = time.perf_counter() - start
-    job = MainJob(
-        config=MainJobConfig(
-            labelled=data.labelled,
+    job = Pipeline(
+        config=PipelineConfig(
+            labeled=data.labeled,
             fleet=data.fleet,
             validation=data.validation,
             protocol="kitti",

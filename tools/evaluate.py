@@ -22,7 +22,7 @@ from ..perception.evaluation.detect import evaluate_detector
 from ..perception.evaluation.headline import Protocol, kitti_truths, own_protocol
 from ..perception.evaluation.kitti import LOOSE, OFFICIAL, KittiResult, MinOverlap, evaluate_kitti_folders
 from ..perception.evaluation.lyft import LyftResult, evaluate_lyft, read_lyft_boxes
-from ..perception.evaluation.protocols import LabelledDetections, detect_labelled, score_cross_dataset, score_lyft, score_waymo
+from ..perception.evaluation.protocols import LabeledDetections, detect_labeled, score_cross_dataset, score_lyft, score_waymo
 from ..perception.evaluation.waymo import OFFICIAL as WAYMO_OVERLAPS
 from ..perception.evaluation.waymo import WAYMO_NAMES, WaymoResult, evaluate_waymo, overlaps_zones
 from ..perception.evaluation.waymo_json import WaymoLabelFile, read_waymo_detections, read_waymo_labels
@@ -172,7 +172,7 @@ def _evaluate_run(what: Run) -> None:
         return
     detector = load_detector(what.detector)[0].to(device(what.device))
     z_shift = float(frames.notes.get("z_shift", 0.0))
-    found = detect_labelled(detector, frames, label_classes=frames.classes, z_shift=z_shift)
+    found = detect_labeled(detector, frames, label_classes=frames.classes, z_shift=z_shift)
     _write_detections(what.detections, found)
     if protocol == "waymo":
         waymo = score_waymo(found, difficulty_is_level=layout == "waymo")
@@ -200,7 +200,7 @@ def _run_on_kitti(what: Run, frames: PreparedDataset, overlaps: Mapping[str, Min
     return result
 
 
-def _write_detections(folder: Path | None, found: LabelledDetections) -> None:
+def _write_detections(folder: Path | None, found: LabeledDetections) -> None:
     if folder is None:
         return
     for frame_id, boxes in zip(found.ids, found.predictions):
@@ -208,7 +208,7 @@ def _write_detections(folder: Path | None, found: LabelledDetections) -> None:
         write_atomically(folder / f"{frame_id}.json", text.encode())
 
 
-def _write_objects(path: Path | None, found: LabelledDetections) -> None:
+def _write_objects(path: Path | None, found: LabeledDetections) -> None:
     if path is None:
         return
     frames = []

@@ -10,11 +10,11 @@ from pathlib import Path
 import tyro
 
 from ..core.errors import InvalidInput
-from ..core.features import SplitSpec
+from ..core.features import CutSpec
 from ..core.rig import RigSpec
 from ..datasets.prepared import PreparedDataset
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
-from ..perception.server.store import CATALOGUE, SmashedStore
+from ..perception.server.store import CATALOG, SmashedStore
 from ..perception.training.checkpoint import read_weights
 from ..perception.training.run_folder import RunFolder
 from ..perception.wire.encoder_file import load_encoder
@@ -46,7 +46,7 @@ def describe(path: Path) -> tuple[str, dict[str, object]]:
     """What kind of thing lies at ``path``, and the facts about it."""
     if path.suffix in (".tar", ".json") and path.with_suffix(".json").exists():
         return "shard", _shard(path.with_suffix(".json"))
-    if (path / CATALOGUE).exists():
+    if (path / CATALOG).exists():
         return "store of smashed scenes", _store(path)
     if (path / "config.json").exists():
         return "run folder", _run(path)
@@ -73,7 +73,7 @@ def _shard(manifest_path: Path) -> dict[str, object]:
     }
 
 
-def _keypoints(spec: SplitSpec) -> dict[str, object]:
+def _keypoints(spec: CutSpec) -> dict[str, object]:
     """What a cut has beside its cells, if it has."""
     return (
         {}

@@ -16,7 +16,7 @@ from ..datasets.folder import FolderDataset, folder_ids
 from ..datasets.frame_source import FrameSource
 from ..datasets.gt_database import build_gt_database
 from ..datasets.kitti import KITTI_CLASSES, KittiDataset, read_ids
-from ..datasets.label_shares import DRAWS, label_share_splits, labelled_split
+from ..datasets.label_shares import DRAWS, label_share_splits, labeled_split
 from ..datasets.nuscenes import LYFT, NUSCENES, NuScenesDataset, draw_scenes, split_by_scene
 from ..datasets.nuscenes_tables import DriveTables, read_tables
 from ..datasets.prepared import Notes, PreparedDataset, prepare
@@ -34,7 +34,7 @@ class Common:
     """folder to write"""
     splits: tuple[str, ...] = ()
     """splits to take, by file name; all by default"""
-    labelled: tuple[str, ...] = ()
+    labeled: tuple[str, ...] = ()
     """splits whose labels may be learnt from: each gets its own GT database. By default train with the labelled ones of
     --label-shares, or every split if there is no train"""
     label_shares: tuple[float, ...] = ()
@@ -86,7 +86,7 @@ class _Tables(Common):
     """classes to learn, in label order"""
     categories: tuple[tuple[str, str], ...] = ()
     """the tables' category and the class it is, as `car Car truck Car`; docs/data_format.md lists the defaults"""
-    neighbours: tuple[tuple[str, str], ...] = ()
+    neighbors: tuple[tuple[str, str], ...] = ()
     """category and the class it looks like, as `other_vehicle Car`: neither right nor wrong"""
     sweeps: int = 1
     """turns of the LiDAR in a frame; beyond 1 a point has its age as a feature"""
@@ -167,13 +167,13 @@ def command(
     if not splits:
         raise InvalidInput(f"no split in {dataset.root / folder}; write NAME.txt with one frame id per line")
     splits = {**splits, **_label_shares(dataset, splits, tables)}
-    shared = tuple(labelled_split(share, draw) for share in dataset.label_shares for draw in DRAWS)
-    labelled = dataset.labelled or (("train", *shared) if "train" in splits else tuple(splits))
-    for name in labelled:
+    shared = tuple(labeled_split(share, draw) for share in dataset.label_shares for draw in DRAWS)
+    labeled = dataset.labeled or (("train", *shared) if "train" in splits else tuple(splits))
+    for name in labeled:
         if name not in splits:
             near = get_close_matches(name, splits, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InvalidInput(f"--labelled {name}: no such split among {', '.join(splits)}{hint}")
+            raise InvalidInput(f"--labeled {name}: no such split among {', '.join(splits)}{hint}")
     ids = tuple(dict.fromkeys(i for part in splits.values() for i in part))
     with progress_bar("prepare", len(ids)) as advance:
         report = prepare(
@@ -187,7 +187,7 @@ def command(
             on_progress=advance,
         )
     objects = {}
-    for name in labelled:
+    for name in labeled:
         frames = PreparedDataset(dataset.out, name)
         path = dataset.out / "gt_database" / name
         objects[name] = len(build_gt_database(frames, path, class_names=dataset.classes, fingerprint=frames.split_fingerprint()))
@@ -215,7 +215,7 @@ def _notes(dataset: Dataset) -> Notes:
             **notes,
             "version": dataset.version,
             "categories": " ".join(f"{category}={name}" for category, name in dataset.categories),
-            "neighbours": " ".join(f"{category}={name}" for category, name in dataset.neighbours),
+            "neighbors": " ".join(f"{category}={name}" for category, name in dataset.neighbors),
             "sweeps": dataset.sweeps,
             "max_length": dataset.max_length or "none",
         }
@@ -280,7 +280,7 @@ def _source(dataset: Kitti | Folder | Lyft | NuScenes, ids: tuple[str, ...], tab
             LYFT if isinstance(dataset, Lyft) else NUSCENES,
             classes=dataset.classes,
             class_map=dict(dataset.categories) or None,
-            neighbours=dict(dataset.neighbours),
+            neighbors=dict(dataset.neighbors),
             z_shift=dataset.z_shift,
             sweeps=dataset.sweeps,
             max_length=dataset.max_length,

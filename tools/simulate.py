@@ -57,7 +57,7 @@ def command(config: Simulate) -> None:
     print_table("simulated dataset", ("domain", "frames", "seed", "splits"), [(config.domain, config.frames, config.seed, sizes)])
     height = 0.0 if config.layout == "waymo" else place.sensor.height  # Waymo's origin lies on the road
     # Vans: KITTI's reader knows them by itself, Lyft's must be told, Waymo does not tell them from cars.
-    options = {"kitti": "", "waymo": " --class-map Vehicle Car", "lyft": " --neighbours other_vehicle Car"}[config.layout]
+    options = {"kitti": "", "waymo": " --class-map Vehicle Car", "lyft": " --neighbors other_vehicle Car"}[config.layout]
     next_step = f"prepare {config.layout} {config.out} --out PREPARED --classes Car --z-shift {height:g}{options}"
     console.print(f"next: upcycle3d {next_step}", soft_wrap=True)
     console.print(f"for extract, ingest, upcycle and predict on these scans: --rig.z-shift {height:g}")

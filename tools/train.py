@@ -11,7 +11,7 @@ import tyro
 
 from ..datasets.prepared import PreparedDataset
 from ..perception.models.detectors import build_detector
-from ..perception.recipes.assembly import labelled_batches
+from ..perception.recipes.assembly import labeled_batches
 from ..perception.recipes.presets import PRESETS, Preset
 from ..perception.training.detector_files import save_run_detector
 from ..perception.training.distributed import init_distributed, per_rank
@@ -62,13 +62,13 @@ def command(config: Train) -> None:
     train = replace(config.preset.train, loop=replace(config.preset.train.loop, seed=config.seed))
     preset = replace(config.preset, train=train)
     frames, database = PreparedDataset(config.data, config.split), config.data / "gt_database" / config.split
-    labelled = labelled_batches(preset, frames, database, batch_size=train.batch_size, seed=config.seed)
+    labeled = labeled_batches(preset, frames, database, batch_size=train.batch_size, seed=config.seed)
     context = init_distributed()  # torchrun -m upcycle3d.tools.train …: every rank takes its own batches
     torch.manual_seed(config.seed)
     detector = build_detector(preset.detector).to(context.device if context.world_size > 1 else device(config.device))
     recorded = replace(_what_decides(config), preset=preset)
     run = create_run(config.out, recorded, seed=config.seed, context=context, resume=config.resume)
-    own = per_rank(lambda step, rank, ranks: labelled(step * ranks + rank), context)
+    own = per_rank(lambda step, rank, ranks: labeled(step * ranks + rank), context)
     result = train_supervised(detector, own, train.loop, run=run, workers=config.workers, context=context)
     context.close()
     if not context.is_main:
@@ -77,7 +77,7 @@ def command(config: Train) -> None:
     print_table(
         "trained detector",
         ("steps", "frames", "seconds", *result.terms),
-        [(result.steps, len(labelled.frames), result.seconds, *result.terms.values())],
+        [(result.steps, len(labeled.frames), result.seconds, *result.terms.values())],
     )
     console.print(f"next: upcycle3d evaluate run --detector {config.out} --data {config.data} --split val")
     write_json(

@@ -14,7 +14,7 @@ from ..core.errors import InvalidInput
 from ..core.rig import RigSpec
 from ..core.structures import Labels
 from ..datasets.prepared import PreparedDataset
-from ..perception.recipes.assembly import feature_database, fleet_store, labelled_batches, unlabelled_batches
+from ..perception.recipes.assembly import feature_object_database, fleet_store, labeled_batches, unlabeled_batches
 from ..perception.recipes.presets import Preset
 from ..perception.server.methods import METHODS
 from ..perception.server.store import SmashedStore
@@ -76,24 +76,26 @@ def command(config: Upcycle) -> None:
         raise InvalidInput(f"{config.checkpoint} holds a detector other than the preset's; pass the preset it was trained with")
     frames, database = PreparedDataset(config.data, config.split), config.data / "gt_database" / config.split
     # F-GT's size normalisation holds for the labelled half too, but the oracles' labels have the right size already.
-    shift = settings.f_gt.size_shift if method.labelled == "source" else (0.0, 0.0, 0.0)
-    labelled = labelled_batches(preset, frames, database, batch_size=settings.labelled_batch, seed=config.seed, size_shift=shift)
-    if method.unlabelled == "raw" and config.raw is None:
+    shift = settings.f_gt.size_shift if method.labeled == "source" else (0.0, 0.0, 0.0)
+    labeled = labeled_batches(preset, frames, database, batch_size=settings.labeled_batch, seed=config.seed, size_shift=shift)
+    if method.unlabeled == "raw" and config.raw is None:
         raise InvalidInput(f"{config.method} learns from raw unlabelled scans: give --raw PREPARED SPLIT")
-    if method.unlabelled == "smashed" and config.store is None:
+    if method.unlabeled == "smashed" and config.store is None:
         raise InvalidInput(f"{config.method} learns from smashed scenes: give --store; `upcycle3d extract` and `ingest` make one")
     # A method without scenes still gets their codec, so that all methods see the same labelled features.
     store = None if config.store is None else fleet_store(config.store, detector, config.rig)
     codec = config.codec or _codec_of(store)
-    raw = None if config.raw is None or method.unlabelled != "raw" else PreparedDataset(*config.raw)
-    scans = None if raw is None else unlabelled_batches(preset, raw, batch_size=settings.unlabelled_batch, seed=config.seed)
+    raw = None if config.raw is None or method.unlabeled != "raw" else PreparedDataset(*config.raw)
+    scans = None if raw is None else unlabeled_batches(preset, raw, batch_size=settings.unlabeled_batch, seed=config.seed)
     truth = read_truth(*config.truth) if config.truth else None
     run = RunFolder.create(config.out, replace(_what_decides(config), preset=preset), seed=config.seed, resume=config.resume)
-    features = feature_database(config.out / "feature_gt", frames, detector, settings.f_gt, codec=codec) if method.f_gt else None
+    features = (
+        feature_object_database(config.out / "feature_gt", frames, detector, settings.f_gt, codec=codec) if method.f_gt else None
+    )
     teacher = upcycle(
         detector.to(device(config.device)),
         method=method,
-        labelled=labelled,
+        labeled=labeled,
         store=store,
         features=features,
         config=settings,
@@ -105,7 +107,7 @@ def command(config: Upcycle) -> None:
     )
     save_run_detector(config.out, detector.cpu(), preset.detector)
     save_detector(config.out / TEACHER_FILE, teacher.cpu(), preset.detector)
-    scenes = len(raw) if raw is not None else len(store) if store is not None and method.unlabelled == "smashed" else 0
+    scenes = len(raw) if raw is not None else len(store) if store is not None and method.unlabeled == "smashed" else 0
     steps = settings.loop.total_steps
     print_table(
         "upcycled", ("method", "labelled frames", "unlabelled scenes", "steps"), [(config.method, len(frames), scenes, steps)]

@@ -21,7 +21,7 @@ TYRE = 0.06
 
 def part(
     kind: int,
-    centre: tuple[float, float, float],
+    center: tuple[float, float, float],
     half: tuple[float, float, float],
     reflectivity: float,
     *,
@@ -31,7 +31,7 @@ def part(
     gloss: float = 0.0,
 ) -> np.ndarray:
     """One part, (17,) float64, unrotated and belonging to no object. taper: front, rear, each side, in m."""
-    return np.array([kind, *centre, 1.0, 0.0, *half, *taper, reflectivity, pass_chance, free_path, gloss, -1.0], np.float64)
+    return np.array([kind, *center, 1.0, 0.0, *half, *taper, reflectivity, pass_chance, free_path, gloss, -1.0], np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)

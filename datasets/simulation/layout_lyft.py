@@ -114,9 +114,9 @@ def frame_rows(made: SimulatedFrame, height: float, *, seed: int, index: int) ->
     labels = made.frame.labels
     assert labels is not None  # a simulated frame always knows its objects
     boxes = labels.boxes.data.double()
-    centres = vehicle.to_outer(boxes[:, :3] + sensor.translation)
+    centers = vehicle.to_outer(boxes[:, :3] + sensor.translation)
     categories = {**CATEGORIES, **OPEN_CATEGORIES}
-    for k, (box, centre, kind) in enumerate(zip(boxes.tolist(), centres.tolist(), labels.classes.tolist())):
+    for k, (box, center, kind) in enumerate(zip(boxes.tolist(), centers.tolist(), labels.classes.tolist())):
         instance, annotation = token("instance", seed, index, k), token("sample_annotation", seed, index, k)
         rows["instance"].append(
             {
@@ -127,7 +127,7 @@ def frame_rows(made: SimulatedFrame, height: float, *, seed: int, index: int) ->
         rows["sample_annotation"].append(
             {
                 "token": annotation, "sample_token": keys["sample"], "instance_token": instance, "visibility_token": "",
-                "attribute_tokens": [], "translation": centre, "size": [box[4], box[3], box[5]],
+                "attribute_tokens": [], "translation": center, "size": [box[4], box[3], box[5]],
                 "rotation": _product(vehicle_quaternion, _quaternion(box[6], 0, 0)), "prev": "", "next": "", "num_lidar_pts": -1,
                 "num_radar_pts": 0,
             }

@@ -27,7 +27,7 @@ from .world import build_world
 View = Literal["camera", "full"]
 
 IMAGE_SIZE = (1242, 375)
-FOCAL, CENTRE_U, CENTRE_V = 720.0, 610.0, 175.0
+FOCAL, CENTER_U, CENTER_V = 720.0, 610.0, 175.0
 _CAMERA_FORWARD, _CAMERA_BELOW = 0.27, 0.08  # m, camera in front of and below the LiDAR, as on KITTI's roof
 # At least this share of an object's rays arrives: KITTI's "fully visible", "partly occluded", "largely occluded"; else "unknown".
 _VISIBLE_SHARES = (0.9, 0.5, 0.1)
@@ -64,7 +64,7 @@ def virtual_camera() -> Calibration:
     lidar_to_camera = torch.tensor(
         [[0, -1, 0, 0], [0, 0, -1, -_CAMERA_BELOW], [1, 0, 0, -_CAMERA_FORWARD], [0, 0, 0, 1]], dtype=torch.float64
     )
-    projection = torch.tensor([[FOCAL, 0, CENTRE_U, 0], [0, FOCAL, CENTRE_V, 0], [0, 0, 1, 0]], dtype=torch.float64)
+    projection = torch.tensor([[FOCAL, 0, CENTER_U, 0], [0, FOCAL, CENTER_V, 0], [0, 0, 1, 0]], dtype=torch.float64)
     return Calibration(lidar_to_camera=lidar_to_camera, projection=projection, image_size=IMAGE_SIZE)
 
 
@@ -108,8 +108,8 @@ def _window(sensor: Sensor, view: View) -> tuple[np.ndarray, np.ndarray]:
     if view == "full":
         return columns, beams
     azimuth = np.abs(2 * np.pi * columns / sensor.azimuths - np.pi)
-    wide = np.arctan(max(CENTRE_U, IMAGE_SIZE[0] - CENTRE_U) / FOCAL) + np.deg2rad(1)
-    down = np.arctan((IMAGE_SIZE[1] - CENTRE_V) / FOCAL) + np.deg2rad(1)
+    wide = np.arctan(max(CENTER_U, IMAGE_SIZE[0] - CENTER_U) / FOCAL) + np.deg2rad(1)
+    down = np.arctan((IMAGE_SIZE[1] - CENTER_V) / FOCAL) + np.deg2rad(1)
     return columns[azimuth < wide], beams[np.deg2rad(np.array(sensor.elevations)) > -down]
 
 

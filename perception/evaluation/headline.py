@@ -12,7 +12,7 @@ from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
 from .detect import detect_frames, kitti_detections
 from .kitti import LOOSE, OFFICIAL, KittiResult, evaluate_kitti
-from .protocols import detect_labelled, score_cross_dataset, score_lyft, score_waymo
+from .protocols import detect_labeled, score_cross_dataset, score_lyft, score_waymo
 
 Protocol = Literal["kitti", "waymo", "lyft", "cross_dataset"]
 Scores = Mapping[str, float]
@@ -60,11 +60,11 @@ def headline(detector: Detector, frames: PreparedDataset, protocol: Protocol) ->
             )
         )
     z_shift = float(frames.notes.get("z_shift", 0.0))
-    labelled = detect_labelled(detector, frames, label_classes=frames.classes, z_shift=z_shift)
+    labeled = detect_labeled(detector, frames, label_classes=frames.classes, z_shift=z_shift)
     if protocol == "cross_dataset":
-        return kitti_scores(*(score_cross_dataset(labelled, min_overlaps=overlaps) for overlaps in (OFFICIAL, LOOSE)))
+        return kitti_scores(*(score_cross_dataset(labeled, min_overlaps=overlaps) for overlaps in (OFFICIAL, LOOSE)))
     if protocol == "waymo":
-        waymo = score_waymo(labelled, difficulty_is_level=frames.notes.get("layout") == "waymo")
+        waymo = score_waymo(labeled, difficulty_is_level=frames.notes.get("layout") == "waymo")
         values = {
             f"{name} {metric} L{level}": getattr(ranges["all"][f"LEVEL_{level}"], metric.lower())
             for name, ranges in waymo.classes.items()
@@ -72,7 +72,7 @@ def headline(detector: Detector, frames: PreparedDataset, protocol: Protocol) ->
             for metric in ("AP", "APH")
         }
     else:
-        lyft = score_lyft(labelled)
+        lyft = score_lyft(labeled)
         values = {"mAP": lyft.mean_ap} | {f"{name} AP": lyft.class_ap(name) for name in lyft.classes}
     return {name: value for name, value in values.items() if value is not None}
 

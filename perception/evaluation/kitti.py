@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...core.errors import InvalidInput
-from ...datasets.kitti_text import MAX_OCCLUSION, MAX_TRUNCATION, MIN_HEIGHT, NEIGHBOURS, KittiObjects, read_objects
+from ...datasets.kitti_text import MAX_OCCLUSION, MAX_TRUNCATION, MIN_HEIGHT, NEIGHBORS, KittiObjects, read_objects
 from ...ops.iou3d import iou_3d_aligned, iou_bev_aligned
 from .kitti_matching import SAMPLES, count_matches, recall_thresholds, true_positive_scores
 
@@ -227,10 +227,10 @@ def _flatten(frames: Sequence[KittiObjects]) -> _Objects:
 def _evaluate_class(
     gts: _Objects, dets: _Objects, frames: int, name: str, minimum: MinOverlap, with_orientation: bool
 ) -> ClassResult:
-    neighbours = [n.lower() for n in NEIGHBOURS.get(name, ())]
+    neighbors = [n.lower() for n in NEIGHBORS.get(name, ())]
     own_gt = gts.types == name.lower()
     dont_care = gts.select(gts.types == "dontcare")
-    gt = gts.select(own_gt | np.isin(gts.types, neighbours))
+    gt = gts.select(own_gt | np.isin(gts.types, neighbors))
     det_height = np.abs(dets.height).astype(np.int64)  # cut to whole pixels, as the program does
     taking_part = (dets.types == name.lower()) | (det_height < max(MIN_HEIGHT))
     det, det_height = dets.select(taking_part), det_height[taking_part]

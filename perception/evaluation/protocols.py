@@ -24,7 +24,7 @@ from .waymo import WAYMO_NAMES, WaymoResult, WaymoTruth, evaluate_waymo
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledDetections:
+class LabeledDetections:
     """Frames with labels and detections in the sensor's frame. Class k of the labels is label_classes[k], and so for detections."""
 
     ids: tuple[str, ...]
@@ -34,9 +34,9 @@ class LabelledDetections:
     detector_classes: tuple[str, ...]
 
 
-def detect_labelled(
+def detect_labeled(
     detector: Detector, frames: FrameSource, *, label_classes: tuple[str, ...], z_shift: float = 0.0
-) -> LabelledDetections:
+) -> LabeledDetections:
     """Run ``detector`` over ``frames``. z_shift: m, what preparation added to z; taken back from boxes.
 
     Raises InvalidInput naming a frame without labels.
@@ -48,7 +48,7 @@ def detect_labelled(
         ids.append(frame.id)
         labels.append(replace(frame.labels, boxes=_lowered(frame.labels.boxes, z_shift)))
         predictions.append(replace(found, boxes=_lowered(found.boxes, z_shift)))
-    return LabelledDetections(
+    return LabeledDetections(
         ids=tuple(ids),
         labels=tuple(labels),
         predictions=tuple(predictions),
@@ -57,7 +57,7 @@ def detect_labelled(
     )
 
 
-def score_waymo(detections: LabelledDetections, *, difficulty_is_level: bool) -> WaymoResult:
+def score_waymo(detections: LabeledDetections, *, difficulty_is_level: bool) -> WaymoResult:
     """``evaluate_waymo`` of the detector's classes; see ``WaymoTruth.from_labels``. Labels of weight 0 are dropped: Waymo has none."""
     classes = _known(detections.detector_classes, WAYMO_NAMES, "Waymo")
     truths = []
@@ -71,7 +71,7 @@ def score_waymo(detections: LabelledDetections, *, difficulty_is_level: bool) ->
     return evaluate_waymo(truths, found, classes=classes)
 
 
-def score_lyft(detections: LabelledDetections) -> LyftResult:
+def score_lyft(detections: LabeledDetections) -> LyftResult:
     """``evaluate_lyft`` of the detector's classes. Labels of weight 0 are dropped: Lyft has none."""
     classes = _known(detections.detector_classes, LYFT_NAMES, "Lyft")
     labels = [f.select(f.weight > 0) for f in detections.labels]
@@ -81,7 +81,7 @@ def score_lyft(detections: LabelledDetections) -> LyftResult:
     return evaluate_lyft(truths, replace(found, scores=scores), classes=classes)
 
 
-def score_cross_dataset(detections: LabelledDetections, *, min_overlaps: Mapping[str, MinOverlap] = OFFICIAL) -> KittiResult:
+def score_cross_dataset(detections: LabeledDetections, *, min_overlaps: Mapping[str, MinOverlap] = OFFICIAL) -> KittiResult:
     """``evaluate_cross_dataset`` of the detector's classes."""
     return evaluate_cross_dataset(
         detections.labels,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core.features import SplitSpec
+from ...core.features import CutSpec
 
 ANCHOR_YAWS = (0.0, 1.57)  # the reference's 1.57, not pi / 2
 
@@ -40,7 +40,7 @@ WAYMO_ANCHORS = (
 )
 
 
-def make_anchors(spec: SplitSpec, classes: tuple[AnchorClass, ...]) -> Tensor:
+def make_anchors(spec: CutSpec, classes: tuple[AnchorClass, ...]) -> Tensor:
     """(H, W, 2 * classes, 7) anchors on the cut's bird's-eye view; the last but one index is 2 * class + yaw.
 
     Placed evenly from one end of the range to the other (step = range / (cells - 1)), as OpenPCDet's ``AnchorGenerator`` does.

@@ -12,22 +12,22 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from ...core.features import SplitFeatures, SplitSpec
+from ...core.features import CutFeatures, CutSpec
 from ...core.structures import Labels, LossTerms, PointCloud, Predictions
 
 
 class Encoder(Protocol):
     """The vehicle half: point clouds to features at the cut."""
 
-    spec: SplitSpec
+    spec: CutSpec
 
-    def __call__(self, points: Sequence[PointCloud]) -> SplitFeatures: ...
+    def __call__(self, points: Sequence[PointCloud]) -> CutFeatures: ...
 
 
 class Decoder(Protocol):
     """The server half. Its outputs are its own type; only its own ``loss`` and ``predict`` look inside."""
 
-    def __call__(self, split: SplitFeatures, labels: Sequence[Labels] | None = None) -> Any: ...
+    def __call__(self, split: CutFeatures, labels: Sequence[Labels] | None = None) -> Any: ...
 
     def loss(self, outputs: Any, labels: Sequence[Labels]) -> LossTerms: ...
 
@@ -58,12 +58,12 @@ class Detector(nn.Module):
     def _device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def encode(self, points: Sequence[PointCloud]) -> SplitFeatures:
+    def encode(self, points: Sequence[PointCloud]) -> CutFeatures:
         """Features at the cut of a batch of scans, on the device of the weights."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
             return self.encoder([p.to(self._device) for p in points])
 
-    def decode(self, split: SplitFeatures, labels: Sequence[Labels] | None = None) -> Any:
+    def decode(self, split: CutFeatures, labels: Sequence[Labels] | None = None) -> Any:
         """Raw outputs of a batch; ``labels`` only steer which regions a second stage trains on."""
         return self.decoder(split, None if labels is None else [scene.to(self._device) for scene in labels])
 
@@ -76,7 +76,7 @@ class Detector(nn.Module):
         return cast(Decoder, self.decoder).predict(outputs)
 
     @property
-    def spec(self) -> SplitSpec:
+    def spec(self) -> CutSpec:
         """Where the network is cut."""
         return cast(Encoder, self.encoder).spec
 

@@ -58,8 +58,8 @@ def decode_boxes(codes: Tensor, direction_logits: Tensor, anchors: Tensor) -> Te
 def decode_regions(codes: Tensor, regions: Tensor) -> Tensor:
     """Box codes (..., 7) in the frames of regions (..., 7) -> boxes (..., 7); the inverse of ``targets.encode_regions``."""
     local = decode_residuals(codes, at_origin(regions))
-    centre = rotate_z(local[..., :3], regions[..., 6]) + regions[..., :3]
-    return torch.cat([centre, local[..., 3:6], local[..., 6:] + regions[..., 6:]], -1)
+    center = rotate_z(local[..., :3], regions[..., 6]) + regions[..., :3]
+    return torch.cat([center, local[..., 3:6], local[..., 6:] + regions[..., 6:]], -1)
 
 
 def propose(class_logits: Tensor, box_codes: Tensor, direction_logits: Tensor, anchors: Tensor, nms: ProposalNms) -> Proposals:

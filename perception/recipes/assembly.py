@@ -10,17 +10,17 @@ from pathlib import Path
 
 from ...core.errors import InvalidInput
 from ...core.rig import RigSpec
-from ...datasets.batches import LabelledBatches, UnlabelledBatches
+from ...datasets.batches import LabeledBatches, UnlabeledBatches
 from ...datasets.gt_database import GtDatabase, GtSampler
 from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
 from ..models.encoders.fingerprint import encoder_fingerprint
-from ..server.feature_gt import FeatureDatabase, FeatureGtConfig, build_feature_database
+from ..server.feature_gt import FeatureGtConfig, FeatureObjectDatabase, build_feature_object_database
 from ..server.store import SmashedStore
 from .presets import Preset
 
 
-def labelled_batches(
+def labeled_batches(
     preset: Preset,
     frames: PreparedDataset,
     gt_database: Path,
@@ -28,7 +28,7 @@ def labelled_batches(
     batch_size: int,
     seed: int,
     size_shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
-) -> LabelledBatches:
+) -> LabeledBatches:
     """The augmented labelled batches of a split, with GT sampling from that split's own database.
 
     size_shift: m added to the size of every labelled object instead of the preset's, where F-GT's objects are resized so.
@@ -45,7 +45,7 @@ def labelled_batches(
     if preset.train.gt_sampling:
         database = GtDatabase.open(gt_database, expected_fingerprint=frames.split_fingerprint())
         sampler = GtSampler(database, dict(zip(names, preset.train.gt_sampling, strict=True)))
-    return LabelledBatches(
+    return LabeledBatches(
         frames=frames,
         batch_size=batch_size,
         seed=seed,
@@ -55,22 +55,22 @@ def labelled_batches(
     )
 
 
-def unlabelled_batches(preset: Preset, frames: PreparedDataset, *, batch_size: int, seed: int) -> UnlabelledBatches:
+def unlabeled_batches(preset: Preset, frames: PreparedDataset, *, batch_size: int, seed: int) -> UnlabeledBatches:
     """Raw unlabelled scans, moved for the student as labelled ones are, without GT sampling and without resizing objects."""
     ranges = replace(preset.train.augmentation, size_shift=(0.0, 0.0, 0.0), object_scale=(1.0, 1.0))
-    return UnlabelledBatches(frames=frames, batch_size=batch_size, seed=seed, augmentation=ranges)
+    return UnlabeledBatches(frames=frames, batch_size=batch_size, seed=seed, augmentation=ranges)
 
 
-def feature_database(
+def feature_object_database(
     folder: Path, frames: PreparedDataset, detector: Detector, config: FeatureGtConfig, *, codec: str
-) -> FeatureDatabase:
+) -> FeatureObjectDatabase:
     """F-GT's database of a labelled split in ``folder``, built if it is not there. It must be of this split and this encoder."""
     split, encoder = frames.split_fingerprint(), encoder_fingerprint(detector.encoder, RigSpec())
     if not folder.exists():
-        build_feature_database(
+        build_feature_object_database(
             folder, frames, detector, codec=codec, config=config, split_fingerprint=split, encoder_fingerprint=encoder
         )
-    return FeatureDatabase.open(folder, config=config, split_fingerprint=split, encoder_fingerprint=encoder)
+    return FeatureObjectDatabase.open(folder, config=config, split_fingerprint=split, encoder_fingerprint=encoder)
 
 
 def fleet_store(folder: Path, detector: Detector, rig: RigSpec) -> SmashedStore:

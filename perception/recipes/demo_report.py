@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...core.features import SmashedScene, SplitSpec
+from ...core.features import CutSpec, SmashedScene
 from ..models.pv_rcnn import PvRcnnDetectorConfig
 from ..server.methods import METHODS
 from ..training.detector_files import load_detector
@@ -13,14 +13,14 @@ from ..training.run_folder import RunFolder
 from ..viz.bev import bev_features_png, bev_panels_png
 from ..viz.charts import Series, bar_chart, gap_chart, line_chart, stacked_bars
 from ..viz.html import Block, Section, figure_png, figure_svg, key_numbers, page, paragraph, table, write_html
-from .pipeline import MainJob, TrialResult, closed_gap
+from .pipeline import Pipeline, TrialResult, closed_gap
 
 PICTURED_FRAMES = 3
 CAR_3D, CAR_BEV = "Car 3D 0.7", "Car BEV 0.7"
 
 
 def write_report(
-    path: Path, job: MainJob, places: tuple[str, str], results: Mapping[str, TrialResult], summary: Mapping[str, object]
+    path: Path, job: Pipeline, places: tuple[str, str], results: Mapping[str, TrialResult], summary: Mapping[str, object]
 ) -> None:
     """Write the report of a finished demo. places: names of source and target. summary: what ``result.json`` holds."""
     sections = [
@@ -45,16 +45,16 @@ def _number(summary: Mapping[str, object], name: str) -> float:
 
 
 def _story(
-    job: MainJob, places: tuple[str, str], results: Mapping[str, TrialResult], summary: Mapping[str, object]
+    job: Pipeline, places: tuple[str, str], results: Mapping[str, TrialResult], summary: Mapping[str, object]
 ) -> list[Block]:
     c, source, up = job.config, results["source_only"].student, results["upcycling"].student
     gap = closed_gap(source[CAR_BEV], up[CAR_BEV], results["oracle_full"].student[CAR_BEV])
-    labelled, fleet, validation = (len(split.open()) for split in (c.labelled, c.fleet, c.validation))
+    labeled, fleet, validation = (len(split.open()) for split in (c.labeled, c.fleet, c.validation))
     ratio = _number(summary, "bytes_per_frame") / _number(summary, "raw_bytes_per_frame")
     detector = "PV-RCNN" if isinstance(c.preset.detector, PvRcnnDetectorConfig) else "SECOND-IoU"
     return [
         paragraph(
-            f"A detector ({detector}, small) was trained on {labelled} labelled scans of one simulated place ({places[0]}). A fleet "
+            f"A detector ({detector}, small) was trained on {labeled} labelled scans of one simulated place ({places[0]}). A fleet "
             f"at another place ({places[1]}: other beams, mounting height, streets and car sizes) ran its vehicle half over {fleet} "
             "scans and handed over only the features at the cut, in smashed shards. The server verified the shards and went on training "
             "the server half with them: a teacher's boxes as hybrid pseudo labels, and labelled objects pasted as features (F-GT). "
@@ -106,8 +106,8 @@ def _scores(results: Mapping[str, TrialResult]) -> list[Block]:
     return blocks
 
 
-def _pseudo_labels(job: MainJob, results: Mapping[str, TrialResult]) -> list[Block]:
-    names = [n for n in results if METHODS[n].unlabelled != "none"]
+def _pseudo_labels(job: Pipeline, results: Mapping[str, TrialResult]) -> list[Block]:
+    names = [n for n in results if METHODS[n].unlabeled != "none"]
     logs = {n: RunFolder.open(job.folder / "methods" / n).metrics("pseudo_labels") for n in names}
 
     def chart(key: str, label: str, title: str) -> str:
@@ -125,7 +125,7 @@ def _pseudo_labels(job: MainJob, results: Mapping[str, TrialResult]) -> list[Blo
     ]
 
 
-def _losses(job: MainJob, results: Mapping[str, TrialResult]) -> list[Block]:
+def _losses(job: Pipeline, results: Mapping[str, TrialResult]) -> list[Block]:
     blocks = []
     runs = {"source training": job.source} | {
         name: job.folder / "methods" / name for name in results if METHODS[name].trains != "nothing"
@@ -143,7 +143,7 @@ def _losses(job: MainJob, results: Mapping[str, TrialResult]) -> list[Block]:
     return blocks
 
 
-def _upload(job: MainJob, summary: Mapping[str, object]) -> list[Block]:
+def _upload(job: Pipeline, summary: Mapping[str, object]) -> list[Block]:
     stages = ("voxelize", "backbone", "codec", "write")
     detector, _ = load_detector(job.source)
     scene = job.store(detector)[0]
@@ -177,17 +177,17 @@ def _upload(job: MainJob, summary: Mapping[str, object]) -> list[Block]:
     ]
 
 
-def _keypoints(spec: SplitSpec) -> str:
+def _keypoints(spec: CutSpec) -> str:
     if spec.keypoints is None:
         return ""
     return f", and at most {spec.keypoints.count} keypoints, centres of occupied voxels, with {spec.keypoints.channels} channels"
 
 
-def _features_picture(job: MainJob, scene: SmashedScene) -> bytes:
+def _features_picture(job: Pipeline, scene: SmashedScene) -> bytes:
     return bev_features_png(scene, class_names=job.config.preset.detector.class_names, title="features at the cut")
 
 
-def _pictures(job: MainJob) -> list[Block]:
+def _pictures(job: Pipeline) -> list[Block]:
     frames = job.config.validation.open()
     names = job.config.preset.detector.class_names
     x0, y0, _, x1, y1, _ = job.config.preset.detector.encoder.grid.range
@@ -207,7 +207,7 @@ def _pictures(job: MainJob) -> list[Block]:
     return blocks
 
 
-def _time(job: MainJob, summary: Mapping[str, object]) -> list[Block]:
+def _time(job: Pipeline, summary: Mapping[str, object]) -> list[Block]:
     rows = [(stage, seconds) for stage, seconds in job.seconds.items()]
     text = f"{_number(summary, 'seconds'):.0f} seconds in all, {_number(summary, 'peak_memory_gb'):.1f} GB at most (main process and twice its largest child)."
     return [paragraph(text), table(("stage", "seconds"), rows, "Seconds by stage; methods run two at a time")]

@@ -20,13 +20,13 @@ from typing import Literal
 from ...core.config_json import config_to_json, first_difference
 from ...core.errors import InvalidInput
 from ...core.files import write_atomically
-from ...datasets.label_shares import DRAWS, labelled_split
+from ...datasets.label_shares import DRAWS, labeled_split
 from ...datasets.prepared import PreparedDataset
 from ...datasets.simulation.places import Triple, domain
 from ...datasets.simulation.stand_in import prepared_stand_in
 from ..evaluation.headline import Protocol, own_protocol
 from ..server.methods import METHODS
-from .pipeline import DataSplit, MainJob, MainJobConfig, RunOptions, Trial, TrialResult, closed_gap
+from .pipeline import DataSplit, Pipeline, PipelineConfig, RunOptions, Trial, TrialResult, closed_gap
 from .presets import Preset
 
 Place = Literal["waymo", "lyft", "kitti"]
@@ -65,7 +65,7 @@ SCENARIOS = {
 class Data:
     """Prepared frames of one seed: labelled, of the fleet, and to score on."""
 
-    labelled: DataSplit
+    labeled: DataSplit
     fleet: DataSplit
     validation: DataSplit
 
@@ -75,7 +75,7 @@ class Size:
     """Numbers of labelled source frames, unlabelled target frames and scored target frames of a simulated scenario. With partial labels
     the first two together are the training frames, of which a share has labels."""
 
-    labelled: int = 100
+    labeled: int = 100
     fleet: int = 200
     validation: int = 100
 
@@ -84,13 +84,11 @@ def simulated_adaptation(
     folder: Path, source: Place, target: Place, *, size: Size, seed: int, classes: tuple[str, ...], workers: int = 2
 ) -> Data:
     """Simulate and prepare two places in ``folder``; the places and other seeds have no street in common."""
-    labelled, streets = {"train": size.labelled}, (1000 + 2 * seed, 1001 + 2 * seed)
-    unlabelled = {"train": size.fleet, "val": size.validation}
+    labeled, streets = {"train": size.labeled}, (1000 + 2 * seed, 1001 + 2 * seed)
+    unlabeled = {"train": size.fleet, "val": size.validation}
     roots = [
         prepared_stand_in(folder / role, domain(place), splits, seed=street, classes=classes, workers=workers)
-        for role, place, splits, street in zip(
-            ("source", "target"), (source, target), (labelled, unlabelled), streets, strict=True
-        )
+        for role, place, splits, street in zip(("source", "target"), (source, target), (labeled, unlabeled), streets, strict=True)
     ]
     return adaptation_data(*roots)
 
@@ -99,7 +97,7 @@ def simulated_partial(
     folder: Path, place: Place, *, size: Size, share: float, seed: int, classes: tuple[str, ...], workers: int = 2
 ) -> Data:
     """Simulate and prepare one place in ``folder``, a share of whose training frames has labels."""
-    splits = {"train": size.labelled + size.fleet, "val": size.validation}
+    splits = {"train": size.labeled + size.fleet, "val": size.validation}
     street = 1000 + 2 * seed
     root = prepared_stand_in(folder, domain(place), splits, seed=street, classes=classes, label_shares=(share,), workers=workers)
     return partial_data(root, share=share, seed=seed)
@@ -108,7 +106,7 @@ def simulated_partial(
 def adaptation_data(source: Path, target: Path) -> Data:
     """Prepared datasets: the source's ``train`` has labels, the target's ``train`` is the fleet, its ``val`` is scored."""
     return Data(
-        labelled=DataSplit(root=source, name="train"),
+        labeled=DataSplit(root=source, name="train"),
         fleet=DataSplit(root=target, name="train"),
         validation=DataSplit(root=target, name="val"),
     )
@@ -116,9 +114,9 @@ def adaptation_data(source: Path, target: Path) -> Data:
 
 def partial_data(root: Path, *, share: float, seed: int) -> Data:
     """A dataset prepared with ``--label-shares``: the draw is the seed modulo three."""
-    name = labelled_split(share, DRAWS[seed % len(DRAWS)])
+    name = labeled_split(share, DRAWS[seed % len(DRAWS)])
     return Data(
-        labelled=DataSplit(root=root, name=name),
+        labeled=DataSplit(root=root, name=name),
         fleet=DataSplit(root=root, name=f"{name}-rest"),
         validation=DataSplit(root=root, name="val"),
     )
@@ -232,8 +230,8 @@ def run_cells(
         mine = {v: trial_for(preset, VARIANTS[v], scenario) for v in todo if VARIANTS[v].source == source}
         if not mine:
             continue
-        config = MainJobConfig(
-            labelled=frames.labelled,
+        config = PipelineConfig(
+            labeled=frames.labeled,
             fleet=frames.fleet,
             validation=frames.validation,
             protocol=comparison.protocol or protocol_for(scenario, frames.validation.open()),
@@ -241,9 +239,9 @@ def run_cells(
             seed=seed,
             checkpoint=(checkpoints or {}).get(source),
         )
-        job = MainJob(config=config, folder=out / f"seed{seed}" / source, options=options)
+        job = Pipeline(config=config, folder=out / f"seed{seed}" / source, options=options)
         job.train_source()
-        if any(METHODS[trial.method].unlabelled == "smashed" for trial in mine.values()):
+        if any(METHODS[trial.method].unlabeled == "smashed" for trial in mine.values()):
             job.extract_fleet()
         for variant, result in job.results(mine):
             result.write(cell_path(cells, variant, seed), variant=variant, seed=seed, **(record or {}))

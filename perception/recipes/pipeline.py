@@ -26,13 +26,13 @@ from ...core.errors import InvalidInput
 from ...core.files import write_atomically
 from ...core.rig import RigSpec
 from ...core.structures import Labels, PointCloud
-from ...datasets.batches import LabelledBatches
+from ...datasets.batches import LabeledBatches
 from ...datasets.gt_database import build_gt_database
 from ...datasets.prepared import PreparedDataset
 from ..evaluation.headline import Protocol, Scores, headline
 from ..models.detector import Detector
 from ..models.detectors import build_detector
-from ..server.feature_gt import FeatureDatabase
+from ..server.feature_gt import FeatureObjectDatabase
 from ..server.ingest import ingest
 from ..server.methods import METHODS, Method
 from ..server.store import SmashedStore
@@ -42,7 +42,7 @@ from ..training.run_folder import RunFolder
 from ..training.supervised import train_supervised
 from ..vehicle.extractor import Extractor, extract
 from ..wire.shards import ShardWriter
-from .assembly import feature_database, fleet_store, labelled_batches, unlabelled_batches
+from .assembly import feature_object_database, fleet_store, labeled_batches, unlabeled_batches
 from .presets import Preset
 
 
@@ -72,13 +72,13 @@ class DataSplit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MainJobConfig:
+class PipelineConfig:
     """labelled: whose labels are learnt from. fleet: whose scans are smashed; its labels are for the oracles, and to measure pseudo
     labels. validation: scored by ``protocol``. preset: the detector, how the source model is trained, and the augmentation of every
     labelled batch; ``preset.upcycle`` is a trial's own. seed: of every training. checkpoint: a run folder to take as the source model instead of training one.
     """
 
-    labelled: DataSplit
+    labeled: DataSplit
     fleet: DataSplit
     validation: DataSplit
     protocol: Protocol
@@ -147,18 +147,18 @@ def train_source_model(out: Path, data: DataSplit, preset: Preset, *, seed: int,
         return
     torch.manual_seed(seed)
     detector = build_detector(preset.detector).to(options.device)
-    labelled = labelled_batches(preset, data.open(), data.gt_database(), batch_size=preset.train.batch_size, seed=seed)
+    labeled = labeled_batches(preset, data.open(), data.gt_database(), batch_size=preset.train.batch_size, seed=seed)
     train = replace(preset.train, loop=replace(preset.train.loop, seed=seed))
     with RunFolder.create(out, train, seed=seed, resume=True) as run:
-        train_supervised(detector, labelled, train.loop, run=run, workers=options.workers, progress=options.progress)
+        train_supervised(detector, labeled, train.loop, run=run, workers=options.workers, progress=options.progress)
     save_run_detector(out, detector.cpu(), preset.detector)
 
 
 @dataclass
-class MainJob:
+class Pipeline:
     """The stages of one job in one folder. ``seconds`` says where the time went."""
 
-    config: MainJobConfig
+    config: PipelineConfig
     folder: Path
     options: RunOptions = RunOptions()
     seconds: dict[str, float] = field(default_factory=dict)
@@ -173,7 +173,7 @@ class MainJob:
             "seed": c.seed,
             "codec": c.codec,
             "protocol": c.protocol,
-            **{name: getattr(c, name).summary() for name in ("labelled", "fleet", "validation")},
+            **{name: getattr(c, name).summary() for name in ("labeled", "fleet", "validation")},
         }
         if path.exists():
             difference = first_difference(json.loads(path.read_text()), wanted)
@@ -213,7 +213,7 @@ class MainJob:
         elif not (self.source / "detector.safetensors").exists():
             self.options.say("training on the labelled frames")
             with self.timed("train source"):
-                train_source_model(self.source, c.labelled, c.preset, seed=c.seed, options=self.options)
+                train_source_model(self.source, c.labeled, c.preset, seed=c.seed, options=self.options)
         return self.source
 
     # ---- the fleet
@@ -262,12 +262,12 @@ class MainJob:
 
     def _truth(self, method: Method) -> dict[str, Labels] | None:
         """Labels of the fleet, where it has them, by the id of the frame (raw) or the scene: they only measure pseudo labels."""
-        if method.unlabelled == "none":
+        if method.unlabeled == "none":
             return None
         fleet = self.config.fleet.open()
         labels = ((frame_id, fleet.labels(i)) for i, frame_id in enumerate(fleet.ids))
         by_frame = {frame_id: found for frame_id, found in labels if found is not None}
-        if method.unlabelled == "raw":
+        if method.unlabeled == "raw":
             return by_frame
         receipts = json.loads((self.folder / "receipts.json").read_text())
         return {scene: by_frame[frame] for scene, frame in receipts.items() if frame in by_frame}
@@ -300,7 +300,7 @@ class MainJob:
                 yield running[future], future.result()
 
     def _labels_from(self, method: Method) -> DataSplit:
-        return self.config.labelled if method.labelled == "source" else self.config.fleet
+        return self.config.labeled if method.labeled == "source" else self.config.fleet
 
     def _shared_by(self, trials: Collection[Trial]) -> None:
         """Make what several trials read, before they run at once."""
@@ -312,18 +312,18 @@ class MainJob:
             for upcycle in pasting.values():
                 self._features(detector, upcycle)
 
-    def _features(self, detector: Detector, upcycle: UpcycleConfig) -> FeatureDatabase:
+    def _features(self, detector: Detector, upcycle: UpcycleConfig) -> FeatureObjectDatabase:
         key = hashlib.sha256(json.dumps(config_to_json(upcycle.f_gt), sort_keys=True).encode()).hexdigest()[:12]
-        return feature_database(
-            self.folder / f"feature_gt_{key}", self.config.labelled.open(), detector, upcycle.f_gt, codec=self.config.codec
+        return feature_object_database(
+            self.folder / f"feature_gt_{key}", self.config.labeled.open(), detector, upcycle.f_gt, codec=self.config.codec
         )
 
-    def _labelled(self, method: Method, upcycle: UpcycleConfig) -> LabelledBatches:
+    def _labeled(self, method: Method, upcycle: UpcycleConfig) -> LabeledBatches:
         split, c = self._labels_from(method), self.config
         # F-GT's size normalisation holds for the labelled half too, but the oracles' labels have the right size already.
-        shift = upcycle.f_gt.size_shift if method.labelled == "source" else (0.0, 0.0, 0.0)
-        return labelled_batches(
-            c.preset, split.open(), split.gt_database(), batch_size=upcycle.labelled_batch, seed=c.seed, size_shift=shift
+        shift = upcycle.f_gt.size_shift if method.labeled == "source" else (0.0, 0.0, 0.0)
+        return labeled_batches(
+            c.preset, split.open(), split.gt_database(), batch_size=upcycle.labeled_batch, seed=c.seed, size_shift=shift
         )
 
     def _trial_folder(self, name: str) -> Path:
@@ -347,10 +347,10 @@ class MainJob:
             teacher = upcycle(
                 detector,
                 method=method,
-                labelled=self._labelled(method, config),
-                store=self.store(detector) if method.unlabelled == "smashed" else None,
-                scans=unlabelled_batches(preset, c.fleet.open(), batch_size=config.unlabelled_batch, seed=c.seed)
-                if method.unlabelled == "raw"
+                labeled=self._labeled(method, config),
+                store=self.store(detector) if method.unlabeled == "smashed" else None,
+                scans=unlabeled_batches(preset, c.fleet.open(), batch_size=config.unlabeled_batch, seed=c.seed)
+                if method.unlabeled == "raw"
                 else None,
                 features=self._features(detector, config) if method.f_gt else None,
                 config=config,
@@ -387,7 +387,7 @@ def closed_gap(source: float, method: float, oracle: float, *, spread: float = 0
     return None if gap < max(2.0, spread) else 100.0 * (method - source) / gap
 
 
-def _run(job: MainJob, name: str, trial: Trial) -> TrialResult:
+def _run(job: Pipeline, name: str, trial: Trial) -> TrialResult:
     return job.run(name, trial)
 
 

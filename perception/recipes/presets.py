@@ -62,8 +62,8 @@ KITTI_SECOND_IOU = Preset(
     ),
     upcycle=UpcycleConfig(
         loop=_loop(0.003, 20_000, amp=True),
-        labelled_batch=2,
-        unlabelled_batch=2,
+        labeled_batch=2,
+        unlabeled_batch=2,
         thresholds=_THREE_CLASSES,
         f_gt=FeatureGtConfig(max_objects=(15, 10, 10)),
     ),
@@ -72,7 +72,7 @@ KITTI_PV_RCNN = Preset(
     detector=architectures.KITTI_PV_RCNN,
     train=replace(KITTI_SECOND_IOU.train, loop=_loop(0.01, 148_480, amp=True), batch_size=2),
     # 3DIoUMatch's pv_rcnn_ssl: one labelled and one unlabelled scene.
-    upcycle=replace(KITTI_SECOND_IOU.upcycle, loop=_loop(0.01, 40_000, amp=True), labelled_batch=1, unlabelled_batch=1),
+    upcycle=replace(KITTI_SECOND_IOU.upcycle, loop=_loop(0.01, 40_000, amp=True), labeled_batch=1, unlabeled_batch=1),
 )
 
 # ---- across datasets: ST3D's Waymo -> KITTI and Lyft setting
@@ -82,8 +82,8 @@ CROSS_DATASET_SECOND_IOU = Preset(
     train=SupervisedConfig(loop=_loop(0.003, 600_000, amp=True), batch_size=4, augmentation=AugmentationRanges(flip_x=0.5)),
     upcycle=UpcycleConfig(
         loop=_loop(0.0015, 28_000, amp=True),
-        labelled_batch=2,
-        unlabelled_batch=2,
+        labeled_batch=2,
+        unlabeled_batch=2,
         thresholds=(ScoreThresholds(iou_score=0.6, class_score=0.0, ignore=0.2),),
         f_gt=FeatureGtConfig(max_objects=(15,)),
     ),
@@ -94,8 +94,8 @@ CROSS_DATASET_PV_RCNN = Preset(
     upcycle=replace(
         CROSS_DATASET_SECOND_IOU.upcycle,
         loop=_loop(0.0015, 56_000, weight_decay=0.001, amp=True),
-        labelled_batch=1,
-        unlabelled_batch=1,
+        labeled_batch=1,
+        unlabeled_batch=1,
         thresholds=(ScoreThresholds(iou_score=0.6, class_score=0.0, ignore=0.25),),
     ),
 )
@@ -126,8 +126,8 @@ SMALL = Preset(
     # Chosen on simulated Waymo -> Lyft, seed 0 (docs/results.md), then frozen.
     upcycle=UpcycleConfig(
         loop=_loop(0.0007, 400, checkpoint_every=100),
-        labelled_batch=2,
-        unlabelled_batch=2,
+        labeled_batch=2,
+        unlabeled_batch=2,
         thresholds=(ScoreThresholds(iou_score=0.5, class_score=0.3, ignore=0.25),),
         f_gt=FeatureGtConfig(max_objects=(16,)),
         # A teacher this small places 60 % of its boxes to IoU 0.7: good enough to say that a car is there, not where its sides are.

@@ -3,7 +3,7 @@
 On raw points these are the bread and butter of semi-supervised detection. On features they are not: sparse convolutions are not
 equivariant to flips, rotations or scales, so a transformed map holds vectors the encoder never makes (upcycling.md 3.3). The
 labels move with the cells. Geometry turns about the middle of the map, so that the square stays filled. A cell lies at the centre of
-its receptive field, (i * stride + 1/2) voxels from the start of the range (see ``SplitSpec.position``), so the middle of the map
+its receptive field, (i * stride + 1/2) voxels from the start of the range (see ``CutSpec.position``), so the middle of the map
 is not the middle of the range: turning the boxes about the latter would leave them 7/8 of a cell beside their cells.
 """
 
@@ -20,26 +20,24 @@ from torch.nn import functional as F
 
 from ...core.boxes import wrap_angle
 from ...core.errors import InvalidInput
-from ...core.features import Keypoints, SparseVoxels, SplitFeatures
+from ...core.features import CutFeatures, Keypoints, SparseVoxels
 from ...core.structures import Boxes3D, Labels
 
 # One scene (a batch of one) with its labels, and a generator -> the augmented scene with its labels.
-SceneAugmentation = Callable[[SplitFeatures, Labels, np.random.Generator], tuple[SplitFeatures, Labels]]
+SceneAugmentation = Callable[[CutFeatures, Labels, np.random.Generator], tuple[CutFeatures, Labels]]
 
 
-def _changed(split: SplitFeatures, features: Tensor, coords: Tensor, keypoints: Keypoints | None) -> SplitFeatures:
+def _changed(split: CutFeatures, features: Tensor, coords: Tensor, keypoints: Keypoints | None) -> CutFeatures:
     return replace(split, voxels=replace(split.voxels, features=features, coords=coords), keypoints=keypoints)
 
 
-def _of_both(split: SplitFeatures, change: Callable[[Tensor], Tensor]) -> SplitFeatures:
+def _of_both(split: CutFeatures, change: Callable[[Tensor], Tensor]) -> CutFeatures:
     """``change`` applied to the features of the cells and, where there are any, of the keypoints."""
     keypoints = split.keypoints and replace(split.keypoints, features=change(split.keypoints.features))
     return _changed(split, change(split.voxels.features), split.voxels.coords, keypoints)
 
 
-def add_noise(
-    split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, sigma: float = 0.1
-) -> tuple[SplitFeatures, Labels]:
+def add_noise(split: CutFeatures, labels: Labels, rng: np.random.Generator, *, sigma: float = 0.1) -> tuple[CutFeatures, Labels]:
     """Gaussian noise of ``sigma`` times each channel's standard deviation over the scene."""
 
     def noisy(f: Tensor) -> Tensor:
@@ -52,8 +50,8 @@ def add_noise(
 
 
 def drop_channels(
-    split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, share: float = 0.1
-) -> tuple[SplitFeatures, Labels]:
+    split: CutFeatures, labels: Labels, rng: np.random.Generator, *, share: float = 0.1
+) -> tuple[CutFeatures, Labels]:
     """Set a random ``share`` of channels to zero and scale the others up, in the whole scene."""
 
     def dropped(f: Tensor) -> Tensor:
@@ -63,9 +61,7 @@ def drop_channels(
     return _of_both(split, dropped), labels
 
 
-def drop_cells(
-    split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, share: float = 0.1
-) -> tuple[SplitFeatures, Labels]:
+def drop_cells(split: CutFeatures, labels: Labels, rng: np.random.Generator, *, share: float = 0.1) -> tuple[CutFeatures, Labels]:
     """Remove a random ``share`` of cells and of keypoints."""
 
     def keep(f: Tensor) -> Tensor:
@@ -76,35 +72,35 @@ def drop_cells(
     return _changed(split, split.voxels.features[cells], split.voxels.coords[cells], keypoints), labels
 
 
-def _centre(split: SplitFeatures) -> tuple[float, float]:
+def _center(split: CutFeatures) -> tuple[float, float]:
     _, height, width = split.spec.shape
     return split.spec.position((height - 1) / 2, (width - 1) / 2)
 
 
-def _moved(labels: Labels, split: SplitFeatures, matrix: Tensor, yaw_sign: float, yaw_shift: float, scale: float = 1.0) -> Labels:
+def _moved(labels: Labels, split: CutFeatures, matrix: Tensor, yaw_sign: float, yaw_shift: float, scale: float = 1.0) -> Labels:
     """Labels under a linear map of the plane about the map's centre; those whose centre leaves the range are dropped."""
     b = labels.boxes.data
-    centre = b.new_tensor(_centre(split))
-    xy = (b[:, :2] - centre) @ matrix.to(b).T + centre
+    center = b.new_tensor(_center(split))
+    xy = (b[:, :2] - center) @ matrix.to(b).T + center
     yaw = wrap_angle(yaw_sign * b[:, 6:] + yaw_shift)
     moved = replace(labels, boxes=Boxes3D(data=torch.cat([xy, b[:, 2:3], b[:, 3:6] * scale, yaw], 1)))
     x0, y0, _, x1, y1, _ = split.spec.grid.range
     return moved.select((xy[:, 0] >= x0) & (xy[:, 0] < x1) & (xy[:, 1] >= y0) & (xy[:, 1] < y1))
 
 
-def _moved_keypoints(split: SplitFeatures, matrix: Tensor) -> Keypoints | None:
+def _moved_keypoints(split: CutFeatures, matrix: Tensor) -> Keypoints | None:
     """Keypoints under a linear map of the plane about the map's centre; those that leave the range are dropped."""
     if split.keypoints is None:
         return None
     xyz = split.keypoints.xyz
-    centre = xyz.new_tensor(_centre(split))
-    xy = (xyz[:, :2] - centre) @ matrix.to(xyz).T + centre
+    center = xyz.new_tensor(_center(split))
+    xy = (xyz[:, :2] - center) @ matrix.to(xyz).T + center
     moved = replace(split.keypoints, xyz=torch.cat([xy, xyz[:, 2:]], 1))
     x0, y0, _, x1, y1, _ = split.spec.grid.range
     return moved.select((xy[:, 0] >= x0) & (xy[:, 0] < x1) & (xy[:, 1] >= y0) & (xy[:, 1] < y1))
 
 
-def flip_y(split: SplitFeatures, labels: Labels, rng: np.random.Generator) -> tuple[SplitFeatures, Labels]:
+def flip_y(split: CutFeatures, labels: Labels, rng: np.random.Generator) -> tuple[CutFeatures, Labels]:
     """Left-right mirror image, half of the time."""
     if rng.random() < 0.5:
         return split, labels
@@ -115,7 +111,7 @@ def flip_y(split: SplitFeatures, labels: Labels, rng: np.random.Generator) -> tu
     return _changed(split, split.voxels.features, coords, keypoints), _moved(labels, split, matrix, -1.0, 0.0)
 
 
-def flip_x(split: SplitFeatures, labels: Labels, rng: np.random.Generator) -> tuple[SplitFeatures, Labels]:
+def flip_x(split: CutFeatures, labels: Labels, rng: np.random.Generator) -> tuple[CutFeatures, Labels]:
     """Front-back mirror image, half of the time."""
     if rng.random() < 0.5:
         return split, labels
@@ -126,7 +122,7 @@ def flip_x(split: SplitFeatures, labels: Labels, rng: np.random.Generator) -> tu
     return _changed(split, split.voxels.features, coords, keypoints), _moved(labels, split, matrix, -1.0, math.pi)
 
 
-def rotate_quarter(split: SplitFeatures, labels: Labels, rng: np.random.Generator) -> tuple[SplitFeatures, Labels]:
+def rotate_quarter(split: CutFeatures, labels: Labels, rng: np.random.Generator) -> tuple[CutFeatures, Labels]:
     """A rotation by 0, 90, 180 or 270 degrees counter-clockwise: exact on a square grid of square cells."""
     _, height, width = split.voxels.shape
     cell = split.spec.cell_size()
@@ -146,7 +142,7 @@ def _rotation(angle: float) -> Tensor:
     return torch.tensor([[c, -s], [s, c]])
 
 
-def _resample(split: SplitFeatures, matrix: Tensor) -> SplitFeatures:
+def _resample(split: CutFeatures, matrix: Tensor) -> CutFeatures:
     """Features under a linear map of the plane: bilinear in x and y, slice by slice in z; a cell exists where any channel is not 0."""
     dense = split.voxels.dense()  # (1, C, Z, Y, X)
     _, c, z, y, x = dense.shape
@@ -165,16 +161,14 @@ def _resample(split: SplitFeatures, matrix: Tensor) -> SplitFeatures:
 
 
 def rotate_free(
-    split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, limit: float = math.pi / 4
-) -> tuple[SplitFeatures, Labels]:
+    split: CutFeatures, labels: Labels, rng: np.random.Generator, *, limit: float = math.pi / 4
+) -> tuple[CutFeatures, Labels]:
     """A rotation by an angle drawn from [-limit, limit] rad, bilinear."""
     angle = float(rng.uniform(-limit, limit))
     return _resample(split, _rotation(angle)), _moved(labels, split, _rotation(angle), 1.0, angle)
 
 
-def scale_map(
-    split: SplitFeatures, labels: Labels, rng: np.random.Generator, *, limit: float = 0.05
-) -> tuple[SplitFeatures, Labels]:
+def scale_map(split: CutFeatures, labels: Labels, rng: np.random.Generator, *, limit: float = 0.05) -> tuple[CutFeatures, Labels]:
     """A scaling of the plane by a factor drawn from [1 - limit, 1 + limit], bilinear; heights of boxes scale too."""
     factor = float(rng.uniform(1 - limit, 1 + limit))
     matrix = torch.eye(2) * factor
@@ -182,8 +176,8 @@ def scale_map(
 
 
 def cut_mix(
-    a: SplitFeatures, labels_a: Labels, b: SplitFeatures, labels_b: Labels, rng: np.random.Generator
-) -> tuple[SplitFeatures, Labels]:
+    a: CutFeatures, labels_a: Labels, b: CutFeatures, labels_b: Labels, rng: np.random.Generator
+) -> tuple[CutFeatures, Labels]:
     """One side of scene ``a`` beside the other side of scene ``b``, cut along x at a random row of cells."""
     _, height, _ = a.voxels.shape
     row = int(rng.integers(height // 4, height - height // 4))

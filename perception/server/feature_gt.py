@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InvalidInput
-from ...core.features import Keypoints, SplitFeatures, SplitSpec
+from ...core.features import CutFeatures, CutSpec, Keypoints
 from ...core.files import atomic_file, sync_folder, write_atomically
 from ...core.structures import Boxes3D, Labels
 from ...datasets.frame_source import FrameSource
@@ -53,8 +53,8 @@ _SCHEMA = pa.schema(
 )
 
 
-def footprint(boxes: Tensor, spec: SplitSpec, margin_cells: float = 1.0) -> Tensor:
-    """(N, H, W) bool: cells whose centre (``SplitSpec.position``) lies in each box (N, 7) seen from above, widened by ``margin_cells``
+def footprint(boxes: Tensor, spec: CutSpec, margin_cells: float = 1.0) -> Tensor:
+    """(N, H, W) bool: cells whose centre (``CutSpec.position``) lies in each box (N, 7) seen from above, widened by ``margin_cells``
     on each side."""
     _, height, width = spec.shape
     x, y = spec.position(torch.arange(height, device=boxes.device), torch.arange(width, device=boxes.device))
@@ -103,7 +103,7 @@ class FeatureObject:
     keypoints: Keypoints | None = None
 
 
-def cut_objects(split: SplitFeatures, labels: Labels, config: FeatureGtConfig) -> list[FeatureObject]:
+def cut_objects(split: CutFeatures, labels: Labels, config: FeatureGtConfig) -> list[FeatureObject]:
     """The learnable objects of one encoded labelled scene (a batch of one) that have cells and enough points."""
     if split.batch_size != 1:
         raise InvalidInput(f"objects are cut from one scene at a time, found a batch of {split.batch_size}")
@@ -134,12 +134,12 @@ def keypoints_near(keypoints: Keypoints, boxes: Tensor, config: FeatureGtConfig)
 
 
 def paste_objects(
-    split: SplitFeatures,
+    split: CutFeatures,
     labels: Labels,
     objects: Sequence[FeatureObject],
     config: FeatureGtConfig,
     rng: np.random.Generator,
-) -> tuple[SplitFeatures, Labels]:
+) -> tuple[CutFeatures, Labels]:
     """Write ``objects`` into one scene (a batch of one): their places are cleared first, other cells stay as they are.
 
     The pasted boxes join the labels as exact ones. rng: which background keypoints make room, if there would be too many.
@@ -191,7 +191,7 @@ def _paste_keypoints(
     )
 
 
-class FeatureDatabase:
+class FeatureObjectDatabase:
     """Labelled objects' features on disk, memory-mapped, bound to the labelled split and to the encoder."""
 
     def __init__(self, folder: Path, table: pa.Table, channels: int, keypoint_channels: int) -> None:
@@ -233,11 +233,11 @@ class FeatureDatabase:
         folder: Path,
         objects: Iterable[FeatureObject],
         *,
-        spec: SplitSpec,
+        spec: CutSpec,
         config: FeatureGtConfig,
         split_fingerprint: str,
         encoder_fingerprint: str,
-    ) -> FeatureDatabase:
+    ) -> FeatureObjectDatabase:
         """Store ``objects`` one after the other; the folder appears under its name only when it is complete."""
         _refuse_existing(folder)
         temporary = folder.with_name(f".{folder.name}.tmp")
@@ -278,10 +278,10 @@ class FeatureDatabase:
         write_atomically(temporary / "database.json", json.dumps(meta, indent=1).encode())
         os.replace(temporary, folder)
         sync_folder(folder.parent)
-        return FeatureDatabase(folder, table, spec.channels, keypoint_channels)
+        return FeatureObjectDatabase(folder, table, spec.channels, keypoint_channels)
 
     @staticmethod
-    def open(folder: Path, *, config: FeatureGtConfig, split_fingerprint: str, encoder_fingerprint: str) -> FeatureDatabase:
+    def open(folder: Path, *, config: FeatureGtConfig, split_fingerprint: str, encoder_fingerprint: str) -> FeatureObjectDatabase:
         """Open a database, refusing one of another labelled split (it would leak labels), of another encoder, or cut otherwise."""
         try:
             meta = json.loads((folder / "database.json").read_text())
@@ -317,7 +317,7 @@ class FeatureDatabase:
                 raise InvalidInput(
                     f"{folder / name} holds {found} bytes, its index says {size}; delete the database and build it again"
                 )
-        return FeatureDatabase(folder, table, channels, keypoint_channels)
+        return FeatureObjectDatabase(folder, table, channels, keypoint_channels)
 
 
 def _refuse_existing(folder: Path) -> None:
@@ -325,7 +325,7 @@ def _refuse_existing(folder: Path) -> None:
         raise InvalidInput(f"a feature database already exists at {folder}; delete it to build it again")
 
 
-def build_feature_database(
+def build_feature_object_database(
     folder: Path,
     frames: FrameSource,
     detector: Detector,
@@ -334,7 +334,7 @@ def build_feature_database(
     config: FeatureGtConfig,
     split_fingerprint: str,
     encoder_fingerprint: str,
-) -> FeatureDatabase:
+) -> FeatureObjectDatabase:
     """Encode every labelled frame as a vehicle would, codec included, and cut its objects out.
 
     Raises InvalidInput if ``folder`` exists.
@@ -354,7 +354,7 @@ def build_feature_database(
                 split = detector.encode([frame.points]).to("cpu")
             yield from cut_objects(as_stored(split, codec), frame.labels, config)
 
-    return FeatureDatabase.write(
+    return FeatureObjectDatabase.write(
         folder,
         objects(),
         spec=detector.spec,
@@ -365,7 +365,7 @@ def build_feature_database(
 
 
 def sample_objects(
-    database: FeatureDatabase, labels: Labels, obstacles: Boxes3D, config: FeatureGtConfig, rng: np.random.Generator
+    database: FeatureObjectDatabase, labels: Labels, obstacles: Boxes3D, config: FeatureGtConfig, rng: np.random.Generator
 ) -> list[FeatureObject]:
     """Objects for one scene, at their own places, touching no label, no obstacle and no other pasted object.
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...core.boxes import rotate_z, wrap_angle
-from ...core.features import SplitSpec
+from ...core.features import CutSpec
 from ...ops.iou3d import iou_bev
 from .feature_gt import FeatureGtConfig, FeatureObject, footprint
 
 
-def rotate_object(item: FeatureObject, angle: float, spec: SplitSpec, config: FeatureGtConfig) -> FeatureObject:
+def rotate_object(item: FeatureObject, angle: float, spec: CutSpec, config: FeatureGtConfig) -> FeatureObject:
     """``item`` turned by ``angle`` rad, counter-clockwise from above: cells bilinearly, keypoints and box exactly.
 
     Only cells in the footprint of the turned box stay. The object may lose all of them near the border of the map.
@@ -65,7 +65,7 @@ def rotate_object(item: FeatureObject, angle: float, spec: SplitSpec, config: Fe
 def rotate_objects(
     objects: Sequence[FeatureObject],
     blocked: Tensor,
-    spec: SplitSpec,
+    spec: CutSpec,
     config: FeatureGtConfig,
     *,
     limit: float,

@@ -23,12 +23,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from ...core.errors import InvalidInput, UpcycleError
-from ...core.features import SplitSpec
+from ...core.features import CutSpec
 from ...core.files import sync_folder, write_atomically
 from ..wire.codec import FINGERPRINT_PATTERN, ForeignScene, decode_scene
 from ..wire.manifest import BrokenShard, ShardManifest, open_regular, read_manifest
 from ..wire.shards import read_members
-from .store import CATALOGUE, QUARANTINE, SHARDS, Catalogue, catalogue_rows, read_catalogue, write_catalogue
+from .store import CATALOG, QUARANTINE, SHARDS, Catalog, catalog_rows, read_catalog, write_catalog
 
 _UPLOAD_NAME = re.compile(r"([0-9a-f]{32})\.(json|tar)")
 _COPY_BYTES = 1 << 22
@@ -70,7 +70,7 @@ class IngestReport:
 
 
 def verify_shard(
-    manifest_path: Path, tar: Path, *, expected_spec: SplitSpec, expected_fingerprint: str
+    manifest_path: Path, tar: Path, *, expected_spec: CutSpec, expected_fingerprint: str
 ) -> tuple[ShardManifest, list[tuple[int, int]]]:
     """The manifest and the number of voxels and keypoints of every member, after all bytes were checked and every scene decoded.
 
@@ -98,7 +98,7 @@ def verify_shard(
 
 def _rows(manifest: ShardManifest, sizes: list[tuple[int, int]]) -> pa.Table:
     n = len(sizes)
-    return catalogue_rows(
+    return catalog_rows(
         {
             "shard": [manifest.stem] * n,
             "member": [m.name for m in manifest.members],
@@ -173,7 +173,7 @@ def _only_ingest(store: Path) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------------- ingest
 
 
-def ingest(incoming: Path, store: Path, *, expected_fingerprint: str, expected_spec: SplitSpec) -> IngestReport:
+def ingest(incoming: Path, store: Path, *, expected_fingerprint: str, expected_spec: CutSpec) -> IngestReport:
     """Take every shard of ``incoming`` into ``store``. Running it again, or after a crash, is safe.
 
     incoming: uploads lie flat in it, ``<hash>.tar`` and ``<hash>.json``; names with a leading dot are unfinished and ignored.
@@ -200,7 +200,7 @@ def ingest(incoming: Path, store: Path, *, expected_fingerprint: str, expected_s
 class _Ingest:
     """One run: what was found and decided so far."""
 
-    def __init__(self, incoming: Path, store: Path, fingerprint: str, spec: SplitSpec) -> None:
+    def __init__(self, incoming: Path, store: Path, fingerprint: str, spec: CutSpec) -> None:
         self.incoming, self.store = incoming, store
         self.fingerprint, self.spec = fingerprint, spec
         self.shards = store / SHARDS
@@ -211,16 +211,16 @@ class _Ingest:
         self.tables: list[pa.Table] = []
 
     def run(self) -> IngestReport:
-        catalogue = read_catalogue(self.store) or Catalogue.empty(self.spec, self.fingerprint)
-        if (catalogue.spec, catalogue.fingerprint) != (self.spec, self.fingerprint):
+        catalog = read_catalog(self.store) or Catalog.empty(self.spec, self.fingerprint)
+        if (catalog.spec, catalog.fingerprint) != (self.spec, self.fingerprint):
             raise InvalidInput(
-                f"the store {self.store} holds scenes of encoder {catalogue.fingerprint} cut at {catalogue.spec.layer!r} "
-                f"{catalogue.spec.shape}, asked to add {self.fingerprint} cut at {self.spec.layer!r} {self.spec.shape}; "
+                f"the store {self.store} holds scenes of encoder {catalog.fingerprint} cut at {catalog.spec.layer!r} "
+                f"{catalog.spec.shape}, asked to add {self.fingerprint} cut at {self.spec.layer!r} {self.spec.shape}; "
                 "one store holds one encoder's scenes: use another folder"
             )
         in_store = self._uploads(self.shards)[0]
         whole = {stem for stem, files in in_store.items() if len(files) == 2}
-        known = catalogue.shards()
+        known = catalog.shards()
         gone = known - whole
         known &= whole
         for stem in sorted(whole - known):  # a run that died after moving them in
@@ -235,11 +235,11 @@ class _Ingest:
             else:
                 self._take(stem, self.incoming, tar, known)
         new_scenes = sum(map(len, self.tables))
-        catalogue = catalogue.without(gone) if gone else catalogue
+        catalog = catalog.without(gone) if gone else catalog
         for table in self.tables:
-            catalogue = catalogue.extended(table)
-        if self.tables or gone or not (self.store / CATALOGUE).exists():
-            write_catalogue(self.store, catalogue)
+            catalog = catalog.extended(table)
+        if self.tables or gone or not (self.store / CATALOG).exists():
+            write_catalog(self.store, catalog)
         return IngestReport(
             accepted=tuple(self.accepted),
             already_there=tuple(self.already_there),
@@ -248,7 +248,7 @@ class _Ingest:
             unrecognised=tuple(unrecognised),
             gone=tuple(sorted(gone)),
             new_scenes=new_scenes,
-            total_scenes=len(catalogue.rows),
+            total_scenes=len(catalog.rows),
         )
 
     @staticmethod

@@ -37,8 +37,8 @@ class Method:
 
     summary: str
     trains: Literal["nothing", "decoder", "all"] = "decoder"
-    labelled: Literal["source", "target"] = "source"
-    unlabelled: Literal["none", "smashed", "raw"] = "smashed"
+    labeled: Literal["source", "target"] = "source"
+    unlabeled: Literal["none", "smashed", "raw"] = "smashed"
     trusted: bool = False
     f_gt: bool = False
     rotate_pasted: float = 0.0
@@ -48,8 +48,8 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "source_only": Method(summary="the checkpoint as it is", trains="nothing", unlabelled="none"),
-    "source_continued": Method(summary="the same extra steps on labelled data alone", unlabelled="none"),
+    "source_only": Method(summary="the checkpoint as it is", trains="nothing", unlabeled="none"),
+    "source_continued": Method(summary="the same extra steps on labelled data alone", unlabeled="none"),
     "pseudo_label": Method(summary="teacher boxes supervise every head, no F-GT", trusted=True),
     "upcycling": Method(summary="hybrid pseudo labels and F-GT", f_gt=True),
     "hybrid": Method(summary="hybrid pseudo labels, no F-GT"),
@@ -66,11 +66,11 @@ METHODS: dict[str, Method] = {
     "rotate": Method(summary="hybrid labels, free rotation of features", augmentation=rotate_free),
     "scale": Method(summary="hybrid labels, scaled feature map", augmentation=scale_map),
     "cut_mix": Method(summary="hybrid labels, halves of two scenes", cut_mix=True),
-    "mean_teacher": Method(summary="raw scans, teacher boxes supervise every head", unlabelled="raw", trains="all", trusted=True),
-    "iou_match": Method(summary="raw scans, hybrid pseudo labels (as 3DIoUMatch)", unlabelled="raw", trains="all"),
+    "mean_teacher": Method(summary="raw scans, teacher boxes supervise every head", unlabeled="raw", trains="all", trusted=True),
+    "iou_match": Method(summary="raw scans, hybrid pseudo labels (as 3DIoUMatch)", unlabeled="raw", trains="all"),
     "st3d": Method(
-        summary="ST3D: self-training on raw scans alone", unlabelled="raw", trains="all", trusted=True, self_training=True
+        summary="ST3D: self-training on raw scans alone", unlabeled="raw", trains="all", trusted=True, self_training=True
     ),
-    "oracle_frozen": Method(summary="source encoder, decoder trained on target labels", labelled="target", unlabelled="none"),
-    "oracle_full": Method(summary="everything trained on target labels", trains="all", labelled="target", unlabelled="none"),
+    "oracle_frozen": Method(summary="source encoder, decoder trained on target labels", labeled="target", unlabeled="none"),
+    "oracle_full": Method(summary="everything trained on target labels", trains="all", labeled="target", unlabeled="none"),
 }

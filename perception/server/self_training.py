@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ...core.files import write_atomically
 from ...core.structures import Frame, Labels, LossTerms, Predictions
-from ...datasets.augment import AugmentationRanges, labelled_example
-from ...datasets.batches import UnlabelledBatches, epoch_indices
+from ...datasets.augment import AugmentationRanges, labeled_example
+from ...datasets.batches import UnlabeledBatches, epoch_indices
 from ...ops.iou3d import iou_bev
 from ..models.detector import Detector
 from ..training.ema import make_teacher, update_ema
@@ -149,7 +149,7 @@ def grown(ranges: AugmentationRanges, config: SelfTrainingConfig, done: float) -
 
 def self_train(
     detector: Detector,
-    scans: UnlabelledBatches,
+    scans: UnlabeledBatches,
     *,
     config: SelfTrainingConfig,
     thresholds: Sequence[ScoreThresholds],
@@ -186,7 +186,7 @@ def self_train(
         ranges = grown(scans.augmentation, config, step / loop.total_steps)
         rows = epoch_indices(len(frames), batch_size, step, scans.seed)
         examples = [replace(frames[i], labels=labels[i].labels()) for i in rows]
-        return tuple(labelled_example(e, rng, ranges, None, keep_range) for e in examples)
+        return tuple(labeled_example(e, rng, ranges, None, keep_range) for e in examples)
 
     def loss(batch: tuple[Frame, ...], step: int) -> LossTerms:
         labels = [f.labels for f in batch if f.labels is not None]
@@ -213,7 +213,7 @@ def self_train(
     return teacher
 
 
-def _label_all(detector: Detector, scans: UnlabelledBatches, thresholds: Sequence[ScoreThresholds]) -> list[Remembered]:
+def _label_all(detector: Detector, scans: UnlabeledBatches, thresholds: Sequence[ScoreThresholds]) -> list[Remembered]:
     """Labels of every scan by the detector as it is, scan by scan, in evaluation mode."""
     detector.eval()
     with torch.no_grad():

@@ -24,17 +24,17 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InvalidInput, UpcycleError
-from ...core.features import Keypoints, SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, cell_centres
+from ...core.features import CutFeatures, CutSpec, Keypoints, SmashedScene, SparseVoxels, cell_centers
 from ...core.files import write_atomically
 from ..wire.codec import decode_scene, round_trip
-from ..wire.cut_json import CorruptScene, canonical_json, spec_from_json, spec_to_json, strict_json
+from ..wire.cut_json import CorruptScene, canonical_json, cut_from_json, cut_to_json, strict_json
 from ..wire.manifest import open_regular
 
-CATALOGUE = "catalogue.parquet"
+CATALOG = "catalogue.parquet"
 SHARDS = "shards"
 QUARANTINE = "quarantine"
 
-_HEADER_KEY = b"upcycle3d.smashed_catalogue"
+_HEADER_KEY = b"upcycle3d.smashed_catalog"
 _VERSION = 2  # 2: keypoints
 _SCHEMA = pa.schema(
     [
@@ -56,48 +56,48 @@ class BrokenStore(UpcycleError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Catalogue:
+class Catalog:
     """All scenes of a store. rows: one a scene, columns as at the top of this file. spec, fingerprint: of all of them."""
 
-    spec: SplitSpec
+    spec: CutSpec
     fingerprint: str
     rows: pa.Table
 
     @staticmethod
-    def empty(spec: SplitSpec, fingerprint: str) -> Catalogue:
-        return Catalogue(spec=spec, fingerprint=fingerprint, rows=_SCHEMA.empty_table())
+    def empty(spec: CutSpec, fingerprint: str) -> Catalog:
+        return Catalog(spec=spec, fingerprint=fingerprint, rows=_SCHEMA.empty_table())
 
     def shards(self) -> set[str]:
         """Stems of the shards that have scenes here."""
         return set(self.rows["shard"].unique().to_pylist())
 
-    def without(self, stems: set[str]) -> Catalogue:
+    def without(self, stems: set[str]) -> Catalog:
         """The catalogue without the scenes of these shards."""
         keep = [stem not in stems for stem in self.rows["shard"].to_pylist()]
-        return Catalogue(spec=self.spec, fingerprint=self.fingerprint, rows=self.rows.filter(pa.array(keep, pa.bool_())))
+        return Catalog(spec=self.spec, fingerprint=self.fingerprint, rows=self.rows.filter(pa.array(keep, pa.bool_())))
 
-    def extended(self, rows: pa.Table) -> Catalogue:
+    def extended(self, rows: pa.Table) -> Catalog:
         """The catalogue with ``rows`` behind its own."""
-        return Catalogue(spec=self.spec, fingerprint=self.fingerprint, rows=pa.concat_tables([self.rows, rows]))
+        return Catalog(spec=self.spec, fingerprint=self.fingerprint, rows=pa.concat_tables([self.rows, rows]))
 
 
-def catalogue_rows(columns: dict[str, list[str] | list[int]]) -> pa.Table:
+def catalog_rows(columns: dict[str, list[str] | list[int]]) -> pa.Table:
     """A table of catalogue rows from equally long columns."""
     return pa.table(columns, schema=_SCHEMA)
 
 
-def write_catalogue(store: Path, catalogue: Catalogue) -> None:
+def write_catalog(store: Path, catalog: Catalog) -> None:
     """Replace the store's catalogue at once. Raises ``OSError``."""
-    header = {"version": _VERSION, "split": spec_to_json(catalogue.spec), "encoder_fingerprint": catalogue.fingerprint}
-    table = catalogue.rows.combine_chunks().replace_schema_metadata({_HEADER_KEY: canonical_json(header)})
+    header = {"version": _VERSION, "split": cut_to_json(catalog.spec), "encoder_fingerprint": catalog.fingerprint}
+    table = catalog.rows.combine_chunks().replace_schema_metadata({_HEADER_KEY: canonical_json(header)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    write_atomically(store / CATALOGUE, [sink.getvalue().to_pybytes()])
+    write_atomically(store / CATALOG, [sink.getvalue().to_pybytes()])
 
 
-def read_catalogue(store: Path) -> Catalogue | None:
+def read_catalog(store: Path) -> Catalog | None:
     """The store's catalogue, or None before the first ingest. Raises ``BrokenStore`` if it cannot be trusted."""
-    path = store / CATALOGUE
+    path = store / CATALOG
     if not path.exists():
         return None
     remedy = "delete it and run ingest: it is rebuilt from the shards"
@@ -111,8 +111,8 @@ def read_catalogue(store: Path) -> Catalogue | None:
         raise BrokenStore(f"the catalogue {path} is not of version {_VERSION}; {remedy}")
     if not table.schema.remove_metadata().equals(_SCHEMA):
         raise BrokenStore(f"the catalogue {path} has the columns {table.schema.names}, expected {_SCHEMA.names}; {remedy}")
-    spec = spec_from_json(header.get("split"), f"the catalogue {path}")
-    return Catalogue(spec=spec, fingerprint=str(header.get("encoder_fingerprint")), rows=table.replace_schema_metadata(None))
+    spec = cut_from_json(header.get("split"), f"the catalogue {path}")
+    return Catalog(spec=spec, fingerprint=str(header.get("encoder_fingerprint")), rows=table.replace_schema_metadata(None))
 
 
 class SmashedStore:
@@ -125,12 +125,12 @@ class SmashedStore:
     """
 
     def __init__(self, store: Path) -> None:
-        catalogue = read_catalogue(store)
-        if catalogue is None:
-            raise BrokenStore(f"{store} holds no {CATALOGUE}; fill it with `upcycle3d ingest`")
-        rows = catalogue.rows
-        self.spec = catalogue.spec
-        self.fingerprint = catalogue.fingerprint
+        catalog = read_catalog(store)
+        if catalog is None:
+            raise BrokenStore(f"{store} holds no {CATALOG}; fill it with `upcycle3d ingest`")
+        rows = catalog.rows
+        self.spec = catalog.spec
+        self.fingerprint = catalog.fingerprint
         self._folder = store / SHARDS
         encoded = rows["shard"].combine_chunks().dictionary_encode()
         self._shards: list[str] = encoded.dictionary.to_pylist()
@@ -168,35 +168,35 @@ class SmashedStore:
         return decode_scene(blob, expected_spec=self.spec, expected_fingerprint=self.fingerprint)
 
 
-def to_split_features(scenes: Sequence[SmashedScene]) -> SplitFeatures:
+def to_cut_features(scenes: Sequence[SmashedScene]) -> CutFeatures:
     """One batch of live features, scenes in order, on the CPU. Raises ``InvalidInput`` if encoders or cuts differ, or without scenes."""
     if not scenes:
-        raise InvalidInput("to_split_features needs at least one scene")
+        raise InvalidInput("to_cut_features needs at least one scene")
     kinds = {(s.spec, s.encoder_fingerprint) for s in scenes}
     if len(kinds) != 1:
         raise InvalidInput(f"scenes of different encoders or cuts do not mix in a batch; found {len(kinds)}: {kinds}")
-    return SplitFeatures.collate([_live(scene) for scene in scenes])
+    return CutFeatures.collate([_live(scene) for scene in scenes])
 
 
-def _live(scene: SmashedScene) -> SplitFeatures:
+def _live(scene: SmashedScene) -> CutFeatures:
     """A batch of one."""
     coords = torch.nn.functional.pad(scene.coords, (1, 0))
     voxels = SparseVoxels(features=scene.features, coords=coords, shape=scene.spec.shape, batch_size=1)
     if scene.spec.keypoints is None:
-        return SplitFeatures(voxels=voxels, spec=scene.spec)
+        return CutFeatures(voxels=voxels, spec=scene.spec)
     keypoints = Keypoints(
-        xyz=cell_centres(scene.keypoint_cells, scene.spec.grid),
+        xyz=cell_centers(scene.keypoint_cells, scene.spec.grid),
         features=scene.keypoint_features,
         starts=(0, len(scene.keypoint_cells)),
     )
-    return SplitFeatures(voxels=voxels, spec=scene.spec, keypoints=keypoints)
+    return CutFeatures(voxels=voxels, spec=scene.spec, keypoints=keypoints)
 
 
-def as_stored(split: SplitFeatures, codec: str) -> SplitFeatures:
+def as_stored(split: CutFeatures, codec: str) -> CutFeatures:
     """Live features after the codec's quantisation, scene by scene, without gradient: as if they came out of a store."""
     scenes = []
     for scene in map(split.scene, range(split.batch_size)):
         voxels = replace(scene.voxels, features=round_trip(scene.voxels.features, codec))
         keypoints = scene.keypoints and replace(scene.keypoints, features=round_trip(scene.keypoints.features, codec))
         scenes.append(replace(scene, voxels=voxels, keypoints=keypoints))
-    return SplitFeatures.collate(scenes)
+    return CutFeatures.collate(scenes)

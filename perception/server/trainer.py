@@ -20,21 +20,21 @@ import numpy as np
 import torch
 
 from ...core.errors import InvalidInput
-from ...core.features import SplitFeatures
+from ...core.features import CutFeatures
 from ...core.structures import Boxes3D, Frame, Labels, LossTerms, Predictions
 from ...datasets.augment import Movement
-from ...datasets.batches import UnlabelledBatches, UnlabelledScan, epoch_indices
+from ...datasets.batches import UnlabeledBatches, UnlabeledScan, epoch_indices
 from ..models.detector import Detector
 from ..training.ema import make_teacher, update_ema
 from ..training.loop import LoopConfig, run_steps
 from ..training.run_folder import RunFolder
 from .feature_augmentation import cut_mix
-from .feature_gt import FeatureDatabase, FeatureGtConfig, paste_objects, sample_objects
+from .feature_gt import FeatureGtConfig, FeatureObjectDatabase, paste_objects, sample_objects
 from .feature_rotation import rotate_objects
 from .methods import Method
 from .pseudo_labels import ScoreThresholds, pseudo_label_quality, teacher_labels, within
 from .self_training import SelfTrainingConfig, self_train
-from .store import SmashedStore, as_stored, to_split_features
+from .store import SmashedStore, as_stored, to_cut_features
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +43,15 @@ log = logging.getLogger(__name__)
 class UpcycleConfig:
     """The server's settings. Everything here is equal for all methods.
 
-    unlabelled_batch: smashed scenes a step, beside ``labelled_batch`` labelled frames. thresholds: one entry per class.
+    unlabeled_batch: smashed scenes a step, beside ``labeled_batch`` labelled frames. thresholds: one entry per class.
     teacher_box_weight: how much box regression learns from a teacher's boxes, where they are routed (hybrid methods).
     obstacle_score: pasted objects keep clear of every teacher box with at least this predicted overlap. ema_decay: the largest.
     round_steps: how often pseudo labels are summed up in the log. self_training: of ``st3d`` alone.
     """
 
     loop: LoopConfig
-    labelled_batch: int
-    unlabelled_batch: int
+    labeled_batch: int
+    unlabeled_batch: int
     thresholds: tuple[ScoreThresholds, ...]
     f_gt: FeatureGtConfig
     teacher_box_weight: float = 1.0
@@ -66,8 +66,8 @@ class UpcycleBatch:
     """One step's input: labelled frames, and by method smashed scenes with their ids, raw unlabelled scans, or neither."""
 
     frames: tuple[Frame, ...]
-    smashed: SplitFeatures | None = None
-    raw: tuple[UnlabelledScan, ...] = ()
+    smashed: CutFeatures | None = None
+    raw: tuple[UnlabeledScan, ...] = ()
     scene_ids: tuple[str, ...] = ()
 
 
@@ -84,11 +84,11 @@ def upcycle(
     detector: Detector,
     *,
     method: Method,
-    labelled: Callable[[int], tuple[Frame, ...]],
+    labeled: Callable[[int], tuple[Frame, ...]],
     store: SmashedStore | None,
-    features: FeatureDatabase | None,
+    features: FeatureObjectDatabase | None,
     config: UpcycleConfig,
-    scans: UnlabelledBatches | None = None,
+    scans: UnlabeledBatches | None = None,
     codec: str = "fp16",
     truth: Mapping[str, Labels] | None = None,
     run: RunFolder | None = None,
@@ -98,16 +98,16 @@ def upcycle(
 ) -> Detector:
     """Train ``detector`` in place by ``method`` and return its EMA teacher, a detector too.
 
-    labelled: the labelled frames of a step (``datasets.batches.LabelledBatches``); for the oracles those of the target.
+    labelled: the labelled frames of a step (``datasets.batches.LabeledBatches``); for the oracles those of the target.
     store: verified smashed scenes; features: F-GT's database, cut from the labelled split by the same encoder.
     scans: the raw unlabelled scans, for the methods that need them.
     truth: labels by scene id (of raw scans: by frame id), only to log how good pseudo labels are; nothing of it reaches training.
     after_step(step, student): called after each 0-based step, to look at the student; it must leave it in training mode.
     Raises InvalidInput if the method needs scenes or a database that are missing, and NonFiniteLoss from the loop.
     """
-    if method.unlabelled == "raw" and scans is None:
+    if method.unlabeled == "raw" and scans is None:
         raise InvalidInput("this method learns from raw unlabelled scans and has none; give the fleet's prepared dataset")
-    if method.unlabelled == "smashed" and (store is None or len(store) == 0):
+    if method.unlabeled == "smashed" and (store is None or len(store) == 0):
         raise InvalidInput(
             "this method learns from smashed scenes and the store is empty; run `upcycle3d extract` and `ingest` first"
         )
@@ -119,7 +119,7 @@ def upcycle(
             scans,
             config=config.self_training,
             thresholds=config.thresholds,
-            batch_size=config.labelled_batch + config.unlabelled_batch,  # as many scenes a step as the other methods
+            batch_size=config.labeled_batch + config.unlabeled_batch,  # as many scenes a step as the other methods
             loop=config.loop,
             ema_decay=config.ema_decay,
             run=run,
@@ -135,14 +135,14 @@ def upcycle(
     seed, this_round = config.loop.seed, _Round()
 
     def batch_at(step: int) -> UpcycleBatch:
-        frames = labelled(step)
-        if method.unlabelled == "raw" and scans is not None:
+        frames = labeled(step)
+        if method.unlabeled == "raw" and scans is not None:
             raw = scans(step)
             return UpcycleBatch(frames=frames, raw=raw, scene_ids=tuple(scan.frame.id for scan in raw))
-        if method.unlabelled == "none" or store is None:
+        if method.unlabeled == "none" or store is None:
             return UpcycleBatch(frames=frames)
-        scenes = [store[i] for i in epoch_indices(len(store), config.unlabelled_batch, step, seed)]
-        return UpcycleBatch(frames=frames, smashed=to_split_features(scenes), scene_ids=tuple(s.scene_id for s in scenes))
+        scenes = [store[i] for i in epoch_indices(len(store), config.unlabeled_batch, step, seed)]
+        return UpcycleBatch(frames=frames, smashed=to_cut_features(scenes), scene_ids=tuple(s.scene_id for s in scenes))
 
     def loss(batch: UpcycleBatch, step: int) -> LossTerms:
         split = detector.encode([f.points for f in batch.frames])
@@ -150,12 +150,12 @@ def upcycle(
         if method.trains != "all":
             split = as_stored(split, codec)
         if batch.scene_ids:
-            scenes, pseudo = _unlabelled(batch, np.random.default_rng([seed, step, 1]))
-            split = SplitFeatures.collate([split, *scenes])
+            scenes, pseudo = _unlabeled(batch, np.random.default_rng([seed, step, 1]))
+            split = CutFeatures.collate([split, *scenes])
             labels += pseudo
         return detector.loss(detector.decode(split, labels), labels)
 
-    def _unlabelled(batch: UpcycleBatch, rng: np.random.Generator) -> tuple[list[SplitFeatures], list[Labels]]:
+    def _unlabeled(batch: UpcycleBatch, rng: np.random.Generator) -> tuple[list[CutFeatures], list[Labels]]:
         with torch.no_grad():
             clean = (
                 teacher.encode([scan.frame.points for scan in batch.raw])
@@ -181,9 +181,7 @@ def upcycle(
             changed = [cut_mix(a, labels_a, b, labels_b, rng) for (a, labels_a), (b, labels_b) in pairs]
         return [s for s, _ in changed], [p for _, p in changed]
 
-    def _change(
-        scene: SplitFeatures, labels: Labels, found: Predictions, rng: np.random.Generator
-    ) -> tuple[SplitFeatures, Labels]:
+    def _change(scene: CutFeatures, labels: Labels, found: Predictions, rng: np.random.Generator) -> tuple[CutFeatures, Labels]:
         if method.f_gt and features is not None:
             obstacles = Boxes3D(data=found.boxes.data[found.iou_scores >= config.obstacle_score])
             objects = sample_objects(features, labels, obstacles, config.f_gt, rng)
@@ -196,7 +194,7 @@ def upcycle(
 
     def finish_step(step: int) -> None:
         update_ema(teacher, detector, step, config.ema_decay)
-        if method.unlabelled != "none" and (step + 1) % config.round_steps == 0:
+        if method.unlabeled != "none" and (step + 1) % config.round_steps == 0:
             _log_round(this_round, step, run)
         if after_step is not None:
             after_step(step, detector)

@@ -25,7 +25,7 @@ class SupervisedConfig:
 
 def train_supervised(
     detector: Detector,
-    labelled: Callable[[int], tuple[Frame, ...]],
+    labeled: Callable[[int], tuple[Frame, ...]],
     config: LoopConfig,
     *,
     run: RunFolder | None = None,
@@ -33,7 +33,7 @@ def train_supervised(
     context: DistributedContext | None = None,
     progress: bool = True,
 ) -> TrainResult:
-    """Train ``detector`` in place. labelled: the frames of a step (``datasets.batches.LabelledBatches``), of this rank."""
+    """Train ``detector`` in place. labelled: the frames of a step (``datasets.batches.LabeledBatches``), of this rank."""
 
     def loss(frames: tuple[Frame, ...], step: int) -> LossTerms:
         labels = [f.labels for f in frames if f.labels is not None]
@@ -43,7 +43,7 @@ def train_supervised(
     result = run_steps(
         modules={"student": detector},
         trainable=[p for p in detector.parameters() if p.requires_grad],
-        batches=labelled,
+        batches=labeled,
         loss=loss,
         config=config,
         run=run,

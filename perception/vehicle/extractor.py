@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import InvalidInput
-from ...core.features import Keypoints, SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, cells_of_centres
+from ...core.features import CutFeatures, CutSpec, Keypoints, SmashedScene, SparseVoxels, cells_of_centers
 from ...core.rig import RigSpec
 from ...core.structures import PointCloud
 from ..models.encoders.fingerprint import encoder_fingerprint
@@ -34,13 +34,13 @@ from ..wire.shards import ShardWriteError, ShardWriter
 class VehicleEncoder(Protocol):
     """What an extractor needs of an encoder (an ``nn.Module``): its cut, and its two stages, timed apart."""
 
-    spec: SplitSpec
+    spec: CutSpec
 
     def voxelize(self, points: Sequence[PointCloud], /) -> SparseVoxels:
         """Input voxels of a batch."""
         ...
 
-    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels, /) -> SplitFeatures:
+    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels, /) -> CutFeatures:
         """What is at the cut: the sparse backbone's voxels and, of PV-RCNN, the keypoints of its set abstraction."""
         ...
 
@@ -68,7 +68,7 @@ class Extractor:
         missing = [name for name in ("spec", "voxelize", "features") if not hasattr(encoder, name)]
         if missing:
             raise InvalidInput(f"{type(encoder).__name__} cannot run on a vehicle: it has no {', '.join(missing)}")
-        spec: SplitSpec = encoder.spec  # type: ignore[assignment]
+        spec: CutSpec = encoder.spec  # type: ignore[assignment]
         if spec.keypoints is not None and spec.keypoints.source == "raw_points":
             raise InvalidInput(
                 f"{type(encoder).__name__} cannot run on a vehicle: its keypoints are exact LiDAR points of the scan, as in the "
@@ -117,7 +117,7 @@ class Extractor:
         """Cells (K, 3) of the input grid and features (K, C) of keypoints, in their order; none without."""
         if keypoints is None:
             return torch.zeros(0, 3, dtype=torch.int32), torch.zeros(0, 0)
-        return cells_of_centres(keypoints.xyz, self.spec.grid), keypoints.features.float().clone()
+        return cells_of_centers(keypoints.xyz, self.spec.grid), keypoints.features.float().clone()
 
     def _now(self) -> float:
         if self._device.type == "cuda":

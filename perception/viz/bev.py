@@ -30,10 +30,10 @@ from torch import Tensor
 
 from ...core.boxes import corners_bev
 from ...core.errors import InvalidInput
-from ...core.features import SmashedScene, SplitFeatures
+from ...core.features import CutFeatures, SmashedScene
 from ...core.structures import Labels, PointCloud, Predictions
 
-Ground = PointCloud | SmashedScene | SplitFeatures | None  # what lies under the boxes
+Ground = PointCloud | SmashedScene | CutFeatures | None  # what lies under the boxes
 
 TRUTH, DETECTION = "#0072B2", "#D55E00"  # Okabe and Ito's blue and vermilion
 _INK, _QUIET, _PAPER, _GRID = "#1B2228", "#5B6670", "#FBFBF9", "#E4E7E9"
@@ -41,7 +41,7 @@ _HEIGHT = LinearSegmentedColormap.from_list("height", ["#C9CED2", "#97A4A5", "#5
 _NORM = LinearSegmentedColormap.from_list("norm", ["#E6EDE4", "#A9C4AE", "#63907A", "#1F4A3C"])
 _DPI = 100
 _LEFT, _RIGHT, _TOP, _BOTTOM, _LEGEND = 46, 12, 30, 38, 26  # px around a panel, and below all panels
-_LABELLED = 12  # boxes that carry a text, the best first
+_LABELED = 12  # boxes that carry a text, the best first
 
 
 class Panel(NamedTuple):
@@ -76,7 +76,7 @@ def bev_png(
 
 
 def bev_features_png(
-    features: SmashedScene | SplitFeatures,
+    features: SmashedScene | CutFeatures,
     *,
     truth: Labels | None = None,
     predictions: Predictions | None = None,
@@ -175,17 +175,17 @@ def _points_image(
     row = ((view[2] - xyz[:, 0]) / (view[2] - view[0]) * size[0]).astype(np.int64)
     column = ((view[3] - xyz[:, 1]) / (view[3] - view[1]) * size[1]).astype(np.int64)
     shade = (xyz[:, 2] - heights[0]) / max(heights[1] - heights[0], 1e-6)
-    colours = _HEIGHT(np.round(np.clip(shade, 0, 1) * 15) / 15, bytes=True)  # 16 shades are enough and compress well
+    colors = _HEIGHT(np.round(np.clip(shade, 0, 1) * 15) / 15, bytes=True)  # 16 shades are enough and compress well
     for down in (0, 1):
         for right in (0, 1):
-            image[np.clip(row + down, 0, size[0] - 1), np.clip(column + right, 0, size[1] - 1)] = colours
+            image[np.clip(row + down, 0, size[0] - 1), np.clip(column + right, 0, size[1] - 1)] = colors
     return image
 
 
 def _features_image(
     cells: Tensor,
     features: Tensor,
-    source: SmashedScene | SplitFeatures,
+    source: SmashedScene | CutFeatures,
     view: tuple[float, float, float, float],
     size: tuple[int, int],
 ) -> np.ndarray:
@@ -277,16 +277,16 @@ def _draw_boxes(
         _label_boxes(axes, truth.boxes.data, [class_names[c] for c in truth.classes.tolist()], truth, view, px_per_m, TRUTH)
 
 
-def _outline(axes: Axes, corners: np.ndarray, colour: str, *, width: float, dashed: bool, fill: float, zorder: int) -> None:
+def _outline(axes: Axes, corners: np.ndarray, color: str, *, width: float, dashed: bool, fill: float, zorder: int) -> None:
     """corners: (4, 2) x, y m, from front left counter-clockwise. The picture's horizontal axis is y."""
     flat = corners[:, ::-1]
     style = (0, (3, 2)) if dashed else "solid"
     if fill:
-        axes.add_patch(Polygon(flat, closed=True, facecolor=colour, alpha=fill, linewidth=0, zorder=zorder))
-    axes.add_patch(Polygon(flat, closed=True, fill=False, edgecolor=colour, linewidth=width, linestyle=style, zorder=zorder))
+        axes.add_patch(Polygon(flat, closed=True, facecolor=color, alpha=fill, linewidth=0, zorder=zorder))
+    axes.add_patch(Polygon(flat, closed=True, fill=False, edgecolor=color, linewidth=width, linestyle=style, zorder=zorder))
     middle, front = flat.mean(0), (flat[0] + flat[3]) / 2
     tip = front + 0.35 * (front - middle)
-    axes.add_line(Line2D([middle[0], tip[0]], [middle[1], tip[1]], color=colour, linewidth=width, zorder=zorder))
+    axes.add_line(Line2D([middle[0], tip[0]], [middle[1], tip[1]], color=color, linewidth=width, zorder=zorder))
 
 
 def _label_boxes(
@@ -296,7 +296,7 @@ def _label_boxes(
     truth: Labels | None,
     view: tuple[float, float, float, float],
     px_per_m: float,
-    colour: str,
+    color: str,
 ) -> None:
     """A text right or left of each box, first come first served: inside the view, never over another text, rather not over a box."""
     everything = boxes.detach().cpu() if truth is None else torch.cat([boxes.detach().cpu(), truth.boxes.data.detach().cpu()])
@@ -305,7 +305,7 @@ def _label_boxes(
     outlines = [(*a, *b) for a, b in zip(low, high, strict=True)]  # x0, y0, x1, y1 m
     written: list[tuple[float, ...]] = []
     half, gap = 7 / px_per_m, 4 / px_per_m
-    for (x0, y0, x1, y1), text in list(zip(outlines, texts))[:_LABELLED]:
+    for (x0, y0, x1, y1), text in list(zip(outlines, texts))[:_LABELED]:
         x, width = (x0 + x1) / 2, 6.8 * len(text) / px_per_m
         if not (view[0] < x < view[2] and view[1] < (y0 + y1) / 2 < view[3]):
             continue
@@ -314,7 +314,7 @@ def _label_boxes(
         if places:
             place = min(places, key=lambda p: sum(_overlap(p, box) for box in outlines))  # the right one if both are as free
             written.append(place)
-            shown = axes.text(place[3], x, text.replace("$", r"\$"), fontsize=8, color=colour, ha="left", va="center", zorder=5)
+            shown = axes.text(place[3], x, text.replace("$", r"\$"), fontsize=8, color=color, ha="left", va="center", zorder=5)
             shown.set_bbox({"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8})
             shown.set_clip_on(True)
 
@@ -336,7 +336,7 @@ def _legend(panels: Sequence[Panel], min_score: float) -> list[Patch | Line2D]:
     if any(isinstance(p.ground, PointCloud) for p in panels):
         for shade, name in ((0.0, "low point"), (1.0, "high point")):
             entries.append(Line2D([], [], linestyle="", marker="s", markersize=5, color=_HEIGHT(shade), label=name))
-    if any(isinstance(p.ground, SmashedScene | SplitFeatures) for p in panels):
+    if any(isinstance(p.ground, SmashedScene | CutFeatures) for p in panels):
         for shade, name in ((0.1, "weak feature"), (1.0, "strong feature")):
             entries.append(Patch(facecolor=_NORM(shade), label=name))
     entries.append(Line2D([], [], linestyle="", marker="^", markersize=6, color=_INK, label="sensor"))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...core.errors import InvalidInput
-from .svg import LINE, PALETTE, WIDTH, Plot, Rows, Svg, colour_of, linear_ticks, text_width
+from .svg import LINE, PALETTE, WIDTH, Plot, Rows, Svg, color_of, linear_ticks, text_width
 
 QUIET = "#8A939C"  # bars that are not the point of the chart
 
@@ -86,9 +86,9 @@ def line_chart(
         ends.append((float(x_at(x[last])), float(y_at(mean[last])), index))
         if ok.sum() == 1 or len(x) <= 12:
             for px, py in zip(x_at(x[ok]), y_at(mean[ok]), strict=True):
-                plot.svg.circle(px, py, 3, colour_of(index))
+                plot.svg.circle(px, py, 3, color_of(index))
     for (end_x, end_y, index), label_y in zip(*_spread(ends, plot.top, plot.bottom), strict=True):
-        plot.svg.polyline([(end_x + 2, end_y), (plot.right + 4, label_y), (plot.right + 10, label_y)], colour_of(index), width=1)
+        plot.svg.polyline([(end_x + 2, end_y), (plot.right + 4, label_y), (plot.right + 10, label_y)], color_of(index), width=1)
         plot.svg.text(plot.right + 14, label_y + 4, series[index].name)
     return plot.svg.done()
 
@@ -119,8 +119,8 @@ def bar_chart(
     at = rows.axis(low, high)
     for index, (value, error) in enumerate(zip(values, spread, strict=True)):
         y = rows.middle(index)
-        colour = PALETTE[0] if highlight is None else PALETTE[1] if index == highlight else QUIET
-        rows.svg.rect(min(at(0), at(value)), y - 9, abs(at(value) - at(0)), 18, colour)
+        color = PALETTE[0] if highlight is None else PALETTE[1] if index == highlight else QUIET
+        rows.svg.rect(min(at(0), at(value)), y - 9, abs(at(value) - at(0)), 18, color)
         if error:
             rows.svg.whisker(at(value - error), at(value + error), y)
         end = max(at(0), at(value + error))
@@ -162,16 +162,16 @@ def gap_chart(
     source_text, oracle_text, *texts = numbers_text([source_only, oracle, *values])
     ends = [(f"source-only {source_text}", source_only, QUIET), (f"oracle {oracle_text}", oracle, PALETTE[2])]
     ends.sort(key=lambda end: end[1])
-    for (name, value, colour), anchor in zip(ends, ("start", "end"), strict=True):
-        rows.svg.line(at(value), rows.plot.top - 4, at(value), rows.plot.bottom, colour=colour, width=2)
+    for (name, value, color), anchor in zip(ends, ("start", "end"), strict=True):
+        rows.svg.line(at(value), rows.plot.top - 4, at(value), rows.plot.bottom, color=color, width=2)
         x, anchor = _keep_inside(at(value), name, anchor, rows.plot.left - 90, WIDTH - 4)
         rows.svg.text(x, rows.plot.top - (26 if anchor == "start" else 10), name, anchor=anchor)
     for index, ((_, value), error) in enumerate(zip(methods, spread, strict=True)):
         y = rows.middle(index)
-        rows.svg.line(at(source_only), y, at(value), y, colour=colour_of(index), width=7, opacity=0.55)
+        rows.svg.line(at(source_only), y, at(value), y, color=color_of(index), width=7, opacity=0.55)
         if error:
             rows.svg.whisker(at(value - error), at(value + error), y)
-        rows.svg.circle(at(value), y, 6, colour_of(index))
+        rows.svg.circle(at(value), y, 6, color_of(index))
         rows.svg.text(at(value), y - 9, texts[index], anchor="middle")
         if gap > 0:
             rows.svg.text(
@@ -198,18 +198,18 @@ def stacked_bars(labels: Sequence[str], stages: Sequence[tuple[str, Sequence[flo
     for line, names in enumerate(legend_rows):
         for x, index in names:
             y = rows.plot.top - 20 * (len(legend_rows) - line) + 4
-            rows.svg.rect(x, y - 10, 11, 11, colour_of(index))
+            rows.svg.rect(x, y - 10, 11, 11, color_of(index))
             rows.svg.text(x + 16, y, stages[index][0])
     texts = numbers_text([value for _, values in stages for value in values] + totals)
     for row, total in enumerate(totals):
         start, y = 0.0, rows.middle(row)
         for index, (_, values) in enumerate(stages):
             left, right = at(start), at(start + values[row])
-            rows.svg.rect(left, y - 11, right - left, 22, colour_of(index))
+            rows.svg.rect(left, y - 11, right - left, 22, color_of(index))
             text = texts[index * len(labels) + row]
             if right - left > text_width(text) + 8:
-                ink = "#000000" if colour_of(index) in PALETTE[3:] else "#FFFFFF"
-                rows.svg.text((left + right) / 2, y + 4, text, anchor="middle", colour=ink)
+                ink = "#000000" if color_of(index) in PALETTE[3:] else "#FFFFFF"
+                rows.svg.text((left + right) / 2, y + 4, text, anchor="middle", color=ink)
             start += values[row]
         rows.svg.text(at(total) + 6, y + 4, texts[len(stages) * len(labels) + row], bold=True)
     return rows.svg.done()

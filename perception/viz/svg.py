@@ -33,31 +33,31 @@ class Svg:
 
     def text(
         self, x: float, y: float, string: str, *, size: int = FONT, anchor: str = "start", bold: bool = False,
-        opacity: float = 1.0, colour: str = "currentColor",
+        opacity: float = 1.0, color: str = "currentColor",
     ) -> None:  # fmt: skip
         extra = (' font-weight="600"' if bold else "") + (f' opacity="{opacity}"' if opacity < 1 else "")
         extra += f' text-anchor="{anchor}"' if anchor != "start" else ""
         clean = escape(_printable(string))
-        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}"{extra}>{clean}</text>')
+        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{color}"{extra}>{clean}</text>')
 
     def line(
-        self, x0: float, y0: float, x1: float, y1: float, *, colour: str = "currentColor", width: float = 1.0, opacity: float = 1.0
+        self, x0: float, y0: float, x1: float, y1: float, *, color: str = "currentColor", width: float = 1.0, opacity: float = 1.0
     ) -> None:  # fmt: skip
         self.parts.append(
-            f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="{colour}" stroke-width="{width}" opacity="{opacity}"/>'
+            f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="{color}" stroke-width="{width}" opacity="{opacity}"/>'
         )
 
-    def rect(self, x: float, y: float, width: float, height: float, colour: str, opacity: float = 1.0) -> None:
+    def rect(self, x: float, y: float, width: float, height: float, color: str, opacity: float = 1.0) -> None:
         self.parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}" opacity="{opacity}"/>'
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{color}" opacity="{opacity}"/>'
         )
 
-    def circle(self, x: float, y: float, radius: float, colour: str) -> None:
-        self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}"/>')
+    def circle(self, x: float, y: float, radius: float, color: str) -> None:
+        self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{color}"/>')
 
-    def polyline(self, points: Sequence[tuple[float, float]], colour: str, *, width: float) -> None:
+    def polyline(self, points: Sequence[tuple[float, float]], color: str, *, width: float) -> None:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" opacity="0.7"/>')
+        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}" opacity="0.7"/>')
 
     def whisker(self, x0: float, x1: float, y: float) -> None:
         for a, b, c, d in ((x0, y, x1, y), (x0, y - 5, x0, y + 5), (x1, y - 5, x1, y + 5)):
@@ -74,7 +74,7 @@ class Svg:
                 pen_down = False
         dash = ' stroke-dasharray="6 4"' if index >= len(PALETTE) else ""
         self.parts.append(
-            f'<path d="{"".join(commands)}" fill="none" stroke="{colour_of(index)}" stroke-width="2" stroke-linejoin="round" '
+            f'<path d="{"".join(commands)}" fill="none" stroke="{color_of(index)}" stroke-width="2" stroke-linejoin="round" '
             f'opacity="{opacity}"{dash}/>'
         )
 
@@ -155,7 +155,7 @@ class Rows:
 # ---- arithmetic ----------------------------------------------------------------------------------------------------------
 
 
-def colour_of(index: int) -> str:
+def color_of(index: int) -> str:
     """The colour of series ``index``; after the sixth the palette starts again."""
     return PALETTE[index % len(PALETTE)]
 

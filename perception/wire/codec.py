@@ -35,8 +35,8 @@ from safetensors import numpy as safetensors_numpy
 from torch import Tensor
 
 from ...core.errors import InvalidInput, UpcycleError
-from ...core.features import SMASHED_SCHEMA_VERSION, SmashedScene, SplitSpec
-from .cut_json import CorruptScene, canonical_json, spec_to_json, strict_json
+from ...core.features import SMASHED_SCHEMA_VERSION, CutSpec, SmashedScene
+from .cut_json import CorruptScene, canonical_json, cut_to_json, strict_json
 
 CODECS = ("fp16", "int8")
 FEATURE_LIMIT = 65504.0  # the largest half-precision number
@@ -62,14 +62,14 @@ class FeatureOverflow(UpcycleError):
 # --------------------------------------------------------------------------------------------------------- coordinates
 
 
-def _cells(spec: SplitSpec) -> int:
+def _cells(spec: CutSpec) -> int:
     cells = math.prod(spec.shape)
     if not 0 < cells < _CELL_CAP:
         raise InvalidInput(f"a grid of {spec.shape} has {cells} cells; smashed scenes hold 1 to {_CELL_CAP - 1}")
     return cells
 
 
-def _keypoint_sizes(spec: SplitSpec) -> tuple[int, int]:
+def _keypoint_sizes(spec: CutSpec) -> tuple[int, int]:
     """At most so many keypoints a scene, of so many channels; (0, 0) without."""
     if spec.keypoints is None:
         return (0, 0)
@@ -81,7 +81,7 @@ def _keypoint_sizes(spec: SplitSpec) -> tuple[int, int]:
     return (spec.keypoints.count, spec.keypoints.channels)
 
 
-def _pack_coords(coords: NDArray[np.int32], spec: SplitSpec) -> NDArray[np.uint8]:
+def _pack_coords(coords: NDArray[np.int32], spec: CutSpec) -> NDArray[np.uint8]:
     """(M, 3) ascending z, y, x -> (width, M) bytes: free cells before each cell, least significant plane first."""
     _, height, length = spec.shape
     wide = coords.astype(np.int64)
@@ -91,7 +91,7 @@ def _pack_coords(coords: NDArray[np.int32], spec: SplitSpec) -> NDArray[np.uint8
     return np.ascontiguousarray(gap.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :width].T)
 
 
-def _unpack_coords(planes: NDArray[np.uint8], spec: SplitSpec) -> NDArray[np.int32]:
+def _unpack_coords(planes: NDArray[np.uint8], spec: CutSpec) -> NDArray[np.int32]:
     """Inverse of ``_pack_coords``; ascending and unique by construction. Raises ``CorruptScene`` outside the grid."""
     cells = _cells(spec)
     _, height, length = spec.shape
@@ -117,7 +117,7 @@ def _check_codec(codec: str) -> None:
         raise InvalidInput(f"unknown codec {codec!r}; choose one of {CODECS}")
 
 
-def _quantise(features: Tensor, codec: str, prefix: str = "") -> dict[str, Tensor]:
+def _quantize(features: Tensor, codec: str, prefix: str = "") -> dict[str, Tensor]:
     """(M, C) float -> what is stored, each name behind ``prefix``: "" or "keypoint_".
 
     Raises ``FeatureOverflow`` beyond half precision's range, in both codecs.
@@ -142,7 +142,7 @@ def _quantise(features: Tensor, codec: str, prefix: str = "") -> dict[str, Tenso
     return {f"{prefix}features": steps, f"{prefix}feature_low": low, f"{prefix}feature_scale": scale}
 
 
-def _dequantise(stored: dict[str, Tensor], prefix: str = "") -> Tensor:
+def _dequantize(stored: dict[str, Tensor], prefix: str = "") -> Tensor:
     """(M, C) float32 from what ``_quantise`` gave."""
     values = stored[f"{prefix}features"].float()
     if f"{prefix}feature_low" not in stored:
@@ -163,7 +163,7 @@ def round_trip(features: Tensor, codec: str) -> Tensor:
     in any order. Returns float32, equal bit for bit to encoding and decoding, so that labelled raw scenes and stored scenes meet
     the decoder alike. Raises ``FeatureOverflow`` as ``encode_scene`` does.
     """
-    return _dequantise(_quantise(features, codec))
+    return _dequantize(_quantize(features, codec))
 
 
 # --------------------------------------------------------------------------------------------------------------- bytes
@@ -176,7 +176,7 @@ def _feature_layout(codec: str, m: int, channels: int, prefix: str = "") -> dict
     return layout
 
 
-def _layout(spec: SplitSpec, codec: str, width: int, m: int, k: int) -> dict[str, tuple[str, list[int]]]:
+def _layout(spec: CutSpec, codec: str, width: int, m: int, k: int) -> dict[str, tuple[str, list[int]]]:
     """safetensors dtype and shape of every tensor in a scene of ``m`` voxels and ``k`` keypoints."""
     layout = {"coord_gaps": ("U8", [width, m]), **_feature_layout(codec, m, spec.channels)}
     if spec.keypoints is not None:
@@ -184,13 +184,13 @@ def _layout(spec: SplitSpec, codec: str, width: int, m: int, k: int) -> dict[str
     return layout
 
 
-def _max_raw_bytes(spec: SplitSpec) -> int:
+def _max_raw_bytes(spec: CutSpec) -> int:
     voxels = _cells(spec) * (4 + 2 * spec.channels) + 8 * spec.channels
     count, channels = _keypoint_sizes(spec)
     return 8 + _HEADER_CAP + voxels + count * (6 + 2 * channels) + 8 * channels
 
 
-def max_encoded_bytes(spec: SplitSpec) -> int:
+def max_encoded_bytes(spec: CutSpec) -> int:
     """No encoded scene of ``spec`` is longer: every cell and keypoint there, and zstd's bound for data that does not compress."""
     raw = _max_raw_bytes(spec)
     return raw + raw // 256 + 1024
@@ -204,9 +204,9 @@ def encode_scene(scene: SmashedScene) -> bytes:
     """
     _cells(scene.spec)
     _keypoint_sizes(scene.spec)
-    stored = _quantise(scene.features, scene.codec)
+    stored = _quantize(scene.features, scene.codec)
     if scene.spec.keypoints is not None:
-        stored |= _quantise(scene.keypoint_features, scene.codec, "keypoint_")
+        stored |= _quantize(scene.keypoint_features, scene.codec, "keypoint_")
     if not _SCENE_ID_PATTERN.fullmatch(scene.scene_id):
         raise InvalidInput(
             f"scene_id must be 32 random hexadecimal digits (secrets.token_hex(16)), found {scene.scene_id[:80]!r}"
@@ -216,7 +216,7 @@ def encode_scene(scene: SmashedScene) -> bytes:
     header = {
         "schema_version": scene.schema_version,
         "codec": scene.codec,
-        "split": spec_to_json(scene.spec),
+        "split": cut_to_json(scene.spec),
         "encoder_fingerprint": scene.encoder_fingerprint,
         "scene_id": scene.scene_id,
     }
@@ -228,7 +228,7 @@ def encode_scene(scene: SmashedScene) -> bytes:
     return zstandard.ZstdCompressor(level=1, write_checksum=True, write_content_size=True).compress(raw)
 
 
-def _decompress(data: bytes, spec: SplitSpec) -> bytes:
+def _decompress(data: bytes, spec: CutSpec) -> bytes:
     """The frame's content, after every declared size was held against what ``spec`` allows."""
     if len(data) > max_encoded_bytes(spec):
         raise CorruptScene(f"a scene of {len(data)} bytes is longer than this cut allows ({max_encoded_bytes(spec)}); refused")
@@ -273,7 +273,7 @@ def _read_header(raw: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, list[
     return header, tensors
 
 
-def _check_header(header: dict[str, Any], spec: SplitSpec, fingerprint: str) -> None:
+def _check_header(header: dict[str, Any], spec: CutSpec, fingerprint: str) -> None:
     if header["schema_version"] != SMASHED_SCHEMA_VERSION:
         raise ForeignScene(
             f"the scene has schema version {str(header['schema_version'])[:20]}, this reader knows {SMASHED_SCHEMA_VERSION}; "
@@ -290,8 +290,8 @@ def _check_header(header: dict[str, Any], spec: SplitSpec, fingerprint: str) -> 
             f"the scene was made by encoder {str(header['encoder_fingerprint'])[:64]}, expected {fingerprint}; features of two "
             "encoders do not mix: update the vehicle or train a decoder for its encoder"
         )
-    if header["split"] != spec_to_json(spec):
-        raise ForeignScene(f"the scene was cut at {str(header['split'])[:400]}, expected {spec_to_json(spec)}")
+    if header["split"] != cut_to_json(spec):
+        raise ForeignScene(f"the scene was cut at {str(header['split'])[:400]}, expected {cut_to_json(spec)}")
 
 
 def _declared(
@@ -307,7 +307,7 @@ def _declared(
     return (shape[0], shape[1])
 
 
-def decode_scene(data: bytes, *, expected_spec: SplitSpec, expected_fingerprint: str) -> SmashedScene:
+def decode_scene(data: bytes, *, expected_spec: CutSpec, expected_fingerprint: str) -> SmashedScene:
     """Inverse of ``encode_scene`` for bytes from outside; memory is bounded by ``expected_spec``'s grid and keypoints.
 
     Raises ``CorruptScene`` for damaged bytes, ``ForeignScene`` for an intact scene of another encoder, cut or schema version,
@@ -332,9 +332,9 @@ def decode_scene(data: bytes, *, expected_spec: SplitSpec, expected_fingerprint:
     return SmashedScene(
         spec=expected_spec,
         coords=coords,
-        features=_dequantise(stored),
+        features=_dequantize(stored),
         keypoint_cells=torch.from_numpy(keypoint_cells),
-        keypoint_features=torch.zeros(0, 0) if expected_spec.keypoints is None else _dequantise(stored, "keypoint_"),
+        keypoint_features=torch.zeros(0, 0) if expected_spec.keypoints is None else _dequantize(stored, "keypoint_"),
         codec=header["codec"],
         encoder_fingerprint=header["encoder_fingerprint"],
         scene_id=header["scene_id"],

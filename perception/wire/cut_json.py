@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from ...core.errors import InvalidInput, UpcycleError
-from ...core.features import KeypointSpec, SplitSpec, VoxelGrid
+from ...core.features import CutSpec, KeypointSpec, VoxelGrid
 
 
 class CorruptScene(UpcycleError):
@@ -37,7 +37,7 @@ def strict_json(data: bytes, what: str) -> Any:
         raise CorruptScene(f"{what} is not valid JSON: {error}") from error
 
 
-def spec_to_json(spec: SplitSpec) -> dict[str, Any]:
+def cut_to_json(spec: CutSpec) -> dict[str, Any]:
     """The cut as plain values. Raises ``InvalidInput`` for one whose keypoints are raw points: no file has a word for them."""
     keypoints = spec.keypoints
     if keypoints is not None and keypoints.source != "voxel_centers":
@@ -55,8 +55,8 @@ def spec_to_json(spec: SplitSpec) -> dict[str, Any]:
     }
 
 
-def spec_from_json(record: Any, what: str) -> SplitSpec:
-    """Inverse of ``spec_to_json`` for a record from outside; raises ``CorruptScene`` or ``InvalidInput`` that names ``what``."""
+def cut_from_json(record: Any, what: str) -> CutSpec:
+    """Inverse of ``cut_to_json`` for a record from outside; raises ``CorruptScene`` or ``InvalidInput`` that names ``what``."""
 
     def numbers(value: Any, count: int, kinds: tuple[type, ...], low: float, high: float) -> tuple[Any, ...]:
         fits = isinstance(value, list) and len(value) == count and all(type(v) in kinds and low <= v <= high for v in value)
@@ -82,7 +82,7 @@ def spec_from_json(record: Any, what: str) -> SplitSpec:
     extent = numbers(grid["range"], 6, (int, float), -1e6, 1e6)
     voxel_size = numbers(grid["voxel_size"], 3, (int, float), 1e-6, 1e6)
     voxel_grid = VoxelGrid(range=extent, voxel_size=voxel_size)  # type: ignore[arg-type]
-    return SplitSpec(
+    return CutSpec(
         layer=layer,
         channels=channels,
         stride=stride,  # type: ignore[arg-type]

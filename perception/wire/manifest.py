@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import UpcycleError
-from ...core.features import SMASHED_SCHEMA_VERSION, SplitSpec
+from ...core.features import SMASHED_SCHEMA_VERSION, CutSpec
 from .codec import CODECS, FINGERPRINT_PATTERN, ForeignScene, max_encoded_bytes
-from .cut_json import canonical_json, spec_from_json, spec_to_json, strict_json
+from .cut_json import canonical_json, cut_from_json, cut_to_json, strict_json
 
 SCHEMA = "upcycle3d.smashed_shard"
 MEMBER_SUFFIX = ".safetensors.zst"
@@ -49,7 +49,7 @@ class ShardMember:
 class ShardManifest:
     """What a shard holds. members: in tar order. tar_sha256, tar_bytes: of the whole tar. ``stem`` names both files."""
 
-    spec: SplitSpec
+    spec: CutSpec
     encoder_fingerprint: str
     codec: str
     members: tuple[ShardMember, ...]
@@ -69,7 +69,7 @@ class ShardManifest:
         record = {
             "schema": SCHEMA,
             "schema_version": SMASHED_SCHEMA_VERSION,
-            "split": spec_to_json(self.spec),
+            "split": cut_to_json(self.spec),
             "encoder_fingerprint": self.encoder_fingerprint,
             "codec": self.codec,
             "count": len(self.members),
@@ -149,7 +149,7 @@ def parse_manifest(data: bytes) -> ShardManifest:
     _keys(record["tar"], {"name", "bytes", "sha256"}, "the manifest's tar")
     if record["codec"] not in CODECS:
         raise BrokenShard(f"the manifest's codec must be one of {CODECS}, found {str(record['codec'])[:80]!r}")
-    spec = spec_from_json(record["split"], "the manifest's split")
+    spec = cut_from_json(record["split"], "the manifest's split")
     if not isinstance(record["members"], list) or not 1 <= len(record["members"]) <= MAX_MEMBERS:
         raise BrokenShard(f"the manifest must list 1..{MAX_MEMBERS} members")
     if record["count"] != len(record["members"]):

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Self
 
 from ...core.errors import InvalidInput, UpcycleError
-from ...core.features import SmashedScene, SplitSpec
+from ...core.features import CutSpec, SmashedScene
 from ...core.files import write_atomically
 from .codec import CODECS, encode_scene
 from .manifest import (
@@ -75,7 +75,7 @@ class ShardWriter:
         self,
         folder: Path,
         *,
-        spec: SplitSpec,
+        spec: CutSpec,
         fingerprint: str,
         codec: str,
         scenes_per_shard: int = 256,

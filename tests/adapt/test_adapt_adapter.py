@@ -96,7 +96,7 @@ def test_every_epoch_is_reported_and_the_classifier_is_frozen(world):
     [
         AdaptConfig.paper(),
         replace(SMALL, affinity_weight=0.0),
-        replace(SMALL, labelling=LeadConfig()),
+        replace(SMALL, labeling=LeadConfig()),
         replace(SMALL, class_number=None),
     ],
 )
@@ -109,9 +109,9 @@ def test_every_option_runs(world, config):
     assert (adapted.estimate is None) == (config.class_number is not None)
 
 
-def test_fewer_samples_than_a_batch_train_and_fewer_than_neighbours_are_refused(world):
+def test_fewer_samples_than_a_batch_train_and_fewer_than_neighbors_are_refused(world):
     module, classifier, x, _ = world
-    adapter = GLCAdapter(feature_module=module, classifier=classifier, config=replace(SMALL, neighbours=4, class_number=2))
+    adapter = GLCAdapter(feature_module=module, classifier=classifier, config=replace(SMALL, neighbors=4, class_number=2))
     few = adapter.fit(x[:9])
     assert not torch.equal(few.predict(x).features, extract(module, classifier, x)[0])
     with pytest.raises(InvalidInput, match="4 neighbours of each sample need at least 5 target samples, found 4"):
@@ -134,7 +134,7 @@ def test_what_cannot_be_adapted_is_named(world):
         GLCAdapter(feature_module=nn.Identity(), classifier=classifier, config=SMALL).fit(x)
     head = nn.Sequential(nn.Linear(16, 4))
     with pytest.raises(InvalidInput, match="LEAD's labeller reads the weight"):
-        GLCAdapter(feature_module=module, classifier=head, config=replace(SMALL, labelling=LeadConfig())).fit(x)
+        GLCAdapter(feature_module=module, classifier=head, config=replace(SMALL, labeling=LeadConfig())).fit(x)
     with pytest.raises(InvalidInput, match="class_number"):
         AdaptConfig(class_number=1)
     with pytest.raises(InvalidInput, match="batch_size >= 2"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from upcycle3d.perception.adapt.glc.plots import embedding_plot, score_histogram
-from upcycle3d.perception.adapt.glc.unknown import normalised_entropy
+from upcycle3d.perception.adapt.glc.unknown import normalized_entropy
 from upcycle3d.tools import adapt
 from upcycle3d.tools.console import run_command
 
@@ -55,7 +55,7 @@ def test_the_labels_of_the_file_decide_nothing(tmp_path: Path):
     assert json.loads((tmp_path / "out" / "b.json").read_text())["metrics"] == {}
 
 
-@pytest.mark.parametrize("extra", [["--options", "paper"], ["--class-number", "6"], ["--labeller", "lead"]])
+@pytest.mark.parametrize("extra", [["--options", "paper"], ["--class-number", "6"], ["--labeler", "lead"]])
 def test_options_run(tmp_path: Path, extra):
     data = arrays(80)
     np.savez(tmp_path / "a.npz", **data, weight=np.random.default_rng(0).normal(size=(4, 12)))
@@ -136,7 +136,7 @@ def test_plots_bear_no_sample_and_one_dimension():
     assert "1 of 3 lie above" in score_histogram(torch.tensor([0.1, 0.2, 0.9]), 0.5, "three", "score")
 
 
-def test_the_legend_names_the_classes_and_says_when_colours_repeat():
+def test_the_legend_names_the_classes_and_says_when_colors_repeat():
     features, classes = torch.eye(4), torch.tensor([0, 1, 2, 2])
     two = embedding_plot(features, classes, ("Car", "Construction vehicle"), "two")
     assert ">Car<" in two
@@ -148,7 +148,7 @@ def test_the_legend_names_the_classes_and_says_when_colours_repeat():
 
 
 def test_the_histogram_shows_every_sample_the_surest_ones_too():
-    scores = normalised_entropy(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5], [0.5, 0.5]]))
+    scores = normalized_entropy(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5], [0.5, 0.5]]))
     heights = [float(h) for h in re.findall(r'<rect [^>]*height="([^"]+)"', score_histogram(scores, 0.5, "four", "entropy"))]
     assert scores[0] == 0  # the constant inside the logarithm would make it negative and leave it out of the picture
     assert [h for h in heights if h > 0] == [heights[0], heights[-1]]

@@ -70,13 +70,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frames = [scan(s) for s in range(6)]
     found = collect_from_frames(detector, frames, ProposalSelection(score=0.0), data="x")
     for name, classes, part in (("source", NAMES, range(3)), ("target", (*NAMES, "Animal"), range(3, 6))):
-        labelled = []
+        labeled = []
         for i in part:
             boxes = found.of_frame(i).boxes.data[::2]
             labels = Labels.make(boxes, torch.arange(len(boxes)) % len(classes))
-            labelled.append(replace(frames[i], labels=labels))
-        ids = [f.id for f in labelled]
-        prepare(labelled, ids, folder / name, splits={"train": ids}, classes=classes, notes={"z_shift": 0.5}, workers=0)
+            labeled.append(replace(frames[i], labels=labels))
+        ids = [f.id for f in labeled]
+        prepare(labeled, ids, folder / name, splits={"train": ids}, classes=classes, notes={"z_shift": 0.5}, workers=0)
     extractor = Extractor(detector.encoder, RigSpec(), "fp16")
     with ShardWriter(folder / "shards", spec=extractor.spec, fingerprint=extractor.fingerprint, codec="fp16") as writer:
         extract([lambda f=f: f.points for f in frames[3:]], extractor, writer)

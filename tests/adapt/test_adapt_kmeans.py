@@ -123,7 +123,7 @@ def test_silhouette_against_a_plain_loop():
 
 def test_principal_components_are_those_of_the_svd():
     points, _ = blobs(50, 4, 6)
-    centred = points - points.mean(0)
-    left, values, _ = torch.linalg.svd(centred, full_matrices=False)
+    centerd = points - points.mean(0)
+    left, values, _ = torch.linalg.svd(centerd, full_matrices=False)
     torch.testing.assert_close(principal_components(points, 2).abs(), (left * values)[:, :2].abs(), atol=1e-3, rtol=1e-3)
     assert principal_components(points, 99).shape == (50, 6)

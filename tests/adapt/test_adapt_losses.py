@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.adapt.glc.losses import affinity_loss, hard_negatives, soft_cross_entropy
 from upcycle3d.perception.adapt.glc.memory_bank import MemoryBank
-from upcycle3d.perception.adapt.glc.unknown import UnknownRule, is_unknown, normalised_entropy, otsu, two_means, yen
+from upcycle3d.perception.adapt.glc.unknown import UnknownRule, is_unknown, normalized_entropy, otsu, two_means, yen
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -64,11 +64,11 @@ def test_hard_negatives_pass_over_self_and_the_likely_same_class():
     assert hard_negatives(features, 4, skip=6).shape == (7, 0)
 
 
-def test_neighbours_are_those_of_brute_force_without_self_wherever_it_ranks():
+def test_neighbors_are_those_of_brute_force_without_self_wherever_it_ranks():
     features, probabilities = rand(40, 6), rand(40, 3).softmax(1)
     bank = MemoryBank(features, probabilities)
     queries, index = rand(5, 6, seed=9), torch.tensor([3, 0, 39, 7, 8])
-    found = bank.neighbours(queries, index, 4)
+    found = bank.neighbors(queries, index, 4)
     for q, i, row in zip(queries, index.tolist(), found):
         cosine = {j: float(F.cosine_similarity(q, features[j], dim=0)) for j in range(40) if j != i}
         assert row.tolist() == sorted(cosine, key=lambda j: -cosine[j])[:4]
@@ -84,7 +84,7 @@ def test_the_bank_is_rewritten_row_by_row_and_keeps_no_gradient():
     torch.testing.assert_close(bank.features[[0, 2, 3, 5]], before[[0, 2, 3, 5]])
     assert not bank.features.requires_grad
     with pytest.raises(InvalidInput, match="6 neighbours of each sample need at least 7 samples"):
-        bank.neighbours(features, torch.arange(6), 6)
+        bank.neighbors(features, torch.arange(6), 6)
     with pytest.raises(InvalidInput, match="memory bank needs"):
         MemoryBank(rand(3, 2), rand(4, 2))
 
@@ -98,11 +98,11 @@ def two_groups() -> np.ndarray:
 
 
 def test_entropy_runs_from_certain_to_uniform():
-    scores = normalised_entropy(torch.tensor([[1.0, 0, 0], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, 0]]))
+    scores = normalized_entropy(torch.tensor([[1.0, 0, 0], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, 0]]))
     assert scores.tolist() == pytest.approx([0, 1, math.log(2) / math.log(3)], abs=1e-4)
     with pytest.raises(InvalidInput, match="C >= 2"):
-        normalised_entropy(torch.ones(3, 1))
-    assert normalised_entropy(torch.zeros(0, 3)).shape == (0,)
+        normalized_entropy(torch.ones(3, 1))
+    assert normalized_entropy(torch.zeros(0, 3)).shape == (0,)
 
 
 @pytest.mark.parametrize("rule", [otsu, yen, two_means])
@@ -115,20 +115,20 @@ def test_thresholds_fall_between_two_groups_and_bear_a_constant(rule):
 def test_otsu_and_two_means_and_yen_are_the_best_of_all_splits():
     scores = np.random.default_rng(1).beta(0.5, 0.9, 500)
     counts, edges = np.histogram(scores, 256)
-    centres, share = (edges[1:] + edges[:-1]) / 2, counts / 500
+    centers, share = (edges[1:] + edges[:-1]) / 2, counts / 500
 
     def between(k: int) -> float:
         low, high = share[: k + 1], share[k + 1 :]
         a, b = low.sum(), high.sum()
-        return a * b * ((low * centres[: k + 1]).sum() / a - (high * centres[k + 1 :]).sum() / b) ** 2
+        return a * b * ((low * centers[: k + 1]).sum() / a - (high * centers[k + 1 :]).sum() / b) ** 2
 
     def correlation(k: int) -> float:
         low, high = share[: k + 1] / share[: k + 1].sum(), share[k + 1 :] / share[k + 1 :].sum()
         return -math.log((low**2).sum()) - math.log((high**2).sum())
 
     best = max(range(255), key=between)
-    assert between(int(np.abs(centres - otsu(scores)).argmin())) == pytest.approx(between(best))
-    assert yen(scores) == pytest.approx(centres[max(range(255), key=correlation)])
+    assert between(int(np.abs(centers - otsu(scores)).argmin())) == pytest.approx(between(best))
+    assert yen(scores) == pytest.approx(centers[max(range(255), key=correlation)])
     ordered = np.sort(scores)
     splits = [(ordered[:i].var() * i + ordered[i:].var() * (500 - i), i) for i in range(1, 500)]
     i = min(splits)[1]

@@ -84,7 +84,7 @@ def detector(config=SECOND, seed: int = 0) -> Detector:
 
 def regions_of(model: Detector):
     with torch.no_grad():
-        return model.decoder.judged_regions(model.encode([f.points for f in FRAMES]))
+        return model.decoder.scored_proposals(model.encode([f.points for f in FRAMES]))
 
 
 def frame(seed: int) -> Frame:
@@ -102,7 +102,7 @@ def test_judged_regions_are_what_the_detector_detects_with(config):
     model = detector(config)
     with torch.no_grad():
         split = model.encode([f.points for f in [*FRAMES, EMPTY]])
-        regions = model.decoder.judged_regions(split)
+        regions = model.decoder.scored_proposals(split)
         expected = model.predict(model.decode(split))
     assert len(regions) == 4
     for found, wanted in zip(regions, expected, strict=True):

@@ -18,8 +18,8 @@ from upcycle3d.perception.adapt.detection.adaptation import (
     write_detections,
 )
 from upcycle3d.perception.adapt.detection.open_set import (
+    ClassifiedProposals,
     JudgeConfig,
-    JudgedProposals,
     baselines,
     judge,
     judge_by_source,
@@ -141,7 +141,7 @@ def test_matches_by_hand():
     assert found.private_classes(3) == ("Truck",)
 
 
-def test_frames_without_objects_or_proposals_are_fine_and_unlabelled_ones_are_named():
+def test_frames_without_objects_or_proposals_are_fine_and_unlabeled_ones_are_named():
     empty = Labels.empty()
     assert matched(one_frame([5.0, 0, 0, 4, 2, 1.6, 0]), [empty]).ids.tolist() == [BACKGROUND]
     assert matched(one_frame(), [OPEN_LABELS[0]]).ids.tolist() == []
@@ -310,11 +310,11 @@ def test_a_closed_target_has_no_h_and_all_the_rest(classifier):
         proposal_report(SOURCE, judged, nothing, SOURCE_LABELS, map_by_name(NAMES, TARGET))
 
 
-def perfect() -> JudgedProposals:
+def perfect() -> ClassifiedProposals:
     """Judged by the labels, to test what measures."""
     ids = matched(OPEN, OPEN_LABELS).ids
     nearest = torch.where((ids >= 0) & (ids < 3), ids, 0)
-    return JudgedProposals(
+    return ClassifiedProposals(
         probabilities=torch.full((len(OPEN), 4), 0.25),
         features=MEANS[torch.where(ids < 0, 5, ids)] + 0.01 * OPEN.features,
         unknown_scores=(ids == 3).float(),

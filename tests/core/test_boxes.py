@@ -42,7 +42,7 @@ def test_corners_run_counter_clockwise_from_the_front_left_one():
     assert both[..., 4:, 2].unique().tolist() == [1.75]
 
 
-def test_corners_of_any_box_enclose_its_area_and_keep_its_centre():
+def test_corners_of_any_box_enclose_its_area_and_keep_its_center():
     boxes = random_boxes(20, seed=1)
     x, y = corners_bev(boxes).unbind(-1)
     area = (x * y.roll(-1, 1) - y * x.roll(-1, 1)).sum(1) / 2  # positive for counter-clockwise corners

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import Keypoints, KeypointSpec, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.core.features import CutFeatures, CutSpec, Keypoints, KeypointSpec, SparseVoxels, VoxelGrid
 
 GRID = VoxelGrid(range=(0.0, -2.0, -1.0, 4.0, 2.0, 3.0), voxel_size=(0.5, 0.5, 0.5))
-PLAIN = SplitSpec(layer="cut", channels=1, stride=(2, 2, 2), shape=(4, 4, 4), grid=GRID)
+PLAIN = CutSpec(layer="cut", channels=1, stride=(2, 2, 2), shape=(4, 4, 4), grid=GRID)
 SPEC = replace(PLAIN, keypoints=KeypointSpec(count=5, channels=2))
 
 
@@ -32,8 +32,8 @@ def keypoints(counts: tuple[int, ...], channels: int = 2) -> Keypoints:
     )
 
 
-def split(counts: tuple[int, ...]) -> SplitFeatures:
-    return SplitFeatures(voxels=voxels(tuple(2 * n for n in counts)).sorted(), spec=SPEC, keypoints=keypoints(counts))
+def split(counts: tuple[int, ...]) -> CutFeatures:
+    return CutFeatures(voxels=voxels(tuple(2 * n for n in counts)).sorted(), spec=SPEC, keypoints=keypoints(counts))
 
 
 def test_sorting_is_ascending_in_batch_z_y_x_and_takes_the_features_along():
@@ -71,12 +71,12 @@ def test_scenes_of_a_batch_take_their_keypoints_with_them_and_come_together_agai
     batch = split((3, 0, 4))
     scenes = [batch.scene(i) for i in range(3)]
     assert [s.keypoints.starts for s in scenes] == [(0, 3), (0, 0), (0, 4)]
-    again = SplitFeatures.collate(scenes)
+    again = CutFeatures.collate(scenes)
     assert again.keypoints.starts == batch.keypoints.starts
     assert torch.equal(again.keypoints.xyz, batch.keypoints.xyz)
     assert torch.equal(again.keypoints.features, batch.keypoints.features)
     assert torch.equal(again.voxels.coords, batch.voxels.coords)
-    twice = SplitFeatures.collate([batch, batch])
+    twice = CutFeatures.collate([batch, batch])
     assert twice.batch_size == 6
     assert twice.keypoints.starts == (0, 3, 3, 7, 10, 10, 14)
 
@@ -93,4 +93,4 @@ def test_keypoints_must_be_those_of_the_cut():
         replace(good, keypoints=keypoints((1, 1)))
     other = replace(good, spec=replace(SPEC, keypoints=KeypointSpec(count=6, channels=2)))
     with pytest.raises(InvalidInput, match="different cuts"):
-        SplitFeatures.collate([good, other])
+        CutFeatures.collate([good, other])

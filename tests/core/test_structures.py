@@ -7,20 +7,20 @@ import torch
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import (
+    CutFeatures,
+    CutSpec,
     Keypoints,
     KeypointSpec,
     SmashedScene,
     SparseVoxels,
-    SplitFeatures,
-    SplitSpec,
     VoxelGrid,
-    cell_centres,
-    cells_of_centres,
+    cell_centers,
+    cells_of_centers,
 )
 from upcycle3d.core.structures import Boxes3D, Labels, LossTerms, PointCloud, Predictions
 
 GRID = VoxelGrid(range=(0.0, -2.0, -1.0, 4.0, 2.0, 3.0), voxel_size=(0.5, 0.5, 0.5))
-SPEC = SplitSpec(layer="cut", channels=3, stride=(4, 2, 2), shape=(2, 4, 4), grid=GRID)
+SPEC = CutSpec(layer="cut", channels=3, stride=(4, 2, 2), shape=(2, 4, 4), grid=GRID)
 
 
 def scene(**changes) -> SmashedScene:
@@ -35,14 +35,14 @@ def scene(**changes) -> SmashedScene:
     return SmashedScene(**{**values, **changes})
 
 
-def features(cells: int, batch_size: int = 1, seed: int = 0) -> SplitFeatures:
+def features(cells: int, batch_size: int = 1, seed: int = 0) -> CutFeatures:
     generator = torch.Generator().manual_seed(seed)
     index = torch.randperm(32, generator=generator)[:cells]
     coords = torch.stack([index * 0, index // 16, index // 4 % 4, index % 4], 1).int()
     voxels = SparseVoxels(
         features=torch.randn(cells, 3, generator=generator), coords=coords, shape=SPEC.shape, batch_size=batch_size
     )
-    return SplitFeatures(voxels=voxels, spec=SPEC)
+    return CutFeatures(voxels=voxels, spec=SPEC)
 
 
 # ---- smashed scenes
@@ -86,7 +86,7 @@ CELLS = torch.tensor([[7, 7, 7], [0, 0, 0], [0, 7, 1]], dtype=torch.int32)  # of
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keypoint_cells": cell_centres(CELLS, GRID)}, r"keypoint_cells must be \(3, 3\) int32.*raw points cannot be stored"),
+        ({"keypoint_cells": cell_centers(CELLS, GRID)}, r"keypoint_cells must be \(3, 3\) int32.*raw points cannot be stored"),
         ({"keypoint_cells": CELLS.long()}, "keypoint_cells must be"),
         ({"keypoint_cells": CELLS[:2]}, "keypoint_cells must be"),
         ({"keypoint_cells": CELLS + 1}, r"keypoint_cells leave the grid \(8, 8, 8\)"),
@@ -114,27 +114,27 @@ def test_a_smashed_scene_refuses_keypoints_that_are_no_cells_of_the_input_grid(c
 # ---- keypoints
 
 
-def test_cells_and_their_centres_are_inverse_and_a_raw_point_has_no_cell():
-    centres = cell_centres(CELLS, GRID)
-    assert centres.tolist() == [[3.75, 1.75, 2.75], [0.25, -1.75, -0.75], [0.75, 1.75, -0.75]]
-    assert cell_centres(torch.tensor([[0, 0, 1]]), GRID, stride=2).tolist() == [[1.5, -1.5, -0.5]]
-    assert torch.equal(cells_of_centres(centres, GRID), CELLS)
-    assert cells_of_centres(centres[:0], GRID).shape == (0, 3)
-    for raw in (centres + 0.002, torch.full((1, 3), float("nan"))):
+def test_cells_and_their_centers_are_inverse_and_a_raw_point_has_no_cell():
+    centers = cell_centers(CELLS, GRID)
+    assert centers.tolist() == [[3.75, 1.75, 2.75], [0.25, -1.75, -0.75], [0.75, 1.75, -0.75]]
+    assert cell_centers(torch.tensor([[0, 0, 1]]), GRID, stride=2).tolist() == [[1.5, -1.5, -0.5]]
+    assert torch.equal(cells_of_centers(centers, GRID), CELLS)
+    assert cells_of_centers(centers[:0], GRID).shape == (0, 3)
+    for raw in (centers + 0.002, torch.full((1, 3), float("nan"))):
         with pytest.raises(InvalidInput, match="only voxel centres leave a vehicle"):
-            cells_of_centres(raw, GRID)
+            cells_of_centers(raw, GRID)
     fine = VoxelGrid(range=(-75.2, -75.2, -2.0, 75.2, 75.2, 4.0), voxel_size=(0.1, 0.1, 0.15))
     ends = torch.tensor([[0, 0, 0], [39, 1503, 1503], [17, 1, 1502]], dtype=torch.int32)
-    assert torch.equal(cells_of_centres(cell_centres(ends, fine), fine), ends)
+    assert torch.equal(cells_of_centers(cell_centers(ends, fine), fine), ends)
 
 
 def test_keypoints_of_a_batch_keep_their_scenes_and_order():
-    def some(k: int) -> SplitFeatures:
+    def some(k: int) -> CutFeatures:
         keypoints = Keypoints(xyz=torch.rand(k, 3), features=torch.rand(k, 2), starts=(0, k))
-        return SplitFeatures(voxels=features(2).voxels, spec=KEYPOINT_SPEC, keypoints=keypoints)
+        return CutFeatures(voxels=features(2).voxels, spec=KEYPOINT_SPEC, keypoints=keypoints)
 
     scenes = [some(3), some(0), some(1), some(0)]
-    batch = SplitFeatures.collate([SplitFeatures.collate(scenes[:2]), SplitFeatures.collate(scenes[2:])])
+    batch = CutFeatures.collate([CutFeatures.collate(scenes[:2]), CutFeatures.collate(scenes[2:])])
     assert batch.keypoints.starts == (0, 3, 3, 4, 4)
     for index, alone in enumerate(scenes):
         assert torch.equal(batch.scene(index).keypoints.xyz, alone.keypoints.xyz)
@@ -174,14 +174,14 @@ def test_dense_passes_the_gradient_to_its_voxels():
 
 def test_collate_keeps_empty_scenes_and_order():
     scenes = [features(4, seed=1), features(0), features(6, seed=2), features(0)]
-    batch = SplitFeatures.collate(scenes)
+    batch = CutFeatures.collate(scenes)
     assert batch.batch_size == 4
     assert batch.voxels.dense().shape[0] == 4
     for index, alone in enumerate(scenes):
         assert torch.equal(batch.scene(index).voxels.features, alone.voxels.features)
         assert torch.equal(batch.scene(index).voxels.coords, alone.voxels.coords)
         assert batch.scene(index).batch_size == 1
-    nested = SplitFeatures.collate([SplitFeatures.collate(scenes[:2]), SplitFeatures.collate(scenes[2:])])
+    nested = CutFeatures.collate([CutFeatures.collate(scenes[:2]), CutFeatures.collate(scenes[2:])])
     assert torch.equal(nested.voxels.coords, batch.voxels.coords)
     assert nested.batch_size == 4
 
@@ -189,11 +189,11 @@ def test_collate_keeps_empty_scenes_and_order():
 def test_features_of_another_cut_are_refused():
     other = replace(SPEC, layer="elsewhere")
     with pytest.raises(InvalidInput, match="different cuts"):
-        SplitFeatures.collate([features(1), replace(features(1), spec=other)])
+        CutFeatures.collate([features(1), replace(features(1), spec=other)])
     with pytest.raises(InvalidInput, match="do not fit the cut 'cut'"):
-        SplitFeatures(voxels=replace(features(1).voxels, shape=(2, 4, 5)), spec=SPEC)
+        CutFeatures(voxels=replace(features(1).voxels, shape=(2, 4, 5)), spec=SPEC)
     with pytest.raises(InvalidInput, match="at least one"):
-        SplitFeatures.collate([])
+        CutFeatures.collate([])
 
 
 def test_coordinates_out_of_range_are_named():
@@ -270,7 +270,7 @@ def test_moving_a_value_moves_what_is_inside():
 def test_loss_terms_add_scale_and_name_the_first_that_is_not_finite():
     terms = LossTerms(terms={"class": torch.tensor(1.0), "box": torch.tensor(2.0)})
     assert terms.total() == 3
-    assert terms.scaled(0.5, "unlabelled_").floats() == {"unlabelled_class": 0.5, "unlabelled_box": 1.0}
+    assert terms.scaled(0.5, "unlabeled_").floats() == {"unlabeled_class": 0.5, "unlabeled_box": 1.0}
     assert terms.first_non_finite() is None
     bad = terms.merged(LossTerms(terms={"iou": torch.tensor(float("nan")), "corner": torch.tensor(float("inf"))}))
     assert bad.first_non_finite() == "iou"

@@ -21,7 +21,7 @@ from upcycle3d.datasets.augment import (
     Movement,
     Scale,
     Yaw,
-    labelled_example,
+    labeled_example,
     sample_augmentation,
 )
 from upcycle3d.datasets.fingerprint import split_fingerprint
@@ -156,7 +156,7 @@ def test_impossible_ranges_are_refused() -> None:
 def test_an_example_is_shuffled_cropped_to_the_range_and_repeatable() -> None:
     frame = make_frame()
     assert frame.labels is not None
-    example = labelled_example(frame, np.random.default_rng(3), STILL, None, (0.0, -20.0, -3.0, 60.0, 20.0, 1.0))
+    example = labeled_example(frame, np.random.default_rng(3), STILL, None, (0.0, -20.0, -3.0, 60.0, 20.0, 1.0))
     assert example.labels is not None
     boxes = frame.labels.boxes.data
     inside = (boxes[:, 0] >= 0) & (boxes[:, 0] < 60) & (boxes[:, 1] >= -20) & (boxes[:, 1] < 20)
@@ -167,30 +167,30 @@ def test_an_example_is_shuffled_cropped_to_the_range_and_repeatable() -> None:
     torch.testing.assert_close(example.points.xyz[order], frame.points.xyz)
 
     again, other = (
-        labelled_example(frame, np.random.default_rng(seed), AugmentationRanges(), None, EVERYWHERE) for seed in (3, 4)
+        labeled_example(frame, np.random.default_rng(seed), AugmentationRanges(), None, EVERYWHERE) for seed in (3, 4)
     )
-    same = labelled_example(frame, np.random.default_rng(3), AugmentationRanges(), None, EVERYWHERE)
+    same = labeled_example(frame, np.random.default_rng(3), AugmentationRanges(), None, EVERYWHERE)
     assert torch.equal(again.points.xyz, same.points.xyz)
     assert not torch.equal(again.points.xyz, other.points.xyz)
 
 
-def test_an_example_of_nothing_is_legal_and_an_unlabelled_one_is_not() -> None:
+def test_an_example_of_nothing_is_legal_and_an_unlabeled_one_is_not() -> None:
     empty = make_frame(points=0, boxes=torch.zeros(0, 7))
-    example = labelled_example(empty, np.random.default_rng(0), AugmentationRanges(), None, EVERYWHERE)
+    example = labeled_example(empty, np.random.default_rng(0), AugmentationRanges(), None, EVERYWHERE)
     assert example.labels is not None
     assert (len(example.points), len(example.labels)) == (0, 0)
     with pytest.raises(InvalidInput, match="cannot be a labelled example"):
-        labelled_example(replace(empty, labels=None), np.random.default_rng(0), AugmentationRanges(), None, EVERYWHERE)
+        labeled_example(replace(empty, labels=None), np.random.default_rng(0), AugmentationRanges(), None, EVERYWHERE)
 
 
 def test_sampled_objects_are_pasted_before_the_scene_moves(tmp_path: Path) -> None:
     boxes = torch.tensor([[float(x), float(y), 0.0, 4.0, 2.0, 1.6, 0.4] for x in (10, 20, 30) for y in (-10, 0, 10)])
     cloud = PointCloud(xyz=boxes[:, :3].repeat_interleave(10, 0) + 0.1, features=torch.zeros(90, 1))
-    labelled = [Frame(id="gt", points=cloud, labels=Labels.make(boxes, torch.zeros(9)))]
-    name = split_fingerprint(["gt"], [labelled[0].labels], classes=("Car",))
-    database = build_gt_database(labelled, tmp_path, class_names=("Car",), fingerprint=name)
+    labeled = [Frame(id="gt", points=cloud, labels=Labels.make(boxes, torch.zeros(9)))]
+    name = split_fingerprint(["gt"], [labeled[0].labels], classes=("Car",))
+    database = build_gt_database(labeled, tmp_path, class_names=("Car",), fingerprint=name)
     bare = make_frame(boxes=boxes[:1], points=300)
-    example = labelled_example(bare, np.random.default_rng(0), AugmentationRanges(), GtSampler(database, {"Car": 5}), EVERYWHERE)
+    example = labeled_example(bare, np.random.default_rng(0), AugmentationRanges(), GtSampler(database, {"Car": 5}), EVERYWHERE)
     assert example.labels is not None
     assert 1 < len(example.labels) <= 5
     pasted = example.labels.select(example.labels.num_points >= 0)

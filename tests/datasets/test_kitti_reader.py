@@ -118,7 +118,7 @@ def test_difficulty_follows_the_official_limits() -> None:
     assert objects.difficulty().tolist() == [d for *_, d in cases]
 
 
-def test_neighbouring_classes_get_weight_zero_and_the_rest_is_dropped(tmp_path: Path) -> None:
+def test_neighboring_classes_get_weight_zero_and_the_rest_is_dropped(tmp_path: Path) -> None:
     text = "".join(
         LABEL.replace("Car", t) for t in ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "DontCare")
     )

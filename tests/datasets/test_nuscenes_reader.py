@@ -61,8 +61,8 @@ def by_table() -> dict[str, list[dict]]:
     return tables
 
 
-def _box(token: str, sample: str, kind: int, centre: list, size: list, rotation: list, points: int | None) -> dict:
-    row = {"token": token, "sample_token": sample, "instance_token": f"i{kind}", "translation": centre, "size": size}
+def _box(token: str, sample: str, kind: int, center: list, size: list, rotation: list, points: int | None) -> dict:
+    row = {"token": token, "sample_token": sample, "instance_token": f"i{kind}", "translation": center, "size": size}
     return {**row, "rotation": rotation} | ({} if points is None else {"num_lidar_pts": points})
 
 
@@ -142,8 +142,8 @@ def test_point_counts_are_the_table_s_where_it_knows_and_else_counted(root):
 def test_categories_become_the_classes_that_the_map_says(root):
     only_cars = dataset(root, classes=("Car",))[0].labels
     assert (len(only_cars), only_cars.weight.tolist()) == (1, [1.0])
-    with_neighbour = dataset(root, classes=("Car",), neighbours={"vehicle.truck": "Car"})[0].labels
-    assert (with_neighbour.classes.tolist(), with_neighbour.weight.tolist()) == ([0, 0], [1.0, 0.0])
+    with_neighbor = dataset(root, classes=("Car",), neighbors={"vehicle.truck": "Car"})[0].labels
+    assert (with_neighbor.classes.tolist(), with_neighbor.weight.tolist()) == ([0, 0], [1.0, 0.0])
     both = dataset(root, classes=("Vehicle",), class_map={"vehicle.car": "Vehicle", "vehicle.truck": "Vehicle"})[0].labels
     assert (both.classes.tolist(), both.weight.tolist()) == ([0, 0], [1.0, 1.0])
 
@@ -166,8 +166,8 @@ def test_without_labels_the_boxes_tables_are_never_opened(root):
     [
         ({"classes": ("Cars",)}, "no category leads to the class 'Cars'; did you mean 'Car'"),
         ({"class_map": {"vehicle.cat": "Car"}, "classes": ("Car",)}, "no category 'vehicle.cat'.*did you mean 'vehicle.car'"),
-        ({"neighbours": {"vehicle.truck": "Car"}}, "neighbours: 'vehicle.truck' -> 'Car'.*none of them itself"),
-        ({"neighbours": {"vehicle.trailer": "Cat"}}, "the class must be one of Car, Truck, Pedestrian"),
+        ({"neighbors": {"vehicle.truck": "Car"}}, "neighbors: 'vehicle.truck' -> 'Car'.*none of them itself"),
+        ({"neighbors": {"vehicle.trailer": "Cat"}}, "the class must be one of Car, Truck, Pedestrian"),
         ({"sweeps": 0}, "sweeps >= 1"),
         ({"max_length": 0.0}, "max_length > 0"),
     ],

@@ -35,7 +35,7 @@ def test_points_counted_in_upright_boxes_of_the_world_are_the_table_s_exactly(nu
     keyframe, boxes = nuscenes.keyframe(frame.id), nuscenes.annotations(frame.id)
     world = keyframe.vehicle.to_outer(frame.points.xyz.double() + keyframe.sensor.translation)
     heading = torch.atan2(boxes.rotation[:, 1, 0], boxes.rotation[:, 0, 0])
-    local = rotate_z(world[None] - boxes.centre[:, None], -heading[:, None])  # (boxes, points, 3)
+    local = rotate_z(world[None] - boxes.center[:, None], -heading[:, None])  # (boxes, points, 3)
     inside = (local.abs() <= boxes.size[:, None, [1, 0, 2]] / 2).all(-1).sum(1)
     assert (len(inside), int(inside.sum())) == (69, 1009)
     assert inside.tolist() == boxes.num_points.tolist()

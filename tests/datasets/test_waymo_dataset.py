@@ -277,7 +277,7 @@ def test_tables_that_do_not_belong_together_are_refused(root, component, change,
         WaymoDataset(places(root))[0]
 
 
-def test_a_frame_without_a_labelled_object_has_empty_labels(root):
+def test_a_frame_without_a_labeled_object_has_empty_labels(root):
     rewrite(root / "lidar_box" / f"{SEGMENTS[0]}.parquet", lambda t: t.slice(0, 0))
     labels = WaymoDataset(places(root))[0].labels
     assert (len(labels), labels.complete) == (0, True)

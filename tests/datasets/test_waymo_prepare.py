@@ -119,7 +119,7 @@ def test_prepare_draws_label_shares_by_segment(written, tmp_path, capsys):
     lists = tmp_path / "raw" / "ImageSets"
     lists.mkdir()
     (lists / "train.txt").write_text("\n".join(SEGMENTS))
-    options = ("--workers", 1, "--every", 5, "--label-shares", 0.5, "--json", report, "--labelled", "train-0.5-0", "train-0.5-2")
+    options = ("--workers", 1, "--every", 5, "--label-shares", 0.5, "--json", report, "--labeled", "train-0.5-0", "train-0.5-2")
     assert run(prepare, "waymo", tmp_path / "raw", "--out", tmp_path / "out", *options) == 0
     found = json.loads(report.read_text())
     assert found["splits"] == {"train": 2, **{f"train-0.5-{seed}{side}": 1 for seed in range(3) for side in ("", "-rest")}}

@@ -47,7 +47,7 @@ def _overlap(metric: str, g: KittiObjects, i: int, d: KittiObjects, j: int, *, o
 
 def _match(metric, name, level, threshold, g, d, cache, minimum):  # type: ignore[no-untyped-def]
     """One frame: scores of true positives, number of false positives, orientation similarity."""
-    neighbour = {"car": "van", "pedestrian": "person_sitting"}.get(name)
+    neighbor = {"car": "van", "pedestrian": "person_sitting"}.get(name)
     height, occlusion, truncation = (40, 25, 25)[level], level, (0.15, 0.3, 0.5)[level]
     state = []  # of detections: None does not take part, True ignored, False counts
     for j, t in enumerate(d.types):
@@ -58,10 +58,10 @@ def _match(metric, name, level, threshold, g, d, cache, minimum):  # type: ignor
     free = {j for j in range(len(d)) if state[j] is not None and (threshold is None or d.scores[j] >= threshold)}
     true_scores, similarity = [], 0.0
     for i, t in enumerate(g.types):
-        if t.lower() not in (name, neighbour):
+        if t.lower() not in (name, neighbor):
             continue
         too_small = g.bbox[i, 3] - g.bbox[i, 1] <= height
-        ignored = t.lower() == neighbour or too_small or g.occluded[i] > occlusion or g.truncated[i] > truncation
+        ignored = t.lower() == neighbor or too_small or g.occluded[i] > occlusion or g.truncated[i] > truncation
         candidates = [j for j in sorted(free) if cache(metric, i, j) > minimum]
         if not candidates:
             continue

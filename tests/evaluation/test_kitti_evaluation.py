@@ -110,15 +110,15 @@ def test_dont_care_forgives_2d_only() -> None:
     assert forgiven.box_3d.r40 == plain.box_3d.r40
 
 
-@pytest.mark.parametrize(("name", "neighbour"), [("Car", "Van"), ("Pedestrian", "Person_sitting")])
-def test_neighbouring_classes_are_neither_right_nor_wrong(name: str, neighbour: str) -> None:
+@pytest.mark.parametrize(("name", "neighbor"), [("Car", "Van"), ("Pedestrian", "Person_sitting")])
+def test_neighboring_classes_are_neither_right_nor_wrong(name: str, neighbor: str) -> None:
     gt, det = ([t.replace("Car", name) for t in part] for part in _many())
-    gt = [g + _car(k + 3, kind=neighbour) for k, g in enumerate(gt)]
+    gt = [g + _car(k + 3, kind=neighbor) for k, g in enumerate(gt)]
     det = [d + _car(k + 3, kind=name, score=0.9999) for k, d in enumerate(det)]
     found = _evaluate(gt, det, classes=(name,)).classes[name]
     assert found.ground_truths == (40, 40, 40)
     assert found.box_3d.r40 == pytest.approx((97.5,) * 3)
-    other = _evaluate([g.replace(neighbour, "Tram") for g in gt], det, classes=(name,)).classes[name]
+    other = _evaluate([g.replace(neighbor, "Tram") for g in gt], det, classes=(name,)).classes[name]
     assert other.box_3d.r40[0] < 55
 
 

@@ -41,11 +41,11 @@ def _scene(seed: int, frames: int) -> tuple[list[WaymoTruth], list[Predictions],
         objects, kinds, levels, found, found_kinds, scores = [], [], [], [], [], []
         for _ in range(int(random() * 14)):
             kind = (0, 0, 0, 1, 1, 3)[int(random() * 6)]
-            centre = random(3) * [120, 120, 1] - [60, 60, 0]
+            center = random(3) * [120, 120, 1] - [60, 60, 0]
             if objects and random() < 0.4:
-                centre = objects[-1][:3] + (random(3) - 0.5) * [2, 2, 0.2]
+                center = objects[-1][:3] + (random(3) - 0.5) * [2, 2, 0.2]
             size = np.array(SIZES[kind]) * (0.8 + 0.4 * random(3))
-            box = np.concatenate([centre, size, [8 * random() - 4]])
+            box = np.concatenate([center, size, [8 * random() - 4]])
             objects.append(box)
             kinds.append(kind)
             levels.append(1 + int(random() < 0.4))

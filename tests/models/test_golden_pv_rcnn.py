@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle3d.core.features import Keypoints, SplitFeatures
+from upcycle3d.core.features import CutFeatures, Keypoints
 from upcycle3d.core.structures import PointCloud, Predictions
 from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnOutputs
 from upcycle3d.perception.models.detector import Detector
@@ -32,7 +32,7 @@ Golden = dict[str, np.ndarray]
 @dataclass(frozen=True)
 class Run:
     detector: Detector
-    split: SplitFeatures
+    split: CutFeatures
     outputs: PvRcnnOutputs
     predictions: Predictions
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from upcycle3d.core.boxes import rotate_z, wrap_angle
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import Keypoints, SplitFeatures, VoxelGrid, cells_of_centres
+from upcycle3d.core.features import CutFeatures, Keypoints, VoxelGrid, cells_of_centers
 from upcycle3d.core.structures import Labels, LossTerms, PointCloud
 from upcycle3d.ops.iou3d import iou_3d
 from upcycle3d.perception.models.anchors import AnchorClass
@@ -146,7 +146,7 @@ def test_features_at_the_cut_of_a_batch_are_those_of_its_scenes():
 # ---- where keypoints lie
 
 
-def test_keypoints_are_centres_of_occupied_voxels_whatever_the_order_of_the_points():
+def test_keypoints_are_centers_of_occupied_voxels_whatever_the_order_of_the_points():
     encoder = detector().encoder.eval()
     points = scan().xyz
     shuffled = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(5))]
@@ -154,7 +154,7 @@ def test_keypoints_are_centres_of_occupied_voxels_whatever_the_order_of_the_poin
         a, b = (encoder([cloud(p)]).keypoints.xyz for p in (points, shuffled))
     assert torch.equal(a, b)
     assert len(a) == COUNT
-    cells = cells_of_centres(a, GRID)  # raises for a point that is no centre
+    cells = cells_of_centers(a, GRID)  # raises for a point that is no centre
     assert len(cells.unique(dim=0)) == COUNT
     occupied = encoder.voxelize([cloud(points)]).coords[:, 1:]
     assert set(map(tuple, cells.tolist())) <= set(map(tuple, occupied.tolist()))
@@ -263,7 +263,7 @@ def test_a_region_that_fits_has_code_zero_and_offsets_are_measured_along_the_reg
     assert torch.allclose(encode_regions(ahead, region)[0], torch.tensor([0.2, 0, 0, 0, 0, 0, 0]), atol=1e-5)
 
 
-def test_the_grid_of_a_region_is_the_centres_of_its_cells():
+def test_the_grid_of_a_region_is_the_centers_of_its_cells():
     regions, _ = some_regions(4)
     found = region_grid(regions, 3)
     for region, points in zip(regions.tolist(), found.tolist(), strict=True):
@@ -341,7 +341,7 @@ def test_features_of_the_vehicle_keep_their_gradient_for_the_server():
     model = detector().eval()
     split = model.encode([scan()])
     leaf = split.keypoints.features.detach().requires_grad_()
-    live = SplitFeatures(voxels=split.voxels, spec=split.spec, keypoints=replace(split.keypoints, features=leaf))
+    live = CutFeatures(voxels=split.voxels, spec=split.spec, keypoints=replace(split.keypoints, features=leaf))
     model.loss(model.decode(live, [CAR_LABEL]), [CAR_LABEL]).total().backward()
     assert leaf.grad.any()
 

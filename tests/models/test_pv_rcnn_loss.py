@@ -120,7 +120,7 @@ def region_terms(labels: list[Labels], proposals: Proposals | None = None) -> tu
     return loss.floats(), quality.grad, codes.grad
 
 
-def test_regions_on_a_labelled_object_learn_quality_and_those_that_overlap_enough_its_box():
+def test_regions_on_a_labeled_object_learn_quality_and_those_that_overlap_enough_its_box():
     terms, quality, codes = region_terms([label(STRAIGHT)])
     assert all(v > 0 for v in terms.values())
     assert (quality[0] != 0).all()

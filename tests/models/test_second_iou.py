@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import SplitFeatures, VoxelGrid
+from upcycle3d.core.features import CutFeatures, VoxelGrid
 from upcycle3d.core.structures import Labels, PointCloud, Predictions
 from upcycle3d.ops.iou3d import iou_3d
 from upcycle3d.perception.models.anchors import AnchorClass
@@ -186,7 +186,7 @@ def test_the_iou_loss_reaches_its_own_head_only():
     assert all(p.grad is None for n, p in model.named_parameters() if "roi_head" not in n)
 
 
-def test_in_a_pseudo_labelled_scene_the_iou_head_learns_nothing_and_the_rest_does():
+def test_in_a_pseudo_labeled_scene_the_iou_head_learns_nothing_and_the_rest_does():
     model = detector().train()
     guess = Labels.make(CAR, torch.zeros(1, dtype=torch.int64), exact=False, complete=False)
     terms = losses(model, [scan()], [guess])
@@ -229,7 +229,7 @@ def test_features_of_the_vehicle_keep_their_gradient_for_the_server():
     model = detector().eval()
     split = model.encode([scan()])
     leaf = split.voxels.features.detach().requires_grad_()
-    live = SplitFeatures(voxels=replace(split.voxels, features=leaf), spec=split.spec)
+    live = CutFeatures(voxels=replace(split.voxels, features=leaf), spec=split.spec)
     model.loss(model.decode(live, [CAR_LABEL]), [CAR_LABEL]).total().backward()
     assert leaf.grad is not None
     assert leaf.grad.abs().sum() > 0

@@ -32,20 +32,20 @@ class Padded(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self, centres: Tensor, centre_starts: list[int], points: Tensor, point_starts: list[int], features: Tensor
+        self, centers: Tensor, center_starts: list[int], points: Tensor, point_starts: list[int], features: Tensor
     ) -> Tensor:
         pooled = []
         for mlp, radius, limit in zip(self.mlps, self.config.radii, self.config.limits, strict=True):
             balls = []
-            for (first, last), (low, high) in zip(pairwise(centre_starts), pairwise(point_starts), strict=True):
-                for centre in centres[first:last]:
-                    distance = (points[low:high] - centre).square().sum(1)
+            for (first, last), (low, high) in zip(pairwise(center_starts), pairwise(point_starts), strict=True):
+                for center in centers[first:last]:
+                    distance = (points[low:high] - center).square().sum(1)
                     rows = low + (distance < radius**2).nonzero().squeeze(1)[:limit]
                     if len(rows) == 0:
                         balls.append(features.new_zeros(limit, 3 + features.shape[1]).double())
                         continue
                     rows = torch.cat([rows, rows[:1].expand(limit - len(rows))])
-                    balls.append(torch.cat([points[rows].double() - centre.double(), features[rows].double()], 1))
+                    balls.append(torch.cat([points[rows].double() - center.double(), features[rows].double()], 1))
             grouped = torch.stack(balls).permute(2, 0, 1)[None]  # (1, 3 + C, Q, n)
             pooled.append(mlp(grouped).amax(3)[0].T)
         return torch.cat(pooled, 1)
@@ -54,15 +54,15 @@ class Padded(nn.Module):
 Case = tuple[Tensor, list[int], Tensor, list[int], Tensor]
 
 
-def case(centre_counts: tuple[int, ...], point_counts: tuple[int, ...], seed: int = 0) -> Case:
+def case(center_counts: tuple[int, ...], point_counts: tuple[int, ...], seed: int = 0) -> Case:
     """Points in a box of 4 m, tens of metres away from the origin; centres there too, some of them alone."""
     generator = torch.Generator().manual_seed(seed)
     place = torch.tensor([50.0, -20.0, 1.0])
-    centres, points = (torch.rand(sum(n), 3, generator=generator) * 4 + place for n in (centre_counts, point_counts))
-    centres[1::5] += torch.tensor([0.0, 30.0, 0.0])
+    centers, points = (torch.rand(sum(n), 3, generator=generator) * 4 + place for n in (center_counts, point_counts))
+    centers[1::5] += torch.tensor([0.0, 30.0, 0.0])
     features = torch.randn(len(points), CHANNELS, generator=generator)
-    starts = [[0, *torch.tensor(n).cumsum(0).tolist()] for n in (centre_counts, point_counts)]
-    return centres, starts[0], points, starts[1], features
+    starts = [[0, *torch.tensor(n).cumsum(0).tolist()] for n in (center_counts, point_counts)]
+    return centers, starts[0], points, starts[1], features
 
 
 CASES = pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 2e-4) -> None:
 
 
 def test_the_cases_hold_full_partial_and_empty_balls():
-    centres, _, points, _, _ = case((30, 20), (200, 150))
-    near = (torch.cdist(centres[:30], points[:200]) < 1.1).sum(1)
+    centers, _, points, _, _ = case((30, 20), (200, 150))
+    near = (torch.cdist(centers[:30], points[:200]) < 1.1).sum(1)
     assert (near == 0).any()
     assert ((near > 0) & (near < 9)).any()
     assert (near > 9).any()
@@ -143,7 +143,7 @@ def test_training_has_the_batch_and_running_statistics_and_gradients_of_the_padd
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("points", [0, 10])
-def test_no_centre_gives_no_row_and_moves_no_statistics(training, points):
+def test_no_center_gives_no_row_and_moves_no_statistics(training, points):
     module, _ = pair()
     module.train(training)
     before = {n: b.clone() for n, b in module.named_buffers()}
@@ -183,10 +183,10 @@ def test_half_precision_does_not_lose_offsets_of_centimetres(training):
 def test_scenes_do_not_see_each_other():
     module, _ = pair()
     module.eval()
-    centres, _, points, _, features = case((10, 10), (100, 100))
-    centres[10:], points[100:] = centres[:10], points[:100] + 0.01  # at the same place in both scenes
-    together = module(centres, [0, 10, 20], points, [0, 100, 200], features)
+    centers, _, points, _, features = case((10, 10), (100, 100))
+    centers[10:], points[100:] = centers[:10], points[:100] + 0.01  # at the same place in both scenes
+    together = module(centers, [0, 10, 20], points, [0, 100, 200], features)
     for scene in (0, 1):
         c, p = slice(10 * scene, 10 * scene + 10), slice(100 * scene, 100 * scene + 100)
-        alone = module(centres[c], [0, 10], points[p], [0, 100], features[p])
+        alone = module(centers[c], [0, 10], points[p], [0, 100], features[p])
         assert torch.allclose(together[c], alone, atol=1e-5)

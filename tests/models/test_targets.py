@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from upcycle3d.core.boxes import decode_residuals
-from upcycle3d.core.features import SplitSpec, VoxelGrid
+from upcycle3d.core.features import CutSpec, VoxelGrid
 from upcycle3d.core.structures import Labels
 from upcycle3d.perception.models.anchors import ANCHOR_YAWS, AnchorClass, make_anchors
 from upcycle3d.perception.models.targets import (
@@ -52,7 +52,7 @@ def along(values: Tensor) -> list:
 
 def test_anchors_reach_from_one_end_of_the_range_to_the_other():
     grid = VoxelGrid(range=(0.0, -4.0, -1.0, 8.0, 4.0, 3.0), voxel_size=(0.5, 0.5, 0.5))
-    spec = SplitSpec(layer="cut", channels=1, stride=(2, 4, 4), shape=(4, 3, 5), grid=grid)
+    spec = CutSpec(layer="cut", channels=1, stride=(2, 4, 4), shape=(4, 3, 5), grid=grid)
     anchors = make_anchors(spec, (CAR, AnchorClass(name="Ped", size=(0.8, 0.6, 1.7), bottom_z=0.1, matched=0.5, unmatched=0.35)))
     assert anchors.shape == (3, 5, 4, 7)
     assert anchors[0, :, 0, 0].tolist() == [0, 2, 4, 6, 8]

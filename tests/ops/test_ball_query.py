@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from upcycle3d.ops.ball_query import Neighbours, ball_query, ball_query_reference
+from upcycle3d.ops.ball_query import Neighbors, ball_query, ball_query_reference
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 both = pytest.mark.parametrize("query", [ball_query, ball_query_reference])
@@ -19,15 +19,15 @@ def cloud(count: int, seed: int) -> Tensor:
     return torch.rand(count, 3, generator=torch.Generator().manual_seed(seed)) * torch.tensor([12.0, 9, 2]) - 3
 
 
-def lists(neighbours: Neighbours) -> list[list[int]]:
-    assert neighbours.index.dtype == neighbours.starts.dtype == torch.int64
-    bounds = neighbours.starts.tolist()
+def lists(neighbors: Neighbors) -> list[list[int]]:
+    assert neighbors.index.dtype == neighbors.starts.dtype == torch.int64
+    bounds = neighbors.starts.tolist()
     assert bounds[0] == 0
-    assert bounds[-1] == len(neighbours.index)
-    return [neighbours.index[low:high].tolist() for low, high in pairwise(bounds)]
+    assert bounds[-1] == len(neighbors.index)
+    return [neighbors.index[low:high].tolist() for low, high in pairwise(bounds)]
 
 
-def assert_same(one: list[Neighbours], other: list[Neighbours]) -> None:
+def assert_same(one: list[Neighbors], other: list[Neighbors]) -> None:
     assert len(one) == len(other)
     for a, b in zip(one, other):
         assert torch.equal(a.starts, b.starts)
@@ -37,10 +37,10 @@ def assert_same(one: list[Neighbours], other: list[Neighbours]) -> None:
 @both
 def test_agrees_with_distances_in_float64(query):
     radii, limits = (1.3, 0.3, 30.0), (9, 4, 1000)
-    centres, points = cloud(80, 0), cloud(600, 1)
-    centre_starts, point_starts = (0, 30, 80), (0, 250, 600)
-    distance = np.linalg.norm(centres.double().numpy()[:, None] - points.double().numpy(), axis=2)
-    results = query(centres, centre_starts, points, point_starts, radii, limits)
+    centers, points = cloud(80, 0), cloud(600, 1)
+    center_starts, point_starts = (0, 30, 80), (0, 250, 600)
+    distance = np.linalg.norm(centers.double().numpy()[:, None] - points.double().numpy(), axis=2)
+    results = query(centers, center_starts, points, point_starts, radii, limits)
     for radius, limit, result in zip(radii, limits, results):
         assert np.abs(distance - radius).min() > 1e-6  # no pair that float32 may see on the other side
         for q, row in enumerate(lists(result)):
@@ -49,7 +49,7 @@ def test_agrees_with_distances_in_float64(query):
 
 
 @both
-def test_a_point_at_the_radius_is_no_neighbour(query):
+def test_a_point_at_the_radius_is_no_neighbor(query):
     points = torch.tensor([[2.0, 0, 0], [0, -2, 0], [0, 0, 2], [math.nextafter(2, 0) - 1e-6, 0, 0], [0, 0, 0], [0, 0, 0]])
     result = query(torch.zeros(1, 3), (0, 1), points, (0, 6), [2.0, 1e-3], [8, 8])
     assert [lists(r) for r in result] == [[[3, 4, 5]], [[4, 5]]]
@@ -66,34 +66,34 @@ def test_lattice_at_the_radius_and_at_cell_borders_equals_the_reference(radius):
 
 
 @both
-def test_scenes_without_centres_or_points(query):
-    centres, points = cloud(40, 0), cloud(50, 1)
+def test_scenes_without_centers_or_points(query):
+    centers, points = cloud(40, 0), cloud(50, 1)
     radii, limits = (2.0, 0.5), (5, 3)
-    result = query(centres, (0, 10, 10, 40, 40), points, (0, 0, 20, 50, 50), radii, limits)
-    alone = query(centres[10:], (0, 30), points[20:], (0, 30), radii, limits)
+    result = query(centers, (0, 10, 10, 40, 40), points, (0, 0, 20, 50, 50), radii, limits)
+    alone = query(centers[10:], (0, 30), points[20:], (0, 30), radii, limits)
     for whole, part in zip(result, alone):
         assert lists(whole)[:10] == [[]] * 10
         assert lists(whole)[10:] == [[20 + i for i in row] for row in lists(part)]
 
 
 @both
-@pytest.mark.parametrize(("centres", "points"), [(0, 0), (0, 7), (7, 0), (1, 1)])
-def test_few_centres_and_points(query, centres, points):
-    result = query(torch.zeros(centres, 3), (0, centres), torch.zeros(points, 3), (0, points), [1.0], [10**9])
-    assert lists(result[0]) == [list(range(points))] * centres
+@pytest.mark.parametrize(("centers", "points"), [(0, 0), (0, 7), (7, 0), (1, 1)])
+def test_few_centers_and_points(query, centers, points):
+    result = query(torch.zeros(centers, 3), (0, centers), torch.zeros(points, 3), (0, points), [1.0], [10**9])
+    assert lists(result[0]) == [list(range(points))] * centers
     assert lists(query(torch.zeros(0, 3), (0,), torch.zeros(0, 3), (0,), [1.0], [4])[0]) == []
 
 
-def test_centres_far_apart_and_points_far_away():
+def test_centers_far_apart_and_points_far_away():
     points = torch.cat([cloud(300, 0), torch.tensor([[1e30, 0, 0], [-1e7, 1e7, 0], [3e38, -3e38, 0]])])
-    centres = torch.cat([cloud(20, 1), torch.tensor([[1e6, -1e6, 0.0], [-1e7, 1e7, 0]])])
-    args = (centres, (0, len(centres)), points, (0, len(points)), (0.7, 2.0), (6, 100))
+    centers = torch.cat([cloud(20, 1), torch.tensor([[1e6, -1e6, 0.0], [-1e7, 1e7, 0]])])
+    args = (centers, (0, len(centers)), points, (0, len(points)), (0.7, 2.0), (6, 100))
     result = ball_query(*args)
     assert lists(result[0])[-2:] == [[], [301]]
     assert_same(result, ball_query_reference(*args))
 
 
-def test_one_and_two_threads_give_the_same_neighbours():
+def test_one_and_two_threads_give_the_same_neighbors():
     args = (cloud(5000, 0), (0, 700, 5000), cloud(900, 1), (0, 400, 900), (0.6, 1.5), (8, 16))
     threads = torch.get_num_threads()
     try:
@@ -109,18 +109,18 @@ def test_one_and_two_threads_give_the_same_neighbours():
 
 @both
 def test_bad_input_is_refused(query):
-    good = {"centres": torch.zeros(4, 3), "centre_starts": (0, 4), "points": torch.zeros(5, 3), "point_starts": (0, 5)}
+    good = {"centers": torch.zeros(4, 3), "center_starts": (0, 4), "points": torch.zeros(5, 3), "point_starts": (0, 5)}
     good |= {"radii": [1.0], "limits": [2]}
     nan = torch.zeros(5, 3)
     nan[1] = torch.nan
     bad = [
-        ({"centres": torch.zeros(4, 2)}, r"centres.*\(N, 3\)"),
+        ({"centers": torch.zeros(4, 2)}, r"centers.*\(N, 3\)"),
         ({"points": torch.zeros(5, 4)}, r"points.*\(N, 3\)"),
         ({"points": nan}, "1 of 5"),
         ({"points": torch.full((5, 3), 1e300, dtype=torch.float64)}, "5 of 5"),  # infinite in float32
-        ({"centre_starts": (0, 3)}, "centres.*bounds"),
+        ({"center_starts": (0, 3)}, "centers.*bounds"),
         ({"point_starts": (0, 3, 2, 5)}, "points.*bounds"),
-        ({"centre_starts": (0, 2, 4)}, "2 scenes"),
+        ({"center_starts": (0, 2, 4)}, "2 scenes"),
         ({"radii": [0.0]}, "radius"),
         ({"radii": [math.inf]}, "radius"),
         ({"radii": [], "limits": []}, "radius"),
@@ -154,7 +154,7 @@ def without_repeats(row: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_stored_neighbours_of_the_reference(source):
+def test_stored_neighbors_of_the_reference(source):
     golden = stored("pv_rcnn_kitti.npz")
     if source == "raw":
         points = torch.from_numpy(golden["points"][:, :3])
@@ -174,7 +174,7 @@ def test_stored_neighbours_of_the_reference(source):
         assert abs(empty.sum() - golden[f"ball_empty_{source}_r{radius}"]) <= (empty & flagged).sum()
 
 
-def test_stored_neighbours_of_the_region_grid():
+def test_stored_neighbors_of_the_region_grid():
     golden = stored("pv_rcnn_kitti.npz")
     regions = golden["roi_pooled_rows"]
     rois = torch.from_numpy(golden["rois"])[regions]

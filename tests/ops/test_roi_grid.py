@@ -50,7 +50,7 @@ def test_heading_zero_samples_columns_along_the_length_and_rows_across(faithful)
 
 
 @faithful_or_not
-def test_a_grid_of_one_cell_is_the_centre(faithful):
+def test_a_grid_of_one_cell_is_the_center(faithful):
     roi = torch.tensor([[[4.1, 0.3, 0, 3.0, 1.0, 1, 0.7]]])
     patch = roi_grid_sample(ramps(), roi, grid_size=1, faithful=faithful, **PLACE)
     torch.testing.assert_close(patch.flatten(), torch.tensor([4.1, 0.3]))

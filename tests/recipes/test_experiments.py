@@ -56,9 +56,9 @@ def test_a_variant_changes_only_what_it_says():
     scenario = SCENARIOS["waymo_kitti"]
     assert source_preset(SMALL, "plain", scenario) == SMALL
     assert trial_for(SMALL, Variant(method="upcycling"), scenario).upcycle == SMALL.upcycle
-    normalised = source_preset(SMALL, "sn", scenario)
-    assert normalised.train.augmentation.size_shift == scenario.size_shift
-    assert normalised.upcycle == SMALL.upcycle
+    normalized = source_preset(SMALL, "sn", scenario)
+    assert normalized.train.augmentation.size_shift == scenario.size_shift
+    assert normalized.upcycle == SMALL.upcycle
     scaled = source_preset(SMALL, "ros", scenario)
     assert scaled.train.augmentation == replace(SMALL.train.augmentation, object_scale=(0.75, 0.95))
     resized = trial_for(SMALL, VARIANTS["upcycling_sn"], scenario)
@@ -80,8 +80,8 @@ def test_finished_cells_are_not_run_again_and_senseless_ones_are_refused(tmp_pat
         run_cells(comparison, no_data, ["upcycle"], 3, **where)
     with pytest.raises(InvalidInput, match="no difference in size"):
         run_cells(replace(comparison, scenario=SCENARIOS["kitti_partial"]), no_data, ["upcycling_sn"], 3, **where)
-    other = replace(comparison, preset=replace(SMALL, upcycle=replace(SMALL.upcycle, unlabelled_batch=5)))
-    with pytest.raises(InvalidInput, match="unlabelled_batch: stored 2, now 5"):
+    other = replace(comparison, preset=replace(SMALL, upcycle=replace(SMALL.upcycle, unlabeled_batch=5)))
+    with pytest.raises(InvalidInput, match="unlabeled_batch: stored 2, now 5"):
         run_cells(other, no_data, ["source_only"], 3, **where)
 
 
@@ -112,7 +112,7 @@ def short(preset: Preset, steps: int = 2) -> Preset:
     )
 
 
-SIZE = Size(labelled=4, fleet=4, validation=2)
+SIZE = Size(labeled=4, fleet=4, validation=2)
 
 
 @pytest.mark.slow
@@ -144,8 +144,8 @@ def test_a_small_comparison_runs_from_data_to_table(tmp_path):
 def test_partial_labels_run_with_the_draw_of_the_seed(tmp_path):
     def data(seed: int):
         found = simulated_partial(tmp_path / "data", "kitti", size=SIZE, share=0.5, seed=seed, classes=("Car",), workers=1)
-        assert found.labelled.name == "train-0.5-1"
-        assert not set(found.labelled.open().ids) & set(found.fleet.open().ids)
+        assert found.labeled.name == "train-0.5-1"
+        assert not set(found.labeled.open().ids) & set(found.fleet.open().ids)
         return found
 
     comparison = Comparison(scenario=SCENARIOS["kitti_partial"], preset=short(SMALL), share=0.5, size=SIZE)

@@ -6,47 +6,47 @@ import pytest
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.recipes.experiments import Size, simulated_adaptation
-from upcycle3d.perception.recipes.pipeline import MainJob, MainJobConfig, RunOptions, Trial, TrialResult, closed_gap
+from upcycle3d.perception.recipes.pipeline import Pipeline, PipelineConfig, RunOptions, Trial, TrialResult, closed_gap
 from upcycle3d.perception.recipes.presets import SMALL
 
 QUIET = RunOptions(say=lambda text: None, processes=1)
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> MainJobConfig:
-    size = Size(labelled=2, fleet=1, validation=1)
+def config(tmp_path_factory) -> PipelineConfig:
+    size = Size(labeled=2, fleet=1, validation=1)
     data = simulated_adaptation(tmp_path_factory.mktemp("data"), "waymo", "lyft", size=size, seed=0, classes=("Car",), workers=1)
-    return MainJobConfig(
-        labelled=data.labelled, fleet=data.fleet, validation=data.validation, protocol="kitti", preset=SMALL, seed=0
+    return PipelineConfig(
+        labeled=data.labeled, fleet=data.fleet, validation=data.validation, protocol="kitti", preset=SMALL, seed=0
     )
 
 
 def test_a_folder_of_another_job_is_refused_and_names_the_difference(config, tmp_path):
-    MainJob(config=config, folder=tmp_path, options=QUIET)
+    Pipeline(config=config, folder=tmp_path, options=QUIET)
     with pytest.raises(InvalidInput, match=r"seed: stored 0, now 1"):
-        MainJob(config=replace(config, seed=1), folder=tmp_path, options=QUIET)
-    with pytest.raises(InvalidInput, match=r"labelled: stored '2 frames [0-9a-f]+', now '1 frames"):
-        MainJob(config=replace(config, labelled=config.fleet), folder=tmp_path, options=QUIET)
+        Pipeline(config=replace(config, seed=1), folder=tmp_path, options=QUIET)
+    with pytest.raises(InvalidInput, match=r"labeled: stored '2 frames [0-9a-f]+', now '1 frames"):
+        Pipeline(config=replace(config, labeled=config.fleet), folder=tmp_path, options=QUIET)
 
 
 def test_upcycling_settings_belong_to_the_trial_not_to_the_job(config, tmp_path):
-    MainJob(config=config, folder=tmp_path, options=QUIET)
-    other = replace(config, preset=replace(SMALL, upcycle=replace(SMALL.upcycle, unlabelled_batch=4)))
-    MainJob(config=other, folder=tmp_path, options=QUIET)
+    Pipeline(config=config, folder=tmp_path, options=QUIET)
+    other = replace(config, preset=replace(SMALL, upcycle=replace(SMALL.upcycle, unlabeled_batch=4)))
+    Pipeline(config=other, folder=tmp_path, options=QUIET)
 
 
 def test_a_given_checkpoint_is_taken_and_must_be_of_the_preset(config, tmp_path):
     loop = replace(SMALL.train.loop, optim=replace(SMALL.train.loop.optim, total_steps=1))
     short = replace(config, preset=replace(SMALL, train=replace(SMALL.train, loop=loop)))
-    source = MainJob(config=short, folder=tmp_path / "a", options=QUIET).train_source()
-    given = MainJob(config=replace(short, checkpoint=source), folder=tmp_path / "b", options=QUIET)
+    source = Pipeline(config=short, folder=tmp_path / "a", options=QUIET).train_source()
+    given = Pipeline(config=replace(short, checkpoint=source), folder=tmp_path / "b", options=QUIET)
     assert given.train_source() == source
     (result,) = dict(given.results({"plain": Trial(method="source_only", upcycle=SMALL.upcycle)})).values()
     assert result.student == result.teacher
     assert set(result.student) == {"Car 3D 0.7", "Car BEV 0.7", "Car 3D 0.5", "Car BEV 0.5"}
     other = replace(short.preset, detector=replace(SMALL.detector, encoder=replace(SMALL.detector.encoder, max_voxels=9)))
     with pytest.raises(InvalidInput, match="a detector other than the preset's"):
-        MainJob(config=replace(short, checkpoint=source, preset=other), folder=tmp_path / "c", options=QUIET).train_source()
+        Pipeline(config=replace(short, checkpoint=source, preset=other), folder=tmp_path / "c", options=QUIET).train_source()
 
 
 def test_the_best_step_is_taken_metric_by_metric_and_survives_its_file(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import Keypoints, KeypointSpec, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.core.features import CutFeatures, CutSpec, Keypoints, KeypointSpec, SparseVoxels, VoxelGrid
 from upcycle3d.core.structures import Labels
 from upcycle3d.perception.server.feature_augmentation import (
     add_noise,
@@ -28,7 +28,7 @@ from upcycle3d.perception.server.feature_augmentation import (
 )
 
 GRID = VoxelGrid(range=(0.0, -12.0, -1.0, 24.0, 12.0, 3.0), voxel_size=(0.125, 0.125, 0.125))
-SPEC = SplitSpec(layer="cut", channels=2, stride=(16, 8, 8), shape=(2, 24, 24), grid=GRID)
+SPEC = CutSpec(layer="cut", channels=2, stride=(16, 8, 8), shape=(2, 24, 24), grid=GRID)
 CELL = 1.0  # m
 MOVES = [flip_x, flip_y, rotate_quarter, rotate_free, scale_map]
 
@@ -50,9 +50,9 @@ class Fixed(np.random.Generator):
         return self.drawn
 
 
-def split_of(coords: torch.Tensor, features: torch.Tensor, spec: SplitSpec = SPEC) -> SplitFeatures:
+def split_of(coords: torch.Tensor, features: torch.Tensor, spec: CutSpec = SPEC) -> CutFeatures:
     voxels = SparseVoxels(features=features, coords=coords.int(), shape=spec.shape, batch_size=1)
-    return SplitFeatures(voxels=voxels, spec=spec)
+    return CutFeatures(voxels=voxels, spec=spec)
 
 
 def position(row: float, column: float) -> tuple[float, float]:
@@ -60,7 +60,7 @@ def position(row: float, column: float) -> tuple[float, float]:
     return column * CELL + 0.0625, row * CELL - 12 + 0.0625
 
 
-def block(rows: range, columns: range) -> tuple[SplitFeatures, Labels]:
+def block(rows: range, columns: range) -> tuple[CutFeatures, Labels]:
     """Cells of ones, in both slices, and the box around them: long along x, looking forward and a bit left."""
     cells = [[0, z, y, x] for z in range(2) for y in rows for x in columns]
     x, y = position((rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2)
@@ -68,7 +68,7 @@ def block(rows: range, columns: range) -> tuple[SplitFeatures, Labels]:
     return split_of(torch.tensor(cells), torch.ones(len(cells), 2)), Labels.make(box, torch.zeros(1))
 
 
-def random_scene(seed: int, cells: int = 60) -> tuple[SplitFeatures, Labels]:
+def random_scene(seed: int, cells: int = 60) -> tuple[CutFeatures, Labels]:
     generator = torch.Generator().manual_seed(seed)
     index = torch.randperm(2 * 24 * 24, generator=generator)[:cells]
     coords = torch.stack([index * 0, index // 576, index // 24 % 24, index % 24], 1)
@@ -78,17 +78,17 @@ def random_scene(seed: int, cells: int = 60) -> tuple[SplitFeatures, Labels]:
     return split_of(coords, torch.randn(cells, 2, generator=generator)), Labels.make(boxes, torch.arange(5))
 
 
-def empty_scene() -> tuple[SplitFeatures, Labels]:
+def empty_scene() -> tuple[CutFeatures, Labels]:
     return split_of(torch.zeros(0, 4), torch.zeros(0, 2)), Labels.empty()
 
 
-def centre_of_mass(split: SplitFeatures) -> tuple[float, float]:
+def center_of_mass(split: CutFeatures) -> tuple[float, float]:
     weight = split.voxels.features[:, 0]
     row, column = ((split.voxels.coords[:, axis] * weight).sum() / weight.sum() for axis in (2, 3))
     return position(float(row), float(column))
 
 
-def same_cells(a: SplitFeatures, b: SplitFeatures) -> bool:
+def same_cells(a: CutFeatures, b: CutFeatures) -> bool:
     return torch.equal(a.voxels.dense(), b.voxels.dense()) and len(a.voxels.coords) == len(b.voxels.coords)
 
 
@@ -119,9 +119,9 @@ def test_a_box_stays_on_its_cells(move, rng, tolerance, yaw, rows, columns):
     split, labels = block(rows, columns)
     moved, boxes = move(split, labels, rng)
     assert len(boxes) == 1
-    x, y = centre_of_mass(moved)
+    x, y = center_of_mass(moved)
     assert math.hypot(x - boxes.boxes.data[0, 0], y - boxes.boxes.data[0, 1]) < tolerance
-    before = centre_of_mass(split)
+    before = center_of_mass(split)
     assert math.hypot(x - before[0], y - before[1]) > 0.3 * CELL  # it did move
     assert boxes.boxes.data[0, 6].item() == pytest.approx(yaw, abs=1e-5)
     assert boxes.classes.tolist() == [0]
@@ -291,13 +291,13 @@ def test_a_change_is_a_function_of_the_generator_and_leaves_its_argument_alone(c
 KEYPOINT_SPEC = replace(SPEC, keypoints=KeypointSpec(count=600, channels=2))
 
 
-def with_keypoints(split: SplitFeatures, xyz: torch.Tensor, seed: int = 0) -> SplitFeatures:
+def with_keypoints(split: CutFeatures, xyz: torch.Tensor, seed: int = 0) -> CutFeatures:
     features = torch.randn(len(xyz), 2, generator=torch.Generator().manual_seed(seed))
     keypoints = Keypoints(xyz=xyz, features=features, starts=(0, len(xyz)))
-    return SplitFeatures(voxels=split.voxels, spec=KEYPOINT_SPEC, keypoints=keypoints)
+    return CutFeatures(voxels=split.voxels, spec=KEYPOINT_SPEC, keypoints=keypoints)
 
 
-def centres_of_cells(split: SplitFeatures) -> torch.Tensor:
+def centers_of_cells(split: CutFeatures) -> torch.Tensor:
     """(M, 3) the middle of every cell, at a height of its slice."""
     _, z, y, x = split.voxels.coords.unbind(1)
     return torch.stack([x * CELL + 0.0625, y * CELL - 12 + 0.0625, z.float()], 1)
@@ -308,10 +308,10 @@ def centres_of_cells(split: SplitFeatures) -> torch.Tensor:
 )
 def test_a_keypoint_in_the_middle_of_a_cell_stays_there_under_exact_moves(move, rng):
     plain, labels = random_scene(1)
-    split = with_keypoints(plain, centres_of_cells(plain))
+    split = with_keypoints(plain, centers_of_cells(plain))
     moved, _ = move(split, labels, rng)
     assert len(moved.keypoints.xyz) == 60
-    assert torch.allclose(moved.keypoints.xyz, centres_of_cells(moved), atol=1e-4)
+    assert torch.allclose(moved.keypoints.xyz, centers_of_cells(moved), atol=1e-4)
     assert torch.equal(moved.keypoints.features, split.keypoints.features)
     assert moved.keypoints.starts == (0, 60)
 
@@ -363,9 +363,9 @@ def test_noise_and_dropout_change_the_features_of_keypoints_too():
 @pytest.mark.parametrize("row", [8, 15])
 def test_cut_mix_cuts_keypoints_where_it_cuts_cells(row):
     (a, labels_a), (b, labels_b) = random_scene(1, cells=500), random_scene(2, cells=500)
-    a, b = (with_keypoints(s, centres_of_cells(s), seed) for seed, s in enumerate((a, b)))
+    a, b = (with_keypoints(s, centers_of_cells(s), seed) for seed, s in enumerate((a, b)))
     mixed, _ = cut_mix(a, labels_a, b, labels_b, Fixed(integer=row))
-    assert torch.allclose(mixed.keypoints.xyz, centres_of_cells(mixed))
+    assert torch.allclose(mixed.keypoints.xyz, centers_of_cells(mixed))
     left = int((a.voxels.coords[:, 2] < row).sum())
     assert torch.equal(mixed.keypoints.features[:left], a.keypoints.features[a.voxels.coords[:, 2] < row])
     assert torch.equal(mixed.keypoints.features[left:], b.keypoints.features[b.voxels.coords[:, 2] >= row])
@@ -374,7 +374,7 @@ def test_cut_mix_cuts_keypoints_where_it_cuts_cells(row):
 def test_cut_mix_of_two_crowded_halves_holds_no_more_keypoints_than_the_cut_allows():
     (a, labels_a), (b, labels_b) = random_scene(1, cells=500), random_scene(2, cells=500)
     spec = replace(KEYPOINT_SPEC, keypoints=replace(KEYPOINT_SPEC.keypoints, count=100))
-    a, b = (replace(with_keypoints(s, centres_of_cells(s), seed), spec=spec) for seed, s in enumerate((a, b)))
+    a, b = (replace(with_keypoints(s, centers_of_cells(s), seed), spec=spec) for seed, s in enumerate((a, b)))
     mixed, _ = cut_mix(a, labels_a, b, labels_b, np.random.default_rng(0))
     assert len(mixed.keypoints.xyz) == 100
     assert len(mixed.keypoints.xyz.unique(dim=0)) == 100

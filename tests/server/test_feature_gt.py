@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import Keypoints, KeypointSpec, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.core.features import CutFeatures, CutSpec, Keypoints, KeypointSpec, SparseVoxels, VoxelGrid
 from upcycle3d.core.structures import Boxes3D, Frame, Labels, PointCloud
 from upcycle3d.ops.iou3d import iou_bev
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
 from upcycle3d.perception.server.feature_gt import (
-    FeatureDatabase,
     FeatureGtConfig,
     FeatureObject,
-    build_feature_database,
+    FeatureObjectDatabase,
+    build_feature_object_database,
     cut_objects,
     footprint,
     keypoints_near,
@@ -28,7 +28,7 @@ from upcycle3d.perception.server.feature_gt import (
 from upcycle3d.perception.wire.codec import round_trip
 
 GRID = VoxelGrid(range=(0.0, -8.0, -1.0, 16.0, 8.0, 3.0), voxel_size=(0.125, 0.125, 0.125))
-SPEC = SplitSpec(layer="cut", channels=3, stride=(16, 8, 8), shape=(2, 16, 16), grid=GRID)  # cells of 1 m, centres at i + 1/16
+SPEC = CutSpec(layer="cut", channels=3, stride=(16, 8, 8), shape=(2, 16, 16), grid=GRID)  # cells of 1 m, centres at i + 1/16
 SPLIT, ENCODER = "ab" * 32, "cd" * 32
 CONFIG = FeatureGtConfig(max_objects=(5,))
 
@@ -43,7 +43,7 @@ def labels(*boxes: list[float], points: int = 50, **options) -> Labels:
     return Labels.make(data, torch.zeros(len(data), dtype=torch.int64), num_points=counts, **options)
 
 
-def full_scene(seed: int, share: float = 1.0, batch_size: int = 1) -> SplitFeatures:
+def full_scene(seed: int, share: float = 1.0, batch_size: int = 1) -> CutFeatures:
     """A scene whose cells are active with probability ``share``, in a random order."""
     generator = torch.Generator().manual_seed(seed)
     cells = torch.randperm(512, generator=generator)[: int(512 * share)]
@@ -51,10 +51,10 @@ def full_scene(seed: int, share: float = 1.0, batch_size: int = 1) -> SplitFeatu
     voxels = SparseVoxels(
         features=torch.randn(len(cells), 3, generator=generator), coords=coords, shape=SPEC.shape, batch_size=batch_size
     )
-    return SplitFeatures(voxels=voxels, spec=SPEC)
+    return CutFeatures(voxels=voxels, spec=SPEC)
 
 
-def cells_of(split: SplitFeatures) -> dict[tuple[int, int, int], list[float]]:
+def cells_of(split: CutFeatures) -> dict[tuple[int, int, int], list[float]]:
     coords = map(tuple, split.voxels.coords[:, 1:].tolist())
     return dict(zip(coords, split.voxels.features.tolist(), strict=True))
 
@@ -89,7 +89,7 @@ def test_footprint_turns_with_the_box():
     assert owned(box(8.0625, 0.0625, -math.pi / 4, thin), margin=0.0) == {(8 - i, 8 + i) for i in range(-2, 3)}
 
 
-def test_footprint_is_every_cell_whose_centre_is_inside():
+def test_footprint_is_every_cell_whose_center_is_inside():
     generator = torch.Generator().manual_seed(3)
     for _ in range(20):
         x, y, yaw = (
@@ -180,7 +180,7 @@ def test_pasting_an_object_back_into_its_own_scene_changes_nothing():
     assert torch.equal(pasted.voxels.dense(), scene.voxels.dense())
 
 
-def test_neighbours_whose_margins_meet_share_no_cell():
+def test_neighbors_whose_margins_meet_share_no_cell():
     near = [box(5.0, 0.0), box(5.0, 2.5)]
     source = [*cut(1, near[0]), *cut(2, near[1])]
     pasted, _ = paste_objects(full_scene(3), Labels.empty(), source, CONFIG, np.random.default_rng(0))
@@ -205,10 +205,10 @@ def test_pasting_nothing_and_pasting_into_nothing():
 KEYPOINT_SPEC = replace(SPEC, keypoints=KeypointSpec(count=40, channels=2))
 
 
-def with_keypoints(scene: SplitFeatures, xyz: torch.Tensor, seed: int = 0) -> SplitFeatures:
+def with_keypoints(scene: CutFeatures, xyz: torch.Tensor, seed: int = 0) -> CutFeatures:
     features = torch.randn(len(xyz), 2, generator=torch.Generator().manual_seed(seed))
     keypoints = Keypoints(xyz=xyz, features=features, starts=(0, len(xyz)))
-    return SplitFeatures(voxels=scene.voxels, spec=KEYPOINT_SPEC, keypoints=keypoints)
+    return CutFeatures(voxels=scene.voxels, spec=KEYPOINT_SPEC, keypoints=keypoints)
 
 
 def spread(count: int, seed: int) -> torch.Tensor:
@@ -280,10 +280,10 @@ def test_a_database_keeps_keypoints_and_objects_without_any(tmp_path):
     objects = cut_objects(scene, labels(*places), CONFIG)
     assert [len(o.keypoints.xyz) for o in objects] == [2, 0]
     for order, name in ((objects, "db"), (objects[::-1], "reversed"), (objects[1:], "none")):
-        written = FeatureDatabase.write(
+        written = FeatureObjectDatabase.write(
             tmp_path / name, order, spec=KEYPOINT_SPEC, config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER
         )
-        opened = FeatureDatabase.open(tmp_path / name, config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+        opened = FeatureObjectDatabase.open(tmp_path / name, config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
         for database in (written, opened):
             for found, expected in zip(map(database.__getitem__, range(len(order))), order, strict=True):
                 assert torch.equal(found.keypoints.xyz, expected.keypoints.xyz)
@@ -291,20 +291,22 @@ def test_a_database_keeps_keypoints_and_objects_without_any(tmp_path):
                 assert torch.equal(found.features, expected.features)
     (tmp_path / "db" / "keypoint_features.f32").write_bytes(b"")
     with pytest.raises(InvalidInput, match=r"keypoint_features\.f32 holds 0 bytes"):
-        FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+        FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
 
 
 # ---- database
 
 
-def write(folder, objects: list[FeatureObject]) -> FeatureDatabase:
-    return FeatureDatabase.write(folder, objects, spec=SPEC, config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+def write(folder, objects: list[FeatureObject]) -> FeatureObjectDatabase:
+    return FeatureObjectDatabase.write(
+        folder, objects, spec=SPEC, config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER
+    )
 
 
 def test_a_database_gives_back_what_was_written(tmp_path):
     objects = [*cut(1, box(5.0, 4.0)), replace(cut(2, box(11.0, -4.0, 1.2), share=0.5)[0], class_index=2, num_points=7)]
     written = write(tmp_path / "db", objects)
-    opened = FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+    opened = FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
     assert len(written) == len(opened) == 2
     for database in (written, opened):
         for index, expected in enumerate(objects):
@@ -319,23 +321,25 @@ def test_a_database_gives_back_what_was_written(tmp_path):
 def test_a_database_of_another_split_or_encoder_is_refused(tmp_path):
     write(tmp_path / "db", cut(1, box(5.0, 4.0)))
     with pytest.raises(InvalidInput, match="leak labels"):
-        FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint="00" * 32, encoder_fingerprint=ENCODER)
+        FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint="00" * 32, encoder_fingerprint=ENCODER)
     with pytest.raises(InvalidInput, match="another encoder"):
-        FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint="00" * 32)
+        FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint="00" * 32)
 
 
 def test_a_database_that_was_cut_otherwise_is_refused(tmp_path):
     write(tmp_path / "db", cut(1, box(5.0, 4.0)))
     for other in (replace(CONFIG, margin_cells=2.0), replace(CONFIG, size_shift=(-0.9, -0.5, -0.3))):
         with pytest.raises(InvalidInput, match="was cut with"):
-            FeatureDatabase.open(tmp_path / "db", config=other, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+            FeatureObjectDatabase.open(tmp_path / "db", config=other, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
     more = replace(CONFIG, max_objects=(9,))  # how many are pasted is no matter of the database
-    assert len(FeatureDatabase.open(tmp_path / "db", config=more, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)) == 1
+    assert (
+        len(FeatureObjectDatabase.open(tmp_path / "db", config=more, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)) == 1
+    )
 
 
 def test_a_missing_broken_or_newer_database_is_refused(tmp_path):
     def open_it():
-        return FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+        return FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
 
     with pytest.raises(InvalidInput, match="no readable feature database"):
         open_it()
@@ -357,12 +361,14 @@ def test_a_database_is_never_overwritten_and_remains_of_a_crash_do_no_harm(tmp_p
     write(tmp_path / "db", cut(1, box(5.0, 4.0)))
     with pytest.raises(InvalidInput, match="already exists"):
         write(tmp_path / "db", [])
-    assert len(FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)) == 1
+    assert (
+        len(FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)) == 1
+    )
 
 
 def test_an_empty_database_is_legal(tmp_path):
     write(tmp_path / "db", [])
-    opened = FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
+    opened = FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
     assert len(opened) == 0
     config = FeatureGtConfig(max_objects=(5,))
     assert sample_objects(opened, Labels.empty(), Boxes3D.empty(), config, np.random.default_rng(0)) == []
@@ -389,17 +395,17 @@ class GridEncoder(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor([1.0, 0.3, 0.7]))
 
-    def forward(self, points: list[PointCloud]) -> SplitFeatures:
+    def forward(self, points: list[PointCloud]) -> CutFeatures:
         xyz = points[0].xyz
         cell = torch.stack([xyz[:, 0] * 0, xyz[:, 1] + 8, xyz[:, 0]], 1).floor().int()
         cells, owner = cell.unique(dim=0, return_inverse=True)
         mean = torch.zeros(len(cells), 3).index_add_(0, owner, xyz) / torch.bincount(owner)[:, None]
         coords = torch.nn.functional.pad(cells, (1, 0))
         voxels = SparseVoxels(features=mean * self.weight, coords=coords, shape=SPEC.shape, batch_size=1)
-        return SplitFeatures(voxels=voxels, spec=SPEC)
+        return CutFeatures(voxels=voxels, spec=SPEC)
 
 
-def test_building_passes_the_codec_and_skips_frames_that_nobody_labelled(tmp_path):
+def test_building_passes_the_codec_and_skips_frames_that_nobody_labeled(tmp_path):
     generator = torch.Generator().manual_seed(0)
     cloud = PointCloud(xyz=torch.rand(300, 3, generator=generator) * torch.tensor([16.0, 16, 1]) - torch.tensor([0.0, 8, 0]),
                        features=torch.zeros(300, 1))  # fmt: skip
@@ -411,7 +417,7 @@ def test_building_passes_the_codec_and_skips_frames_that_nobody_labelled(tmp_pat
     detector = Detector(GridEncoder(), torch.nn.Identity(), ("Car",)).train()
 
     def build():
-        return build_feature_database(
+        return build_feature_object_database(
             tmp_path / "db", frames, detector, codec="int8", config=FeatureGtConfig(max_objects=(5,)),
             split_fingerprint=SPLIT, encoder_fingerprint=ENCODER,
         )  # fmt: skip
@@ -434,7 +440,7 @@ def test_objects_of_another_size_are_resized_before_they_are_encoded(tmp_path):
     frames = [Frame(id="a", points=cloud, labels=labels(box(6.0, 1.0)))]
     detector = Detector(GridEncoder(), torch.nn.Identity(), ("Car",))
     config = replace(CONFIG, size_shift=(-1.0, -0.5, -0.25))
-    database = build_feature_database(
+    database = build_feature_object_database(
         tmp_path / "db", frames, detector, codec="fp16", config=config, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER
     )
     assert torch.allclose(database[0].box, torch.tensor([6.0, 1.0, -0.125, 3.0, 1.5, 1.25, 0.0]))  # its bottom stays at -0.75
@@ -446,7 +452,7 @@ def test_objects_of_another_size_are_resized_before_they_are_encoded(tmp_path):
 
 
 @pytest.fixture
-def database(tmp_path) -> FeatureDatabase:
+def database(tmp_path) -> FeatureObjectDatabase:
     """60 objects of two classes at random places."""
     generator = torch.Generator().manual_seed(4)
     objects = []
@@ -512,7 +518,7 @@ def test_a_database_cut_short_is_refused(tmp_path):
         coords=torch.tensor([[0, 1, 2], [0, 1, 3]], dtype=torch.int32),
         features=torch.ones(2, 4),
     )
-    FeatureDatabase.write(
+    FeatureObjectDatabase.write(
         tmp_path / "db",
         [item, item],
         spec=replace(SPEC, channels=4),
@@ -520,8 +526,8 @@ def test_a_database_cut_short_is_refused(tmp_path):
         split_fingerprint="s",
         encoder_fingerprint="e",
     )
-    assert len(FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint="s", encoder_fingerprint="e")) == 2
+    assert len(FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint="s", encoder_fingerprint="e")) == 2
     path = tmp_path / "db" / "features.f32"
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(InvalidInput, match="build it again"):
-        FeatureDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint="s", encoder_fingerprint="e")
+        FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint="s", encoder_fingerprint="e")

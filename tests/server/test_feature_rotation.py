@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle3d.core.features import Keypoints, SplitSpec, VoxelGrid
+from upcycle3d.core.features import CutSpec, Keypoints, VoxelGrid
 from upcycle3d.ops.iou3d import iou_bev
 from upcycle3d.perception.server.feature_gt import FeatureGtConfig, FeatureObject, footprint
 from upcycle3d.perception.server.feature_rotation import rotate_object, rotate_objects
 
 GRID = VoxelGrid(range=(0.0, -8.0, -1.0, 16.0, 8.0, 3.0), voxel_size=(0.125, 0.125, 0.125))
-SPEC = SplitSpec(layer="cut", channels=2, stride=(16, 8, 8), shape=(2, 16, 16), grid=GRID)  # cells of 1 m, centres at i + 1/16
+SPEC = CutSpec(layer="cut", channels=2, stride=(16, 8, 8), shape=(2, 16, 16), grid=GRID)  # cells of 1 m, centres at i + 1/16
 CONFIG = FeatureGtConfig(max_objects=(5,))
 
 
@@ -38,7 +38,7 @@ def test_no_turn_changes_nothing():
     assert torch.equal(after.box, before.box)
 
 
-def test_a_quarter_turn_about_a_cells_centre_is_exact():
+def test_a_quarter_turn_about_a_cells_center_is_exact():
     before, after = item(), rotate_object(item(), math.pi / 2, SPEC, CONFIG)
     expected = {}
     for (z, y, x), f in zip(before.coords.tolist(), before.features.tolist(), strict=True):

@@ -20,23 +20,23 @@ import torch
 from torch.utils.data import DataLoader
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import KeypointSpec, SmashedScene, SplitSpec, VoxelGrid, cells_of_centres
+from upcycle3d.core.features import CutSpec, KeypointSpec, SmashedScene, VoxelGrid, cells_of_centers
 from upcycle3d.perception.server import ingest as ingest_module
 from upcycle3d.perception.server.ingest import IngestReport, StoreWriteError, ingest
-from upcycle3d.perception.server.store import BrokenStore, SmashedStore, to_split_features
+from upcycle3d.perception.server.store import BrokenStore, SmashedStore, to_cut_features
 from upcycle3d.perception.wire.codec import encode_scene, round_trip
 from upcycle3d.perception.wire.cut_json import CorruptScene, canonical_json
 from upcycle3d.perception.wire.manifest import read_manifest
 from upcycle3d.perception.wire.shards import ShardWriter
 
 GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.5, 0.5, 0.5))
-SPEC = SplitSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
+SPEC = CutSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
 KEYPOINT_SPEC = replace(SPEC, keypoints=KeypointSpec(count=12, channels=3))
-OTHER_SPEC = SplitSpec(layer="backbone.early", channels=4, stride=(2, 1, 1), shape=(2, 32, 32), grid=GRID)
+OTHER_SPEC = CutSpec(layer="backbone.early", channels=4, stride=(2, 1, 1), shape=(2, 32, 32), grid=GRID)
 ENCODER, OTHER_ENCODER = "ab" * 32, "cd" * 32
 
 
-def scene(seed: int, voxels: int = 30, codec: str = "int8", fingerprint: str = ENCODER, spec: SplitSpec = SPEC) -> SmashedScene:
+def scene(seed: int, voxels: int = 30, codec: str = "int8", fingerprint: str = ENCODER, spec: CutSpec = SPEC) -> SmashedScene:
     generator = torch.Generator().manual_seed(seed)
     index = torch.randperm(2048, generator=generator)[:voxels].sort().values
     coords = torch.stack([index // 1024, index // 32 % 32, index % 32], 1).to(torch.int32)
@@ -149,7 +149,7 @@ def test_good_shards_move_into_the_store_and_every_scene_can_be_read(incoming, s
         assert smashed.voxels[i] == len(got.coords)
 
 
-def test_the_catalogue_has_one_row_a_scene_that_points_at_its_bytes(incoming, store):
+def test_the_catalog_has_one_row_a_scene_that_points_at_its_bytes(incoming, store):
     manifest = read_manifest(upload(incoming, [scene(i, voxels=20 + i) for i in range(3)]))
     run(incoming, store)
     rows = pq.read_table(store / "catalogue.parquet").to_pylist()
@@ -487,7 +487,7 @@ def test_two_ingests_do_not_meet(incoming, store):
 # ------------------------------------------------------------------------------------------------------------- the store
 
 
-def test_deleted_shards_leave_the_catalogue_and_a_lost_catalogue_is_rebuilt(incoming, store):
+def test_deleted_shards_leave_the_catalog_and_a_lost_catalog_is_rebuilt(incoming, store):
     first, second = upload(incoming, [scene(0)]), upload(incoming, [scene(1)])
     run(incoming, store)
     for suffix in (".tar", ".json"):
@@ -521,7 +521,7 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path, incoming, store):
         SmashedStore(store)
 
 
-def test_a_damaged_catalogue_says_how_to_rebuild_it(incoming, store):
+def test_a_damaged_catalog_says_how_to_rebuild_it(incoming, store):
     upload(incoming, [scene(0)])
     run(incoming, store)
     path = store / "catalogue.parquet"
@@ -570,7 +570,7 @@ def test_forked_data_workers_read_the_same_scenes(incoming, store):
 
 def test_smashed_scenes_become_one_batch_in_order_with_an_empty_last_scene():
     scenes = [scene(0, voxels=5), scene(1, voxels=3), scene(2, voxels=0)]
-    batch = to_split_features(scenes)
+    batch = to_cut_features(scenes)
     assert batch.batch_size == 3
     assert batch.spec == SPEC
     batch.voxels.check_range()
@@ -578,12 +578,12 @@ def test_smashed_scenes_become_one_batch_in_order_with_an_empty_last_scene():
         assert torch.equal(batch.scene(i).voxels.coords[:, 1:], s.coords)
         assert torch.equal(batch.scene(i).voxels.features, s.features)
     with pytest.raises(InvalidInput, match="do not mix"):
-        to_split_features([scenes[0], scene(0, fingerprint=OTHER_ENCODER)])
+        to_cut_features([scenes[0], scene(0, fingerprint=OTHER_ENCODER)])
     with pytest.raises(InvalidInput, match="at least one"):
-        to_split_features([])
+        to_cut_features([])
 
 
-def test_keypoints_are_catalogued_and_become_live_at_the_centres_of_their_cells(incoming, store):
+def test_keypoints_are_catalogd_and_become_live_at_the_centers_of_their_cells(incoming, store):
     scenes = [keypoint_scene(0, 12), keypoint_scene(1, 0), keypoint_scene(2, 5)]
     upload(incoming, scenes)
     ingest(incoming, store, expected_fingerprint=ENCODER, expected_spec=KEYPOINT_SPEC)
@@ -592,18 +592,18 @@ def test_keypoints_are_catalogued_and_become_live_at_the_centres_of_their_cells(
     read = [smashed[i] for i in range(3)]
     assert smashed.keypoints.tolist() == [len(s.keypoint_cells) for s in read]
     assert sorted(smashed.keypoints.tolist()) == [0, 5, 12]
-    batch = to_split_features(read)
+    batch = to_cut_features(read)
     assert batch.spec == KEYPOINT_SPEC
     for i, s in enumerate(read):
         live = batch.scene(i).keypoints
         assert live.xyz.dtype == torch.float32
-        assert torch.equal(cells_of_centres(live.xyz, GRID), sent[s.scene_id].keypoint_cells)
+        assert torch.equal(cells_of_centers(live.xyz, GRID), sent[s.scene_id].keypoint_cells)
         assert torch.equal(live.features, round_trip(sent[s.scene_id].keypoint_features, "int8"))
     one = replace(scenes[0], keypoint_cells=torch.tensor([[0, 1, 2]], dtype=torch.int32), keypoint_features=torch.ones(1, 3))
-    assert to_split_features([one]).keypoints.xyz.tolist() == [[1.25, -7.25, -1.75]]
-    assert to_split_features([scene(0)]).keypoints is None
+    assert to_cut_features([one]).keypoints.xyz.tolist() == [[1.25, -7.25, -1.75]]
+    assert to_cut_features([scene(0)]).keypoints is None
     with pytest.raises(InvalidInput, match="do not mix"):
-        to_split_features([scene(0), scenes[0]])
+        to_cut_features([scene(0), scenes[0]])
 
 
 def test_a_shard_of_a_cut_without_keypoints_is_refused_where_keypoints_are_expected(incoming, store):

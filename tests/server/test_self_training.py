@@ -9,7 +9,7 @@ import torch
 from upcycle3d.core.features import VoxelGrid
 from upcycle3d.core.structures import Boxes3D, Frame, PointCloud, Predictions
 from upcycle3d.datasets.augment import AugmentationRanges
-from upcycle3d.datasets.batches import UnlabelledBatches
+from upcycle3d.datasets.batches import UnlabeledBatches
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
@@ -132,7 +132,7 @@ def detector() -> Detector:
     return second_iou(config)
 
 
-def scans() -> UnlabelledBatches:
+def scans() -> UnlabeledBatches:
     generator = torch.Generator().manual_seed(1)
     frames = [
         Frame(
@@ -144,7 +144,7 @@ def scans() -> UnlabelledBatches:
         )
         for i in range(3)
     ]
-    return UnlabelledBatches(frames=frames, batch_size=2, seed=0, augmentation=AugmentationRanges())
+    return UnlabeledBatches(frames=frames, batch_size=2, seed=0, augmentation=AugmentationRanges())
 
 
 def train(run: RunFolder | None = None) -> tuple[Detector, Detector]:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput, UpcycleError
-from upcycle3d.core.features import SplitFeatures, VoxelGrid
+from upcycle3d.core.features import CutFeatures, VoxelGrid
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Frame, Labels, PointCloud
 from upcycle3d.datasets.augment import AugmentationRanges
-from upcycle3d.datasets.batches import UnlabelledBatches
+from upcycle3d.datasets.batches import UnlabeledBatches
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnConfig
@@ -30,11 +30,11 @@ from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig, seco
 from upcycle3d.perception.models.targets import RoiSampling
 from upcycle3d.perception.server import store as store_module
 from upcycle3d.perception.server import trainer as trainer_module
-from upcycle3d.perception.server.feature_gt import FeatureDatabase, FeatureGtConfig, build_feature_database
+from upcycle3d.perception.server.feature_gt import FeatureGtConfig, FeatureObjectDatabase, build_feature_object_database
 from upcycle3d.perception.server.ingest import ingest
 from upcycle3d.perception.server.methods import METHODS
 from upcycle3d.perception.server.pseudo_labels import ScoreThresholds, teacher_labels
-from upcycle3d.perception.server.store import SmashedStore, as_stored, to_split_features
+from upcycle3d.perception.server.store import SmashedStore, as_stored, to_cut_features
 from upcycle3d.perception.server.trainer import UpcycleConfig, upcycle
 from upcycle3d.perception.training.loop import LoopConfig
 from upcycle3d.perception.training.optim import OneCycle
@@ -83,7 +83,7 @@ def frame(seed: int) -> Frame:
 FRAMES = [frame(seed) for seed in range(4)]
 
 
-def labelled(step: int) -> tuple[Frame, ...]:
+def labeled(step: int) -> tuple[Frame, ...]:
     return FRAMES[step % 4], FRAMES[(step + 1) % 4]
 
 
@@ -95,7 +95,7 @@ def checkpoint() -> Detector:
 def config(steps: int = 2, thresholds: tuple[ScoreThresholds, ...] = EVERYTHING, seed: int = 0, **changes) -> UpcycleConfig:
     loop = LoopConfig(seed=seed, optim=OneCycle(lr=0.01, total_steps=steps), log_every=1, checkpoint_every=2)
     values = {
-        "loop": loop, "labelled_batch": 2, "unlabelled_batch": 2, "thresholds": thresholds,
+        "loop": loop, "labeled_batch": 2, "unlabeled_batch": 2, "thresholds": thresholds,
         "f_gt": FeatureGtConfig(max_objects=(2,)), "obstacle_score": 1.0, "round_steps": 1,
     }  # fmt: skip
     return UpcycleConfig(**{**values, **changes})
@@ -122,11 +122,11 @@ def store(tmp_path_factory) -> SmashedStore:
 
 
 @pytest.fixture(scope="module")
-def features(tmp_path_factory) -> FeatureDatabase:
+def features(tmp_path_factory) -> FeatureObjectDatabase:
     folder: Path = tmp_path_factory.mktemp("features") / "db"
     detector = checkpoint()
     fingerprint = encoder_fingerprint(detector.encoder, RigSpec())
-    return build_feature_database(
+    return build_feature_object_database(
         folder, FRAMES, detector, codec="fp16", config=config().f_gt, split_fingerprint="ab" * 32, encoder_fingerprint=fingerprint
     )
 
@@ -137,7 +137,7 @@ def truth(store) -> dict[str, Labels]:
     return {store[i].scene_id: labels for i, labels in enumerate(answers)}
 
 
-RAW = UnlabelledBatches(
+RAW = UnlabeledBatches(
     frames=[frame(seed) for seed in (10, 11, 12)], batch_size=2, seed=0, augmentation=AugmentationRanges(flip_y=1.0)
 )
 
@@ -145,9 +145,9 @@ RAW = UnlabelledBatches(
 def train(method: str, store, features, *, settings: UpcycleConfig | None = None, **options) -> tuple[Detector, Detector]:
     """Student and teacher after a few steps of ``method`` from the one checkpoint."""
     detector = checkpoint()
-    scans = RAW if METHODS[method].unlabelled == "raw" else None
+    scans = RAW if METHODS[method].unlabeled == "raw" else None
     teacher = upcycle(
-        detector, method=METHODS[method], labelled=labelled, store=store, features=features, config=settings or config(),
+        detector, method=METHODS[method], labeled=labeled, store=store, features=features, config=settings or config(),
         progress=False, **{"scans": scans, **options},
     )  # fmt: skip
     return detector, teacher
@@ -299,7 +299,7 @@ def test_the_truth_is_reported_beside_the_labels(store, features, truth, caplog)
         assert 0 <= values["recall_70"] <= values["recall_50"] <= 1
 
 
-def test_labelled_features_pass_the_codec_scene_by_scene_where_the_encoder_is_frozen(store, features, monkeypatch):
+def test_labeled_features_pass_the_codec_scene_by_scene_where_the_encoder_is_frozen(store, features, monkeypatch):
     seen: list[tuple[int, str]] = []
     real = store_module.round_trip
 
@@ -310,7 +310,7 @@ def test_labelled_features_pass_the_codec_scene_by_scene_where_the_encoder_is_fr
     monkeypatch.setattr(store_module, "round_trip", spy)
     train("hybrid", store, features, settings=config(steps=1), codec="int8")
     with torch.no_grad():
-        expected = [len(checkpoint().eval().encode([f.points]).voxels.coords) for f in labelled(0)]
+        expected = [len(checkpoint().eval().encode([f.points]).voxels.coords) for f in labeled(0)]
     assert seen == [(n, "int8") for n in expected]
     seen.clear()
     train("oracle_full", None, None)
@@ -322,7 +322,7 @@ def test_labelled_features_pass_the_codec_scene_by_scene_where_the_encoder_is_fr
 # ---- what is missing, and going on
 
 
-@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.unlabelled == "smashed"])
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.unlabeled == "smashed"])
 def test_a_method_that_needs_scenes_says_so(method, features):
     for nothing in (None, []):
         with pytest.raises(InvalidInput, match="store is empty; run `upcycle3d extract`"):
@@ -330,7 +330,7 @@ def test_a_method_that_needs_scenes_says_so(method, features):
 
 
 def test_f_gt_without_objects_says_so(store, tmp_path):
-    empty = FeatureDatabase.write(
+    empty = FeatureObjectDatabase.write(
         tmp_path / "db",
         [],
         spec=checkpoint().spec,
@@ -359,14 +359,14 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(store, features, tmp_path):
     def cut_off(step: int) -> tuple[Frame, ...]:
         if step == 3:
             raise PowerCut
-        return labelled(step)
+        return labeled(step)
 
     def run() -> RunFolder:
         return RunFolder.create(tmp_path / "run", settings, seed=0, resume=True, tensorboard=False)
 
     with pytest.raises(PowerCut):
         upcycle(
-            checkpoint(), method=METHODS["upcycling"], labelled=cut_off, store=store, features=features, config=settings,
+            checkpoint(), method=METHODS["upcycling"], labeled=cut_off, store=store, features=features, config=settings,
             run=run(), progress=False,
         )  # fmt: skip
     resumed = train("upcycling", store, features, settings=settings, run=run())
@@ -414,7 +414,7 @@ def test_a_detector_with_keypoints_is_upcycled_with_pasted_objects(tmp_path, cap
     ingest(tmp_path / "in", tmp_path / "store", expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
     store = SmashedStore(tmp_path / "store")
     assert store.keypoints.tolist() == [64, 64, 64]
-    features = build_feature_database(
+    features = build_feature_object_database(
         tmp_path / "db", FRAMES, keypoint_checkpoint(), codec="int8", config=config().f_gt, split_fingerprint="ab" * 32,
         encoder_fingerprint=extractor.fingerprint,
     )  # fmt: skip
@@ -423,7 +423,7 @@ def test_a_detector_with_keypoints_is_upcycled_with_pasted_objects(tmp_path, cap
     def run() -> tuple[Detector, Detector]:
         student = keypoint_checkpoint()
         teacher = upcycle(
-            student, method=METHODS["upcycling"], labelled=labelled, store=store, features=features,
+            student, method=METHODS["upcycling"], labeled=labeled, store=store, features=features,
             config=config(steps=3, thresholds=NOTHING), codec="int8", progress=False,
         )  # fmt: skip
         return student, teacher
@@ -440,7 +440,7 @@ def test_a_detector_with_keypoints_is_upcycled_with_pasted_objects(tmp_path, cap
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_labelled_features_are_bit_for_bit_what_a_store_would_give(codec):
+def test_labeled_features_are_bit_for_bit_what_a_store_would_give(codec):
     encoder = keypoint_checkpoint().encoder.eval()
     clouds = [f.points for f in FRAMES[:2]] + [PointCloud(xyz=torch.zeros(0, 3), features=torch.zeros(0, 1))]
     extractor = Extractor(encoder, RigSpec(), codec)
@@ -450,9 +450,9 @@ def test_labelled_features_are_bit_for_bit_what_a_store_would_give(codec):
         )
         for c in clouds
     ]
-    expected = to_split_features(scenes)
+    expected = to_cut_features(scenes)
     encoder.requires_grad_(False)  # frozen, as in every method that learns from a store
-    live = SplitFeatures.collate([encoder([c]) for c in clouds])
+    live = CutFeatures.collate([encoder([c]) for c in clouds])
     found = as_stored(live, codec)
     assert found.keypoints.starts == expected.keypoints.starts == (0, 64, 128, 128)
     assert torch.equal(found.keypoints.xyz, expected.keypoints.xyz)

@@ -49,12 +49,12 @@ def test_a_second_start_with_other_options_is_refused(folder, tmp_path, capsys, 
     assert "begun with other settings" in capsys.readouterr().err
 
 
-def test_a_mistyped_labelled_split_is_refused_before_anything_is_read(folder, tmp_path, capsys):
+def test_a_mistyped_labeled_split_is_refused_before_anything_is_read(folder, tmp_path, capsys):
     (folder / "splits").mkdir()
     (folder / "splits" / "train.txt").write_text("a\n")
     (folder / "splits" / "val.txt").write_text("b\n")
     data, report = tmp_path / "data", tmp_path / "report.json"
-    assert run(prepare, "folder", folder, "--out", data, *OPTIONS, "--labelled", "trian") == 2
+    assert run(prepare, "folder", folder, "--out", data, *OPTIONS, "--labeled", "trian") == 2
     assert "among train, val; did you mean 'train'?" in capsys.readouterr().err
     assert not data.exists()
     assert run(prepare, "folder", folder, "--out", data, *OPTIONS, "--json", report) == 0

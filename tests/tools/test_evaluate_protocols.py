@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from upcycle3d.core.structures import Boxes3D, Labels, PointCloud, Predictions
-from upcycle3d.perception.evaluation.protocols import LabelledDetections, score_lyft, score_waymo
+from upcycle3d.perception.evaluation.protocols import LabeledDetections, score_lyft, score_waymo
 from upcycle3d.tools import evaluate, prepare
 from upcycle3d.tools.console import run_command
 from upcycle3d.tools.predict import boxes_json
@@ -242,7 +242,7 @@ def test_a_run_writes_the_official_message_of_frames_that_say_their_time(
     assert run(*one, "--protocol", "lyft") == 2
     assert "the protocol here is lyft" in capsys.readouterr().err
     found = SeesEverything().detect([PointCloud(xyz=torch.zeros(0, 3), features=torch.zeros(0, 1))])
-    named = LabelledDetections(
+    named = LabeledDetections(
         ids=("10_24_7",),
         labels=(Labels.empty(),),
         predictions=tuple(found),
@@ -257,7 +257,7 @@ def test_waymo_and_lyft_know_no_ignored_labels() -> None:
     boxes = torch.tensor([[10.0, 0, 1, 4, 2, 1.5, 0.1], [20.0, 0, 1, 4, 2, 1.5, 0.1]])
     labels = Labels.make(boxes, torch.zeros(2), num_points=torch.full((2,), 9), weight=torch.tensor([1.0, 0]))
     found = SeesEverything().detect([PointCloud(xyz=torch.zeros(0, 3), features=torch.zeros(0, 1))])
-    both = LabelledDetections(
+    both = LabeledDetections(
         ids=("a",), labels=(labels,), predictions=tuple(found), label_classes=("car",), detector_classes=("Pedestrian", "car")
     )
     assert score_waymo(both, difficulty_is_level=False).classes["Vehicle"]["all"]["LEVEL_1"].ground_truths == 1

@@ -16,14 +16,14 @@ from torch import nn
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import (
+    CutFeatures,
+    CutSpec,
     Keypoints,
     KeypointSpec,
     SparseVoxels,
-    SplitFeatures,
-    SplitSpec,
     VoxelGrid,
-    cell_centres,
-    cells_of_centres,
+    cell_centers,
+    cells_of_centers,
 )
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import PointCloud
@@ -54,7 +54,7 @@ class TinyEncoder(nn.Module):
         self.config = config or TinyConfig()
         self.linear = nn.Linear(4, 8)
         self.norm = nn.BatchNorm1d(8)
-        self.spec = SplitSpec(layer="norm", channels=8, stride=(1, 1, 1), shape=GRID.shape, grid=GRID)
+        self.spec = CutSpec(layer="norm", channels=8, stride=(1, 1, 1), shape=GRID.shape, grid=GRID)
 
     def voxelize(self, points: Sequence[PointCloud]) -> SparseVoxels:
         features, coords = [], []
@@ -69,13 +69,13 @@ class TinyEncoder(nn.Module):
             coords.append(nn.functional.pad(cells[back].int(), (1, 0), value=batch))
         return SparseVoxels(features=torch.cat(features), coords=torch.cat(coords), shape=GRID.shape, batch_size=len(points))
 
-    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> SplitFeatures:
-        return SplitFeatures(voxels=self.backbone(voxels), spec=self.spec)
+    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> CutFeatures:
+        return CutFeatures(voxels=self.backbone(voxels), spec=self.spec)
 
     def backbone(self, voxels: SparseVoxels) -> SparseVoxels:
         return replace(voxels, features=self.norm(self.linear(voxels.features)).relu())
 
-    def forward(self, points: Sequence[PointCloud]) -> SplitFeatures:
+    def forward(self, points: Sequence[PointCloud]) -> CutFeatures:
         return self.features(points, self.voxelize(points))
 
 
@@ -87,14 +87,14 @@ class KeypointEncoder(TinyEncoder):
         self.given = given
         self.spec = replace(self.spec, keypoints=KeypointSpec(count=64, channels=8, source=declared))
 
-    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> SplitFeatures:
+    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> CutFeatures:
         parts = []
         for batch, cloud in enumerate(points):
             cells = voxels.scene(batch).coords[:, 1:].flip(0)[::7]
-            xyz = cell_centres(cells, GRID) if self.given == "voxel_centers" else cloud.xyz[: len(cells)]
+            xyz = cell_centers(cells, GRID) if self.given == "voxel_centers" else cloud.xyz[: len(cells)]
             known = torch.arange(8.0).expand(len(cells), 8) + cloud.features.mean()
             parts.append(Keypoints(xyz=xyz, features=known, starts=(0, len(cells))))
-        return SplitFeatures(voxels=self.backbone(voxels), spec=self.spec, keypoints=Keypoints.collate(parts))
+        return CutFeatures(voxels=self.backbone(voxels), spec=self.spec, keypoints=Keypoints.collate(parts))
 
 
 def encoder(seed: int = 0) -> TinyEncoder:
@@ -190,7 +190,7 @@ def test_keypoints_leave_as_cells_in_the_encoders_order(tmp_path):
     with torch.no_grad():
         expected = KeypointEncoder().eval()([RigSpec(z_shift=0.3).apply(scan(1))]).keypoints
     assert 20 < len(scene.keypoint_cells) <= 64
-    assert torch.equal(scene.keypoint_cells, cells_of_centres(expected.xyz, GRID))
+    assert torch.equal(scene.keypoint_cells, cells_of_centers(expected.xyz, GRID))
     assert torch.equal(scene.keypoint_features, expected.features)
     assert not scene.keypoint_features.is_inference()
     with writer_for(extractor, tmp_path) as writer:
@@ -305,7 +305,7 @@ def test_a_writer_for_another_encoder_is_refused_before_any_scan(tmp_path):
         extract([scan(0)], extractor, writer_for(other, tmp_path))
 
 
-def test_what_is_stored_equals_the_round_trip_that_labelled_batches_get(tmp_path):
+def test_what_is_stored_equals_the_round_trip_that_labeled_batches_get(tmp_path):
     extractor = Extractor(encoder(), RigSpec(), "int8")
     with writer_for(extractor, tmp_path) as writer:
         (path,) = extract([scan(0)], extractor, writer).shards
@@ -392,7 +392,7 @@ def test_pv_rcnns_encoder_is_a_vehicle_encoder_unless_its_keypoints_are_raw_poin
     with torch.no_grad():
         expected = model([scan(2)]).keypoints
     assert len(scene.keypoint_cells) == 40
-    assert torch.equal(cell_centres(scene.keypoint_cells, FINE_GRID), expected.xyz)
+    assert torch.equal(cell_centers(scene.keypoint_cells, FINE_GRID), expected.xyz)
     assert torch.allclose(scene.keypoint_features, expected.features, rtol=1e-4, atol=1e-5)
     empty, _ = Extractor(model, RigSpec(), "int8").smash(PointCloud(xyz=torch.zeros(0, 3), features=torch.zeros(0, 1)))
     assert len(empty.keypoint_cells) == 0

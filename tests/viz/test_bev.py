@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import SmashedScene, SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from upcycle3d.core.features import CutFeatures, CutSpec, SmashedScene, SparseVoxels, VoxelGrid
 from upcycle3d.core.structures import Boxes3D, Labels, PointCloud, Predictions
 from upcycle3d.perception.viz.bev import DETECTION, TRUTH, Panel, bev_features_png, bev_panels_png, bev_png
 
@@ -22,9 +22,9 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
 
 
-def of_colour(image: np.ndarray, colour: str, tolerance: int = 12) -> np.ndarray:
+def of_color(image: np.ndarray, color: str, tolerance: int = 12) -> np.ndarray:
     """(N, 2) row, column of the pixels of this colour inside the drawn area."""
-    rgb = np.array([int(colour[k : k + 2], 16) for k in (1, 3, 5)])
+    rgb = np.array([int(color[k : k + 2], 16) for k in (1, 3, 5)])
     hit = (np.abs(image - rgb) <= tolerance).all(-1)
     hit[:TOP], hit[TOP + SIZE :], hit[:, :LEFT], hit[:, LEFT + SIZE :] = False, False, False, False
     return np.argwhere(hit)
@@ -57,7 +57,7 @@ def draw(points: PointCloud | None = None, **options: object) -> np.ndarray:
 def test_a_box_ahead_left_is_drawn_up_left_at_its_place() -> None:
     box = (30.0, 12.0, 0.0, 4.0, 2.0, 1.5, 0.0)
     # an empty list of detections, so that no text is written beside the truth
-    found = of_colour(draw(truth=labels(box), predictions=Predictions.empty()), TRUTH)
+    found = of_color(draw(truth=labels(box), predictions=Predictions.empty()), TRUTH)
     row, column = at(30, 12)
     assert row < TOP + SIZE / 2
     assert column < LEFT + SIZE / 2
@@ -68,7 +68,7 @@ def test_a_box_ahead_left_is_drawn_up_left_at_its_place() -> None:
 
 @pytest.mark.parametrize(("yaw", "down", "right"), [(0.0, -1, 0), (np.pi / 2, 0, -1), (-np.pi / 2, 0, 1), (-np.pi, 1, 0)])
 def test_the_tick_points_where_the_box_heads(yaw: float, down: int, right: int) -> None:
-    found = of_colour(draw(truth=labels((20, 0, 0, 4, 2, 1.5, yaw)), predictions=Predictions.empty()), TRUTH)
+    found = of_color(draw(truth=labels((20, 0, 0, 4, 2, 1.5, yaw)), predictions=Predictions.empty()), TRUTH)
     tip = np.array(at(20, 0)) + 27 * np.array([down, right])  # 0.35 of the half length beyond the front
     tail = np.array(at(20, 0)) - 27 * np.array([down, right])
     assert np.abs(found - tip).max(1).min() <= 2
@@ -86,7 +86,7 @@ def test_a_point_is_painted_at_its_place_and_the_highest_wins() -> None:
 
 def test_detections_below_the_minimum_score_are_not_drawn_but_the_others_are() -> None:
     boxes = ((30.0, 10.0, 0.0, 4.0, 2.0, 1.5, 0.0), (10.0, -10.0, 0.0, 4.0, 2.0, 1.5, 0.0))
-    found = of_colour(draw(predictions=predictions(*boxes, scores=[0.2, 0.9])), DETECTION)
+    found = of_color(draw(predictions=predictions(*boxes, scores=[0.2, 0.9])), DETECTION)
     assert len(found)
     assert found[:, 0].min() > TOP + SIZE / 2
     assert found[:, 1].min() > LEFT + SIZE / 2
@@ -95,13 +95,13 @@ def test_detections_below_the_minimum_score_are_not_drawn_but_the_others_are() -
 def test_ignored_truth_is_dashed() -> None:
     box = (20.0, 0.0, 0.0, 8.0, 4.0, 1.5, 0.0)
     solid, dashed = (draw(truth=labels(box, weight=[w]), predictions=Predictions.empty()) for w in (1.0, 0.0))
-    assert 0.3 < len(of_colour(dashed, TRUTH)) / len(of_colour(solid, TRUTH)) < 0.85
+    assert 0.3 < len(of_color(dashed, TRUTH)) / len(of_color(solid, TRUTH)) < 0.85
 
 
 def smashed() -> SmashedScene:
     """One strong cell ahead left and one weak ahead right, on a 4 x 4 grid of 10 m cells."""
     grid = VoxelGrid(range=(0, -20, -2, 40, 20, 2), voxel_size=(5, 5, 1))
-    spec = SplitSpec(layer="cut", channels=2, stride=(2, 2, 2), shape=(2, 4, 4), grid=grid)
+    spec = CutSpec(layer="cut", channels=2, stride=(2, 2, 2), shape=(2, 4, 4), grid=grid)
     coords = torch.tensor([[0, 0, 3], [0, 3, 3], [1, 3, 3]], dtype=torch.int32)  # z y x; y index 3 is 10..20 m left
     features = torch.tensor([[0.3, 0.0], [0.1, 0.0], [3.0, 4.0]])
     return SmashedScene(spec=spec, coords=coords, features=features, codec="fp16", encoder_fingerprint="0", scene_id="0")
@@ -118,10 +118,10 @@ def test_live_features_give_the_picture_of_stored_ones_and_a_batch_is_refused() 
     scene = smashed()
     coords = torch.cat([torch.zeros(3, 1, dtype=torch.int32), scene.coords], 1)
     voxels = SparseVoxels(features=scene.features.requires_grad_(), coords=coords, shape=scene.spec.shape, batch_size=1)
-    live = SplitFeatures(voxels=voxels, spec=scene.spec)
+    live = CutFeatures(voxels=voxels, spec=scene.spec)
     assert bev_features_png(live, class_names=NAMES) == bev_features_png(smashed(), class_names=NAMES)
     with pytest.raises(InvalidInput, match="batch of 2"):
-        bev_features_png(SplitFeatures.collate([live, live]), class_names=NAMES)
+        bev_features_png(CutFeatures.collate([live, live]), class_names=NAMES)
 
 
 def test_nothing_to_draw_still_gives_a_picture_of_the_stated_size() -> None:

@@ -83,7 +83,7 @@ def test_a_logarithmic_axis_gives_equal_steps_to_equal_ratios_and_counts_what_it
     assert any(text.startswith("1 values of 0 or less") for text in texts(svg))
 
 
-def test_smoothing_is_a_centred_running_mean_that_the_chart_states() -> None:
+def test_smoothing_is_a_centerd_running_mean_that_the_chart_states() -> None:
     raw, smooth = paths(line_chart([Series("a", range(5), [0.0, 3.0, 0.0, 3.0, 0.0])], "x", "y", "t", smooth=3))
     top, bottom = raw[1][1], raw[0][1]
     heights = [(bottom - y) / (bottom - top) * 3 for _, y in smooth]
@@ -106,7 +106,7 @@ def test_names_at_line_ends_do_not_overlap() -> None:
     assert min(np.diff(ys)) >= 15.9
 
 
-def test_bars_are_as_long_as_their_values_and_the_highlight_is_coloured() -> None:
+def test_bars_are_as_long_as_their_values_and_the_highlight_is_colored() -> None:
     svg = bar_chart(["a", "b"], [10.0, 40.0], value_label="kB", title="t", highlight=1)
     a, b = list(ElementTree.fromstring(svg).iter(f"{NS}rect"))
     assert float(b.get("width", 0)) == pytest.approx(4 * float(a.get("width", 0)), abs=0.5)

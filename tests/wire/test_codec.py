@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 
 from upcycle3d.core.errors import InvalidInput, UpcycleError
-from upcycle3d.core.features import SmashedScene, SplitSpec, VoxelGrid
+from upcycle3d.core.features import CutSpec, SmashedScene, VoxelGrid
 from upcycle3d.perception.wire.codec import (
     CODECS,
     FeatureOverflow,
@@ -21,10 +21,10 @@ from upcycle3d.perception.wire.codec import (
     max_encoded_bytes,
     round_trip,
 )
-from upcycle3d.perception.wire.cut_json import CorruptScene, spec_from_json, spec_to_json
+from upcycle3d.perception.wire.cut_json import CorruptScene, cut_from_json, cut_to_json
 
 GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.5, 0.5, 0.5))
-SPEC = SplitSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
+SPEC = CutSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
 FINGERPRINT = "ab" * 32
 
 
@@ -243,7 +243,7 @@ def test_another_encoder_cut_or_schema_version_is_foreign_and_says_which():
     good = encode_scene(scene([1, 9], "int8"))
     with pytest.raises(ForeignScene, match="cdcd"):
         decode_scene(good, expected_spec=SPEC, expected_fingerprint="cd" * 32)
-    other = SplitSpec(layer="backbone.other", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
+    other = CutSpec(layer="backbone.other", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
     with pytest.raises(ForeignScene, match=r"backbone\.other"):
         decode_scene(good, expected_spec=other, expected_fingerprint=FINGERPRINT)
     for version in (1, 3):
@@ -258,7 +258,7 @@ def test_a_header_that_holds_something_else_is_corrupt(change):
 
 
 def test_the_cut_survives_json_and_a_hostile_one_is_refused():
-    assert spec_from_json(json.loads(json.dumps(spec_to_json(SPEC))), "test") == SPEC
+    assert cut_from_json(json.loads(json.dumps(cut_to_json(SPEC))), "test") == SPEC
     for name, value in [
         ("channels", 1e3),
         ("channels", True),
@@ -268,10 +268,10 @@ def test_the_cut_survives_json_and_a_hostile_one_is_refused():
         ("grid", []),
     ]:
         with pytest.raises(CorruptScene, match="test"):
-            spec_from_json(spec_to_json(SPEC) | {name: value}, "test")
+            cut_from_json(cut_to_json(SPEC) | {name: value}, "test")
     endless = {"range": [0.0, 0.0, 0.0, float("inf"), 1.0, 1.0], "voxel_size": [1.0, 1.0, 1.0]}
     with pytest.raises(CorruptScene, match="test"):
-        spec_from_json(spec_to_json(SPEC) | {"grid": endless}, "test")
+        cut_from_json(cut_to_json(SPEC) | {"grid": endless}, "test")
 
 
 def test_raw_points_cannot_be_put_into_a_smashed_scene():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 
 from upcycle3d.core.errors import InvalidInput, UpcycleError
-from upcycle3d.core.features import KeypointSpec, SmashedScene, SplitSpec, VoxelGrid
+from upcycle3d.core.features import CutSpec, KeypointSpec, SmashedScene, VoxelGrid
 from upcycle3d.perception.wire.codec import (
     CODECS,
     FeatureOverflow,
@@ -22,10 +22,10 @@ from upcycle3d.perception.wire.codec import (
     max_encoded_bytes,
     round_trip,
 )
-from upcycle3d.perception.wire.cut_json import CorruptScene, spec_from_json, spec_to_json
+from upcycle3d.perception.wire.cut_json import CorruptScene, cut_from_json, cut_to_json
 
 GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.5, 0.5, 0.5))
-PLAIN = SplitSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
+PLAIN = CutSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
 SPEC = replace(PLAIN, keypoints=KeypointSpec(count=64, channels=5))
 FINGERPRINT = "ab" * 32
 
@@ -46,7 +46,7 @@ def scene(keypoints: int, codec: str = "fp16", seed: int = 0, spread: float = 1.
     )
 
 
-def decode(data: bytes, spec: SplitSpec = SPEC) -> SmashedScene:
+def decode(data: bytes, spec: CutSpec = SPEC) -> SmashedScene:
     return decode_scene(data, expected_spec=spec, expected_fingerprint=FINGERPRINT)
 
 
@@ -133,11 +133,11 @@ def test_a_keypoint_feature_beyond_half_precision_names_its_channel():
 def test_a_cut_whose_keypoints_are_raw_points_has_no_spelling_in_a_file():
     raw = replace(PLAIN, keypoints=KeypointSpec(count=64, channels=5, source="raw_points"))
     with pytest.raises(InvalidInput, match=r'raw points of the scan; only voxel centres .*keypoint_source="voxel_centers"'):
-        spec_to_json(raw)
+        cut_to_json(raw)
     with pytest.raises(InvalidInput, match="raw points of the scan"):
         decode(encode_scene(scene(3)), raw)
     with pytest.raises(CorruptScene, match="count and channels"):
-        spec_from_json(spec_to_json(SPEC) | {"keypoints": {"count": 64, "channels": 5, "source": "raw_points"}}, "test")
+        cut_from_json(cut_to_json(SPEC) | {"keypoints": {"count": 64, "channels": 5, "source": "raw_points"}}, "test")
 
 
 def test_float_coordinates_cannot_stand_in_for_cells():
@@ -151,10 +151,10 @@ def test_float_coordinates_cannot_stand_in_for_cells():
 
 
 def test_the_cut_survives_json_and_hostile_keypoints_are_refused():
-    assert spec_from_json(json.loads(json.dumps(spec_to_json(SPEC))), "test") == SPEC
-    assert spec_from_json(spec_to_json(PLAIN), "test") == PLAIN
-    most = spec_to_json(SPEC) | {"keypoints": {"count": 65_536, "channels": 65_536}}
-    assert spec_from_json(most, "test").keypoints == KeypointSpec(count=65_536, channels=65_536)
+    assert cut_from_json(json.loads(json.dumps(cut_to_json(SPEC))), "test") == SPEC
+    assert cut_from_json(cut_to_json(PLAIN), "test") == PLAIN
+    most = cut_to_json(SPEC) | {"keypoints": {"count": 65_536, "channels": 65_536}}
+    assert cut_from_json(most, "test").keypoints == KeypointSpec(count=65_536, channels=65_536)
     for bad in (
         0,
         [],
@@ -168,11 +168,11 @@ def test_the_cut_survives_json_and_hostile_keypoints_are_refused():
         {"count": True, "channels": 5},
     ):
         with pytest.raises(CorruptScene, match="test"):
-            spec_from_json(spec_to_json(SPEC) | {"keypoints": bad}, "test")
-    old = spec_to_json(PLAIN)
+            cut_from_json(cut_to_json(SPEC) | {"keypoints": bad}, "test")
+    old = cut_to_json(PLAIN)
     del old["keypoints"]
     with pytest.raises(CorruptScene, match="keypoints"):
-        spec_from_json(old, "test")
+        cut_from_json(old, "test")
 
 
 def test_another_cuts_keypoints_are_foreign():

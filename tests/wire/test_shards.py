@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput, UpcycleError
-from upcycle3d.core.features import SmashedScene, SplitSpec, VoxelGrid
+from upcycle3d.core.features import CutSpec, SmashedScene, VoxelGrid
 from upcycle3d.perception.wire.codec import FeatureOverflow, ForeignScene, decode_scene
 from upcycle3d.perception.wire.manifest import MAX_MANIFEST_BYTES, BrokenShard, parse_manifest, read_manifest
 from upcycle3d.perception.wire.shards import ShardWriteError, ShardWriter, read_members
 
 GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.5, 0.5, 0.5))
-SPEC = SplitSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
+SPEC = CutSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
 FINGERPRINT = "ab" * 32
 
 

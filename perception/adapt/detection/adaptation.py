@@ -22,7 +22,7 @@ from ....core.errors import InvalidInput, require
 from ....core.files import atomic_file
 from ...training.checkpoint import save_weights
 from ..glc.adapter import AdaptConfig, AdaptedModel, EpochReport, GLCAdapter
-from .open_set import JudgeConfig, JudgedProposals, frame_records, judge
+from .open_set import ClassifiedProposals, JudgeConfig, frame_records, judge
 from .proposal_classifier import (
     ClassifierConfig,
     ProposalClassifier,
@@ -52,7 +52,7 @@ class DetectorAdaptConfig:
 class AdaptedProposals:
     """The target's proposals as judged after adaptation, and the adapted modules."""
 
-    judged: JudgedProposals
+    judged: ClassifiedProposals
     model: AdaptedModel
 
 
@@ -117,7 +117,7 @@ def save_adapted(path: Path, adapted: AdaptedProposals, classifier: ProposalClas
     save_weights(path, both, meta)
 
 
-def write_detections(folder: Path, proposals: DetectorProposals, judged: JudgedProposals, *, z_shift: float = 0.0) -> None:
+def write_detections(folder: Path, proposals: DetectorProposals, judged: ClassifiedProposals, *, z_shift: float = 0.0) -> None:
     """One file FRAME.json a frame, atomically; a frame without a proposal gets an empty list."""
     require(len(proposals) == len(judged), f"{len(proposals)} proposals and {len(judged)} judgements do not belong together")
     for index, frame_id in enumerate(proposals.frame_ids):

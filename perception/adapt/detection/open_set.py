@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ....core.errors import InvalidInput, require
 from ....core.structures import Boxes3D, Predictions, Value
 from ..glc.adapter import extract
-from ..glc.unknown import UnknownRule, is_unknown, normalised_entropy
+from ..glc.unknown import UnknownRule, is_unknown, normalized_entropy
 from .proposal_classifier import ProposalClassifier
 from .proposals import DetectorProposals
 
@@ -58,7 +58,7 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class JudgedProposals(Value):
+class ClassifiedProposals(Value):
     """What is known about N proposals. probabilities: (N, C + 1), background last. features: (N, D) of the bottleneck.
 
     unknown_scores: (N,) 0 sure .. 1 no idea. nearest: (N,) int64, the known class it would be. unknown: (N,) bool, score above the
@@ -95,14 +95,14 @@ def unknown_scores(probabilities: Tensor, kind: ScoreKind = "objects") -> Tensor
     if kind == "none":
         return probabilities.new_ones(len(probabilities))
     if kind == "all":
-        return normalised_entropy(probabilities)
+        return normalized_entropy(probabilities)
     known = probabilities[:, :-1].clamp_min(1e-8)  # a sure background leaves nothing to divide by
-    return normalised_entropy(known / known.sum(1, keepdim=True))
+    return normalized_entropy(known / known.sum(1, keepdim=True))
 
 
 def judge(
     probabilities: Tensor, features: Tensor, proposals: DetectorProposals, config: JudgeConfig = JudgeConfig()
-) -> JudgedProposals:
+) -> ClassifiedProposals:
     """Labels of N proposals; the threshold is read off the unlabelled scores of all of them. The C known classes are the detector's.
 
     probabilities: (N, C + 1), background last. features: (N, D) of the bottleneck. Raises InvalidInput where these do not fit together.
@@ -116,7 +116,7 @@ def judge(
     scores = unknown_scores(probabilities, config.score) * (1 - proposals.scores) ** config.confidence
     own = F.one_hot(proposals.classes, len(classes))
     threshold = config.unknown.threshold(scores)
-    return JudgedProposals(
+    return ClassifiedProposals(
         probabilities=probabilities,
         features=features,
         unknown_scores=scores,
@@ -127,7 +127,7 @@ def judge(
     )
 
 
-def judge_by_source(classifier: ProposalClassifier, proposals: DetectorProposals, config: JudgeConfig) -> JudgedProposals:
+def judge_by_source(classifier: ProposalClassifier, proposals: DetectorProposals, config: JudgeConfig) -> ClassifiedProposals:
     """The baseline: the source's classifier as it is."""
     features, probabilities = extract(classifier.bottleneck, classifier.head, classifier.inputs(proposals))
     return judge(probabilities, features, proposals, config)
@@ -149,7 +149,7 @@ def baselines(config: JudgeConfig) -> dict[str, JudgeConfig]:
     }
 
 
-def known_detections(proposals: DetectorProposals, judged: JudgedProposals | None, frame: int) -> Predictions:
+def known_detections(proposals: DetectorProposals, judged: ClassifiedProposals | None, frame: int) -> Predictions:
     """Detections of the known classes in one frame, best first: without ``judged`` the detector's own, with it those not unknown."""
     found = proposals.of_frame(frame)
     if judged is None:
@@ -165,7 +165,7 @@ def known_detections(proposals: DetectorProposals, judged: JudgedProposals | Non
 
 
 def frame_records(
-    proposals: DetectorProposals, judged: JudgedProposals, frame: int, *, z_shift: float = 0.0
+    proposals: DetectorProposals, judged: ClassifiedProposals, frame: int, *, z_shift: float = 0.0
 ) -> list[dict[str, object]]:
     """One record per proposal of a frame, as ``predict`` writes them, with the new label, the probabilities and the unknown score.
 

@@ -39,17 +39,17 @@ class MatchRules:
 
     overlaps: Mapping[str, float] = field(default_factory=_default_overlaps)
     overlap: float = 0.3
-    centre: float = 0.5
+    center: float = 0.5
     long: tuple[str, ...] = ("Truck", "Tram", "Trailer", "truck", "bus", "tram", "trailer", "other_vehicle", "emergency_vehicle")
     inside: float = 0.5
     background_overlap: float = 0.25
-    background_centre: float = 1.0
+    background_center: float = 1.0
 
     def __post_init__(self) -> None:
         parts = (*self.overlaps.values(), self.overlap, self.inside)
         require(
-            all(self.background_overlap <= p <= 1 for p in parts) and 0 <= self.centre <= self.background_centre,
-            f"overlaps must lie between background_overlap and 1, and centre must not exceed background_centre, found {self}",
+            all(self.background_overlap <= p <= 1 for p in parts) and 0 <= self.center <= self.background_center,
+            f"overlaps must lie between background_overlap and 1, and centre must not exceed background_center, found {self}",
         )
 
 
@@ -130,10 +130,10 @@ def _match_frame(boxes: Tensor, scene: Labels, names: tuple[str, ...], rules: Ma
     inside = intersection_bev(boxes, truth) / (boxes[:, 3] * boxes[:, 4]).clamp_min(1e-6)[:, None]
     long = torch.tensor([names[c] in rules.long for c in scene.classes.tolist()])
     least = torch.tensor([rules.overlaps.get(names[c], rules.overlap) for c in scene.classes.tolist()])
-    on = (overlap >= least) | (apart <= rules.centre) | (long & (inside >= rules.inside))
+    on = (overlap >= least) | (apart <= rules.center) | (long & (inside >= rules.inside))
     # Overlaps of what counts as a match come first; among those of long classes the share inside decides.
     rank = torch.where(on, 1 + torch.maximum(overlap, torch.where(long, inside, 0.0)), overlap)
     best = rank.argmax(1)
-    far = (overlap < rules.background_overlap) & (apart > rules.background_centre) & (inside < rules.background_overlap)
+    far = (overlap < rules.background_overlap) & (apart > rules.background_center) & (inside < rules.background_overlap)
     state = torch.where(on.any(1), 1, torch.where(far.all(1), -1, 0))
     return best, state

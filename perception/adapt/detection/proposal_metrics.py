@@ -22,7 +22,7 @@ from ...evaluation.kitti import LOOSE, OFFICIAL
 from ...models.detector import Detector
 from ..glc.class_map import ClassMap
 from ..glc.metrics import accuracy, auroc, class_accuracy, fpr_at_tpr, novel_category_accuracy, open_set_scores
-from .open_set import JudgedProposals, known_detections
+from .open_set import ClassifiedProposals, known_detections
 from .proposal_matching import BACKGROUND, Matches
 from .proposals import DetectorProposals
 
@@ -85,7 +85,7 @@ class ProposalReport:
     threshold: float
 
 
-def open_set_report(judged: JudgedProposals, ids: Tensor, rows: Tensor, shared: Sequence[int]) -> OpenSetReport | None:
+def open_set_report(judged: ClassifiedProposals, ids: Tensor, rows: Tensor, shared: Sequence[int]) -> OpenSetReport | None:
     """Of the proposals in the mask ``rows`` (N,) that lie on known or private objects; None if there is none. ids: ``Matches.ids``."""
     chosen = rows & (ids >= 0)
     if not chosen.any():
@@ -110,7 +110,7 @@ def open_set_report(judged: JudgedProposals, ids: Tensor, rows: Tensor, shared: 
     )
 
 
-def private_classes(judged: JudgedProposals, matches: Matches) -> dict[str, PrivateClass]:
+def private_classes(judged: ClassifiedProposals, matches: Matches) -> dict[str, PrivateClass]:
     """Each private class by name: proposed at all, and called unknown."""
     unknown, found = len(judged.classes), {}
     for name in matches.private_classes(unknown):
@@ -126,7 +126,7 @@ def private_classes(judged: JudgedProposals, matches: Matches) -> dict[str, Priv
     return found
 
 
-def _novel_categories(judged: JudgedProposals, matches: Matches) -> float | None:
+def _novel_categories(judged: ClassifiedProposals, matches: Matches) -> float | None:
     on = matches.ids == len(judged.classes)
     classes = matches.label_classes[matches.objects[on]].numpy()
     if len(set(classes.tolist())) < 2:
@@ -136,7 +136,7 @@ def _novel_categories(judged: JudgedProposals, matches: Matches) -> float | None
 
 def known_ap(
     proposals: DetectorProposals,
-    judged: JudgedProposals | None,
+    judged: ClassifiedProposals | None,
     labels: Sequence[Labels | None],
     label_names: tuple[str, ...],
     class_map: ClassMap,
@@ -171,7 +171,7 @@ def seen_region(detector: Detector) -> tuple[float, ...]:
 
 def proposal_report(
     proposals: DetectorProposals,
-    judged: JudgedProposals,
+    judged: ClassifiedProposals,
     matches: Matches,
     labels: Sequence[Labels | None],
     class_map: ClassMap,

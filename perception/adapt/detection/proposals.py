@@ -22,16 +22,16 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ....core.errors import InvalidInput, require
-from ....core.features import SmashedScene, SplitFeatures
+from ....core.features import CutFeatures, SmashedScene
 from ....core.files import write_atomically
 from ....core.structures import Boxes3D, PointCloud, Predictions, Value, shape_of
 from ....datasets.frame_source import FrameSource
 from ....datasets.prepared import PreparedDataset
 from ....ops.nms import nms_rotated
 from ....ops.points_in_boxes import points_in_boxes_mask
-from ...models.decoders.regions import JudgedRegions
+from ...models.decoders.regions import ScoredProposals
 from ...models.detector import Detector
-from ...server.store import to_split_features
+from ...server.store import to_cut_features
 from ...training.checkpoint import DIGEST_KEY, content_digest
 
 _FORMAT = "upcycle3d proposals 1"
@@ -137,7 +137,7 @@ class SceneSource(Protocol):
 
 
 class _Judges(Protocol):
-    def judged_regions(self, split: SplitFeatures) -> list[JudgedRegions]: ...
+    def scored_proposals(self, split: CutFeatures) -> list[ScoredProposals]: ...
 
 
 def collect_from_frames(
@@ -172,12 +172,12 @@ def collect_from_store(
 
     def read(rows: range) -> _Batch:
         scenes = [store[i] for i in rows]
-        return to_split_features(scenes).to(device), [s.scene_id for s in scenes], [None] * len(scenes)
+        return to_cut_features(scenes).to(device), [s.scene_id for s in scenes], [None] * len(scenes)
 
     return _collect(detector, len(store), read, selection, data, batch_size, on_progress)
 
 
-_Batch = tuple[SplitFeatures, list[str], Sequence[PointCloud | None]]
+_Batch = tuple[CutFeatures, list[str], Sequence[PointCloud | None]]
 
 
 @torch.no_grad()
@@ -191,11 +191,11 @@ def _collect(
     on_progress: Callable[[int, int], None] | None,
 ) -> DetectorProposals:
     detector.eval()
-    parts: list[tuple[JudgedRegions, Tensor | None]] = []
+    parts: list[tuple[ScoredProposals, Tensor | None]] = []
     ids: list[str] = []
     for start in range(0, length, batch_size):
         split, names, clouds = read(range(start, min(start + batch_size, length)))
-        for regions, cloud in zip(cast(_Judges, detector.decoder).judged_regions(split), clouds, strict=True):
+        for regions, cloud in zip(cast(_Judges, detector.decoder).scored_proposals(split), clouds, strict=True):
             kept = _select(regions, selection)
             boxes = kept.detections.boxes.data.cpu()
             parts.append((kept, None if cloud is None else points_in_boxes_mask(cloud.xyz, boxes).sum(1)))
@@ -205,18 +205,18 @@ def _collect(
     return _joined(detector, parts, ids, data, selection)
 
 
-def _select(regions: JudgedRegions, selection: ProposalSelection) -> JudgedRegions:
+def _select(regions: ScoredProposals, selection: ProposalSelection) -> ScoredProposals:
     found = regions.detections
     rows = (found.scores >= selection.score).nonzero()[:, 0]
     rank = found.class_scores if selection.prefer == "class" else found.scores
     rows = rows[nms_rotated(found.boxes.data[rows], rank[rows], selection.iou)]
     rows = rows[found.scores[rows].sort(descending=True, stable=True).indices[: selection.most]]
-    return JudgedRegions(detections=found.select(rows), logits=regions.logits[rows], features=regions.features[rows])
+    return ScoredProposals(detections=found.select(rows), logits=regions.logits[rows], features=regions.features[rows])
 
 
 def _joined(
     detector: Detector,
-    parts: Sequence[tuple[JudgedRegions, Tensor | None]],
+    parts: Sequence[tuple[ScoredProposals, Tensor | None]],
     ids: Sequence[str],
     data: str,
     selection: ProposalSelection,

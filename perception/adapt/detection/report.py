@@ -10,13 +10,13 @@ import torch
 from ...viz.html import Block, Section, figure_svg, key_numbers, page, paragraph, table
 from ..glc.plots import embedding_plot, score_histogram
 from .adaptation import AdaptedProposals
-from .open_set import JudgedProposals
+from .open_set import ClassifiedProposals
 from .proposal_classifier import ProposalClassifier
 from .proposal_metrics import ProposalReport
 from .proposals import DetectorProposals
 
 
-def _named(judged: JudgedProposals) -> dict[str, int]:
+def _named(judged: ClassifiedProposals) -> dict[str, int]:
     counts = torch.bincount(judged.ids, minlength=len(judged.classes) + 1).tolist()
     return dict(zip((*judged.classes, "unknown"), counts, strict=True))
 

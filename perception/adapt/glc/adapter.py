@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ....core.errors import InvalidInput, require
 from ....core.structures import Value
-from .labelling import (
+from .labeling import (
     ClassNumber,
     ClassNumberConfig,
     OneVsAllConfig,
@@ -33,7 +33,7 @@ from .labelling import (
 from .lead import LeadConfig, lead_labels
 from .losses import affinity_loss, hard_negatives, soft_cross_entropy
 from .memory_bank import MemoryBank
-from .unknown import UnknownRule, is_unknown, normalised_entropy
+from .unknown import UnknownRule, is_unknown, normalized_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +55,17 @@ class AdaptConfig:
     pseudo_weight: float = 0.3
     local_weight: float = 1.0
     affinity_weight: float = 0.1  # GLC++'s term; GLC itself has none
-    neighbours: int = 8  # that must agree; the paper has 4
+    neighbors: int = 8  # that must agree; the paper has 4
     class_number: int | None = None  # of the target, if it is known; else it is estimated once, before the first epoch
     estimate: ClassNumberConfig = ClassNumberConfig()
-    labelling: OneVsAllConfig | LeadConfig = OneVsAllConfig()
+    labeling: OneVsAllConfig | LeadConfig = OneVsAllConfig()
     unknown: UnknownRule = UnknownRule()
     refresh_batch_norm: bool = True  # batch-norm statistics of the target before the first labels (AdaBN, Li et al. 2016)
     epsilon: float = 0.0  # inside the losses' logarithm
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 2 or self.neighbours < 1 or not self.lr > 0:
+        if self.epochs < 1 or self.batch_size < 2 or self.neighbors < 1 or not self.lr > 0:
             raise InvalidInput(f"adaptation needs epochs >= 1, batch_size >= 2, neighbours >= 1 and lr > 0, found {self}")
         if self.class_number is not None and self.class_number < 2:
             raise InvalidInput(f"class_number must be at least 2, or None to estimate it, found {self.class_number}")
@@ -75,10 +75,10 @@ class AdaptConfig:
         """GLC as published, with the digits' learning rate: uniform counts, entropy above 0.55 is unknown."""
         return AdaptConfig(
             estimate=ClassNumberConfig.paper(),
-            labelling=OneVsAllConfig.paper(),
+            labeling=OneVsAllConfig.paper(),
             unknown=UnknownRule(method="fixed", value=0.55),
             affinity_weight=0.0,
-            neighbours=4,
+            neighbors=4,
             refresh_batch_norm=False,
             epsilon=1e-5,
             seed=2021,
@@ -123,7 +123,7 @@ class AdaptedModel:
     def predict(self, inputs: Tensor, *, batch_size: int = 1024) -> Prediction:
         """Classes, probabilities and unknown scores of inputs (N, ...)."""
         features, probabilities = extract(self.feature_module, self.classifier, inputs, batch_size=batch_size)
-        scores = normalised_entropy(probabilities)
+        scores = normalized_entropy(probabilities)
         nearest = probabilities.argmax(1)
         return Prediction(
             features=features,
@@ -163,8 +163,8 @@ class GLCAdapter:
         Raises InvalidInput for fewer samples than neighbours, for one source class, and where features or losses become non-finite.
         """
         require(
-            len(inputs) > self.config.neighbours,
-            f"{self.config.neighbours} neighbours of each sample need at least {self.config.neighbours + 1} target samples, "
+            len(inputs) > self.config.neighbors,
+            f"{self.config.neighbors} neighbours of each sample need at least {self.config.neighbors + 1} target samples, "
             f"found {len(inputs)}",
         )
         devices = [inputs.device] if inputs.is_cuda else []
@@ -222,23 +222,23 @@ class GLCAdapter:
         return AdaptedModel(
             feature_module=module.eval(),
             classifier=classifier.eval(),
-            threshold=config.unknown.threshold(normalised_entropy(probabilities)),
+            threshold=config.unknown.threshold(normalized_entropy(probabilities)),
             class_number=class_number,
             estimate=estimate,
             history=tuple(history),
         )
 
     def _labels(self, features: Tensor, probabilities: Tensor, class_number: int, classifier: nn.Module) -> TargetLabels:
-        labelling = self.config.labelling
-        if isinstance(labelling, OneVsAllConfig):
-            return one_vs_all_labels(features, probabilities, class_number, labelling)
+        labeling = self.config.labeling
+        if isinstance(labeling, OneVsAllConfig):
+            return one_vs_all_labels(features, probabilities, class_number, labeling)
         weight = getattr(classifier, "weight", None)
         require(
             isinstance(weight, Tensor) and weight.shape == (probabilities.shape[1], features.shape[1]),
             f"LEAD's labeller reads the weight ({probabilities.shape[1]}, {features.shape[1]}) of a linear classifier; "
             f"{type(classifier).__name__} has none",
         )
-        return lead_labels(features, probabilities, weight, class_number, labelling)  # type: ignore[arg-type]
+        return lead_labels(features, probabilities, weight, class_number, labeling)  # type: ignore[arg-type]
 
 
 def _losses(
@@ -253,15 +253,15 @@ def _losses(
     """(3,): global, local and affinity loss of one batch. Rewrites the batch's rows of the bank."""
     features = module(inputs)
     logits = classifier(features)
-    neighbours = bank.neighbours(features, index, config.neighbours)
-    consensus = bank.consensus(neighbours)
+    neighbors = bank.neighbors(features, index, config.neighbors)
+    consensus = bank.consensus(neighbors)
     bank.update(index, features, logits.softmax(1))
     affinity = logits.new_zeros(())
     if config.affinity_weight > 0:
         directions = F.normalize(features)
         skip = -(-len(index) // labels.class_number)
-        negatives = directions.detach()[hard_negatives(directions, config.neighbours, skip=skip)]
-        affinity = affinity_loss(directions, bank.features[neighbours], negatives)
+        negatives = directions.detach()[hard_negatives(directions, config.neighbors, skip=skip)]
+        affinity = affinity_loss(directions, bank.features[neighbors], negatives)
     pseudo = soft_cross_entropy(logits, labels.soft[index], labels.weight[index], epsilon=config.epsilon)
     return torch.stack([pseudo, soft_cross_entropy(logits, consensus, epsilon=config.epsilon), affinity])
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ....core.errors import InvalidInput
 from ....core.files import atomic_file
 from ...viz.html import Section, figure_svg, key_numbers, page, paragraph, table
-from .labelling import (
+from .labeling import (
     ClassNumber,
     ClassNumberConfig,
     OneVsAllConfig,
@@ -32,7 +32,7 @@ from .labelling import (
 from .lead import LeadConfig, lead_labels
 from .metrics import OpenSetScores, accuracy, auroc, fpr_at_tpr, novel_category_accuracy, open_set_scores
 from .plots import embedding_plot, score_histogram
-from .unknown import UnknownRule, is_unknown, normalised_entropy
+from .unknown import UnknownRule, is_unknown, normalized_entropy
 
 _KINDS = {"features": "f", "probabilities": "f", "labels": "iu", "weight": "f"}
 _MOST_BYTES = 16 << 30  # of one array
@@ -109,7 +109,7 @@ def label_features(
     file: FeatureFile,
     *,
     class_number: int | None,
-    labelling: OneVsAllConfig | LeadConfig,
+    labeling: OneVsAllConfig | LeadConfig,
     unknown: UnknownRule,
     estimate: ClassNumberConfig,
     seed: int,
@@ -120,13 +120,13 @@ def label_features(
         candidates = class_number_candidates(file.probabilities.shape[1], estimate.candidates)
         guess = estimate_class_number(file.features, candidates, estimate, seed=seed)
         class_number = guess.value
-    if isinstance(labelling, LeadConfig):
+    if isinstance(labeling, LeadConfig):
         if file.weight is None:
             raise InvalidInput("LEAD's labeller needs the classifier's weight (C, D) as the array 'weight' of the file")
-        labels = lead_labels(file.features, file.probabilities, file.weight, class_number, labelling)
+        labels = lead_labels(file.features, file.probabilities, file.weight, class_number, labeling)
     else:
-        labels = one_vs_all_labels(file.features, file.probabilities, class_number, labelling)
-    scores = normalised_entropy(file.probabilities)
+        labels = one_vs_all_labels(file.features, file.probabilities, class_number, labeling)
+    scores = normalized_entropy(file.probabilities)
     threshold = unknown.threshold(scores)
     nearest = file.probabilities.argmax(1)
     classes = torch.where(is_unknown(scores, threshold), file.probabilities.shape[1], nearest)
@@ -165,7 +165,7 @@ def facts(file: FeatureFile, found: FeatureLabels) -> dict[str, object]:
         "class_number": found.labels.class_number,
         "silhouette": None if found.estimate is None else dict(zip(map(str, found.estimate.candidates), found.estimate.scores)),
         "prior": [round(p, 6) for p in found.labels.prior.tolist()],
-        "labelled_unknown": int((found.labels.hard == unknown).sum()),
+        "labeled_unknown": int((found.labels.hard == unknown).sum()),
         "threshold": found.threshold,
         "above_threshold": int((found.classes == unknown).sum()),
         "metrics": feature_metrics(file, found),

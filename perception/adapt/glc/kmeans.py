@@ -136,9 +136,9 @@ def _first_of_permutation(n: int, count: int, seed: int) -> Tensor:
 
 def principal_components(points: Tensor, dimensions: int) -> Tensor:
     """(N, min(dimensions, D)): coordinates along the directions of largest variance, the largest first."""
-    centred = points - points.mean(0)
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
-    return centred @ vectors.flip(1)[:, :dimensions]
+    centerd = points - points.mean(0)
+    _, vectors = torch.linalg.eigh(centerd.T @ centerd)
+    return centerd @ vectors.flip(1)[:, :dimensions]
 
 
 def silhouette(distances: Tensor, assignment: Tensor) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....core.errors import InvalidInput, require
-from .labelling import OneVsAllConfig, TargetLabels, check_target, most_confident, positive_counts
+from .labeling import OneVsAllConfig, TargetLabels, check_target, most_confident, positive_counts
 
 _STEEPNESS = 1e-4  # of the weight around the boundary
 

@@ -27,7 +27,7 @@ class MemoryBank:
     def __len__(self) -> int:
         return len(self.features)
 
-    def neighbours(self, queries: Tensor, index: Tensor, k: int) -> Tensor:
+    def neighbors(self, queries: Tensor, index: Tensor, k: int) -> Tensor:
         """(B, k) rows most similar to ``queries`` (B, D), best first, never the query's own row ``index`` (B,).
 
         Raises InvalidInput where the bank has fewer than k other samples.
@@ -40,9 +40,9 @@ class MemoryBank:
         similarity.scatter_(1, index[:, None], -torch.inf)
         return similarity.topk(k, dim=1).indices
 
-    def consensus(self, neighbours: Tensor) -> Tensor:
+    def consensus(self, neighbors: Tensor) -> Tensor:
         """(B, C): the mean probabilities of ``neighbours`` (B, k), the soft label that a sample's surroundings agree on."""
-        return self.probabilities[neighbours].mean(1)
+        return self.probabilities[neighbors].mean(1)
 
     def update(self, index: Tensor, features: Tensor, probabilities: Tensor) -> None:
         """Overwrite the rows ``index`` (B,) with what the model says now; nothing else is kept and no gradient flows."""

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....core.errors import require
-from ...viz.svg import LINE, PALETTE, WIDTH, Plot, Svg, colour_of, linear_ticks
+from ...viz.svg import LINE, PALETTE, WIDTH, Plot, Svg, color_of, linear_ticks
 from .kmeans import principal_components
 
-UNKNOWN_COLOUR = "#8A939C"
+UNKNOWN_COLOR = "#8A939C"
 _LEGEND = 15  # letters that fit beside the picture
 _MARKS = 1500  # points drawn at most: a picture shows no more and the file stays small
 
@@ -38,10 +38,10 @@ def embedding_plot(features: Tensor, classes: Tensor, names: Sequence[str], titl
     x_at = plot.x_axis(linear_ticks(*_ends(points[:, 0]), 6), _ends(points[:, 0]), label)
     y_at = plot.y_axis(*_ends(points[:, 1]), False)
     for x, y, index in zip(x_at(points[:, 0]), y_at(points[:, 1]), drawn, strict=True):
-        plot.svg.circle(x, y, 2, UNKNOWN_COLOUR if index == len(names) else colour_of(int(index)))
-    entries = [(", ".join(names[i :: len(PALETTE)]), colour) for i, colour in enumerate(PALETTE[: len(names)])]
-    for k, (text, colour) in enumerate([*entries, ("unknown", UNKNOWN_COLOUR)]):
-        plot.svg.circle(WIDTH - 106, plot.top + 8 + LINE * k, 4, colour)
+        plot.svg.circle(x, y, 2, UNKNOWN_COLOR if index == len(names) else color_of(int(index)))
+    entries = [(", ".join(names[i :: len(PALETTE)]), color) for i, color in enumerate(PALETTE[: len(names)])]
+    for k, (text, color) in enumerate([*entries, ("unknown", UNKNOWN_COLOR)]):
+        plot.svg.circle(WIDTH - 106, plot.top + 8 + LINE * k, 4, color)
         plot.svg.text(WIDTH - 96, plot.top + 12 + LINE * k, text if len(text) <= _LEGEND else text[: _LEGEND - 1] + "…", size=12)
     return plot.svg.done()
 
@@ -66,10 +66,10 @@ def score_histogram(scores: Tensor, threshold: float, title: str, label: str, *,
     for count, left, right in zip(counts.tolist(), x_at(edges[:-1]), x_at(edges[1:]), strict=True):
         top = float(y_at(np.asarray(count)))
         middle = (left + right) / 2
-        colour = UNKNOWN_COLOUR if middle > float(x_at(np.asarray(threshold))) else PALETTE[0]
-        plot.svg.rect(left, top, right - left - 0.5, base - top, colour)
+        color = UNKNOWN_COLOR if middle > float(x_at(np.asarray(threshold))) else PALETTE[0]
+        plot.svg.rect(left, top, right - left - 0.5, base - top, color)
     at = float(x_at(np.asarray(min(max(threshold, 0.0), 1.0))))
-    plot.svg.line(at, plot.top, at, plot.bottom, colour=PALETTE[1], width=2)
+    plot.svg.line(at, plot.top, at, plot.bottom, color=PALETTE[1], width=2)
     return plot.svg.done()
 
 

@@ -20,7 +20,7 @@ from ....core.errors import InvalidInput, require
 Method = Literal["fixed", "otsu", "yen", "two_means"]
 
 
-def normalised_entropy(probabilities: Tensor, *, epsilon: float = 1e-5) -> Tensor:
+def normalized_entropy(probabilities: Tensor, *, epsilon: float = 1e-5) -> Tensor:
     """(N,) entropy of (N, C) distributions over ln C: 0 certain, 1 uniform. ``epsilon`` inside the logarithm as in the paper's code.
 
     That makes the entropy of a sure sample negative, by 1e-5; it counts as 0. Raises InvalidInput for fewer than two classes.
@@ -61,26 +61,26 @@ def otsu(scores: np.ndarray) -> float:
     """The threshold that separates (N,) scores into two groups with the largest variance between their means."""
     if scores.min() == scores.max():
         return float(scores[0])
-    share, centre = _histogram(scores)
+    share, center = _histogram(scores)
     low = np.cumsum(share)[:-1]
-    sums = np.cumsum(share * centre)
+    sums = np.cumsum(share * center)
     mean_low, mean_high = sums[:-1] / low, (sums[-1] - sums[:-1]) / (1 - low)
     between = low * (1 - low) * (mean_low - mean_high) ** 2
     # Between two groups far apart every threshold is equally good: take the middle.
     best = np.flatnonzero(between >= between.max() * (1 - 1e-12))
-    return float((centre[best[0]] + centre[best[-1]]) / 2)
+    return float((center[best[0]] + center[best[-1]]) / 2)
 
 
 def yen(scores: np.ndarray) -> float:
     """The threshold of (N,) scores with the largest total correlation of the two groups' histograms."""
     if scores.min() == scores.max():
         return float(scores[0])
-    share, centre = _histogram(scores)
+    share, center = _histogram(scores)
     low = np.cumsum(share)[:-1]
     low_squares = np.cumsum(share**2)[:-1]
     high_squares = np.cumsum(share[::-1] ** 2)[::-1][1:]
     criterion = 2 * np.log(low * (1 - low)) - np.log(low_squares * high_squares)
-    return float(centre[int(np.argmax(criterion))])
+    return float(center[int(np.argmax(criterion))])
 
 
 def two_means(scores: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """PV-RCNN's server half: a bird's-eye-view stage that proposes, and keypoints that refine.
 
-    SplitFeatures ─┬─ voxels ─ height compression ─ BevBackbone ─ AnchorHead ─ proposals ──────────┐
+    CutFeatures ─┬─ voxels ─ height compression ─ BevBackbone ─ AnchorHead ─ proposals ──────────┐
                    └─ keypoints ─┬─ fusion ────────────────── × score ─ 6 x 6 x 6 grid of every proposal ─ RegionHead
                                  └─ KeypointHead: in an object? ─┘                                  ├─ class: how good is it
                                                                                                     └─ box: refined
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ....core.errors import InvalidInput
-from ....core.features import Keypoints, SplitFeatures, SplitSpec
+from ....core.features import CutFeatures, CutSpec, Keypoints
 from ....core.structures import Labels, LossTerms, Predictions
 from ..anchors import KITTI_ANCHORS, AnchorClass, make_anchors
 from ..encoders.norm import RowBatchNorm
@@ -25,7 +25,7 @@ from ..post_processing import FinalNms, ProposalNms, Proposals, decode_regions, 
 from ..targets import RoiSampling
 from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
 from .pv_rcnn_loss import keypoint_loss, region_loss
-from .regions import JudgedRegions, fully_connected, judged_regions, region_grid, sample_regions
+from .regions import ScoredProposals, fully_connected, region_grid, sample_regions, scored_proposals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +97,9 @@ class RegionHead(nn.Module):
     def pool(self, regions: Tensor, starts: Sequence[int], keypoints: Keypoints) -> Tensor:
         """(N, G^3, C) features on the grids of regions (N, 7), scenes one after the other with bounds ``starts``."""
         points = self.grid_size**3
-        centres = region_grid(regions, self.grid_size).view(-1, 3)
+        centers = region_grid(regions, self.grid_size).view(-1, 3)
         pooled = self.roi_grid_pool_layer(
-            centres, [points * s for s in starts], keypoints.xyz, keypoints.starts, keypoints.features
+            centers, [points * s for s in starts], keypoints.xyz, keypoints.starts, keypoints.features
         )
         return pooled.view(len(regions), points, self.roi_grid_pool_layer.config.out_channels)
 
@@ -126,7 +126,7 @@ class PvRcnnDecoder(nn.Module):
 
     anchors: Tensor
 
-    def __init__(self, spec: SplitSpec, config: PvRcnnConfig) -> None:
+    def __init__(self, spec: CutSpec, config: PvRcnnConfig) -> None:
         super().__init__()
         if spec.keypoints is None:
             raise InvalidInput(f"PV-RCNN's decoder reads keypoints; the cut {spec.layer!r} has none: use PV-RCNN's encoder")
@@ -138,7 +138,7 @@ class PvRcnnDecoder(nn.Module):
         self.roi_head = RegionHead(config)
         self.register_buffer("anchors", make_anchors(spec, config.anchors), persistent=False)
 
-    def forward(self, split: SplitFeatures, labels: Sequence[Labels] | None = None) -> PvRcnnOutputs:
+    def forward(self, split: CutFeatures, labels: Sequence[Labels] | None = None) -> PvRcnnOutputs:
         """Outputs of a batch. With ``labels`` (training) regions are sampled around them, else the best proposals are refined."""
         dense = self.anchor_head(self.bev_backbone(height_compression(split.voxels)))
         proposals = self._propose(dense, labels)
@@ -161,14 +161,14 @@ class PvRcnnDecoder(nn.Module):
         return logits, Keypoints(xyz=keypoints.xyz, features=fused, starts=keypoints.starts)
 
     @torch.no_grad()
-    def judged_regions(self, split: SplitFeatures) -> list[JudgedRegions]:
+    def scored_proposals(self, split: CutFeatures) -> list[ScoredProposals]:
         """Every scene's proposals with refined boxes, and the feature that quality and refinement are read from."""
         assert split.keypoints is not None
         p = self._propose(self.anchor_head(self.bev_backbone(height_compression(split.voxels))), None)
         boxes = p.boxes[p.valid]
         features = self.roi_head.describe(boxes, _starts(p.valid), self._fuse(split.keypoints)[1])
         quality, codes = self.roi_head.answer(features)
-        return judged_regions(p, decode_regions(codes.float(), boxes), quality, features)
+        return scored_proposals(p, decode_regions(codes.float(), boxes), quality, features)
 
     @torch.no_grad()
     def _propose(self, dense: DenseOutputs, labels: Sequence[Labels] | None) -> Proposals:

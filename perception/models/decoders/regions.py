@@ -53,7 +53,7 @@ def region_grid(regions: Tensor, size: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedRegions:
+class ScoredProposals:
     """The proposals of one scene before the final suppression. detections: all of them, in the order of the proposals.
 
     logits: (R,) of the anchor head for the proposal's class. An anchor learns the logit of its own class alone, so this and the class
@@ -65,7 +65,7 @@ class JudgedRegions:
     features: Tensor
 
 
-def judged_regions(proposals: Proposals, boxes: Tensor, quality_logits: Tensor, features: Tensor) -> list[JudgedRegions]:
+def scored_proposals(proposals: Proposals, boxes: Tensor, quality_logits: Tensor, features: Tensor) -> list[ScoredProposals]:
     """Scenes apart, from rows of all N valid proposals one scene after the other: boxes (N, 7), logits (N,), features (N, C)."""
     quality, found, start = torch.sigmoid(quality_logits.float()), [], 0
     for b, valid in enumerate(proposals.valid):
@@ -77,5 +77,5 @@ def judged_regions(proposals: Proposals, boxes: Tensor, quality_logits: Tensor, 
             class_scores=torch.sigmoid(logits),
             iou_scores=quality[rows],
         )
-        found.append(JudgedRegions(detections=detections, logits=logits, features=features[rows]))
+        found.append(ScoredProposals(detections=detections, logits=logits, features=features[rows]))
     return found

@@ -1,6 +1,6 @@
 """SECOND-IoU's server half: features at the cut -> bird's-eye view -> anchors -> proposals -> predicted overlap.
 
-    SplitFeatures ─ height compression ─ BevBackbone ─┬─ AnchorHead ─ proposals ─┐
+    CutFeatures ─ height compression ─ BevBackbone ─┬─ AnchorHead ─ proposals ─┐
                                                       └── (detached) ─ 7 x 7 pooling of every proposal ─ IouHead ─ IoU
 
 The IoU head judges proposals and does not refine them; its gradient never reaches the map (OpenPCDet ``second_head.py``).
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ....core.features import SplitFeatures, SplitSpec
+from ....core.features import CutFeatures, CutSpec
 from ....core.structures import Labels, LossTerms, Predictions
 from ....ops.roi_grid import roi_grid_sample
 from ..anchors import KITTI_ANCHORS, AnchorClass, make_anchors
 from ..post_processing import FinalNms, ProposalNms, Proposals, propose, select_detections
 from ..targets import RoiSampling, iou_quality_target, match_rois
 from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
-from .regions import JudgedRegions, fully_connected, judged_regions, sample_regions
+from .regions import ScoredProposals, fully_connected, sample_regions, scored_proposals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class SecondIouDecoder(nn.Module):
 
     anchors: Tensor
 
-    def __init__(self, spec: SplitSpec, config: SecondIouConfig) -> None:
+    def __init__(self, spec: CutSpec, config: SecondIouConfig) -> None:
         super().__init__()
         self.spec, self.config = spec, config
         self.bev_backbone = BevBackbone(spec.channels * spec.shape[0], config.bev)
@@ -91,7 +91,7 @@ class SecondIouDecoder(nn.Module):
         self.roi_head = IouHead(self.bev_backbone.out_channels, config.pool_size, config.head_channels, config.dropout)
         self.register_buffer("anchors", make_anchors(spec, config.anchors), persistent=False)
 
-    def forward(self, split: SplitFeatures, labels: Sequence[Labels] | None = None) -> SecondIouOutputs:
+    def forward(self, split: CutFeatures, labels: Sequence[Labels] | None = None) -> SecondIouOutputs:
         """Outputs of a batch. With ``labels`` (training) regions are sampled around them, else the best proposals are judged."""
         bev = self.bev_backbone(height_compression(split.voxels))
         dense = self.anchor_head(bev)
@@ -115,13 +115,13 @@ class SecondIouDecoder(nn.Module):
         return logits.masked_scatter(proposals.valid, self.roi_head(self._pool(bev, proposals)).to(logits.dtype))
 
     @torch.no_grad()
-    def judged_regions(self, split: SplitFeatures) -> list[JudgedRegions]:
+    def scored_proposals(self, split: CutFeatures) -> list[ScoredProposals]:
         """Every scene's proposals as the second stage sees them, with the feature that the overlap is read from."""
         bev = self.bev_backbone(height_compression(split.voxels))
         proposals = self._propose(self.anchor_head(bev), None)
         features = self.roi_head.describe(self._pool(bev, proposals))
         iou = self.roi_head.iou_layers(features[..., None]).view(-1)
-        return judged_regions(proposals, proposals.boxes[proposals.valid], iou, features)
+        return scored_proposals(proposals, proposals.boxes[proposals.valid], iou, features)
 
     def loss(self, outputs: SecondIouOutputs, labels: Sequence[Labels]) -> LossTerms:
         """Class, box, direction and IoU losses of a batch, as OpenPCDet weighs them."""

@@ -1,7 +1,7 @@
 """PV-RCNN's vehicle half: SECOND's sparse backbone, and keypoints that gather features from all of its stages and from the points.
 
     points ─┬─ voxels ─ sparse backbone: conv1 ─ conv2 ─ conv3 ─ conv4 ─ cut ──────────────┐
-            │    └─ farthest point sampling ─ keypoints      │                             ├─ SplitFeatures
+            │    └─ farthest point sampling ─ keypoints      │                             ├─ CutFeatures
             └──────────────── set abstraction around each keypoint, from points, conv1..conv4 and the BEV map at the cut
 
 Source: Shi et al., PV-RCNN (2020), section 3.2; OpenPCDet ``voxel_set_abstraction.py``. The cut lies before the fusion layer. The
@@ -18,7 +18,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ....core.features import Keypoints, KeypointSpec, SparseVoxels, SplitFeatures, VoxelGrid, cell_centres
+from ....core.features import CutFeatures, Keypoints, KeypointSpec, SparseVoxels, VoxelGrid, cell_centers
 from ....core.structures import PointCloud
 from ....ops.bev_interpolate import bev_interpolate
 from ....ops.farthest_point import farthest_point_sample
@@ -86,12 +86,12 @@ class PvRcnnEncoder(nn.Module):
         """Input voxels, as SECOND's, ascending in (batch, z, y, x): balls take their first neighbours in row order."""
         return self.second.voxelize(points).sorted()
 
-    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> SplitFeatures:
+    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> CutFeatures:
         """Features at the cut of scans with their input voxels (``voxelize``)."""
         stages = self.second.sparse_backbone.stages(voxels)
         raw = self.raw_source(points)
         xyz, starts = self.sample(raw, voxels)
-        return SplitFeatures(voxels=stages[-1], spec=self.spec, keypoints=self.describe(xyz, starts, raw, stages))
+        return CutFeatures(voxels=stages[-1], spec=self.spec, keypoints=self.describe(xyz, starts, raw, stages))
 
     def describe(self, xyz: Tensor, starts: tuple[int, ...], raw: Source, stages: Sequence[SparseVoxels]) -> Keypoints:
         """Keypoints at ``xyz`` (K, 3) with their features: from the map at the cut, the raw points, and the backbone's stages."""
@@ -104,13 +104,13 @@ class PvRcnnEncoder(nn.Module):
         found = [] if self.raw_abstraction is None else [(self.raw_abstraction, raw)]
         for (stage, stride), abstraction in zip(self._stages, self.stage_abstractions, strict=True):
             voxels = stages[stage]
-            centres = cell_centres(voxels.coords[:, 1:], self.spec.grid, stride)
+            centers = cell_centers(voxels.coords[:, 1:], self.spec.grid, stride)
             found.append(
-                (cast(SetAbstraction, abstraction), Source(xyz=centres, features=voxels.features, starts=voxels.starts()))
+                (cast(SetAbstraction, abstraction), Source(xyz=centers, features=voxels.features, starts=voxels.starts()))
             )
         return found
 
-    def forward(self, points: Sequence[PointCloud]) -> SplitFeatures:
+    def forward(self, points: Sequence[PointCloud]) -> CutFeatures:
         return self.features(points, self.voxelize(points))
 
     def raw_source(self, points: Sequence[PointCloud]) -> Source:
@@ -130,7 +130,7 @@ class PvRcnnEncoder(nn.Module):
         if self.config.keypoint_source == "raw_points":
             xyz, starts = raw.xyz, raw.starts
         else:
-            xyz, starts = cell_centres(voxels.coords[:, 1:], self.spec.grid), voxels.starts()
+            xyz, starts = cell_centers(voxels.coords[:, 1:], self.spec.grid), voxels.starts()
         rows, starts = farthest_point_sample(xyz, starts, self.config.keypoints)
         return xyz[rows], starts
 

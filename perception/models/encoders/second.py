@@ -1,6 +1,6 @@
 """SECOND's vehicle half: points -> voxels -> sparse 3D backbone, cut at stride 8.
 
-    points ─ voxelize (mean of ≤ 5 points) ─ conv_input ─ conv1 ─ conv2 ↓2 ─ conv3 ↓4 ─ conv4 ↓8 ─ conv_out (z only) ─ SplitFeatures
+    points ─ voxelize (mean of ≤ 5 points) ─ conv_input ─ conv1 ─ conv2 ↓2 ─ conv3 ↓4 ─ conv4 ↓8 ─ conv_out (z only) ─ CutFeatures
 
 Layer table: OpenPCDet ``VoxelBackBone8x`` (pcdet/models/backbones_3d/spconv_backbone.py), 0.711 M parameters at reference width.
 Module indices follow it, so that its weights load by name. PV-RCNN shares this half.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ....core.errors import InvalidInput
-from ....core.features import SparseVoxels, SplitFeatures, SplitSpec, VoxelGrid
+from ....core.features import CutFeatures, CutSpec, SparseVoxels, VoxelGrid
 from ....core.structures import PointCloud
 from ....ops.sparse_conv import Rulebook, StridedConv3d, SubmanifoldConv3d, submanifold_rulebook
 from ....ops.voxelize import voxelize
@@ -121,7 +121,7 @@ class SecondEncoder(nn.Module):
                 "and 1 in y and x: use smaller voxels or a larger range"
             )
         self.sparse_backbone = SparseBackbone(3 + len(config.point_features), config.channels)
-        self.spec = SplitSpec(
+        self.spec = CutSpec(
             layer="sparse_backbone.conv_out",
             channels=config.channels[-1],
             stride=(16, 8, 8),
@@ -159,9 +159,9 @@ class SecondEncoder(nn.Module):
         index = [cloud.feature_names.index(n) for n in self.config.point_features]
         return torch.cat([cloud.xyz, cloud.features[:, index]], 1)
 
-    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> SplitFeatures:
+    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> CutFeatures:
         """Features at the cut of scans with their input voxels (``voxelize``); the points themselves are not looked at again."""
-        return SplitFeatures(voxels=self.sparse_backbone(voxels), spec=self.spec)
+        return CutFeatures(voxels=self.sparse_backbone(voxels), spec=self.spec)
 
-    def forward(self, points: Sequence[PointCloud]) -> SplitFeatures:
+    def forward(self, points: Sequence[PointCloud]) -> CutFeatures:
         return self.features(points, self.voxelize(points))

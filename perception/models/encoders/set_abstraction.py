@@ -17,8 +17,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ....ops.ball_query import Neighbours, ball_query
-from ....ops.neighbour_mlp import neighbour_mlp_max
+from ....ops.ball_query import Neighbors, ball_query
+from ....ops.neighbor_mlp import neighbor_mlp_max
 from ....ops.segment_max import segment_max
 
 
@@ -54,51 +54,51 @@ class SetAbstraction(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(
-        self, centres: Tensor, centre_starts: Sequence[int], points: Tensor, point_starts: Sequence[int], features: Tensor
+        self, centers: Tensor, center_starts: Sequence[int], points: Tensor, point_starts: Sequence[int], features: Tensor
     ) -> Tensor:
         """centres: (Q, 3), points: (N, 3) m; features: (N, C). Scenes lie one after the other, ``*_starts`` are their bounds."""
-        balls = ball_query(centres, centre_starts, points, point_starts, self.config.radii, self.config.limits)
+        balls = ball_query(centers, center_starts, points, point_starts, self.config.radii, self.config.limits)
         # Coordinates are tens of metres, offsets centimetres: half precision would lose them.
-        with torch.autocast(centres.device.type, enabled=False):
+        with torch.autocast(centers.device.type, enabled=False):
             rows = torch.cat([points, features.float()], 1)
             pooled = [
-                _pool(cast(nn.Sequential, mlp), rows, centres, near, limit)
+                _pool(cast(nn.Sequential, mlp), rows, centers, near, limit)
                 for mlp, near, limit in zip(self.mlps, balls, self.config.limits, strict=True)
             ]
         return torch.cat(pooled, 1)
 
 
-def _pool(mlp: nn.Sequential, rows: Tensor, centres: Tensor, near: Neighbours, limit: int) -> Tensor:
+def _pool(mlp: nn.Sequential, rows: Tensor, centers: Tensor, near: Neighbors, limit: int) -> Tensor:
     """One ball size. The first layer is linear: applied to points and centres, then subtracted, it costs N + Q rows, not one a pair."""
     first, second = (cast(nn.Conv2d, mlp[k]).weight.flatten(1) for k in (0, 3))
     norms = cast(nn.BatchNorm2d, mlp[1]), cast(nn.BatchNorm2d, mlp[4])
     counts = near.starts.diff()
     if mlp.training:
-        return _pool_training(rows @ first.T, centres @ first[:, :3].T, near, second, norms, limit)
+        return _pool_training(rows @ first.T, centers @ first[:, :3].T, near, second, norms, limit)
     # Batch norm with running statistics is a scale, which goes into the weights, and a shift.
     (scale, shift), (last_scale, last_shift) = (_as_affine(norm) for norm in norms)
     first, second = first * scale[:, None], second * last_scale[:, None]
-    best = neighbour_mlp_max(rows @ first.T, centres @ first[:, :3].T - shift, near.index, near.starts, second)
+    best = neighbor_mlp_max(rows @ first.T, centers @ first[:, :3].T - shift, near.index, near.starts, second)
     empty = nn.functional.relu(shift) @ second.T
     return nn.functional.relu(torch.where(counts[:, None] > 0, best, empty) + last_shift)
 
 
 def _pool_training(
     at_points: Tensor,
-    at_centres: Tensor,
-    near: Neighbours,
+    at_centers: Tensor,
+    near: Neighbors,
     second: Tensor,
     norms: tuple[nn.BatchNorm2d, nn.BatchNorm2d],
     limit: int,
 ) -> Tensor:
     # One row of zeros more on both sides, and one pair more of these two: the input of an empty ball.
     counts = near.starts.diff()
-    centre = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    center = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     pairs = nn.functional.pad(at_points, (0, 0, 0, 1))[nn.functional.pad(near.index, (0, 1), value=len(at_points))]
-    pairs = pairs - nn.functional.pad(at_centres, (0, 0, 0, 1))[nn.functional.pad(centre, (0, 1), value=len(at_centres))]
+    pairs = pairs - nn.functional.pad(at_centers, (0, 0, 0, 1))[nn.functional.pad(center, (0, 1), value=len(at_centers))]
     weight = _multiplicity(near, counts, limit)
-    hidden = nn.functional.relu(_normalise(pairs, norms[0], weight), inplace=True)
-    out = _normalise(hidden @ second.T, norms[1], weight)
+    hidden = nn.functional.relu(_normalize(pairs, norms[0], weight), inplace=True)
+    out = _normalize(hidden @ second.T, norms[1], weight)
     best = torch.where(counts[:, None] > 0, segment_max(out[:-1], near.starts), out[-1:])
     return nn.functional.relu(best)  # after the maximum: the same, on fewer rows
 
@@ -109,7 +109,7 @@ def _as_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, norm.bias - cast(Tensor, norm.running_mean) * scale
 
 
-def _multiplicity(near: Neighbours, counts: Tensor, limit: int) -> Tensor:
+def _multiplicity(near: Neighbors, counts: Tensor, limit: int) -> Tensor:
     """(P + 1,) how often the padded reference has each pair; the last entry is that of all empty balls together."""
     weight = counts.new_ones(len(near.index) + 1, dtype=torch.float32)
     full = counts > 0
@@ -118,18 +118,18 @@ def _multiplicity(near: Neighbours, counts: Tensor, limit: int) -> Tensor:
     return weight
 
 
-def _normalise(x: Tensor, norm: nn.BatchNorm2d, weight: Tensor) -> Tensor:
+def _normalize(x: Tensor, norm: nn.BatchNorm2d, weight: Tensor) -> Tensor:
     """Batch norm of rows (P, C) with statistics weighted by ``weight`` (P,); moves the running ones."""
     total = float(weight.sum())
     if total < 2:  # batch statistics of fewer than two rows do not exist
         scale, shift = _as_affine(norm)
         return torch.addcmul(shift, x, scale)
     mean = (weight @ x) / total
-    centred = x - mean
-    variance = (weight @ centred.square()) / total
+    centerd = x - mean
+    variance = (weight @ centerd.square()) / total
     with torch.no_grad():
         momentum = cast(float, norm.momentum)
         cast(Tensor, norm.running_mean).lerp_(mean, momentum)
         cast(Tensor, norm.running_var).lerp_(variance * (total / (total - 1)), momentum)
         cast(Tensor, norm.num_batches_tracked).add_(1)
-    return torch.addcmul(norm.bias, centred, norm.weight * (variance + norm.eps).rsqrt())
+    return torch.addcmul(norm.bias, centerd, norm.weight * (variance + norm.eps).rsqrt())

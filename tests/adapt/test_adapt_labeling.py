@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.adapt.glc.kmeans import KMeansConfig, kmeans
-from upcycle3d.perception.adapt.glc.labelling import (
+from upcycle3d.perception.adapt.glc.labeling import (
     ClassNumberConfig,
     OneVsAllConfig,
     class_number_candidates,

@@ -106,14 +106,14 @@ class ClassNumberConfig:
     """
 
     candidates: Literal["paper", "dense"] = "dense"  # C * (1/4, 1/2, 1, 2, 3), or all numbers from C / 2 to 3 C, thinned to 24
-    neighbours: int = 10  # of the smoothing
+    neighbors: int = 10  # of the smoothing
     rounds: int = 5  # of the smoothing; 0 leaves it out
     dimensions: int = 16  # of the principal components
     max_rows: int = 2000  # a random sample of the target is enough, and the silhouette is quadratic
     kmeans: KMeansConfig = KMeansConfig(init="plusplus", restarts=3, points_per_centroid=0)
 
     def __post_init__(self) -> None:
-        if self.neighbours < 1 or self.rounds < 0 or self.dimensions < 1 or self.max_rows < 3:
+        if self.neighbors < 1 or self.rounds < 0 or self.dimensions < 1 or self.max_rows < 3:
             raise InvalidInput(
                 f"the class number needs neighbours >= 1, rounds >= 0, dimensions >= 1, max_rows >= 3, found {self}"
             )
@@ -158,7 +158,7 @@ def estimate_class_number(
             f"none of the class numbers {sorted(set(candidates))} is at least 2 and below the {len(points)} samples"
         )
     if config.rounds:
-        count = min(config.neighbours + 1, max(1, len(points) // 4))  # each sample is its own first neighbour
+        count = min(config.neighbors + 1, max(1, len(points) // 4))  # each sample is its own first neighbour
         nearest = torch.cdist(points, points).topk(count, largest=False).indices
         for _ in range(config.rounds):
             points = points[nearest].mean(1)

@@ -25,58 +25,58 @@ Floats = NDArray[np.float32]
 _RANGE = 256  # centres a thread takes at a time
 
 
-def neighbour_mlp_max(points: Tensor, centres: Tensor, index: Tensor, starts: Tensor, second: Tensor) -> Tensor:
+def neighbor_mlp_max(points: Tensor, centers: Tensor, index: Tensor, starts: Tensor, second: Tensor) -> Tensor:
     """The formula above for points (N, C1), centres (Q, C1), second (C2, C1): (Q, C2); 0 for a centre without neighbours.
 
     index: (P,) int64 rows of the points; starts: (Q + 1,) int64 bounds of each centre's rows in it (``ball_query.Neighbours``).
     Differentiable by way of the reference: the numba backend serves float32 on the CPU where no gradient is asked for.
     Raises ValueError for shapes that do not fit together.
     """
-    _check(points, centres, index, starts, second)
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (points, centres, second))
+    _check(points, centers, index, starts, second)
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (points, centers, second))
     if needs_gradient or points.device.type != "cpu" or points.dtype != torch.float32:
-        return neighbour_mlp_max_reference(points, centres, index, starts, second)
-    out = torch.empty(len(centres), len(second))
-    tables = [t.detach() for t in (points, centres, second)]
+        return neighbor_mlp_max_reference(points, centers, index, starts, second)
+    out = torch.empty(len(centers), len(second))
+    tables = [t.detach() for t in (points, centers, second)]
     if points.shape[1] % 4:  # the kernel takes four channels at a time
         tables = [F.pad(t, (0, -points.shape[1] % 4)) for t in tables]
     arrays: list[Any] = [t.contiguous().numpy() for t in (*tables[:2], index, starts, tables[2].T)]
-    in_threads(_pool, -(-len(centres) // _RANGE), *arrays, out.numpy())
+    in_threads(_pool, -(-len(centers) // _RANGE), *arrays, out.numpy())
     return out
 
 
-def neighbour_mlp_max_reference(points: Tensor, centres: Tensor, index: Tensor, starts: Tensor, second: Tensor) -> Tensor:
-    """``neighbour_mlp_max`` step by step in torch, on any device, differentiated by autograd."""
-    _check(points, centres, index, starts, second)
-    centre = torch.repeat_interleave(torch.arange(len(centres), device=starts.device), starts.diff())
-    hidden = torch.relu(points[index] - centres[centre])
+def neighbor_mlp_max_reference(points: Tensor, centers: Tensor, index: Tensor, starts: Tensor, second: Tensor) -> Tensor:
+    """``neighbor_mlp_max`` step by step in torch, on any device, differentiated by autograd."""
+    _check(points, centers, index, starts, second)
+    center = torch.repeat_interleave(torch.arange(len(centers), device=starts.device), starts.diff())
+    hidden = torch.relu(points[index] - centers[center])
     return segment_max(hidden @ second.T, starts)
 
 
-def _check(points: Tensor, centres: Tensor, index: Tensor, starts: Tensor, second: Tensor) -> None:
+def _check(points: Tensor, centers: Tensor, index: Tensor, starts: Tensor, second: Tensor) -> None:
     channels = points.shape[-1]
     fits = (
-        points.ndim == centres.ndim == second.ndim == 2
-        and centres.shape[1] == second.shape[1] == channels
+        points.ndim == centers.ndim == second.ndim == 2
+        and centers.shape[1] == second.shape[1] == channels
         and index.ndim == starts.ndim == 1
-        and len(starts) == len(centres) + 1
+        and len(starts) == len(centers) + 1
         and index.dtype == starts.dtype == torch.int64
     )
     if not fits:
-        shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in (points, centres, index, starts, second))
+        shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in (points, centers, index, starts, second))
         raise ValueError(
-            f"neighbour_mlp_max: need points (N, C1), centres (Q, C1), int64 index (P,) and starts (Q + 1,), second (C2, C1); got {shapes}"
+            f"neighbor_mlp_max: need points (N, C1), centres (Q, C1), int64 index (P,) and starts (Q + 1,), second (C2, C1); got {shapes}"
         )
     ends = starts[[0, -1]].tolist()
     if ends != [0, len(index)] or (len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(points)):
-        raise ValueError(f"neighbour_mlp_max: bounds {ends} of {len(index)} neighbours, or a row outside 0..{len(points) - 1}")
+        raise ValueError(f"neighbor_mlp_max: bounds {ends} of {len(index)} neighbours, or a row outside 0..{len(points) - 1}")
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"contract"})  # fused multiply-add: rounds once instead of twice
 def _pool(
     task: int,
     points: Floats,
-    centres: Floats,
+    centers: Floats,
     index: NDArray[np.int64],
     starts: NDArray[np.int64],
     second: Floats,
@@ -86,15 +86,15 @@ def _pool(
     # Two neighbours and four products a pass over the sums, so that these and the weights are loaded less often.
     a, b = np.empty((2, channels), np.float32)
     sum_a, sum_b = np.empty((2, wide), np.float32)
-    for q in range(task * _RANGE, min(len(centres), (task + 1) * _RANGE)):
+    for q in range(task * _RANGE, min(len(centers), (task + 1) * _RANGE)):
         last = starts[q + 1] - 1
         for c in range(wide):
             out[q, c] = 0.0 if last < starts[q] else -np.inf
         for p in range(starts[q], last + 1, 2):
             row_a, row_b = index[p], index[min(p + 1, last)]
             for k in range(channels):
-                a[k] = max(points[row_a, k] - centres[q, k], np.float32(0))
-                b[k] = max(points[row_b, k] - centres[q, k], np.float32(0))
+                a[k] = max(points[row_a, k] - centers[q, k], np.float32(0))
+                b[k] = max(points[row_b, k] - centers[q, k], np.float32(0))
             for c in range(wide):
                 sum_a[c] = sum_b[c] = 0
             for k in range(0, channels, 4):
