@@ -19,9 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 import torch
 from torch import nn
 
+from upcycle3d.core.point_files import read_points
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import PointCloud
-from upcycle3d.datasets.point_files import read_points
 from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.datasets.simulation.simulate import simulate_frame
 from upcycle3d.perception.models.detectors import build_detector

@@ -18,10 +18,10 @@ import torch
 
 from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
+from ..core.point_files import POINT_SUFFIXES, read_points
 from ..core.structures import Boxes3D, Frame, Labels
 from .kitti import read_ids, with_point_counts
 from .kitti_text import unknown_class
-from .point_files import POINT_SUFFIXES, read_points
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.point_files import read_points
 from ..core.structures import Calibration, Frame, Labels, PointCloud
 from .kitti_text import KittiObjects, labels_from_kitti, read_objects
-from .point_files import read_points
 
 DEFAULT_IMAGE_SIZE = (1242, 375)  # px, of most KITTI pictures; used where the picture is not there
 KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")

@@ -12,9 +12,9 @@ from typing import Literal
 
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import write_atomically
+from ..core.point_files import read_points, scan_files
 from ..core.rig import RigSpec
 from ..core.structures import PointCloud
-from ..datasets.point_files import read_points, scan_files
 from ..perception.vehicle.extractor import ExtractionReport, Extractor, extract
 from ..perception.wire.encoder_file import load_encoder
 from ..perception.wire.shards import ShardWriter

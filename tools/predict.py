@@ -12,11 +12,11 @@ import torch
 
 from ..core.errors import InvalidInput
 from ..core.files import write_atomically
+from ..core.point_files import read_points, scan_files
 from ..core.rig import RigSpec
 from ..core.structures import Boxes3D, Predictions
 from ..datasets.kitti import read_calibration, shift_calibration
 from ..datasets.kitti_text import predictions_to_kitti, write_objects
-from ..datasets.point_files import read_points, scan_files
 from ..perception.training.detector_files import load_detector
 from .console import console, device, print_table, progress_bar, run_command, write_json
 

@@ -17,9 +17,9 @@ import torch
 
 from ...core.errors import InvalidInput
 from ...core.files import write_atomically
+from ...core.point_files import write_bin
 from ...core.structures import Calibration
 from ..kitti_text import write_objects
-from ..point_files import write_bin
 from .places import Domain
 from .simulate import SimulatedFrame, View, simulate_frame, virtual_camera
 from .writing import claim, run_jobs, split_members

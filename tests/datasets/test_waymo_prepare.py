@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.datasets.point_files import read_points
+from upcycle3d.core.point_files import read_points
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout
 from upcycle3d.datasets.simulation.places import WAYMO, domain

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..core.errors import InvalidInput
-from ..core.files import write_atomically
-from ..core.structures import PointCloud
+from .errors import InvalidInput
+from .files import write_atomically
+from .structures import PointCloud
 
 XYZI = ("x", "y", "z", "intensity")
 POINT_SUFFIXES = (".bin", ".npy", ".pcd")

@@ -8,8 +8,8 @@ import torch
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.files import write_atomically
+from upcycle3d.core.point_files import read_points, write_bin
 from upcycle3d.core.structures import PointCloud
-from upcycle3d.datasets.point_files import read_points, write_bin
 
 ROWS = np.array([[1.5, -2.25, 0.5, 0.25], [10.0, 20.0, -1.75, 1.0], [-3.0, 4.0, 0.0, 0.0]], dtype=np.float32)
 
