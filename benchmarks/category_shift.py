@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 
 import torch
 
+from upcycle3d.datasets.data_split import DataSplit
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation.category_shift import PRIVATE_CLASSES, SOURCE_CLASSES, ShiftKind, category_shift, source_domain
 from upcycle3d.datasets.simulation.places import domain
@@ -38,7 +39,7 @@ from upcycle3d.perception.adapt.detection.proposals import DetectorProposals, Pr
 from upcycle3d.perception.adapt.detection.report import detector_facts
 from upcycle3d.perception.adapt.glc.class_map import map_by_name
 from upcycle3d.perception.models.detector import Detector
-from upcycle3d.perception.recipes.pipeline import DataSplit, RunOptions, train_source_model
+from upcycle3d.perception.recipes.pipeline import RunOptions, train_source_model
 from upcycle3d.perception.recipes.presets import SMALL_THREE_CLASSES
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.perception.training.run_folder import describe_environment

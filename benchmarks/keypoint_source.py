@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 
 import torch
 
-from upcycle3d.datasets.gt_database import build_gt_database
+from upcycle3d.datasets.data_split import DataSplit
 from upcycle3d.datasets.kitti import KittiDataset, read_ids
 from upcycle3d.datasets.prepared import PreparedDataset, prepare
 from upcycle3d.datasets.simulation.layout_kitti import write_kitti_layout
@@ -60,9 +60,7 @@ def data(folder: Path, name: str, seed: int, train: int, validation: int) -> Non
     every, z_shift = ids["train"] + ids["val"], where.sensor.height
     source = KittiDataset(raw, every, classes=("Car",), z_shift=z_shift)
     prepare(source, every, folder / "data", splits=ids, classes=("Car",), notes={"root": str(raw), "z_shift": z_shift}, workers=2)
-    frames = PreparedDataset(folder / "data", "train")
-    if not (folder / "gt" / "database.json").exists():
-        build_gt_database(frames, folder / "gt", class_names=frames.classes, fingerprint=frames.split_fingerprint())
+    DataSplit(root=folder / "data", name="train").ensure_gt_database()
 
 
 def train(folder: Path, kind: Kind, seed: int) -> None:
@@ -73,8 +71,8 @@ def train(folder: Path, kind: Kind, seed: int) -> None:
         return
     torch.manual_seed(seed)
     detector = pv_rcnn(with_keypoints(kind))
-    frames = PreparedDataset(folder / "data", "train")
-    labeled = labeled_batches(preset, frames, folder / "gt", batch_size=preset.train.batch_size, seed=seed)
+    data = DataSplit(root=folder / "data", name="train")
+    labeled = labeled_batches(preset, data, batch_size=preset.train.batch_size, seed=seed)
     config = replace(preset.train, loop=replace(preset.train.loop, seed=seed))
     run = RunFolder.create(out, config, seed=seed, resume=True)
     train_supervised(detector, labeled, config.loop, run=run, progress=False)

@@ -51,9 +51,7 @@ def one_job(preset: str, root: Path, out: Path, name: str, suffix: str, seed: in
             "train",
             preset,
             "--data",
-            data,
-            "--split",
-            f"train{suffix}",
+            f"{data}:train{suffix}",
             "--out",
             source,
             "--seed",
@@ -85,7 +83,7 @@ def one_job(preset: str, root: Path, out: Path, name: str, suffix: str, seed: in
     for method in ("source_only", *METHODS):
         folder = job / method
         if not (folder / "detector.safetensors").exists():
-            run("upcycle", preset, "--data", data, "--split", f"train{suffix}", "--checkpoint", source, "--store", store, "--method", method,
+            run("upcycle", preset, "--data", f"{data}:train{suffix}", "--detector", source, "--store", store, "--method", method,
                 "--truth", job / "receipts.json", data, "--out", folder, "--seed", seed, "--workers", 0, "--resume")  # fmt: skip
         for overlaps in ("official", "loose"):
             result = folder / f"{overlaps}.json"

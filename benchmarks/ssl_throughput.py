@@ -46,8 +46,7 @@ def step_times(job: Pipeline, preset: Preset, name: str, steps: int) -> list[flo
     method, c, ends = METHODS[name], job.config, [0.0]
     detector = load_detector(job.source)[0]
     batch = preset.upcycle.unlabeled_batch
-    database = c.labeled.root / "gt_database" / c.labeled.name
-    labeled = labeled_batches(preset, c.labeled.open(), database, batch_size=preset.upcycle.labeled_batch, seed=0)
+    labeled = labeled_batches(preset, c.labeled, batch_size=preset.upcycle.labeled_batch, seed=0)
     features = feature_object_database(job.folder / "features", c.labeled.open(), detector, preset.upcycle.f_gt, codec=c.codec)
     upcycle(
         detector,

@@ -47,7 +47,7 @@ def chain(tmp_path_factory) -> Path:
     upcycle3d("extract", "--encoder", root / "source", "--scans", scans, "--ids", raw / "ImageSets" / "fleet.txt", *rig, "--out", root / "shards", "--receipts", root / "receipts.json", "--json", root / "extract.json")  # fmt: skip
     upcycle3d("ingest", root / "shards", "--store", root / "store", "--encoder", root / "source", *rig)
     steps = ("--preset.upcycle.loop.optim.total-steps", 2, "--preset.upcycle.round-steps", 1, "--workers", 0)
-    upcycle3d("upcycle", "small", "--data", data, "--checkpoint", root / "source", "--store", root / "store", "--truth", root / "receipts.json", data, *rig, "--out", root / "upcycled", *steps)  # fmt: skip
+    upcycle3d("upcycle", "small", "--data", data, "--detector", root / "source", "--store", root / "store", "--truth", root / "receipts.json", data, *rig, "--out", root / "upcycled", *steps)  # fmt: skip
     return root
 
 
@@ -220,8 +220,8 @@ def test_doctor_checks_the_sparse_convolution(chain):
     [
         ("train", ("small", "--data", "{0}/nowhere", "--out", "{0}/x"), "prepare"),
         ("train", ("kitti_second_iou", "--data", "{0}/data", "--out", "{0}/x"), "--classes"),
-        ("upcycle", ("small", "--data", "{0}/data", "--checkpoint", "{0}/source", "--out", "{0}/x"), "extract"),
-        ("upcycle", ("kitti_small", "--data", "{0}/data", "--checkpoint", "{0}/source", "--out", "{0}/x"), "preset"),
+        ("upcycle", ("small", "--data", "{0}/data", "--detector", "{0}/source", "--out", "{0}/x"), "extract"),
+        ("upcycle", ("kitti_small", "--data", "{0}/data", "--detector", "{0}/source", "--out", "{0}/x"), "preset"),
         ("predict", ("--detector", "{0}/nowhere", "--scans", "{0}/raw", "--out", "{0}/x"), "no detector"),
         ("ingest", ("{0}/nowhere", "--store", "{0}/store", "--encoder", "{0}/source"), "nowhere"),
         ("ingest", ("{0}/store/shards", "--store", "{0}/other", "--encoder", "{0}/nowhere"), "encoder"),
@@ -267,6 +267,21 @@ def test_mistakes_become_one_sentence_and_exit_code_2(chain, capsys, command, ar
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "new"),
+    [
+        ("upcycle", ("--checkpoint", "runs/x"), "write --detector"),
+        ("upcycle", ("--checkpoint=runs/x",), "write --detector"),
+        ("upcycle", ("--raw", "data", "fleet", "--seed", "1"), "write --raw DIR:SPLIT"),
+        ("train", ("--split", "train"), "write --data DIR:SPLIT"),
+    ],
+)
+def test_an_option_of_an_earlier_version_names_the_new_one(capsys, command, arguments, new):
+    module = importlib.import_module(f"upcycle3d.tools.{command}")
+    assert run_command(module.command, ["small", *arguments], parsed_as=module.ARGUMENTS) == 2
+    assert new in capsys.readouterr().err
+
+
 def test_a_mistyped_option_names_the_nearest(capsys):
     module = importlib.import_module("upcycle3d.tools.train")
     with pytest.raises(SystemExit):
@@ -287,7 +302,7 @@ def test_the_same_commands_serve_pv_rcnn(chain, tmp_path):
     upcycle3d("extract", "--encoder", tmp_path / "source", *scans, *rig, "--codec", "int8", "--out", tmp_path / "shards")
     upcycle3d("ingest", tmp_path / "shards", "--store", tmp_path / "store", "--encoder", tmp_path / "source", *rig)
     steps = ("--preset.upcycle.loop.optim.total-steps", 1, "--workers", 0)
-    upcycle3d("upcycle", "small_pv_rcnn", "--data", data, "--checkpoint", tmp_path / "source", "--store", tmp_path / "store", *rig, "--out", tmp_path / "upcycled", *steps)  # fmt: skip
+    upcycle3d("upcycle", "small_pv_rcnn", "--data", data, "--detector", tmp_path / "source", "--store", tmp_path / "store", *rig, "--out", tmp_path / "upcycled", *steps)  # fmt: skip
     upcycle3d(
         "evaluate", "run", "--detector", tmp_path / "upcycled", "--data", data, "--split", "val", "--json", tmp_path / "ap.json"
     )

@@ -6,7 +6,7 @@ import errno
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -22,6 +22,24 @@ from ..core.errors import InvalidInput, UpcycleError
 console = Console(stderr=False, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
+# By command (its module's name): what an earlier version took, and what to write now. Several words name an option with its values.
+RENAMED_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "train": {"--split": "--data DIR:SPLIT"},
+    "upcycle": {"--checkpoint": "--detector", "--split": "--data DIR:SPLIT", "--raw DIR SPLIT": "--raw DIR:SPLIT"},
+}
+
+
+def _refuse_renamed(command: str, arguments: Sequence[str]) -> None:
+    """Raise InvalidInput for an option that has another name or form now."""
+    words = [word.partition("=")[0].replace("_", "-") if word.startswith("--") else word for word in arguments]
+    for old, new in RENAMED_OPTIONS.get(command, {}).items():
+        name, *values = old.split()
+        for at in [i for i, word in enumerate(words) if word == name]:
+            after = words[at + 1 : at + 1 + len(values)]
+            if len(after) == len(values) and not any(word.startswith("-") for word in after):
+                raise InvalidInput(f"{command} has no option {old} any more; write {new}")
+
+
 def run_command(
     function: Callable[..., Any], arguments: Sequence[str] | None = None, *, program: str | None = None, parsed_as: Any = None
 ) -> int:
@@ -33,6 +51,7 @@ def run_command(
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
+        _refuse_renamed(function.__module__.rpartition(".")[2], sys.argv[1:] if arguments is None else arguments)
         (hint,) = [t for n, t in get_type_hints(function, include_extras=True).items() if n != "return"]
         # A preset's detector is one of several kinds; its default has decided which, so it is no subcommand.
         plain = (tyro.conf.AvoidSubcommands,)

@@ -111,7 +111,7 @@ def command(config: Import) -> None:
     if target.without_iou_head:
         # Labels of any prepared dataset train the decoder, the head with it; the encoder stays as published.
         console.print(
-            f"next: upcycle3d upcycle PRESET --method source_continued --checkpoint {target.out} --data PREPARED --out RUN"
+            f"next: upcycle3d upcycle PRESET --method source_continued --detector {target.out} --data DIR[:SPLIT] --out RUN"
         )
     else:
         console.print(f"next: upcycle3d evaluate run --detector {target.out} --data PREPARED --split val")

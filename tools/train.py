@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import tyro
 
-from ..datasets.prepared import PreparedDataset
 from ..perception.models.detectors import build_detector
 from ..perception.recipes.assembly import labeled_batches
 from ..perception.recipes.presets import PRESETS, Preset
@@ -18,6 +17,7 @@ from ..perception.training.distributed import init_distributed, per_rank
 from ..perception.training.loop import create_run
 from ..perception.training.supervised import train_supervised
 from .console import console, device, print_table, run_command, write_json
+from .data_option import DataOption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,23 +25,21 @@ class Train:
     """Train a detector on a labelled split. The run folder holds everything to resume it and to say what it was."""
 
     preset: Preset
-    """detector and training; override any field, as in --preset.train.loop.optim.lr 0.001"""
-    data: Path
-    """prepared dataset"""
+    """Detector and training. Override any field, as in `--preset.train.loop.optim.lr 0.001`."""
+    data: DataOption
+    """Labeled split of a prepared dataset; `train` where no split is named."""
     out: Path
-    """run folder to write"""
-    split: str = "train"
-    """labelled split"""
+    """Run folder to write."""
     seed: int = 0
-    """initial weights, order of frames, augmentation"""
+    """Decides the initial weights, the order of the frames and the augmentation."""
     resume: bool = False
-    """go on with a run that was stopped"""
+    """Go on with a run that was stopped."""
     workers: int = 1
-    """processes that prepare batches"""
+    """Processes that prepare batches. The result does not depend on their number."""
     device: str = "cpu"
-    """cpu or cuda"""
+    """`cpu`, `cuda` or `cuda:N`."""
     json: Path | None = None
-    """also write the result for machines"""
+    """Also write the result to this file as JSON."""
 
 
 def preset_choices(make: type) -> dict[str, object]:
@@ -54,15 +52,15 @@ ARGUMENTS = tyro.extras.subcommand_type_from_defaults(preset_choices(Train), pre
 
 def _what_decides(config: Train) -> Train:
     """The configuration without what does not change the result: a run may be resumed with other workers, and may be moved."""
-    return replace(config, data=config.data.resolve(), out=Path("."), resume=False, workers=0, device="", json=None)
+    return replace(config, data=config.data.resolved(), out=Path("."), resume=False, workers=0, device="", json=None)
 
 
 def command(config: Train) -> None:
     """Train a detector on labelled frames: upcycle3d train PRESET --data PREPARED --out RUN."""
+    config = replace(config, data=config.data.or_split("train"))
     train = replace(config.preset.train, loop=replace(config.preset.train.loop, seed=config.seed))
     preset = replace(config.preset, train=train)
-    frames, database = PreparedDataset(config.data, config.split), config.data / "gt_database" / config.split
-    labeled = labeled_batches(preset, frames, database, batch_size=train.batch_size, seed=config.seed)
+    labeled = labeled_batches(preset, config.data, batch_size=train.batch_size, seed=config.seed)
     context = init_distributed()  # torchrun -m upcycle3d.tools.train …: every rank takes its own batches
     torch.manual_seed(config.seed)
     detector = build_detector(preset.detector).to(context.device if context.world_size > 1 else device(config.device))
@@ -79,7 +77,7 @@ def command(config: Train) -> None:
         ("steps", "frames", "seconds", *result.terms),
         [(result.steps, len(labeled.frames), result.seconds, *result.terms.values())],
     )
-    console.print(f"next: upcycle3d evaluate run --detector {config.out} --data {config.data} --split val")
+    console.print(f"next: upcycle3d evaluate run --detector {config.out} --data {config.data.root}:val")
     write_json(
         config.json, {"steps": result.steps, "seconds": result.seconds, "loss": dict(result.terms), "run": str(config.out)}
     )

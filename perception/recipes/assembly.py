@@ -11,6 +11,7 @@ from pathlib import Path
 from ...core.errors import InvalidInput
 from ...core.rig import RigSpec
 from ...datasets.batches import LabeledBatches, UnlabeledBatches
+from ...datasets.data_split import DataSplit
 from ...datasets.gt_database import GtDatabase, GtSampler
 from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
@@ -22,8 +23,7 @@ from .presets import Preset
 
 def labeled_batches(
     preset: Preset,
-    frames: PreparedDataset,
-    gt_database: Path,
+    data: DataSplit,
     *,
     batch_size: int,
     seed: int,
@@ -35,7 +35,7 @@ def labeled_batches(
 
     Raises InvalidInput if the dataset was prepared for other classes, or the database was built from another split.
     """
-    names = preset.detector.class_names
+    names, frames = preset.detector.class_names, data.open()
     if frames.classes != names:
         raise InvalidInput(
             f"the dataset {frames.root} was prepared for the classes {frames.classes}, the preset detects {names}; prepare it again "
@@ -43,7 +43,7 @@ def labeled_batches(
         )
     sampler = None
     if preset.train.gt_sampling:
-        database = GtDatabase.open(gt_database, expected_fingerprint=frames.split_fingerprint())
+        database = GtDatabase.open(data.gt_database, expected_fingerprint=frames.split_fingerprint())
         sampler = GtSampler(database, dict(zip(names, preset.train.gt_sampling, strict=True)))
     return LabeledBatches(
         frames=frames,

@@ -20,13 +20,14 @@ from typing import Literal
 from ...core.config_json import config_to_json, first_difference
 from ...core.errors import InvalidInput
 from ...core.files import write_atomically
+from ...datasets.data_split import DataSplit
 from ...datasets.label_shares import DRAWS, labeled_split
 from ...datasets.prepared import PreparedDataset
 from ...datasets.simulation.places import Triple, domain
 from ...datasets.simulation.stand_in import prepared_stand_in
 from ..evaluation.headline import Protocol, own_protocol
 from ..server.methods import METHODS
-from .pipeline import DataSplit, Pipeline, PipelineConfig, RunOptions, Trial, TrialResult, closed_gap
+from .pipeline import Pipeline, PipelineConfig, RunOptions, Trial, TrialResult, closed_gap
 from .presets import Preset
 
 Place = Literal["waymo", "lyft", "kitti"]

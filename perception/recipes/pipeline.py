@@ -27,8 +27,7 @@ from ...core.files import write_atomically
 from ...core.rig import RigSpec
 from ...core.structures import Labels, PointCloud
 from ...datasets.batches import LabeledBatches
-from ...datasets.gt_database import build_gt_database
-from ...datasets.prepared import PreparedDataset
+from ...datasets.data_split import DataSplit
 from ..evaluation.headline import Protocol, Scores, headline
 from ..models.detector import Detector
 from ..models.detectors import build_detector
@@ -44,31 +43,6 @@ from ..vehicle.extractor import Extractor, extract
 from ..wire.shards import ShardWriter
 from .assembly import feature_object_database, fleet_store, labeled_batches, unlabeled_batches
 from .presets import Preset
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSplit:
-    """A split of a prepared dataset."""
-
-    root: Path
-    name: str
-
-    def open(self) -> PreparedDataset:
-        """The frames of the split."""
-        return PreparedDataset(self.root, self.name)
-
-    def summary(self) -> str:
-        """Number and fingerprint of the frames and their labels."""
-        frames = self.open()
-        return f"{len(frames)} frames {frames.split_fingerprint()[:16]}"
-
-    def gt_database(self) -> Path:
-        """The folder of the split's own GT database, built if ``prepare`` did not."""
-        folder = self.root / "gt_database" / self.name
-        if not (folder / "database.json").exists():
-            frames = self.open()
-            build_gt_database(frames, folder, class_names=frames.classes, fingerprint=frames.split_fingerprint())
-        return folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +121,8 @@ def train_source_model(out: Path, data: DataSplit, preset: Preset, *, seed: int,
         return
     torch.manual_seed(seed)
     detector = build_detector(preset.detector).to(options.device)
-    labeled = labeled_batches(preset, data.open(), data.gt_database(), batch_size=preset.train.batch_size, seed=seed)
+    data.ensure_gt_database()
+    labeled = labeled_batches(preset, data, batch_size=preset.train.batch_size, seed=seed)
     train = replace(preset.train, loop=replace(preset.train.loop, seed=seed))
     with RunFolder.create(out, train, seed=seed, resume=True) as run:
         train_supervised(detector, labeled, train.loop, run=run, workers=options.workers, progress=options.progress)
@@ -305,7 +280,7 @@ class Pipeline:
     def _shared_by(self, trials: Collection[Trial]) -> None:
         """Make what several trials read, before they run at once."""
         for split in {self._labels_from(METHODS[t.method]) for t in trials if METHODS[t.method].trains != "nothing"}:
-            split.gt_database()
+            split.ensure_gt_database()
         pasting = {t.upcycle.f_gt: t.upcycle for t in trials if METHODS[t.method].f_gt}
         if pasting:
             detector, _ = load_detector(self.source)
@@ -322,9 +297,8 @@ class Pipeline:
         split, c = self._labels_from(method), self.config
         # F-GT's size normalisation holds for the labelled half too, but the oracles' labels have the right size already.
         shift = upcycle.f_gt.size_shift if method.labeled == "source" else (0.0, 0.0, 0.0)
-        return labeled_batches(
-            c.preset, split.open(), split.gt_database(), batch_size=upcycle.labeled_batch, seed=c.seed, size_shift=shift
-        )
+        split.ensure_gt_database()
+        return labeled_batches(c.preset, split, batch_size=upcycle.labeled_batch, seed=c.seed, size_shift=shift)
 
     def _trial_folder(self, name: str) -> Path:
         return self.folder / "methods" / name

@@ -116,7 +116,7 @@ def test_second_needs_the_flag_and_says_that_scores_mean_nothing_yet(published, 
     printed = " ".join(capsys.readouterr().out.split())
     assert "not in the file: untrained" in printed
     assert "warning: the IoU head is UNTRAINED" in printed
-    assert "--method source_continued --checkpoint" in printed
+    assert "--method source_continued --detector" in printed
     detector = load_detector(tmp_path / "run")[0]
     assert torch.equal(detector.decoder.anchor_head.conv_box.weight, published.decoder.anchor_head.conv_box.weight)
 
