@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 import torch
 from torch import Tensor
 
-from upcycle3d.core.features import cell_centers
+from upcycle3d.core.cut import cell_centers
 from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.datasets.simulation.simulate import simulate_frame
 from upcycle3d.ops.ball_query import ball_query

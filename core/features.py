@@ -10,47 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .cut import CutSpec, cell_index
 from .errors import require
-from .structures import Value, shape_of
-
-Place = TypeVar("Place", float, Tensor)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VoxelGrid:
-    """A box of space cut into voxels.
-
-    range: (x0, y0, z0, x1, y1, z1) m. voxel_size: (x, y, z) m. ``shape`` is (z, y, x) in voxels.
-    """
-
-    range: tuple[float, float, float, float, float, float]
-    voxel_size: tuple[float, float, float]
-
-    def __post_init__(self) -> None:
-        require(all(v > 0 for v in self.voxel_size), f"VoxelGrid.voxel_size must be positive, found {self.voxel_size}")
-        for axis in range(3):
-            extent = (self.range[axis + 3] - self.range[axis]) / self.voxel_size[axis]
-            require(
-                extent > 0.5 and abs(extent - round(extent)) < 1e-3,
-                f"VoxelGrid range {self.range} is not a positive whole number of voxels of {self.voxel_size} along {'xyz'[axis]} "
-                f"({extent:.3f}); change the range or the voxel size",
-            )
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(z, y, x) number of voxels."""
-        sizes = [round((self.range[a + 3] - self.range[a]) / self.voxel_size[a]) for a in (2, 1, 0)]
-        return (sizes[0], sizes[1], sizes[2])
+from .structures import TensorValue, shape_of
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class SparseVoxels(Value):
+class SparseVoxels(TensorValue):
     """A sparse 3D tensor of a batch.
 
     features: (M, C) float. coords: (M, 4) int32 batch, z, y, x. shape: (z, y, x). batch_size is explicit, because the last
@@ -83,7 +54,7 @@ class SparseVoxels(Value):
 
     def sorted(self) -> SparseVoxels:
         """The same voxels, ascending in (batch, z, y, x)."""
-        order = (self.coords[:, 0].long() * math.prod(self.shape) + _cell_index(self.coords[:, 1:], self.shape)).argsort()
+        order = (self.coords[:, 0].long() * math.prod(self.shape) + cell_index(self.coords[:, 1:], self.shape)).argsort()
         return replace(self, features=self.features[order], coords=self.coords[order])
 
     def starts(self) -> tuple[int, ...]:
@@ -121,7 +92,7 @@ class SparseVoxels(Value):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Keypoints(Value):
+class Keypoints(TensorValue):
     """A few points that stand for each scene of a batch, with what a network knows about their surroundings.
 
     xyz: (K, 3) float32 m, the scenes one after the other. features: (K, C) float. starts: B + 1 bounds of the scenes in the rows; a
@@ -169,51 +140,8 @@ class Keypoints(Value):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class KeypointSpec:
-    """Keypoints at the cut. count: at most so many a scene. channels: of their features.
-
-    source: where they lie. "voxel_centers" are cells of the input grid, which a smashed scene can hold as whole numbers.
-    "raw_points" are points of the scan itself, as in the reference PV-RCNN: 2,048 exact LiDAR points a scan, so they may be trained
-    with and never leave a vehicle.
-    """
-
-    count: int
-    channels: int
-    source: Literal["voxel_centers", "raw_points"] = "voxel_centers"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CutSpec:
-    """Where a network is cut: the layer whose output leaves the vehicle.
-
-    stride is (z, y, x) input voxels per cell of the cut; shape is the sparse grid (z, y, x) at the cut. keypoints: None without.
-    """
-
-    layer: str
-    channels: int
-    stride: tuple[int, int, int]
-    shape: tuple[int, int, int]
-    grid: VoxelGrid
-    keypoints: KeypointSpec | None = None
-
-    def cell_size(self) -> tuple[float, float]:
-        """(x, y) metres of one bird's-eye-view cell."""
-        return (self.grid.voxel_size[0] * self.stride[2], self.grid.voxel_size[1] * self.stride[1])
-
-    def position(self, row: Place, column: Place) -> tuple[Place, Place]:
-        """x, y in m of a place on the bird's-eye view given in cells (y, x), whole numbers being centres of cells.
-
-        The centre of cell i is that of its receptive field, (i * stride + 1/2) voxels from the start of the range: strided
-        convolutions with kernel 3 are centred on every second voxel.
-        """
-        x = self.grid.range[0] + (column * self.stride[2] + 0.5) * self.grid.voxel_size[0]
-        y = self.grid.range[1] + (row * self.stride[1] + 0.5) * self.grid.voxel_size[1]
-        return x, y
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
-class CutFeatures(Value):
+class CutFeatures(TensorValue):
     """Live, batched, differentiable features at the cut: what ``encode`` returns and ``decode`` takes."""
 
     voxels: SparseVoxels
@@ -258,94 +186,3 @@ class CutFeatures(Value):
             spec=scenes[0].spec,
             keypoints=Keypoints.collate(keypoints) if keypoints else None,
         )
-
-
-SMASHED_SCHEMA_VERSION = 2  # 2: keypoints
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class SmashedScene(Value):
-    """One scene's features at rest: what a vehicle hands over.
-
-    There is no field for a raw point, a time, a pose or a vehicle, on purpose. ``scene_id`` is random.
-    coords: (M, 3) int32 z, y, x, ascending and unique. features: (M, C) float32, after the codec's round trip if it was read.
-    keypoint_cells: (K, 3) int32 z, y, x of the *input* grid, unique, in the encoder's order; a keypoint is the centre of its cell.
-    keypoint_features: (K, C'). Both empty where the cut has no keypoints.
-    codec: how features are stored ("fp16", "int8"). encoder_fingerprint: SHA-256 of the encoder that made it.
-    """
-
-    spec: CutSpec
-    coords: Tensor
-    features: Tensor
-    codec: str
-    encoder_fingerprint: str
-    scene_id: str
-    keypoint_cells: Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.int32))
-    keypoint_features: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
-    schema_version: int = SMASHED_SCHEMA_VERSION
-
-    def __post_init__(self) -> None:
-        limit = self.spec.keypoints
-        require(
-            limit is None or limit.source == "voxel_centers",
-            "the keypoints of this cut are raw points of the scan; a smashed scene holds none. Encode with keypoint_source "
-            "'voxel_centers'",
-        )
-        self._check_cells("", self.coords, self.features, self.spec.shape, self.spec.channels)
-        index = _cell_index(self.coords, self.spec.shape)
-        require(bool((index[1:] > index[:-1]).all()), "SmashedScene.coords must be unique and ascending in (z, y, x)")
-        self._check_cells(
-            "keypoint_", self.keypoint_cells, self.keypoint_features, self.spec.grid.shape, limit.channels if limit else 0
-        )
-        require(
-            len(self.keypoint_cells) <= (limit.count if limit else 0),
-            f"the cut allows {limit.count if limit else 0} keypoints a scene, found {len(self.keypoint_cells)}",
-        )
-        index = _cell_index(self.keypoint_cells, self.spec.grid.shape)
-        require(len(index.unique()) == len(index), "SmashedScene.keypoint_cells must be unique")
-
-    @staticmethod
-    def _check_cells(prefix: str, cells: Tensor, features: Tensor, shape: tuple[int, int, int], channels: int) -> None:
-        name, m = f"SmashedScene.{prefix}", features.shape[0]
-        require(
-            features.shape == (m, channels) and features.is_floating_point(),
-            f"{name}features must be (M, {channels}) float, found {shape_of(features)}",
-        )
-        require(
-            cells.shape == (m, 3) and cells.dtype == torch.int32,
-            f"{name}{'cells' if prefix else 'coords'} must be ({m}, 3) int32 cells (z, y, x), found {shape_of(cells)}; raw points "
-            "cannot be stored",
-        )
-        if m:
-            require(
-                bool((cells >= 0).all() and (cells < torch.tensor(shape, dtype=torch.int32)).all()),
-                f"{name}{'cells' if prefix else 'coords'} leave the grid {shape}: found {cells.amin(0).tolist()} to {cells.amax(0).tolist()}",
-            )
-            require(
-                bool(torch.isfinite(features).all()),
-                f"{name}features hold NaN or inf; the encoder or its input is broken",
-            )
-
-
-def _cell_index(cells: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """(M, 3) z, y, x -> (M,) int64 place in the grid."""
-    wide = cells.long()
-    return (wide[:, 0] * shape[1] + wide[:, 1]) * shape[2] + wide[:, 2]
-
-
-def cell_centers(cells: Tensor, grid: VoxelGrid, stride: int = 1) -> Tensor:
-    """Centres (N, 3) x, y, z in m of cells (N, 3) z, y, x, each ``stride`` voxels of ``grid`` wide."""
-    start, size = (cells.new_tensor(v, dtype=torch.float32) for v in (grid.range[:3], grid.voxel_size))
-    return (cells.flip(1).float() + 0.5) * (size * stride) + start
-
-
-def cells_of_centers(xyz: Tensor, grid: VoxelGrid) -> Tensor:
-    """The cells (N, 3) int32 z, y, x whose centres ``xyz`` (N, 3) are: the inverse of ``cell_centers``.
-
-    Raises InvalidInput for a point that is no centre of a cell, as a raw point is not.
-    """
-    start, size = (xyz.new_tensor(v) for v in (grid.range[:3], grid.voxel_size))
-    cells = ((xyz - start) / size).floor().to(torch.int32).flip(1)
-    off = (cell_centers(cells, grid) - xyz).abs().amax().item() if len(xyz) else 0.0
-    require(off < 1e-3, f"a keypoint lies {off:.3f} m off the centre of its voxel; only voxel centres leave a vehicle")
-    return cells

@@ -26,7 +26,7 @@ def shape_of(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-class Value:
+class TensorValue:
     """Shared by the values below and in ``features.py``: moving between devices, and a ``repr`` of shapes instead of numbers."""
 
     def to(self, device: torch.device | str) -> Self:
@@ -34,7 +34,7 @@ class Value:
         moved: dict[str, Any] = {}
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
-            if isinstance(value, Tensor | Value):
+            if isinstance(value, Tensor | TensorValue):
                 moved[f.name] = value.to(device)
         return replace(self, **moved)  # type: ignore[type-var]
 
@@ -47,7 +47,7 @@ class Value:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class PointCloud(Value):
+class PointCloud(TensorValue):
     """One LiDAR scan.
 
     xyz: (N, 3) float32, metres, sensor frame (or shifted by the rig's known height).
@@ -83,7 +83,7 @@ class PointCloud(Value):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Boxes3D(Value):
+class Boxes3D(TensorValue):
     """Oriented boxes, (N, 7) float32: x, y, z of the centre, dx (length), dy (width), dz (height), yaw.
 
     Metres and radians; yaw is 0 along +x, counter-clockwise seen from above, kept in [-pi, pi). Drawn in ``boxes.py``.
@@ -106,7 +106,7 @@ _LABEL_COLUMNS = ("classes", "num_points", "difficulty", "weight", "exact", "box
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Labels(Value):
+class Labels(TensorValue):
     """What is known about the objects of one scene, from people, from a teacher or from pasting.
 
     boxes: (N, 7). classes: (N,) int64 from 0. num_points: (N,) int64, LiDAR points inside, -1 unknown.
@@ -185,7 +185,7 @@ class Labels(Value):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Calibration(Value):
+class Calibration(TensorValue):
     """From the LiDAR frame to a camera picture (KITTI's rectified left colour camera).
 
     lidar_to_camera: (4, 4) float64, camera frame x right, y down, z forward, metres.
@@ -206,7 +206,7 @@ class Calibration(Value):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Frame(Value):
+class Frame(TensorValue):
     """One scan with what is known about it. ``labels`` is None where nobody labelled (not the same as no object)."""
 
     id: str
@@ -216,7 +216,7 @@ class Frame(Value):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Predictions(Value):
+class Predictions(TensorValue):
     """Detections of one scene, best first.
 
     boxes: (N, 7). classes: (N,) int64. scores: (N,) in 0..1, what they are ranked by.

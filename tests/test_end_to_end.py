@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from upcycle3d.core.features import SmashedScene
 from upcycle3d.core.point_files import read_points, write_bin
 from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.smashed_scene import SmashedScene
 from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.server.store import SmashedStore
 from upcycle3d.perception.training.detector_files import load_detector

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from upcycle3d.core.boxes import rotate_z
-from upcycle3d.core.features import VoxelGrid
+from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Frame, Labels, PointCloud
 from upcycle3d.perception.models import pv_rcnn as pv_rcnn_model

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import tyro
 
+from ..core.cut import CutSpec
 from ..core.errors import InvalidInput
-from ..core.features import CutSpec
 from ..core.rig import RigSpec
 from ..datasets.prepared import PreparedDataset
 from ..perception.models.encoders.fingerprint import encoder_fingerprint

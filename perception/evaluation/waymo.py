@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...core.errors import InvalidInput, require
-from ...core.structures import Boxes3D, Labels, Predictions, Value, shape_of
+from ...core.structures import Boxes3D, Labels, Predictions, TensorValue, shape_of
 from .box_pairs import box_pairs
 from .waymo_matching import FP, HEADING, TP, TP_LEVEL_1, count_by_cutoff
 
@@ -61,7 +61,7 @@ _RECALL_STEP = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class WaymoTruth(Value):
+class WaymoTruth(TensorValue):
     """The labelled objects of one frame. boxes: (N, 7), vehicle frame. classes: (N,) int64. levels: (N,) int64, 1 or 2."""
 
     boxes: Boxes3D

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core.features import CutSpec
+from ...core.cut import CutSpec
 
 ANCHOR_YAWS = (0.0, 1.57)  # the reference's 1.57, not pi / 2
 

@@ -12,7 +12,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from ...core.features import CutFeatures, CutSpec
+from ...core.cut import CutSpec
+from ...core.features import CutFeatures
 from ...core.structures import Labels, LossTerms, PointCloud, Predictions
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...core.features import VoxelGrid
+from ...core.cut import VoxelGrid
 from ..models.anchors import KITTI_ANCHORS, WAYMO_ANCHORS, AnchorClass
 from ..models.decoders.bev import BevBackboneConfig
 from ..models.decoders.pv_rcnn import PvRcnnConfig

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...core.features import CutSpec, SmashedScene
+from ...core.cut import CutSpec
+from ...core.smashed_scene import SmashedScene
 from ..models.pv_rcnn import PvRcnnDetectorConfig
 from ..server.methods import METHODS
 from ..training.detector_files import load_detector

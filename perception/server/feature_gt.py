@@ -27,8 +27,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ...core.cut import CutSpec
 from ...core.errors import InvalidInput
-from ...core.features import CutFeatures, CutSpec, Keypoints
+from ...core.features import CutFeatures, Keypoints
 from ...core.files import atomic_file, sync_folder, write_atomically
 from ...core.structures import Boxes3D, Labels
 from ...datasets.frame_source import FrameSource

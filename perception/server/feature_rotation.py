@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...core.boxes import rotate_z, wrap_angle
-from ...core.features import CutSpec
+from ...core.cut import CutSpec
 from ...ops.iou3d import iou_bev
 from .feature_gt import FeatureGtConfig, FeatureObject, footprint
 

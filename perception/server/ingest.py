@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from ...core.cut import CutSpec
 from ...core.errors import InvalidInput, UpcycleError
-from ...core.features import CutSpec
 from ...core.files import sync_folder, write_atomically
 from ..wire.codec import FINGERPRINT_PATTERN, ForeignScene, decode_scene
 from ..wire.manifest import BrokenShard, ShardManifest, open_regular, read_manifest

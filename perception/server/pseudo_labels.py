@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...core.cut import VoxelGrid
 from ...core.errors import InvalidInput
-from ...core.features import VoxelGrid
 from ...core.structures import Labels, Predictions
 from ...ops.iou3d import iou_3d
 

@@ -23,9 +23,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ...core.cut import CutSpec, cell_centers
 from ...core.errors import InvalidInput, UpcycleError
-from ...core.features import CutFeatures, CutSpec, Keypoints, SmashedScene, SparseVoxels, cell_centers
+from ...core.features import CutFeatures, Keypoints, SparseVoxels
 from ...core.files import write_atomically
+from ...core.smashed_scene import SmashedScene
 from ..wire.codec import decode_scene, round_trip
 from ..wire.cut_json import CorruptScene, canonical_json, cut_from_json, cut_to_json, strict_json
 from ..wire.manifest import open_regular

@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...core.cut import CutSpec, cells_of_centers
 from ...core.errors import InvalidInput
-from ...core.features import CutFeatures, CutSpec, Keypoints, SmashedScene, SparseVoxels, cells_of_centers
+from ...core.features import CutFeatures, Keypoints, SparseVoxels
 from ...core.rig import RigSpec
+from ...core.smashed_scene import SmashedScene
 from ...core.structures import PointCloud
 from ..models.encoders.fingerprint import encoder_fingerprint
 from ..wire.codec import CODECS

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from ...core.boxes import corners_bev
 from ...core.errors import InvalidInput
-from ...core.features import CutFeatures, SmashedScene
+from ...core.features import CutFeatures
+from ...core.smashed_scene import SmashedScene
 from ...core.structures import Labels, PointCloud, Predictions
 
 Ground = PointCloud | SmashedScene | CutFeatures | None  # what lies under the boxes

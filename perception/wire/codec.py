@@ -34,8 +34,9 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 from torch import Tensor
 
+from ...core.cut import CutSpec
 from ...core.errors import InvalidInput, UpcycleError
-from ...core.features import SMASHED_SCHEMA_VERSION, CutSpec, SmashedScene
+from ...core.smashed_scene import SMASHED_SCHEMA_VERSION, SmashedScene
 from .cut_json import CorruptScene, canonical_json, cut_to_json, strict_json
 
 CODECS = ("fp16", "int8")

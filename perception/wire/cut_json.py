@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any
 
+from ...core.cut import CutSpec, KeypointSpec, VoxelGrid
 from ...core.errors import InvalidInput, UpcycleError
-from ...core.features import CutSpec, KeypointSpec, VoxelGrid
 
 
 class CorruptScene(UpcycleError):

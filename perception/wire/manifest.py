@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...core.cut import CutSpec
 from ...core.errors import UpcycleError
-from ...core.features import SMASHED_SCHEMA_VERSION, CutSpec
+from ...core.smashed_scene import SMASHED_SCHEMA_VERSION
 from .codec import CODECS, FINGERPRINT_PATTERN, ForeignScene, max_encoded_bytes
 from .cut_json import canonical_json, cut_from_json, cut_to_json, strict_json
 

@@ -23,9 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ...core.cut import CutSpec
 from ...core.errors import InvalidInput, UpcycleError
-from ...core.features import CutSpec, SmashedScene
 from ...core.files import write_atomically
+from ...core.smashed_scene import SmashedScene
 from .codec import CODECS, encode_scene
 from .manifest import (
     MAX_MEMBERS,

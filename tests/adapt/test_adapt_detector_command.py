@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from upcycle3d.core.features import VoxelGrid
+from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Frame, Labels, PointCloud
 from upcycle3d.datasets.prepared import PreparedDataset, prepare

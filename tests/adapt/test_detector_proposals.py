@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import VoxelGrid
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Frame, PointCloud
 from upcycle3d.perception.adapt.detection.proposals import (

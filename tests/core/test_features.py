@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import CutFeatures, CutSpec, Keypoints, KeypointSpec, SparseVoxels, VoxelGrid
+from upcycle3d.core.features import CutFeatures, Keypoints, SparseVoxels
 
 GRID = VoxelGrid(range=(0.0, -2.0, -1.0, 4.0, 2.0, 3.0), voxel_size=(0.5, 0.5, 0.5))
 PLAIN = CutSpec(layer="cut", channels=1, stride=(2, 2, 2), shape=(4, 4, 4), grid=GRID)

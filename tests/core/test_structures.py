@@ -5,18 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid, cell_centers, cells_of_centers
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import (
-    CutFeatures,
-    CutSpec,
-    Keypoints,
-    KeypointSpec,
-    SmashedScene,
-    SparseVoxels,
-    VoxelGrid,
-    cell_centers,
-    cells_of_centers,
-)
+from upcycle3d.core.features import CutFeatures, Keypoints, SparseVoxels
+from upcycle3d.core.smashed_scene import SmashedScene
 from upcycle3d.core.structures import Boxes3D, Labels, LossTerms, PointCloud, Predictions
 
 GRID = VoxelGrid(range=(0.0, -2.0, -1.0, 4.0, 2.0, 3.0), voxel_size=(0.5, 0.5, 0.5))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import VoxelGrid
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
 from upcycle3d.perception.models.detector import Detector

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from upcycle3d.core.boxes import rotate_z, wrap_angle
+from upcycle3d.core.cut import VoxelGrid, cells_of_centers
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import CutFeatures, Keypoints, VoxelGrid, cells_of_centers
+from upcycle3d.core.features import CutFeatures, Keypoints
 from upcycle3d.core.structures import Labels, LossTerms, PointCloud
 from upcycle3d.ops.iou3d import iou_3d
 from upcycle3d.perception.models.anchors import AnchorClass

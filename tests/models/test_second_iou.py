@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import CutFeatures, VoxelGrid
+from upcycle3d.core.features import CutFeatures
 from upcycle3d.core.structures import Labels, PointCloud, Predictions
 from upcycle3d.ops.iou3d import iou_3d
 from upcycle3d.perception.models.anchors import AnchorClass

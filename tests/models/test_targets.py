@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from upcycle3d.core.boxes import decode_residuals
-from upcycle3d.core.features import CutSpec, VoxelGrid
+from upcycle3d.core.cut import CutSpec, VoxelGrid
 from upcycle3d.core.structures import Labels
 from upcycle3d.perception.models.anchors import ANCHOR_YAWS, AnchorClass, make_anchors
 from upcycle3d.perception.models.targets import (

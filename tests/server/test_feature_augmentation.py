@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import CutFeatures, CutSpec, Keypoints, KeypointSpec, SparseVoxels, VoxelGrid
+from upcycle3d.core.features import CutFeatures, Keypoints, SparseVoxels
 from upcycle3d.core.structures import Labels
 from upcycle3d.perception.server.feature_augmentation import (
     add_noise,

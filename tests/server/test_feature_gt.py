@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import CutFeatures, CutSpec, Keypoints, KeypointSpec, SparseVoxels, VoxelGrid
+from upcycle3d.core.features import CutFeatures, Keypoints, SparseVoxels
 from upcycle3d.core.structures import Boxes3D, Frame, Labels, PointCloud
 from upcycle3d.ops.iou3d import iou_bev
 from upcycle3d.perception.models.detector import Detector

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle3d.core.features import CutSpec, Keypoints, VoxelGrid
+from upcycle3d.core.cut import CutSpec, VoxelGrid
+from upcycle3d.core.features import Keypoints
 from upcycle3d.ops.iou3d import iou_bev
 from upcycle3d.perception.server.feature_gt import FeatureGtConfig, FeatureObject, footprint
 from upcycle3d.perception.server.feature_rotation import rotate_object, rotate_objects

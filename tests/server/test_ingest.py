@@ -19,8 +19,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid, cells_of_centers
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import CutSpec, KeypointSpec, SmashedScene, VoxelGrid, cells_of_centers
+from upcycle3d.core.smashed_scene import SmashedScene
 from upcycle3d.perception.server import ingest as ingest_module
 from upcycle3d.perception.server.ingest import IngestReport, StoreWriteError, ingest
 from upcycle3d.perception.server.store import BrokenStore, SmashedStore, to_cut_features

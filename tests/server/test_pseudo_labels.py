@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import VoxelGrid
 from upcycle3d.core.structures import Boxes3D, Labels, Predictions
 from upcycle3d.perception.server.pseudo_labels import ScoreThresholds, pseudo_label_quality, teacher_labels, within
 

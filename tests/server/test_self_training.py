@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle3d.core.features import VoxelGrid
+from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.structures import Boxes3D, Frame, PointCloud, Predictions
 from upcycle3d.datasets.augment import AugmentationRanges
 from upcycle3d.datasets.batches import UnlabeledBatches

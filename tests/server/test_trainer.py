@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.errors import InvalidInput, UpcycleError
-from upcycle3d.core.features import CutFeatures, VoxelGrid
+from upcycle3d.core.features import CutFeatures
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Frame, Labels, PointCloud
 from upcycle3d.datasets.augment import AugmentationRanges

@@ -14,17 +14,9 @@ import torch
 import zstandard
 from torch import nn
 
+from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid, cell_centers, cells_of_centers
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import (
-    CutFeatures,
-    CutSpec,
-    Keypoints,
-    KeypointSpec,
-    SparseVoxels,
-    VoxelGrid,
-    cell_centers,
-    cells_of_centers,
-)
+from upcycle3d.core.features import CutFeatures, Keypoints, SparseVoxels
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import PointCloud
 from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint

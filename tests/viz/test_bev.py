@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from upcycle3d.core.cut import CutSpec, VoxelGrid
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import CutFeatures, CutSpec, SmashedScene, SparseVoxels, VoxelGrid
+from upcycle3d.core.features import CutFeatures, SparseVoxels
+from upcycle3d.core.smashed_scene import SmashedScene
 from upcycle3d.core.structures import Boxes3D, Labels, PointCloud, Predictions
 from upcycle3d.perception.viz.bev import DETECTION, TRUTH, Panel, bev_features_png, bev_panels_png, bev_png
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 
+from upcycle3d.core.cut import CutSpec, VoxelGrid
 from upcycle3d.core.errors import InvalidInput, UpcycleError
-from upcycle3d.core.features import CutSpec, SmashedScene, VoxelGrid
+from upcycle3d.core.smashed_scene import SmashedScene
 from upcycle3d.perception.wire.codec import (
     CODECS,
     FeatureOverflow,

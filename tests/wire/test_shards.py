@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from upcycle3d.core.cut import CutSpec, VoxelGrid
 from upcycle3d.core.errors import InvalidInput, UpcycleError
-from upcycle3d.core.features import CutSpec, SmashedScene, VoxelGrid
+from upcycle3d.core.smashed_scene import SmashedScene
 from upcycle3d.perception.wire.codec import FeatureOverflow, ForeignScene, decode_scene
 from upcycle3d.perception.wire.manifest import MAX_MANIFEST_BYTES, BrokenShard, parse_manifest, read_manifest
 from upcycle3d.perception.wire.shards import ShardWriteError, ShardWriter, read_members

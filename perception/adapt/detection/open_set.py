@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....core.errors import InvalidInput, require
-from ....core.structures import Boxes3D, Predictions, Value
+from ....core.structures import Boxes3D, Predictions, TensorValue
 from ..glc.adapter import extract
 from ..glc.unknown import UnknownRule, is_unknown, normalized_entropy
 from .proposal_classifier import ProposalClassifier
@@ -58,7 +58,7 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class ClassifiedProposals(Value):
+class ClassifiedProposals(TensorValue):
     """What is known about N proposals. probabilities: (N, C + 1), background last. features: (N, D) of the bottleneck.
 
     unknown_scores: (N,) 0 sure .. 1 no idea. nearest: (N,) int64, the known class it would be. unknown: (N,) bool, score above the

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ....core.errors import require
-from ....core.structures import Labels, Value
+from ....core.structures import Labels, TensorValue
 from ....ops.iou3d import intersection_bev, iou_bev
 from ..glc.class_map import ClassMap
 from .proposals import DetectorProposals
@@ -54,7 +54,7 @@ class MatchRules:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Matches(Value):
+class Matches(TensorValue):
     """What N proposals lie on. ids: (N,) int64, a source class 0..C-1, C unknown, IGNORED or BACKGROUND.
 
     objects: (N,) int64 row among all labels of all frames, -1 where there is none. label_ids: (L,) int64 what each label is: 0..C, or

@@ -22,9 +22,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ....core.errors import InvalidInput, require
-from ....core.features import CutFeatures, SmashedScene
+from ....core.features import CutFeatures
 from ....core.files import write_atomically
-from ....core.structures import Boxes3D, PointCloud, Predictions, Value, shape_of
+from ....core.smashed_scene import SmashedScene
+from ....core.structures import Boxes3D, PointCloud, Predictions, TensorValue, shape_of
 from ....datasets.frame_source import FrameSource
 from ....datasets.prepared import PreparedDataset
 from ....ops.nms import nms_rotated
@@ -61,7 +62,7 @@ class ProposalSelection:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class DetectorProposals(Value):
+class DetectorProposals(TensorValue):
     """N proposals of a detector on the frames ``frame_ids``.
 
     features: (N, D) float32, the second stage's. logits: (N,) of the anchor head for the proposal's class. boxes: (N, 7) m, rad.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....core.errors import InvalidInput, require
-from ....core.structures import Value
+from ....core.structures import TensorValue
 from .labeling import (
     ClassNumber,
     ClassNumberConfig,
@@ -86,7 +86,7 @@ class AdaptConfig:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Prediction(Value):
+class Prediction(TensorValue):
     """features: (N, D). probabilities: (N, C). unknown_scores: (N,) normalised entropy.
 
     nearest: (N,) int64, the most probable source class. classes: (N,) int64, the same, or C where the score exceeds the threshold.

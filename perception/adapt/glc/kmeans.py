@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....core.errors import InvalidInput
-from ....core.structures import Value
+from ....core.structures import TensorValue
 
 _RESTART_STRIDE = 15486557  # a prime; how far apart faiss keeps the seeds of its restarts
 _SPLIT = 1 / 1024  # an empty centroid moves beside the largest one, this far apart, relative to its coordinates
@@ -38,7 +38,7 @@ class KMeansConfig:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Clustering(Value):
+class Clustering(TensorValue):
     """centroids: (K, D). assignment: (n,) int64, of the points clustered (a sample, where the config asks for one).
 
     inertia: sum of squared distances of those points to their centroids.

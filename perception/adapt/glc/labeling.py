@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....core.errors import InvalidInput, require
-from ....core.structures import Value
+from ....core.structures import TensorValue
 from .kmeans import KMeansConfig, kmeans, principal_components, silhouette
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class TargetLabels(Value):
+class TargetLabels(TensorValue):
     """Pseudo labels of N target samples for C source classes.
 
     hard: (N,) int64 in 0..C, where C is "unknown". soft: (N, C), one-hot, or uniform for unknown.

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ....core.cut import CutSpec
 from ....core.errors import InvalidInput
-from ....core.features import CutFeatures, CutSpec, Keypoints
+from ....core.features import CutFeatures, Keypoints
 from ....core.structures import Labels, LossTerms, Predictions
 from ..anchors import KITTI_ANCHORS, AnchorClass, make_anchors
 from ..encoders.norm import RowBatchNorm

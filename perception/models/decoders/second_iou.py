@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ....core.features import CutFeatures, CutSpec
+from ....core.cut import CutSpec
+from ....core.features import CutFeatures
 from ....core.structures import Labels, LossTerms, Predictions
 from ....ops.roi_grid import roi_grid_sample
 from ..anchors import KITTI_ANCHORS, AnchorClass, make_anchors

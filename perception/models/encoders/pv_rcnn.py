@@ -18,7 +18,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ....core.features import CutFeatures, Keypoints, KeypointSpec, SparseVoxels, VoxelGrid, cell_centers
+from ....core.cut import KeypointSpec, VoxelGrid, cell_centers
+from ....core.features import CutFeatures, Keypoints, SparseVoxels
 from ....core.structures import PointCloud
 from ....ops.bev_interpolate import bev_interpolate
 from ....ops.farthest_point import farthest_point_sample

@@ -15,8 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ....core.cut import CutSpec, VoxelGrid
 from ....core.errors import InvalidInput
-from ....core.features import CutFeatures, CutSpec, SparseVoxels, VoxelGrid
+from ....core.features import CutFeatures, SparseVoxels
 from ....core.structures import PointCloud
 from ....ops.sparse_conv import Rulebook, StridedConv3d, SubmanifoldConv3d, submanifold_rulebook
 from ....ops.voxelize import voxelize
