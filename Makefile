@@ -10,10 +10,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/installed
 	$(BIN)/upcycle3d demo --out demo
 
-test: $(VENV)/installed-dev
+test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
-test-full: $(VENV)/installed-dev
+test-full: lint
 	$(BIN)/python -m pytest
 
 # ruff, and mypy through a folder that holds a link named like the package to the root.
@@ -21,10 +21,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p .typecheck && ln -sfn .. .typecheck/upcycle3d
-	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p upcycle3d.core -p upcycle3d.ops -p upcycle3d.perception -p upcycle3d.datasets -p upcycle3d.tools
+	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p upcycle3d
 
 # constraints.txt pins torch 2.13.0. For another build (CUDA) make the environment yourself, without the constraints: see README.
-$(VENV)/installed: setup.py constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "upcycle3d needs Python 3.11 or newer, found %d.%d; run make PYTHON=python3.11" % sys.version_info[:2])'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
