@@ -28,7 +28,7 @@ from upcycle3d.datasets.simulation.simulate import simulate_frame
 from upcycle3d.ops.ball_query import ball_query
 from upcycle3d.ops.farthest_point import farthest_point_sample
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder
-from upcycle3d.perception.recipes.architectures import KITTI_PV_RCNN
+from upcycle3d.perception.recipes.architectures import KITTI_PV_RCNN_DETECTOR
 from upcycle3d.perception.training.run_folder import describe_environment
 from upcycle3d.tools.console import print_table, write_json
 
@@ -53,7 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    encoder = PvRcnnEncoder(KITTI_PV_RCNN.encoder).eval()
+    encoder = PvRcnnEncoder(KITTI_PV_RCNN_DETECTOR.encoder).eval()
     points = [simulate_frame(domain("kitti"), seed=0, index=0, view="camera").frame.points]
     with torch.inference_mode():
         voxels = encoder.voxelize(points)

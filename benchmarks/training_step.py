@@ -26,7 +26,7 @@ from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.datasets.simulation.simulate import SimulatedDataset
 from upcycle3d.perception.models.detectors import DetectorConfig, build_detector
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder
-from upcycle3d.perception.recipes.architectures import SMALL_PV_RCNN, SMALL_SECOND_IOU
+from upcycle3d.perception.recipes.architectures import SMALL_PV_RCNN_DETECTOR, SMALL_SECOND_IOU_DETECTOR
 from upcycle3d.perception.training.run_folder import describe_environment
 from upcycle3d.tools.console import print_table, write_json
 
@@ -48,7 +48,7 @@ def training_step(config: DetectorConfig, frames: list[Frame], labels: list[Labe
 
 def set_abstraction(frames: list[Frame]) -> Callable[[], None]:
     """Forward and backward of the keypoints' features."""
-    encoder = PvRcnnEncoder(SMALL_PV_RCNN.encoder).train()
+    encoder = PvRcnnEncoder(SMALL_PV_RCNN_DETECTOR.encoder).train()
     points = [f.points for f in frames]
     with torch.no_grad():
         voxels = encoder.voxelize(points)
@@ -77,8 +77,8 @@ def main() -> None:
     lift = torch.tensor([0, 0, where.sensor.height, 0, 0, 0, 0])
     labels = [replace(f.labels, boxes=Boxes3D(data=f.labels.boxes.data + lift)) for f in frames if f.labels is not None]
     calls = {
-        "SECOND-IoU step": training_step(SMALL_SECOND_IOU, frames, labels),
-        "PV-RCNN step": training_step(SMALL_PV_RCNN, frames, labels),
+        "SECOND-IoU step": training_step(SMALL_SECOND_IOU_DETECTOR, frames, labels),
+        "PV-RCNN step": training_step(SMALL_PV_RCNN_DETECTOR, frames, labels),
         "set abstraction, forward and backward": set_abstraction(frames),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}

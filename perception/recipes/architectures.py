@@ -1,7 +1,9 @@
-"""The detectors that presets train: reference sizes after OpenPCDet and ST3D (upcycling.md sections 5.1 to 5.7), and small ones.
+"""Detector configurations that the presets train: the sizes of OpenPCDet and ST3D, and small ones.
 
-The small ones keep the structure at a size that two CPU cores train in minutes. SECOND-IoU and PV-RCNN share grid, sparse backbone,
-anchors and bird's-eye-view layers, so that they can be compared.
+The small detectors keep the structure of the large ones at a size that two CPU cores train in minutes. SECOND-IoU and PV-RCNN share
+the grid, the sparse backbone, the anchors and the BEV layers, so that they can be compared.
+
+Read next: `presets.py`, which adds how each detector is trained.
 """
 
 from __future__ import annotations
@@ -21,18 +23,19 @@ from ..models.pv_rcnn import PvRcnnDetectorConfig
 from ..models.second_iou import SecondIouDetectorConfig
 from ..models.targets import RoiSampling
 
-# ---- KITTI, as OpenPCDet's kitti_models
+# ---- KITTI, the values of OpenPCDet's tools/cfgs/kitti_models
 
-KITTI_SECOND_IOU = SecondIouDetectorConfig(
+KITTI_SECOND_IOU_DETECTOR = SecondIouDetectorConfig(
     encoder=SecondEncoderConfig(grid=VoxelGrid(range=(0.0, -40.0, -3.0, 70.4, 40.0, 1.0), voxel_size=(0.05, 0.05, 0.1))),
     decoder=SecondIouConfig(anchors=KITTI_ANCHORS),
 )
-# The reference samples keypoints from raw points; ours are voxel centres.
-KITTI_PV_RCNN = PvRcnnDetectorConfig(encoder=PvRcnnEncoderConfig(voxels=KITTI_SECOND_IOU.encoder))
+# OpenPCDet samples keypoints from raw points. Ours are voxel centers, because raw points never leave a vehicle.
+KITTI_PV_RCNN_DETECTOR = PvRcnnDetectorConfig(encoder=PvRcnnEncoderConfig(voxels=KITTI_SECOND_IOU_DETECTOR.encoder))
 
-# ---- across datasets, as ST3D: x, y, z only, z shifted so that the road is at 0, one class, the overlap itself as quality
+# ---- across datasets, the values of ST3D: points have x, y, z only; z is shifted so that the road is at 0; one class; the quality that the
+# second stage predicts is the IoU itself
 
-CROSS_DATASET_SECOND_IOU = SecondIouDetectorConfig(
+CROSS_DATASET_SECOND_IOU_DETECTOR = SecondIouDetectorConfig(
     encoder=SecondEncoderConfig(
         grid=VoxelGrid(range=(-75.2, -75.2, -2.0, 75.2, 75.2, 4.0), voxel_size=(0.1, 0.1, 0.15)),
         point_features=(),
@@ -43,24 +46,24 @@ CROSS_DATASET_SECOND_IOU = SecondIouDetectorConfig(
         iou_target=(0.0, 1.0),
     ),
 )
-CROSS_DATASET_PV_RCNN = PvRcnnDetectorConfig(
-    encoder=PvRcnnEncoderConfig(voxels=CROSS_DATASET_SECOND_IOU.encoder, keypoints=4096, conv1=None, conv2=None),
-    decoder=PvRcnnConfig(anchors=CROSS_DATASET_SECOND_IOU.decoder.anchors, quality_target=(0.0, 1.0)),
+CROSS_DATASET_PV_RCNN_DETECTOR = PvRcnnDetectorConfig(
+    encoder=PvRcnnEncoderConfig(voxels=CROSS_DATASET_SECOND_IOU_DETECTOR.encoder, keypoints=4096, conv1=None, conv2=None),
+    decoder=PvRcnnConfig(anchors=CROSS_DATASET_SECOND_IOU_DETECTOR.decoder.anchors, quality_target=(0.0, 1.0)),
 )
 
-# ---- Waymo, as OpenPCDet's waymo_models
+# ---- Waymo, the values of OpenPCDet's tools/cfgs/waymo_models
 
-WAYMO_PV_RCNN = PvRcnnDetectorConfig(
+WAYMO_PV_RCNN_DETECTOR = PvRcnnDetectorConfig(
     encoder=replace(
-        CROSS_DATASET_PV_RCNN.encoder,
-        voxels=replace(CROSS_DATASET_SECOND_IOU.encoder, point_features=("intensity", "elongation"), max_voxels=150_000),
+        CROSS_DATASET_PV_RCNN_DETECTOR.encoder,
+        voxels=replace(CROSS_DATASET_SECOND_IOU_DETECTOR.encoder, point_features=("intensity", "elongation"), max_voxels=150_000),
     ),
     decoder=PvRcnnConfig(
         anchors=WAYMO_ANCHORS, test_proposals=ProposalNms(pre=4096, iou=0.85, post=300), final=FinalNms(iou=0.7)
     ),
 )
 
-# ---- two CPU cores, minutes: the camera's view of 51 m, 0.1 m voxels, 64 x 64 cells at the cut, one class, the road at z = 0
+# ---- for two CPU cores: what a front camera sees up to 51 m, voxels of 0.1 m, 64 x 64 cells at the cut, one class, the road at z = 0
 
 
 def _small_decoder(*anchors: AnchorClass) -> SecondIouConfig:
@@ -105,7 +108,7 @@ def _small_pv_rcnn(second: SecondIouDetectorConfig) -> PvRcnnDetectorConfig:
     )
 
 
-SMALL_SECOND_IOU = SecondIouDetectorConfig(
+SMALL_SECOND_IOU_DETECTOR = SecondIouDetectorConfig(
     encoder=SecondEncoderConfig(
         grid=VoxelGrid(range=(0.0, -25.6, -1.0, 51.2, 25.6, 3.0), voxel_size=(0.1, 0.1, 0.1)),
         point_features=(),
@@ -114,32 +117,32 @@ SMALL_SECOND_IOU = SecondIouDetectorConfig(
     ),
     decoder=_small_decoder(AnchorClass(name="Car", size=(4.2, 2.0, 1.6), bottom_z=0.0, matched=0.55, unmatched=0.40)),
 )
-SMALL_PV_RCNN = _small_pv_rcnn(SMALL_SECOND_IOU)
+SMALL_PV_RCNN_DETECTOR = _small_pv_rcnn(SMALL_SECOND_IOU_DETECTOR)
 
-# Cars, pedestrians and cyclists, 32 m ahead. With 10 cm voxels a cell of the cut is 0.8 m wide and people and cyclists look alike
-# (docs/adapt.md), so these are finer and the range is shorter; a person still meets an anchor of 0.6 m at no more than half, so the two
-# narrow classes count as found earlier than in the reference.
-SMALL_THREE_CLASSES = replace(
-    SMALL_SECOND_IOU,
+# Cars, pedestrians and cyclists, up to 32 m ahead. With voxels of 10 cm a cell at the cut is 0.8 m wide, and pedestrians and cyclists look
+# alike (docs/adapt.md). So these voxels are finer and the range is shorter. Even then a pedestrian overlaps its best anchor by half at
+# most, so an anchor of the two narrow classes becomes positive at a lower IoU than in OpenPCDet.
+SMALL_THREE_CLASSES_DETECTOR = replace(
+    SMALL_SECOND_IOU_DETECTOR,
     encoder=replace(
-        SMALL_SECOND_IOU.encoder,
+        SMALL_SECOND_IOU_DETECTOR.encoder,
         grid=VoxelGrid(range=(0.0, -16.0, -1.0, 32.0, 16.0, 3.0), voxel_size=(0.0625, 0.0625, 0.1)),
         max_voxels=20000,
     ),
     decoder=_small_decoder(
-        *SMALL_SECOND_IOU.decoder.anchors,
+        *SMALL_SECOND_IOU_DETECTOR.decoder.anchors,
         AnchorClass(name="Pedestrian", size=(0.9, 0.8, 1.73), bottom_z=0.0, matched=0.35, unmatched=0.20),
         AnchorClass(name="Cyclist", size=(1.8, 0.8, 1.75), bottom_z=0.0, matched=0.40, unmatched=0.25),
     ),
 )
 
-# Real KITTI on two CPU cores: 64 m ahead, intensity used, no z shift.
-KITTI_SMALL_SECOND_IOU = SecondIouDetectorConfig(
+# Real KITTI on two CPU cores: up to 64 m ahead, with intensity, without a z shift.
+KITTI_SMALL_SECOND_IOU_DETECTOR = SecondIouDetectorConfig(
     encoder=replace(
-        SMALL_SECOND_IOU.encoder,
+        SMALL_SECOND_IOU_DETECTOR.encoder,
         grid=VoxelGrid(range=(0.0, -25.6, -3.0, 64.0, 25.6, 1.0), voxel_size=(0.1, 0.1, 0.1)),
         point_features=("intensity",),
     ),
     decoder=_small_decoder(replace(KITTI_ANCHORS[0], matched=0.55, unmatched=0.40)),
 )
-KITTI_SMALL_PV_RCNN = _small_pv_rcnn(KITTI_SMALL_SECOND_IOU)
+KITTI_SMALL_PV_RCNN_DETECTOR = _small_pv_rcnn(KITTI_SMALL_SECOND_IOU_DETECTOR)

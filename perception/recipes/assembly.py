@@ -1,6 +1,8 @@
-"""From a preset and folders to what the trainers take: labelled batches, the feature database, the fleet's scenes.
+"""Makes the inputs of the trainers from a preset and folders: batches, the feature object database, the fleet's scenes.
 
-The commands and the simulated main job both come through here, so that a check made for one holds for the other.
+The commands and the pipeline both use these functions, so that a check made for one holds for the other.
+
+Read next: `pipeline.py`, which runs all stages in order.
 """
 
 from __future__ import annotations
@@ -29,17 +31,27 @@ def labeled_batches(
     seed: int,
     size_shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
 ) -> LabeledBatches:
-    """The augmented labelled batches of a split, with GT sampling from that split's own database.
+    """Augmented batches of labeled frames, with GT sampling from the split's own database.
 
-    size_shift: m added to the size of every labelled object instead of the preset's, where F-GT's objects are resized so.
+    Args:
+        preset: Detector (classes and range) and augmentation.
+        data: The labeled split. Its GT database must exist if the preset samples objects.
+        batch_size: Frames per batch.
+        seed: Decides the order of the frames and every random draw of the augmentation.
+        size_shift: Meters added to length, width and height of every labeled object. (0, 0, 0) keeps the preset's shift. `upcycle`
+            passes the shift of F-GT's pasted objects, so that both have the same size.
 
-    Raises InvalidInput if the dataset was prepared for other classes, or the database was built from another split.
+    Returns:
+        The batches as a function of the step.
+
+    Raises:
+        InvalidInput: The dataset was prepared for other classes, or the database was built from another split.
     """
     names, frames = preset.detector.class_names, data.open()
     if frames.classes != names:
         raise InvalidInput(
-            f"the dataset {frames.root} was prepared for the classes {frames.classes}, the preset detects {names}; prepare it again "
-            f"with --classes {' '.join(names)}"
+            f"the dataset {frames.root} was prepared for the classes {', '.join(frames.classes)}, and the preset detects "
+            f"{', '.join(names)}; prepare it again with --classes {' '.join(names)}"
         )
     sampler = None
     if preset.train.gt_sampling:
@@ -56,7 +68,19 @@ def labeled_batches(
 
 
 def unlabeled_batches(preset: Preset, frames: PreparedDataset, *, batch_size: int, seed: int) -> UnlabeledBatches:
-    """Raw unlabelled scans, moved for the student as labelled ones are, without GT sampling and without resizing objects."""
+    """Batches of raw unlabeled scans, for the baselines that train on raw scans.
+
+    The student sees them with the preset's flips, rotation and scale. Pasting and resizing objects would take labels, so these are off.
+
+    Args:
+        preset: Its augmentation is applied.
+        frames: The scans. Their labels, if any, are removed.
+        batch_size: Scans per batch.
+        seed: Decides the order of the scans and every random draw of the augmentation.
+
+    Returns:
+        The batches as a function of the step.
+    """
     ranges = replace(preset.train.augmentation, size_shift=(0.0, 0.0, 0.0), object_scale=(1.0, 1.0))
     return UnlabeledBatches(frames=frames, batch_size=batch_size, seed=seed, augmentation=ranges)
 
@@ -64,7 +88,21 @@ def unlabeled_batches(preset: Preset, frames: PreparedDataset, *, batch_size: in
 def feature_object_database(
     folder: Path, frames: PreparedDataset, detector: Detector, config: FeatureGtConfig, *, codec: str
 ) -> FeatureObjectDatabase:
-    """F-GT's database of a labelled split in ``folder``, built if it is not there. It must be of this split and this encoder."""
+    """F-GT's object database of a labeled split. It is built if the folder does not exist.
+
+    Args:
+        folder: Folder of the database.
+        frames: The labeled split, whose objects are cut out.
+        detector: Its encoder computes the objects' features.
+        config: F-GT's settings.
+        codec: `fp16` or `int8`: the objects' features take the same round trip as the fleet's scenes.
+
+    Returns:
+        The opened database.
+
+    Raises:
+        InvalidInput: The folder holds a database of another split, another encoder or other settings.
+    """
     split, encoder = frames.split_fingerprint(), encoder_fingerprint(detector.encoder, RigSpec())
     if not folder.exists():
         build_feature_object_database(
@@ -74,14 +112,23 @@ def feature_object_database(
 
 
 def fleet_store(folder: Path, detector: Detector, rig: RigSpec) -> SmashedStore:
-    """The verified scenes in ``folder``, if this detector's encoder behind this rig made them.
+    """Open a store of verified scenes and check that the detector's encoder made them.
 
-    Raises InvalidInput otherwise: features of two encoders do not mix, nor do those of two mounting heights.
+    Args:
+        folder: Folder of the store.
+        detector: Its encoder must be the one that the fleet runs.
+        rig: The fleet's rig. It is part of the encoder fingerprint, because features of two mounting heights do not mix either.
+
+    Returns:
+        The opened store.
+
+    Raises:
+        InvalidInput: The scenes come from another encoder, or from another rig.
     """
     store, expected = SmashedStore(folder), encoder_fingerprint(detector.encoder, rig)
     if store.fingerprint != expected:
         raise InvalidInput(
-            f"the store {folder} holds scenes of the encoder {store.fingerprint[:12]}, this detector's encoder behind the rig {rig} is "
-            f"{expected[:12]}; start from the checkpoint whose encoder the fleet runs, and give its rig as in extract and ingest"
+            f"the store {folder} holds scenes with the encoder fingerprint {store.fingerprint[:12]}…, and this detector with the rig given "
+            f"has {expected[:12]}…; start from the detector whose encoder the fleet runs, with the rig given to extract and ingest"
         )
     return store

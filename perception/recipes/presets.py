@@ -1,7 +1,10 @@
-"""Named configurations, as Python values: pick one by name on the command line, override any field with a dotted option.
+"""Named configurations: a command takes one by name and overrides any field with a dotted option.
 
-A preset is a detector of ``architectures.py`` with the way it is trained on labels and upcycled on smashed scenes; reference settings
-follow OpenPCDet, ST3D and 3DIoUMatch (upcycling.md sections 5.7 to 5.9).
+A preset is a detector of `architectures.py` together with how it is trained on labels and upcycled on smashed scenes. The full-size
+presets follow published configurations: OpenPCDet for KITTI and Waymo, ST3D across datasets, and 3DIoUMatch for the batches of the
+semi-supervised steps. Results exist for the small presets only (docs/results.md).
+
+Read next: `assembly.py`, which makes batches and databases from a preset and folders.
 """
 
 from __future__ import annotations
@@ -23,11 +26,18 @@ from . import architectures
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A detector with the way it is trained on labels and upcycled on smashed scenes."""
+    """A detector, its supervised training, and its training on smashed scenes.
+
+    Raises:
+        InvalidInput: A setting with one entry per class has another number of entries than the detector has classes.
+    """
 
     detector: DetectorConfig
+    """Architecture of the detector. A trained detector keeps it, so later commands must name the same preset."""
     train: SupervisedConfig
+    """Supervised training on labeled frames. Its augmentation also applies to the labeled half of `upcycle`."""
     upcycle: UpcycleConfig
+    """Training of the server half on labeled frames and smashed scenes."""
 
     def __post_init__(self) -> None:
         names = self.detector.class_names
@@ -35,11 +45,13 @@ class Preset:
             "upcycle.thresholds": len(self.upcycle.thresholds),
             "upcycle.f_gt.max_objects": len(self.upcycle.f_gt.max_objects),
         }
-        if self.train.gt_sampling:  # an empty one means no GT sampling
+        if self.train.gt_sampling:  # an empty tuple switches GT sampling off
             lengths["train.gt_sampling"] = len(self.train.gt_sampling)
         for field, length in lengths.items():
             if length != len(names):
-                raise InvalidInput(f"{field} needs one entry per class {names}, found {length}")
+                raise InvalidInput(
+                    f"{field} needs one entry for each of the {len(names)} classes {', '.join(names)}; found {length}"
+                )
 
 
 def _loop(lr: float, steps: int, *, weight_decay: float = 0.01, amp: bool = False, checkpoint_every: int = 1000) -> LoopConfig:
@@ -48,7 +60,7 @@ def _loop(lr: float, steps: int, *, weight_decay: float = 0.01, amp: bool = Fals
     return LoopConfig(seed=0, optim=optim, checkpoint_every=checkpoint_every, log_every=log_every, amp="bf16" if amp else "off")
 
 
-# ---- KITTI: OpenPCDet's kitti_models, 80 epochs of 3,712 frames at batch 4 (SECOND-IoU) and 2 (PV-RCNN)
+# ---- KITTI: OpenPCDet's schedule, 80 epochs of 3,712 frames, with batches of 4 (SECOND-IoU) and 2 (PV-RCNN)
 
 _THREE_CLASSES = (
     ScoreThresholds(iou_score=0.5, class_score=0.4, ignore=0.2),
@@ -56,7 +68,7 @@ _THREE_CLASSES = (
     ScoreThresholds(iou_score=0.25, class_score=0.4, ignore=0.2),
 )
 KITTI_SECOND_IOU = Preset(
-    detector=architectures.KITTI_SECOND_IOU,
+    detector=architectures.KITTI_SECOND_IOU_DETECTOR,
     train=SupervisedConfig(
         loop=_loop(0.003, 74_240, amp=True), batch_size=4, augmentation=AugmentationRanges(), gt_sampling=(20, 15, 15)
     ),
@@ -69,16 +81,16 @@ KITTI_SECOND_IOU = Preset(
     ),
 )
 KITTI_PV_RCNN = Preset(
-    detector=architectures.KITTI_PV_RCNN,
+    detector=architectures.KITTI_PV_RCNN_DETECTOR,
     train=replace(KITTI_SECOND_IOU.train, loop=_loop(0.01, 148_480, amp=True), batch_size=2),
-    # 3DIoUMatch's pv_rcnn_ssl: one labelled and one unlabelled scene.
+    # One labeled and one unlabeled scene, like 3DIoUMatch's pv_rcnn_ssl configuration.
     upcycle=replace(KITTI_SECOND_IOU.upcycle, loop=_loop(0.01, 40_000, amp=True), labeled_batch=1, unlabeled_batch=1),
 )
 
-# ---- across datasets: ST3D's Waymo -> KITTI and Lyft setting
+# ---- across datasets: ST3D's settings for Waymo -> KITTI and Waymo -> Lyft
 
 CROSS_DATASET_SECOND_IOU = Preset(
-    detector=architectures.CROSS_DATASET_SECOND_IOU,
+    detector=architectures.CROSS_DATASET_SECOND_IOU_DETECTOR,
     train=SupervisedConfig(loop=_loop(0.003, 600_000, amp=True), batch_size=4, augmentation=AugmentationRanges(flip_x=0.5)),
     upcycle=UpcycleConfig(
         loop=_loop(0.0015, 28_000, amp=True),
@@ -89,7 +101,7 @@ CROSS_DATASET_SECOND_IOU = Preset(
     ),
 )
 CROSS_DATASET_PV_RCNN = Preset(
-    detector=architectures.CROSS_DATASET_PV_RCNN,
+    detector=architectures.CROSS_DATASET_PV_RCNN_DETECTOR,
     train=replace(CROSS_DATASET_SECOND_IOU.train, loop=_loop(0.01, 1_200_000, weight_decay=0.001, amp=True), batch_size=2),
     upcycle=replace(
         CROSS_DATASET_SECOND_IOU.upcycle,
@@ -100,10 +112,10 @@ CROSS_DATASET_PV_RCNN = Preset(
     ),
 )
 
-# ---- Waymo: OpenPCDet's waymo_models, a fifth of the frames, 30 epochs at batch 2
+# ---- Waymo: OpenPCDet's schedule, 30 epochs of a fifth of the frames, with batches of 2
 
 WAYMO_PV_RCNN = Preset(
-    detector=architectures.WAYMO_PV_RCNN,
+    detector=architectures.WAYMO_PV_RCNN_DETECTOR,
     train=SupervisedConfig(
         loop=_loop(0.01, 474_000, weight_decay=0.001, amp=True),
         batch_size=2,
@@ -113,41 +125,41 @@ WAYMO_PV_RCNN = Preset(
     upcycle=replace(KITTI_PV_RCNN.upcycle, loop=_loop(0.01, 40_000, weight_decay=0.001, amp=True)),
 )
 
-# ---- two CPU cores, minutes
+# ---- for two CPU cores, minutes per training
 
 SMALL = Preset(
-    detector=architectures.SMALL_SECOND_IOU,
+    detector=architectures.SMALL_SECOND_IOU_DETECTOR,
     train=SupervisedConfig(
         loop=_loop(0.003, 400, checkpoint_every=100),
         batch_size=2,
         augmentation=AugmentationRanges(yaw=(-math.pi / 8, math.pi / 8)),
         gt_sampling=(8,),
     ),
-    # Chosen on simulated Waymo -> Lyft, seed 0 (docs/results.md), then frozen.
+    # These values were chosen on simulated Waymo -> Lyft, seed 0 (docs/results.md), and then frozen.
     upcycle=UpcycleConfig(
         loop=_loop(0.0007, 400, checkpoint_every=100),
         labeled_batch=2,
         unlabeled_batch=2,
         thresholds=(ScoreThresholds(iou_score=0.5, class_score=0.3, ignore=0.25),),
         f_gt=FeatureGtConfig(max_objects=(16,)),
-        # A teacher this small places 60 % of its boxes to IoU 0.7: good enough to say that a car is there, not where its sides are.
+        # This small teacher places about 60 % of its boxes with an IoU of 0.7: enough to say that a car is there, not where its sides are.
         teacher_box_weight=0.0,
         ema_decay=0.99,
         round_steps=20,
     ),
 )
-SMALL_PV_RCNN = replace(SMALL, detector=architectures.SMALL_PV_RCNN)
+SMALL_PV_RCNN = replace(SMALL, detector=architectures.SMALL_PV_RCNN_DETECTOR)
 
-# Cars, pedestrians and cyclists, for adaptation to other categories (docs/adapt.md); its upcycling settings are untried.
+# Cars, pedestrians and cyclists, for adaptation to other categories (docs/adapt.md). Its `upcycle` settings were never tried.
 SMALL_THREE_CLASSES = Preset(
-    detector=architectures.SMALL_THREE_CLASSES,
+    detector=architectures.SMALL_THREE_CLASSES_DETECTOR,
     train=replace(SMALL.train, loop=_loop(0.003, 1500, checkpoint_every=100), gt_sampling=(6, 10, 6)),
     upcycle=replace(SMALL.upcycle, thresholds=SMALL.upcycle.thresholds * 3, f_gt=FeatureGtConfig(max_objects=(12, 8, 8))),
 )
 
-# Real KITTI.
+# Real KITTI on two CPU cores.
 KITTI_SMALL = Preset(
-    detector=architectures.KITTI_SMALL_SECOND_IOU,
+    detector=architectures.KITTI_SMALL_SECOND_IOU_DETECTOR,
     train=SupervisedConfig(
         loop=_loop(0.003, 400, checkpoint_every=100),
         batch_size=2,
@@ -156,9 +168,9 @@ KITTI_SMALL = Preset(
     ),
     upcycle=replace(SMALL.upcycle, loop=_loop(0.0007, 200, checkpoint_every=100), f_gt=FeatureGtConfig(max_objects=(12,))),
 )
-KITTI_SMALL_PV_RCNN = replace(KITTI_SMALL, detector=architectures.KITTI_SMALL_PV_RCNN)
+KITTI_SMALL_PV_RCNN = replace(KITTI_SMALL, detector=architectures.KITTI_SMALL_PV_RCNN_DETECTOR)
 
-# The demo: the small presets with fewer steps.
+# The small presets with fewer steps, for `upcycle3d demo`.
 DEMO = replace(
     SMALL,
     train=replace(SMALL.train, loop=_loop(0.003, 300, checkpoint_every=100)),

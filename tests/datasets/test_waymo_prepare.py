@@ -161,7 +161,7 @@ def test_two_workers_write_the_same_bytes(written, tmp_path):
 def test_a_real_frame_goes_through_the_cross_dataset_encoder():
     from upcycle3d.core.rig import RigSpec
     from upcycle3d.perception.models.encoders.second import SecondEncoder
-    from upcycle3d.perception.recipes.architectures import CROSS_DATASET_SECOND_IOU
+    from upcycle3d.perception.recipes.architectures import CROSS_DATASET_SECOND_IOU_DETECTOR
     from upcycle3d.perception.vehicle.extractor import Extractor
 
     columns = ("x", "y", "z", "intensity", "elongation")
@@ -172,7 +172,7 @@ def test_a_real_frame_goes_through_the_cross_dataset_encoder():
     near = cloud.xyz[cloud.xyz[:, :2].norm(dim=1) < 15, 2]
     assert abs(float(near.quantile(0.3))) < 0.3  # the vehicle's frame: the road is at z = 0
     torch.manual_seed(0)
-    encoder = SecondEncoder(CROSS_DATASET_SECOND_IOU.encoder).eval()
+    encoder = SecondEncoder(CROSS_DATASET_SECOND_IOU_DETECTOR.encoder).eval()
     scene, _ = Extractor(encoder, RigSpec(), "int8").smash(replace(cloud, features=cloud.features[:, :0], feature_names=()))
     assert scene.coords.shape[0] > 5_000
     assert scene.features.isfinite().all()

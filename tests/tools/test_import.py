@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.detectors import build_detector
 from upcycle3d.perception.models.openpcdet import openpcdet_state
-from upcycle3d.perception.recipes.architectures import SMALL_PV_RCNN, SMALL_SECOND_IOU
+from upcycle3d.perception.recipes.architectures import SMALL_PV_RCNN_DETECTOR, SMALL_SECOND_IOU_DETECTOR
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.perception.wire.encoder_file import load_encoder
 from upcycle3d.tools import import_weights
@@ -30,7 +30,7 @@ def run(*arguments: object) -> int:
 @pytest.fixture(scope="module")
 def published() -> Detector:
     torch.manual_seed(5)
-    return build_detector(SMALL_SECOND_IOU)
+    return build_detector(SMALL_SECOND_IOU_DETECTOR)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_checkpoint_becomes_a_detector_and_an_encoder_for_the_fleet(published,
     out, report = tmp_path / "run", tmp_path / "report.json"
     assert run(file, "small", "--out", out, "--json", report) == 0
     detector, config = load_detector(out)
-    assert config == SMALL_SECOND_IOU
+    assert config == SMALL_SECOND_IOU_DETECTOR
     for name, value in published.state_dict().items():
         assert torch.equal(detector.state_dict()[name], value), name
     for name, value in load_encoder(out / "encoder.safetensors").state_dict().items():
@@ -122,7 +122,7 @@ def test_second_needs_the_flag_and_says_that_scores_mean_nothing_yet(published, 
 
 
 def test_pv_rcnn_says_where_its_keypoints_lie_and_can_have_the_references(tmp_path, capsys):
-    torch.save({"model_state": openpcdet_state(build_detector(SMALL_PV_RCNN))}, tmp_path / "pv_rcnn.pth")
+    torch.save({"model_state": openpcdet_state(build_detector(SMALL_PV_RCNN_DETECTOR))}, tmp_path / "pv_rcnn.pth")
     assert run(tmp_path / "pv_rcnn.pth", "small_pv_rcnn", "--out", tmp_path / "ours") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "AP may differ" in printed
@@ -130,7 +130,7 @@ def test_pv_rcnn_says_where_its_keypoints_lie_and_can_have_the_references(tmp_pa
     option = ("--preset.detector.encoder.keypoint-source", "raw_points")
     assert run(tmp_path / "pv_rcnn.pth", "small_pv_rcnn", "--out", tmp_path / "reference", *option) == 0
     assert "AP may differ" not in capsys.readouterr().out
-    assert load_detector(tmp_path / "ours")[1] == SMALL_PV_RCNN
+    assert load_detector(tmp_path / "ours")[1] == SMALL_PV_RCNN_DETECTOR
     assert load_detector(tmp_path / "reference")[0].spec.keypoints.source == "raw_points"
 
 
