@@ -19,12 +19,12 @@ import tyro
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.tensor_file import read_tensors
 from ..perception.models.detector import Detector
 from ..perception.models.detectors import DetectorConfig, build_detector
 from ..perception.models.openpcdet import load_openpcdet, openpcdet_parts
 from ..perception.models.pv_rcnn import PvRcnnDetectorConfig
 from ..perception.recipes.presets import PRESETS
-from ..perception.training.checkpoint import read_weights
 from ..perception.training.detector_files import save_run_detector
 from ..perception.training.run_folder import RunFolder
 from .console import console, print_table, run_command, write_json
@@ -155,7 +155,7 @@ def notes(layout: str, architecture: DetectorConfig, without_iou_head: bool) -> 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name: a .safetensors, or a .pth that holds ``model_state`` or is a state dict itself.
 
-    Raises InvalidInput for a file that is too large, damaged, or needs pickle, and CorruptCheckpoint for damaged safetensors.
+    Raises InvalidInput for a file that is too large, damaged, or needs pickle, and CorruptFile for damaged safetensors.
     """
     if not path.is_file():
         raise InvalidInput(f"there is no file {path}; give a checkpoint of OpenPCDet (.pth) or its tensors (.safetensors)")
@@ -164,7 +164,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"{path} holds {size:,} bytes, more than the {LARGEST_FILE:,} that are read; save its model_state alone, without optimiser"
         )
     if path.suffix == ".safetensors":
-        return read_weights(path)[0]
+        return dict(read_tensors(path).tensors)
     content = _load_plain(path)
     state = content.get("model_state", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not state or not all(isinstance(n, str) for n in state):

@@ -12,10 +12,10 @@ import tyro
 from ..core.cut import CutSpec
 from ..core.errors import InvalidInput
 from ..core.rig import RigSpec
+from ..core.tensor_file import read_tensors
 from ..datasets.prepared import PreparedDataset
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
 from ..perception.server.store import CATALOG, SmashedStore
-from ..perception.training.checkpoint import read_weights
 from ..perception.training.run_folder import RunFolder
 from ..perception.wire.encoder_file import load_encoder
 from ..perception.wire.manifest import read_manifest
@@ -124,7 +124,8 @@ def _prepared(path: Path) -> dict[str, object]:
 
 
 def _weights(path: Path) -> dict[str, object]:
-    tensors, meta = read_weights(path)
+    file = read_tensors(path)
+    tensors, meta = file.tensors, file.meta
     facts: dict[str, object] = {"tensors": len(tensors), "numbers": sum(t.numel() for t in tensors.values())}
     facts |= {name: value if len(value) < 200 else value[:200] + "…" for name, value in meta.items()}
     if meta.get("format", "").startswith("upcycle3d encoder"):

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
-from ...core.files import write_atomically
 from ...core.structures import Frame, Labels, LossTerms, Predictions
+from ...core.tensor_file import read_tensors, write_tensors
 from ...datasets.augment import AugmentationRanges, labeled_example
 from ...datasets.batches import UnlabeledBatches, epoch_indices
 from ...ops.iou3d import iou_bev
@@ -117,9 +116,8 @@ class LabelMemory:
     def get(self, number: int) -> list[Remembered] | None:
         """The labels of a round, from memory or from its file; None before it was made."""
         if number not in self.rounds and self.folder is not None and self._path(number).exists():
-            tensors = load(self._path(number).read_bytes())
-            sizes = tensors.pop("sizes").tolist()
-            columns = {name: tensors[name].split(sizes) for name in _COLUMNS}
+            sizes, *whole = read_tensors(self._path(number)).named("sizes", *_COLUMNS)
+            columns = {name: column.split(sizes.tolist()) for name, column in zip(_COLUMNS, whole, strict=True)}
             self.rounds = {number: [Remembered(**{n: columns[n][i] for n in _COLUMNS}) for i in range(len(sizes))]}
         return self.rounds.get(number)
 
@@ -127,9 +125,9 @@ class LabelMemory:
         """Keep the labels of a round; those of the round before are no longer needed in memory."""
         self.rounds = {number: labels}
         if self.folder is not None:
-            tensors = {name: torch.cat([getattr(r, name) for r in labels]).contiguous() for name in _COLUMNS}
+            tensors = {name: torch.cat([getattr(r, name) for r in labels]) for name in _COLUMNS}
             tensors["sizes"] = torch.tensor([len(r.boxes) for r in labels])
-            write_atomically(self._path(number), save(tensors))
+            write_tensors(self._path(number), tensors)
 
     def _path(self, number: int) -> Path:
         assert self.folder is not None

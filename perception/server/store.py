@@ -28,8 +28,9 @@ from ...core.errors import InvalidInput, UpcycleError
 from ...core.features import CutFeatures, Keypoints, SparseVoxels
 from ...core.files import write_atomically
 from ...core.smashed_scene import SmashedScene
+from ...core.strict_json import canonical_json, strict_json
 from ..wire.codec import decode_scene, round_trip
-from ..wire.cut_json import CorruptScene, canonical_json, cut_from_json, cut_to_json, strict_json
+from ..wire.cut_json import CorruptScene, cut_from_json, cut_to_json
 from ..wire.manifest import open_regular
 
 CATALOG = "catalogue.parquet"
@@ -108,7 +109,7 @@ def read_catalog(store: Path) -> Catalog | None:
     except (pa.ArrowException, OSError) as error:
         raise BrokenStore(f"the catalogue {path} cannot be read: {error}; {remedy}") from error
     text = (table.schema.metadata or {}).get(_HEADER_KEY, b"null")
-    header = strict_json(text, f"the catalogue {path}")
+    header = strict_json(text, f"the catalogue {path}", CorruptScene)
     if not isinstance(header, dict) or header.get("version") != _VERSION:
         raise BrokenStore(f"the catalogue {path} is not of version {_VERSION}; {remedy}")
     if not table.schema.remove_metadata().equals(_SCHEMA):

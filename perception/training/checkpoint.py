@@ -6,7 +6,6 @@
 A checkpoint folder is written under a temporary name, flushed to the disk and renamed, so a run killed at any moment finds
 either the old or the new one. A damaged checkpoint is an error that says how to go on from the newest good one; nothing falls
 back by itself.
-A file of weights alone (``save_weights``) carries the SHA-256 of its tensors in its metadata.
 """
 
 from __future__ import annotations
@@ -20,71 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ...core.errors import InvalidInput, UpcycleError
-from ...core.files import sync_folder, write_atomically
+from ...core.errors import InvalidInput
+from ...core.files import sync_folder
+from ...core.tensor_file import CorruptFile, decode_tensors, encode_tensors, fill_module
 
 INDEX = "checkpoint.json"
-DIGEST_KEY = "content_sha256"
 SCHEMA_VERSION = 1
 
 
-class CorruptCheckpoint(UpcycleError):
-    """A checkpoint or weight file does not hold what was written."""
-
-
-# ---------------------------------------------------------------------------------------------------- weights of one module
-
-
-def save_weights(path: Path, module: nn.Module, meta: Mapping[str, str] | None = None) -> None:
-    """Write parameters and buffers of ``module`` with ``meta`` to one safetensors file, atomically."""
-    tensors = _plain(module.state_dict())
-    if meta and DIGEST_KEY in meta:
-        raise InvalidInput(f"the metadata name {DIGEST_KEY!r} is written by save_weights itself; choose another")
-    data = save(tensors, metadata={**(meta or {}), DIGEST_KEY: content_digest(tensors)})
-    write_atomically(path, data)
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, verified where it carries a hash (files of others need not).
-
-    Raises CorruptCheckpoint if the file is unreadable or its tensors do not have the recorded hash.
-    """
-    tensors, meta = _decode(_read(path), path)
-    recorded = meta.get(DIGEST_KEY)
-    if recorded is not None and recorded != content_digest(tensors):
-        raise CorruptCheckpoint(f"the tensors of {path} do not have the recorded SHA-256; copy the file again from its source")
-    return tensors, meta
-
-
-def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy ``tensors`` into the parameters and buffers of ``module``; names and shapes must agree completely.
-
-    Raises InvalidInput with *all* missing names, unexpected names and unequal shapes; the module is then untouched.
-    """
-    own = module.state_dict()
-    faults = [f"missing {name} {tuple(t.shape)}" for name, t in own.items() if name not in tensors]
-    faults += [f"unexpected {name} {tuple(t.shape)}" for name, t in tensors.items() if name not in own]
-    for name, target in own.items():
-        if name not in tensors:
-            continue
-        found = tensors[name]
-        if found.shape != target.shape:
-            faults.append(f"shape of {name}: the module has {tuple(target.shape)}, the file {tuple(found.shape)}")
-        elif found.is_floating_point() != target.is_floating_point():
-            faults.append(f"type of {name}: the module has {target.dtype}, the file {found.dtype}")
-    if faults:
-        lines = "\n  ".join(faults)
-        raise InvalidInput(
-            f"the weights of {source} do not fit {type(module).__name__} ({len(faults)} of {len(own)} names):\n  {lines}\n"
-            "build the module with the configuration that the weights were trained with"
-        )
-    with torch.no_grad():
-        for name, target in own.items():
-            target.copy_(tensors[name])
+class CorruptCheckpoint(CorruptFile):
+    """A checkpoint does not hold what was written."""
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoint folders
@@ -106,7 +52,7 @@ def save_checkpoint(
     """
     if keep_last < 1:
         raise InvalidInput(f"keep_last must be at least 1, found {keep_last}: without a checkpoint a run cannot resume")
-    tensors = {name: _plain(module.state_dict()) for name, module in modules.items()}
+    tensors: dict[str, Mapping[str, Tensor]] = {name: module.state_dict() for name, module in modules.items()}
     if "optimizer" in tensors:
         raise InvalidInput("no module may be called 'optimizer'; the optimiser's own file has that name")
     tensors["optimizer"] = _optimizer_tensors(optimizer, modules)
@@ -119,7 +65,7 @@ def save_checkpoint(
     temporary.mkdir()
     files = {}
     for name, content in tensors.items():
-        data = save(content)
+        data = encode_tensors(content)
         _write_and_sync(temporary / f"{name}.safetensors", data)
         files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     plain_meta = json.loads(json.dumps(dict(meta)))  # as it will be read, so that its hash is the same
@@ -162,8 +108,8 @@ def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizer: tor
     """
     try:
         data, index = _verified_files(path)
-        decoded = {name: _decode(content, path / name)[0] for name, content in data.items()}
-    except CorruptCheckpoint as error:
+        decoded = {name: decode_tensors(content, path / name) for name, content in data.items()}
+    except CorruptFile as error:
         raise CorruptCheckpoint(f"{error}\n{_advice(path)}") from error
     wanted = {f"{name}.safetensors" for name in (*modules, "optimizer")}
     if wanted != decoded.keys():
@@ -252,11 +198,11 @@ def _named_parameters(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """State tensors as ``<state>/<module>.<parameter>``, e.g. ``exp_avg/student.head.weight``."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, parameter in _named_parameters(optimizer, modules).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             state[f"{key}/{name}"] = value
-    return _plain(state)
+    return state
 
 
 def _fill_optimizer(
@@ -277,34 +223,6 @@ def _fill_optimizer(
         state.setdefault(parameter, {})[key] = value.to(parameter.device if on_device else "cpu").clone()
     optimizer.state.clear()
     optimizer.state.update(state)
-
-
-# ------------------------------------------------------------------------------------------------------------- bytes and files
-
-
-def content_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values, in the order of the names; independent of the file that holds them."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU copies: safetensors refuses tensors that share memory (tied weights)."""
-    return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-
-
-def _decode(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        tensors = load(data)
-        length = int.from_bytes(data[:8], "little")
-        meta = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    except (SafetensorError, ValueError) as error:
-        raise CorruptCheckpoint(f"{path} is not a readable safetensors file ({error}); copy it again from its source") from error
-    return tensors, meta
 
 
 def _read(path: Path) -> bytes:

@@ -8,15 +8,18 @@ from pathlib import Path
 
 from ...core.config_json import config_from_json, config_to_json
 from ...core.errors import InvalidInput
+from ...core.tensor_file import TensorFileKind, fill_module, read_tensors, write_tensors
 from ..models.detector import Detector
 from ..models.detectors import DetectorConfig, build_detector
-from ..wire.encoder_file import save_encoder
-from .checkpoint import fill_module, read_weights, save_weights
+from ..wire.encoder_file import ENCODER_FILE, save_encoder
 
 DETECTOR_FILE = "detector.safetensors"
 TEACHER_FILE = "teacher.safetensors"
-ENCODER_FILE = "encoder.safetensors"
-_FORMAT = "upcycle3d detector 2"
+_KIND = TensorFileKind(
+    name="detector of this program",
+    format="upcycle3d detector 2",
+    advice=f"give a run folder of `train` or `upcycle`, or a {DETECTOR_FILE}",
+)
 
 
 @dataclass(frozen=True)
@@ -26,25 +29,39 @@ class _Stored:
     detector: DetectorConfig
 
 
-def save_detector(path: Path, detector: Detector, config: DetectorConfig) -> None:
-    """Write weights and configuration, atomically."""
-    save_weights(path, detector, {"format": _FORMAT, "config": json.dumps(config_to_json(_Stored(config)))})
+def save_detector(path: str | Path, detector: Detector, config: DetectorConfig) -> None:
+    """Write weights and configuration to one file, atomically.
 
-
-def load_detector(path: Path) -> tuple[Detector, DetectorConfig]:
-    """A detector in evaluation mode with its configuration, from a file or from a run folder that holds one.
-
-    Raises InvalidInput for another kind of file and CorruptCheckpoint for a damaged one.
+    Args:
+        path: The file to write.
+        detector: The detector to store.
+        config: The configuration it was built with.
     """
-    path = path / DETECTOR_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise InvalidInput(f"no detector at {path}; give a run folder of `train` or `upcycle`, or a {DETECTOR_FILE}")
-    tensors, meta = read_weights(path)
-    if meta.get("format") != _FORMAT or "config" not in meta:
-        raise InvalidInput(f"{path} is no detector of this program: expected format {_FORMAT!r}, found {meta.get('format')!r}")
-    config = config_from_json(_Stored, json.loads(meta["config"])).detector
+    write_tensors(path, detector.state_dict(), {"config": json.dumps(config_to_json(_Stored(config)))}, _KIND)
+
+
+def load_detector(path: str | Path) -> tuple[Detector, DetectorConfig]:
+    """Load a detector from its file or from the run folder that holds it.
+
+    Args:
+        path: A run folder of `train` or `upcycle`, or a detector file.
+
+    Returns:
+        The detector in evaluation mode, on the CPU, and its configuration.
+
+    Raises:
+        InvalidInput: The file is missing or of another kind, or its weights do not fit its configuration.
+        CorruptFile: The file is damaged.
+    """
+    path = Path(path)
+    file = read_tensors(path / DETECTOR_FILE if path.is_dir() else path, _KIND)
+    described = file.described("config")
+    try:
+        config = config_from_json(_Stored, described).detector
+    except InvalidInput as error:
+        raise InvalidInput(f"the configuration in {file.path} cannot be used: {error}") from error
     detector = build_detector(config)
-    fill_module(detector, tensors, str(path))
+    fill_module(detector, file.tensors, file.path)
     return detector.eval(), config
 
 

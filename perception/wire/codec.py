@@ -37,7 +37,8 @@ from torch import Tensor
 from ...core.cut import CutSpec
 from ...core.errors import InvalidInput, UpcycleError
 from ...core.smashed_scene import SMASHED_SCHEMA_VERSION, SmashedScene
-from .cut_json import CorruptScene, canonical_json, cut_to_json, strict_json
+from ...core.strict_json import canonical_json, strict_json
+from .cut_json import CorruptScene, cut_to_json
 
 CODECS = ("fp16", "int8")
 FEATURE_LIMIT = 65504.0  # the largest half-precision number
@@ -259,11 +260,11 @@ def _read_header(raw: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, list[
     size = int.from_bytes(raw[:8], "little")
     if not 2 <= size <= min(_HEADER_CAP, len(raw) - 8):
         raise CorruptScene(f"a scene's safetensors header declares {size} bytes; at most {_HEADER_CAP} are allowed")
-    entries = strict_json(raw[8 : 8 + size], "a scene's safetensors header")
+    entries = strict_json(raw[8 : 8 + size], "a scene's safetensors header", CorruptScene)
     metadata = entries.pop("__metadata__", None) if isinstance(entries, dict) else None
     if not isinstance(metadata, dict) or metadata.keys() != {_METADATA_KEY} or not isinstance(metadata[_METADATA_KEY], str):
         raise CorruptScene("the safetensors file holds no smashed scene: its metadata is missing or another's")
-    header = strict_json(metadata[_METADATA_KEY].encode("utf-8", "surrogatepass"), "a scene's header")
+    header = strict_json(metadata[_METADATA_KEY].encode("utf-8", "surrogatepass"), "a scene's header", CorruptScene)
     if not isinstance(header, dict) or "schema_version" not in header:
         raise CorruptScene("a scene's header holds no schema version")
     tensors = {}

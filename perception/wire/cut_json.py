@@ -1,8 +1,10 @@
-"""JSON of shards and scenes: one spelling when written, nothing taken on trust when read; and the cut of a network in it."""
+"""The cut of a network as JSON, in the header of every scene and every shard, and checked when it comes from outside.
+
+Read next: `core/strict_json.py` for the reading and writing of JSON itself, and `codec.py` for the scene around it.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -12,29 +14,6 @@ from ...core.errors import InvalidInput, UpcycleError
 
 class CorruptScene(UpcycleError):
     """Bytes that are damaged, or never were a smashed scene."""
-
-
-def canonical_json(value: Any) -> bytes:
-    """The one spelling of ``value``: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def strict_json(data: bytes, what: str) -> Any:
-    """JSON of a stranger: no duplicate keys, no NaN; raises ``CorruptScene`` that names ``what``."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(pairs)
-        if len(record) != len(pairs):
-            raise ValueError("a key stands twice")
-        return record
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:  # ValueError covers broken UTF-8, broken JSON and oversized integers
-        raise CorruptScene(f"{what} is not valid JSON: {error}") from error
 
 
 def cut_to_json(spec: CutSpec) -> dict[str, Any]:

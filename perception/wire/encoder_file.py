@@ -1,6 +1,10 @@
-"""The vehicle half in one file: what the server hands to the fleet. Safetensors with the encoder's configuration, nothing else.
+"""The vehicle half of a detector in one file: what the server hands to the fleet.
 
-The vehicle side must not load training code, so the few lines of checking stand here.
+The file holds the encoder's weights and its configuration, nothing else. A changed weight that the hash of the file does not
+reveal (files of version 0.1 have no hash) still changes the encoder fingerprint, so the server refuses what such an encoder
+makes.
+
+Read next: `core/tensor_file.py`, which reads and checks the file, and `perception/vehicle/extractor.py`, which runs the encoder.
 """
 
 from __future__ import annotations
@@ -9,17 +13,21 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
 from ...core.config_json import config_from_json, config_to_json
 from ...core.errors import InvalidInput
-from ...core.files import write_atomically
+from ...core.tensor_file import TensorFileKind, fill_module, read_tensors, write_tensors
 from ..models.encoders.pv_rcnn import PvRcnnEncoder, PvRcnnEncoderConfig
 from ..models.encoders.second import SecondEncoder, SecondEncoderConfig
 
-_FORMAT = "upcycle3d encoder 2"
+ENCODER_FILE = "encoder.safetensors"
+_KIND = TensorFileKind(
+    name="vehicle encoder",
+    format="upcycle3d encoder 2",
+    advice="get the file again from where the server exported it",
+    max_bytes=1 << 30,
+)
 
 
 @dataclass(frozen=True)
@@ -29,31 +37,46 @@ class _Stored:
     encoder: SecondEncoderConfig | PvRcnnEncoderConfig
 
 
-def save_encoder(path: Path, encoder: nn.Module) -> None:
-    """Write the encoder's weights and configuration, atomically."""
+def save_encoder(path: str | Path, encoder: nn.Module) -> None:
+    """Write the weights and the configuration of an encoder to one file, atomically.
+
+    Args:
+        path: The file to write.
+        encoder: A `SecondEncoder` or a `PvRcnnEncoder`.
+
+    Raises:
+        InvalidInput: The encoder is of another class.
+    """
     if not isinstance(encoder, SecondEncoder | PvRcnnEncoder):
         raise InvalidInput(f"a vehicle file holds a SecondEncoder or a PvRcnnEncoder, found {type(encoder).__name__}")
-    meta = {"format": _FORMAT, "config": json.dumps(config_to_json(_Stored(encoder.config)))}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in encoder.state_dict().items()}
-    write_atomically(path, save(tensors, metadata=meta))
+    write_tensors(path, encoder.state_dict(), {"config": json.dumps(config_to_json(_Stored(encoder.config)))}, _KIND)
 
 
-def load_encoder(path: Path) -> SecondEncoder | PvRcnnEncoder:
-    """An encoder in evaluation mode. Raises InvalidInput for a missing, damaged or foreign file.
+def load_encoder(path: str | Path) -> SecondEncoder | PvRcnnEncoder:
+    """Load the encoder that a vehicle runs.
 
-    A flipped bit in the weights changes the fingerprint, so the server refuses what such an encoder makes.
+    Args:
+        path: The encoder file, or the run folder that holds it.
+
+    Returns:
+        The encoder in evaluation mode, on the CPU.
+
+    Raises:
+        InvalidInput: The file is missing, damaged, incomplete or of another kind; nothing is loaded then.
+
+    Example:
+        ```python
+        encoder = load_encoder("runs/source")
+        extractor = Extractor(encoder, RigSpec(z_shift=1.73), "fp16")
+        ```
     """
+    path = Path(path)
+    file = read_tensors(path / ENCODER_FILE if path.is_dir() else path, _KIND)
+    described = file.described("config")
     try:
-        with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InvalidInput(
-            f"cannot read the encoder {path}: {error}; get the file again from where the server exported it"
-        ) from error
-    if meta.get("format") != _FORMAT:
-        raise InvalidInput(f"{path} is no vehicle encoder: expected format {_FORMAT!r}, found {meta.get('format')!r}")
-    config = config_from_json(_Stored, json.loads(meta["config"])).encoder
+        config = config_from_json(_Stored, described).encoder
+    except InvalidInput as error:
+        raise InvalidInput(f"the configuration in {file.path} cannot be used: {error}; {_KIND.advice}") from error
     encoder = PvRcnnEncoder(config) if isinstance(config, PvRcnnEncoderConfig) else SecondEncoder(config)
-    encoder.load_state_dict(tensors)
+    fill_module(encoder, file.tensors, file.path)
     return encoder.eval()

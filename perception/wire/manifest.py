@@ -18,8 +18,9 @@ from typing import Any
 from ...core.cut import CutSpec
 from ...core.errors import UpcycleError
 from ...core.smashed_scene import SMASHED_SCHEMA_VERSION
+from ...core.strict_json import canonical_json, strict_json
 from .codec import CODECS, FINGERPRINT_PATTERN, ForeignScene, max_encoded_bytes
-from .cut_json import canonical_json, cut_from_json, cut_to_json, strict_json
+from .cut_json import CorruptScene, cut_from_json, cut_to_json
 
 SCHEMA = "upcycle3d.smashed_shard"
 MEMBER_SUFFIX = ".safetensors.zst"
@@ -138,7 +139,7 @@ def parse_manifest(data: bytes) -> ShardManifest:
 
     Raises ``ForeignScene`` for another schema version, ``CorruptScene`` for what is not JSON, ``BrokenShard`` for the rest.
     """
-    record = strict_json(data, "the manifest")
+    record = strict_json(data, "the manifest", CorruptScene)
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise BrokenShard(f"the manifest is not of a smashed shard: expected schema {SCHEMA!r}")
     if type(record.get("schema_version")) is not int or record["schema_version"] != SMASHED_SCHEMA_VERSION:

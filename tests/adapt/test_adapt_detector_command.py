@@ -169,7 +169,7 @@ def test_mistakes_become_sentences_before_anything_is_computed(root: Path, tmp_p
             "says nothing about ['Animal']",
         ),
         ((*base, *source, "--target", root / "target", "none"), "has no split"),
-        ((*base, "--trained", root / "run" / "detector.safetensors", *target), "is no proposal classifier"),
+        ((*base, "--trained", root / "run" / "detector.safetensors", *target), "is not a proposal classifier"),
     ):
         assert run(*arguments) == 2, words
         assert words in " ".join(capsys.readouterr().err.split()), words

@@ -179,10 +179,10 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path: Path):
     wrong_class = {**tensors, "classes": tensors["classes"] + 9}
     meta = dict(header["__metadata__"])
     for name, data, words in (
-        ("cut off", good[:-5], "cannot be read"),
+        ("cut off", good[:-5], "not a readable safetensors file"),
         ("flipped", bytes(flipped), "SHA-256"),
-        ("huge header", (1 << 40).to_bytes(8, "little") + good[8:], "no file of proposals"),
-        ("no bytes", b"", "no file of proposals"),
+        ("huge header", (1 << 40).to_bytes(8, "little") + good[8:], "no valid header"),
+        ("no bytes", b"", "no valid header"),
         ("other format", save(tensors, metadata={"format": "x"}), "expected format"),
         ("no metadata", save(tensors), "expected format"),
         ("changed", save(wrong_class, metadata=meta), "SHA-256"),
@@ -191,7 +191,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path: Path):
         with pytest.raises(InvalidInput, match=words) as caught:
             load_proposals(path)
         assert "p.safetensors" in str(caught.value), name
-    with pytest.raises(InvalidInput, match="no file of proposals"):
+    with pytest.raises(InvalidInput, match="there is no file of proposals at"):
         load_proposals(tmp_path / "nowhere")
 
 

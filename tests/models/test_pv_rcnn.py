@@ -429,9 +429,9 @@ def test_a_detector_and_its_vehicle_half_come_back_from_their_files(tmp_path, co
 def test_another_file_is_no_detector_and_no_encoder(tmp_path):
     model = detector()
     save_run_detector(tmp_path, model, TINY)
-    with pytest.raises(InvalidInput, match="no vehicle encoder"):
+    with pytest.raises(InvalidInput, match="not a vehicle encoder"):
         load_encoder(tmp_path / "detector.safetensors")
-    with pytest.raises(InvalidInput, match="no detector of this program"):
+    with pytest.raises(InvalidInput, match="not a detector of this program"):
         load_detector(tmp_path / "encoder.safetensors")
     raw = replace(TINY, encoder=replace(TINY.encoder, keypoint_source="raw_points", raw_points=None))
     save_detector(tmp_path / "raw.safetensors", detector(raw), raw)

@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader
 from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid, cells_of_centers
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.smashed_scene import SmashedScene
+from upcycle3d.core.strict_json import canonical_json
 from upcycle3d.perception.server import ingest as ingest_module
 from upcycle3d.perception.server.ingest import IngestReport, StoreWriteError, ingest
 from upcycle3d.perception.server.store import BrokenStore, SmashedStore, to_cut_features
 from upcycle3d.perception.wire.codec import encode_scene, round_trip
-from upcycle3d.perception.wire.cut_json import CorruptScene, canonical_json
+from upcycle3d.perception.wire.cut_json import CorruptScene
 from upcycle3d.perception.wire.manifest import read_manifest
 from upcycle3d.perception.wire.shards import ShardWriter
 

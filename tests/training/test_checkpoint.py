@@ -1,22 +1,18 @@
-"""Weights and checkpoints come back bit for bit, or not at all."""
+"""Checkpoints come back bit for bit, or not at all."""
 
 import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.training.checkpoint import (
     CorruptCheckpoint,
-    fill_module,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    read_weights,
     save_checkpoint,
-    save_weights,
 )
 from upcycle3d.perception.training.optim import OneCycle, make_optimizer
 
@@ -34,12 +30,6 @@ def _trained(seed: int = 0):
     network(torch.randn(5, 3)).square().sum().backward()
     optimizer.step()
     return network, optimizer
-
-
-def load_weights(path, module) -> dict[str, str]:
-    tensors, meta = read_weights(path)
-    fill_module(module, tensors, str(path))
-    return meta
 
 
 def _equal(a: nn.Module, b: nn.Module) -> bool:
@@ -134,48 +124,6 @@ def test_an_optimised_parameter_outside_the_modules_is_refused(tmp_path):
     network, optimizer = _trained()
     with pytest.raises(InvalidInput, match="belong to no checkpointed module"):
         save_checkpoint(tmp_path, step=1, modules={"student": network[0]}, optimizer=optimizer, meta={})
-
-
-def test_weights_report_every_missing_unexpected_and_misshapen_name_and_change_nothing(tmp_path):
-    save_weights(tmp_path / "w.safetensors", nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(3, 1), "c": nn.Linear(1, 1)}))
-    module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(4, 1), "d": nn.Linear(1, 1)})
-    before = {name: t.clone() for name, t in module.state_dict().items()}
-    with pytest.raises(InvalidInput) as error:
-        load_weights(tmp_path / "w.safetensors", module)
-    message = str(error.value)
-    for part in ("missing d.weight (1, 1)", "missing d.bias (1,)", "unexpected c.weight (1, 1)", "unexpected c.bias (1,)"):
-        assert part in message
-    assert "shape of b.weight: the module has (1, 4), the file (1, 3)" in message
-    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
-
-
-def test_weights_round_trip_with_metadata_and_tied_tensors(tmp_path):
-    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
-    module[2].weight = module[0].weight
-    save_weights(tmp_path / "deep" / "w.safetensors", module, {"detector": "second_iou"})
-    other = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
-    assert load_weights(tmp_path / "deep" / "w.safetensors", other)["detector"] == "second_iou"
-    assert _equal(module, other)
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["w.safetensors"]
-
-
-def test_a_flipped_bit_in_a_weight_file_is_found(tmp_path):
-    save_weights(tmp_path / "w.safetensors", _network(0))
-    _flip_a_bit(tmp_path / "w.safetensors", -5)
-    with pytest.raises(CorruptCheckpoint, match="do not have the recorded SHA-256"):
-        load_weights(tmp_path / "w.safetensors", _network(1))
-    (tmp_path / "x.safetensors").write_bytes(b"not a tensor file")
-    with pytest.raises(CorruptCheckpoint, match="not a readable safetensors file"):
-        load_weights(tmp_path / "x.safetensors", _network(1))
-    with pytest.raises(InvalidInput, match="there is no file"):
-        load_weights(tmp_path / "y.safetensors", _network(1))
-
-
-def test_a_plain_safetensors_file_of_others_is_accepted(tmp_path):
-    save_file(_network(2).state_dict(), str(tmp_path / "theirs.safetensors"))
-    network = _network(1)
-    assert load_weights(tmp_path / "theirs.safetensors", network) == {}
-    assert _equal(network, _network(2))
 
 
 def test_an_index_of_a_newer_program_is_refused(tmp_path, monkeypatch):

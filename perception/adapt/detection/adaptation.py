@@ -20,7 +20,7 @@ from torch import nn
 
 from ....core.errors import InvalidInput, require
 from ....core.files import atomic_file
-from ...training.checkpoint import save_weights
+from ....core.tensor_file import write_tensors
 from ..glc.adapter import AdaptConfig, AdaptedModel, EpochReport, GLCAdapter
 from .open_set import ClassifiedProposals, JudgeConfig, frame_records, judge
 from .proposal_classifier import (
@@ -114,7 +114,7 @@ def save_adapted(path: Path, adapted: AdaptedProposals, classifier: ProposalClas
         ),
     }
     both = nn.ModuleDict({"bottleneck": adapted.model.feature_module, "head": adapted.model.classifier})
-    save_weights(path, both, meta)
+    write_tensors(path, both.state_dict(), meta)
 
 
 def write_detections(folder: Path, proposals: DetectorProposals, judged: ClassifiedProposals, *, z_shift: float = 0.0) -> None:

@@ -21,13 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....core.errors import InvalidInput, require
-from ...training.checkpoint import fill_module, read_weights, save_weights
+from ....core.tensor_file import CorruptFile, TensorFileKind, fill_module, read_tensors, write_tensors
 from ..glc.adapter import set_learning_rate
 from .proposal_matching import BACKGROUND
 from .proposals import DetectorProposals
 
 BACKGROUND_NAME = "background"
-_FORMAT = "upcycle3d proposal classifier 1"
+_KIND = TensorFileKind(
+    name="proposal classifier",
+    format="upcycle3d proposal classifier 1",
+    advice="give the classifier.safetensors that an adaptation wrote",
+)
 
 
 def proposal_inputs(proposals: DetectorProposals, *, points: bool) -> Tensor:
@@ -231,24 +235,22 @@ def _fit(
 def save_classifier(path: Path, classifier: ProposalClassifier) -> None:
     """One safetensors file with what ``load_classifier`` needs, atomically."""
     plain = {name: getattr(classifier, name) for name in ("classes", "detector", "source", "counts")}
-    meta = {"format": _FORMAT, "classifier": json.dumps(plain | {"config": asdict(classifier.config)})}
-    save_weights(path, nn.ModuleDict({"bottleneck": classifier.bottleneck, "head": classifier.head}), meta)
+    both = nn.ModuleDict({"bottleneck": classifier.bottleneck, "head": classifier.head})
+    write_tensors(path, both.state_dict(), {"classifier": json.dumps(plain | {"config": asdict(classifier.config)})}, _KIND)
 
 
 def load_classifier(path: Path) -> ProposalClassifier:
-    """Raises InvalidInput for another kind of file, CorruptCheckpoint for a damaged one."""
-    tensors, meta = read_weights(path)
-    if meta.get("format") != _FORMAT:
-        raise InvalidInput(f"{path} is no proposal classifier: expected format {_FORMAT!r}, found {meta.get('format')!r}")
+    """Raises InvalidInput for another kind of file, CorruptFile for a damaged one."""
+    file = read_tensors(path, _KIND)
+    plain, (mean,) = file.described("classifier"), file.named("bottleneck.0.mean")
     try:
-        plain = json.loads(meta["classifier"])
         config, classes = ClassifierConfig(**plain["config"]), tuple(plain["classes"])
-        bottleneck, head = _modules(len(tensors["bottleneck.0.mean"]), config.width, len(classes))
+        bottleneck, head = _modules(len(mean), config.width, len(classes))
         detector, source, counts = plain["detector"], plain["source"], tuple(plain["counts"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InvalidInput(f"{path} is damaged: {error}; delete it to train the classifier again") from error
+        raise CorruptFile(f"{path} is damaged: {error}; {_KIND.advice}") from error
     both = nn.ModuleDict({"bottleneck": bottleneck, "head": head})
-    fill_module(both, tensors, str(path))
+    fill_module(both, file.tensors, path)
     both.eval().requires_grad_(False)
     return ProposalClassifier(
         bottleneck=bottleneck, head=head, classes=classes, config=config, detector=detector, source=source, counts=counts

@@ -10,22 +10,19 @@ scenes have none; nothing else differs.
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from ....core.errors import InvalidInput, require
 from ....core.features import CutFeatures
-from ....core.files import write_atomically
 from ....core.smashed_scene import SmashedScene
 from ....core.structures import Boxes3D, PointCloud, Predictions, TensorValue, shape_of
+from ....core.tensor_file import CorruptFile, TensorFileKind, content_digest, read_tensors, write_tensors
 from ....datasets.frame_source import FrameSource
 from ....datasets.prepared import PreparedDataset
 from ....ops.nms import nms_rotated
@@ -33,11 +30,10 @@ from ....ops.points_in_boxes import points_in_boxes_mask
 from ...models.decoders.regions import ScoredProposals
 from ...models.detector import Detector
 from ...server.store import to_cut_features
-from ...training.checkpoint import DIGEST_KEY, content_digest
 
-_FORMAT = "upcycle3d proposals 1"
-_MOST_BYTES = 16 << 30  # of a file
-_MOST_HEADER = 64 << 20  # safetensors' own limit is 100 MB
+_KIND = TensorFileKind(
+    name="file of proposals", format="upcycle3d proposals 1", advice="collect the proposals again", always_hashed=True
+)
 _FEATURE_LIMIT = 65504.0  # the largest float16
 
 
@@ -258,9 +254,8 @@ def as_stored(proposals: DetectorProposals) -> DetectorProposals:
 def save_proposals(path: Path, proposals: DetectorProposals) -> None:
     """Write one file, atomically. Features are rounded to float16 (``as_stored``)."""
     tensors = {f.name: t for f in fields(proposals) if isinstance(t := getattr(proposals, f.name), Tensor)}
-    tensors = {name: t.contiguous() for name, t in tensors.items()} | {"features": as_stored(proposals).features.half()}
-    meta = {"format": _FORMAT, "proposals": json.dumps(_plain_fields(proposals)), DIGEST_KEY: content_digest(tensors)}
-    write_atomically(path, save(tensors, metadata=meta))
+    tensors |= {"features": as_stored(proposals).features.half()}
+    write_tensors(path, tensors, {"proposals": json.dumps(_plain_fields(proposals))}, _KIND)
 
 
 def load_proposals(path: Path) -> DetectorProposals:
@@ -268,27 +263,9 @@ def load_proposals(path: Path) -> DetectorProposals:
 
     Raises InvalidInput naming the file: another kind of file, damaged, larger than 16 GiB, or breaking the contract of its type.
     """
-    if not path.is_file():
-        raise InvalidInput(f"no file of proposals at {path}")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        header = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= header <= min(_MOST_HEADER, size - 8) or size > _MOST_BYTES:
-            raise InvalidInput(f"{path} is no file of proposals: {size} bytes with a header of {header}; collect them again")
-        try:
-            described = json.loads(file.read(header))
-            meta = described.get("__metadata__", {})
-            file.seek(0)
-            tensors = load(file.read()) if meta.get("format") == _FORMAT else {}
-        except (ValueError, AttributeError, SafetensorError, RecursionError) as error:
-            raise InvalidInput(f"{path} cannot be read as proposals: {error}; collect them again") from error
-    if meta.get("format") != _FORMAT:
-        raise InvalidInput(f"{path} is no file of proposals: expected format {_FORMAT!r}, found {meta.get('format')!r}")
-    if meta.get(DIGEST_KEY) != content_digest(tensors):
-        raise InvalidInput(f"the tensors of {path} do not have the recorded SHA-256; collect the proposals again")
+    file = read_tensors(path, _KIND)
+    tensors, plain = file.tensors, file.described("proposals")
     try:
-        plain = json.loads(meta["proposals"])
         return DetectorProposals(
             features=tensors["features"].float(),
             **{name: tensors[name] for name in ("logits", "boxes", "classes", "scores", "frame")},
@@ -300,7 +277,7 @@ def load_proposals(path: Path) -> DetectorProposals:
             selection=ProposalSelection(**plain["selection"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise InvalidInput(f"{path} is damaged: {error}; collect the proposals again") from error
+        raise CorruptFile(f"{path} is damaged: {error}; {_KIND.advice}") from error
 
 
 def cached_proposals(

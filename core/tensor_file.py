@@ -1,0 +1,295 @@
+"""Safetensors files of this program: written atomically with a hash, and checked completely before anything uses them.
+
+A file holds named tensors and a few strings of metadata: a format name, a description in JSON, and the SHA-256 of the tensors.
+Detectors, encoders, proposals, classifiers and rounds of pseudo labels are all kept this way. Nothing is pickled.
+
+`read_tensors` checks in this order: the size of the file, the size of its header, the format name, and only then the tensors
+themselves, so a wrong file cannot fill the memory. `fill_module` copies tensors into a module, all or none.
+
+Read next: `perception/training/detector_files.py` and `perception/wire/encoder_file.py`, the two kinds that users meet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from .errors import InvalidInput
+from .files import write_atomically
+from .strict_json import strict_json
+
+DIGEST_KEY = "content_sha256"
+FORMAT_KEY = "format"
+MAX_HEADER_BYTES = 64 << 20  # safetensors itself stops at 100 MB
+MAX_FILE_BYTES = 16 << 30
+
+
+class CorruptFile(InvalidInput):
+    """A file is damaged: it does not hold what was written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFileKind:
+    """One kind of tensor file: how it is recognized, and what error messages say about it."""
+
+    name: str
+    """What such a file is, for messages, without an article: "vehicle encoder"."""
+
+    format: str
+    """Name and version of the format, as the metadata of every such file hold it: "upcycle3d encoder 2"."""
+
+    advice: str
+    """What a person can do when a file is missing, damaged or of another kind; ends a message, so without a full stop."""
+
+    max_bytes: int = MAX_FILE_BYTES
+    """Largest file that is read (bytes)."""
+
+    always_hashed: bool = False
+    """Whether a file without a recorded hash is refused. Encoder files of version 0.1 have none."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TensorFile:
+    """What a tensor file holds, after its hash was checked."""
+
+    path: Path
+    """Where it was read, for messages."""
+
+    tensors: Mapping[str, Tensor]
+    """Tensors on the CPU by name."""
+
+    meta: Mapping[str, str]
+    """Metadata of the file, format name and hash included."""
+
+    def described(self, key: str) -> Any:
+        """Read one entry of the metadata as JSON.
+
+        Args:
+            key: Name of the entry, e.g. "config".
+
+        Returns:
+            The plain value.
+
+        Raises:
+            CorruptFile: The entry is missing or is not JSON.
+        """
+        if key not in self.meta:
+            raise CorruptFile(f"{self.path} has no {key!r} in its metadata, so it is incomplete; copy it again from its source")
+        return strict_json(
+            self.meta[key].encode("utf-8", "surrogatepass"), f"the {key!r} in the metadata of {self.path}", CorruptFile
+        )
+
+    def named(self, *names: str) -> tuple[Tensor, ...]:
+        """Take some tensors out of the file.
+
+        Args:
+            *names: Their names.
+
+        Returns:
+            The tensors in the order of `names`.
+
+        Raises:
+            CorruptFile: A tensor is missing; the message lists all that are.
+        """
+        missing = [name for name in names if name not in self.tensors]
+        if missing:
+            raise CorruptFile(f"{self.path} is incomplete: it has no tensor {', '.join(missing)}; copy it again from its source")
+        return tuple(self.tensors[name] for name in names)
+
+
+# ------------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_tensors(path: str | Path, kind: TensorFileKind | None = None) -> TensorFile:
+    """Read and check a tensor file.
+
+    The recorded hash is compared wherever the file has one. Files of other programs have none and are accepted without a `kind`.
+
+    Args:
+        path: The safetensors file.
+        kind: What the file must be. None accepts every safetensors file.
+
+    Returns:
+        The tensors and the metadata.
+
+    Raises:
+        InvalidInput: The file is missing, cannot be opened, is too large, or is of another kind.
+        CorruptFile: The file is not readable as safetensors, or its tensors do not have the recorded hash.
+
+    Example:
+        ```python
+        file = read_tensors("runs/source/detector.safetensors")
+        print(len(file.tensors), file.meta["format"])
+        ```
+    """
+    path = Path(path)
+    advice = kind.advice if kind is not None else "copy it again from its source"
+    try:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            limit = kind.max_bytes if kind is not None else MAX_FILE_BYTES
+            if size > limit:
+                raise InvalidInput(f"{path} has {size} bytes, and at most {limit} are read; {advice}")
+            start = stream.read(8)
+            header = int.from_bytes(start, "little")
+            if len(start) < 8 or not 2 <= header <= min(MAX_HEADER_BYTES, size - 8):
+                raise CorruptFile(f"{path} is not a readable safetensors file ({size} bytes, no valid header); {advice}")
+            meta = _metadata(stream.read(header), path, advice)
+            if kind is not None and meta.get(FORMAT_KEY) != kind.format:
+                raise InvalidInput(
+                    f"{path} is not a {kind.name}: expected format {kind.format!r}, found {meta.get(FORMAT_KEY)!r}; {advice}"
+                )
+            stream.seek(0)
+            tensors = _tensors(stream.read(), path, advice)
+    except FileNotFoundError as error:
+        what = f"{kind.name} at" if kind is not None else "file"
+        raise InvalidInput(f"there is no {what} {path}; {kind.advice if kind is not None else 'is the path right?'}") from error
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror}; {advice}") from error
+    recorded = meta.get(DIGEST_KEY)
+    if recorded is None and kind is not None and kind.always_hashed:
+        raise CorruptFile(f"{path} has no recorded SHA-256, which every {kind.name} has; {advice}")
+    if recorded is not None and recorded != content_digest(tensors):
+        raise CorruptFile(f"the tensors of {path} do not have the recorded SHA-256; {advice}")
+    return TensorFile(path=path, tensors=tensors, meta=meta)
+
+
+def decode_tensors(data: bytes, path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors out of the bytes of a safetensors file whose size and hash were checked before.
+
+    Args:
+        data: The whole file.
+        path: Where the bytes are from, for messages.
+
+    Returns:
+        Tensors on the CPU by name.
+
+    Raises:
+        CorruptFile: The bytes are not a safetensors file.
+    """
+    return _tensors(data, Path(path), "copy it again from its source")
+
+
+def _tensors(data: bytes, path: Path, advice: str) -> dict[str, Tensor]:
+    try:
+        return load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CorruptFile(f"{path} is not a readable safetensors file ({error}); {advice}") from error
+
+
+def _metadata(header: bytes, path: Path, advice: str) -> dict[str, str]:
+    try:
+        meta = json.loads(header).get("__metadata__", {})
+        good = all(isinstance(value, str) for value in meta.values())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CorruptFile(f"{path} is not a readable safetensors file ({error}); {advice}") from error
+    if not good:
+        raise CorruptFile(f"{path} is not a readable safetensors file (its metadata are not strings); {advice}")
+    return dict(meta)
+
+
+def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy tensors into the parameters and buffers of a module; names and shapes must agree completely.
+
+    Args:
+        module: The module to fill, in place.
+        tensors: One tensor for every name of the module's `state_dict`, on any device. Floats may be of another precision.
+        source: Where the tensors are from, for messages.
+
+    Raises:
+        InvalidInput: Names, shapes or types differ. The message lists all missing names, all unexpected names and all unequal
+            shapes; the module is then untouched.
+    """
+    own = module.state_dict()
+    faults = [f"missing {name} {tuple(t.shape)}" for name, t in own.items() if name not in tensors]
+    faults += [f"unexpected {name} {tuple(t.shape)}" for name, t in tensors.items() if name not in own]
+    for name, target in own.items():
+        if name not in tensors:
+            continue
+        found = tensors[name]
+        if found.shape != target.shape:
+            faults.append(f"shape of {name}: the module has {tuple(target.shape)}, the file {tuple(found.shape)}")
+        elif found.is_floating_point() != target.is_floating_point():
+            faults.append(f"type of {name}: the module has {target.dtype}, the file {found.dtype}")
+    if faults:
+        lines = "\n  ".join(faults)
+        raise InvalidInput(
+            f"the weights of {source} do not fit {type(module).__name__} ({len(faults)} of {len(own)} names):\n  {lines}\n"
+            "build the module with the configuration that the weights were trained with"
+        )
+    with torch.no_grad():
+        for name, target in own.items():
+            target.copy_(tensors[name])
+
+
+# ------------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, str] | None = None,
+    kind: TensorFileKind | None = None,
+) -> None:
+    """Write a tensor file with the hash of its content; a reader sees the old file or the whole new one.
+
+    Args:
+        path: The file to write or to replace; its folder is made where needed.
+        tensors: Tensors by name, on any device. Tensors that share memory (tied weights) are written twice.
+        meta: Further strings of metadata.
+        kind: What the file is; its format name goes into the metadata.
+
+    Raises:
+        InvalidInput: `meta` uses a name that this function writes itself.
+        OSError: The file cannot be written.
+    """
+    own = {} if kind is None else {FORMAT_KEY: kind.format}
+    taken = sorted({DIGEST_KEY, *own} & set(meta or {}))
+    if taken:
+        raise InvalidInput(f"the metadata name {taken[0]!r} is written by write_tensors itself; choose another")
+    plain = _plain(tensors)
+    write_atomically(Path(path), save(plain, metadata={**own, **(meta or {}), DIGEST_KEY: content_digest(plain)}))
+
+
+def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Write tensors as the bytes of a safetensors file without metadata, for a caller that records their hash elsewhere.
+
+    Args:
+        tensors: Tensors by name, on any device.
+
+    Returns:
+        The whole file.
+    """
+    return save(_plain(tensors))
+
+
+def content_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names, types, shapes and values of tensors, in the order of the names.
+
+    Args:
+        tensors: Tensors by name, on any device.
+
+    Returns:
+        SHA-256 in hexadecimal. It does not depend on the file that holds the tensors.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU copies: safetensors refuses tensors that share memory (tied weights)."""
+    return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}

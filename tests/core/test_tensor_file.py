@@ -1,0 +1,135 @@
+"""Tensor files come back bit for bit with their metadata, or are refused with a message that names the file."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.tensor_file import CorruptFile, TensorFileKind, content_digest, fill_module, read_tensors, write_tensors
+
+KIND = TensorFileKind(name="table of numbers", format="numbers 1", advice="count again")
+
+
+def _network(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def write(path, module, meta=None) -> None:
+    write_tensors(path, module.state_dict(), meta)
+
+
+def load_weights(path, module) -> dict[str, str]:
+    file = read_tensors(path)
+    fill_module(module, file.tensors, path)
+    return dict(file.meta)
+
+
+def _equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(t, b.state_dict()[name]) for name, t in a.state_dict().items())
+
+
+def _flip_a_bit(path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] ^= 1
+    path.write_bytes(data)
+
+
+def test_weights_report_every_missing_unexpected_and_misshapen_name_and_change_nothing(tmp_path):
+    write(tmp_path / "w.safetensors", nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(3, 1), "c": nn.Linear(1, 1)}))
+    module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(4, 1), "d": nn.Linear(1, 1)})
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    with pytest.raises(InvalidInput) as error:
+        load_weights(tmp_path / "w.safetensors", module)
+    message = str(error.value)
+    for part in ("missing d.weight (1, 1)", "missing d.bias (1,)", "unexpected c.weight (1, 1)", "unexpected c.bias (1,)"):
+        assert part in message
+    assert "shape of b.weight: the module has (1, 4), the file (1, 3)" in message
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+def test_weights_round_trip_with_metadata_and_tied_tensors(tmp_path):
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    module[2].weight = module[0].weight
+    write(tmp_path / "deep" / "w.safetensors", module, {"detector": "second_iou"})
+    other = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    assert load_weights(tmp_path / "deep" / "w.safetensors", other)["detector"] == "second_iou"
+    assert _equal(module, other)
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["w.safetensors"]
+
+
+def test_a_flipped_bit_in_a_weight_file_is_found(tmp_path):
+    write(tmp_path / "w.safetensors", _network(0))
+    _flip_a_bit(tmp_path / "w.safetensors", -5)
+    with pytest.raises(CorruptFile, match="do not have the recorded SHA-256"):
+        load_weights(tmp_path / "w.safetensors", _network(1))
+    (tmp_path / "x.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(CorruptFile, match="not a readable safetensors file"):
+        load_weights(tmp_path / "x.safetensors", _network(1))
+    with pytest.raises(InvalidInput, match="there is no file"):
+        load_weights(tmp_path / "y.safetensors", _network(1))
+
+
+def test_a_plain_safetensors_file_of_others_is_accepted(tmp_path):
+    save_file(_network(2).state_dict(), str(tmp_path / "theirs.safetensors"))
+    network = _network(1)
+    assert load_weights(tmp_path / "theirs.safetensors", network) == {}
+    assert _equal(network, _network(2))
+
+
+def test_a_file_of_one_kind_holds_its_format_and_is_refused_as_another(tmp_path):
+    path = tmp_path / "n.safetensors"
+    write_tensors(path, {"a": torch.arange(3)}, {"note": json.dumps({"of": [1, 2]})}, KIND)
+    file = read_tensors(str(path), KIND)
+    assert file.described("note") == {"of": [1, 2]}
+    assert file.meta["content_sha256"] == content_digest({"a": torch.arange(3)})
+    assert torch.equal(file.named("a")[0], torch.arange(3))
+    with pytest.raises(
+        InvalidInput, match=r"n.safetensors is not a song: expected format 'song 1', found 'numbers 1'; sing again"
+    ):
+        read_tensors(path, TensorFileKind(name="song", format="song 1", advice="sing again"))
+    with pytest.raises(InvalidInput, match=r"there is no table of numbers at .*m.safetensors; count again"):
+        read_tensors(tmp_path / "m.safetensors", KIND)
+    with pytest.raises(InvalidInput, match=r"cannot read .*: Is a directory"):
+        read_tensors(tmp_path, KIND)
+
+
+def test_what_is_missing_in_a_file_is_named(tmp_path):
+    path = tmp_path / "n.safetensors"
+    write_tensors(path, {"a": torch.arange(3)}, {"broken": "{"}, KIND)
+    file = read_tensors(path, KIND)
+    with pytest.raises(CorruptFile, match=r"n.safetensors is incomplete: it has no tensor b, c"):
+        file.named("a", "b", "c")
+    with pytest.raises(CorruptFile, match=r"n.safetensors has no 'note' in its metadata"):
+        file.described("note")
+    with pytest.raises(CorruptFile, match=r"'broken' in the metadata of .* is not valid JSON"):
+        file.described("broken")
+
+
+def test_a_file_that_is_too_large_or_declares_a_huge_header_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "n.safetensors"
+    write_tensors(path, {"a": torch.arange(300)}, None, KIND)
+    with pytest.raises(InvalidInput, match="and at most 1000 are read; count again"):
+        read_tensors(path, TensorFileKind(name=KIND.name, format=KIND.format, advice=KIND.advice, max_bytes=1000))
+    path.write_bytes((1 << 40).to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(CorruptFile, match="no valid header"):
+        read_tensors(path, KIND)
+
+
+def test_a_kind_that_is_always_hashed_refuses_a_file_without_hash(tmp_path):
+    save_file({"a": torch.arange(3)}, str(tmp_path / "n.safetensors"), metadata={"format": "numbers 1"})
+    assert torch.equal(read_tensors(tmp_path / "n.safetensors", KIND).tensors["a"], torch.arange(3))
+    hashed = TensorFileKind(name=KIND.name, format=KIND.format, advice=KIND.advice, always_hashed=True)
+    with pytest.raises(CorruptFile, match="no recorded SHA-256"):
+        read_tensors(tmp_path / "n.safetensors", hashed)
+
+
+def test_the_names_that_a_file_keeps_for_itself_cannot_be_metadata(tmp_path):
+    for name, kind in (("content_sha256", None), ("format", KIND)):
+        with pytest.raises(InvalidInput, match=f"{name}.*choose another"):
+            write_tensors(tmp_path / "n.safetensors", {}, {name: "x"}, kind)
+    write_tensors(tmp_path / "n.safetensors", {}, {"format": "mine"})
+    assert read_tensors(tmp_path / "n.safetensors").meta["format"] == "mine"
