@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import require
+from .errors import InvalidInput, require
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -213,6 +213,28 @@ class Frame(TensorValue):
     points: PointCloud
     labels: Labels | None = None
     calibration: Calibration | None = None
+
+
+def labels_of(frames: Sequence[Frame]) -> list[Labels]:
+    """Take the labels out of labeled frames, so that they stay beside the frames' scans.
+
+    Args:
+        frames: Frames of a batch, all labeled.
+
+    Returns:
+        The labels of each frame, in the same order.
+
+    Raises:
+        InvalidInput: Frames have no labels. Leaving them out would give the labels of one frame to the scan of another.
+    """
+    labels = [frame.labels for frame in frames if frame.labels is not None]
+    if len(labels) != len(frames):
+        names = [frame.id for frame in frames if frame.labels is None]
+        raise InvalidInput(
+            f"{len(names)} of {len(frames)} frames have no labels ({', '.join(names[:5])}); "
+            "a loss with labels needs labeled frames only"
+        )
+    return labels
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

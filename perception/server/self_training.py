@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.structures import Frame, Labels, LossTerms, Predictions
+from ...core.structures import Frame, Labels, LossTerms, Predictions, labels_of
 from ...core.tensor_file import read_tensors, write_tensors
 from ...datasets.augment import AugmentationRanges, labeled_example
 from ...datasets.batches import UnlabeledBatches, epoch_indices
@@ -166,7 +166,7 @@ def self_train(
     memory = LabelMemory(run.path / "pseudo_labels" if run is not None and run.writable else None)
     keep_range = detector.spec.grid.range
 
-    def labels_of(step: int) -> list[Remembered]:
+    def labels_at(step: int) -> list[Remembered]:
         number = step // config.relabel_steps
         found = memory.get(number)
         if found is None:
@@ -180,14 +180,14 @@ def self_train(
         return found
 
     def batch_at(step: int) -> tuple[Frame, ...]:
-        labels, rng = labels_of(step), np.random.default_rng([scans.seed, step, 3])
+        labels, rng = labels_at(step), np.random.default_rng([scans.seed, step, 3])
         ranges = grown(scans.augmentation, config, step / loop.total_steps)
         rows = epoch_indices(len(frames), batch_size, step, scans.seed)
         examples = [replace(frames[i], labels=labels[i].labels()) for i in rows]
         return tuple(labeled_example(e, rng, ranges, None, keep_range) for e in examples)
 
     def loss(batch: tuple[Frame, ...], step: int) -> LossTerms:
-        labels = [f.labels for f in batch if f.labels is not None]
+        labels = labels_of(batch)
         return detector.loss(detector.decode(detector.encode([f.points for f in batch]), labels), labels)
 
     def finish_step(step: int) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from ...core.errors import InvalidInput
 from ...core.features import CutFeatures
-from ...core.structures import Boxes3D, Frame, Labels, LossTerms, Predictions
+from ...core.structures import Boxes3D, Frame, Labels, LossTerms, Predictions, labels_of
 from ...datasets.augment import Movement
 from ...datasets.batches import UnlabeledBatches, UnlabeledScan, epoch_indices
 from ..models.detector import Detector
@@ -146,7 +146,7 @@ def upcycle(
 
     def loss(batch: UpcycleBatch, step: int) -> LossTerms:
         split = detector.encode([f.points for f in batch.frames])
-        labels = [f.labels for f in batch.frames if f.labels is not None]
+        labels = labels_of(batch.frames)
         if method.trains != "all":
             split = as_stored(split, codec)
         if batch.scene_ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...core.structures import Frame, LossTerms
+from ...core.structures import Frame, LossTerms, labels_of
 from ...datasets.augment import AugmentationRanges
 from ..models.detector import Detector
 from .distributed import DistributedContext
@@ -36,7 +36,7 @@ def train_supervised(
     """Train ``detector`` in place. labelled: the frames of a step (``datasets.batches.LabeledBatches``), of this rank."""
 
     def loss(frames: tuple[Frame, ...], step: int) -> LossTerms:
-        labels = [f.labels for f in frames if f.labels is not None]
+        labels = labels_of(frames)
         return detector.loss(detector.decode(detector.encode([f.points for f in frames]), labels), labels)
 
     detector.train()

@@ -9,7 +9,7 @@ from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid, cell_centers, c
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import CutFeatures, Keypoints, SparseVoxels
 from upcycle3d.core.smashed_scene import SmashedScene
-from upcycle3d.core.structures import Boxes3D, Labels, LossTerms, PointCloud, Predictions
+from upcycle3d.core.structures import Boxes3D, Frame, Labels, LossTerms, PointCloud, Predictions, labels_of
 
 GRID = VoxelGrid(range=(0.0, -2.0, -1.0, 4.0, 2.0, 3.0), voxel_size=(0.5, 0.5, 0.5))
 SPEC = CutSpec(layer="cut", channels=3, stride=(4, 2, 2), shape=(2, 4, 4), grid=GRID)
@@ -254,6 +254,15 @@ def test_moving_a_value_moves_what_is_inside():
     labels = Labels.make(torch.zeros(2, 7), torch.zeros(2)).to("meta")
     assert labels.boxes.data.device.type == labels.weight.device.type == "meta"
     assert features(3).to("meta").voxels.coords.device.type == "meta"
+
+
+def test_labels_stay_beside_their_scans_or_are_refused():
+    points = PointCloud(xyz=torch.zeros(0, 3), features=torch.zeros(0, 1))
+    frames = [Frame(id=str(i), points=points, labels=Labels.make(torch.zeros(i, 7), torch.zeros(i))) for i in range(3)]
+    assert [len(found) for found in labels_of(frames)] == [0, 1, 2]
+    assert labels_of([]) == []
+    with pytest.raises(InvalidInput, match=r"2 of 3 frames have no labels \(0, 1\)"):
+        labels_of([replace(frames[0], labels=None), replace(frames[1], labels=None), frames[2]])
 
 
 # ---- losses
