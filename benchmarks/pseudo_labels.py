@@ -18,7 +18,7 @@ from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.ops.iou3d import iou_3d
 from upcycle3d.perception.evaluation.detect import detect_frames
 from upcycle3d.perception.recipes.presets import PRESETS
-from upcycle3d.perception.server.pseudo_labels import teacher_labels, within
+from upcycle3d.perception.server.pseudo_labels import labels_in_range, teacher_labels
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.tools.console import print_table, write_json
 
@@ -40,7 +40,7 @@ def main() -> None:
     boxes, truths = [], []  # rows: class, distance, score, used, iou, six offsets / class, distance, found 0.5, found 0.7
     for frame, found in detect_frames(detector, frames):
         assert frame.labels is not None
-        truth = within(frame.labels.select(frame.labels.weight > 0), config.encoder.grid)
+        truth = labels_in_range(frame.labels.select(frame.labels.weight > 0), config.encoder.grid)
         used = teacher_labels(found, thresholds, trusted=False)
         used = used.select(used.weight > 0)
         overlap, match = best(found.boxes.data, found.classes, truth.boxes.data, truth.classes)

@@ -53,7 +53,7 @@ def step_times(job: Pipeline, preset: Preset, name: str, steps: int) -> list[flo
         method=method,
         labeled=labeled,
         store=fleet_store(job.folder / "store", detector, job.rig()),
-        features=features,
+        pasted_objects=features,
         scans=unlabeled_batches(preset, c.fleet.open(), batch_size=batch, seed=0),
         config=replace(preset.upcycle, loop=shortened(preset.upcycle.loop, steps)),
         codec=c.codec,

@@ -97,7 +97,7 @@ def command(config: Upcycle) -> None:
         method=method,
         labeled=labeled,
         store=store,
-        features=features,
+        pasted_objects=features,
         config=settings,
         scans=scans,
         codec=codec,

@@ -18,8 +18,9 @@ from ...datasets.gt_database import GtDatabase, GtSampler
 from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
 from ..models.encoders.fingerprint import encoder_fingerprint
-from ..server.feature_gt import FeatureGtConfig, FeatureObjectDatabase, build_feature_object_database
+from ..server.feature_object_database import FeatureObjectDatabase, build_feature_object_database
 from ..server.store import SmashedStore
+from ..server.upcycle_config import FeatureGtConfig
 from .presets import Preset
 
 

@@ -31,11 +31,12 @@ from ...datasets.data_split import DataSplit
 from ..evaluation.headline import Protocol, Scores, headline
 from ..models.detector import Detector
 from ..models.detectors import build_detector
-from ..server.feature_gt import FeatureObjectDatabase
+from ..server.feature_object_database import FeatureObjectDatabase
 from ..server.ingest import ingest
 from ..server.methods import METHODS, Method
 from ..server.store import SmashedStore
-from ..server.trainer import UpcycleConfig, upcycle
+from ..server.trainer import upcycle
+from ..server.upcycle_config import UpcycleConfig
 from ..training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
 from ..training.run_folder import RunFolder
 from ..training.supervised import train_supervised
@@ -326,7 +327,7 @@ class Pipeline:
                 scans=unlabeled_batches(preset, c.fleet.open(), batch_size=config.unlabeled_batch, seed=c.seed)
                 if method.unlabeled == "raw"
                 else None,
-                features=self._features(detector, config) if method.f_gt else None,
+                pasted_objects=self._features(detector, config) if method.f_gt else None,
                 config=config,
                 codec=c.codec,
                 truth=self._truth(method),

@@ -15,9 +15,7 @@ from dataclasses import dataclass, replace
 from ...core.errors import InvalidInput
 from ...datasets.augment import AugmentationRanges
 from ..models.detectors import DetectorConfig
-from ..server.feature_gt import FeatureGtConfig
-from ..server.pseudo_labels import ScoreThresholds
-from ..server.trainer import UpcycleConfig
+from ..server.upcycle_config import FeatureGtConfig, ScoreThresholds, UpcycleConfig
 from ..training.loop import LoopConfig
 from ..training.optim import OneCycle
 from ..training.supervised import SupervisedConfig

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from ...core.boxes import rotate_z, wrap_angle
 from ...core.cut import CutSpec
 from ...ops.iou3d import iou_bev
-from .feature_gt import FeatureGtConfig, FeatureObject, footprint
+from .feature_gt import FeatureObject, footprint
+from .upcycle_config import FeatureGtConfig
 
 
 def rotate_object(item: FeatureObject, angle: float, spec: CutSpec, config: FeatureGtConfig) -> FeatureObject:

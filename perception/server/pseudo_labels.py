@@ -15,29 +15,12 @@ import torch
 from torch import Tensor
 
 from ...core.cut import VoxelGrid
-from ...core.errors import InvalidInput
 from ...core.structures import Labels, Predictions
 from ...ops.iou3d import iou_3d
+from .upcycle_config import ScoreThresholds
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreThresholds:
-    """When a teacher's box of a class becomes a label.
-
-    iou_score and class_score: both must be reached for a label. ignore: boxes with a predicted overlap of at least this are
-    ignored (3DIoUMatch filters by both scores; ST3D adds the ignore band; upcycling.md rows 12, 13).
-    """
-
-    iou_score: float
-    class_score: float
-    ignore: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.ignore <= self.iou_score <= 1:
-            raise InvalidInput(f"thresholds must satisfy 0 <= ignore <= iou_score <= 1, found {self}")
-
-
-def worth(predictions: Predictions, thresholds: Sequence[ScoreThresholds]) -> tuple[Tensor, Tensor]:
+def apply_thresholds(predictions: Predictions, thresholds: Sequence[ScoreThresholds]) -> tuple[Tensor, Tensor]:
     """Which detections (N,) are good enough for a label, and which are labels or at least ignored. One threshold per class."""
     table = predictions.scores.new_tensor([[t.iou_score, t.class_score, t.ignore] for t in thresholds])
     iou_score, class_score, ignore = table[predictions.classes].unbind(1)
@@ -53,7 +36,7 @@ def teacher_labels(
     trusted=False gives hybrid labels (inexact, incomplete, with ``box_weight`` for box regression); True treats the teacher's boxes
     as the truth for every head (plain pseudo labels, the baseline). Zero labels are legal.
     """
-    good, keep = worth(predictions, thresholds)
+    good, keep = apply_thresholds(predictions, thresholds)
     return Labels.make(
         predictions.boxes.data[keep],
         predictions.classes[keep],
@@ -64,7 +47,7 @@ def teacher_labels(
     )
 
 
-def within(labels: Labels, grid: VoxelGrid) -> Labels:
+def labels_in_range(labels: Labels, grid: VoxelGrid) -> Labels:
     """The labels whose centre the detector can see: inside the grid's range, seen from above."""
     x0, y0, _, x1, y1, _ = grid.range
     x, y = labels.boxes.data[:, 0], labels.boxes.data[:, 1]

@@ -27,26 +27,8 @@ from ..models.detector import Detector
 from ..training.ema import make_teacher, update_ema
 from ..training.loop import LoopConfig, run_steps
 from ..training.run_folder import RunFolder
-from .pseudo_labels import ScoreThresholds, worth
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelfTrainingConfig:
-    """relabel_steps: between two rounds of labels. ensemble: keep a memory of labels over rounds; otherwise the newest are taken.
-
-    match_iou: BEV overlap from which an old and a new box are one object. ignore_after, remove_after: rounds that an old box may be
-    missed. object_scale: (least, most) factor of each labelled object. growth: factor by which the ranges of augmentation grow at
-    each of the fractions of training in ``growth_at``.
-    """
-
-    relabel_steps: int = 100
-    ensemble: bool = True
-    match_iou: float = 0.1
-    ignore_after: int = 2
-    remove_after: int = 3
-    object_scale: tuple[float, float] = (0.95, 1.05)
-    growth: float = 1.1
-    growth_at: tuple[float, ...] = (1 / 6, 1 / 3, 2 / 3, 5 / 6)
+from .pseudo_labels import apply_thresholds
+from .upcycle_config import ScoreThresholds, SelfTrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +55,7 @@ _COLUMNS = ("boxes", "classes", "scores", "positive", "missed")
 
 def remember(found: Predictions, thresholds: Sequence[ScoreThresholds]) -> Remembered:
     """A round's own labels of one scan: positive from the label thresholds on, ignored from the ignore threshold on."""
-    positive, keep = worth(found, thresholds)
+    positive, keep = apply_thresholds(found, thresholds)
     return Remembered(
         boxes=found.boxes.data[keep],
         classes=found.classes[keep],

@@ -127,7 +127,8 @@ class SmashedStore:
     Raises ``BrokenStore`` where there is no catalogue.
     """
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: str | Path) -> None:
+        store = Path(store)
         catalog = read_catalog(store)
         if catalog is None:
             raise BrokenStore(f"{store} holds no {CATALOG}; fill it with `upcycle3d ingest`")
@@ -171,10 +172,10 @@ class SmashedStore:
         return decode_scene(blob, expected_spec=self.spec, expected_fingerprint=self.fingerprint)
 
 
-def to_cut_features(scenes: Sequence[SmashedScene]) -> CutFeatures:
+def collate_scenes(scenes: Sequence[SmashedScene]) -> CutFeatures:
     """One batch of live features, scenes in order, on the CPU. Raises ``InvalidInput`` if encoders or cuts differ, or without scenes."""
     if not scenes:
-        raise InvalidInput("to_cut_features needs at least one scene")
+        raise InvalidInput("collate_scenes needs at least one scene")
     kinds = {(s.spec, s.encoder_fingerprint) for s in scenes}
     if len(kinds) != 1:
         raise InvalidInput(f"scenes of different encoders or cuts do not mix in a batch; found {len(kinds)}: {kinds}")
@@ -195,7 +196,7 @@ def _live(scene: SmashedScene) -> CutFeatures:
     return CutFeatures(voxels=voxels, spec=scene.spec, keypoints=keypoints)
 
 
-def as_stored(split: CutFeatures, codec: str) -> CutFeatures:
+def quantize_features(split: CutFeatures, codec: str) -> CutFeatures:
     """Live features after the codec's quantisation, scene by scene, without gradient: as if they came out of a store."""
     scenes = []
     for scene in map(split.scene, range(split.batch_size)):

@@ -26,39 +26,18 @@ from ...datasets.augment import Movement
 from ...datasets.batches import UnlabeledBatches, UnlabeledScan, epoch_indices
 from ..models.detector import Detector
 from ..training.ema import make_teacher, update_ema
-from ..training.loop import LoopConfig, run_steps
+from ..training.loop import run_steps
 from ..training.run_folder import RunFolder
 from .feature_augmentation import cut_mix
-from .feature_gt import FeatureGtConfig, FeatureObjectDatabase, paste_objects, sample_objects
+from .feature_gt import ObjectDatabase, paste_objects, sample_objects
 from .feature_rotation import rotate_objects
 from .methods import Method
-from .pseudo_labels import ScoreThresholds, pseudo_label_quality, teacher_labels, within
-from .self_training import SelfTrainingConfig, self_train
-from .store import SmashedStore, as_stored, to_cut_features
+from .pseudo_labels import labels_in_range, pseudo_label_quality, teacher_labels
+from .self_training import self_train
+from .store import SmashedStore, collate_scenes, quantize_features
+from .upcycle_config import UpcycleConfig
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpcycleConfig:
-    """The server's settings. Everything here is equal for all methods.
-
-    unlabeled_batch: smashed scenes a step, beside ``labeled_batch`` labelled frames. thresholds: one entry per class.
-    teacher_box_weight: how much box regression learns from a teacher's boxes, where they are routed (hybrid methods).
-    obstacle_score: pasted objects keep clear of every teacher box with at least this predicted overlap. ema_decay: the largest.
-    round_steps: how often pseudo labels are summed up in the log. self_training: of ``st3d`` alone.
-    """
-
-    loop: LoopConfig
-    labeled_batch: int
-    unlabeled_batch: int
-    thresholds: tuple[ScoreThresholds, ...]
-    f_gt: FeatureGtConfig
-    teacher_box_weight: float = 1.0
-    obstacle_score: float = 0.1
-    ema_decay: float = 0.999
-    round_steps: int = 50
-    self_training: SelfTrainingConfig = SelfTrainingConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +65,7 @@ def upcycle(
     method: Method,
     labeled: Callable[[int], tuple[Frame, ...]],
     store: SmashedStore | None,
-    features: FeatureObjectDatabase | None,
+    pasted_objects: ObjectDatabase | None,
     config: UpcycleConfig,
     scans: UnlabeledBatches | None = None,
     codec: str = "fp16",
@@ -99,7 +78,7 @@ def upcycle(
     """Train ``detector`` in place by ``method`` and return its EMA teacher, a detector too.
 
     labelled: the labelled frames of a step (``datasets.batches.LabeledBatches``); for the oracles those of the target.
-    store: verified smashed scenes; features: F-GT's database, cut from the labelled split by the same encoder.
+    store: verified smashed scenes; pasted_objects: F-GT's database, cut from the labelled split by the same encoder.
     scans: the raw unlabelled scans, for the methods that need them.
     truth: labels by scene id (of raw scans: by frame id), only to log how good pseudo labels are; nothing of it reaches training.
     after_step(step, student): called after each 0-based step, to look at the student; it must leave it in training mode.
@@ -111,7 +90,7 @@ def upcycle(
         raise InvalidInput(
             "this method learns from smashed scenes and the store is empty; run `upcycle3d extract` and `ingest` first"
         )
-    if method.f_gt and (features is None or len(features) == 0):
+    if method.f_gt and (pasted_objects is None or len(pasted_objects) == 0):
         raise InvalidInput("F-GT needs a feature database with objects; the labelled split has none with enough points")
     if method.self_training and scans is not None:
         return self_train(
@@ -142,13 +121,13 @@ def upcycle(
         if method.unlabeled == "none" or store is None:
             return UpcycleBatch(frames=frames)
         scenes = [store[i] for i in epoch_indices(len(store), config.unlabeled_batch, step, seed)]
-        return UpcycleBatch(frames=frames, smashed=to_cut_features(scenes), scene_ids=tuple(s.scene_id for s in scenes))
+        return UpcycleBatch(frames=frames, smashed=collate_scenes(scenes), scene_ids=tuple(s.scene_id for s in scenes))
 
     def loss(batch: UpcycleBatch, step: int) -> LossTerms:
         split = detector.encode([f.points for f in batch.frames])
         labels = labels_of(batch.frames)
         if method.trains != "all":
-            split = as_stored(split, codec)
+            split = quantize_features(split, codec)
         if batch.scene_ids:
             scenes, pseudo = _unlabeled(batch, np.random.default_rng([seed, step, 1]))
             split = CutFeatures.collate([split, *scenes])
@@ -169,10 +148,12 @@ def upcycle(
         if truth is not None:
             grid = clean.spec.grid
             known = [(p, truth[i]) for p, i in zip(pseudo, batch.scene_ids, strict=True) if i in truth]
-            this_round.judged += [(p.to("cpu"), within(t, grid)) for p, t in known]
+            this_round.judged += [(p.to("cpu"), labels_in_range(t, grid)) for p, t in known]
         if batch.smashed is None:  # the student sees each raw scan moved, and the teacher's boxes move along
             moved = detector.encode([scan.moved().points for scan in batch.raw])
-            return [moved], [within(_moved(p, s.movement), clean.spec.grid) for p, s in zip(pseudo, batch.raw, strict=True)]
+            return [moved], [
+                labels_in_range(_moved(p, s.movement), clean.spec.grid) for p, s in zip(pseudo, batch.raw, strict=True)
+            ]
         scenes = [clean.scene(i) for i in range(clean.batch_size)]
         changed = [_change(*pair, rng) for pair in zip(scenes, pseudo, predictions, strict=True)]
         if method.cut_mix:
@@ -182,9 +163,9 @@ def upcycle(
         return [s for s, _ in changed], [p for _, p in changed]
 
     def _change(scene: CutFeatures, labels: Labels, found: Predictions, rng: np.random.Generator) -> tuple[CutFeatures, Labels]:
-        if method.f_gt and features is not None:
+        if method.f_gt and pasted_objects is not None:
             obstacles = Boxes3D(data=found.boxes.data[found.iou_scores >= config.obstacle_score])
-            objects = sample_objects(features, labels, obstacles, config.f_gt, rng)
+            objects = sample_objects(pasted_objects, labels, obstacles, config.f_gt, rng)
             if method.rotate_pasted:
                 blocked = torch.cat([labels.boxes.data, obstacles.data])
                 objects = rotate_objects(objects, blocked, scene.spec, config.f_gt, limit=method.rotate_pasted, rng=rng)

@@ -16,16 +16,15 @@ from upcycle3d.ops.iou3d import iou_bev
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
 from upcycle3d.perception.server.feature_gt import (
-    FeatureGtConfig,
     FeatureObject,
-    FeatureObjectDatabase,
-    build_feature_object_database,
     cut_objects,
     footprint,
     keypoints_near,
     paste_objects,
     sample_objects,
 )
+from upcycle3d.perception.server.feature_object_database import FeatureObjectDatabase, build_feature_object_database
+from upcycle3d.perception.server.upcycle_config import FeatureGtConfig
 from upcycle3d.perception.wire.codec import round_trip
 
 GRID = VoxelGrid(range=(0.0, -8.0, -1.0, 16.0, 8.0, 3.0), voxel_size=(0.125, 0.125, 0.125))

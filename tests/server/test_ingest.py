@@ -25,7 +25,7 @@ from upcycle3d.core.smashed_scene import SmashedScene
 from upcycle3d.core.strict_json import canonical_json
 from upcycle3d.perception.server import ingest as ingest_module
 from upcycle3d.perception.server.ingest import IngestReport, StoreWriteError, ingest
-from upcycle3d.perception.server.store import BrokenStore, SmashedStore, to_cut_features
+from upcycle3d.perception.server.store import BrokenStore, SmashedStore, collate_scenes
 from upcycle3d.perception.wire.codec import encode_scene, round_trip
 from upcycle3d.perception.wire.cut_json import CorruptScene
 from upcycle3d.perception.wire.manifest import read_manifest
@@ -572,7 +572,7 @@ def test_forked_data_workers_read_the_same_scenes(incoming, store):
 
 def test_smashed_scenes_become_one_batch_in_order_with_an_empty_last_scene():
     scenes = [scene(0, voxels=5), scene(1, voxels=3), scene(2, voxels=0)]
-    batch = to_cut_features(scenes)
+    batch = collate_scenes(scenes)
     assert batch.batch_size == 3
     assert batch.spec == SPEC
     batch.voxels.check_range()
@@ -580,9 +580,9 @@ def test_smashed_scenes_become_one_batch_in_order_with_an_empty_last_scene():
         assert torch.equal(batch.scene(i).voxels.coords[:, 1:], s.coords)
         assert torch.equal(batch.scene(i).voxels.features, s.features)
     with pytest.raises(InvalidInput, match="do not mix"):
-        to_cut_features([scenes[0], scene(0, fingerprint=OTHER_ENCODER)])
+        collate_scenes([scenes[0], scene(0, fingerprint=OTHER_ENCODER)])
     with pytest.raises(InvalidInput, match="at least one"):
-        to_cut_features([])
+        collate_scenes([])
 
 
 def test_keypoints_are_catalogd_and_become_live_at_the_centers_of_their_cells(incoming, store):
@@ -594,7 +594,7 @@ def test_keypoints_are_catalogd_and_become_live_at_the_centers_of_their_cells(in
     read = [smashed[i] for i in range(3)]
     assert smashed.keypoints.tolist() == [len(s.keypoint_cells) for s in read]
     assert sorted(smashed.keypoints.tolist()) == [0, 5, 12]
-    batch = to_cut_features(read)
+    batch = collate_scenes(read)
     assert batch.spec == KEYPOINT_SPEC
     for i, s in enumerate(read):
         live = batch.scene(i).keypoints
@@ -602,10 +602,10 @@ def test_keypoints_are_catalogd_and_become_live_at_the_centers_of_their_cells(in
         assert torch.equal(cells_of_centers(live.xyz, GRID), sent[s.scene_id].keypoint_cells)
         assert torch.equal(live.features, round_trip(sent[s.scene_id].keypoint_features, "int8"))
     one = replace(scenes[0], keypoint_cells=torch.tensor([[0, 1, 2]], dtype=torch.int32), keypoint_features=torch.ones(1, 3))
-    assert to_cut_features([one]).keypoints.xyz.tolist() == [[1.25, -7.25, -1.75]]
-    assert to_cut_features([scene(0)]).keypoints is None
+    assert collate_scenes([one]).keypoints.xyz.tolist() == [[1.25, -7.25, -1.75]]
+    assert collate_scenes([scene(0)]).keypoints is None
     with pytest.raises(InvalidInput, match="do not mix"):
-        to_cut_features([scene(0), scenes[0]])
+        collate_scenes([scene(0), scenes[0]])
 
 
 def test_a_shard_of_a_cut_without_keypoints_is_refused_where_keypoints_are_expected(incoming, store):

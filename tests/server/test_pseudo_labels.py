@@ -6,7 +6,8 @@ import torch
 from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.structures import Boxes3D, Labels, Predictions
-from upcycle3d.perception.server.pseudo_labels import ScoreThresholds, pseudo_label_quality, teacher_labels, within
+from upcycle3d.perception.server.pseudo_labels import labels_in_range, pseudo_label_quality, teacher_labels
+from upcycle3d.perception.server.upcycle_config import ScoreThresholds
 
 CAR = ScoreThresholds(iou_score=0.6, class_score=0.4, ignore=0.2)
 PEDESTRIAN = ScoreThresholds(iou_score=0.3, class_score=0.0, ignore=0.3)  # no band
@@ -73,7 +74,7 @@ def test_thresholds_out_of_order_are_refused(values):
 
 def test_objects_outside_the_range_are_not_asked_for():
     grid = VoxelGrid(range=(0.0, -4.0, -2.0, 20.0, 4.0, 2.0), voxel_size=(1.0, 1.0, 1.0))
-    assert within(labels(-0.1, 0.0, 19.9, 20.0), grid).boxes.data[:, 0].tolist() == pytest.approx([0.0, 19.9])
+    assert labels_in_range(labels(-0.1, 0.0, 19.9, 20.0), grid).boxes.data[:, 0].tolist() == pytest.approx([0.0, 19.9])
 
 
 # ---- quality

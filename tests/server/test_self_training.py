@@ -18,16 +18,15 @@ from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
 from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig, second_iou
 from upcycle3d.perception.models.targets import RoiSampling
-from upcycle3d.perception.server.pseudo_labels import ScoreThresholds
 from upcycle3d.perception.server.self_training import (
     LabelMemory,
     Remembered,
-    SelfTrainingConfig,
     ensemble,
     grown,
     remember,
     self_train,
 )
+from upcycle3d.perception.server.upcycle_config import ScoreThresholds, SelfTrainingConfig
 from upcycle3d.perception.training import loop as loop_module
 from upcycle3d.perception.training.loop import LoopConfig
 from upcycle3d.perception.training.optim import OneCycle

@@ -31,12 +31,13 @@ from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig, seco
 from upcycle3d.perception.models.targets import RoiSampling
 from upcycle3d.perception.server import store as store_module
 from upcycle3d.perception.server import trainer as trainer_module
-from upcycle3d.perception.server.feature_gt import FeatureGtConfig, FeatureObjectDatabase, build_feature_object_database
+from upcycle3d.perception.server.feature_object_database import FeatureObjectDatabase, build_feature_object_database
 from upcycle3d.perception.server.ingest import ingest
 from upcycle3d.perception.server.methods import METHODS
-from upcycle3d.perception.server.pseudo_labels import ScoreThresholds, teacher_labels
-from upcycle3d.perception.server.store import SmashedStore, as_stored, to_cut_features
-from upcycle3d.perception.server.trainer import UpcycleConfig, upcycle
+from upcycle3d.perception.server.pseudo_labels import teacher_labels
+from upcycle3d.perception.server.store import SmashedStore, collate_scenes, quantize_features
+from upcycle3d.perception.server.trainer import upcycle
+from upcycle3d.perception.server.upcycle_config import FeatureGtConfig, ScoreThresholds, UpcycleConfig
 from upcycle3d.perception.training.loop import LoopConfig
 from upcycle3d.perception.training.optim import OneCycle
 from upcycle3d.perception.training.run_folder import RunFolder
@@ -148,7 +149,7 @@ def train(method: str, store, features, *, settings: UpcycleConfig | None = None
     detector = checkpoint()
     scans = RAW if METHODS[method].unlabeled == "raw" else None
     teacher = upcycle(
-        detector, method=METHODS[method], labeled=labeled, store=store, features=features, config=settings or config(),
+        detector, method=METHODS[method], labeled=labeled, store=store, pasted_objects=features, config=settings or config(),
         progress=False, **{"scans": scans, **options},
     )  # fmt: skip
     return detector, teacher
@@ -367,7 +368,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(store, features, tmp_path):
 
     with pytest.raises(PowerCut):
         upcycle(
-            checkpoint(), method=METHODS["upcycling"], labeled=cut_off, store=store, features=features, config=settings,
+            checkpoint(), method=METHODS["upcycling"], labeled=cut_off, store=store, pasted_objects=features, config=settings,
             run=run(), progress=False,
         )  # fmt: skip
     resumed = train("upcycling", store, features, settings=settings, run=run())
@@ -424,7 +425,7 @@ def test_a_detector_with_keypoints_is_upcycled_with_pasted_objects(tmp_path, cap
     def run() -> tuple[Detector, Detector]:
         student = keypoint_checkpoint()
         teacher = upcycle(
-            student, method=METHODS["upcycling"], labeled=labeled, store=store, features=features,
+            student, method=METHODS["upcycling"], labeled=labeled, store=store, pasted_objects=features,
             config=config(steps=3, thresholds=NOTHING), codec="int8", progress=False,
         )  # fmt: skip
         return student, teacher
@@ -451,10 +452,10 @@ def test_labeled_features_are_bit_for_bit_what_a_store_would_give(codec):
         )
         for c in clouds
     ]
-    expected = to_cut_features(scenes)
+    expected = collate_scenes(scenes)
     encoder.requires_grad_(False)  # frozen, as in every method that learns from a store
     live = CutFeatures.collate([encoder([c]) for c in clouds])
-    found = as_stored(live, codec)
+    found = quantize_features(live, codec)
     assert found.keypoints.starts == expected.keypoints.starts == (0, 64, 128, 128)
     assert torch.equal(found.keypoints.xyz, expected.keypoints.xyz)
     assert torch.equal(found.keypoints.features, expected.keypoints.features)

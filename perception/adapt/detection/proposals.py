@@ -29,7 +29,7 @@ from ....ops.nms import nms_rotated
 from ....ops.points_in_boxes import points_in_boxes_mask
 from ...models.decoders.regions import ScoredProposals
 from ...models.detector import Detector
-from ...server.store import to_cut_features
+from ...server.store import collate_scenes
 
 _KIND = TensorFileKind(
     name="file of proposals", format="upcycle3d proposals 1", advice="collect the proposals again", always_hashed=True
@@ -169,7 +169,7 @@ def collect_from_store(
 
     def read(rows: range) -> _Batch:
         scenes = [store[i] for i in rows]
-        return to_cut_features(scenes).to(device), [s.scene_id for s in scenes], [None] * len(scenes)
+        return collate_scenes(scenes).to(device), [s.scene_id for s in scenes], [None] * len(scenes)
 
     return _collect(detector, len(store), read, selection, data, batch_size, on_progress)
 
