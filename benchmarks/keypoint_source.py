@@ -32,7 +32,7 @@ from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.perception.evaluation.detect import evaluate_detector
 from upcycle3d.perception.evaluation.kitti import LOOSE, OFFICIAL
 from upcycle3d.perception.models.detector import Detector
-from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig, pv_rcnn
+from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig
 from upcycle3d.perception.recipes.assembly import labeled_batches
 from upcycle3d.perception.recipes.presets import SMALL_PV_RCNN
 from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
@@ -70,7 +70,7 @@ def train(folder: Path, kind: Kind, seed: int) -> None:
     if (out / "detector.safetensors").exists():
         return
     torch.manual_seed(seed)
-    detector = pv_rcnn(with_keypoints(kind))
+    detector = with_keypoints(kind).build()
     data = DataSplit(root=folder / "data", name="train")
     labeled = labeled_batches(preset, data, batch_size=preset.train.batch_size, seed=seed)
     config = replace(preset.train, loop=replace(preset.train.loop, seed=seed))
@@ -110,7 +110,7 @@ def main() -> None:
         for kind in KINDS:
             detector, _ = load_detector(folder / kind)
             found.setdefault(f"trained and scored with {kind}", []).append(scores(detector, folder))
-        other = pv_rcnn(with_keypoints("voxel_centers")).eval()
+        other = with_keypoints("voxel_centers").build().eval()
         other.load_state_dict(load_detector(folder / "raw_points")[0].state_dict())
         found.setdefault("trained with raw_points, scored with voxel_centers", []).append(scores(other, folder))
     rows = []

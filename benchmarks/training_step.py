@@ -24,7 +24,7 @@ from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Boxes3D, Frame, Labels
 from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.datasets.simulation.simulate import SimulatedDataset
-from upcycle3d.perception.models.detectors import DetectorConfig, build_detector
+from upcycle3d.perception.models.detectors import DetectorConfig
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder
 from upcycle3d.perception.recipes.architectures import SMALL_PV_RCNN_DETECTOR, SMALL_SECOND_IOU_DETECTOR
 from upcycle3d.perception.training.run_folder import describe_environment
@@ -34,7 +34,7 @@ from upcycle3d.tools.console import print_table, write_json
 def training_step(config: DetectorConfig, frames: list[Frame], labels: list[Labels]) -> Callable[[], None]:
     """A step of a fresh detector on these frames."""
     torch.manual_seed(0)
-    detector = build_detector(config).train()
+    detector = config.build().train()
     optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-4)
 
     def step() -> None:

@@ -24,7 +24,6 @@ from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import PointCloud
 from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.datasets.simulation.simulate import simulate_frame
-from upcycle3d.perception.models.detectors import build_detector
 from upcycle3d.perception.recipes.presets import PRESETS
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.perception.vehicle.extractor import Extractor
@@ -47,9 +46,7 @@ def main() -> None:
         simulate_frame(where, seed=5, index=i, view=arguments.view).frame.points for i in range(arguments.frames)
     ]
     torch.manual_seed(0)
-    encoders: dict[str, nn.Module] = {
-        f"{n} (random weights)": build_detector(PRESETS[n].detector).encoder for n in arguments.presets
-    }
+    encoders: dict[str, nn.Module] = {f"{n} (random weights)": PRESETS[n].detector.build().encoder for n in arguments.presets}
     encoders |= {str(path): load_detector(path)[0].encoder for path in arguments.detectors}
     raw = statistics.fmean(len(s) * 4 * (3 + s.features.shape[1]) for s in scans)
     rows, found = [], {}

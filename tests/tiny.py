@@ -25,8 +25,6 @@ from upcycle3d.core.boxes import rotate_z
 from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Frame, Labels, PointCloud
-from upcycle3d.perception.models import pv_rcnn as pv_rcnn_model
-from upcycle3d.perception.models import second_iou as second_iou_model
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnConfig
@@ -106,13 +104,13 @@ def pv_rcnn_config(
 def second_iou(config: SecondIouDetectorConfig | None = None, *, seed: int = 0) -> Detector:
     """An untrained SECOND-IoU in training mode, of `second_iou_config()` unless `config` says otherwise."""
     torch.manual_seed(seed)
-    return second_iou_model.second_iou(config or second_iou_config())
+    return (config or second_iou_config()).build()
 
 
 def pv_rcnn(config: PvRcnnDetectorConfig | None = None, *, seed: int = 0) -> Detector:
     """An untrained PV-RCNN in training mode, of `pv_rcnn_config()` unless `config` says otherwise."""
     torch.manual_seed(seed)
-    return pv_rcnn_model.pv_rcnn(config or pv_rcnn_config())
+    return (config or pv_rcnn_config()).build()
 
 
 # ---- scans

@@ -21,9 +21,8 @@ from torch import Tensor
 from ..core.errors import InvalidInput
 from ..core.tensor_file import read_tensors
 from ..perception.models.detector import Detector
-from ..perception.models.detectors import DetectorConfig, build_detector
+from ..perception.models.detectors import DetectorConfig
 from ..perception.models.openpcdet import load_openpcdet, openpcdet_parts
-from ..perception.models.pv_rcnn import PvRcnnDetectorConfig
 from ..perception.recipes.presets import PRESETS
 from ..perception.training.detector_files import save_run_detector
 from ..perception.training.run_folder import RunFolder
@@ -90,7 +89,7 @@ def command(config: Import) -> None:
     architecture = target.preset.detector
     state = read_state(config.file)
     torch.manual_seed(target.seed)
-    detector = build_detector(architecture)
+    detector = architecture.build()
     layout = load_openpcdet(detector, state, without_iou_head=target.without_iou_head)
     with config.file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -106,7 +105,7 @@ def command(config: Import) -> None:
         save_run_detector(target.out, detector, architecture)
     parts = part_sizes(detector, without_iou_head=target.without_iou_head)
     print_table("imported detector", ("part", "of OpenPCDet", "tensors", "parameters"), parts)
-    for note in notes(layout, architecture, target.without_iou_head):
+    for note in notes(layout, detector, without_iou_head=target.without_iou_head):
         console.print(note)
     if target.without_iou_head:
         # Labels of any prepared dataset train the decoder, the head with it; the encoder stays as published.
@@ -126,14 +125,14 @@ def part_sizes(detector: Detector, *, without_iou_head: bool) -> list[tuple[str,
     for ours, theirs in openpcdet_parts(detector).items():
         state = [n for n in detector.state_dict() if n.startswith(f"{ours}.")]
         parameters = sum(p.numel() for n, p in detector.named_parameters() if n.startswith(f"{ours}."))
-        absent = without_iou_head and theirs == "roi_head"
+        absent = without_iou_head and theirs == detector.decoder.openpcdet_optional
         sizes.append((ours, "not in the file: untrained" if absent else theirs, len(state), parameters))
     return [row for row in sizes if row[2]]
 
 
-def notes(layout: str, architecture: DetectorConfig, without_iou_head: bool) -> list[str]:
+def notes(layout: str, detector: Detector, *, without_iou_head: bool) -> list[str]:
     """What the user must know of this import."""
-    classes = ", ".join(architecture.class_names)
+    classes = ", ".join(detector.class_names)
     said = [
         f"the file names no classes, range or anchors: they are the preset's ({classes}, in this order); make sure they were trained"
     ]
@@ -144,7 +143,8 @@ def notes(layout: str, architecture: DetectorConfig, without_iou_head: bool) -> 
             "warning: the IoU head is UNTRAINED, and it gives every detection its score: train this detector "
             "before its scores mean anything"
         )
-    if isinstance(architecture, PvRcnnDetectorConfig) and architecture.encoder.keypoint_source == "voxel_centers":
+    keypoints = detector.spec.keypoints
+    if keypoints is not None and keypoints.source == "voxel_centers":
         said.append(
             "note: OpenPCDet trained with keypoints among the raw points; here they are centres of voxels, so AP may differ. To evaluate "
             "as the reference does, import with --preset.detector.encoder.keypoint-source raw_points; extract refuses such a detector"

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import tyro
 
-from ..perception.models.detectors import build_detector
 from ..perception.recipes.assembly import labeled_batches
 from ..perception.recipes.presets import PRESETS, Preset
 from ..perception.training.detector_files import save_run_detector
@@ -63,7 +62,7 @@ def command(config: Train) -> None:
     labeled = labeled_batches(preset, config.data, batch_size=train.batch_size, seed=config.seed)
     context = init_distributed()  # torchrun -m upcycle3d.tools.train …: every rank takes its own batches
     torch.manual_seed(config.seed)
-    detector = build_detector(preset.detector).to(context.device if context.world_size > 1 else device(config.device))
+    detector = preset.detector.build().to(context.device if context.world_size > 1 else device(config.device))
     recorded = replace(_what_decides(config), preset=preset)
     run = create_run(config.out, recorded, seed=config.seed, context=context, resume=config.resume)
     own = per_rank(lambda step, rank, ranks: labeled(step * ranks + rank), context)

@@ -1,89 +1,218 @@
 """A detector is an encoder (the vehicle half) and a decoder (the server half), nothing more.
 
-Everything else in the project (supervised loop, semi-supervised trainer, extractor, evaluation) uses the five methods below and
-does not know which detector it serves.
+Everything else in the project (supervised loop, semi-supervised trainer, extractor, evaluation, adaptation) uses the public
+methods below and does not know which detector it serves. The detectors that there are stand in `detectors.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from dataclasses import fields
+from typing import Any, overload
 
 import torch
 from torch import nn
 
 from ...core.cut import CutSpec
+from ...core.errors import InvalidInput
 from ...core.features import CutFeatures
 from ...core.structures import Labels, LossTerms, PointCloud, Predictions
-
-
-class Encoder(Protocol):
-    """The vehicle half: point clouds to features at the cut."""
-
-    spec: CutSpec
-
-    def __call__(self, points: Sequence[PointCloud]) -> CutFeatures: ...
-
-
-class Decoder(Protocol):
-    """The server half. Its outputs are its own type; only its own ``loss`` and ``predict`` look inside."""
-
-    def __call__(self, split: CutFeatures, labels: Sequence[Labels] | None = None) -> Any: ...
-
-    def loss(self, outputs: Any, labels: Sequence[Labels]) -> LossTerms: ...
-
-    def predict(self, outputs: Any) -> list[Predictions]: ...
+from .decoders.decoder import Decoder
+from .decoders.regions import ScoredProposals
+from .encoders.encoder import Encoder
 
 
 class Detector(nn.Module):
-    """``decode(encode(points))`` is the whole network."""
+    """A network that finds objects in scans; `decode(encode(points))` is the whole of it.
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, class_names: tuple[str, ...]) -> None:
+    Example:
+        >>> from upcycle3d.perception.recipes.presets import PRESETS
+        >>> detector = PRESETS["small"].detector.build().eval()
+        >>> found = detector.detect(cloud)  # Predictions of one PointCloud
+        >>> features = detector.encode([cloud])  # what a vehicle hands over
+        >>> found = detector.predict(detector.decode(features))[0]  # what the server makes of it
+    """
+
+    encoder: Encoder
+    decoder: Decoder
+    class_names: tuple[str, ...]
+    label: str
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, class_names: tuple[str, ...], label: str = "detector") -> None:
+        """Join two halves.
+
+        Args:
+            encoder: the vehicle half.
+            decoder: the server half, made for the cut of `encoder`.
+            class_names: names of the classes that the decoder tells apart, in label order.
+            label: name of this kind of detector in messages and reports, such as "PV-RCNN".
+        """
         super().__init__()
-        self.encoder, self.decoder, self.class_names = encoder, decoder, class_names
+        self.encoder, self.decoder = encoder, decoder
+        self.class_names, self.label = class_names, label
         self.encoder_frozen = False
 
     def freeze_encoder(self) -> Detector:
-        """Fix the vehicle half: no gradient, and batch-norm statistics stay in whatever mode the detector is put."""
+        """Fix the vehicle half: it gets no gradient and stays in evaluation mode, so its batch-norm statistics do not move.
+
+        Returns:
+            This detector.
+        """
         self.encoder_frozen = True
         self.encoder.requires_grad_(False)
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> Detector:
+        """Switch between training and evaluation mode; a frozen encoder stays in evaluation mode.
+
+        Args:
+            mode: True for training.
+
+        Returns:
+            This detector.
+        """
         super().train(mode)
         if self.encoder_frozen:
             self.encoder.eval()
         return self
 
     @property
+    def spec(self) -> CutSpec:
+        """Where the network is cut."""
+        return self.encoder.spec
+
+    @property
     def _device(self) -> torch.device:
         return next(self.parameters()).device
 
     def encode(self, points: Sequence[PointCloud]) -> CutFeatures:
-        """Features at the cut of a batch of scans, on the device of the weights."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
-            return self.encoder([p.to(self._device) for p in points])
+        """Compute the features at the cut of a batch of scans.
 
-    def decode(self, split: CutFeatures, labels: Sequence[Labels] | None = None) -> Any:
-        """Raw outputs of a batch; ``labels`` only steer which regions a second stage trains on."""
-        return self.decoder(split, None if labels is None else [scene.to(self._device) for scene in labels])
+        Args:
+            points: one scan per scene, in the shifted frame (after the rig), on any device.
+
+        Returns:
+            Features on the device of the weights; without gradient if the encoder is frozen.
+
+        Raises:
+            InvalidInput: There is no scan, an entry is not a `PointCloud`, or a scan lacks point features that the encoder reads.
+        """
+        clouds = [p.to(self._device) for p in _scans(points)]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
+            features: CutFeatures = self.encoder(clouds)
+        return features
+
+    def decode(self, features: CutFeatures, labels: Sequence[Labels] | None = None) -> Any:
+        """Compute the raw outputs of a batch.
+
+        Args:
+            features: what `encode` returned, or smashed scenes as a batch, on the device of the weights.
+            labels: one per scene in training, None otherwise. They only choose which proposals a second stage trains on.
+
+        Returns:
+            Raw outputs for `loss` and `predict`, of the decoder's own type.
+
+        Raises:
+            InvalidInput: The features belong to another cut.
+        """
+        self._check_cut(features)
+        return self.decoder(features, None if labels is None else [scene.to(self._device) for scene in labels])
 
     def loss(self, outputs: Any, labels: Sequence[Labels]) -> LossTerms:
-        """Loss terms of raw outputs against labels."""
-        return cast(Decoder, self.decoder).loss(outputs, [scene.to(self._device) for scene in labels])
+        """Compare raw outputs with labels.
+
+        Args:
+            outputs: what `decode` returned.
+            labels: one per scene, on any device.
+
+        Returns:
+            Named loss terms, already weighted; `total()` is what to minimize.
+        """
+        return self.decoder.loss(outputs, [scene.to(self._device) for scene in labels])
 
     def predict(self, outputs: Any) -> list[Predictions]:
-        """Detections of every scene, best first."""
-        return cast(Decoder, self.decoder).predict(outputs)
+        """Turn raw outputs into detections.
 
-    @property
-    def spec(self) -> CutSpec:
-        """Where the network is cut."""
-        return cast(Encoder, self.encoder).spec
+        Args:
+            outputs: what `decode` returned without labels.
+
+        Returns:
+            The detections of every scene, best first.
+        """
+        return self.decoder.predict(outputs)
+
+    def proposals(self, features: CutFeatures) -> list[ScoredProposals]:
+        """Score every proposal of the first stage with the second stage, before the final suppression.
+
+        Args:
+            features: features at the cut, as for `decode`.
+
+        Returns:
+            The scored proposals of every scene, in the order of the first stage.
+
+        Raises:
+            InvalidInput: The features belong to another cut, or the decoder has no second stage.
+        """
+        self._check_cut(features)
+        return self.decoder.proposals(features)
+
+    @overload
+    def detect(self, points: PointCloud) -> Predictions: ...
+
+    @overload
+    def detect(self, points: Sequence[PointCloud]) -> list[Predictions]: ...
 
     @torch.no_grad()
-    def detect(self, points: Sequence[PointCloud]) -> list[Predictions]:
-        """Detections of a batch of scans; the detector must be in evaluation mode."""
+    def detect(self, points: PointCloud | Sequence[PointCloud]) -> Predictions | list[Predictions]:
+        """Find the objects in one scan or in a batch of scans.
+
+        Args:
+            points: one scan or several, in the shifted frame (after the rig), on any device.
+
+        Returns:
+            The detections of the scan, best first; for several scans a list with those of each.
+
+        Raises:
+            InvalidInput: The detector is in training mode, or `encode` refuses the scans.
+        """
+        if self.training:
+            raise InvalidInput(
+                "the detector is in training mode, where dropout and batch statistics change what it finds; call eval() before detect"
+            )
+        if isinstance(points, PointCloud):
+            return self.predict(self.decode(self.encode([points])))[0]
         return self.predict(self.decode(self.encode(points)))
 
-    forward = detect
+    def forward(self, points: Sequence[PointCloud]) -> list[Predictions]:
+        """Find the objects in a batch of scans; the same as `detect`.
+
+        Args:
+            points: the scans.
+
+        Returns:
+            The detections of every scan.
+        """
+        return self.detect(points)
+
+    def _check_cut(self, features: CutFeatures) -> None:
+        if features.spec == self.spec:
+            return
+        pairs = [(f.name, getattr(self.spec, f.name), getattr(features.spec, f.name)) for f in fields(CutSpec)]
+        different = "; ".join(f"{name} {found} instead of {expected}" for name, expected, found in pairs if found != expected)
+        raise InvalidInput(
+            f"these features were made at another cut than this {self.label} decodes ({different}); "
+            "encode the scans with the encoder of this detector"
+        )
+
+
+def _scans(points: Sequence[PointCloud]) -> list[PointCloud]:
+    """The scans of a batch, after checking that they are scans."""
+    if isinstance(points, PointCloud):
+        raise InvalidInput("encode takes a sequence of scans and was given one PointCloud; pass it in a list")
+    scans = list(points)
+    for scan in scans:
+        if not isinstance(scan, PointCloud):
+            raise InvalidInput(
+                f"a detector reads scans of type PointCloud, found {type(scan).__name__}; make one with PointCloud.from_array(array)"
+            )
+    return scans

@@ -1,28 +1,39 @@
-"""PV-RCNN on one page: the encoder's settings, the decoder's settings, and the detector made of both."""
+"""PV-RCNN on one page: the encoder's settings, the decoder's settings, and the detector made of both.
+
+The halves are in `encoders/pv_rcnn.py` and `decoders/pv_rcnn.py`; sizes to train are in `recipes/architectures.py`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .decoders.pv_rcnn import PvRcnnConfig, PvRcnnDecoder
 from .detector import Detector
-from .encoders.pv_rcnn import PvRcnnEncoder, PvRcnnEncoderConfig
+from .encoders.pv_rcnn import PvRcnnEncoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class PvRcnnDetectorConfig:
-    """A PV-RCNN detector. The classes are those of the anchors, in their order."""
+    """Configuration of a PV-RCNN detector. Field names are stored in detector files."""
 
+    label: ClassVar[str] = "PV-RCNN"
+    """Name of this kind of detector in messages and reports."""
     encoder: PvRcnnEncoderConfig
+    """The vehicle half: the sparse backbone and the keypoints."""
     decoder: PvRcnnConfig = PvRcnnConfig()
+    """The server half: anchors, which name the classes, and the two stages."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Class names in label order."""
+        """Class names in label order, which is the order of the anchors."""
         return tuple(a.name for a in self.decoder.anchors)
 
+    def build(self) -> Detector:
+        """Make a PV-RCNN detector with fresh weights, drawn from torch's global generator.
 
-def pv_rcnn(config: PvRcnnDetectorConfig) -> Detector:
-    """A freshly initialised PV-RCNN."""
-    encoder = PvRcnnEncoder(config.encoder)
-    return Detector(encoder, PvRcnnDecoder(encoder.spec, config.decoder), config.class_names)
+        Returns:
+            The detector, in training mode.
+        """
+        encoder = self.encoder.build()
+        return Detector(encoder, PvRcnnDecoder(encoder.spec, self.decoder), self.class_names, self.label)

@@ -1,28 +1,39 @@
-"""SECOND-IoU on one page: the encoder's settings, the decoder's settings, and the detector made of both."""
+"""SECOND-IoU on one page: the encoder's settings, the decoder's settings, and the detector made of both.
+
+The halves are in `encoders/second.py` and `decoders/second_iou.py`; sizes to train are in `recipes/architectures.py`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .decoders.second_iou import SecondIouConfig, SecondIouDecoder
 from .detector import Detector
-from .encoders.second import SecondEncoder, SecondEncoderConfig
+from .encoders.second import SecondEncoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class SecondIouDetectorConfig:
-    """A SECOND-IoU detector. The classes are those of the anchors, in their order."""
+    """Configuration of a SECOND-IoU detector. Field names are stored in detector files."""
 
+    label: ClassVar[str] = "SECOND-IoU"
+    """Name of this kind of detector in messages and reports."""
     encoder: SecondEncoderConfig
+    """The vehicle half: grid, point features and the sparse backbone."""
     decoder: SecondIouConfig = SecondIouConfig()
+    """The server half: anchors, which name the classes, and the two stages."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Class names in label order."""
+        """Class names in label order, which is the order of the anchors."""
         return tuple(a.name for a in self.decoder.anchors)
 
+    def build(self) -> Detector:
+        """Make a SECOND-IoU detector with fresh weights, drawn from torch's global generator.
 
-def second_iou(config: SecondIouDetectorConfig) -> Detector:
-    """A freshly initialised SECOND-IoU."""
-    encoder = SecondEncoder(config.encoder)
-    return Detector(encoder, SecondIouDecoder(encoder.spec, config.decoder), config.class_names)
+        Returns:
+            The detector, in training mode.
+        """
+        encoder = self.encoder.build()
+        return Detector(encoder, SecondIouDecoder(encoder.spec, self.decoder), self.class_names, self.label)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ...core.cut import CutSpec
 from ...core.smashed_scene import SmashedScene
-from ..models.pv_rcnn import PvRcnnDetectorConfig
 from ..server.methods import METHODS
 from ..training.detector_files import load_detector
 from ..training.run_folder import RunFolder
@@ -52,10 +51,9 @@ def _story(
     gap = closed_gap(source[CAR_BEV], up[CAR_BEV], results["oracle_full"].student[CAR_BEV])
     labeled, fleet, validation = (len(split.open()) for split in (c.labeled, c.fleet, c.validation))
     ratio = _number(summary, "bytes_per_frame") / _number(summary, "raw_bytes_per_frame")
-    detector = "PV-RCNN" if isinstance(c.preset.detector, PvRcnnDetectorConfig) else "SECOND-IoU"
     return [
         paragraph(
-            f"A detector ({detector}, small) was trained on {labeled} labelled scans of one simulated place ({places[0]}). A fleet "
+            f"A detector ({c.preset.detector.label}, small) was trained on {labeled} labelled scans of one simulated place ({places[0]}). A fleet "
             f"at another place ({places[1]}: other beams, mounting height, streets and car sizes) ran its vehicle half over {fleet} "
             "scans and handed over only the features at the cut, in smashed shards. The server verified the shards and went on training "
             "the server half with them: a teacher's boxes as hybrid pseudo labels, and labelled objects pasted as features (F-GT). "

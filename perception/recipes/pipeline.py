@@ -30,7 +30,6 @@ from ...datasets.batches import LabeledBatches
 from ...datasets.data_split import DataSplit
 from ..evaluation.headline import Protocol, Scores, headline
 from ..models.detector import Detector
-from ..models.detectors import build_detector
 from ..server.feature_object_database import FeatureObjectDatabase
 from ..server.ingest import ingest
 from ..server.methods import METHODS, Method
@@ -121,7 +120,7 @@ def train_source_model(out: Path, data: DataSplit, preset: Preset, *, seed: int,
     if (out / "detector.safetensors").exists():
         return
     torch.manual_seed(seed)
-    detector = build_detector(preset.detector).to(options.device)
+    detector = preset.detector.build().to(options.device)
     data.ensure_gt_database()
     labeled = labeled_batches(preset, data, batch_size=preset.train.batch_size, seed=seed)
     train = replace(preset.train, loop=replace(preset.train.loop, seed=seed))

@@ -10,7 +10,7 @@ from ...core.config_json import config_from_json, config_to_json
 from ...core.errors import InvalidInput
 from ...core.tensor_file import TensorFileKind, fill_module, read_tensors, write_tensors
 from ..models.detector import Detector
-from ..models.detectors import DetectorConfig, build_detector
+from ..models.detectors import DetectorConfig
 from ..wire.encoder_file import ENCODER_FILE, save_encoder
 
 DETECTOR_FILE = "detector.safetensors"
@@ -60,7 +60,7 @@ def load_detector(path: str | Path) -> tuple[Detector, DetectorConfig]:
         config = config_from_json(_Stored, described).detector
     except InvalidInput as error:
         raise InvalidInput(f"the configuration in {file.path} cannot be used: {error}") from error
-    detector = build_detector(config)
+    detector = config.build()
     fill_module(detector, file.tensors, file.path)
     return detector.eval(), config
 

@@ -13,38 +13,24 @@ import copy
 import secrets
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...core.cut import CutSpec, cells_of_centers
+from ...core.cut import cells_of_centers
 from ...core.errors import InvalidInput
-from ...core.features import CutFeatures, Keypoints, SparseVoxels
+from ...core.features import Keypoints
 from ...core.rig import RigSpec
 from ...core.smashed_scene import SmashedScene
 from ...core.structures import PointCloud
+from ..models.encoders.encoder import Encoder
 from ..models.encoders.fingerprint import encoder_fingerprint
 from ..wire.codec import CODECS
 from ..wire.shards import ShardWriteError, ShardWriter
-
-
-class VehicleEncoder(Protocol):
-    """What an extractor needs of an encoder (an ``nn.Module``): its cut, and its two stages, timed apart."""
-
-    spec: CutSpec
-
-    def voxelize(self, points: Sequence[PointCloud], /) -> SparseVoxels:
-        """Input voxels of a batch."""
-        ...
-
-    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels, /) -> CutFeatures:
-        """What is at the cut: the sparse backbone's voxels and, of PV-RCNN, the keypoints of its set abstraction."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +43,20 @@ class StageTimes:
 
 
 class Extractor:
-    """Turns scans into smashed scenes with a frozen copy of ``encoder`` (an ``nn.Module`` that is a ``VehicleEncoder``).
+    """Turns scans into smashed scenes with a frozen copy of ``encoder``.
 
     rig: what is done to a scan first. codec: how its features will be stored, "fp16" or "int8".
     ``fingerprint`` is that of encoder and rig; the server must expect the same.
     Raises ``InvalidInput`` for an encoder whose keypoints are raw points of the scan.
     """
 
-    def __init__(self, encoder: nn.Module, rig: RigSpec, codec: str) -> None:
+    def __init__(self, encoder: Encoder, rig: RigSpec, codec: str) -> None:
         if codec not in CODECS:
             raise InvalidInput(f"unknown codec {codec!r}; choose one of {CODECS}")
         missing = [name for name in ("spec", "voxelize", "features") if not hasattr(encoder, name)]
         if missing:
             raise InvalidInput(f"{type(encoder).__name__} cannot run on a vehicle: it has no {', '.join(missing)}")
-        spec: CutSpec = encoder.spec  # type: ignore[assignment]
+        spec = encoder.spec
         if spec.keypoints is not None and spec.keypoints.source == "raw_points":
             raise InvalidInput(
                 f"{type(encoder).__name__} cannot run on a vehicle: its keypoints are exact LiDAR points of the scan, as in the "
@@ -79,7 +65,7 @@ class Extractor:
             )
         frozen = copy.deepcopy(encoder).eval().requires_grad_(False)
         self.fingerprint = encoder_fingerprint(frozen, rig)
-        self._encoder: VehicleEncoder = frozen  # type: ignore[assignment]
+        self._encoder = frozen
         self._device = next((t.device for t in frozen.state_dict().values()), torch.device("cpu"))
         self.spec = spec
         self.rig = rig

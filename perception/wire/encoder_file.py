@@ -13,13 +13,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from ...core.config_json import config_from_json, config_to_json
 from ...core.errors import InvalidInput
 from ...core.tensor_file import TensorFileKind, fill_module, read_tensors, write_tensors
-from ..models.encoders.pv_rcnn import PvRcnnEncoder, PvRcnnEncoderConfig
-from ..models.encoders.second import SecondEncoder, SecondEncoderConfig
+from ..models.encoders.encoder import Encoder
+from ..models.encoders.table import EncoderConfig
 
 ENCODER_FILE = "encoder.safetensors"
 _KIND = TensorFileKind(
@@ -34,25 +32,29 @@ _KIND = TensorFileKind(
 class _Stored:
     """What the metadata holds: the configuration with its kind."""
 
-    encoder: SecondEncoderConfig | PvRcnnEncoderConfig
+    encoder: EncoderConfig
 
 
-def save_encoder(path: str | Path, encoder: nn.Module) -> None:
+def save_encoder(path: str | Path, encoder: Encoder) -> None:
     """Write the weights and the configuration of an encoder to one file, atomically.
 
     Args:
         path: The file to write.
-        encoder: A `SecondEncoder` or a `PvRcnnEncoder`.
+        encoder: An encoder whose configuration is in `models/encoders/table.py`.
 
     Raises:
-        InvalidInput: The encoder is of another class.
+        InvalidInput: The encoder's configuration is not in the table, so no vehicle could load the file.
     """
-    if not isinstance(encoder, SecondEncoder | PvRcnnEncoder):
-        raise InvalidInput(f"a vehicle file holds a SecondEncoder or a PvRcnnEncoder, found {type(encoder).__name__}")
-    write_tensors(path, encoder.state_dict(), {"config": json.dumps(config_to_json(_Stored(encoder.config)))}, _KIND)
+    config = encoder.config
+    if not isinstance(config, EncoderConfig):
+        raise InvalidInput(
+            f"a vehicle cannot load a {type(encoder).__name__} from a file: its configuration, a {type(config).__name__}, is not in "
+            "perception/models/encoders/table.py; add it there"
+        )
+    write_tensors(path, encoder.state_dict(), {"config": json.dumps(config_to_json(_Stored(config)))}, _KIND)
 
 
-def load_encoder(path: str | Path) -> SecondEncoder | PvRcnnEncoder:
+def load_encoder(path: str | Path) -> Encoder:
     """Load the encoder that a vehicle runs.
 
     Args:
@@ -77,6 +79,6 @@ def load_encoder(path: str | Path) -> SecondEncoder | PvRcnnEncoder:
         config = config_from_json(_Stored, described).encoder
     except InvalidInput as error:
         raise InvalidInput(f"the configuration in {file.path} cannot be used: {error}; {_KIND.advice}") from error
-    encoder = PvRcnnEncoder(config) if isinstance(config, PvRcnnEncoderConfig) else SecondEncoder(config)
+    encoder: Encoder = config.build()
     fill_module(encoder, file.tensors, file.path)
     return encoder.eval()

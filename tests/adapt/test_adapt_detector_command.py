@@ -17,7 +17,6 @@ from upcycle3d.perception.adapt.detection.proposals import ProposalSelection, co
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
-from upcycle3d.perception.models.detectors import build_detector
 from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
 from upcycle3d.perception.models.post_processing import ProposalNms
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
@@ -65,7 +64,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A detector with random weights, and scans labelled by its own proposals: every second is an object, the rest background."""
     folder = tmp_path_factory.mktemp("adapt_detector")
     torch.manual_seed(0)
-    detector = build_detector(TINY).eval()
+    detector = TINY.build().eval()
     save_detector(folder / "run" / "detector.safetensors", detector, TINY)
     frames = [scan(s) for s in range(6)]
     found = collect_from_frames(detector, frames, ProposalSelection(score=0.0), data="x")

@@ -30,7 +30,6 @@ from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnConfig
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
 from upcycle3d.perception.models.detector import Detector
-from upcycle3d.perception.models.detectors import build_detector
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoderConfig
 from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
 from upcycle3d.perception.models.encoders.set_abstraction import SetAbstractionConfig
@@ -79,12 +78,12 @@ def _one_thread() -> Iterator[None]:
 
 def detector(config=SECOND, seed: int = 0) -> Detector:
     torch.manual_seed(seed)
-    return build_detector(config).eval()
+    return config.build().eval()
 
 
 def regions_of(model: Detector):
     with torch.no_grad():
-        return model.decoder.scored_proposals(model.encode([f.points for f in FRAMES]))
+        return model.proposals(model.encode([f.points for f in FRAMES]))
 
 
 def frame(seed: int) -> Frame:
@@ -102,7 +101,7 @@ def test_judged_regions_are_what_the_detector_detects_with(config):
     model = detector(config)
     with torch.no_grad():
         split = model.encode([f.points for f in [*FRAMES, EMPTY]])
-        regions = model.decoder.scored_proposals(split)
+        regions = model.proposals(split)
         expected = model.predict(model.decode(split))
     assert len(regions) == 4
     for found, wanted in zip(regions, expected, strict=True):

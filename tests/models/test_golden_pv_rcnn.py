@@ -19,7 +19,6 @@ from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnOutputs
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.openpcdet import load_openpcdet
 from upcycle3d.perception.models.post_processing import decode_regions
-from upcycle3d.perception.models.pv_rcnn import pv_rcnn
 from upcycle3d.perception.recipes.architectures import KITTI_PV_RCNN_DETECTOR
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -45,9 +44,9 @@ def golden() -> Golden:
 @pytest.fixture(scope="module")
 def run(rule_weights) -> Run:
     spec = json.loads((GOLDEN / "state_dict_pv_rcnn.json").read_text())
-    detector = pv_rcnn(
-        replace(KITTI_PV_RCNN_DETECTOR, encoder=replace(KITTI_PV_RCNN_DETECTOR.encoder, keypoint_source="raw_points"))
-    )
+    detector = replace(
+        KITTI_PV_RCNN_DETECTOR, encoder=replace(KITTI_PV_RCNN_DETECTOR.encoder, keypoint_source="raw_points")
+    ).build()
     load_openpcdet(detector, rule_weights(spec["entries"]))
     detector.eval()
     scan = torch.from_numpy(np.fromfile(SCAN, np.float32).reshape(-1, 4))

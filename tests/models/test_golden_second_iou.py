@@ -13,7 +13,6 @@ from upcycle3d.ops.nms import nms_rotated
 from upcycle3d.perception.models.decoders.bev import height_compression
 from upcycle3d.perception.models.openpcdet import load_openpcdet
 from upcycle3d.perception.models.post_processing import decode_boxes
-from upcycle3d.perception.models.second_iou import second_iou
 from upcycle3d.perception.recipes.presets import KITTI_SECOND_IOU
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -30,7 +29,7 @@ def golden() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def run(rule_weights) -> dict[str, object]:
     spec = json.loads((GOLDEN / "state_dict_second_iou.json").read_text())
-    detector = second_iou(KITTI_SECOND_IOU.detector)
+    detector = KITTI_SECOND_IOU.detector.build()
     parts = {
         "backbone_3d": detector.encoder,
         "backbone_2d": detector.decoder.bev_backbone,

@@ -13,7 +13,7 @@ from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
 from upcycle3d.perception.models.detector import Detector
-from upcycle3d.perception.models.detectors import DetectorConfig, build_detector
+from upcycle3d.perception.models.detectors import DetectorConfig
 from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
 from upcycle3d.perception.models.openpcdet import load_openpcdet, openpcdet_parts, openpcdet_state
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
@@ -115,7 +115,7 @@ KITTI_PV_RCNN_TABLE = pv_rcnn(4, (1, 2, 3, 4), 640)
     ],
 )
 def test_names_and_shapes_are_those_of_openpcdet_in_both_directions(config: DetectorConfig, table: Shapes):
-    model = build_detector(config)
+    model = config.build()
     ours = {name: tuple(t.shape) for name, t in openpcdet_state(model).items()}
     assert sorted(table.items() - ours.items()) == []  # every weight of theirs has a place here
     assert sorted(ours.items() - table.items()) == []  # every weight here is one of theirs
@@ -152,7 +152,7 @@ BOTH = pytest.mark.parametrize("config", [SECOND_IOU, PV_RCNN], ids=["second_iou
 def detector(config: DetectorConfig, seed: int) -> Detector:
     """A detector whose batch-norm statistics are not all alike."""
     torch.manual_seed(seed)
-    model = build_detector(config)
+    model = config.build()
     for name, value in model.state_dict().items():
         if name.endswith(("running_mean", "running_var")):
             value.copy_(torch.rand(value.shape))
@@ -262,7 +262,7 @@ def test_weights_of_other_classes_or_point_features_say_so():
     waymo = replace(SECOND_IOU, encoder=replace(SECOND_IOU.encoder, point_features=("intensity", "elongation")))
     state = openpcdet_state(detector(waymo, 2))
     for turned in (state, {n: t.permute(1, 2, 3, 4, 0) if t.dim() == 5 else t for n, t in state.items()}):
-        with pytest.raises(InvalidInput, match="weights read 5 values a point, this detector 4"):
+        with pytest.raises(InvalidInput, match="weights read 5 values per point, this detector 4"):
             load_openpcdet(detector(SECOND_IOU, 1), turned)
 
 

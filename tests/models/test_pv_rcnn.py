@@ -19,12 +19,11 @@ from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnConfig, PvRcnnDecoder
 from upcycle3d.perception.models.decoders.regions import region_grid
 from upcycle3d.perception.models.detector import Detector
-from upcycle3d.perception.models.detectors import build_detector
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder, PvRcnnEncoderConfig
 from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
 from upcycle3d.perception.models.encoders.set_abstraction import SetAbstractionConfig
 from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms, decode_regions
-from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig, pv_rcnn
+from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
 from upcycle3d.perception.models.targets import RoiSampling, encode_regions
 from upcycle3d.perception.training.detector_files import load_detector, save_detector, save_run_detector
@@ -70,7 +69,7 @@ def _one_thread() -> Iterator[None]:
 
 def detector(config: PvRcnnDetectorConfig = TINY, seed: int = 0) -> Detector:
     torch.manual_seed(seed)
-    return pv_rcnn(config)
+    return config.build()
 
 
 def cloud(xyz: Tensor) -> PointCloud:
@@ -408,7 +407,7 @@ def small_second() -> SecondIouDetectorConfig:
 @pytest.mark.parametrize("config", [TINY, small_second()], ids=["pv_rcnn", "second_iou"])
 def test_a_detector_and_its_vehicle_half_come_back_from_their_files(tmp_path, config):
     torch.manual_seed(3)
-    model = build_detector(config).train()
+    model = config.build().train()
     losses(model, [scan(), scan(1)], [CAR_LABEL, CAR_LABEL])  # running statistics that are not those of a new network
     model.eval()
     save_run_detector(tmp_path, model, config)

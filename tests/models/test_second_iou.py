@@ -19,7 +19,7 @@ from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
 from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms
-from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig, second_iou
+from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
 from upcycle3d.perception.models.targets import RoiSampling
 from upcycle3d.perception.recipes.presets import KITTI_SECOND_IOU
 
@@ -57,7 +57,7 @@ def _one_thread() -> Iterator[None]:
 
 def detector(seed: int = 0, config: SecondIouDetectorConfig = TINY) -> Detector:
     torch.manual_seed(seed)
-    return second_iou(config)
+    return config.build()
 
 
 def scan(box: torch.Tensor | None = CAR, seed: int = 0) -> PointCloud:
@@ -92,7 +92,7 @@ def losses(model: Detector, clouds: list[PointCloud], labels: list[Labels]):
 
 def test_parameter_counts_of_the_reference():
     with torch.device("meta"):
-        model = second_iou(KITTI_SECOND_IOU.detector)
+        model = KITTI_SECOND_IOU.detector.build()
     parts = (model.encoder, model.decoder.bev_backbone, model.decoder.anchor_head, model.decoder.roi_head)
     assert [sum(p.numel() for p in part.parameters()) for part in parts] == [711_872, 4_576_768, 36_936, 6_621_441]
     assert sum(p.numel() for p in model.parameters()) == 711_872 + 4_576_768 + 36_936 + 6_621_441

@@ -16,7 +16,7 @@ from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
 from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms
-from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig, second_iou
+from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
 from upcycle3d.perception.models.targets import RoiSampling
 from upcycle3d.perception.server.self_training import (
     LabelMemory,
@@ -128,7 +128,7 @@ def detector() -> Detector:
             roi_sampling=RoiSampling(count=8), iou_target=(0.0, 1.0), final=FinalNms(score=0.0),
         ),
     )  # fmt: skip
-    return second_iou(config)
+    return config.build()
 
 
 def scans() -> UnlabeledBatches:

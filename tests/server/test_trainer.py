@@ -26,8 +26,8 @@ from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoderConfig
 from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
 from upcycle3d.perception.models.encoders.set_abstraction import SetAbstractionConfig
 from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms
-from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig, pv_rcnn
-from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig, second_iou
+from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig
+from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
 from upcycle3d.perception.models.targets import RoiSampling
 from upcycle3d.perception.server import store as store_module
 from upcycle3d.perception.server import trainer as trainer_module
@@ -91,7 +91,7 @@ def labeled(step: int) -> tuple[Frame, ...]:
 
 def checkpoint() -> Detector:
     torch.manual_seed(0)
-    return second_iou(TINY)
+    return TINY.build()
 
 
 def config(steps: int = 2, thresholds: tuple[ScoreThresholds, ...] = EVERYTHING, seed: int = 0, **changes) -> UpcycleConfig:
@@ -406,7 +406,7 @@ TINY_PV_RCNN = PvRcnnDetectorConfig(
 
 def keypoint_checkpoint() -> Detector:
     torch.manual_seed(0)
-    return pv_rcnn(TINY_PV_RCNN)
+    return TINY_PV_RCNN.build()
 
 
 def test_a_detector_with_keypoints_is_upcycled_with_pasted_objects(tmp_path, caplog):

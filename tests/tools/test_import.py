@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 
 from upcycle3d.perception.models.detector import Detector
-from upcycle3d.perception.models.detectors import build_detector
 from upcycle3d.perception.models.openpcdet import openpcdet_state
 from upcycle3d.perception.recipes.architectures import SMALL_PV_RCNN_DETECTOR, SMALL_SECOND_IOU_DETECTOR
 from upcycle3d.perception.training.detector_files import load_detector
@@ -30,7 +29,7 @@ def run(*arguments: object) -> int:
 @pytest.fixture(scope="module")
 def published() -> Detector:
     torch.manual_seed(5)
-    return build_detector(SMALL_SECOND_IOU_DETECTOR)
+    return SMALL_SECOND_IOU_DETECTOR.build()
 
 
 @pytest.fixture
@@ -122,7 +121,7 @@ def test_second_needs_the_flag_and_says_that_scores_mean_nothing_yet(published, 
 
 
 def test_pv_rcnn_says_where_its_keypoints_lie_and_can_have_the_references(tmp_path, capsys):
-    torch.save({"model_state": openpcdet_state(build_detector(SMALL_PV_RCNN_DETECTOR))}, tmp_path / "pv_rcnn.pth")
+    torch.save({"model_state": openpcdet_state(SMALL_PV_RCNN_DETECTOR.build())}, tmp_path / "pv_rcnn.pth")
     assert run(tmp_path / "pv_rcnn.pth", "small_pv_rcnn", "--out", tmp_path / "ours") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "AP may differ" in printed
@@ -136,7 +135,7 @@ def test_pv_rcnn_says_where_its_keypoints_lie_and_can_have_the_references(tmp_pa
 
 def test_weights_that_do_not_fit_the_preset_leave_no_folder(file, tmp_path, capsys):
     assert run(file, "kitti_small_pv_rcnn", "--out", tmp_path / "run") == 2
-    assert "choose a preset of the other kind" in capsys.readouterr().err
+    assert "choose a preset of the detector that was trained" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

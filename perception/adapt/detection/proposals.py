@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -133,10 +133,6 @@ class SceneSource(Protocol):
     def __getitem__(self, index: int, /) -> SmashedScene: ...
 
 
-class _Judges(Protocol):
-    def scored_proposals(self, split: CutFeatures) -> list[ScoredProposals]: ...
-
-
 def collect_from_frames(
     detector: Detector,
     frames: FrameSource,
@@ -192,7 +188,7 @@ def _collect(
     ids: list[str] = []
     for start in range(0, length, batch_size):
         split, names, clouds = read(range(start, min(start + batch_size, length)))
-        for regions, cloud in zip(cast(_Judges, detector.decoder).scored_proposals(split), clouds, strict=True):
+        for regions, cloud in zip(detector.proposals(split), clouds, strict=True):
             kept = _select(regions, selection)
             boxes = kept.detections.boxes.data.cpu()
             parts.append((kept, None if cloud is None else points_in_boxes_mask(cloud.xyz, boxes).sum(1)))

@@ -9,8 +9,9 @@ Source: Shi et al., PV-RCNN (2020), sections 3.3 and 3.4; OpenPCDet ``point_head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from ..encoders.set_abstraction import SetAbstraction, SetAbstractionConfig
 from ..post_processing import FinalNms, ProposalNms, Proposals, decode_regions, propose, select_detections
 from ..targets import RoiSampling
 from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
+from .decoder import Decoder
 from .pv_rcnn_loss import keypoint_loss, region_loss
 from .regions import ScoredProposals, fully_connected, region_grid, sample_regions, scored_proposals
 
@@ -104,28 +106,51 @@ class RegionHead(nn.Module):
         )
         return pooled.view(len(regions), points, self.roi_grid_pool_layer.config.out_channels)
 
-    def describe(self, regions: Tensor, starts: Sequence[int], keypoints: Keypoints) -> Tensor:
-        """(N, head_channels) what the head knows about each region, before it judges and refines."""
+    def shared_features(self, regions: Tensor, starts: Sequence[int], keypoints: Keypoints) -> Tensor:
+        """Compute what the head knows about each region.
+
+        Args:
+            regions: (N, 7) boxes, the scenes in order.
+            starts: B + 1 bounds of the scenes in the rows of `regions`.
+            keypoints: keypoints with fused features.
+
+        Returns:
+            (N, head_channels) features that quality and refinement are read from.
+        """
         pooled = self.pool(regions, starts, keypoints).transpose(1, 2)  # the reference flattens channel by channel
         return self.shared_fc_layer(pooled.flatten(1)[..., None])[..., 0]
 
-    def answer(self, shared: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,) quality logits and (N, 7) box codes of what ``describe`` gave."""
+    def quality_and_codes(self, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """Read quality and refinement of each region from its features.
+
+        Args:
+            shared: (N, head_channels) what `shared_features` returned.
+
+        Returns:
+            (N,) quality logits and (N, 7) box codes.
+        """
         return self.cls_layers(shared[..., None]).view(-1), self.reg_layers(shared[..., None]).view(-1, 7)
 
     def forward(self, regions: Tensor, starts: Sequence[int], keypoints: Keypoints) -> tuple[Tensor, Tensor]:
         """(N,) quality logits and (N, 7) box codes."""
-        return self.answer(self.describe(regions, starts, keypoints))
+        return self.quality_and_codes(self.shared_features(regions, starts, keypoints))
 
 
 def _linear(c_in: int, c_out: int) -> list[nn.Module]:
     return [nn.Linear(c_in, c_out, bias=False), RowBatchNorm(c_out), nn.ReLU()]
 
 
-class PvRcnnDecoder(nn.Module):
+class PvRcnnDecoder(Decoder):
     """The server half. ``forward`` gives raw outputs, ``loss`` and ``predict`` are functions of them."""
 
     anchors: Tensor
+    openpcdet_parts: ClassVar[Mapping[str, str]] = {
+        "fusion": "pfe.vsa_point_feature_fusion",
+        "keypoint_head": "point_head",
+        "bev_backbone": "backbone_2d",
+        "anchor_head": "dense_head",
+        "roi_head": "roi_head",
+    }
 
     def __init__(self, spec: CutSpec, config: PvRcnnConfig) -> None:
         super().__init__()
@@ -139,21 +164,29 @@ class PvRcnnDecoder(nn.Module):
         self.roi_head = RegionHead(config)
         self.register_buffer("anchors", make_anchors(spec, config.anchors), persistent=False)
 
-    def forward(self, split: CutFeatures, labels: Sequence[Labels] | None = None) -> PvRcnnOutputs:
+    def forward(self, features: CutFeatures, labels: Sequence[Labels] | None = None) -> PvRcnnOutputs:
         """Outputs of a batch. With ``labels`` (training) regions are sampled around them, else the best proposals are refined."""
-        dense = self.anchor_head(self.bev_backbone(height_compression(split.voxels)))
+        dense = self.anchor_head(self.bev_backbone(height_compression(features.voxels)))
         proposals = self._propose(dense, labels)
-        assert split.keypoints is not None
-        logits, keypoints = self._fuse(split.keypoints)
+        given = self._keypoints(features)
+        logits, keypoints = self._fuse(given)
         quality, codes = self.roi_head(proposals.boxes[proposals.valid], _starts(proposals.valid), keypoints)
         return PvRcnnOutputs(
             dense=dense,
-            keypoints=split.keypoints,
+            keypoints=given,
             keypoint_logits=logits,
             proposals=proposals,
             quality_logits=_padded(quality, proposals.valid),
             box_codes=_padded(codes, proposals.valid),
         )
+
+    def _keypoints(self, features: CutFeatures) -> Keypoints:
+        if features.keypoints is None:
+            raise InvalidInput(
+                f"PV-RCNN's decoder reads keypoints; the features of the cut {features.spec.layer!r} have none: "
+                "encode the scans with PV-RCNN's encoder"
+            )
+        return features.keypoints
 
     def _fuse(self, keypoints: Keypoints) -> tuple[Tensor, Keypoints]:
         """Logits (K,) that a keypoint lies in an object, and the keypoints with fused features weighted by that."""
@@ -162,14 +195,21 @@ class PvRcnnDecoder(nn.Module):
         return logits, Keypoints(xyz=keypoints.xyz, features=fused, starts=keypoints.starts)
 
     @torch.no_grad()
-    def scored_proposals(self, split: CutFeatures) -> list[ScoredProposals]:
-        """Every scene's proposals with refined boxes, and the feature that quality and refinement are read from."""
-        assert split.keypoints is not None
-        p = self._propose(self.anchor_head(self.bev_backbone(height_compression(split.voxels))), None)
+    def proposals(self, features: CutFeatures) -> list[ScoredProposals]:
+        """Score and refine every proposal with the region head.
+
+        Args:
+            features: features at the cut, on the device of the weights.
+
+        Returns:
+            The proposals of every scene with refined boxes, and the feature that quality and refinement are read from.
+        """
+        keypoints = self._fuse(self._keypoints(features))[1]
+        p = self._propose(self.anchor_head(self.bev_backbone(height_compression(features.voxels))), None)
         boxes = p.boxes[p.valid]
-        features = self.roi_head.describe(boxes, _starts(p.valid), self._fuse(split.keypoints)[1])
-        quality, codes = self.roi_head.answer(features)
-        return scored_proposals(p, decode_regions(codes.float(), boxes), quality, features)
+        shared = self.roi_head.shared_features(boxes, _starts(p.valid), keypoints)
+        quality, codes = self.roi_head.quality_and_codes(shared)
+        return scored_proposals(p, decode_regions(codes.float(), boxes), quality, shared)
 
     @torch.no_grad()
     def _propose(self, dense: DenseOutputs, labels: Sequence[Labels] | None) -> Proposals:

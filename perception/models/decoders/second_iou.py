@@ -8,8 +8,9 @@ The IoU head judges proposals and does not refine them; its gradient never reach
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from ..anchors import KITTI_ANCHORS, AnchorClass, make_anchors
 from ..post_processing import FinalNms, ProposalNms, Proposals, propose, select_detections
 from ..targets import RoiSampling, iou_quality_target, match_rois
 from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
+from .decoder import Decoder
 from .regions import ScoredProposals, fully_connected, sample_regions, scored_proposals
 
 
@@ -71,18 +73,50 @@ class IouHead(nn.Module):
             if isinstance(module, nn.Conv1d):
                 nn.init.xavier_normal_(module.weight)
 
-    def describe(self, pooled: Tensor) -> Tensor:
-        """Pooled features of N regions (N, C, G, G) -> what the head knows about each (N, head_channels)."""
+    def shared_features(self, pooled: Tensor) -> Tensor:
+        """Compute what the head knows about each region.
+
+        Args:
+            pooled: (N, C, G, G) patches of the map under N regions.
+
+        Returns:
+            (N, head_channels) features that the overlap is read from.
+        """
         return self.shared_fc_layer(pooled.flatten(1)[..., None])[..., 0]
 
+    def iou_logits(self, shared: Tensor) -> Tensor:
+        """Read the overlap of each region from its features.
+
+        Args:
+            shared: (N, head_channels) what `shared_features` returned.
+
+        Returns:
+            (N,) logits of the predicted IoU.
+        """
+        return self.iou_layers(shared[..., None]).view(-1)
+
     def forward(self, pooled: Tensor) -> Tensor:
-        return self.iou_layers(self.describe(pooled)[..., None]).view(-1)
+        """Compute (N,) IoU logits of (N, C, G, G) pooled features.
+
+        Args:
+            pooled: patches of the map under N regions.
+
+        Returns:
+            (N,) logits of the predicted IoU.
+        """
+        return self.iou_logits(self.shared_features(pooled))
 
 
-class SecondIouDecoder(nn.Module):
+class SecondIouDecoder(Decoder):
     """The server half. ``forward`` gives raw outputs, ``loss`` and ``predict`` are functions of them."""
 
     anchors: Tensor
+    openpcdet_parts: ClassVar[Mapping[str, str]] = {
+        "bev_backbone": "backbone_2d",
+        "anchor_head": "dense_head",
+        "roi_head": "roi_head",
+    }
+    openpcdet_optional: ClassVar[str | None] = "roi_head"  # SECOND has none
 
     def __init__(self, spec: CutSpec, config: SecondIouConfig) -> None:
         super().__init__()
@@ -92,12 +126,12 @@ class SecondIouDecoder(nn.Module):
         self.roi_head = IouHead(self.bev_backbone.out_channels, config.pool_size, config.head_channels, config.dropout)
         self.register_buffer("anchors", make_anchors(spec, config.anchors), persistent=False)
 
-    def forward(self, split: CutFeatures, labels: Sequence[Labels] | None = None) -> SecondIouOutputs:
+    def forward(self, features: CutFeatures, labels: Sequence[Labels] | None = None) -> SecondIouOutputs:
         """Outputs of a batch. With ``labels`` (training) regions are sampled around them, else the best proposals are judged."""
-        bev = self.bev_backbone(height_compression(split.voxels))
+        bev = self.bev_backbone(height_compression(features.voxels))
         dense = self.anchor_head(bev)
         proposals = self._propose(dense, labels)
-        return SecondIouOutputs(dense=dense, proposals=proposals, iou_logits=self._judge(bev.detach(), proposals))
+        return SecondIouOutputs(dense=dense, proposals=proposals, iou_logits=self._iou_logits(bev.detach(), proposals))
 
     @torch.no_grad()
     def _propose(self, dense: DenseOutputs, labels: Sequence[Labels] | None) -> Proposals:
@@ -111,18 +145,25 @@ class SecondIouDecoder(nn.Module):
         pooled = roi_grid_sample(bev, proposals.boxes, origin=origin, cell=cell, grid_size=self.config.pool_size)
         return pooled[proposals.valid]
 
-    def _judge(self, bev: Tensor, proposals: Proposals) -> Tensor:
+    def _iou_logits(self, bev: Tensor, proposals: Proposals) -> Tensor:
         logits = bev.new_zeros(proposals.valid.shape)
         return logits.masked_scatter(proposals.valid, self.roi_head(self._pool(bev, proposals)).to(logits.dtype))
 
     @torch.no_grad()
-    def scored_proposals(self, split: CutFeatures) -> list[ScoredProposals]:
-        """Every scene's proposals as the second stage sees them, with the feature that the overlap is read from."""
-        bev = self.bev_backbone(height_compression(split.voxels))
+    def proposals(self, features: CutFeatures) -> list[ScoredProposals]:
+        """Score every proposal with the IoU head.
+
+        Args:
+            features: features at the cut, on the device of the weights.
+
+        Returns:
+            The scored proposals of every scene, with the feature that the overlap is read from.
+        """
+        bev = self.bev_backbone(height_compression(features.voxels))
         proposals = self._propose(self.anchor_head(bev), None)
-        features = self.roi_head.describe(self._pool(bev, proposals))
-        iou = self.roi_head.iou_layers(features[..., None]).view(-1)
-        return scored_proposals(proposals, proposals.boxes[proposals.valid], iou, features)
+        shared = self.roi_head.shared_features(self._pool(bev, proposals))
+        iou = self.roi_head.iou_logits(shared)
+        return scored_proposals(proposals, proposals.boxes[proposals.valid], iou, shared)
 
     def loss(self, outputs: SecondIouOutputs, labels: Sequence[Labels]) -> LossTerms:
         """Class, box, direction and IoU losses of a batch, as OpenPCDet weighs them."""

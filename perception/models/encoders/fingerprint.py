@@ -15,10 +15,11 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....core.errors import InvalidInput
 from ....core.rig import RigSpec
+from .encoder import Encoder
 
 _FINGERPRINT_VERSION = 2
 
@@ -43,7 +44,7 @@ def _little_endian_bytes(tensor: Tensor) -> bytes:
     return flat.numpy().tobytes()
 
 
-def encoder_fingerprint(encoder: nn.Module, rig: RigSpec) -> str:
+def encoder_fingerprint(encoder: Encoder, rig: RigSpec) -> str:
     """SHA-256 (64 hexadecimal digits) of ``encoder`` behind ``rig``.
 
     encoder: has ``spec`` and ``config``, dataclasses of plain values. Hashed are the class name, both dataclasses, the rig,

@@ -11,9 +11,9 @@ centre of an occupied voxel unless a configuration asks for "raw_points", which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from ....core.features import CutFeatures, Keypoints, SparseVoxels
 from ....core.structures import PointCloud
 from ....ops.bev_interpolate import bev_interpolate
 from ....ops.farthest_point import farthest_point_sample
+from .encoder import Encoder
 from .second import SecondEncoder, SecondEncoderConfig
 from .set_abstraction import SetAbstraction, SetAbstractionConfig
 
@@ -48,6 +49,14 @@ class PvRcnnEncoderConfig:
         """Space and voxel size of the input."""
         return self.voxels.grid
 
+    def build(self) -> PvRcnnEncoder:
+        """Make the encoder with fresh weights, drawn from torch's global generator.
+
+        Returns:
+            The encoder, in training mode.
+        """
+        return PvRcnnEncoder(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -58,8 +67,15 @@ class Source:
     starts: tuple[int, ...]
 
 
-class PvRcnnEncoder(nn.Module):
+class PvRcnnEncoder(Encoder):
     """Points to features at the cut. ``spec`` says where the cut is; ``config`` is what was asked for."""
+
+    config: PvRcnnEncoderConfig
+    openpcdet_parts: ClassVar[Mapping[str, str]] = {
+        "second.sparse_backbone": "backbone_3d",
+        "stage_abstractions": "pfe.SA_layers",
+        "raw_abstraction": "pfe.SA_rawpoints",
+    }
 
     def __init__(self, config: PvRcnnEncoderConfig) -> None:
         super().__init__()
@@ -110,9 +126,6 @@ class PvRcnnEncoder(nn.Module):
                 (cast(SetAbstraction, abstraction), Source(xyz=centers, features=voxels.features, starts=voxels.starts()))
             )
         return found
-
-    def forward(self, points: Sequence[PointCloud]) -> CutFeatures:
-        return self.features(points, self.voxelize(points))
 
     def raw_source(self, points: Sequence[PointCloud]) -> Source:
         """The scans' points in the range seen from above, in file order (the reference does not test z)."""

@@ -8,9 +8,9 @@ Module indices follow it, so that its weights load by name. PV-RCNN shares this 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ....core.features import CutFeatures, SparseVoxels
 from ....core.structures import PointCloud
 from ....ops.sparse_conv import Rulebook, StridedConv3d, SubmanifoldConv3d, submanifold_rulebook
 from ....ops.voxelize import voxelize
+from .encoder import Encoder
 from .norm import RowBatchNorm
 
 
@@ -37,6 +38,14 @@ class SecondEncoderConfig:
     max_points_per_voxel: int = 5
     max_voxels: int = 40_000
     channels: tuple[int, int, int, int, int] = (16, 32, 64, 64, 128)
+
+    def build(self) -> SecondEncoder:
+        """Make the encoder with fresh weights, drawn from torch's global generator.
+
+        Returns:
+            The encoder, in training mode.
+        """
+        return SecondEncoder(self)
 
 
 class ConvBlock(nn.Sequential):
@@ -108,8 +117,11 @@ def _strided_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
     return (out(z, 3, 2, 0), y, x)
 
 
-class SecondEncoder(nn.Module):
+class SecondEncoder(Encoder):
     """Points to features at the cut. ``spec`` says where the cut is; ``config`` is what was asked for."""
+
+    config: SecondEncoderConfig
+    openpcdet_parts: ClassVar[Mapping[str, str]] = {"sparse_backbone": "backbone_3d"}
 
     def __init__(self, config: SecondEncoderConfig) -> None:
         super().__init__()
@@ -163,6 +175,3 @@ class SecondEncoder(nn.Module):
     def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> CutFeatures:
         """Features at the cut of scans with their input voxels (``voxelize``); the points themselves are not looked at again."""
         return CutFeatures(voxels=self.sparse_backbone(voxels), spec=self.spec)
-
-    def forward(self, points: Sequence[PointCloud]) -> CutFeatures:
-        return self.features(points, self.voxelize(points))

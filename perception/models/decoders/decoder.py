@@ -1,0 +1,78 @@
+"""What every decoder offers: the contract between the server half and everything that uses it.
+
+`models/detector.py` joins a decoder with an encoder; `second_iou.py` is the decoder to read first.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ....core.errors import InvalidInput
+from ....core.features import CutFeatures
+from ....core.structures import Labels, LossTerms, Predictions
+from .regions import ScoredProposals
+
+
+class Decoder(nn.Module, ABC):
+    """The server half of a detector: features at the cut in, raw outputs out.
+
+    Raw outputs are the decoder's own type; nothing but its `loss` and `predict` looks inside.
+    """
+
+    openpcdet_parts: ClassVar[Mapping[str, str]] = {}
+    """Submodules of this half, each with its name in OpenPCDet's weights. Empty for a decoder that OpenPCDet does not have."""
+    openpcdet_optional: ClassVar[str | None] = None
+    """OpenPCDet's name of a part that published weights may lack: the IoU head that SECOND-IoU adds to SECOND."""
+
+    @abstractmethod
+    def forward(self, features: CutFeatures, labels: Sequence[Labels] | None = None) -> Any:
+        """Compute the raw outputs of a batch.
+
+        Args:
+            features: features at the cut, on the device of the weights.
+            labels: one per scene in training, None otherwise. They only choose which proposals a second stage trains on.
+
+        Returns:
+            Raw outputs for `loss` and `predict`.
+        """
+
+    @abstractmethod
+    def loss(self, outputs: Any, labels: Sequence[Labels]) -> LossTerms:
+        """Compare raw outputs with labels.
+
+        Args:
+            outputs: what `forward` returned.
+            labels: one per scene, on the device of the outputs.
+
+        Returns:
+            Named loss terms, already weighted.
+        """
+
+    @abstractmethod
+    def predict(self, outputs: Any) -> list[Predictions]:
+        """Turn raw outputs into detections.
+
+        Args:
+            outputs: what `forward` returned without labels.
+
+        Returns:
+            The detections of every scene, best first.
+        """
+
+    def proposals(self, features: CutFeatures) -> list[ScoredProposals]:
+        """Score every proposal of the first stage with the second stage, before the final suppression.
+
+        Args:
+            features: features at the cut, on the device of the weights.
+
+        Returns:
+            The scored proposals of every scene.
+
+        Raises:
+            InvalidInput: The decoder has no second stage.
+        """
+        raise InvalidInput(f"{type(self).__name__} has no second stage that scores proposals; use a two-stage detector")

@@ -1,0 +1,81 @@
+"""What every encoder offers: the contract between the vehicle half and everything that uses it.
+
+A detector, an extractor and the encoder file work with this class and do not know which encoder they hold. The encoders
+that there are stand in `table.py`; `second.py` is the one to read first.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol
+
+from torch import nn
+
+from ....core.cut import CutSpec
+from ....core.features import CutFeatures, SparseVoxels
+from ....core.structures import PointCloud
+
+
+class EncoderFactory(Protocol):
+    """The configuration of an encoder: a frozen dataclass of plain values that can build it."""
+
+    def build(self) -> Encoder:
+        """Make an encoder with fresh weights.
+
+        Returns:
+            The encoder, in training mode, with this configuration as its `config`.
+        """
+        ...
+
+
+class Encoder(nn.Module, ABC):
+    """The vehicle half of a detector: point clouds in, features at the cut out.
+
+    A subclass sets `spec` and `config` when it is made and implements the two stages. The encoder fingerprint hashes the
+    name of the subclass, `spec`, `config` and all weights, so renaming any of them makes stored scenes unreadable.
+    """
+
+    spec: CutSpec
+    """Where the network is cut, and the shape of what is there."""
+    config: EncoderFactory
+    """The configuration that built this encoder."""
+    openpcdet_parts: ClassVar[Mapping[str, str]] = {}
+    """Submodules of this half, each with its name in OpenPCDet's weights. Empty for an encoder that OpenPCDet does not have."""
+
+    @abstractmethod
+    def voxelize(self, points: Sequence[PointCloud]) -> SparseVoxels:
+        """Sort the points of a batch into voxels.
+
+        Args:
+            points: one scan per scene, in the shifted frame (after the rig), on the device of the weights.
+
+        Returns:
+            The occupied voxels of the input grid with the features that the network reads.
+
+        Raises:
+            InvalidInput: There is no scan, or a scan lacks point features that the encoder reads.
+        """
+
+    @abstractmethod
+    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> CutFeatures:
+        """Compute the features at the cut from the voxels of a batch.
+
+        Args:
+            points: the scans that `voxels` were made from. Only an encoder with keypoints looks at them again.
+            voxels: what `voxelize` returned for `points`.
+
+        Returns:
+            Features at the cut, differentiable, one scene per scan.
+        """
+
+    def forward(self, points: Sequence[PointCloud]) -> CutFeatures:
+        """Run both stages.
+
+        Args:
+            points: one scan per scene, as for `voxelize`.
+
+        Returns:
+            Features at the cut.
+        """
+        return self.features(points, self.voxelize(points))
