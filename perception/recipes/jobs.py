@@ -1,0 +1,368 @@
+"""The jobs that users start: train a preset, upcycle it, score a detector. Commands and Python programs call these functions.
+
+Each takes names and folders, builds what the trainers need (`assembly.py`), runs, and leaves a run folder. `import upcycle3d` exports them as
+`train`, `upcycle` and `evaluate`. Read next: `presets.py` for the settings, `pipeline.py` for all jobs in order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ...core.errors import InvalidInput
+from ...core.rig import RigSpec
+from ...core.structures import Labels
+from ...datasets.data_split import DataSplit
+from ..models.detector import Detector
+from ..server.methods import METHODS, Method
+from ..server.store import SmashedStore
+from ..server.trainer import upcycle
+from ..training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
+from ..training.distributed import init_distributed, per_rank
+from ..training.loop import create_run
+from ..training.run_folder import RunFolder
+from ..training.supervised import train_supervised
+from .assembly import feature_object_database, fleet_store, labeled_batches, unlabeled_batches
+from .presets import PRESETS, Preset
+
+Data = DataSplit | str | Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """What decides a supervised training: stored in its run folder and compared when the run is resumed."""
+
+    preset: Preset
+    """Detector and training settings."""
+    data: DataSplit
+    """Labeled split, with an absolute folder."""
+    seed: int
+    """Seed of weights, order and augmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOutcome:
+    """What a supervised training gave."""
+
+    detector: Detector
+    """The trained detector, on the CPU, in evaluation mode."""
+    steps: int
+    """Optimizer steps done."""
+    frames: int
+    """Labeled frames in the split."""
+    seconds: float
+    """Duration of the training loop."""
+    loss: Mapping[str, float]
+    """Loss terms of the last step."""
+    is_main: bool = True
+    """Whether this process wrote the run folder; False in all but the first process of `torchrun`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcyclingRecord:
+    """What decides an upcycling run: stored in its run folder and compared when the run is resumed."""
+
+    preset: Preset
+    """Detector and upcycling settings."""
+    method: str
+    """Name of the method, or the summary of the caller's own method."""
+    data: DataSplit
+    """Labeled split, with an absolute folder."""
+    detector: Path
+    """Run folder of the source model."""
+    store: Path | None
+    """Store of smashed scenes."""
+    raw: DataSplit | None
+    """Raw unlabeled scans."""
+    rig: RigSpec
+    """Rig of the fleet."""
+    codec: str | None
+    """Codec of the labeled features; None takes the store's own."""
+    seed: int
+    """Seed of order, augmentation and pasting."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcycleOutcome:
+    """What an upcycling run gave."""
+
+    student: Detector
+    """The trained detector after the last step, on the CPU, in evaluation mode. This is the result."""
+    teacher: Detector
+    """Its exponential moving average."""
+    steps: int
+    """Optimizer steps."""
+    frames: int
+    """Labeled frames."""
+    scenes: int
+    """Unlabeled scenes or scans that the method learned from."""
+
+
+def find_preset(preset: Preset | str) -> Preset:
+    """Look up a preset by name.
+
+    Args:
+        preset: A name of `PRESETS`, or a preset, which is returned as it is.
+
+    Returns:
+        The preset.
+
+    Raises:
+        InvalidInput: No preset has this name; the message suggests the nearest.
+    """
+    if isinstance(preset, Preset):
+        return preset
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(PRESETS)}."
+        raise InvalidInput(f"there is no preset {preset!r}; {hint}")
+    return PRESETS[preset]
+
+
+def find_data(data: Data, default_split: str | None) -> DataSplit:
+    """Read the name of a split of a prepared dataset.
+
+    Args:
+        data: `DIR[:SPLIT]` as text, a folder, or a split.
+        default_split: The split to take where none is named; None takes all frames.
+
+    Returns:
+        The split.
+    """
+    split = data if isinstance(data, DataSplit) else DataSplit.parse(str(data))
+    return split if default_split is None else split.or_split(default_split)
+
+
+def train_preset(
+    preset: Preset | str,
+    data: Data,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    resume: bool = False,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> TrainOutcome:
+    """Train a detector on the labeled frames of a prepared dataset.
+
+    Under `torchrun` every process takes its own batches, and only the first one writes the run folder.
+
+    Args:
+        preset: Name of a preset, or a preset with your own settings.
+        data: Labeled split, `DIR[:SPLIT]`; `train` where no split is named.
+        out: Run folder to write: configuration, metrics, checkpoints, detector and encoder file.
+        seed: Decides the initial weights, the order of the frames and the augmentation.
+        steps: Optimizer steps, instead of the preset's number.
+        resume: Continue a run that was stopped.
+        workers: Processes that prepare batches. The result does not depend on their number.
+        device: `cpu`, `cuda` or `cuda:N`.
+        progress: Print a line every few steps.
+
+    Returns:
+        The detector and what the training did.
+
+    Raises:
+        InvalidInput: The dataset has other classes than the preset, or `out` holds another run.
+        NonFiniteLoss: A loss became NaN or infinite; the message names the term and the frames.
+
+    Example:
+        outcome = upcycle3d.train("kitti_small", "data/kitti:train", "runs/source")
+        found = outcome.detector.detect(scan)
+    """
+    preset, split, out = find_preset(preset), find_data(data, "train"), Path(out)
+    optim = preset.train.loop.optim
+    loop = replace(preset.train.loop, seed=seed, optim=replace(optim, total_steps=steps or optim.total_steps))
+    preset = replace(preset, train=replace(preset.train, loop=loop))
+    labeled = labeled_batches(preset, split, batch_size=preset.train.batch_size, seed=seed)
+    context = init_distributed()
+    torch.manual_seed(seed)
+    detector = preset.detector.build().to(context.device if context.world_size > 1 else device)
+    record = TrainingRecord(preset=preset, data=split.resolved(), seed=seed)
+    run = create_run(out, record, seed=seed, context=context, resume=resume)
+    own = per_rank(lambda step, rank, ranks: labeled(step * ranks + rank), context)
+    result = train_supervised(detector, own, loop, run=run, workers=workers, context=context, progress=progress)
+    context.close()
+    if context.is_main:
+        save_run_detector(out, detector.cpu(), preset.detector)
+    return TrainOutcome(
+        detector=detector.cpu(),
+        steps=result.steps,
+        frames=len(labeled.frames),
+        seconds=result.seconds,
+        loss=dict(result.terms),
+        is_main=context.is_main,
+    )
+
+
+def upcycle_preset(
+    preset: Preset | str,
+    data: Data,
+    detector: str | Path,
+    out: str | Path,
+    *,
+    method: Method | str = "upcycling",
+    store: str | Path | None = None,
+    raw: Data | None = None,
+    rig: RigSpec | None = None,
+    codec: str | None = None,
+    truth: tuple[Path, Data] | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    resume: bool = False,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> UpcycleOutcome:
+    """Train the server half of a detector on labeled frames and unlabeled smashed scenes.
+
+    Args:
+        preset: Name of a preset, or a preset with your own settings. Its detector must be the source model's.
+        data: Labeled split, `DIR[:SPLIT]`; `train` where no split is named. The oracles take it from the target domain.
+        detector: Run folder of the source model, from which every method starts. The fleet must run its encoder.
+        out: Run folder to write.
+        method: Name of a method (docs/methods.md), or your own `Method`.
+        store: Store of the fleet's smashed scenes, for the methods that learn from them.
+        raw: Raw unlabeled scans, for the methods that learn from them; `unlabelled` where no split is named.
+        rig: The fleet's rig, as given to `extract` and `ingest`. None means no z shift and intensity in 0..1.
+        codec: Codec round trip of labeled features, `fp16` or `int8`; None takes the store's own.
+        truth: Receipts of `extract` and the prepared frames that were extracted. Their labels measure the pseudo labels and never train.
+        seed: Decides the order of frames and scenes, augmentation and pasting.
+        steps: Optimizer steps, instead of the preset's number.
+        resume: Continue a run that was stopped.
+        workers: Processes that prepare batches.
+        device: `cpu`, `cuda` or `cuda:N`.
+        progress: Print a line every few steps.
+
+    Returns:
+        Student, teacher and what they learned from.
+
+    Raises:
+        InvalidInput: The preset, the store and the source model do not fit, or the method lacks the data it learns from.
+        NonFiniteLoss: A loss became NaN or infinite; the message names the term and the frames.
+
+    Example:
+        outcome = upcycle3d.upcycle("kitti_small", "data/kitti:train", "runs/source", "runs/upcycled", store="store")
+        found = outcome.student.detect(scan)
+    """
+    preset, split, out, detector = find_preset(preset), find_data(data, "train"), Path(out), Path(detector)
+    rig = rig or RigSpec()
+    name, chosen = (method, find_method(method)) if isinstance(method, str) else (method.summary, method)
+    optim = preset.upcycle.loop.optim
+    loop = replace(preset.upcycle.loop, seed=seed, optim=replace(optim, total_steps=steps or optim.total_steps))
+    settings = replace(preset.upcycle, loop=loop)
+    preset = replace(preset, upcycle=settings)
+    student, detector_config = load_detector(detector)
+    if detector_config != preset.detector:
+        raise InvalidInput(f"{detector} holds another detector than the preset; give the preset that it was trained with")
+    # F-GT's size shift is also right for the labeled half, but the oracles' labels have the target's sizes already.
+    shift = settings.f_gt.size_shift if chosen.labeled == "source" else (0.0, 0.0, 0.0)
+    labeled = labeled_batches(preset, split, batch_size=settings.labeled_batch, seed=seed, size_shift=shift)
+    if chosen.unlabeled == "raw" and raw is None:
+        raise InvalidInput(f"the method {name} learns from raw unlabeled scans; give them with --raw DIR[:SPLIT]")
+    if chosen.unlabeled == "smashed" and store is None:
+        raise InvalidInput(f"the method {name} learns from smashed scenes; give --store, which `extract` and `ingest` make")
+    # A method without scenes still gets their codec, so that all methods see the same labeled features.
+    scenes = None if store is None else fleet_store(Path(store), student, rig)
+    codec_used = codec or _codec_of(scenes)
+    fleet = None if raw is None or chosen.unlabeled != "raw" else find_data(raw, "unlabelled").open()
+    scans = None if fleet is None else unlabeled_batches(preset, fleet, batch_size=settings.unlabeled_batch, seed=seed)
+    record = UpcyclingRecord(
+        preset=preset,
+        method=name,
+        data=split.resolved(),
+        detector=detector.resolve(),
+        store=None if store is None else Path(store).resolve(),
+        raw=None if raw is None else find_data(raw, "unlabelled").resolved(),
+        rig=rig,
+        codec=codec,
+        seed=seed,
+    )
+    run = RunFolder.create(out, record, seed=seed, resume=resume)
+    pasted_objects = None
+    if chosen.f_gt:
+        pasted_objects = feature_object_database(out / "feature_gt", split.open(), student, settings.f_gt, codec=codec_used)
+    teacher = upcycle(
+        student.to(device),
+        method=chosen,
+        labeled=labeled,
+        store=scenes,
+        pasted_objects=pasted_objects,
+        config=settings,
+        scans=scans,
+        codec=codec_used,
+        truth=None if truth is None else read_truth(*truth),
+        run=run,
+        workers=workers,
+        progress=progress,
+    )
+    save_run_detector(out, student.cpu(), preset.detector)
+    save_detector(out / TEACHER_FILE, teacher.cpu(), preset.detector)
+    learned_from = fleet if chosen.unlabeled == "raw" else scenes if chosen.unlabeled == "smashed" else None
+    return UpcycleOutcome(
+        student=student.cpu(),
+        teacher=teacher.cpu(),
+        steps=loop.total_steps,
+        frames=len(labeled.frames),
+        scenes=0 if learned_from is None else len(learned_from),
+    )
+
+
+def find_method(name: str) -> Method:
+    """Look up a method by name.
+
+    Args:
+        name: A name of `METHODS`.
+
+    Returns:
+        The method.
+
+    Raises:
+        InvalidInput: No method has this name; the message suggests the nearest.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, 1)
+        raise InvalidInput(f"there is no method {name!r}; did you mean {(near or ['upcycling'])[0]!r}? docs/methods.md lists all")
+    return METHODS[name]
+
+
+def read_truth(receipts: str | Path, data: Data) -> dict[str, Labels]:
+    """Join the receipts that `extract` left with its caller and the labels of the frames that were extracted.
+
+    Args:
+        receipts: JSON file of `extract --receipts`: scene id to frame id.
+        data: The prepared frames that were extracted.
+
+    Returns:
+        True labels by scene id. They may only measure pseudo labels.
+
+    Raises:
+        InvalidInput: The file cannot be read, or a scan in it has no labels.
+    """
+    frames = find_data(data, None).open()
+    labels = {frame_id: frames.labels(i) for i, frame_id in enumerate(frames.ids)}
+    try:
+        frame_of = json.loads(Path(receipts).read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"cannot read the receipts {receipts}: {error}; `upcycle3d extract --receipts` writes them") from error
+    found = {scene: labels.get(frame) for scene, frame in frame_of.items()}
+    known = {scene: truth for scene, truth in found.items() if truth is not None}
+    if len(known) < len(found):
+        raise InvalidInput(
+            f"{len(found) - len(known)} of {len(found)} scans in {receipts} have no labels in {data}; prepare those frames too"
+        )
+    return known
+
+
+def _codec_of(store: SmashedStore | None) -> str:
+    if store is None:
+        return "fp16"
+    if len(store.codecs) > 1:
+        raise InvalidInput(f"the store holds scenes of several codecs ({', '.join(store.codecs)}); choose one with --codec")
+    return store.codecs[0]
