@@ -28,7 +28,7 @@ from upcycle3d.perception.models.encoders.encoder import Encoder
 from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.models.encoders.table import EncoderConfig
 from upcycle3d.perception.models.openpcdet import openpcdet_state
-from upcycle3d.perception.server.store import to_cut_features
+from upcycle3d.perception.server.store import collate_scenes
 from upcycle3d.perception.training import detector_files
 from upcycle3d.perception.training.ema import make_teacher, update_ema
 from upcycle3d.perception.training.loop import LoopConfig
@@ -172,7 +172,7 @@ def test_it_learns_and_detects(detector):
 def test_a_vehicle_smashes_its_scenes_and_the_server_learns_from_them(detector, tmp_path):
     detector.eval().freeze_encoder()
     store = tiny.store(tmp_path, detector, CLOUDS)
-    scenes = to_cut_features([store[i] for i in range(2)])
+    scenes = collate_scenes([store[i] for i in range(2)])
     assert scenes.spec == detector.spec
     detector.train()
     teacher = make_teacher(detector)
