@@ -1,11 +1,12 @@
-"""Features of the bird's-eye-view map at points, read from the sparse voxels: the dense map is never made.
+"""Features of the bird's-eye-view (BEV) map at points, read from the sparse voxels: the dense map is never made.
 
 Height compression stacks the levels z of the sparse tensor into channels c * Z + z of a map; PV-RCNN samples that map at its
-keypoints, bilinearly. Each sample needs four columns of voxels, most of the map none.
+keypoints, bilinearly. Each sample needs four columns of voxels; most of the map is never read.
 
-OpenPCDet (``bilinear_interpolate_torch``) clamps the four neighbours to the map but leaves the weights as they are. Beyond the
-first and last row or column both neighbours are then the same cell with weights that cancel: a sample that lies in the last row or
+OpenPCDet (`bilinear_interpolate_torch`) clamps the four neighbors to the map but leaves the weights as they are. Beyond the first
+and last row or column both neighbors are then the same cell with weights that cancel: a sample that lies in the last row or
 column, or outside the map, is 0. Published weights were trained with it, so it is kept; here such samples are left out.
+There is no compiled kernel: torch's `embedding_bag` does the sums.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .farthest_point import check_starts
+from ..core.errors import InvalidInput
+from ..core.structures import shape_of
+from .checks import check_row_bounds
+from .dispatch import device_of
 
 
 def bev_interpolate(
@@ -28,18 +32,23 @@ def bev_interpolate(
     starts: Sequence[int],
     batch_size: int,
 ) -> Tensor:
-    """Bilinear samples of the height-compressed map: (N, C * Z), channel c * Z + z.
+    """Sample the height-compressed map bilinearly, in plain torch, on any device.
+
+    It is differentiable in `features`, not in `positions`.
 
     Args:
-        features: (M, C) of the occupied voxels; an empty voxel is 0.
-        coords: (M, 4) integer, batch z y x, without repeats.
-        shape: grid cells Z, Y, X.
-        positions: (N, 2) column x, row y on the map, in cells: an integer is the place of a cell, no half cell is added.
-        starts: B + 1 row bounds of the scenes in ``positions``.
-        batch_size: B.
+        features: (M, C) features of the occupied voxels; an empty voxel is 0.
+        coords: (M, 4) integer batch, z, y, x, without repeats.
+        shape: Grid cells Z, Y, X.
+        positions: (N, 2) column x and row y on the map, in cells: an integer is the place of a cell, no half cell is added.
+        starts: B + 1 row bounds of the scenes in `positions`.
+        batch_size: Number of scenes B.
 
-    Differentiable in ``features``, not in ``positions``. Plain torch, on any device.
-    Raises ValueError for shapes or bounds that do not fit together, coordinates outside the grid, or non-finite positions.
+    Returns:
+        (N, C * Z) samples, channel c * Z + z.
+
+    Raises:
+        InvalidInput: Shapes, bounds or devices that do not fit together, coordinates outside the grid, or non-finite positions.
     """
     _check(features, coords, shape, positions, starts, batch_size)
     depth, height, width = shape
@@ -84,7 +93,19 @@ def bev_interpolate_reference(
     starts: Sequence[int],
     batch_size: int,
 ) -> Tensor:
-    """``bev_interpolate`` as OpenPCDet writes it, on the dense map."""
+    """Compute `bev_interpolate` the way OpenPCDet writes it, on the dense map.
+
+    Args:
+        features: (M, C) features of the occupied voxels.
+        coords: (M, 4) integer batch, z, y, x.
+        shape: Grid cells Z, Y, X.
+        positions: (N, 2) column x and row y on the map, in cells.
+        starts: B + 1 row bounds of the scenes in `positions`.
+        batch_size: Number of scenes B.
+
+    Returns:
+        (N, C * Z) samples, channel c * Z + z.
+    """
     _check(features, coords, shape, positions, starts, batch_size)
     depth, height, width = shape
     dense = features.new_zeros(batch_size, depth, height, width, features.shape[1])
@@ -119,19 +140,20 @@ def _check(
     batch_size: int,
 ) -> None:
     if features.ndim != 2 or coords.shape != (len(features), 4) or coords.is_floating_point():
-        raise ValueError(
-            "bev_interpolate: features must be (M, C) and coords integer (M, 4), "
-            f"got {tuple(features.shape)} and {coords.dtype} {tuple(coords.shape)}"
+        raise InvalidInput(
+            "bev_interpolate expects features (M, C) and integer coords (M, 4), "
+            f"found {shape_of(features)} and {shape_of(coords)}"
         )
     if positions.ndim != 2 or positions.shape[1] != 2 or not positions.is_floating_point():
-        raise ValueError(f"bev_interpolate: positions must be floating point (N, 2), got {tuple(positions.shape)}")
-    if len({features.device, coords.device, positions.device}) > 1:
-        raise ValueError(f"bev_interpolate: devices differ: {features.device}, {coords.device}, {positions.device}")
-    check_starts("bev_interpolate", starts, len(positions))
+        raise InvalidInput(f"bev_interpolate expects positions as a floating-point tensor (N, 2), found {shape_of(positions)}")
+    device_of(features, coords, positions)
+    check_row_bounds("bev_interpolate: positions", starts, len(positions))
     if len(starts) - 1 != batch_size:
-        raise ValueError(f"bev_interpolate: bounds of {len(starts) - 1} scenes for a batch of {batch_size}")
+        raise InvalidInput(
+            f"bev_interpolate: the bounds are those of {len(starts) - 1} scenes, but this is a batch of {batch_size}"
+        )
     if not torch.isfinite(positions.detach()).all():
-        raise ValueError("bev_interpolate: some positions have a NaN or infinite value")
+        raise InvalidInput("bev_interpolate: some positions have a NaN or infinite value; remove them first")
     limits = coords.new_tensor([batch_size, *shape])
     if ((coords < 0) | (coords >= limits)).any():
-        raise ValueError(f"bev_interpolate: coordinates outside {batch_size} scenes of shape {shape}")
+        raise InvalidInput(f"bev_interpolate: some coordinates lie outside {batch_size} scenes of shape {shape} (z, y, x)")

@@ -1,56 +1,86 @@
 """Which points lie in which rotated box: to count an object's points, to cut an object out of a scan, to label points.
 
-Boxes are (x, y, z of the centre, dx, dy, dz, yaw), metres and radians. A point is inside when in the box's own frame
-|coordinate| <= half size on all three axes, faces included, computed in float64.
-Source: OpenPCDet ``roiaware_pool3d_kernel.cu`` (there in float32, with the side faces excluded).
+Boxes are (x, y, z of the center, dx, dy, dz, yaw) in meters and radians (see `core/boxes.py`). A point is inside when in the box's
+own frame |coordinate| <= half size on all three axes, faces included, computed in float64. A non-finite point is in no box.
+Source: OpenPCDet, `roiaware_pool3d_kernel.cu` (there in float32, with the side faces excluded).
 """
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Columns = NDArray[np.float64]  # one quantity a row, one point or box a column
+from ..core.errors import InvalidInput
+from ..core.structures import shape_of
+from .checks import check_boxes
+from .cpu.points_in_boxes import count, first_box, membership
+from .dispatch import dispatch
 
 
 def points_in_boxes(points: Tensor, boxes: Tensor) -> Tensor:
-    """The first box (lowest row of ``boxes`` (M, 7)) that holds each of ``points`` (N, 3): (N,) int64, -1 for none.
+    """Find the first box that each point lies in.
 
-    Runs where the points are. Raises ValueError for a wrong shape or a non-finite box. A non-finite point is in no box.
+    Args:
+        points: (N, 3) x, y, z in meters.
+        boxes: (M, 7) boxes in the same frame as the points.
+
+    Returns:
+        (N,) int64, the lowest row of `boxes` that holds the point, -1 where there is none.
+
+    Raises:
+        InvalidInput: A tensor has another shape, or a box is not finite.
+
+    Example:
+        >>> car = torch.tensor([[10.0, 0, 1, 4, 2, 1.5, 0]])
+        >>> points_in_boxes(torch.tensor([[11.0, 0.5, 1.2], [0, 0, 0]]), car)
+        tensor([ 0, -1])
     """
-    _check(points, boxes)
-    if points.device.type != "cpu":
-        return points_in_boxes_reference(points, boxes)
-    first = np.full(len(points), -1, np.int64)
-    _first_box(_columns(points).numpy(), _box_table(boxes).numpy(), first)
-    return torch.from_numpy(first)
+    return dispatch((points, boxes), points_in_boxes_reference, cpu=_points_in_boxes_on_cpu)(points, boxes)
 
 
 def points_in_boxes_mask(points: Tensor, boxes: Tensor) -> Tensor:
-    """Membership of every point (N, 3) in every box (M, 7): (M, N) bool."""
-    _check(points, boxes)
-    if points.device.type != "cpu":
-        return points_in_boxes_mask_reference(points, boxes)
-    mask = np.empty((len(boxes), len(points)), np.bool_)
-    _membership(_columns(points).numpy(), _box_table(boxes).numpy(), mask)
-    return torch.from_numpy(mask)
+    """Find which points lie in which box.
+
+    Args:
+        points: (N, 3) x, y, z in meters.
+        boxes: (M, 7) boxes in the same frame as the points.
+
+    Returns:
+        (M, N) bool.
+
+    Raises:
+        InvalidInput: A tensor has another shape, or a box is not finite.
+    """
+    return dispatch((points, boxes), points_in_boxes_mask_reference, cpu=_mask_on_cpu)(points, boxes)
 
 
 def count_points_in_boxes(points: Tensor, boxes: Tensor) -> Tensor:
-    """How many of ``points`` (N, 3) each box (M, 7) holds, a point in several boxes counting in each: (M,) int64."""
-    _check(points, boxes)
-    if points.device.type != "cpu":
-        return count_points_in_boxes_reference(points, boxes)
-    counts = np.zeros(len(boxes), np.int64)
-    _count(_columns(points).numpy(), _box_table(boxes).numpy(), counts)
-    return torch.from_numpy(counts)
+    """Count the points in each box. A point in several boxes counts in each.
+
+    Args:
+        points: (N, 3) x, y, z in meters.
+        boxes: (M, 7) boxes in the same frame as the points.
+
+    Returns:
+        (M,) int64.
+
+    Raises:
+        InvalidInput: A tensor has another shape, or a box is not finite.
+    """
+    return dispatch((points, boxes), count_points_in_boxes_reference, cpu=_count_on_cpu)(points, boxes)
 
 
 def points_in_boxes_reference(points: Tensor, boxes: Tensor) -> Tensor:
-    """``points_in_boxes`` in plain torch, on any device."""
+    """Compute `points_in_boxes` in plain torch, on any device.
+
+    Args:
+        points: (N, 3) points.
+        boxes: (M, 7) boxes.
+
+    Returns:
+        (N,) int64 rows of `boxes`, -1 for none.
+    """
     mask = points_in_boxes_mask_reference(points, boxes)
     rows = torch.arange(len(boxes), device=mask.device)[:, None]
     nowhere = mask.new_full((1, len(points)), len(boxes), dtype=torch.int64)
@@ -59,67 +89,69 @@ def points_in_boxes_reference(points: Tensor, boxes: Tensor) -> Tensor:
 
 
 def points_in_boxes_mask_reference(points: Tensor, boxes: Tensor) -> Tensor:
-    """``points_in_boxes_mask`` in plain torch, on any device."""
+    """Compute `points_in_boxes_mask` in plain torch, on any device.
+
+    Args:
+        points: (N, 3) points.
+        boxes: (M, 7) boxes.
+
+    Returns:
+        (M, N) bool.
+    """
     _check(points, boxes)
-    x, y, z, half_x, half_y, half_z, cos, sin = _box_table(boxes)[..., None]  # (M, 1) each
-    px, py, pz = _columns(points)
+    x, y, z, half_x, half_y, half_z, cos, sin = _box_columns(boxes)[..., None]  # (M, 1) each
+    px, py, pz = _point_columns(points)
     dx, dy = px - x, py - y
     along, across = dx * cos + dy * sin, dy * cos - dx * sin
     return (along.abs() <= half_x) & (across.abs() <= half_y) & ((pz - z).abs() <= half_z)
 
 
 def count_points_in_boxes_reference(points: Tensor, boxes: Tensor) -> Tensor:
-    """``count_points_in_boxes`` in plain torch, on any device."""
+    """Compute `count_points_in_boxes` in plain torch, on any device.
+
+    Args:
+        points: (N, 3) points.
+        boxes: (M, 7) boxes.
+
+    Returns:
+        (M,) int64.
+    """
     return points_in_boxes_mask_reference(points, boxes).sum(1)
 
 
+def _points_in_boxes_on_cpu(points: Tensor, boxes: Tensor) -> Tensor:
+    _check(points, boxes)
+    first = np.full(len(points), -1, np.int64)
+    first_box(_point_columns(points).numpy(), _box_columns(boxes).numpy(), first)
+    return torch.from_numpy(first)
+
+
+def _mask_on_cpu(points: Tensor, boxes: Tensor) -> Tensor:
+    _check(points, boxes)
+    mask = np.empty((len(boxes), len(points)), np.bool_)
+    membership(_point_columns(points).numpy(), _box_columns(boxes).numpy(), mask)
+    return torch.from_numpy(mask)
+
+
+def _count_on_cpu(points: Tensor, boxes: Tensor) -> Tensor:
+    _check(points, boxes)
+    counts = np.zeros(len(boxes), np.int64)
+    count(_point_columns(points).numpy(), _box_columns(boxes).numpy(), counts)
+    return torch.from_numpy(counts)
+
+
 def _check(points: Tensor, boxes: Tensor) -> None:
-    if points.ndim != 2 or points.shape[1] != 3 or boxes.ndim != 2 or boxes.shape[1] != 7:
-        raise ValueError(f"points must be (N, 3) and boxes (M, 7), got {tuple(points.shape)} and {tuple(boxes.shape)}")
-    bad = int((~torch.isfinite(boxes).all(1)).sum())
-    if bad:
-        raise ValueError(f"{bad} of {len(boxes)} boxes have a NaN or infinite value; remove them first")
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise InvalidInput(f"points_in_boxes expects points as a tensor (N, 3) of x, y, z, found {shape_of(points)}")
+    check_boxes("points_in_boxes", boxes)
 
 
-def _columns(points: Tensor) -> Tensor:
-    """(N, 3) -> (3, N) float64, contiguous, so that the loops over points run in vector registers."""
+def _point_columns(points: Tensor) -> Tensor:
+    """(N, 3) -> (3, N) float64, contiguous."""
     return points.detach().T.double().contiguous()
 
 
-def _box_table(boxes: Tensor) -> Tensor:
-    """(M, 7) -> (8, M) float64: centre, half sizes, cosine and sine of the heading, one a row."""
+def _box_columns(boxes: Tensor) -> Tensor:
+    """(M, 7) -> (8, M) float64: center, half sizes, cosine and sine of the heading, one per row."""
     b = boxes.detach().double()
     return torch.cat([b[:, :3].T, b[:, 3:6].T / 2, b[:, 6].cos()[None], b[:, 6].sin()[None]])
-
-
-@numba.njit(cache=True, nogil=True)
-def _inside(points: Columns, i: int, boxes: Columns, j: int) -> bool:
-    dx, dy, dz = points[0, i] - boxes[0, j], points[1, i] - boxes[1, j], points[2, i] - boxes[2, j]
-    cos, sin = boxes[6, j], boxes[7, j]
-    # & instead of `and`: without branches the compiler vectorises the loop over points.
-    return (abs(dx * cos + dy * sin) <= boxes[3, j]) & (abs(dy * cos - dx * sin) <= boxes[4, j]) & (abs(dz) <= boxes[5, j])
-
-
-@numba.njit(cache=True, nogil=True)
-def _membership(points: Columns, boxes: Columns, mask: NDArray[np.bool_]) -> None:
-    for j in range(mask.shape[0]):
-        for i in range(mask.shape[1]):
-            mask[j, i] = _inside(points, i, boxes, j)
-
-
-@numba.njit(cache=True, nogil=True)
-def _first_box(points: Columns, boxes: Columns, first: NDArray[np.int64]) -> None:
-    for i in range(len(first)):
-        for j in range(boxes.shape[1]):
-            if _inside(points, i, boxes, j):
-                first[i] = j
-                break
-
-
-@numba.njit(cache=True, nogil=True)
-def _count(points: Columns, boxes: Columns, counts: NDArray[np.int64]) -> None:
-    for j in range(len(counts)):
-        total = 0
-        for i in range(points.shape[1]):
-            total += _inside(points, i, boxes, j)
-        counts[j] = total

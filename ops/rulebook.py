@@ -2,12 +2,14 @@
 
 A sparse convolution touches only occupied voxels, so its whole geometry is a list of (input row, output row) pairs for every
 kernel offset. The list depends on the coordinates alone; it is built once per resolution and shared by the layers of a stage
-(Graham et al., "3D Semantic Segmentation with Submanifold Sparse Convolutional Networks", CVPR 2018; the term is theirs).
+(Graham et al., "3D Semantic Segmentation with Submanifold Sparse Convolutional Networks", CVPR 2018, from where the term comes).
 
 How the CPU finds pairs. A voxel is numbered by its place in the grid, its *key*. A shift by a kernel offset adds a constant to the
 key, so two sorted lists of keys meet in one merge without a hash table and without branches to mispredict, and the pairs come out
 already sorted. A submanifold kernel is symmetric: the pairs of offset k, swapped, are those of the mirrored offset.
 Coordinates that are not in key order (batch, z, y, x) are sorted first and the pairs mapped back.
+
+Read next: `sparse_conv.py`, which multiplies along a rulebook, and `cpu/rulebook.py`, the kernels.
 """
 
 from __future__ import annotations
@@ -15,29 +17,47 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ..core.errors import InvalidInput
+from ..core.structures import shape_of
+from .cpu.rulebook import list_meetings, merge, rank, restore_rows
+from .dispatch import dispatch
+
 Triple = tuple[int, int, int]
+"""One number for each of z, y, x."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rulebook:
     """The pairs of one sparse convolution, grouped by kernel offset (kz, ky, kx) in C order."""
 
-    pairs_in: Tensor  # (P,) int32, input rows
-    pairs_out: Tensor  # (P,) int32, output rows, ascending and without repeats within an offset
-    starts: tuple[int, ...]  # K + 1 bounds of the groups in the two lists, K = kz * ky * kx
+    pairs_in: Tensor
+    """(P,) int32, input row of each pair."""
+
+    pairs_out: Tensor
+    """(P,) int32, output row of each pair, ascending and without repeats within an offset."""
+
+    starts: tuple[int, ...]
+    """K + 1 bounds of the offsets in the two lists, K = kz * ky * kx."""
+
     kernel_size: Triple
+    """Kernel along z, y, x."""
+
     num_in: int
-    out_coords: Tensor  # (M_out, 4) int32, batch z y x
-    out_shape: Triple  # z, y, x
+    """Number of input rows."""
+
+    out_coords: Tensor
+    """(M_out, 4) int32 batch, z, y, x of the output rows."""
+
+    out_shape: Triple
+    """Output cells along z, y, x."""
+
     batch_size: int
+    """Number of scenes."""
 
     @property
     def num_out(self) -> int:
@@ -46,55 +66,82 @@ class Rulebook:
 
 
 def submanifold_rulebook(coords: Tensor, shape: Triple, batch_size: int, kernel_size: Triple = (3, 3, 3)) -> Rulebook:
-    """Pairs of a submanifold convolution: the output sites are the input sites, in the same row order.
+    """Find the pairs of a submanifold convolution: the output sites are the input sites, in the same row order.
 
     Args:
-        coords: (M, 4) int32, batch z y x, in any order, without repeats.
-        shape: grid cells along z, y, x.
-        batch_size: number of scenes; scenes without voxels are legal.
-        kernel_size: odd sizes along z, y, x.
+        coords: (M, 4) int32 batch, z, y, x, in any order, without repeats.
+        shape: Grid cells along z, y, x.
+        batch_size: Number of scenes; scenes without voxels are legal.
+        kernel_size: Odd sizes along z, y, x.
+
+    Returns:
+        The rulebook, whose output coordinates are `coords`.
 
     Raises:
-        ValueError: coordinates of a wrong type, outside the grid, or repeated; an even kernel.
+        InvalidInput: Coordinates of a wrong type, outside the grid, or repeated; an even kernel.
     """
-    build = _submanifold_pairs if coords.device.type == "cpu" else _submanifold_pairs_reference
+    build = dispatch((coords,), _submanifold_pairs_reference, cpu=_submanifold_pairs)
     return _submanifold(coords, shape, batch_size, kernel_size, build)
 
 
 def submanifold_rulebook_reference(coords: Tensor, shape: Triple, batch_size: int, kernel_size: Triple = (3, 3, 3)) -> Rulebook:
-    """`submanifold_rulebook` in plain torch (sort and binary search), on any device."""
+    """Compute `submanifold_rulebook` in plain torch (sort and binary search), on any device.
+
+    Args:
+        coords: (M, 4) int32 batch, z, y, x.
+        shape: Grid cells along z, y, x.
+        batch_size: Number of scenes.
+        kernel_size: Odd sizes along z, y, x.
+
+    Returns:
+        The rulebook.
+    """
     return _submanifold(coords, shape, batch_size, kernel_size, _submanifold_pairs_reference)
 
 
 def strided_rulebook(
     coords: Tensor, shape: Triple, batch_size: int, kernel_size: Triple, stride: Triple, padding: Triple
 ) -> Rulebook:
-    """Pairs of a strided convolution: an output site is occupied where its kernel window holds at least one input voxel.
+    """Find the pairs of a strided convolution: an output site is occupied where its window holds at least one input voxel.
 
     Args:
-        coords: (M, 4) int32, batch z y x, in any order, without repeats.
-        shape: grid cells along z, y, x. The output has ``(shape + 2 * padding - kernel_size) // stride + 1``.
-        batch_size: number of scenes; scenes without voxels are legal.
-        kernel_size, stride, padding: along z, y, x.
+        coords: (M, 4) int32 batch, z, y, x, in any order, without repeats.
+        shape: Grid cells along z, y, x. The output has `(shape + 2 * padding - kernel_size) // stride + 1`.
+        batch_size: Number of scenes; scenes without voxels are legal.
+        kernel_size: Kernel along z, y, x.
+        stride: Stride along z, y, x.
+        padding: Padding along z, y, x.
 
     Returns:
-        A rulebook whose output rows ascend in (batch, z, y, x).
+        The rulebook, whose output rows ascend in (batch, z, y, x).
 
     Raises:
-        ValueError: coordinates of a wrong type, outside the grid, or repeated; a kernel larger than the padded grid.
+        InvalidInput: Coordinates of a wrong type, outside the grid, or repeated; a kernel larger than the padded grid.
     """
-    build = _strided_pairs if coords.device.type == "cpu" else _strided_pairs_reference
+    build = dispatch((coords,), _strided_pairs_reference, cpu=_strided_pairs)
     return _strided(coords, shape, batch_size, kernel_size, stride, padding, build)
 
 
 def strided_rulebook_reference(
     coords: Tensor, shape: Triple, batch_size: int, kernel_size: Triple, stride: Triple, padding: Triple
 ) -> Rulebook:
-    """`strided_rulebook` in plain torch (sort and binary search), on any device."""
+    """Compute `strided_rulebook` in plain torch (sort and binary search), on any device.
+
+    Args:
+        coords: (M, 4) int32 batch, z, y, x.
+        shape: Grid cells along z, y, x.
+        batch_size: Number of scenes.
+        kernel_size: Kernel along z, y, x.
+        stride: Stride along z, y, x.
+        padding: Padding along z, y, x.
+
+    Returns:
+        The rulebook.
+    """
     return _strided(coords, shape, batch_size, kernel_size, stride, padding, _strided_pairs_reference)
 
 
-# ---------------------------------------------------------------------------------------------------------------- submanifold
+# ---- submanifold
 
 
 def _submanifold(
@@ -102,9 +149,9 @@ def _submanifold(
 ) -> Rulebook:
     _check_coords(coords, shape, batch_size)
     if any(size < 1 or size % 2 == 0 for size in kernel_size):
-        raise ValueError(f"submanifold_rulebook: kernel_size {kernel_size} must be odd, so that it has a centre")
+        raise InvalidInput(f"submanifold_rulebook: kernel_size {kernel_size} must be odd, so that it has a center")
     radius = [size // 2 for size in kernel_size]
-    # Each axis is widened by the radius: a neighbour beyond the border then has a key that no voxel has.
+    # Each axis is widened by the radius: a neighbor beyond the border then has a key that no voxel has.
     _, height, width = (n + r for n, r in zip(shape, radius))
     keys = _keys(coords, tuple(n + r for n, r in zip(shape, radius)), batch_size)
     deltas = [
@@ -145,7 +192,7 @@ def _submanifold_pairs(keys: Tensor, order: Tensor | None, deltas: list[int]) ->
     ascending = (keys if order is None else keys[order]).numpy()
     low, high = np.empty((half, num), np.int32), np.empty((half, num), np.int32)
     found = np.zeros(half, np.int64)
-    _merge(ascending, np.array(deltas[:half], np.int64), low, high, found)
+    merge(ascending, np.array(deltas[:half], np.int64), low, high, found)
 
     center = np.arange(num, dtype=np.int32)
     lows, highs = [low[k, : found[k]] for k in range(half)], [high[k, : found[k]] for k in range(half)]
@@ -153,41 +200,11 @@ def _submanifold_pairs(keys: Tensor, order: Tensor | None, deltas: list[int]) ->
     pairs_out = np.concatenate([*highs, center, *lows[::-1]])
     counts = [*found.tolist(), num, *found[::-1].tolist()]
     if order is not None:
-        _restore_rows(pairs_in, pairs_out, np.array(_bounds(counts)), order.numpy(), np.empty(num, np.int32))
+        restore_rows(pairs_in, pairs_out, np.array(_bounds(counts)), order.numpy(), np.empty(num, np.int32))
     return torch.from_numpy(pairs_in), torch.from_numpy(pairs_out), counts
 
 
-@numba.njit(cache=True, nogil=True)
-def _merge(keys: NDArray[Any], deltas: NDArray[Any], low: NDArray[Any], high: NDArray[Any], found: NDArray[Any]) -> None:
-    """For each delta < 0: the ranks (low, high) with ``keys[low] == keys[high] + delta``, and how many were found."""
-    for k in range(len(deltas)):
-        delta, count, i, o = deltas[k], 0, 0, 0
-        while o < len(keys):  # i never overtakes o
-            difference = keys[i] - keys[o] - delta
-            low[k, count], high[k, count] = i, o
-            count += difference == 0
-            i += difference <= 0
-            o += difference >= 0
-        found[k] = count
-
-
-@numba.njit(cache=True, nogil=True)
-def _restore_rows(
-    pairs_in: NDArray[Any], pairs_out: NDArray[Any], starts: NDArray[Any], order: NDArray[Any], partner: NDArray[Any]
-) -> None:
-    """Map ranks to rows in place, and within each offset bring the pairs into ascending order of output rows."""
-    for k in range(len(starts) - 1):
-        partner[:] = -1
-        for p in range(starts[k], starts[k + 1]):
-            partner[order[pairs_out[p]]] = order[pairs_in[p]]
-        p = starts[k]
-        for row in range(len(partner)):
-            if partner[row] >= 0:
-                pairs_in[p], pairs_out[p] = partner[row], row
-                p += 1
-
-
-# -------------------------------------------------------------------------------------------------------------------- strided
+# ---- strided
 
 
 def _strided(
@@ -201,10 +218,12 @@ def _strided(
 ) -> Rulebook:
     _check_coords(coords, shape, batch_size)
     if min(*kernel_size, *stride) < 1 or min(padding) < 0:
-        raise ValueError(f"strided_rulebook: kernel_size {kernel_size} and stride {stride} must be >= 1, padding {padding} >= 0")
+        raise InvalidInput(
+            f"strided_rulebook: kernel_size {kernel_size} and stride {stride} must be >= 1, padding {padding} >= 0"
+        )
     depth, height, width = ((n + 2 * p - k) // s + 1 for n, p, k, s in zip(shape, padding, kernel_size, stride))
     if min(depth, height, width) < 1:
-        raise ValueError(f"strided_rulebook: kernel_size {kernel_size} is larger than the grid {shape} padded by {padding}")
+        raise InvalidInput(f"strided_rulebook: kernel_size {kernel_size} is larger than the grid {shape} padded by {padding}")
     out_shape = (depth, height, width)
     order = _ascending_order(_keys(coords, shape, batch_size), coords)
     _check_key_range(out_shape, batch_size)
@@ -247,88 +266,43 @@ def _strided_pairs(
     geometry = (coords.contiguous().numpy(), rows, out_shape, kernel_size, stride, padding)
     nothing = (np.empty(0, np.int32), np.empty(0, np.int64))
     cursor = np.zeros(math.prod(kernel_size), np.int64)
-    _meetings(*geometry, cursor, *nothing)
+    list_meetings(*geometry, cursor, *nothing)
     counts = cursor.tolist()
     starts = np.array(_bounds(counts))
     pairs_in, keys = np.empty(starts[-1], np.int32), np.empty(starts[-1], np.int64)
-    _meetings(*geometry, starts[:-1].copy(), pairs_in, keys)
+    list_meetings(*geometry, starts[:-1].copy(), pairs_in, keys)
 
     ascending = np.sort(keys, kind="stable")  # merges the sorted runs, one per offset: four times faster than the default
     out_keys = ascending[np.diff(ascending, prepend=-1) > 0]
     pairs_out = np.empty(starts[-1], np.int32)
-    _rank(keys, starts, out_keys, pairs_out)
+    rank(keys, starts, out_keys, pairs_out)
     return torch.from_numpy(pairs_in), torch.from_numpy(pairs_out), torch.from_numpy(out_keys), counts
 
 
-@numba.njit(cache=True, nogil=True)
-def _meetings(
-    coords: NDArray[Any],
-    rows: NDArray[Any],
-    out_shape: Triple,
-    kernel_size: Triple,
-    stride: Triple,
-    padding: Triple,
-    cursor: NDArray[Any],
-    pairs_in: NDArray[Any],
-    keys: NDArray[Any],
-) -> None:
-    """List input row and output key of every pair at its offset's cursor; with empty lists, only advance the cursors.
-
-    Visiting the rows in key order makes the output keys ascend within an offset, because moving and dividing keep the order.
-    """
-    (depth, height, width), (size_z, size_y, size_x), (step_z, step_y, step_x) = out_shape, kernel_size, stride
-    for row in rows:
-        z, y, x = coords[row, 1] + padding[0], coords[row, 2] + padding[1], coords[row, 3] + padding[2]
-        oz = z // step_z
-        for kz in range(z % step_z, size_z, step_z):
-            oy = y // step_y
-            for ky in range(y % step_y, size_y, step_y):
-                line = ((np.int64(coords[row, 0]) * depth + oz) * height + oy) * width
-                ox = x // step_x
-                for kx in range(x % step_x, size_x, step_x):
-                    if 0 <= oz < depth and 0 <= oy < height and 0 <= ox < width:
-                        k = (kz * size_y + ky) * size_x + kx
-                        if len(keys) > 0:
-                            pairs_in[cursor[k]], keys[cursor[k]] = row, line + ox
-                        cursor[k] += 1
-                    ox -= 1
-                oy -= 1
-            oz -= 1
-
-
-@numba.njit(cache=True, nogil=True)
-def _rank(keys: NDArray[Any], starts: NDArray[Any], out_keys: NDArray[Any], pairs_out: NDArray[Any]) -> None:
-    """The row of each key in the ascending ``out_keys``; the keys ascend within an offset, so one merge each finds them."""
-    for k in range(len(starts) - 1):
-        row = 0
-        for p in range(starts[k], starts[k + 1]):
-            while out_keys[row] < keys[p]:
-                row += 1
-            pairs_out[p] = row
-
-
-# --------------------------------------------------------------------------------------------------------------------- shared
+# ---- shared
 
 
 def _check_coords(coords: Tensor, shape: Triple, batch_size: int) -> None:
     if coords.dim() != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
-        raise ValueError(f"coords must be (M, 4) int32 (batch, z, y, x), found {tuple(coords.shape)} {coords.dtype}")
+        raise InvalidInput(f"a rulebook expects coords as int32 (M, 4) of batch, z, y, x, found {shape_of(coords)}")
     outside = ((coords < 0) | (coords >= coords.new_tensor([batch_size, *shape]))).any(dim=1)
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
-        raise ValueError(
-            f"coords row {row} is (batch, z, y, x) = {tuple(coords[row].tolist())}, outside batch_size {batch_size} and shape {shape}"
-            f" ({int(outside.sum())} such rows of {len(coords)}): drop voxels outside the grid before building a rulebook"
+        raise InvalidInput(
+            f"voxels must lie inside the grid, but row {row} is (batch, z, y, x) = {tuple(coords[row].tolist())} with {batch_size} "
+            f"scenes of shape {shape} ({int(outside.sum())} such rows of {len(coords)}); drop them before building a rulebook"
         )
 
 
 def _check_key_range(shape: tuple[int, ...], batch_size: int) -> None:
     if batch_size * math.prod(shape) >= 2**62:
-        raise ValueError(f"a grid of {batch_size} x {shape} cells cannot be numbered with 64 bits")
+        raise InvalidInput(
+            f"a grid of {batch_size} x {shape} cells cannot be numbered with 64 bits; use larger voxels or a smaller range"
+        )
 
 
 def _keys(coords: Tensor, shape: tuple[int, ...], batch_size: int) -> Tensor:
-    """(M,) int64, the place of each voxel in a (batch, z, y, x) grid of ``shape`` in C order."""
+    """(M,) int64 place of each voxel in a (batch, z, y, x) grid of `shape` in C order."""
     _check_key_range(shape, batch_size)
     batch, z, y, x = coords.long().unbind(1)
     return ((batch * shape[0] + z) * shape[1] + y) * shape[2] + x
@@ -343,9 +317,9 @@ def _ascending_order(keys: Tensor, coords: Tensor) -> Tensor | None:
     if len(repeats):
         second = int(order[repeats + 1].min())
         first = int(torch.nonzero(keys == keys[second])[0])
-        raise ValueError(
-            f"coords rows {first} and {second} are both (batch, z, y, x) = {tuple(coords[second].tolist())}"
-            f" ({len(repeats)} repeats of {len(coords)} rows): merge the points of a voxel before building a rulebook"
+        raise InvalidInput(
+            f"voxels must not repeat, but rows {first} and {second} are both (batch, z, y, x) = {tuple(coords[second].tolist())}"
+            f" ({len(repeats)} repeats of {len(coords)} rows); merge the points of a voxel before building a rulebook"
         )
     return order
 

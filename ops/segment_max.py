@@ -1,40 +1,59 @@
-"""Maximum over segments of rows: pools the neighbours of each centre, however many there are.
+"""Maximum over segments of rows: pools the neighbors of each center, however many there are.
 
-Source: PointNet++'s max pooling (OpenPCDet ``pointnet2_modules.py``), there over padded neighbourhoods of equal size.
+Source: PointNet++'s max pooling (OpenPCDet, `pointnet2_modules.py`), there over padded neighborhoods of equal size.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numba
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..core.errors import InvalidInput
+from ..core.structures import shape_of
+from .cpu.segment_max import SEGMENTS_PER_TASK, maximum, spread
+from .dispatch import dispatch
 from .threads import in_threads
-
-Floats = NDArray[np.float32]
-_RANGE = 2048  # segments a thread takes at a time: about a millisecond, below which a thread is not worth starting
 
 
 def segment_max(values: Tensor, starts: Tensor) -> Tensor:
-    """Largest of ``values`` (P, C) in each segment and channel: (Q, C). An empty segment gives 0.
+    """Compute the largest value of each segment and channel. An empty segment gives 0.
 
-    starts: (Q + 1,) int64, bounds of the segments, from 0 ascending to P. A NaN is larger than any number, as in torch.
-    Differentiable (once): the gradient goes to the first row that holds the maximum. On the CPU in fp32 it runs the numba backend,
-    everything else runs `segment_max_reference`. Raises ValueError for wrong shapes or bounds that do not fit.
+    It is differentiable once: the gradient goes to the first row that holds the maximum. A NaN is larger than any number, as in
+    torch. The compiled kernel serves float32 on the CPU.
+
+    Args:
+        values: (P, C) rows.
+        starts: (Q + 1,) int64 bounds of the segments, ascending from 0 to P.
+
+    Returns:
+        (Q, C) maxima.
+
+    Raises:
+        InvalidInput: Shapes, types or bounds that do not fit together.
+
+    Example:
+        >>> segment_max(torch.tensor([[1.0], [5.0], [2.0]]), torch.tensor([0, 2, 2, 3])).tolist()
+        [[5.0], [0.0], [2.0]]
     """
     _check(values, starts)
-    if values.device.type == "cpu" and values.dtype == torch.float32:
-        return _SegmentMax.apply(values, starts)
-    return segment_max_reference(values, starts)
+    cpu = _SegmentMax.apply if values.dtype == torch.float32 else None
+    out: Tensor = dispatch((values, starts), segment_max_reference, cpu=cpu)(values, starts)
+    return out
 
 
 def segment_max_reference(values: Tensor, starts: Tensor) -> Tensor:
-    """``segment_max`` in plain torch, on any device, differentiated by autograd."""
+    """Compute `segment_max` in plain torch, on any device, differentiated by autograd.
+
+    Args:
+        values: (P, C) rows.
+        starts: (Q + 1,) int64 bounds of the segments.
+
+    Returns:
+        (Q, C) maxima.
+    """
     _check(values, starts)
     segments, channels = len(starts) - 1, values.shape[1]
     if len(values) == 0:
@@ -55,8 +74,8 @@ class _SegmentMax(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, starts: Tensor) -> Tensor:
         out = torch.empty(len(starts) - 1, values.shape[1])
         row = torch.empty(out.shape, dtype=torch.int32)
-        tasks = -(-len(out) // _RANGE)
-        in_threads(_maximum, tasks, values.contiguous().numpy(), starts.contiguous().numpy(), out.numpy(), row.numpy())
+        tasks = -(-len(out) // SEGMENTS_PER_TASK)
+        in_threads(maximum, tasks, values.contiguous().numpy(), starts.contiguous().numpy(), out.numpy(), row.numpy())
         ctx.save_for_backward(row, starts)
         return out
 
@@ -65,48 +84,16 @@ class _SegmentMax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         row, starts = ctx.saved_tensors
         out = torch.empty(int(starts[-1]), grad.shape[1])
-        tasks = -(-len(grad) // _RANGE)
-        in_threads(_spread, tasks, grad.contiguous().numpy(), row.numpy(), starts.contiguous().numpy(), out.numpy())
+        tasks = -(-len(grad) // SEGMENTS_PER_TASK)
+        in_threads(spread, tasks, grad.contiguous().numpy(), row.numpy(), starts.contiguous().numpy(), out.numpy())
         return out, None
 
 
 def _check(values: Tensor, starts: Tensor) -> None:
     if values.ndim != 2 or not values.is_floating_point() or starts.ndim != 1 or starts.dtype != torch.int64 or len(starts) < 1:
-        raise ValueError(
-            "segment_max: values must be floating point (P, C) and starts int64 (Q + 1,), "
-            f"got {values.dtype} {tuple(values.shape)} and {starts.dtype} {tuple(starts.shape)}"
+        raise InvalidInput(
+            "segment_max expects values as a floating-point tensor (P, C) and starts as int64 (Q + 1,), "
+            f"found {shape_of(values)} and {shape_of(starts)}"
         )
-    if values.device != starts.device:
-        raise ValueError(f"segment_max: values on {values.device}, starts on {starts.device}")
     if starts[0] != 0 or starts[-1] != len(values) or (starts.diff() < 0).any():
-        raise ValueError(f"segment_max: starts must ascend from 0 to the number of rows, {len(values)}")
-
-
-@numba.njit(cache=True, nogil=True)
-def _maximum(task: int, values: Floats, starts: NDArray[np.int64], out: Floats, row: NDArray[np.int32]) -> None:
-    """For a range of segments: the maximum and the first row that holds it, -1 for none."""
-    for q in range(task * _RANGE, min(len(out), (task + 1) * _RANGE)):
-        first, last = starts[q], starts[q + 1]
-        best, at = out[q], row[q]
-        if first == last:
-            best[:], at[:] = 0, -1
-            continue
-        best[:], at[:] = values[first], first
-        for p in range(first + 1, last):
-            value = values[p]
-            for c in range(len(value)):
-                # & and | instead of `and` and `or`: without branches this runs in vector registers.
-                larger = (value[c] > best[c]) | ((value[c] != value[c]) & (best[c] == best[c]))
-                best[c] = value[c] if larger else best[c]
-                at[c] = p if larger else at[c]
-
-
-@numba.njit(cache=True, nogil=True)
-def _spread(task: int, grad: Floats, row: NDArray[np.int32], starts: NDArray[np.int64], out: Floats) -> None:
-    """For a range of segments: the gradient to the rows that held the maximum, 0 to the others."""
-    first, last = task * _RANGE, min(len(grad), (task + 1) * _RANGE)
-    out[starts[first] : starts[last]] = 0
-    for q in range(first, last):
-        if starts[q] < starts[q + 1]:
-            for c in range(grad.shape[1]):
-                out[row[q, c], c] = grad[q, c]
+        raise InvalidInput(f"segment_max: starts must ascend from 0 to the number of rows, {len(values)}")

@@ -1,11 +1,11 @@
 """Sparse convolution on CUDA with spconv's kernels, driven by our rulebook.
 
 spconv's native algorithm takes the pairs as a table, so our rulebook enters as it is and rows keep our order: no spconv tensor, no
-second search for neighbours. Extra ``[spconv]``; the weight has the same layout in both.
+second search for neighbors. It needs the extra `[spconv]`; the weight has the same layout in both.
 
-What has been run: forward and gradients on the CPU with spconv 2.3.8's CPU wheel in a process with ``OMP_NUM_THREADS=1``, against
-`sparse_conv` (tests). **Nothing here has been run on a GPU.** On the CPU it is a check, not a backend: with several threads spconv's
-CPU code gives wrong sums, and its backward needs a stub for the CUDA stream it asks for.
+What has been run: forward and gradients on the CPU with spconv 2.3.8's CPU wheel in a process with `OMP_NUM_THREADS=1`, against
+`sparse_conv` (tests). **Nothing here has been run on a GPU.** On the CPU it is a check, not a backend: with several threads
+spconv's CPU code gives wrong sums, and its backward pass needs a stub for the CUDA stream that it asks for.
 """
 
 from __future__ import annotations
@@ -30,7 +30,15 @@ def spconv_runs_on_cuda() -> bool:
 
 
 def sparse_conv_spconv(features: Tensor, weight: Tensor, rulebook: Rulebook) -> Tensor:
-    """`sparse_conv` by spconv's native algorithm; arguments and result as there, fp32 and fp16.
+    """Compute `sparse_conv` by spconv's native algorithm.
+
+    Args:
+        features: (num_in, in) rows, float32 or float16.
+        weight: (out, kz, ky, kx, in), same type and device.
+        rulebook: The pairs, on the same device.
+
+    Returns:
+        (num_out, out) rows.
 
     Raises:
         ImportError: spconv is not installed.
@@ -47,7 +55,7 @@ def sparse_conv_spconv(features: Tensor, weight: Tensor, rulebook: Rulebook) -> 
 
 
 def _pair_table(rulebook: Rulebook) -> tuple[Tensor, Tensor]:
-    """spconv's form: (2, K, longest) int32, input and output rows of each offset padded with -1; and (K,) int32 counts."""
+    """spconv's form of the pairs: (2, K, longest) int32 input and output rows of each offset padded with -1, and (K,) int32 counts."""
     device = rulebook.pairs_in.device
     starts = torch.tensor(rulebook.starts, device=device)
     counts = starts.diff()

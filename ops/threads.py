@@ -10,10 +10,14 @@ import torch
 
 
 def in_threads(kernel: Callable[..., None], count: int, *args: Any) -> None:
-    """Run ``kernel(task, *args)`` for every task below ``count``; each of torch's threads takes the next one when it is free.
+    """Run a kernel for a number of tasks; each of torch's threads takes the next task when it is free.
 
-    The kernel releases the GIL and writes only what its task owns. Threads live for one call: a pool kept in the module would
-    be dead, and hang, in a forked data-loading worker.
+    Threads live for one call: a pool kept in the module would be dead, and hang, in a forked data-loading worker.
+
+    Args:
+        kernel: Called as `kernel(task, *args)`. It releases the GIL and writes only what its task owns.
+        count: Number of tasks, numbered from 0.
+        args: Further arguments, the same for every task.
     """
     tasks = iter(range(count))
 

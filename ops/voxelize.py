@@ -1,13 +1,13 @@
-"""Points to voxels: group the points of one LiDAR scan by grid cell and average each group.
+"""Points to voxels: group the points of one scan by grid cell and average each group.
 
 The result is part of a detector's input contract: a fleet and a server must agree on which points a voxel keeps and in which
-order the voxels come. So the rule is fixed, "hard" voxelisation, first come first served in point order:
+order the voxels come. So the rule is fixed. It is "hard" voxelization, first come first served in point order:
 
 1. cell = floor((point - range start) / voxel size), all in float32; points outside the grid are dropped;
-2. a cell becomes a voxel when its first point arrives, unless there are ``max_voxels`` already: then the point is dropped;
-3. a voxel keeps its first ``max_points`` points; its feature is their float32 sum, in point order, over their number.
+2. a cell becomes a voxel when its first point arrives, unless there are `max_voxels` already: then the point is dropped;
+3. a voxel keeps its first `max_points` points; its feature is their float32 sum, in point order, divided by their number.
 
-Source: OpenPCDet ``data_processor.py`` (spconv ``VoxelGenerator``) followed by ``MeanVFE``.
+Source: OpenPCDet, `data_processor.py` (spconv's `VoxelGenerator`) followed by `MeanVFE`.
 """
 
 from __future__ import annotations
@@ -16,27 +16,31 @@ import itertools
 import threading
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Floats = NDArray[np.float32]
+from ..core.errors import InvalidInput
+from ..core.structures import shape_of
+from .cpu.voxelize import average, number_voxels
+from .dispatch import dispatch
+
 _LARGEST_GRID = 2**31 - 1  # cell numbers are stored as int32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Voxels:
-    """The M occupied voxels of one scan, in the order their first points came.
-
-    features: (M, C) float32, mean of the kept points, columns as in the points. coords: (M, 3) int32 cell z, y, x.
-    num_points: (M,) int32, kept points, 1..max_points.
-    """
+    """The occupied voxels of one scan, in the order their first points came."""
 
     features: Tensor
+    """(M, C) float32, mean of the points kept, with the same columns as the points."""
+
     coords: Tensor
+    """(M, 3) int32, cell z, y, x."""
+
     num_points: Tensor
+    """(M,) int32, number of points kept, 1..`max_points`."""
 
 
 def voxelize(
@@ -47,24 +51,29 @@ def voxelize(
     max_points: int,
     max_voxels: int,
 ) -> Voxels:
-    """Voxels of ``points`` (N, C >= 3): x, y, z in m, then any features; the rule is at the top of this file.
+    """Group points by grid cell and average each group, by the rule at the top of this file. It gives no gradient.
 
-    point_range: x, y, z of the grid's start, then of its end, m. voxel_size: x, y, z, m. Runs where the points are; no gradient.
-    Raises ValueError for a wrong shape, non-finite points (with their number), or a grid without cells or with more than 2^31.
+    Args:
+        points: (N, C >= 3) x, y, z in meters, then any features.
+        point_range: x, y, z where the grid starts, then where it ends, in meters.
+        voxel_size: x, y, z size of a cell, in meters.
+        max_points: Largest number of points that a voxel keeps.
+        max_voxels: Largest number of voxels.
+
+    Returns:
+        The occupied voxels, in the order their first points came.
+
+    Raises:
+        InvalidInput: A wrong shape, non-finite points, a limit below 1, or a grid without cells or with more than 2^31.
+
+    Example:
+        >>> points = torch.tensor([[0.1, 0.1, 0.1, 0.5], [0.2, 0.1, 0.1, 0.7], [3.1, 0.1, 0.1, 0.2]])
+        >>> grid = {"point_range": (0, 0, 0, 4, 4, 4), "voxel_size": (1, 1, 1)}
+        >>> voxelize(points, **grid, max_points=5, max_voxels=100).coords.tolist()
+        [[0, 0, 0], [0, 0, 3]]
     """
-    shape = _grid_shape(points, point_range, voxel_size, max_points, max_voxels)
-    if points.device.type != "cpu":
-        return voxelize_reference(
-            points, point_range=point_range, voxel_size=voxel_size, max_points=max_points, max_voxels=max_voxels
-        )
-    array = points.detach().to(torch.float32).contiguous().numpy()
-    start, size = np.asarray(point_range[:3], np.float32), np.asarray(voxel_size, np.float32)
-    max_voxels = min(max_voxels, len(points))
-    bits = max(4, (2 * max_voxels - 1).bit_length())  # the table is at most half full
-    table, cell_of_voxel, voxel_of_point = _scratch(1 << bits, max_voxels, len(points))
-    number = _number_voxels(array, start, size, np.asarray(shape, np.int64), table, cell_of_voxel, voxel_of_point)
-    means, coords, counts = _average(array, voxel_of_point, cell_of_voxel[:number], shape[0], shape[1], max_points)
-    return Voxels(features=torch.from_numpy(means), coords=torch.from_numpy(coords), num_points=torch.from_numpy(counts))
+    implementation = dispatch((points,), voxelize_reference, cpu=_voxelize_on_cpu)
+    return implementation(points, point_range=point_range, voxel_size=voxel_size, max_points=max_points, max_voxels=max_voxels)
 
 
 def voxelize_reference(
@@ -75,7 +84,18 @@ def voxelize_reference(
     max_points: int,
     max_voxels: int,
 ) -> Voxels:
-    """``voxelize`` in plain torch, on any device, bit-equal to it."""
+    """Compute `voxelize` in plain torch, on any device, bit-equal to it.
+
+    Args:
+        points: (N, C >= 3) points.
+        point_range: Start and end of the grid.
+        voxel_size: Size of a cell.
+        max_points: Largest number of points per voxel.
+        max_voxels: Largest number of voxels.
+
+    Returns:
+        The occupied voxels, in the order their first points came.
+    """
     nx, ny, nz = _grid_shape(points, point_range, voxel_size, max_points, max_voxels)
     points = points.detach().to(torch.float32)
     cells = ((points[:, :3] - points.new_tensor(point_range[:3])) / points.new_tensor(voxel_size)).floor()
@@ -93,7 +113,7 @@ def voxelize_reference(
     row_of_voxel[by_arrival] = torch.arange(len(by_arrival), device=key.device)
     first = first[:max_voxels]
 
-    # The how-many-th point of its voxel is each point? Sort the points by voxel, keeping their order inside it.
+    # The rank of each point among the points of its voxel: sort the points by voxel, keeping their order inside it.
     row, order = row_of_voxel[voxel].sort(stable=True)
     arrived = torch.bincount(row, minlength=len(by_arrival))
     rank = index - (arrived.cumsum(0) - arrived)[row]
@@ -110,6 +130,25 @@ def voxelize_reference(
     )
 
 
+def _voxelize_on_cpu(
+    points: Tensor,
+    *,
+    point_range: tuple[float, float, float, float, float, float],
+    voxel_size: tuple[float, float, float],
+    max_points: int,
+    max_voxels: int,
+) -> Voxels:
+    shape = _grid_shape(points, point_range, voxel_size, max_points, max_voxels)
+    array = points.detach().to(torch.float32).contiguous().numpy()
+    start, size = np.asarray(point_range[:3], np.float32), np.asarray(voxel_size, np.float32)
+    max_voxels = min(max_voxels, len(points))
+    bits = max(4, (2 * max_voxels - 1).bit_length())  # the table is at most half full
+    table, cell_of_voxel, voxel_of_point = _scratch(1 << bits, max_voxels, len(points))
+    number = number_voxels(array, start, size, np.asarray(shape, np.int64), table, cell_of_voxel, voxel_of_point)
+    means, coords, counts = average(array, voxel_of_point, cell_of_voxel[:number], shape[0], shape[1], max_points)
+    return Voxels(features=torch.from_numpy(means), coords=torch.from_numpy(coords), num_points=torch.from_numpy(counts))
+
+
 def _grid_shape(
     points: Tensor,
     point_range: tuple[float, float, float, float, float, float],
@@ -117,20 +156,22 @@ def _grid_shape(
     max_points: int,
     max_voxels: int,
 ) -> tuple[int, int, int]:
-    """Check the arguments of ``voxelize``; the number of cells along x, y, z."""
+    """Check the arguments of `voxelize`, and give the number of cells along x, y, z."""
     if points.ndim != 2 or points.shape[1] < 3 or not points.is_floating_point():
-        raise ValueError(f"voxelize: points must be floating point (N, 3 or more), got {points.dtype} {tuple(points.shape)}")
+        raise InvalidInput(f"voxelize expects points as a floating-point tensor (N, 3 or more), found {shape_of(points)}")
     if not _all_finite(points):
         bad = int((~torch.isfinite(points).all(1)).sum())
-        raise ValueError(f"voxelize: {bad} of {len(points)} points have a NaN or infinite value; remove them first")
+        raise InvalidInput(f"voxelize: {bad} of {len(points)} points have a NaN or infinite value; remove them first")
     if max_points < 1 or max_voxels < 1:
-        raise ValueError(f"voxelize: max_points and max_voxels must be positive, got {max_points} and {max_voxels}")
+        raise InvalidInput(f"voxelize: max_points and max_voxels must be positive, found {max_points} and {max_voxels}")
     if min(voxel_size) <= 0 or any(point_range[k + 3] <= point_range[k] for k in range(3)):
-        raise ValueError(f"voxelize: no grid with range {point_range} and voxel size {voxel_size}")
+        raise InvalidInput(
+            f"voxelize: the range {point_range} with voxels of {voxel_size} is no grid; give start before end, and positive sizes"
+        )
     nx, ny, nz = (round((point_range[k + 3] - point_range[k]) / voxel_size[k]) for k in range(3))
     if not 0 < nx * ny * nz <= _LARGEST_GRID:
-        raise ValueError(
-            f"voxelize: {nx} x {ny} x {nz} cells of size {voxel_size} in range {point_range}; the number must be 1..2^31"
+        raise InvalidInput(
+            f"voxelize: the range {point_range} has {nx} x {ny} x {nz} cells of {voxel_size}; the number of cells must be 1..2^31"
         )
     return nx, ny, nz
 
@@ -145,83 +186,12 @@ _kept = threading.local()
 
 
 def _scratch(*sizes: int) -> tuple[NDArray[np.int32], ...]:
-    """Uninitialised int32 arrays of these sizes, this thread's own, kept for its next scan.
+    """Uninitialized int32 arrays of these sizes, kept by the calling thread for its next scan.
 
-    Fresh memory of this size comes from the system page by page: a third of the time of voxelising a scan.
+    Fresh memory of this size comes from the system page by page, which takes a third of the time of voxelizing a scan.
     """
     memory: NDArray[np.int32] | None = getattr(_kept, "memory", None)
     if memory is None or len(memory) < sum(sizes):
         memory = _kept.memory = np.empty(sum(sizes), np.int32)
     ends = list(itertools.accumulate(sizes))
     return tuple(memory[end - size : end] for size, end in zip(sizes, ends, strict=True))
-
-
-@numba.njit(cache=True, nogil=True)
-def _number_voxels(
-    points: Floats,
-    start: Floats,
-    size: Floats,
-    shape: NDArray[np.int64],
-    table: NDArray[np.int32],
-    cell_of_voxel: NDArray[np.int32],
-    voxel_of_point: NDArray[np.int32],
-) -> int:
-    """Fill in the voxel of each point (N,), -1 for none, and the cell of each voxel; the number of voxels.
-
-    table: scratch, a power of two, 16 or more: a hash table with linear probing, in which sixteen neighbouring cells along x share
-    a cache line: consecutive points of a scan are neighbours. At most ``len(cell_of_voxel)`` voxels.
-    """
-    table[:] = -1
-    blocks, shift = len(table) >> 4, 64
-    while (1 << (64 - shift)) < blocks:
-        shift -= 1
-    nx, ny, nz = shape
-    voxels = 0
-    for i in range(len(points)):
-        voxel_of_point[i] = -1
-        fx = np.floor((points[i, 0] - start[0]) / size[0])
-        fy = np.floor((points[i, 1] - start[1]) / size[1])
-        fz = np.floor((points[i, 2] - start[2]) / size[2])
-        # Compare as floats: a far point overflows an integer.
-        if not (fx >= 0 and fx < nx and fy >= 0 and fy < ny and fz >= 0 and fz < nz):
-            continue
-        cell = (np.int64(fz) * ny + np.int64(fy)) * nx + np.int64(fx)
-        # Fibonacci hashing: the upper bits of block number * 2^64 / golden ratio.
-        block = (np.uint64(cell >> 4) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(min(shift, 63))
-        slot = (np.int64(block) & (blocks - 1)) << 4 | (cell & 15)
-        voxel = table[slot]
-        while voxel >= 0 and cell_of_voxel[voxel] != cell:
-            slot = (slot + 1) & (16 * blocks - 1)
-            voxel = table[slot]
-        if voxel < 0:
-            if voxels == len(cell_of_voxel):
-                continue
-            voxel = voxels
-            table[slot], cell_of_voxel[voxel] = voxel, cell
-            voxels += 1
-        voxel_of_point[i] = voxel
-    return voxels
-
-
-@numba.njit(cache=True, nogil=True)
-def _average(
-    points: Floats, voxel_of_point: NDArray[np.int32], cell_of_voxel: NDArray[np.int32], nx: int, ny: int, max_points: int
-) -> tuple[Floats, NDArray[np.int32], NDArray[np.int32]]:
-    """Of each voxel: mean (M, C) and number (M,) of its first ``max_points`` points, and its place z, y, x (M, 3)."""
-    channels, voxels = points.shape[1], len(cell_of_voxel)
-    means = np.zeros((voxels, channels), np.float32)
-    counts = np.zeros(voxels, np.int32)
-    for i in range(len(points)):
-        voxel = voxel_of_point[i]
-        if voxel >= 0 and counts[voxel] < max_points:
-            counts[voxel] += 1
-            for c in range(channels):
-                means[voxel, c] += points[i, c]
-    coords = np.empty((voxels, 3), np.int32)
-    for voxel in range(voxels):
-        for c in range(channels):
-            means[voxel, c] /= np.float32(counts[voxel])
-        cell = np.uint32(cell_of_voxel[voxel])
-        row = cell // np.uint32(nx)
-        coords[voxel, 0], coords[voxel, 1], coords[voxel, 2] = row // np.uint32(ny), row % np.uint32(ny), cell % np.uint32(nx)
-    return means, coords, counts

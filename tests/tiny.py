@@ -6,17 +6,21 @@
     scan = tiny.scan_with_car()                     # a road and the sides of one car, `tiny.CAR`
     frame = tiny.frame_with_car(seed=3)             # a labeled frame with a car somewhere
     store = tiny.store(folder, detector, [scan])    # the scenes that a vehicle makes of scans, ingested on a server
-    path = tiny.shared("data/kitti", "the reader gives the numbers of the real KITTI files")   # skips without the files
+    path = tiny.shared("data/kitti", "the reader gives the numbers of the real KITTI files")  # skips without the files
+    arrays = tiny.golden("pv_rcnn_kitti.npz", "our picks are those of OpenPCDet")  # likewise
+
+    one, two = tiny.for_thread_counts(lambda: iou_bev(a, b))  # the same call with 1 and with 2 torch threads
 
 All scans lie in `tiny.GRID`: 12.8 m ahead, 6.4 m to each side. Tests that train add
 `pytestmark = pytest.mark.usefixtures("one_thread")`, a fixture of `conftest.py`.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -41,6 +45,8 @@ from upcycle3d.perception.server.ingest import ingest
 from upcycle3d.perception.server.store import SmashedStore
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
 from upcycle3d.perception.wire.shards import ShardWriter
+
+T = TypeVar("T")
 
 # ---- detectors
 
@@ -151,6 +157,22 @@ def frame_with_car(seed: int) -> Frame:
     return Frame(id=f"frame{seed}", points=cloud(xyz), labels=labels)
 
 
+# ---- threads
+
+
+def for_thread_counts(call: Callable[[], T], counts: Sequence[int] = (1, 2)) -> list[T]:
+    """Results of `call` with each of these numbers of torch threads; afterwards the number is what it was."""
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(call())
+        return results
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---- stores
 
 
@@ -186,3 +208,8 @@ def shared(path: str, what: str) -> Path:
             f"not checked: {what}. It needs the reference files `{path}`, which are not on this machine", allow_module_level=True
         )
     return found
+
+
+def golden(name: str, what: str) -> dict[str, np.ndarray]:
+    """Arrays that OpenPCDet computed on one KITTI scan, from `reference/golden/`; skips like `shared` without them."""
+    return dict(np.load(shared(f"reference/golden/{name}", what)))

@@ -1,17 +1,17 @@
-"""Ball query: against distances in float64, the plain torch version, and stored neighbours of the reference."""
+"""Ball query: against distances in float64, the plain torch version, and stored neighbors of the reference."""
 
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import tiny
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.ops.ball_query import Neighbors, ball_query, ball_query_reference
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 both = pytest.mark.parametrize("query", [ball_query, ball_query_reference])
 
 
@@ -95,14 +95,7 @@ def test_centers_far_apart_and_points_far_away():
 
 def test_one_and_two_threads_give_the_same_neighbors():
     args = (cloud(5000, 0), (0, 700, 5000), cloud(900, 1), (0, 400, 900), (0.6, 1.5), (8, 16))
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            results.append(ball_query(*args))
-    finally:
-        torch.set_num_threads(threads)
+    results = tiny.for_thread_counts(lambda: ball_query(*args))
     assert_same(*results)
     assert_same(results[0], ball_query_reference(*args))
 
@@ -128,15 +121,12 @@ def test_bad_input_is_refused(query):
         ({"limits": [1, 2]}, "radius"),
     ]
     for change, message in bad:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(InvalidInput, match=message):
             query(**{**good, **change})
 
 
 def stored(name: str) -> dict[str, np.ndarray]:
-    path = SHARED / "reference/golden" / name
-    if not path.exists():
-        pytest.skip("needs shared/")
-    return dict(np.load(path))
+    return tiny.golden(name, "the neighbors of the keypoints of a KITTI scan are those of OpenPCDet")
 
 
 SOURCES = {

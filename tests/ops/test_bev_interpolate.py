@@ -1,15 +1,14 @@
 """Samples of the height-compressed map from sparse voxels: against the dense map, by hand, and stored samples of the reference."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import tiny
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.ops.bev_interpolate import bev_interpolate, bev_interpolate_reference
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 both = pytest.mark.parametrize("function", [bev_interpolate, bev_interpolate_reference])
 SHAPE = (2, 7, 9)
 STARTS = (0, 150, 150, 400)
@@ -90,17 +89,13 @@ def test_map_of_one_row_has_no_sample():
 
 def test_one_and_two_threads_give_the_same_bits():
     features, coords, positions = scene()
-    threads, results = torch.get_num_threads(), []
-    try:
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            leaf = features.clone().requires_grad_()
-            out = bev_interpolate(leaf, coords, SHAPE, positions, STARTS, 3)
-            out.square().sum().backward()
-            results.append((out.detach(), leaf.grad))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    features.requires_grad_()
+
+    def forward_and_gradient() -> tuple[Tensor, Tensor]:
+        out = bev_interpolate(features, coords, SHAPE, positions, STARTS, 3)
+        return out, *torch.autograd.grad(out.square().sum(), features)
+
+    assert all(torch.equal(a, b) for a, b in zip(*tiny.for_thread_counts(forward_and_gradient)))
 
 
 @both
@@ -122,15 +117,13 @@ def test_bad_input_is_refused(function):
         ({"starts": (0, 150, 150, 399)}, "bounds"),
         ({"batch_size": 2, "starts": (0, 150, 400)}, "outside"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(InvalidInput, match=message):
             function(**{**good, **change})
 
 
 def test_stored_samples_of_the_reference():
-    folder = SHARED / "reference/golden"
-    if not folder.exists():
-        pytest.skip("needs shared/")
-    sparse, golden = np.load(folder / "second_iou_kitti.npz"), np.load(folder / "pv_rcnn_kitti.npz")
+    what = "our samples of the BEV map of a KITTI scan are those of OpenPCDet"
+    sparse, golden = tiny.golden("second_iou_kitti.npz", what), tiny.golden("pv_rcnn_kitti.npz", what)
     zyx = torch.from_numpy(sparse["conv_out_coords_zyx"].astype(np.int32))
     coords = torch.cat([torch.zeros_like(zyx[:, :1]), zyx], 1)
     keypoints = torch.from_numpy(golden["keypoints"])

@@ -1,16 +1,16 @@
 """Farthest point sampling: against a full search in numpy, the plain torch version, and stored picks of the reference."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import tiny
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.ops.farthest_point import farthest_point_sample, farthest_point_sample_reference
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 both = pytest.mark.parametrize("sample", [farthest_point_sample, farthest_point_sample_reference])
 
 
@@ -84,40 +84,31 @@ def test_points_far_apart_and_near_together():
 
 
 def test_one_and_two_threads_give_the_same_rows():
-    points, starts, threads = cloud(900), (0, 400, 900), torch.get_num_threads()
-    try:
-        results = []
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            results.append(farthest_point_sample(points, starts, 100)[0])
-    finally:
-        torch.set_num_threads(threads)
+    points, starts = cloud(900), (0, 400, 900)
+    results = tiny.for_thread_counts(lambda: farthest_point_sample(points, starts, 100)[0])
     assert torch.equal(*results)
     assert torch.equal(results[0], farthest_point_sample_reference(points, starts, 100)[0])
 
 
 @both
 def test_bad_input_is_refused(sample):
-    with pytest.raises(ValueError, match=r"\(N, 3\)"):
+    with pytest.raises(InvalidInput, match=r"\(N, 3\)"):
         sample(torch.zeros(5, 4), (0, 5), 2)
-    with pytest.raises(ValueError, match=r"\(N, 3\)"):
+    with pytest.raises(InvalidInput, match=r"\(N, 3\)"):
         sample(torch.zeros(5, 3, dtype=torch.int64), (0, 5), 2)
     for starts in [(), (0, 4), (1, 5), (0, 4, 3, 5)]:
-        with pytest.raises(ValueError, match="bounds"):
+        with pytest.raises(InvalidInput, match="bounds"):
             sample(torch.zeros(5, 3), starts, 2)
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(InvalidInput, match="positive"):
         sample(torch.zeros(5, 3), (0, 5), 0)
     points = torch.zeros(5, 3)
     points[2, 1] = torch.nan
-    with pytest.raises(ValueError, match="1 of 5"):
+    with pytest.raises(InvalidInput, match="1 of 5"):
         sample(points, (0, 5), 2)
 
 
 def test_stored_keypoints_of_the_reference():
-    golden = SHARED / "reference/golden/pv_rcnn_kitti.npz"
-    if not golden.exists():
-        pytest.skip("needs shared/")
-    stored = np.load(golden)
+    stored = tiny.golden("pv_rcnn_kitti.npz", "the keypoints of a KITTI scan are those of OpenPCDet")
     points = torch.from_numpy(stored["points"][:, :3])
     rows, _ = farthest_point_sample(points, (0, len(points)), 2048)
     assert rows.tolist() == stored["keypoint_index"].tolist()

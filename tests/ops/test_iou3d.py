@@ -1,7 +1,6 @@
 """Rotated IoU against shapely (float64 polygons) on ordinary and nasty pairs, and the guarantees around it."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +9,10 @@ import shapely.affinity
 import torch
 from torch import Tensor
 
+import tiny
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.ops import iou3d
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 NAMES = ("intersection_bev", "iou_bev", "iou_3d")
 MATRICES = [getattr(iou3d, name + end) for name in NAMES for end in ("", "_reference")]
 ALIGNED = [getattr(iou3d, name + "_aligned" + end) for name in NAMES[1:] for end in ("", "_reference")]
@@ -99,15 +99,7 @@ def test_aligned_is_the_diagonal_of_the_matrix(function):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_and_two_threads_give_the_same_bits(name):
     a, b = random_boxes(600, seed=6), random_boxes(600, seed=7)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = getattr(iou3d, name)(a, b)
-        torch.set_num_threads(2)
-        two = getattr(iou3d, name)(a, b)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(one, two)
+    assert torch.equal(*tiny.for_thread_counts(lambda: getattr(iou3d, name)(a, b)))
 
 
 @pytest.mark.parametrize("function", MATRICES, ids=lambda f: f.__name__)
@@ -168,14 +160,14 @@ def test_results_are_float32_and_without_gradient():
 def test_bad_boxes_are_refused_with_their_number(function):
     good, bad = random_boxes(4, seed=11), random_boxes(4, seed=12)
     bad[1, 6], bad[3, 0] = float("nan"), float("inf")
-    with pytest.raises(ValueError, match="2 of 4 boxes"):
+    with pytest.raises(InvalidInput, match="2 of 4 boxes"):
         function(good, bad)
-    with pytest.raises(ValueError, match=r"\(N, 7\)"):
+    with pytest.raises(InvalidInput, match=r"\(N, 7\)"):
         function(good[:, :6], good)
 
 
 def test_aligned_refuses_different_numbers():
-    with pytest.raises(ValueError, match="3 and 2"):
+    with pytest.raises(InvalidInput, match="3 and 2"):
         iou3d.iou_3d_aligned(random_boxes(3, seed=0), random_boxes(2, seed=0))
 
 
@@ -195,10 +187,7 @@ def test_nearest_by_hand():
 
 @pytest.mark.parametrize("function", [iou3d.iou_bev, iou3d.iou_bev_reference], ids=lambda f: f.__name__)
 def test_stored_overlaps_of_the_reference(function):
-    golden = SHARED / "reference/golden/second_iou_kitti.npz"
-    if not golden.exists():
-        pytest.skip("needs shared/")
-    stored = np.load(golden)
+    stored = tiny.golden("second_iou_kitti.npz", "our BEV IoU of 100 proposals is that of OpenPCDet")
     boxes = torch.from_numpy(stored["top_anchor_boxes"][:100])
     np.testing.assert_allclose(function(boxes, boxes).numpy(), stored["bev_iou_top100"], rtol=0, atol=1e-6)
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiny
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.ops.neighbor_mlp import neighbor_mlp_max, neighbor_mlp_max_reference
 
 both = pytest.mark.parametrize("function", [neighbor_mlp_max, neighbor_mlp_max_reference])
@@ -57,14 +59,7 @@ def test_nothing_in_nothing_out(function, counts):
 
 def test_one_and_two_threads_agree_bit_for_bit():
     arguments = case([k % 7 for k in range(700)], channels=8, wide=8)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = neighbor_mlp_max(*arguments)
-        torch.set_num_threads(2)
-        assert torch.equal(neighbor_mlp_max(*arguments), one)
-    finally:
-        torch.set_num_threads(before)
+    assert torch.equal(*tiny.for_thread_counts(lambda: neighbor_mlp_max(*arguments)))
 
 
 def test_the_gradient_reaches_points_centers_and_weights():
@@ -92,5 +87,5 @@ def test_shapes_that_do_not_fit_are_refused(function):
         (points, centers, index[:-1], starts, second),
         (points, centers, index.int(), starts, second),
     ):
-        with pytest.raises(ValueError, match="neighbor_mlp_max"):
+        with pytest.raises(InvalidInput, match="neighbor_mlp_max"):
             function(*wrong)

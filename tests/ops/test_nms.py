@@ -1,21 +1,20 @@
-"""Rotated NMS against the plain reference and stored results; order, ties, limits and classes."""
-
-from pathlib import Path
+"""Rotated NMS against the plain reference and stored results; order, ties and limits."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import tiny
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.ops.iou3d import iou_bev
-from upcycle3d.ops.nms import nms_rotated, nms_rotated_per_class, nms_rotated_reference
+from upcycle3d.ops.nms import nms_rotated, nms_rotated_reference
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 both = pytest.mark.parametrize("nms", [nms_rotated, nms_rotated_reference])
 
 
 def clusters(count: int, objects: int, seed: int, extent: float = 40.0) -> tuple[Tensor, Tensor]:
-    """Boxes scattered around ``objects`` cars, and scores in steps of 0.05, so that many are equal."""
+    """Boxes scattered around `objects` cars, and scores in steps of 0.05, so that many are equal."""
     generator = torch.Generator().manual_seed(seed)
     cars = torch.rand(objects, 7, generator=generator) * torch.tensor([extent, extent, 1, 2, 1, 1, 6.3])
     cars[:, 3:6] += 1
@@ -46,7 +45,7 @@ def test_hand_example(nms):
     boxes = car.repeat(5, 1)
     boxes[1, 0] += 0.5  # much the same car
     boxes[2, 0] += 10  # another
-    boxes[3, 2] += 50  # far above the first: seen from above the same
+    boxes[3, 2] += 50  # far above the first: the same in BEV
     boxes[4, 6] += torch.pi  # looks back: the same footprint
     kept = nms(boxes, torch.tensor([0.5, 0.9, 0.1, 0.8, 0.3]), 0.3)
     assert kept.tolist() == [1, 2]
@@ -99,45 +98,23 @@ def test_survivors_do_not_overlap_and_the_dropped_do(nms):
     assert (iou_bev(boxes[dropped], boxes[kept]).amax(1) > 0.2).all()
 
 
-def test_classes_do_not_suppress_each_other():
-    boxes, scores = clusters(300, 15, seed=5)
-    classes = torch.arange(300) % 3
-    kept = nms_rotated_per_class(boxes, scores, classes, 0.2, post_max=4)
-    expected = []
-    for value in range(3):
-        rows = (classes == value).nonzero().squeeze(1)
-        expected += rows[nms_rotated(boxes[rows], scores[rows], 0.2)][:4].tolist()
-    assert kept.tolist() == sorted(expected, key=lambda row: (-scores[row], row))
-    assert torch.equal(nms_rotated_per_class(boxes, scores, classes * 0, 0.2), nms_rotated(boxes, scores, 0.2))
-    assert nms_rotated_per_class(torch.empty(0, 7), torch.empty(0), torch.empty(0, dtype=torch.int64), 0.2).shape == (0,)
-
-
 @both
 def test_bad_input_is_refused(nms):
     boxes, scores = clusters(10, 3, seed=6)
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(InvalidInput, match="must be"):
         nms(boxes, scores[:5], 0.5)
-    with pytest.raises(ValueError, match="iou_threshold"):
+    with pytest.raises(InvalidInput, match="iou_threshold"):
         nms(boxes, scores, 1.5)
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(InvalidInput, match="negative"):
         nms(boxes, scores, 0.5, pre_max=-1)
     boxes[2, 3], scores[5] = float("inf"), float("nan")
-    with pytest.raises(ValueError, match="2 of 10"):
+    with pytest.raises(InvalidInput, match="2 of 10"):
         nms(boxes, scores, 0.5)
-
-
-def test_per_class_refuses_missing_classes():
-    boxes, scores = clusters(10, 3, seed=6)
-    with pytest.raises(ValueError, match="class for every score"):
-        nms_rotated_per_class(boxes, scores, torch.zeros(9, dtype=torch.int64), 0.5)
 
 
 @both
 @pytest.mark.parametrize("threshold", ["0.7", "0.3", "0.1", "0.01"])
 def test_stored_results_of_the_reference(nms, threshold):
-    golden = SHARED / "reference/golden/second_iou_kitti.npz"
-    if not golden.exists():
-        pytest.skip("needs shared/")
-    stored = np.load(golden)
+    stored = tiny.golden("second_iou_kitti.npz", "our NMS keeps the proposals that OpenPCDet keeps")
     kept = nms(torch.from_numpy(stored["top_anchor_boxes"]), torch.arange(300, 0, -1).float(), float(threshold))
     np.testing.assert_array_equal(kept.numpy(), stored[f"nms_keep_top300_at_{threshold}"])

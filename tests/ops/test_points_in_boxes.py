@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.ops import points_in_boxes as ops
 
 NAMES = ("points_in_boxes", "points_in_boxes_mask", "count_points_in_boxes")
@@ -81,7 +82,7 @@ def test_bad_boxes_are_refused_bad_points_are_nowhere(name, end):
     assert mask[:, 3:].all()
     assert torch.equal(function(points, boxes), getattr(ops, name)(points, boxes))
     boxes[1, 3] = math.inf
-    with pytest.raises(ValueError, match="1 of 3 boxes"):
+    with pytest.raises(InvalidInput, match="1 of 3 boxes"):
         function(points, boxes)
-    with pytest.raises(ValueError, match=r"\(N, 3\)"):
+    with pytest.raises(InvalidInput, match=r"\(N, 3\)"):
         function(torch.zeros(5, 4), boxes)

@@ -1,22 +1,22 @@
 """Sampling of the BEV map under regions: against one affine_grid per region, by hand on ramps, and the gradient."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import tiny
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.ops.roi_grid import roi_grid_sample, roi_grid_sample_reference
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 PLACE = {"origin": (0.0, -4.0), "cell": (0.4, 0.5)}
 faithful_or_not = pytest.mark.parametrize("faithful", [True, False])
 
 
 def ramps(height: int = 16, width: int = 20) -> Tensor:
-    """A map (1, 2, H, W) whose channels hold x and y of each cell in metres: sampling it gives sample positions."""
+    """A map (1, 2, H, W) whose channels hold x and y of each cell in meters: sampling it gives sample positions."""
     x = PLACE["origin"][0] + PLACE["cell"][0] * torch.arange(width)
     y = PLACE["origin"][1] + PLACE["cell"][1] * torch.arange(height)
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)])[None]
@@ -70,7 +70,7 @@ def test_footprint_turns_with_the_box_and_faithful_keeps_the_extent_along_the_ax
 
 
 def test_faithful_positions_follow_the_published_formula():
-    """golden/README.md, "IoU-head pooling", in metres."""
+    """OpenPCDet's `roi_grid_pool`: turn the unit square by the heading, then stretch it by half the length and half the width."""
     x, y, length, width, heading = 4.0, 0.3, 3.0, 1.4, 0.6
     patch = roi_grid_sample(ramps(), torch.tensor([[[x, y, 0, length, width, 1, heading]]]), **PLACE)[0, 0]
     for row in range(7):
@@ -133,29 +133,18 @@ def test_regions_get_no_gradient_and_half_precision_keeps_its_type():
     ("bev", "rois"), [((2, 3, 4, 4), (1, 5, 7)), ((3, 4, 4), (3, 5, 7)), ((2, 3, 4, 4), (2, 5, 6)), ((2, 3, 4, 4), (5, 7))]
 )
 def test_shapes_that_do_not_fit_are_refused(bev, rois):
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(InvalidInput, match="must be"):
         roi_grid_sample(torch.zeros(bev), torch.zeros(rois), **PLACE)
 
 
 def test_one_and_two_threads_give_the_same_bits():
     bev, rois = scene(2, 60)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = roi_grid_sample(bev, rois, **PLACE)
-        torch.set_num_threads(2)
-        two = roi_grid_sample(bev, rois, **PLACE)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(one, two)
+    assert torch.equal(*tiny.for_thread_counts(lambda: roi_grid_sample(bev, rois, **PLACE)))
 
 
 def test_stored_patches_of_the_reference_where_the_stored_cells_cover_them():
     """Only 2000 cells of the map are stored: a sample may be off by the weight of the cells it lacks times their largest value."""
-    golden = SHARED / "reference/golden/second_iou_kitti.npz"
-    if not golden.exists():
-        pytest.skip("needs shared/")
-    stored = np.load(golden)
+    stored = tiny.golden("second_iou_kitti.npz", "our patches of the BEV map of a KITTI scan are those of OpenPCDet")
     y, x = stored["bev_cells_yx"].astype(np.int64).T
     bev, known = torch.zeros(1, 512, 200, 176), torch.zeros(1, 1, 200, 176)
     bev[0][:, y, x] = torch.from_numpy(stored["spatial_features_2d_cells"].astype(np.float32).T)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiny
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.ops.segment_max import segment_max, segment_max_reference
 
 both = pytest.mark.parametrize("function", [segment_max, segment_max_reference])
@@ -89,16 +91,14 @@ def test_one_and_two_threads_give_the_same_bits():
     generator = torch.Generator().manual_seed(0)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randint(0, 4, (3000,), generator=generator).cumsum(0)])
     values, grad = torch.randn(int(starts[-1]), 5, generator=generator), torch.randn(3000, 5, generator=generator)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            leaf = values.clone().requires_grad_()
-            out = segment_max(leaf, starts)
-            out.backward(grad)
-            results.append((out.detach(), leaf.grad))
-    finally:
-        torch.set_num_threads(threads)
+
+    def forward_and_gradient() -> tuple[Tensor, Tensor]:
+        leaf = values.clone().requires_grad_()
+        out = segment_max(leaf, starts)
+        out.backward(grad)
+        return out.detach(), leaf.grad
+
+    results = tiny.for_thread_counts(forward_and_gradient)
     assert all(torch.equal(a, b) for a, b in zip(*results))
     assert torch.equal(results[0][0], segment_max_reference(values, starts))
 
@@ -113,8 +113,8 @@ def test_bad_input_is_refused(function):
         (torch.zeros(5, 2), starts[None]),
         (torch.zeros(5, 2), starts[:0]),
     ]:
-        with pytest.raises(ValueError, match="must be"):
+        with pytest.raises(InvalidInput, match="expects values"):
             function(values, bounds)
     for bounds in [[0, 4], [1, 5], [0, 4, 3, 5], [0, 6]]:
-        with pytest.raises(ValueError, match="ascend"):
+        with pytest.raises(InvalidInput, match="ascend"):
             function(torch.zeros(5, 2), torch.tensor(bounds))

@@ -1,4 +1,4 @@
-"""Sparse convolution against torch's dense ``conv3d`` in float64, and the two ways of building a rulebook against each other."""
+"""Sparse convolution against torch's dense `conv3d` in float64, and the two ways of building a rulebook against each other."""
 
 import importlib.util
 import os
@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tiny
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.ops.rulebook import (
     strided_rulebook,
     strided_rulebook_reference,
@@ -158,16 +160,13 @@ def test_results_are_bit_equal_for_any_number_of_threads_and_equal_the_reference
     coords = torch.stack([torch.zeros_like(keys), keys // 1600, keys // 40 % 40, keys % 40], dim=1).int()
     features = torch.randn(5000, 32, generator=generator).requires_grad_()
     weight = (torch.randn(32, 3, 3, 3, 32, generator=generator) / 30).requires_grad_()
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count, conv in ((1, sparse_conv), (2, sparse_conv), (3, sparse_conv), (1, sparse_conv_reference)):
-            torch.set_num_threads(count)
-            out = conv(features, weight, submanifold_rulebook(coords, (10, 40, 40), 1))
-            results.append((out, *torch.autograd.grad(out.square().sum(), (features, weight))))
-    finally:
-        torch.set_num_threads(threads)
-    for one, two, three, plain in zip(*results):
+
+    def forward_and_gradients(conv=sparse_conv) -> tuple[Tensor, ...]:
+        out = conv(features, weight, submanifold_rulebook(coords, (10, 40, 40), 1))
+        return out, *torch.autograd.grad(out.square().sum(), (features, weight))
+
+    results = tiny.for_thread_counts(forward_and_gradients, (1, 2, 3))
+    for one, two, three, plain in zip(*results, forward_and_gradients(sparse_conv_reference)):
         assert torch.equal(one, two)
         assert torch.equal(one, three)
         torch.testing.assert_close(one, plain, rtol=1e-4, atol=1e-4 * float(plain.detach().abs().max()))
@@ -198,34 +197,34 @@ def test_repeated_voxels_are_refused_and_named():
         lambda: submanifold_rulebook_reference(coords, SHAPE, BATCH),
         lambda: strided_rulebook(coords, SHAPE, BATCH, *STRIDED[0]),
     ):
-        with pytest.raises(ValueError, match=rf"rows 3 and {len(coords) - 2} .*{str(tuple(coords[3].tolist()))[1:-1]}"):
+        with pytest.raises(InvalidInput, match=rf"rows 3 and {len(coords) - 2} .*{str(tuple(coords[3].tolist()))[1:-1]}"):
             build()
 
 
 @pytest.mark.parametrize("bad", [(0, 5, 0, 0), (0, 0, 7, 0), (0, 0, 0, 6), (3, 0, 0, 0), (0, 0, -1, 0)])
 def test_voxels_outside_the_grid_are_refused_and_named(bad):
     coords = torch.cat([one_voxel(), torch.tensor([bad], dtype=torch.int32)])
-    with pytest.raises(ValueError, match="row 1"):
+    with pytest.raises(InvalidInput, match="row 1"):
         submanifold_rulebook(coords, SHAPE, BATCH)
-    with pytest.raises(ValueError, match="row 1"):
+    with pytest.raises(InvalidInput, match="row 1"):
         strided_rulebook(coords, SHAPE, BATCH, *STRIDED[0])
 
 
 def test_unusable_geometry_and_types_are_refused():
-    with pytest.raises(ValueError, match="odd"):
+    with pytest.raises(InvalidInput, match="odd"):
         submanifold_rulebook(one_voxel(), SHAPE, BATCH, (2, 3, 3))
-    with pytest.raises(ValueError, match="larger than the grid"):
+    with pytest.raises(InvalidInput, match="larger than the grid"):
         strided_rulebook(one_voxel(), SHAPE, BATCH, (7, 3, 3), (1, 1, 1), (0, 0, 0))
-    with pytest.raises(ValueError, match="int32"):
+    with pytest.raises(InvalidInput, match="int32"):
         submanifold_rulebook(one_voxel().long(), SHAPE, BATCH)
-    with pytest.raises(ValueError, match="64 bits"):
+    with pytest.raises(InvalidInput, match="64 bits"):
         submanifold_rulebook(one_voxel(), (2**30, 2**30, 2**30), BATCH)
     rulebook = submanifold_rulebook(one_voxel(), SHAPE, BATCH)
     weight = torch.zeros(5, 3, 3, 3, 4)
     for features, other in ((torch.zeros(2, 4), weight), (torch.zeros(1, 3), weight), (torch.zeros(1, 4), weight[:, :1])):
-        with pytest.raises(ValueError, match="must be"):
+        with pytest.raises(InvalidInput, match="must be"):
             sparse_conv(features, other, rulebook)
-    with pytest.raises(ValueError, match="float64"):
+    with pytest.raises(InvalidInput, match="float64"):
         sparse_conv(torch.zeros(1, 4), weight.double(), rulebook)
 
 
