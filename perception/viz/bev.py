@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from torch import Tensor
 from ...core.boxes import corners_bev
 from ...core.errors import InvalidInput
 from ...core.features import CutFeatures
+from ...core.files import write_atomically
 from ...core.smashed_scene import SmashedScene
 from ...core.structures import Labels, PointCloud, Predictions
 
@@ -74,6 +76,58 @@ def bev_png(
     """
     panel = Panel(title, points, truth, predictions)
     return bev_panels_png([panel], class_names=class_names, view_range=view_range, min_score=min_score, panel_px=size_px)
+
+
+def draw_bev(
+    path: str | Path,
+    points: PointCloud,
+    *,
+    labels: Labels | None = None,
+    predictions: Predictions | None = None,
+    class_names: Sequence[str] = (),
+    view_range: tuple[float, float, float, float] | None = None,
+    title: str = "",
+    min_score: float = 0.3,
+) -> Path:
+    """Draw one scan in BEV and write the picture as a PNG file.
+
+    Args:
+        path: File to write.
+        points: The scan, colored by height.
+        labels: True boxes, drawn in blue; dashed where their weight is 0 (ignored).
+        predictions: Detections, drawn in orange; the best carry class and score.
+        class_names: Names of the classes, such as `detector.class_names`. Without them the numbers are written.
+        view_range: (x0, y0, x1, y1) in meters, the part to draw. By default all points, at most 80 m from the sensor.
+        title: Text above the picture.
+        min_score: Detections with a lower score are left out.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        InvalidInput: The range is empty, or a class has no name.
+
+    Example:
+        upcycle3d.draw_bev("scan.png", scan, predictions=detector.detect(scan), class_names=detector.class_names)
+    """
+    found = [value.classes for value in (labels, predictions) if value is not None and len(value)]
+    names = class_names or [str(number) for number in range(1 + max((int(classes.max()) for classes in found), default=0))]
+    view = view_range or _view_of(points)
+    picture = bev_png(
+        points, truth=labels, predictions=predictions, class_names=names, view_range=view, title=title, min_score=min_score
+    )
+    write_atomically(Path(path), picture)
+    return Path(path)
+
+
+def _view_of(points: PointCloud, limit: float = 80.0) -> tuple[float, float, float, float]:
+    """The part of the plane that holds the points, in whole steps of 5 m, at most ``limit`` m from the sensor."""
+    xy = points.xyz[:, :2].detach().cpu()
+    xy = xy[xy.isfinite().all(1) & (xy.abs() <= limit).all(1)]
+    if not len(xy):
+        return (-limit, -limit, limit, limit)
+    low, high = (xy.amin(0) / 5).floor() * 5, (xy.amax(0) / 5).floor() * 5 + 5
+    return (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
 
 
 def bev_features_png(
