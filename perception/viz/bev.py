@@ -1,4 +1,4 @@
-"""Bird's-eye-view pictures: points or features at the cut, ground truth and detections, seen from above.
+"""Pictures in BEV: points or features at the cut, true boxes and detections.
 
                  x forward, up in the picture           a box:   .-.   the tick at its front shows where it heads
                      ^                                           | |
@@ -6,9 +6,9 @@
     left       <-----o
                as a driver would see it on a map with the way ahead pointing up
 
-Drawn by matplotlib through its objects only (no pyplot, no global figure); the same input gives the same bytes. Points and
-feature cells are painted pixel by pixel: crisp, quick for 100 000 points, small as a PNG. The ground is grey to green, truth blue
-and filled, detections vermilion and hollow, which people with colour-blindness can tell apart.
+matplotlib draws them through its objects only (no pyplot, no global figure), and the same input gives the same bytes. Points and feature
+cells are painted pixel by pixel: crisp, quick for 100 000 points, small as a PNG. The ground is gray to green, truth is blue and filled, detections
+are orange and hollow; people with color blindness can tell them apart. Read next: `draw_bev`, which writes one picture.
 """
 
 from __future__ import annotations
@@ -48,7 +48,14 @@ _LABELED = 12  # boxes that carry a text, the best first
 
 
 class Panel(NamedTuple):
-    """One picture of several. ground: one scene's points or features, or None for boxes alone."""
+    """One picture of several.
+
+    Attributes:
+        title: Text above the picture.
+        ground: Points or features of one scene, or None for boxes alone.
+        truth: True boxes.
+        predictions: Detections.
+    """
 
     title: str
     ground: Ground
@@ -67,12 +74,23 @@ def bev_png(
     min_score: float = 0.3,
     size_px: int = 720,
 ) -> bytes:
-    """One scene from above as a PNG.
+    """Draw one scan in BEV.
 
-    points: coloured by height, or None. truth: blue, dashed where its weight is 0 (ignored). predictions: vermilion, those with a
-    score of at least ``min_score``; the best carry class and score. class_names: one per class number.
-    view_range: (x0, y0, x1, y1) m, the part of the plane that is drawn. size_px: longer side of the drawn area.
-    Raises InvalidInput where the range is empty or a class has no name.
+    Args:
+        points: The scan, colored by height, or None for boxes alone.
+        truth: True boxes in blue; dashed where their weight is 0 (ignored).
+        predictions: Detections in orange with a score of at least `min_score`; the best carry class and score.
+        class_names: One name per class number.
+        view_range: (x0, y0, x1, y1) in meters, the part of the plane to draw.
+        title: Text above the picture.
+        min_score: Detections with a lower score are left out.
+        size_px: Longer side of the drawn area.
+
+    Returns:
+        Bytes of a PNG file.
+
+    Raises:
+        InvalidInput: The range is empty, or a class has no name.
     """
     panel = Panel(title, points, truth, predictions)
     return bev_panels_png([panel], class_names=class_names, view_range=view_range, min_score=min_score, panel_px=size_px)
@@ -121,7 +139,7 @@ def draw_bev(
 
 
 def _view_of(points: PointCloud, limit: float = 80.0) -> tuple[float, float, float, float]:
-    """The part of the plane that holds the points, in whole steps of 5 m, at most ``limit`` m from the sensor."""
+    """The part of the plane that holds the points, in whole steps of 5 m, at most `limit` m from the sensor."""
     xy = points.xyz[:, :2].detach().cpu()
     xy = xy[xy.isfinite().all(1) & (xy.abs() <= limit).all(1)]
     if not len(xy):
@@ -141,9 +159,23 @@ def bev_features_png(
     min_score: float = 0.3,
     size_px: int = 720,
 ) -> bytes:
-    """What leaves the vehicle: the length of the feature vector of each cell at the cut, the largest over height, as a PNG.
+    """Draw what leaves the vehicle: the length of the feature vector of each cell at the cut, the largest over height.
 
-    features: one scene. view_range: as for ``bev_png``; the whole grid where None. The rest as for ``bev_png``.
+    Args:
+        features: One scene.
+        truth: True boxes, as for `bev_png`.
+        predictions: Detections, as for `bev_png`.
+        class_names: One name per class number.
+        view_range: (x0, y0, x1, y1) in meters; the whole grid by default.
+        title: Text above the picture.
+        min_score: Detections with a lower score are left out.
+        size_px: Longer side of the drawn area.
+
+    Returns:
+        Bytes of a PNG file.
+
+    Raises:
+        InvalidInput: The range is empty, or a class has no name.
     """
     x0, y0, _, x1, y1, _ = features.spec.grid.range
     view = view_range if view_range is not None else (x0, y0, x1, y1)
@@ -160,9 +192,21 @@ def bev_panels_png(
     panel_px: int = 480,
     columns: int = 3,
 ) -> bytes:
-    """Several scenes or several results of one scene side by side, with one scale and one legend, e.g. before and after.
+    """Draw several scenes, or several results of one scene, next to each other with one scale and one legend.
 
-    panel_px: longer side of each drawn area. columns: panels in a row before the next row starts. The rest as for ``bev_png``.
+    Args:
+        panels: The pictures, row by row.
+        class_names: One name per class number.
+        view_range: (x0, y0, x1, y1) in meters, the part of the plane to draw.
+        min_score: Detections with a lower score are left out.
+        panel_px: Longer side of each drawn area.
+        columns: Panels per row.
+
+    Returns:
+        Bytes of a PNG file.
+
+    Raises:
+        InvalidInput: There is no panel, the range is empty, or a class has no name.
     """
     shown = [Panel(*panel) for panel in panels]
     x0, y0, x1, y1 = view_range

@@ -1,9 +1,8 @@
-"""Charts of the report as SVG text: loss and quality curves, bars, the closed gap, and milliseconds per stage.
+"""Charts of the report as SVG text: curves of loss and quality, bars, the closed gap, and milliseconds per stage.
 
-Written by hand rather than by matplotlib: a chart is 2-20 kB, real text stays text, and the lines take the colour of the page
-(``currentColor``), so one file reads in a light and in a dark scheme. The series colours are Okabe and Ito's, which people with
-colour-blindness can tell apart; a second round through them is dashed. Lines carry their names at their ends instead of a legend.
-The same input gives the same bytes.
+The charts are written by hand rather than by matplotlib: a chart has 2 to 20 kB, text stays text, and lines take the color of the page, so that one
+file can be read in a light and in a dark scheme. Lines carry their names at their ends instead of a legend. The same input gives the same bytes.
+Read next: `svg.py` for the drawing, `html.py` for the page.
 """
 
 from __future__ import annotations
@@ -22,11 +21,14 @@ QUIET = "#8A939C"  # bars that are not the point of the chart
 
 @dataclass(frozen=True)
 class Series:
-    """One named curve: ``x`` and ``y`` of equal length. A point that is not finite is left out and breaks the line."""
+    """One named curve. A point that is not finite is left out and breaks the line."""
 
     name: str
+    """Name at the end of the curve."""
     x: Sequence[float]
+    """(N,) positions along the axis."""
     y: Sequence[float]
+    """(N,) values."""
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
@@ -34,7 +36,14 @@ class Series:
 
 
 def number_text(value: float) -> str:
-    """A number as a person would write it: about three digits, thin spaces between thousands, a dash for what is not finite."""
+    """Write a number for people: about three digits, thin spaces between thousands, a dash for what is not finite.
+
+    Args:
+        value: The number.
+
+    Returns:
+        Its text.
+    """
     if not math.isfinite(value):
         return "\u2013"
     if 0 < abs(value) < 1e-3:
@@ -43,7 +52,14 @@ def number_text(value: float) -> str:
 
 
 def numbers_text(values: Sequence[float]) -> list[str]:
-    """Numbers that stand together, with as many decimals each; one that would round to 0 is written by ``number_text``."""
+    """Write numbers that stand together, with equal decimals. A number that would round to 0 is written by `number_text`.
+
+    Args:
+        values: The numbers.
+
+    Returns:
+        Their texts.
+    """
     decimals = _decimals(values)
     return [_fixed(v, decimals) if v == 0 or 2 * abs(v) >= 10.0**-decimals else number_text(v) for v in values]
 
@@ -53,8 +69,20 @@ def line_chart(
 ) -> str:
     """Curves over one axis, each named at its right end.
 
-    x_label, y_label: with their units. log_y: logarithmic; values that are not positive are left out and counted in the chart.
-    smooth: window in points of a centred running mean (1 = none); the chart says so and keeps the raw curve, faint.
+    Args:
+        series: The curves.
+        x_label: What the horizontal axis shows, with its unit.
+        y_label: What the vertical axis shows, with its unit.
+        title: Title of the chart.
+        log_y: Logarithmic axis. Values that are not positive are left out, and the chart says how many.
+        smooth: Window in points of a centered running mean; 1 means none. The chart says so and keeps the raw curve, faint.
+        height: Height of the chart in px.
+
+    Returns:
+        SVG text.
+
+    Raises:
+        InvalidInput: `smooth` is below 1.
     """
     if smooth < 1:
         raise InvalidInput(f"smooth is a window in points, at least 1, found {smooth}")
@@ -102,10 +130,21 @@ def bar_chart(
     title: str,
     highlight: int | None = None,
 ) -> str:
-    """Horizontal bars from 0, so that long names stay readable, with their values at the end.
+    """Horizontal bars from 0 with their values at the end, so that long names stay readable.
 
-    errors: half length of the whisker, in the unit of ``values`` (say what it is in ``value_label``). highlight: index of the bar
-    that the chart is about; the others turn grey.
+    Args:
+        labels: One name per bar.
+        values: One value per bar.
+        errors: Half length of each whisker, in the unit of `values`; `value_label` should say what it is.
+        value_label: What the values are, with their unit.
+        title: Title of the chart.
+        highlight: Index of the bar that the chart is about; the others turn gray.
+
+    Returns:
+        SVG text.
+
+    Raises:
+        InvalidInput: Lengths differ, or a value is not finite.
     """
     _same_length("bar_chart", labels=labels, values=values, errors=errors if errors is not None else values)
     _all_finite("bar_chart", values, errors or ())
@@ -140,9 +179,22 @@ def gap_chart(
 ) -> str:
     """How much of the distance from source-only to the oracle each method closes, all on one axis.
 
-    source_only: trained on the labelled scenes alone. oracle: trained with every label. methods: (name, value) in the same unit.
-    errors: half length of each method's whisker. The share is (value - source_only) / (oracle - source_only); where the
-    oracle is not above source-only there is no gap to close, and the chart says so instead of giving a share.
+    The share is (value - source_only) / (oracle - source_only). Where the oracle is not above source-only there is no gap to close; the chart says so
+    instead of giving a share.
+
+    Args:
+        source_only: Score of the source model.
+        methods: (name, score) of each method, in the same unit.
+        oracle: Score of training with all target labels.
+        value_label: What the scores are, with their unit.
+        title: Title of the chart.
+        errors: Half length of each method's whisker.
+
+    Returns:
+        SVG text.
+
+    Raises:
+        InvalidInput: Lengths differ, or a score is not finite.
     """
     values = [value for _, value in methods]
     _same_length("gap_chart", methods=methods, errors=errors if errors is not None else methods)
@@ -183,7 +235,20 @@ def gap_chart(
 
 
 def stacked_bars(labels: Sequence[str], stages: Sequence[tuple[str, Sequence[float]]], *, value_label: str, title: str) -> str:
-    """One horizontal bar per label, made of named parts, e.g. milliseconds per stage. stages: (name, one value >= 0 per label)."""
+    """One horizontal bar per label, made of named parts, such as milliseconds per stage.
+
+    Args:
+        labels: One name per bar.
+        stages: (name, one value of at least 0 per label) of each part.
+        value_label: What the values are, with their unit.
+        title: Title of the chart.
+
+    Returns:
+        SVG text.
+
+    Raises:
+        InvalidInput: Lengths differ, or a value is negative or not finite.
+    """
     for name, values in stages:
         _same_length(f"stacked_bars, stage {name!r}", labels=labels, values=values)
         _all_finite("stacked_bars", values, ())
@@ -216,7 +281,7 @@ def stacked_bars(labels: Sequence[str], stages: Sequence[tuple[str, Sequence[flo
 
 
 def _decimals(values: Sequence[float]) -> int:
-    """How many decimals give the largest of ``values`` three digits; none for whole numbers."""
+    """How many decimals give the largest of `values` three digits; none for whole numbers."""
     finite = [v for v in values if math.isfinite(v)]
     size = max((abs(v) for v in finite), default=0.0)
     return 0 if size >= 100 or all(v == int(v) for v in finite) else 1 if size >= 10 else 2 if size >= 1 else 3
@@ -227,7 +292,7 @@ def _fixed(value: float, decimals: int) -> str:
 
 
 def _running_mean(y: np.ndarray, window: int) -> np.ndarray:
-    """(N,) centred mean over ``window`` points, over fewer at the ends; not finite where ``y`` is not."""
+    """(N,) centered mean over `window` points, over fewer at the ends; not finite where `y` is not."""
     ok = np.isfinite(y)
     kernel = np.ones(min(window, max(1, len(y))))
     if window == 1 or len(y) == 0:
@@ -257,7 +322,7 @@ def _spread(
 
 
 def _keep_inside(x: float, text: str, anchor: str, low: float, high: float) -> tuple[float, str]:
-    """Where to put a label beside ``x`` so that it stays within low..high, and its anchor."""
+    """Where to put a label beside `x` so that it stays within low..high, and its anchor."""
     width = text_width(text)
     if anchor == "start":
         return min(max(x, low), high - width), anchor

@@ -1,8 +1,8 @@
-"""A report as one HTML file: text, tables, key numbers and pictures, with nothing fetched and nothing that runs.
+"""A report as one HTML file with text, tables, key numbers and pictures. It fetches nothing and runs nothing.
 
-Every string is escaped here, so a frame name or a path cannot become markup. Pictures are embedded; an SVG is parsed, checked
-against the few elements a chart needs, and written anew. A content security policy tells the browser to load nothing else. The
-page follows the reader's light or dark scheme, a narrow or a wide window, and prints.
+Every string is escaped here, so a frame name or a path cannot become markup. Pictures are embedded; an SVG is parsed, checked against the few
+elements that a chart needs, and written anew. A content security policy tells the browser to load nothing else. The page follows the reader's light
+or dark scheme, fits narrow and wide windows, and prints. Read next: `charts.py` for the pictures.
 """
 
 from __future__ import annotations
@@ -28,28 +28,47 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Block:
-    """A checked piece of HTML. Made by the functions below only; ``html`` is written into the page as it stands."""
+    """A checked piece of HTML. Only the functions below make one."""
 
     html: str
+    """Markup, written into the page as it is."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and the blocks under it."""
 
     title: str
+    """Text of the heading."""
     blocks: Sequence[Block]
+    """What stands under the heading, in order."""
 
 
 def paragraph(text: str) -> Block:
-    """Plain text; an empty line starts a new paragraph."""
+    """Plain text.
+
+    Args:
+        text: The text; an empty line starts a new paragraph.
+
+    Returns:
+        One block.
+    """
     return Block("".join(f"<p>{_text(part)}</p>" for part in text.split("\n\n") if part.strip()))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | int | float]], caption: str) -> Block:
-    """A table. Numbers are written short, with one count of decimals per column, and to the right; text as it is.
+    """A table. Numbers are short, aligned to the right, and have equal decimals within a column.
 
-    Raises InvalidInput where a row has another length than the header.
+    Args:
+        header: One name per column.
+        rows: One value per column in each row; text stays as it is.
+        caption: What the table shows.
+
+    Returns:
+        One block.
+
+    Raises:
+        InvalidInput: A row has another length than the header.
     """
     for index, row in enumerate(rows):
         if len(row) != len(header):
@@ -65,7 +84,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str | int | float]], ca
 
 
 def figure_png(png: bytes, caption: str, *, alt: str | None = None) -> Block:
-    """A PNG picture, embedded. alt: what it shows, for a reader who cannot see it; the caption where nothing is given."""
+    """An embedded PNG picture.
+
+    Args:
+        png: Bytes of the file.
+        caption: Text under the picture.
+        alt: What the picture shows, for a reader who cannot see it; the caption by default.
+
+    Returns:
+        One block.
+
+    Raises:
+        InvalidInput: The bytes are not a PNG file.
+    """
     if not png.startswith(_PNG_SIGNATURE):
         raise InvalidInput(f"figure {caption!r}: expected the bytes of a PNG file, found {len(png)} bytes starting {png[:8]!r}")
     data = base64.b64encode(png).decode("ascii")
@@ -74,9 +105,18 @@ def figure_png(png: bytes, caption: str, *, alt: str | None = None) -> Block:
 
 
 def figure_svg(svg: str, caption: str, *, alt: str | None = None) -> Block:
-    """A chart as inline SVG, so that it takes the colours of the page. alt: as for ``figure_png``.
+    """A chart as inline SVG, so that it takes the colors of the page.
 
-    Raises InvalidInput for what is not well-formed, or holds an element, a link or a handler that a chart does not need.
+    Args:
+        svg: Text of one SVG element.
+        caption: Text under the chart.
+        alt: What the chart shows, for a reader who cannot see it; the chart's own title by default.
+
+    Returns:
+        One block.
+
+    Raises:
+        InvalidInput: The text is not well-formed, or holds an element, a link or a handler that a chart does not need.
     """
     if "<!" in svg:
         raise InvalidInput(f"figure {caption!r}: SVG with a document type, comment or CDATA section is not accepted")
@@ -95,7 +135,14 @@ def figure_svg(svg: str, caption: str, *, alt: str | None = None) -> Block:
 
 
 def key_numbers(numbers: Sequence[tuple[str, str | int | float, str, str]]) -> Block:
-    """The few numbers to read first: (label, value, unit, note) each; unit and note may be empty."""
+    """The few numbers to read first.
+
+    Args:
+        numbers: (label, value, unit, note) each; unit and note may be empty.
+
+    Returns:
+        One block.
+    """
     tiles = "".join(
         f"<div><dt>{_text(label)}</dt><dd><b>{_text(_value(value))}</b>"
         f"{f' <span class=unit>{_text(unit)}</span>' if unit else ''}"
@@ -106,12 +153,28 @@ def key_numbers(numbers: Sequence[tuple[str, str | int | float, str, str]]) -> B
 
 
 def columns(blocks: Sequence[Block]) -> Block:
-    """Blocks side by side where the window is wide enough, one under the other where it is not."""
+    """Put blocks next to each other where the window is wide enough, else below each other.
+
+    Args:
+        blocks: The blocks, from left to right.
+
+    Returns:
+        One block.
+    """
     return Block(f"<div class=columns>{''.join(f'<div>{block.html}</div>' for block in blocks)}</div>")
 
 
 def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
-    """The whole document. Sections are listed at the top when there are more than three."""
+    """Join sections into a whole document. More than three sections get a list of contents.
+
+    Args:
+        title: Title of the page.
+        sections: The sections in order.
+        subtitle: One sentence under the title.
+
+    Returns:
+        The HTML document.
+    """
     body = "".join(
         f"<section id=s{index}><h2>{_text(section.title)}</h2>{''.join(block.html for block in section.blocks)}</section>"
         for index, section in enumerate(sections)
@@ -129,7 +192,12 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
 
 
 def write_html(path: Path | str, html: str) -> None:
-    """Write a page whole, so that a half-written report is never seen."""
+    """Write a page atomically, so that nobody sees half a report.
+
+    Args:
+        path: File to write.
+        html: What `page` returned.
+    """
     write_atomically(Path(path), html.encode("utf-8"))
 
 

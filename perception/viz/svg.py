@@ -1,7 +1,8 @@
 """SVG elements, axes and rows: the drawing under the charts of the report.
 
-Text and lines take the colour of the page (``currentColor``), so one picture reads in a light and in a dark scheme. Series
-colours are Okabe and Ito's, which people with colour-blindness can tell apart; a second round through them is dashed.
+Text and lines take the color of the page (`currentColor`), so that one picture can be read in a light and in a dark scheme. The colors of series
+are Okabe and Ito's, which people with color blindness can tell apart; a second round through them is dashed. Read next: `charts.py`, which draws
+with these parts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ WIDTH, FONT, LINE = 540, 13, 16  # px; the page scales the picture, so only thei
 
 
 class Svg:
-    """SVG elements being collected. Every string is escaped here and nowhere else."""
+    """SVG elements of one picture. Every string is escaped here and nowhere else. Positions are in pixels of a picture `WIDTH` wide."""
 
     def __init__(self, title: str, notes: Sequence[str], height: int) -> None:
         self.label, self.notes = title, list(notes)
@@ -35,6 +36,18 @@ class Svg:
         self, x: float, y: float, string: str, *, size: int = FONT, anchor: str = "start", bold: bool = False,
         opacity: float = 1.0, color: str = "currentColor",
     ) -> None:  # fmt: skip
+        """Add one line of text.
+
+        Args:
+            x: Position in px, of the start, middle or end of the text by `anchor`.
+            y: Baseline in px.
+            string: The text, not yet escaped.
+            size: Font size in px.
+            anchor: `start`, `middle` or `end`.
+            bold: Whether the text is bold.
+            opacity: 1 for opaque.
+            color: CSS color.
+        """
         extra = (' font-weight="600"' if bold else "") + (f' opacity="{opacity}"' if opacity < 1 else "")
         extra += f' text-anchor="{anchor}"' if anchor != "start" else ""
         clean = escape(_printable(string))
@@ -43,28 +56,78 @@ class Svg:
     def line(
         self, x0: float, y0: float, x1: float, y1: float, *, color: str = "currentColor", width: float = 1.0, opacity: float = 1.0
     ) -> None:  # fmt: skip
+        """Add a straight line.
+
+        Args:
+            x0: Start in px.
+            y0: Start in px.
+            x1: End in px.
+            y1: End in px.
+            color: CSS color.
+            width: Line width in px.
+            opacity: 1 for opaque.
+        """
         self.parts.append(
             f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="{color}" stroke-width="{width}" opacity="{opacity}"/>'
         )
 
     def rect(self, x: float, y: float, width: float, height: float, color: str, opacity: float = 1.0) -> None:
+        """Add a filled rectangle.
+
+        Args:
+            x: Left side in px.
+            y: Upper side in px.
+            width: Width in px.
+            height: Height in px.
+            color: CSS color.
+            opacity: 1 for opaque.
+        """
         self.parts.append(
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{color}" opacity="{opacity}"/>'
         )
 
     def circle(self, x: float, y: float, radius: float, color: str) -> None:
+        """Add a filled circle.
+
+        Args:
+            x: Center in px.
+            y: Center in px.
+            radius: Radius in px.
+            color: CSS color.
+        """
         self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{color}"/>')
 
     def polyline(self, points: Sequence[tuple[float, float]], color: str, *, width: float) -> None:
+        """Add a faint line through several points.
+
+        Args:
+            points: (x, y) in px.
+            color: CSS color.
+            width: Line width in px.
+        """
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         self.parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}" opacity="0.7"/>')
 
     def whisker(self, x0: float, x1: float, y: float) -> None:
+        """Add a horizontal error bar.
+
+        Args:
+            x0: Left end in px.
+            x1: Right end in px.
+            y: Height in px.
+        """
         for a, b, c, d in ((x0, y, x1, y), (x0, y - 5, x0, y + 5), (x1, y - 5, x1, y + 5)):
             self.line(a, b, c, d, width=1.5)
 
     def curve(self, x: np.ndarray, y: np.ndarray, index: int, opacity: float = 1.0) -> None:
-        """A line through (N,) pixel positions, lifted where a value is not finite."""
+        """Add a curve, which is broken where a value is not finite.
+
+        Args:
+            x: (N,) positions in px.
+            y: (N,) positions in px.
+            index: Number of the series; it decides color and dashes.
+            opacity: 1 for opaque.
+        """
         commands, pen_down = [], False
         for px, py in _thinned(x, y):
             if math.isfinite(px) and math.isfinite(py):
@@ -79,19 +142,30 @@ class Svg:
         )
 
     def done(self) -> str:
+        """Finish the picture: the SVG element as text."""
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" role="img" '
         head += f'aria-label={quoteattr(_printable(self.label))} font-family="system-ui, sans-serif" color="currentColor">'
         return "\n".join([head, *self.parts, "</svg>"])
 
 
 class Plot:
-    """The framed area of a chart and its axes. Sides are pixels; left, right and bottom are given as margins."""
+    """The framed area of a chart and its axes. Its sides are in pixels; left, right and bottom are given as margins."""
 
     def __init__(self, svg: Svg, *, left: float, right: float, bottom: float, head: float = 0.0) -> None:
         self.svg, self.left, self.right = svg, left, WIDTH - right
         self.top, self.bottom = svg.top + head, svg.height - bottom
 
     def x_axis(self, ticks: Sequence[float], limits: tuple[float, float], label: str) -> Callable[[np.ndarray], np.ndarray]:
+        """Draw the horizontal axis with its ticks and its label.
+
+        Args:
+            ticks: Values that get a grid line and a number.
+            limits: Lowest and highest value of the axis.
+            label: What the axis shows, with its unit.
+
+        Returns:
+            A function from values to positions in px.
+        """
         low, high = limits if limits[1] > limits[0] else (limits[0] - 0.5, limits[1] + 0.5)
         scale = (self.right - self.left) / (high - low)
         for tick in ticks:
@@ -104,6 +178,16 @@ class Plot:
         return lambda x: self.left + (x - low) * scale
 
     def y_axis(self, low: float, high: float, log: bool) -> Callable[[np.ndarray], np.ndarray]:
+        """Draw the vertical axis with round ticks.
+
+        Args:
+            low: Lowest value to show.
+            high: Highest value to show.
+            log: Whether the axis is logarithmic; `low` is then above 0.
+
+        Returns:
+            A function from values to positions in px.
+        """
         ticks = _log_ticks(low, high) if log else linear_ticks(low, high, 5)
         low, high = min(low, ticks[0]), max(high, ticks[-1])
         if high <= low:
@@ -118,7 +202,14 @@ class Plot:
         return lambda y: self.bottom - (warp(y) - base) * scale
 
     def empty(self, x_label: str) -> str:
-        """The chart of no data, which says so."""
+        """Finish a chart that has no data, and say so in it.
+
+        Args:
+            x_label: What the horizontal axis would show.
+
+        Returns:
+            The SVG element as text.
+        """
         self.svg.line(self.left, self.bottom, self.right, self.bottom, opacity=0.6)
         middle = (self.left + self.right) / 2
         self.svg.text(middle, (self.top + self.bottom) / 2 + 4, "no data", anchor="middle", opacity=0.75)
@@ -127,7 +218,7 @@ class Plot:
 
 
 class Rows:
-    """A chart of labelled horizontal rows over one value axis."""
+    """A chart of named horizontal rows over one value axis."""
 
     def __init__(
         self, labels: Sequence[str], title: str, value_label: str, row: int, *, notes: Sequence[str] = (), head: float = 0.0,
@@ -144,9 +235,26 @@ class Rows:
                 self.svg.text(left - 8, y, line, anchor="end", size=FONT if len(lines) == 1 else 12)
 
     def middle(self, index: int) -> float:
+        """Height of a row.
+
+        Args:
+            index: Number of the row, from the top.
+
+        Returns:
+            Middle of the row in px.
+        """
         return self.plot.top + 2 + self.row * (index + 0.5)
 
     def axis(self, low: float, high: float) -> Callable[[float], float]:
+        """Draw the value axis.
+
+        Args:
+            low: Lowest value.
+            high: Highest value.
+
+        Returns:
+            A function from a value to its position in px.
+        """
         high = high if high > low else low + 1.0
         scale = self.plot.x_axis(linear_ticks(low, high, 5), (low, high), self.value_label)
         return lambda value: float(scale(np.asarray(value)))
@@ -156,12 +264,26 @@ class Rows:
 
 
 def color_of(index: int) -> str:
-    """The colour of series ``index``; after the sixth the palette starts again."""
+    """Color of a series; after the sixth the palette starts again.
+
+    Args:
+        index: Number of the series.
+
+    Returns:
+        CSS color.
+    """
     return PALETTE[index % len(PALETTE)]
 
 
 def text_width(text: str) -> float:
-    """About how many px ``text`` takes; sans-serif letters are a little over half as wide as high."""
+    """Estimate how wide a text is; the letters are a little over half as wide as high.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Width in px.
+    """
     return 0.56 * FONT * len(text)
 
 
@@ -171,7 +293,16 @@ def _printable(text: str) -> str:
 
 
 def linear_ticks(low: float, high: float, count: int) -> list[float]:
-    """About ``count`` round numbers (1, 2 or 5 times a power of ten) from just below ``low`` to just above ``high``."""
+    """Choose round numbers for an axis: 1, 2 or 5 times a power of ten.
+
+    Args:
+        low: Lowest value to show.
+        high: Highest value to show.
+        count: About how many ticks to give.
+
+    Returns:
+        Ticks from just below `low` to just above `high`.
+    """
     span = high - low if high > low else max(1e-6, abs(low) or 1.0)
     power = 10.0 ** math.floor(math.log10(span / count))
     step = next(f * power for f in (1, 2, 5, 10) if f * power * count >= span * 0.999)
@@ -180,7 +311,7 @@ def linear_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """From just below ``low`` to just above ``high``: 1, 2 and 5 times powers of ten, or fewer where those would crowd."""
+    """From just below `low` to just above `high`: 1, 2 and 5 times powers of ten, or fewer where those would crowd."""
     first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1  # one to spare: log10 rounds
     stride = -(-(last - first) // 6)
     factors = (1, 2, 5) if last - first <= 6 else (1,)
