@@ -6,6 +6,7 @@
     scan = tiny.scan_with_car()                     # a road and the sides of one car, `tiny.CAR`
     frame = tiny.frame_with_car(seed=3)             # a labeled frame with a car somewhere
     store = tiny.store(folder, detector, [scan])    # the scenes that a vehicle makes of scans, ingested on a server
+    coords = tiny.cells(index)                      # cells of `tiny.CUT`, a cut for scenes that no network made
     path = tiny.shared("data/kitti", "the reader gives the numbers of the real KITTI files")  # skips without the files
     arrays = tiny.golden("pv_rcnn_kitti.npz", "our picks are those of OpenPCDet")  # likewise
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from upcycle3d.core.boxes import rotate_z
-from upcycle3d.core.cut import VoxelGrid
+from upcycle3d.core.cut import CutSpec, VoxelGrid
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Frame, Labels, PointCloud
 from upcycle3d.perception.models.anchors import AnchorClass
@@ -171,6 +172,18 @@ def for_thread_counts(call: Callable[[], T], counts: Sequence[int] = (1, 2)) -> 
         return results
     finally:
         torch.set_num_threads(before)
+
+
+# ---- scenes without a network
+
+CUT_GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.5, 0.5, 0.5))
+CUT = CutSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=CUT_GRID)
+FINGERPRINT = "ab" * 32
+
+
+def cells(index: Tensor) -> Tensor:
+    """The cells (N, 3) int32 z, y, x with these numbers (N,) in a grid of (z, 32, 32), as `CUT` and `CUT_GRID` have."""
+    return torch.stack([index // 1024, index // 32 % 32, index % 32], 1).to(torch.int32)
 
 
 # ---- stores

@@ -2,9 +2,15 @@
 
     PointCloud ─ rig (z shift, intensity scale) ─ voxelize ─ features ─ SmashedScene ─ codec ─ shard
 
-The encoder is a frozen copy in evaluation mode, so the fingerprint taken at the start stays true. Only what stands in
-``SmashedScene`` leaves: cells, features, the encoder's fingerprint and a random identifier. Keypoints (PV-RCNN) leave as cells
-of the input grid, never as points.
+The encoder is a frozen copy in evaluation mode, so the fingerprint computed at the start stays true.
+
+Only the fields of `SmashedScene` leave: cells, features, the encoder fingerprint and a random identifier. No raw point, time,
+pose or name is among them. This says what is written, not what can be computed from it: a scene is a coarse scan with features,
+and `perception/wire/codec.py` and `perception/wire/shards.py` say what was rebuilt from such scenes. Keypoints (PV-RCNN) leave as
+cells of the input grid, and an encoder whose keypoints are raw points is refused; the features of a keypoint still describe the
+points around it precisely enough to compute some of them.
+
+Read next: `perception/wire/shards.py`, where the scenes go.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -29,30 +36,48 @@ from ...core.smashed_scene import SmashedScene
 from ...core.structures import PointCloud
 from ..models.encoders.encoder import Encoder
 from ..models.encoders.fingerprint import encoder_fingerprint
-from ..wire.codec import CODECS
-from ..wire.shards import ShardWriteError, ShardWriter
+from ..wire.codec import check_codec
+from ..wire.encoder_file import load_encoder
+from ..wire.shards import AddedScene, SceneKind, ShardWriteError, ShardWriter
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageTimes:
-    """Milliseconds of one scan. voxelize includes the rig and the copy to the encoder's device, backbone the set abstraction
-    where there is one, and the copy back."""
+    """What smashing one scan cost."""
 
     voxelize_ms: float
+    """Milliseconds for the rig, the copy to the encoder's device, and the voxels."""
+
     backbone_ms: float
+    """Milliseconds for the features at the cut (set abstraction included, where there is one), and the copy back to the CPU."""
 
 
 class Extractor:
-    """Turns scans into smashed scenes with a frozen copy of ``encoder``.
+    """Turns scans into smashed scenes with a frozen copy of an encoder.
 
-    rig: what is done to a scan first. codec: how its features will be stored, "fp16" or "int8".
-    ``fingerprint`` is that of encoder and rig; the server must expect the same.
-    Raises ``InvalidInput`` for an encoder whose keypoints are raw points of the scan.
+    Attributes:
+        spec: The cut of the encoder.
+        rig: What is done to a scan first.
+        codec: How the features will be stored.
+        fingerprint: The fingerprint of encoder and rig. The server must expect the same.
+
+    Args:
+        encoder: The encoder; it is copied.
+        rig: Mounting height and intensity scale of this kind of vehicle.
+        codec: "fp16" or "int8".
+
+    Raises:
+        InvalidInput: The module is not an encoder, its keypoints are raw points of the scan, or the codec is unknown.
+
+    Example:
+        ```python
+        extractor = Extractor.from_file("runs/source", rig=RigSpec(z_shift=1.73), codec="int8")
+        scene, times = extractor.smash(scan)
+        ```
     """
 
     def __init__(self, encoder: Encoder, rig: RigSpec, codec: str) -> None:
-        if codec not in CODECS:
-            raise InvalidInput(f"unknown codec {codec!r}; choose one of {CODECS}")
+        check_codec(codec)
         missing = [name for name in ("spec", "voxelize", "features") if not hasattr(encoder, name)]
         if missing:
             raise InvalidInput(f"{type(encoder).__name__} cannot run on a vehicle: it has no {', '.join(missing)}")
@@ -60,7 +85,7 @@ class Extractor:
         if spec.keypoints is not None and spec.keypoints.source == "raw_points":
             raise InvalidInput(
                 f"{type(encoder).__name__} cannot run on a vehicle: its keypoints are exact LiDAR points of the scan, as in the "
-                f"reference PV-RCNN, and uploading up to {spec.keypoints.count} of them a scan is uploading raw points; train and "
+                f"reference PV-RCNN, and uploading up to {spec.keypoints.count} of them per scan is uploading raw points; train and "
                 'extract with keypoint_source="voxel_centers"'
             )
         frozen = copy.deepcopy(encoder).eval().requires_grad_(False)
@@ -71,12 +96,62 @@ class Extractor:
         self.rig = rig
         self.codec = codec
 
-    def smash(self, points: PointCloud) -> tuple[SmashedScene, StageTimes]:
-        """The features of one scan at the cut, not yet quantised, on the CPU, and what they cost. No points: no cells.
+    @classmethod
+    def from_file(cls, path: str | Path, *, rig: RigSpec, codec: str, device: torch.device | str = "cpu") -> Self:
+        """Load the encoder that the server handed out, and make an extractor of it.
 
-        Raises ``InvalidInput`` for points that are not finite or lack what the encoder reads, and for an encoder whose keypoints
-        are no voxel centres, whatever its ``spec`` says.
+        Args:
+            path: The encoder file, or the run folder that holds it.
+            rig: Mounting height and intensity scale of this kind of vehicle.
+            codec: "fp16" or "int8".
+            device: Where the encoder runs.
+
+        Returns:
+            The extractor.
+
+        Raises:
+            InvalidInput: The file is missing, damaged or of another kind, or the encoder cannot run on a vehicle.
         """
+        return cls(load_encoder(path).to(device), rig, codec)
+
+    @property
+    def kind(self) -> SceneKind:
+        """The kind of its scenes: cut, fingerprint and codec."""
+        return SceneKind(spec=self.spec, encoder_fingerprint=self.fingerprint, codec=self.codec)
+
+    def shard_writer(self, folder: str | Path, *, scenes_per_shard: int = 256) -> ShardWriter:
+        """Make a writer for the scenes of this extractor.
+
+        Args:
+            folder: Where the shards are written; it is made where needed.
+            scenes_per_shard: Number of scenes after which a shard is written.
+
+        Returns:
+            The writer, for `extract`. Use it as a context manager.
+
+        Raises:
+            InvalidInput: `scenes_per_shard` is outside its limits.
+            ShardWriteError: The folder cannot be made.
+        """
+        return ShardWriter(
+            folder, spec=self.spec, fingerprint=self.fingerprint, codec=self.codec, scenes_per_shard=scenes_per_shard
+        )
+
+    def smash(self, points: PointCloud) -> tuple[SmashedScene, StageTimes]:
+        """Compute the features of one scan at the cut.
+
+        Args:
+            points: One scan in the sensor frame, on any device. A scan without points gives a scene without cells.
+
+        Returns:
+            The scene, on the CPU and not yet quantized, and what it cost.
+
+        Raises:
+            InvalidInput: `points` is not a `PointCloud`, holds NaN or infinity, or lacks point features that the encoder reads; or
+                the keypoints of the encoder are not centers of voxels, whatever its `spec` says.
+        """
+        if not isinstance(points, PointCloud):
+            raise InvalidInput(f"smash takes one PointCloud, found {type(points).__name__}; make a PointCloud of the scan first")
         bad = ~(points.xyz.isfinite().all(1) & points.features.isfinite().all(1))
         if bad.any():
             raise InvalidInput(f"{int(bad.sum())} of {len(points)} points hold NaN or inf; drop them where the scan is read")
@@ -85,14 +160,14 @@ class Extractor:
             clouds = [self.rig.apply(points).to(self._device)]
             voxels = self._encoder.voxelize(clouds)
             voxelized = self._now()
-            cut = self._encoder.features(clouds, voxels).to("cpu")
+            features = self._encoder.features(clouds, voxels).to("cpu")
         done = self._now()
-        cells = cut.voxels.sorted()
-        keypoint_cells, keypoint_features = self._at_rest(cut.keypoints)
+        cells = features.voxels.sorted()
+        keypoint_cells, keypoint_features = self._keypoints_at_rest(features.keypoints)
         scene = SmashedScene(
             spec=self.spec,
             coords=cells.coords[:, 1:].contiguous(),
-            features=cells.features.float().clone(),  # the clone is no inference tensor any more
+            features=cells.features.float().clone(),  # the clone is no longer an inference tensor
             keypoint_cells=keypoint_cells,
             keypoint_features=keypoint_features,
             codec=self.codec,
@@ -101,8 +176,8 @@ class Extractor:
         )
         return scene, StageTimes(voxelize_ms=1e3 * (voxelized - start), backbone_ms=1e3 * (done - voxelized))
 
-    def _at_rest(self, keypoints: Keypoints | None) -> tuple[Tensor, Tensor]:
-        """Cells (K, 3) of the input grid and features (K, C) of keypoints, in their order; none without."""
+    def _keypoints_at_rest(self, keypoints: Keypoints | None) -> tuple[Tensor, Tensor]:
+        """Cells (K, 3) of the input grid and features (K, C) of keypoints, in their order; empty for a cut without keypoints."""
         if keypoints is None:
             return torch.zeros(0, 3, dtype=torch.int32), torch.zeros(0, 0)
         return cells_of_centers(keypoints.xyz, self.spec.grid), keypoints.features.float().clone()
@@ -115,46 +190,99 @@ class Extractor:
 
 @dataclass(frozen=True, kw_only=True)
 class StageSummary:
-    """One stage over all good scans, milliseconds a frame. A shard is written once for many frames: see the mean there."""
+    """The cost of one stage over all scenes written, in milliseconds per frame; all zero without a scene."""
 
     median_ms: float
+    """Median. For the stage `write` it is near 0, because a shard is written once for many frames; read its mean."""
+
     p95_ms: float
+    """95th percentile."""
+
     mean_ms: float
+    """Mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScanFailure:
-    """A scan that gave no scene: its place in the stream, from 0, and why."""
+    """A scan that gave no scene."""
 
     index: int
+    """Its place in the stream, from 0."""
+
     reason: str
+    """Class and message of the error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionReport:
-    """What one run of ``extract`` did.
-
-    frames: scenes written. raw_bytes: their scans as float32 columns (N * 4 * columns). smashed_bytes: their encoded scenes.
-    shards: manifests finished during the run. With no frame the summaries are zero.
-    """
+    """What one run of `extract` did."""
 
     frames: int
+    """Number of scenes written."""
+
     failures: tuple[ScanFailure, ...]
+    """Scans that gave no scene, in the order of the stream."""
+
     raw_bytes: int
+    """Bytes of the scans of all scenes written, as float32 columns (points * 4 * columns)."""
+
     smashed_bytes: int
+    """Bytes of their encoded scenes, without the tar around them."""
+
     voxelize: StageSummary
+    """The stage of `StageTimes.voxelize_ms`."""
+
     backbone: StageSummary
+    """The stage of `StageTimes.backbone_ms`."""
+
     codec: StageSummary
+    """Quantizing and encoding."""
+
     write: StageSummary
+    """Writing shards to the disk."""
+
     shards: tuple[Path, ...]
+    """Manifest files of the shards finished during the run."""
 
     @property
     def raw_bytes_per_frame(self) -> float:
+        """Mean bytes of a scan; 0 without a scene."""
         return self.raw_bytes / max(self.frames, 1)
 
     @property
     def smashed_bytes_per_frame(self) -> float:
+        """Mean bytes of an encoded scene; 0 without a scene."""
         return self.smashed_bytes / max(self.frames, 1)
+
+
+class _Tally:
+    """What `extract` counts on its way."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, array[float]] = {name: array("d") for name in ("voxelize", "backbone", "codec", "write")}
+        self._raw_bytes = self._smashed_bytes = 0
+        self.failures: list[ScanFailure] = []
+
+    def count(self, points: PointCloud, stage: StageTimes, added: AddedScene) -> None:
+        self._raw_bytes += len(points) * 4 * (3 + points.features.shape[1])
+        self._smashed_bytes += added.length
+        row = (stage.voxelize_ms, stage.backbone_ms, added.encode_ms, added.write_ms)
+        for series, value in zip(self._times.values(), row, strict=True):
+            series.append(value)
+
+    def add_to_last_write(self, milliseconds: float) -> None:
+        if self._times["write"]:
+            self._times["write"][-1] += milliseconds
+
+    def report(self, shards: tuple[Path, ...]) -> ExtractionReport:
+        return ExtractionReport(
+            frames=len(self._times["write"]),
+            failures=tuple(self.failures),
+            raw_bytes=self._raw_bytes,
+            smashed_bytes=self._smashed_bytes,
+            **{name: _summary(series) for name, series in self._times.items()},
+            shards=shards,
+        )
 
 
 def _summary(times_ms: array[float]) -> StageSummary:
@@ -173,44 +301,56 @@ def extract(
     on_frame: Callable[[int], None] | None = None,
     on_scene: Callable[[int, str], None] | None = None,
 ) -> ExtractionReport:
-    """Smash every scan of a stream and write the scenes; a bad scan is reported and costs nothing else.
+    """Smash every scan of a stream and write the scenes; a bad scan is reported and costs no other scan.
 
-    scans: point clouds as they arrive, or functions that read one (``partial(read_bin, path)``), so that a file which cannot be
-    read counts as that scan's failure; an error of the iterable itself ends the stream and is raised, after all scenes before it
-    were written. writer: made with the extractor's spec, fingerprint and codec. on_frame: called with the number of scans seen.
-    on_scene: called with a scan's index and its scene id, which the vehicle may keep to itself; no shard links the two.
-    Raises ``InvalidInput`` for another extractor's writer, ``ShardWriteError`` when the disk takes no more; shards finished before are intact.
+    Args:
+        scans: Scans in the sensor frame as they arrive, or functions that read one (`partial(read_bin, path)`), so that a file
+            which cannot be read counts as the failure of that scan. An error of the iterable itself ends the stream and is
+            raised, after all scenes before it were written.
+        extractor: Makes the scenes.
+        writer: Takes them; made with `extractor.shard_writer(folder)`.
+        on_frame: Called after every scan with the number of scans seen.
+        on_scene: Called with the index of a scan and its scene identifier. The vehicle may keep this list to itself; no shard
+            links the two.
+
+    Returns:
+        Counts, sizes and times.
+
+    Raises:
+        InvalidInput: The writer was made for another extractor.
+        ShardWriteError: The disk takes no more; shards finished before are intact.
+
+    Example:
+        ```python
+        extractor = Extractor.from_file("runs/source", rig=RigSpec(z_shift=1.73), codec="int8")
+        with extractor.shard_writer("upload") as writer:
+            report = extract(scans, extractor, writer)
+        print(report.smashed_bytes_per_frame, report.backbone.median_ms)
+        ```
     """
-    kind = (extractor.spec, extractor.fingerprint, extractor.codec)
-    if writer.kind != kind:
+    if writer.kind != extractor.kind:
         raise InvalidInput(
-            f"the extractor makes scenes of {kind}, the writer's shards are of {writer.kind}; make the writer from it"
+            f"the writer was made for other scenes than the extractor makes: {extractor.kind.differences(writer.kind)}; make the "
+            "writer with extractor.shard_writer(folder)"
         )
-    times: dict[str, array[float]] = {name: array("d") for name in ("voxelize", "backbone", "codec", "write")}
-    failures: list[ScanFailure] = []
-    raw_bytes = smashed_bytes = 0
-    finished_before = len(writer.shards)
+    tally, finished_before = _Tally(), len(writer.shards)
     try:
         for index, scan in enumerate(scans):
             try:
                 points = scan() if callable(scan) else scan
                 scene, stage = extractor.smash(points)
-                written = writer.add(scene)
+                added = writer.add(scene)
                 if on_scene is not None:
                     on_scene(index, scene.scene_id)
             except ShardWriteError:
                 raise
             except Exception as error:  # whatever is wrong with one scan, the stream goes on; the report says so
-                failures.append(ScanFailure(index=index, reason=f"{type(error).__name__}: {error}"))
+                tally.failures.append(ScanFailure(index=index, reason=f"{type(error).__name__}: {error}"))
                 continue
             finally:
                 if on_frame is not None:
                     on_frame(index + 1)
-            raw_bytes += len(points) * 4 * (3 + points.features.shape[1])
-            smashed_bytes += written.length
-            row = (stage.voxelize_ms, stage.backbone_ms, written.encode_ms, written.write_ms)
-            for series, value in zip(times.values(), row, strict=True):
-                series.append(value)
+            tally.count(points, stage, added)
     except ShardWriteError:
         raise
     except Exception:
@@ -218,13 +358,5 @@ def extract(
         raise
     start = time.perf_counter()
     writer.flush()
-    if times["write"]:
-        times["write"][-1] += 1e3 * (time.perf_counter() - start)  # the last shard is closed on the last frame's account
-    return ExtractionReport(
-        frames=len(times["write"]),
-        failures=tuple(failures),
-        raw_bytes=raw_bytes,
-        smashed_bytes=smashed_bytes,
-        **{name: _summary(series) for name, series in times.items()},
-        shards=writer.shards[finished_before:],
-    )
+    tally.add_to_last_write(1e3 * (time.perf_counter() - start))  # the last shard counts as the last frame's writing
+    return tally.report(writer.shards[finished_before:])

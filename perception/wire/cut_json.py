@@ -13,16 +13,26 @@ from ...core.errors import InvalidInput, UpcycleError
 
 
 class CorruptScene(UpcycleError):
-    """Bytes that are damaged, or never were a smashed scene."""
+    """Bytes that are damaged, or that never were a smashed scene."""
 
 
 def cut_to_json(spec: CutSpec) -> dict[str, Any]:
-    """The cut as plain values. Raises ``InvalidInput`` for one whose keypoints are raw points: no file has a word for them."""
+    """Describe a cut with plain JSON values.
+
+    Args:
+        spec: The cut.
+
+    Returns:
+        layer, channels, stride, shape, grid and keypoints. A cut without keypoints has None there.
+
+    Raises:
+        InvalidInput: The keypoints of the cut are raw points of the scan. The format cannot express them, on purpose.
+    """
     keypoints = spec.keypoints
     if keypoints is not None and keypoints.source != "voxel_centers":
         raise InvalidInput(
-            f"the keypoints of the cut {spec.layer!r} are raw points of the scan; only voxel centres are ever stored or uploaded: "
-            'train and extract with keypoint_source="voxel_centers"'
+            f"the keypoints of the cut {spec.layer!r} are raw points of the scan; only voxel centers are stored and uploaded: train "
+            'and extract with keypoint_source="voxel_centers"'
         )
     return {
         "layer": spec.layer,
@@ -35,7 +45,19 @@ def cut_to_json(spec: CutSpec) -> dict[str, Any]:
 
 
 def cut_from_json(record: Any, what: str) -> CutSpec:
-    """Inverse of ``cut_to_json`` for a record from outside; raises ``CorruptScene`` or ``InvalidInput`` that names ``what``."""
+    """Read the description of a cut that comes from outside; the inverse of `cut_to_json`.
+
+    Args:
+        record: What was read from JSON.
+        what: Where it was read, for messages: "the manifest's split".
+
+    Returns:
+        The cut.
+
+    Raises:
+        CorruptScene: A field is missing, is of another type, or is outside its limits.
+        InvalidInput: The numbers do not fit together, e.g. a range that is not a whole number of voxels.
+    """
 
     def numbers(value: Any, count: int, kinds: tuple[type, ...], low: float, high: float) -> tuple[Any, ...]:
         fits = isinstance(value, list) and len(value) == count and all(type(v) in kinds and low <= v <= high for v in value)

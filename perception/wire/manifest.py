@@ -1,8 +1,10 @@
-"""The manifest of a smashed shard: what it must hold, and how one from outside is read.
+"""The manifest of a shard: what it must hold, and how a manifest from outside is read.
 
-One JSON file beside each tar: schema version, cut, encoder fingerprint, codec, and place, length and SHA-256 of every member.
-The tar's layout follows from it (names, lengths, order), so every number it declares is checked against the others before a
-byte of the tar is read.
+One JSON file beside each tar holds the schema version, the cut, the encoder fingerprint, the codec, and the place, the length
+and the SHA-256 of every member. The layout of the tar follows from it (names, lengths, order), so every number that the manifest
+declares is compared with the others before a byte of the tar is read.
+
+Read next: `shards.py`, which writes and reads the tar.
 """
 
 from __future__ import annotations
@@ -39,35 +41,55 @@ class BrokenShard(UpcycleError):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardMember:
-    """One scene in a shard: name in the tar, first byte and length of its blob (bytes), SHA-256 of the blob."""
+    """One encoded scene in a shard."""
 
     name: str
+    """File name in the tar: the first 32 digits of `sha256`, and `MEMBER_SUFFIX`."""
+
     offset: int
+    """First byte of the encoded scene in the tar."""
+
     length: int
+    """Bytes of the encoded scene."""
+
     sha256: str
+    """SHA-256 of the encoded scene, 64 hexadecimal digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardManifest:
-    """What a shard holds. members: in tar order. tar_sha256, tar_bytes: of the whole tar. ``stem`` names both files."""
+    """What a shard holds."""
 
     spec: CutSpec
+    """The cut of all its scenes."""
+
     encoder_fingerprint: str
+    """Fingerprint of the encoder that made them, 64 hexadecimal digits."""
+
     codec: str
+    """How their features are stored: "fp16" or "int8"."""
+
     members: tuple[ShardMember, ...]
+    """The scenes in the order of the tar."""
+
     tar_sha256: str
+    """SHA-256 of the whole tar, 64 hexadecimal digits."""
+
     tar_bytes: int
+    """Bytes of the whole tar."""
 
     @property
     def stem(self) -> str:
+        """The name of both files without their suffix: the first 32 digits of the tar's SHA-256."""
         return self.tar_sha256[:32]
 
     @property
     def tar_name(self) -> str:
+        """The file name of the tar."""
         return f"{self.stem}.tar"
 
     def to_json(self) -> bytes:
-        """The manifest file, canonical JSON."""
+        """Write the manifest file: one line of canonical JSON."""
         record = {
             "schema": SCHEMA,
             "schema_version": SMASHED_SCHEMA_VERSION,
@@ -82,17 +104,42 @@ class ShardManifest:
 
 
 def tar_padding(length: int) -> bytes:
-    """Zeros behind a member of ``length`` bytes, up to the next tar block."""
+    """Make the zeros that follow a member, up to the next block of the tar.
+
+    Args:
+        length: Bytes of the member.
+
+    Returns:
+        0 to 511 zeros.
+    """
     return bytes(-length % TAR_BLOCK)
 
 
 def tar_size(members: Iterable[ShardMember]) -> int:
-    """Bytes of a tar of ``members``: a header block and padded data each, then the trailer."""
+    """Compute the size of a tar: a header block and padded data for each member, then the trailer.
+
+    Args:
+        members: The members.
+
+    Returns:
+        Bytes.
+    """
     return sum(TAR_BLOCK + m.length + len(tar_padding(m.length)) for m in members) + len(TAR_TRAILER)
 
 
 def open_regular(path: Path) -> int:
-    """A read-only descriptor of a plain file. A link, a pipe or a device raises ``BrokenShard``."""
+    """Open a plain file for reading.
+
+    Args:
+        path: The file.
+
+    Returns:
+        A file descriptor; the caller closes it.
+
+    Raises:
+        BrokenShard: The path is a link, a pipe or a device.
+        OSError: The file is missing or cannot be opened.
+    """
     if path.is_symlink():
         raise BrokenShard(f"{path} is a link; only plain files are read")
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -135,9 +182,18 @@ def _member(record: Any, index: int, offset: int, limit: int) -> ShardMember:
 
 
 def parse_manifest(data: bytes) -> ShardManifest:
-    """A manifest from outside, every field checked, sizes consistent among themselves.
+    """Read a manifest that comes from outside; every field is checked, and all sizes against each other.
 
-    Raises ``ForeignScene`` for another schema version, ``CorruptScene`` for what is not JSON, ``BrokenShard`` for the rest.
+    Args:
+        data: The bytes of the file; the caller limits their number.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ForeignScene: The manifest has another schema version.
+        CorruptScene: The bytes are not JSON, or the cut in them is not one.
+        BrokenShard: Anything else in it cannot be accepted.
     """
     record = strict_json(data, "the manifest", CorruptScene)
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
@@ -182,8 +238,28 @@ def parse_manifest(data: bytes) -> ShardManifest:
     return manifest
 
 
-def read_manifest(path: Path) -> ShardManifest:
-    """``parse_manifest`` of a file called ``<stem>.json``; its size is capped before it is read."""
+def read_manifest(path: str | Path) -> ShardManifest:
+    """Read and check the manifest of a shard; the size of the file is limited before it is read.
+
+    Args:
+        path: The file `<stem>.json`.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        BrokenShard: The file is not a plain file, is too large, was renamed, or is not a manifest that can be accepted.
+        ForeignScene: The manifest has another schema version.
+        CorruptScene: The bytes are not JSON, or the cut in them is not one.
+
+    Example:
+        ```python
+        manifest = read_manifest(path)
+        for member, blob in read_members(path.parent / manifest.tar_name, manifest):
+            scene = decode_scene(blob, expected_spec=encoder.spec, expected_fingerprint=fingerprint)
+        ```
+    """
+    path = Path(path)
     descriptor = open_regular(path)
     with os.fdopen(descriptor, "rb") as file:
         size = os.fstat(descriptor).st_size

@@ -1,12 +1,20 @@
-"""Smashed shards: many encoded scenes in one immutable file, and the manifest that makes them readable.
+"""Shards: many encoded scenes in one file that never changes, and the manifest that makes them readable.
 
     <hash>.tar    plain WebDataset tar, one <hash>.safetensors.zst per scene, headers zeroed, members in random order
-    <hash>.json   its manifest (``manifest.py``)
+    <hash>.json   its manifest (`manifest.py`)
 
-A shard is exactly the bytes that its manifest implies: a reader rebuilds every tar header from name and length and compares.
-So links, absolute names, trailing data and missing members need no rule of their own. Names come from content hashes, headers
-hold no time and no user, the order is random: neither time nor vehicle can be read from the bytes of a shard. A tar without
-its manifest is not a shard; both are written to a temporary name, fsynced and renamed, the manifest last.
+A shard is exactly the bytes that its manifest implies: a reader makes every tar header again from name and length and compares.
+So links, absolute names, trailing data and missing members need no rule of their own. A tar without its manifest is not a shard;
+both are written to a temporary name, flushed to the disk and renamed, the manifest last.
+
+What the files themselves say: names are content hashes, tar headers hold no time and no user, and the order is random. This
+removes labels from the files and does not protect the vehicle. The features tell which scenes belong together: in a shard of 246
+scenes, the scene with the most similar features was of the same drive for 99 % of the scenes, and sorting by similarity restored
+the order of a drive almost completely (Kendall's tau .97; .28 while the car stood). The encoder fingerprint is the same in every shard of one rig and
+covers the mounting height: whoever has the encoder finds the height by trying (1.5 ms per guess), so a height that was measured
+for one vehicle names that vehicle.
+
+Read next: `manifest.py` for the format, and `perception/server/ingest.py` for the receiving side.
 """
 
 from __future__ import annotations
@@ -18,7 +26,7 @@ import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -27,7 +35,7 @@ from ...core.cut import CutSpec
 from ...core.errors import InvalidInput, UpcycleError
 from ...core.files import write_atomically
 from ...core.smashed_scene import SmashedScene
-from .codec import CODECS, encode_scene
+from .codec import check_codec, encode_scene
 from .manifest import (
     MAX_MEMBERS,
     MEMBER_SUFFIX,
@@ -46,6 +54,40 @@ class ShardWriteError(UpcycleError):
     """A shard could not be written (disk full, no permission). Finished shards are untouched."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SceneKind:
+    """What all scenes of one shard have in common. Scenes of two kinds never share a shard."""
+
+    spec: CutSpec
+    """The cut where the features were taken."""
+
+    encoder_fingerprint: str
+    """Fingerprint of the encoder and rig, 64 hexadecimal digits."""
+
+    codec: str
+    """How features are stored: "fp16" or "int8"."""
+
+    def differences(self, expected: SceneKind) -> str:
+        """Say in which points two kinds differ.
+
+        Args:
+            expected: The kind to compare with.
+
+        Returns:
+            One phrase for each difference; empty if the kinds are equal.
+        """
+        parts = []
+        if self.encoder_fingerprint != expected.encoder_fingerprint:
+            parts.append(f"encoder fingerprint {self.encoder_fingerprint[:8]}…, expected {expected.encoder_fingerprint[:8]}…")
+        if self.codec != expected.codec:
+            parts.append(f"codec {self.codec}, expected {expected.codec}")
+        for name in (f.name for f in fields(CutSpec)):
+            own, other = getattr(self.spec, name), getattr(expected.spec, name)
+            if own != other:
+                parts.append(f"{name} of the cut {own}, expected {other}")
+        return "; ".join(parts)
+
+
 def _tar_header(name: str, length: int) -> bytes:
     """The one header a member may have: a plain file, no time, no user, fixed mode."""
     info = tarfile.TarInfo(name)
@@ -55,26 +97,49 @@ def _tar_header(name: str, length: int) -> bytes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
-    """What adding one scene cost: encoded length (bytes), time to quantise and encode (ms), time on the disk (ms)."""
+class AddedScene:
+    """What adding one scene to a shard cost."""
 
     length: int
+    """Bytes of the encoded scene."""
+
     encode_ms: float
+    """Milliseconds to quantize and encode it."""
+
     write_ms: float
+    """Milliseconds on the disk; about 0 unless this scene filled a shard."""
 
 
 class ShardWriter:
-    """Collects encoded scenes in memory, at most one shard of them, and writes them as shards into ``folder``.
+    """Collects encoded scenes in memory, at most one shard of them, and writes them as shards into a folder.
 
-    scenes_per_shard: a shard is closed when it holds so many scenes, or when ``max_bytes`` are reached. More scenes hide each
-    other's order better; fewer lose less when the vehicle loses power. Use as a context manager: leaving it writes the rest.
+    Use it as a context manager: leaving it writes the rest. After a `ShardWriteError` the scenes wait in memory: make room and
+    call `flush` again.
 
-    After a ``ShardWriteError`` the scenes wait in memory: make room and call ``flush`` again.
+    Args:
+        folder: Where the shards are written; it is made where needed.
+        spec: The cut of all scenes.
+        fingerprint: Their encoder fingerprint.
+        codec: How their features are stored: "fp16" or "int8".
+        scenes_per_shard: Number of scenes after which a shard is written. Larger shards are fewer files; smaller ones lose less
+            when the vehicle loses power.
+        max_bytes: Size after which a shard is written, also with fewer scenes.
+
+    Raises:
+        InvalidInput: The codec is unknown, or `scenes_per_shard` is outside 1..10000.
+        ShardWriteError: The folder cannot be made.
+
+    Example:
+        ```python
+        extractor = Extractor.from_file("runs/source", rig=RigSpec(z_shift=1.73), codec="int8")
+        with extractor.shard_writer("upload") as writer:
+            report = extract(scans, extractor, writer)
+        ```
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         *,
         spec: CutSpec,
         fingerprint: str,
@@ -84,32 +149,42 @@ class ShardWriter:
     ) -> None:
         if not 1 <= scenes_per_shard <= MAX_MEMBERS:
             raise InvalidInput(f"scenes_per_shard must be 1..{MAX_MEMBERS}, found {scenes_per_shard}")
-        if codec not in CODECS:
-            raise InvalidInput(f"unknown codec {codec!r}; choose one of {CODECS}")
-        self._folder = folder
-        self.kind = (spec, fingerprint, codec)  # what every scene of these shards is
+        check_codec(codec)
+        self._folder = Path(folder)
+        self.kind = SceneKind(spec=spec, encoder_fingerprint=fingerprint, codec=codec)
         self._scenes_per_shard = scenes_per_shard
         self._max_bytes = max_bytes
         self._blobs: list[bytes] = []
         self._shards: list[Path] = []
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ShardWriteError(f"cannot make the folder {folder} for shards: {error}") from error
 
     @property
     def shards(self) -> tuple[Path, ...]:
-        """The manifests of all finished shards, in order of writing."""
+        """The manifest files of all finished shards, in order of writing."""
         return tuple(self._shards)
 
-    def add(self, scene: SmashedScene) -> Written:
-        """Encode ``scene`` and keep it for the current shard; writes the shard when it is full.
+    def add(self, scene: SmashedScene) -> AddedScene:
+        """Encode a scene and keep it for the current shard; write the shard when it is full.
 
-        Raises ``InvalidInput`` for a scene of another cut, encoder or codec, ``FeatureOverflow``, or ``ShardWriteError``.
+        Args:
+            scene: A scene of this writer's cut, encoder and codec.
+
+        Returns:
+            What it cost.
+
+        Raises:
+            InvalidInput: The scene is of another cut, encoder or codec, or is in this shard already.
+            FeatureOverflow: A feature is beyond half precision.
+            ShardWriteError: The full shard could not be written; the scene waits in memory.
         """
-        kind = (scene.spec, scene.encoder_fingerprint, scene.codec)
+        kind = SceneKind(spec=scene.spec, encoder_fingerprint=scene.encoder_fingerprint, codec=scene.codec)
         if kind != self.kind:
-            raise InvalidInput(f"the scene is of {kind}, this shard of {self.kind}; one shard holds one kind: use another writer")
+            raise InvalidInput(
+                f"one shard holds one kind of scene, and this scene has {kind.differences(self.kind)}; use another writer"
+            )
         start = time.perf_counter()
         blob = encode_scene(scene)
         if blob in self._blobs:
@@ -121,16 +196,19 @@ class ShardWriter:
         if self._full():
             self.flush()
         done = time.perf_counter()
-        return Written(length=len(blob), encode_ms=1e3 * (encoded - start), write_ms=1e3 * (done - encoded))
+        return AddedScene(length=len(blob), encode_ms=1e3 * (encoded - start), write_ms=1e3 * (done - encoded))
 
     def _full(self) -> bool:
         return len(self._blobs) >= self._scenes_per_shard or sum(map(len, self._blobs)) >= self._max_bytes
 
     def flush(self) -> None:
-        """Write the scenes in memory as a shard, if there are any. Raises ``ShardWriteError``, keeping them."""
+        """Write the scenes in memory as a shard, if there are any.
+
+        Raises:
+            ShardWriteError: The shard could not be written; the scenes stay in memory.
+        """
         if not self._blobs:
             return
-        spec, fingerprint, codec = self.kind
         secrets.SystemRandom().shuffle(self._blobs)
         members, chunks, offset = [], [], 0
         for blob in self._blobs:
@@ -144,9 +222,9 @@ class ShardWriter:
         for chunk in chunks:
             whole.update(chunk)
         manifest = ShardManifest(
-            spec=spec,
-            encoder_fingerprint=fingerprint,
-            codec=codec,
+            spec=self.kind.spec,
+            encoder_fingerprint=self.kind.encoder_fingerprint,
+            codec=self.kind.codec,
             members=tuple(members),
             tar_sha256=whole.hexdigest(),
             tar_bytes=tar_size(members),
@@ -174,13 +252,22 @@ class ShardWriter:
             self.flush()
 
 
-def read_members(tar: Path, manifest: ShardManifest) -> Iterator[tuple[ShardMember, bytes]]:
-    """Every member's blob in tar order, checked against ``manifest``; memory holds one at a time.
+def read_members(tar: str | Path, manifest: ShardManifest) -> Iterator[tuple[ShardMember, bytes]]:
+    """Read the scenes of a shard in the order of the tar, each checked against the manifest; memory holds one at a time.
 
-    Running to the end proves the whole tar: size, every header, hash, padding, trailer, and the hash over all. Raises
-    ``BrokenShard`` at the first difference.
+    Running to the end proves the whole tar: its size, every header, hash, padding, the trailer, and the hash of everything.
+
+    Args:
+        tar: The tar file.
+        manifest: Its manifest.
+
+    Yields:
+        Each member and the bytes of its encoded scene, for `decode_scene`.
+
+    Raises:
+        BrokenShard: The tar differs from its manifest; raised at the first difference.
     """
-    descriptor = open_regular(tar)
+    descriptor = open_regular(Path(tar))
     with os.fdopen(descriptor, "rb") as file:
         size = os.fstat(descriptor).st_size
         if size != manifest.tar_bytes:
@@ -198,7 +285,7 @@ def read_members(tar: Path, manifest: ShardManifest) -> Iterator[tuple[ShardMemb
                     f"member {index} ({member.name}): the SHA-256 of its {member.length} bytes differs from the manifest"
                 )
             if padding != tar_padding(member.length):
-                raise BrokenShard(f"member {index} ({member.name}): the padding behind it is not zero")
+                raise BrokenShard(f"member {index} ({member.name}): the padding after it is not zero")
             for part in (header, blob, padding):
                 whole.update(part)
             yield member, blob
@@ -211,7 +298,7 @@ def read_members(tar: Path, manifest: ShardManifest) -> Iterator[tuple[ShardMemb
 
 
 def _describe_header(header: bytes) -> str:
-    """Why a tar header is refused, in words."""
+    """Why a tar header is refused, for a message."""
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
     except tarfile.HeaderError as error:

@@ -100,10 +100,6 @@ def scan(seed: int, n: int = 300) -> PointCloud:
     return PointCloud(xyz=xyz, features=torch.rand(n, 1, generator=generator))
 
 
-def writer_for(extractor: Extractor, folder, **options: int) -> ShardWriter:
-    return ShardWriter(folder, spec=extractor.spec, fingerprint=extractor.fingerprint, codec=extractor.codec, **options)
-
-
 def test_a_smashed_scene_is_what_the_encoder_gives_sorted():
     model = encoder()
     extractor = Extractor(model, RigSpec(), "fp16")
@@ -156,7 +152,7 @@ def test_the_rig_shifts_z_scales_intensity_and_leaves_its_argument_alone():
 @pytest.mark.parametrize("n", [0, 1])
 def test_a_scan_of_no_or_one_point_is_a_scene(n, tmp_path):
     extractor = Extractor(encoder(), RigSpec(), "int8")
-    with writer_for(extractor, tmp_path) as writer:
+    with extractor.shard_writer(tmp_path) as writer:
         report = extract([PointCloud(xyz=torch.full((n, 3), 0.5), features=torch.full((n, 1), 0.5))], extractor, writer)
     assert (report.frames, report.failures, report.raw_bytes) == (1, (), n * 16)
 
@@ -167,6 +163,11 @@ def test_points_that_are_not_finite_are_counted_and_refused():
     points.features[7] = float("inf")
     with pytest.raises(InvalidInput, match="2 of 300 points"):
         Extractor(encoder(), RigSpec(), "fp16").smash(points)
+
+
+def test_what_is_no_scan_is_refused_by_its_type():
+    with pytest.raises(InvalidInput, match="smash takes one PointCloud, found Tensor"):
+        Extractor(encoder(), RigSpec(), "fp16").smash(torch.zeros(3, 4))
 
 
 def test_a_module_that_is_no_vehicle_encoder_is_refused():
@@ -185,7 +186,7 @@ def test_keypoints_leave_as_cells_in_the_encoders_order(tmp_path):
     assert torch.equal(scene.keypoint_cells, cells_of_centers(expected.xyz, GRID))
     assert torch.equal(scene.keypoint_features, expected.features)
     assert not scene.keypoint_features.is_inference()
-    with writer_for(extractor, tmp_path) as writer:
+    with extractor.shard_writer(tmp_path) as writer:
         report = extract([scan(1), PointCloud(xyz=torch.zeros(0, 3), features=torch.zeros(0, 1)), scan(2)], extractor, writer)
     assert (report.frames, report.failures) == (3, ())
 
@@ -237,7 +238,7 @@ def test_bad_scans_are_reported_with_their_place_and_cost_no_other_scan(tmp_path
     stream = [scan(0), nan, partial(unreadable, "0001.bin"), strange, lambda: scan(4), scan(5)]
     extractor = Extractor(encoder(), RigSpec(), "fp16")
     seen: list[int] = []
-    with writer_for(extractor, tmp_path, scenes_per_shard=2) as writer:
+    with extractor.shard_writer(tmp_path, scenes_per_shard=2) as writer:
         report = extract(stream, extractor, writer, on_frame=seen.append)
     assert report.frames == 3
     assert [f.index for f in report.failures] == [1, 2, 3]
@@ -249,7 +250,7 @@ def test_bad_scans_are_reported_with_their_place_and_cost_no_other_scan(tmp_path
 
 def test_the_report_counts_bytes_and_times_of_every_stage(tmp_path):
     extractor = Extractor(encoder(), RigSpec(), "int8")
-    with writer_for(extractor, tmp_path, scenes_per_shard=2) as writer:
+    with extractor.shard_writer(tmp_path, scenes_per_shard=2) as writer:
         report = extract((scan(i) for i in range(5)), extractor, writer)
     assert report.raw_bytes_per_frame == 300 * 4 * 4
     stored = [m.length for path in report.shards for m in read_manifest(path).members]
@@ -263,7 +264,7 @@ def test_the_report_counts_bytes_and_times_of_every_stage(tmp_path):
 
 def test_an_empty_stream_gives_an_empty_report(tmp_path):
     extractor = Extractor(encoder(), RigSpec(), "int8")
-    with writer_for(extractor, tmp_path) as writer:
+    with extractor.shard_writer(tmp_path) as writer:
         report = extract([], extractor, writer)
     assert (report.frames, report.shards, report.smashed_bytes_per_frame, report.codec.p95_ms) == (0, (), 0.0, 0.0)
 
@@ -274,7 +275,7 @@ def test_a_stream_that_breaks_raises_after_its_scenes_are_safe(tmp_path):
         raise OSError("the bag ends here")
 
     extractor = Extractor(encoder(), RigSpec(), "int8")
-    writer = writer_for(extractor, tmp_path)
+    writer = extractor.shard_writer(tmp_path)
     with pytest.raises(OSError, match="the bag ends here"):
         extract(stream(), extractor, writer)
     assert len(writer.shards) == 1
@@ -285,7 +286,7 @@ def test_a_full_disk_stops_the_run(tmp_path, monkeypatch):
         raise ShardWriteError("no room")
 
     extractor = Extractor(encoder(), RigSpec(), "int8")
-    writer = writer_for(extractor, tmp_path, scenes_per_shard=1)
+    writer = extractor.shard_writer(tmp_path, scenes_per_shard=1)
     monkeypatch.setattr(ShardWriter, "flush", full)
     with pytest.raises(ShardWriteError):
         extract([scan(0), scan(1)], extractor, writer)
@@ -293,13 +294,16 @@ def test_a_full_disk_stops_the_run(tmp_path, monkeypatch):
 
 def test_a_writer_for_another_encoder_is_refused_before_any_scan(tmp_path):
     extractor, other = Extractor(encoder(0), RigSpec(), "int8"), Extractor(encoder(1), RigSpec(), "int8")
-    with pytest.raises(InvalidInput, match="make the writer from it"):
-        extract([scan(0)], extractor, writer_for(other, tmp_path))
+    with pytest.raises(
+        InvalidInput, match=r"the extractor makes: encoder fingerprint \w{8}…, expected \w{8}…; make the writer with"
+    ) as error:
+        extract([scan(0)], extractor, other.shard_writer(tmp_path))
+    assert len(str(error.value)) < 250
 
 
 def test_what_is_stored_equals_the_round_trip_that_labeled_batches_get(tmp_path):
     extractor = Extractor(encoder(), RigSpec(), "int8")
-    with writer_for(extractor, tmp_path) as writer:
+    with extractor.shard_writer(tmp_path) as writer:
         (path,) = extract([scan(0)], extractor, writer).shards
     manifest = read_manifest(path)
     ((_, blob),) = read_members(tmp_path / manifest.tar_name, manifest)
@@ -390,5 +394,5 @@ def test_pv_rcnns_encoder_is_a_vehicle_encoder_unless_its_keypoints_are_raw_poin
     assert len(empty.keypoint_cells) == 0
     encode_scene(empty)
     raw = PvRcnnEncoder(PvRcnnEncoderConfig(voxels=voxels, keypoints=40, keypoint_source="raw_points"))
-    with pytest.raises(InvalidInput, match="uploading up to 40 of them a scan is uploading raw points"):
+    with pytest.raises(InvalidInput, match="uploading up to 40 of them per scan is uploading raw points"):
         Extractor(raw, RigSpec(), "fp16")

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 
-from upcycle3d.core.cut import CutSpec, VoxelGrid
+import tiny
 from upcycle3d.core.errors import InvalidInput, UpcycleError
 from upcycle3d.core.smashed_scene import SmashedScene
 from upcycle3d.perception.wire.codec import (
@@ -24,17 +25,19 @@ from upcycle3d.perception.wire.codec import (
 )
 from upcycle3d.perception.wire.cut_json import CorruptScene, cut_from_json, cut_to_json
 
-GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.5, 0.5, 0.5))
-SPEC = CutSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
-FINGERPRINT = "ab" * 32
+SPEC, FINGERPRINT = tiny.CUT, tiny.FINGERPRINT
 
 
 def scene(cells: list[int], codec: str, seed: int = 0, spread: float = 1.0, offset: float = 0.0) -> SmashedScene:
     index = torch.tensor(sorted(set(cells)), dtype=torch.int64)
-    coords = torch.stack([index // 1024, index // 32 % 32, index % 32], 1).to(torch.int32)
     features = torch.randn(len(index), 4, generator=torch.Generator().manual_seed(seed)) * spread + offset
     return SmashedScene(
-        spec=SPEC, coords=coords, features=features, codec=codec, encoder_fingerprint=FINGERPRINT, scene_id=f"{seed:032x}"
+        spec=SPEC,
+        coords=tiny.cells(index),
+        features=features,
+        codec=codec,
+        encoder_fingerprint=FINGERPRINT,
+        scene_id=f"{seed:032x}",
     )
 
 
@@ -43,7 +46,7 @@ def decode(data: bytes) -> SmashedScene:
 
 
 def repacked(data: bytes, edit) -> bytes:
-    """``data`` with its safetensors content replaced by ``edit(raw)``, in a valid frame."""
+    """`data` with its safetensors content replaced by `edit(raw)`, in a valid frame."""
     raw = zstandard.ZstdDecompressor().decompress(data)
     return zstandard.ZstdCompressor(level=1, write_checksum=True).compress(edit(raw))
 
@@ -97,7 +100,7 @@ def test_round_trip_takes_half_precision_features_and_gives_float32(codec):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_zeros_behind_a_relu_stay_zeros(codec):
+def test_zeros_after_a_relu_stay_zeros(codec):
     features = torch.randn(200, 4, generator=torch.Generator().manual_seed(1)).relu()
     assert torch.equal(round_trip(features, codec) == 0, features < (features.amax(0) / 510 if codec == "int8" else 2**-25))
 
@@ -190,7 +193,7 @@ def test_a_cut_off_scene_is_corrupt(keep):
         decode(encode_scene(scene([1, 2, 3], "fp16"))[:keep])
 
 
-def test_data_behind_the_scene_is_refused():
+def test_data_after_the_scene_is_refused():
     with pytest.raises(CorruptScene):
         decode(encode_scene(scene([1], "fp16")) + b"x")
 
@@ -244,7 +247,7 @@ def test_another_encoder_cut_or_schema_version_is_foreign_and_says_which():
     good = encode_scene(scene([1, 9], "int8"))
     with pytest.raises(ForeignScene, match="cdcd"):
         decode_scene(good, expected_spec=SPEC, expected_fingerprint="cd" * 32)
-    other = CutSpec(layer="backbone.other", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
+    other = replace(SPEC, layer="backbone.other")
     with pytest.raises(ForeignScene, match=r"backbone\.other"):
         decode_scene(good, expected_spec=other, expected_fingerprint=FINGERPRINT)
     for version in (1, 3):

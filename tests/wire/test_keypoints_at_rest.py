@@ -1,4 +1,4 @@
-"""Keypoints in a file: exact cells in the encoder's order, features by the voxels' codecs, no word for a raw point, no trust."""
+"""Keypoints in a file: exact cells in the encoder's order, the codecs of the voxels, no way to express a raw point, no trust."""
 
 import json
 from contextlib import suppress
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 
+import tiny
 from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid
 from upcycle3d.core.errors import InvalidInput, UpcycleError
 from upcycle3d.core.smashed_scene import SmashedScene
@@ -25,10 +26,8 @@ from upcycle3d.perception.wire.codec import (
 )
 from upcycle3d.perception.wire.cut_json import CorruptScene, cut_from_json, cut_to_json
 
-GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.5, 0.5, 0.5))
-PLAIN = CutSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
+PLAIN, FINGERPRINT = tiny.CUT, tiny.FINGERPRINT
 SPEC = replace(PLAIN, keypoints=KeypointSpec(count=64, channels=5))
-FINGERPRINT = "ab" * 32
 
 
 def scene(keypoints: int, codec: str = "fp16", seed: int = 0, spread: float = 1.0, voxels: int = 20) -> SmashedScene:
@@ -39,7 +38,7 @@ def scene(keypoints: int, codec: str = "fp16", seed: int = 0, spread: float = 1.
         spec=SPEC,
         coords=torch.stack([torch.arange(voxels) * 0, torch.arange(voxels), torch.arange(voxels)], 1).to(torch.int32),
         features=torch.randn(voxels, 4, generator=generator),
-        keypoint_cells=torch.stack([index // 1024, index // 32 % 32, index % 32], 1).to(torch.int32),
+        keypoint_cells=tiny.cells(index),
         keypoint_features=torch.randn(keypoints, 5, generator=generator) * spread,
         codec=codec,
         encoder_fingerprint=FINGERPRINT,
@@ -133,7 +132,7 @@ def test_a_keypoint_feature_beyond_half_precision_names_its_channel():
 
 def test_a_cut_whose_keypoints_are_raw_points_has_no_spelling_in_a_file():
     raw = replace(PLAIN, keypoints=KeypointSpec(count=64, channels=5, source="raw_points"))
-    with pytest.raises(InvalidInput, match=r'raw points of the scan; only voxel centres .*keypoint_source="voxel_centers"'):
+    with pytest.raises(InvalidInput, match=r'raw points of the scan; only voxel centers .*keypoint_source="voxel_centers"'):
         cut_to_json(raw)
     with pytest.raises(InvalidInput, match="raw points of the scan"):
         decode(encode_scene(scene(3)), raw)
@@ -178,8 +177,9 @@ def test_the_cut_survives_json_and_hostile_keypoints_are_refused():
 
 def test_another_cuts_keypoints_are_foreign():
     good = encode_scene(scene(8))
-    for other in (PLAIN, replace(SPEC, keypoints=KeypointSpec(count=65, channels=5))):
-        with pytest.raises(ForeignScene, match="'channels': 5, 'count': 64"):
+    more = replace(SPEC, keypoints=KeypointSpec(count=65, channels=5))
+    for other, difference in ((PLAIN, r"keypoints: stored \{.*\}, now None"), (more, r"keypoints\.count: stored 64, now 65")):
+        with pytest.raises(ForeignScene, match=difference):
             decode(good, other)
 
 

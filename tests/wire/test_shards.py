@@ -1,4 +1,4 @@
-"""What a shard promises: readable by anyone's tar, silent about time and vehicle, whole or absent."""
+"""What a shard promises: every tar program reads it, its headers hold no time and no user, and it is whole or absent."""
 
 import errno
 import hashlib
@@ -15,25 +15,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from upcycle3d.core.cut import CutSpec, VoxelGrid
+import tiny
 from upcycle3d.core.errors import InvalidInput, UpcycleError
 from upcycle3d.core.smashed_scene import SmashedScene
 from upcycle3d.perception.wire.codec import FeatureOverflow, ForeignScene, decode_scene
 from upcycle3d.perception.wire.manifest import MAX_MANIFEST_BYTES, BrokenShard, parse_manifest, read_manifest
 from upcycle3d.perception.wire.shards import ShardWriteError, ShardWriter, read_members
 
-GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.5, 0.5, 0.5))
-SPEC = CutSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
-FINGERPRINT = "ab" * 32
+SPEC, FINGERPRINT = tiny.CUT, tiny.FINGERPRINT
 
 
 def scene(seed: int, voxels: int = 20) -> SmashedScene:
     generator = torch.Generator().manual_seed(seed)
     index = torch.randperm(2048, generator=generator)[:voxels].sort().values
-    coords = torch.stack([index // 1024, index // 32 % 32, index % 32], 1).to(torch.int32)
     return SmashedScene(
         spec=SPEC,
-        coords=coords,
+        coords=tiny.cells(index),
         features=torch.randn(voxels, 4, generator=generator),
         codec="fp16",
         encoder_fingerprint=FINGERPRINT,
@@ -50,7 +47,7 @@ def names(folder: Path) -> set[str]:
 
 
 def whole_scenes(folder: Path) -> list[SmashedScene]:
-    """Every scene of every shard in ``folder``, after a full check."""
+    """Every scene of every shard in `folder`, after a full check."""
     found = []
     for path in sorted(folder.glob("*.json")):
         manifest = read_manifest(path)
@@ -81,7 +78,7 @@ def test_a_shard_is_closed_when_its_bytes_are_reached(tmp_path):
     assert len(shards.shards) == 2
 
 
-def test_any_tar_reader_finds_plain_files_and_no_time_user_or_vehicle(tmp_path):
+def test_any_tar_reader_finds_plain_files_whose_headers_hold_no_time_and_no_user(tmp_path):
     with writer(tmp_path) as shards:
         for i in range(4):
             shards.add(scene(i))
@@ -123,7 +120,9 @@ def test_a_writer_without_scenes_writes_nothing(tmp_path):
 
 def test_scenes_of_another_kind_are_refused(tmp_path):
     shards = ShardWriter(tmp_path, spec=SPEC, fingerprint="cd" * 32, codec="fp16")
-    with pytest.raises(InvalidInput, match="one kind"):
+    with pytest.raises(
+        InvalidInput, match=r"this scene has encoder fingerprint abababab…, expected cdcdcdcd…; use another writer"
+    ):
         shards.add(scene(0))
     twice, shards = scene(0), writer(tmp_path)
     shards.add(twice)
@@ -197,7 +196,7 @@ def test_a_manifest_that_does_not_fit_leaves_no_half_pair_behind(tmp_path, monke
 
 
 def in_fork(body: Callable[[], object]) -> int:
-    """Exit status of a child that runs ``body``: 7 if it ends in ``ShardWriteError``."""
+    """Exit status of a child that runs `body`: 7 if it ends in `ShardWriteError`."""
     child = os.fork()
     if child == 0:
         status = 1
