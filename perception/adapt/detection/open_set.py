@@ -1,12 +1,14 @@
-"""From the probabilities of a proposal to what it is called: a known class, or unknown; and how that is written.
+"""Open-set decision on proposals: from probabilities to a known class, or unknown.
 
-    unknown score   entropy of the classifier among the known classes  x  (1 - detector's score) ** confidence
-    class           the largest of  log P[c] + class_trust * [c is the detector's class]
+    unknown score   entropy of the classifier among the known classes  x  (1 - detector's score) ** score_exponent
+    class           the largest of  log P[c] + class_bonus * [c is the detector's class]
 
 The entropy leaves background out: "if this is an object, do we know which?". Over all classes a blurred car (car or background?) would
-be unknown, and a truck that is 90 % background a sure answer. Background stays a probability beside the label, so that whoever reads
-the detections can leave it out. The detector has its own say in both, because it has seen what the classifier has not: a box that it is
-sure of is seldom unknown, and its own class is seldom wrong where it is sure (docs/adapt.md, "Where the defaults come from").
+be unknown, and a truck that is 90 % background a certain answer. Background stays a probability next to the class, so that a reader of
+the detections can leave it out. The detector has a say in both because it has seen what the classifier has not: a box that it is
+certain of is seldom unknown, and its own class is seldom wrong where it is certain (docs/adapt.md, "Where the defaults come from").
+
+Read next: `adaptation.py`.
 """
 
 from __future__ import annotations
@@ -20,58 +22,80 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....core.errors import InvalidInput, require
-from ....core.structures import Boxes3D, Predictions, TensorValue
-from ..glc.adapter import extract
-from ..glc.unknown import UnknownRule, is_unknown, normalized_entropy
+from ....core.structures import Predictions, TensorValue
+from ..glc.networks import features_and_probabilities
+from ..glc.unknown_rule import UnknownRule, is_unknown, normalized_entropy
 from .proposal_classifier import ProposalClassifier
 from .proposals import DetectorProposals
 
-ScoreKind = Literal["objects", "all", "none"]
-UNKNOWN_NAME = "unknown"
+EntropyOver = Literal["known", "all", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeConfig:
-    """How a proposal gets its label. score: entropy among the known classes, among all with background, or none (1 for every proposal).
+class OpenSetConfig:
+    """How a proposal gets its class and its unknown score."""
 
-    confidence: exponent of 1 - the detector's score, which multiplies the entropy; 0 leaves the detector out. class_trust: nats added to
-    the log probability of the detector's own class, 2 counts it about seven times. unknown: rule of the threshold.
-    """
+    entropy_over: EntropyOver = "known"
+    """Entropy among the known classes ("known"), among all with background ("all"), or 1 for every proposal ("none")."""
 
-    score: ScoreKind = "objects"
-    confidence: float = 2.0
-    class_trust: float = 2.0
+    score_exponent: float = 2.0
+    """Exponent of 1 - the detector's score, which multiplies the entropy. 0 leaves the detector's score out."""
+
+    class_bonus: float = 2.0
+    """Bonus on the log probability of the detector's own class; 2.0 multiplies its odds by e² (about 7). 0 leaves it out."""
+
     unknown: UnknownRule = UnknownRule()
+    """How the threshold of the unknown score is chosen."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.confidence) and self.confidence >= 0 and math.isfinite(self.class_trust)):
-            raise InvalidInput(f"judging needs a finite confidence of at least 0 and a finite class_trust, found {self}")
-        if self.score == "none" and self.confidence == 0:
+        if not (math.isfinite(self.score_exponent) and self.score_exponent >= 0 and math.isfinite(self.class_bonus)):
             raise InvalidInput(
-                'without an entropy (score="none") and without the detector (confidence=0) there is no unknown score'
+                "an open-set decision needs a finite score_exponent of at least 0 and a finite class_bonus, found "
+                f"{self.score_exponent:g} and {self.class_bonus:g}"
+            )
+        if self.entropy_over == "none" and self.score_exponent == 0:
+            raise InvalidInput(
+                'without an entropy (entropy_over="none") and without the detector (score_exponent=0) there is no unknown score'
             )
 
     @staticmethod
-    def entropy(score: ScoreKind, unknown: UnknownRule) -> JudgeConfig:
-        """The classifier alone, as GLC judges."""
-        return JudgeConfig(score=score, confidence=0.0, class_trust=0.0, unknown=unknown)
+    def classifier_alone(entropy_over: EntropyOver, unknown: UnknownRule) -> OpenSetConfig:
+        """Decide by the classifier alone, like GLC.
+
+        Args:
+            entropy_over: See the field.
+            unknown: See the field.
+
+        Returns:
+            The configuration without the detector's score and class.
+        """
+        return OpenSetConfig(entropy_over=entropy_over, score_exponent=0.0, class_bonus=0.0, unknown=unknown)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ClassifiedProposals(TensorValue):
-    """What is known about N proposals. probabilities: (N, C + 1), background last. features: (N, D) of the bottleneck.
-
-    unknown_scores: (N,) 0 sure .. 1 no idea. nearest: (N,) int64, the known class it would be. unknown: (N,) bool, score above the
-    threshold. classes: the C known names.
-    """
+    """Open-set decision on N proposals of C known classes."""
 
     probabilities: Tensor
+    """(N, C + 1) softmax of the classifier, background last."""
+
     features: Tensor
+    """(N, D) features of the bottleneck."""
+
     unknown_scores: Tensor
+    """(N,) from 0, certain, to 1, undecided."""
+
     nearest: Tensor
+    """(N,) int64 in 0..C-1, the most probable known class, whatever the score."""
+
     unknown: Tensor
+    """(N,) bool, whether the score exceeds the threshold."""
+
     threshold: float
+    """The threshold of the unknown score."""
+
     classes: tuple[str, ...]
+    """Names of the C known classes."""
 
     def __len__(self) -> int:
         return len(self.nearest)
@@ -82,30 +106,48 @@ class ClassifiedProposals(TensorValue):
         return torch.where(self.unknown, len(self.classes), self.nearest)
 
 
-def unknown_scores(probabilities: Tensor, kind: ScoreKind = "objects") -> Tensor:
-    """(N,) from probabilities (N, C + 1), background last: entropy among the C known classes ("objects"), or among all ("all"); or ones.
+def unknown_scores(probabilities: Tensor, entropy_over: EntropyOver = "known") -> Tensor:
+    """Compute the classifier's part of the unknown score.
 
-    With one known class "objects" has nothing to compare, so at least two are required (InvalidInput).
+    Args:
+        probabilities: (N, C + 1), background last, C >= 2: one known class leaves nothing to compare.
+        entropy_over: Entropy among the C known classes, among all, or ones.
+
+    Returns:
+        (N,) from 0 to 1.
+
+    Raises:
+        InvalidInput: There are fewer than two known classes.
     """
     require(
         probabilities.ndim == 2 and probabilities.shape[1] >= 3,
-        f"unknown scores of proposals need two known classes and background, found {tuple(probabilities.shape)}; with one known class "
-        'only kind "all" would say anything, and that is how sure the detector is of an object',
+        f"unknown scores of proposals need two known classes and background, found {tuple(probabilities.shape)}. With one known class "
+        "only the entropy with background carries information, and that is how certain the detector is of an object",
     )
-    if kind == "none":
+    if entropy_over == "none":
         return probabilities.new_ones(len(probabilities))
-    if kind == "all":
+    if entropy_over == "all":
         return normalized_entropy(probabilities)
-    known = probabilities[:, :-1].clamp_min(1e-8)  # a sure background leaves nothing to divide by
+    known = probabilities[:, :-1].clamp_min(1e-8)  # a certain background leaves nothing to divide by
     return normalized_entropy(known / known.sum(1, keepdim=True))
 
 
-def judge(
-    probabilities: Tensor, features: Tensor, proposals: DetectorProposals, config: JudgeConfig = JudgeConfig()
+def classify_open_set(
+    probabilities: Tensor, features: Tensor, proposals: DetectorProposals, config: OpenSetConfig = OpenSetConfig()
 ) -> ClassifiedProposals:
-    """Labels of N proposals; the threshold is read off the unlabelled scores of all of them. The C known classes are the detector's.
+    """Decide for each proposal on a known class or unknown. The threshold is read off the unlabeled scores of all proposals.
 
-    probabilities: (N, C + 1), background last. features: (N, D) of the bottleneck. Raises InvalidInput where these do not fit together.
+    Args:
+        probabilities: (N, C + 1), background last. The C known classes are the detector's.
+        features: (N, D) features of the bottleneck.
+        proposals: N proposals.
+        config: Settings.
+
+    Returns:
+        The decisions.
+
+    Raises:
+        InvalidInput: The three do not fit together, or there are fewer than two known classes.
     """
     classes = proposals.class_names
     require(
@@ -113,78 +155,80 @@ def judge(
         f"probabilities must be ({len(proposals)}, {len(classes) + 1}), background last, and features ({len(proposals)}, D); found "
         f"{tuple(probabilities.shape)} and {tuple(features.shape)}",
     )
-    scores = unknown_scores(probabilities, config.score) * (1 - proposals.scores) ** config.confidence
+    scores = unknown_scores(probabilities, config.entropy_over) * (1 - proposals.scores) ** config.score_exponent
     own = F.one_hot(proposals.classes, len(classes))
     threshold = config.unknown.threshold(scores)
     return ClassifiedProposals(
         probabilities=probabilities,
         features=features,
         unknown_scores=scores,
-        nearest=(probabilities[:, :-1].clamp_min(1e-8).log() + config.class_trust * own).argmax(1),
+        nearest=(probabilities[:, :-1].clamp_min(1e-8).log() + config.class_bonus * own).argmax(1),
         unknown=is_unknown(scores, threshold),
         threshold=threshold,
         classes=classes,
     )
 
 
-def judge_by_source(classifier: ProposalClassifier, proposals: DetectorProposals, config: JudgeConfig) -> ClassifiedProposals:
-    """The baseline: the source's classifier as it is."""
-    features, probabilities = extract(classifier.bottleneck, classifier.head, classifier.inputs(proposals))
-    return judge(probabilities, features, proposals, config)
+def classify_without_adaptation(
+    classifier: ProposalClassifier, proposals: DetectorProposals, config: OpenSetConfig
+) -> ClassifiedProposals:
+    """Decide with the source's classifier as it is: the baseline.
 
+    Args:
+        classifier: The source's classifier.
+        proposals: N proposals of the same detector.
+        config: Settings.
 
-def baselines(config: JudgeConfig) -> dict[str, JudgeConfig]:
-    """What an adapted classifier is compared with, by name: ways to judge with the source's classifier.
+    Returns:
+        The decisions.
 
-    The first is GLC's; the third lets its threshold follow the scores; the fourth asks the detector alone; the last differs from the
-    adapted one in nothing but the adaptation.
+    Raises:
+        InvalidInput: The proposals are of another detector, or lack point counts that the classifier needs.
     """
-    fixed = UnknownRule(method="fixed", value=0.55)
+    features, probabilities = features_and_probabilities(classifier.bottleneck, classifier.head, classifier.inputs(proposals))
+    return classify_open_set(probabilities, features, proposals, config)
+
+
+def baselines(config: OpenSetConfig) -> dict[str, OpenSetConfig]:
+    """List what an adapted classifier is compared with: settings for the source's classifier.
+
+    Args:
+        config: The settings of the adapted classifier.
+
+    Returns:
+        Settings by name. The first is GLC's decision; the second leaves background out; the third lets its threshold follow the
+        scores; the fourth asks the detector alone; the last differs from the adapted one only in the adaptation. The names are keys
+        of result files.
+    """
+    fixed = UnknownRule(kind="fixed", value=0.55)
     return {
-        "source, entropy > 0.55": JudgeConfig.entropy("all", fixed),
-        "source, entropy among known > 0.55": JudgeConfig.entropy("objects", fixed),
-        "source, entropy among known, automatic": JudgeConfig.entropy("objects", config.unknown),
-        "detector's score alone": replace(config, score="none", confidence=max(1.0, config.confidence)),
+        "source, entropy > 0.55": OpenSetConfig.classifier_alone("all", fixed),
+        "source, entropy among known > 0.55": OpenSetConfig.classifier_alone("known", fixed),
+        "source, entropy among known, automatic": OpenSetConfig.classifier_alone("known", config.unknown),
+        "detector's score alone": replace(config, entropy_over="none", score_exponent=max(1.0, config.score_exponent)),
         "source, judged as adapted": config,
     }
 
 
-def known_detections(proposals: DetectorProposals, judged: ClassifiedProposals | None, frame: int) -> Predictions:
-    """Detections of the known classes in one frame, best first: without ``judged`` the detector's own, with it those not unknown."""
+def known_detections(proposals: DetectorProposals, classified: ClassifiedProposals | None, frame: int) -> Predictions:
+    """Give the detections of the known classes in one frame, best first.
+
+    Args:
+        proposals: All proposals.
+        classified: Decisions on them, or None for the detector's own classes.
+        frame: Position of the frame in `proposals.frame_ids`.
+
+    Returns:
+        Without `classified` all proposals, with it those that are not unknown, with their new classes.
+    """
     found = proposals.of_frame(frame)
-    if judged is None:
+    if classified is None:
         return found
     rows = proposals.frame == frame
     return Predictions(
         boxes=found.boxes,
-        classes=judged.nearest[rows],
+        classes=classified.nearest[rows],
         scores=found.scores,
         class_scores=found.class_scores,
         iou_scores=found.iou_scores,
-    ).select(~judged.unknown[rows])
-
-
-def frame_records(
-    proposals: DetectorProposals, judged: ClassifiedProposals, frame: int, *, z_shift: float = 0.0
-) -> list[dict[str, object]]:
-    """One record per proposal of a frame, as ``predict`` writes them, with the new label, the probabilities and the unknown score.
-
-    class is "unknown" where ``unknown``; nearest is the most probable known class in any case. Boxes and scores are the detector's.
-    z_shift: m, what preparation added to z; taken back.
-    """
-    rows = (proposals.frame == frame).nonzero()[:, 0].tolist()
-    boxes = Boxes3D(data=proposals.boxes - proposals.boxes.new_tensor([0, 0, z_shift, 0, 0, 0, 0])).data.tolist()
-    names = (*judged.classes, "background")
-    records: list[dict[str, object]] = []
-    for row in rows:
-        nearest, unknown = judged.classes[int(judged.nearest[row])], bool(judged.unknown[row])
-        record: dict[str, object] = {
-            "class": UNKNOWN_NAME if unknown else nearest,
-            "score": round(float(proposals.scores[row]), 4),
-        }
-        record |= {n: round(v, 3) for n, v in zip(("x", "y", "z", "dx", "dy", "dz", "yaw"), boxes[row], strict=True)}
-        record |= {"unknown": unknown, "unknown_score": round(float(judged.unknown_scores[row]), 4), "nearest": nearest}
-        record["probabilities"] = {n: round(p, 4) for n, p in zip(names, judged.probabilities[row].tolist(), strict=True)}
-        record["detector_class"] = proposals.class_names[int(proposals.classes[row])]
-        records.append(record)
-    return records
+    ).select(~classified.unknown[rows])

@@ -1,12 +1,15 @@
-"""Which labelled object each proposal lies on: what trains the proposal classifier on the source and measures it on the target.
+"""Which labeled object each proposal lies on: trains the proposal classifier on the source and measures it on the target.
 
-    on an object    IoU seen from above of at least the class's threshold, or centres within half a metre, or, for a class longer than
+    on an object    BEV IoU of at least the class's minimum overlap, or centers within half a meter, or, for a class longer than
                     anything the detector proposes, at least half of the proposal inside the object
-    background      touches nothing: IoU below 0.25 with every object, no centre within a metre, hardly inside anything
+    background      touches nothing: IoU below 0.25 with every object, no center within a meter, hardly inside anything
     ignored         between the two, or on an object whose label or class is to be ignored
 
-A proposal goes to the object it meets best, and several may go to one object: each is judged on its own, and an object counts as
-proposed if one of them is on it. A car-sized box on a 28 m tram has IoU 0.1 with it and is no background, hence the third way.
+A proposal goes to the object that it matches best. Several may go to one object: each is classified on its own, and an object counts
+as proposed if one of them is on it. A car-sized box on a 28 m tram has an IoU of 0.1 with it and is not background, hence the third
+rule.
+
+Read next: `proposal_classifier.py`, which learns from matches, and `proposal_metrics.py`, which measures with them.
 """
 
 from __future__ import annotations
@@ -17,13 +20,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ....core.errors import require
+from ....core.errors import InvalidInput, require
 from ....core.structures import Labels, TensorValue
 from ....ops.iou3d import intersection_bev, iou_bev
-from ..glc.class_map import ClassMap
+from .class_map import ClassMap
 from .proposals import DetectorProposals
 
-BACKGROUND, IGNORED = -2, -1  # besides 0..C-1, a source class, and C, unknown
+BACKGROUND, IGNORED = -2, -1  # ids besides 0..C-1, a source class, and C, unknown
 
 
 def _default_overlaps() -> Mapping[str, float]:
@@ -32,44 +35,79 @@ def _default_overlaps() -> Mapping[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class MatchRules:
-    """overlaps: IoU seen from above by label class, ``overlap`` for classes not named. centre: m between centres that suffices.
+    """When a proposal lies on an object, and when on background. Classes are those of the labels."""
 
-    long: classes on which a proposal also lies if at least ``inside`` of its area is in the object.
-    """
+    min_overlaps: Mapping[str, float] = field(default_factory=_default_overlaps)
+    """Minimum BEV IoU of single classes."""
 
-    overlaps: Mapping[str, float] = field(default_factory=_default_overlaps)
-    overlap: float = 0.3
-    center: float = 0.5
-    long: tuple[str, ...] = ("Truck", "Tram", "Trailer", "truck", "bus", "tram", "trailer", "other_vehicle", "emergency_vehicle")
-    inside: float = 0.5
+    min_overlap: float = 0.3
+    """Minimum BEV IoU of all other classes."""
+
+    center_distance: float = 0.5
+    """Distance of the centers in m, in BEV, that also counts as a match."""
+
+    long_classes: tuple[str, ...] = (
+        "Truck",
+        "Tram",
+        "Trailer",
+        "truck",
+        "bus",
+        "tram",
+        "trailer",
+        "other_vehicle",
+        "emergency_vehicle",
+    )
+    """Classes on which a proposal also lies if at least `min_inside` of its area is inside the object."""
+
+    min_inside: float = 0.5
+    """Minimum share of the proposal's area inside an object of `long_classes`."""
+
     background_overlap: float = 0.25
-    background_center: float = 1.0
+    """Background has a BEV IoU, and a share inside, below this with every object."""
+
+    background_distance: float = 1.0
+    """Background has no object's center within this distance in m, in BEV."""
 
     def __post_init__(self) -> None:
-        parts = (*self.overlaps.values(), self.overlap, self.inside)
+        parts = (*self.min_overlaps.values(), self.min_overlap, self.min_inside)
         require(
-            all(self.background_overlap <= p <= 1 for p in parts) and 0 <= self.center <= self.background_center,
-            f"overlaps must lie between background_overlap and 1, and centre must not exceed background_center, found {self}",
+            all(self.background_overlap <= p <= 1 for p in parts) and 0 <= self.center_distance <= self.background_distance,
+            f"minimum overlaps and min_inside must lie between background_overlap ({self.background_overlap:g}) and 1, found {parts}; "
+            f"center_distance ({self.center_distance:g}) must lie between 0 and background_distance ({self.background_distance:g})",
         )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Matches(TensorValue):
-    """What N proposals lie on. ids: (N,) int64, a source class 0..C-1, C unknown, IGNORED or BACKGROUND.
-
-    objects: (N,) int64 row among all labels of all frames, -1 where there is none. label_ids: (L,) int64 what each label is: 0..C, or
-    IGNORED. label_ranges: (L,) m. label_classes: (L,) int64 among ``label_names``.
-    """
+    """What N proposals lie on, among the L labels of all frames, for C source classes."""
 
     ids: Tensor
-    objects: Tensor
-    label_ids: Tensor
-    label_ranges: Tensor
-    label_classes: Tensor
-    label_names: tuple[str, ...]
+    """(N,) int64: 0..C-1 a source class, C unknown, `IGNORED` or `BACKGROUND`."""
 
-    def private_classes(self, unknown: int) -> tuple[str, ...]:
-        """Names of the label classes that occur and are unknown to the source."""
+    objects: Tensor
+    """(N,) int64 row of the matched label among the L labels, -1 where there is none."""
+
+    label_ids: Tensor
+    """(L,) int64 what each label is: 0..C-1 a source class, C unknown, or `IGNORED`."""
+
+    label_ranges: Tensor
+    """(L,) distance of each label's center from the sensor in m, in BEV."""
+
+    label_classes: Tensor
+    """(L,) int64 class of each label, an index into `label_names`."""
+
+    label_names: tuple[str, ...]
+    """The classes of the labels."""
+
+    def private_names(self, unknown: int) -> tuple[str, ...]:
+        """List the classes of the labels that occur and are unknown to the source.
+
+        Args:
+            unknown: The id that means unknown, C.
+
+        Returns:
+            Their names.
+        """
         return tuple(
             name
             for k, name in enumerate(self.label_names)
@@ -84,9 +122,20 @@ def match_proposals(
     class_map: ClassMap,
     rules: MatchRules = MatchRules(),
 ) -> Matches:
-    """labels: of ``proposals.frame_ids``, in order, their classes counted in ``label_names``. Labels of weight 0 are ignored objects.
+    """Find the labeled object that each proposal lies on.
 
-    Raises InvalidInput for a frame without labels, another number of frames, and a class that the map misses.
+    Args:
+        proposals: N proposals.
+        labels: Labels of each frame of `proposals.frame_ids`, in order, in the detector's frame. Labels of weight 0 are ignored objects.
+        label_names: The classes of the labels.
+        class_map: What these classes mean to the detector.
+        rules: When a proposal lies on an object.
+
+    Returns:
+        The matches.
+
+    Raises:
+        InvalidInput: A frame has no labels, the numbers of frames differ, or the map lacks a class.
     """
     require(
         len(labels) == len(proposals.frame_ids),
@@ -99,8 +148,8 @@ def match_proposals(
     label_ids, label_ranges, label_classes, before = [], [], [], 0
     for index, scene in enumerate(labels):
         rows, first = slice(first, first + counts[index]), first + counts[index]
-        require(scene is not None, f"frame {proposals.frame_ids[index]} has no labels to match proposals with")
-        assert scene is not None
+        if scene is None:
+            raise InvalidInput(f"frame {proposals.frame_ids[index]} has no labels to match proposals with")
         longest = torch.tensor([class_map.longest.get(label_names[c], torch.inf) for c in scene.classes.tolist()])
         counted = (scene.weight > 0) & (scene.boxes.data[:, 3] <= longest)
         own = torch.where(counted, meaning[scene.classes], IGNORED)
@@ -123,17 +172,17 @@ def match_proposals(
 
 
 def _match_frame(boxes: Tensor, scene: Labels, names: tuple[str, ...], rules: MatchRules) -> tuple[Tensor, Tensor]:
-    """For proposals (n, 7): the row of the label that each meets best, and 1 on it, 0 ignored, -1 background."""
+    """For proposals (n, 7): the row of the label that each matches best, and 1 on it, 0 ignored, -1 background."""
     truth = scene.boxes.data
     overlap = iou_bev(boxes, truth)
     apart = torch.cdist(boxes[:, :2], truth[:, :2])
     inside = intersection_bev(boxes, truth) / (boxes[:, 3] * boxes[:, 4]).clamp_min(1e-6)[:, None]
-    long = torch.tensor([names[c] in rules.long for c in scene.classes.tolist()])
-    least = torch.tensor([rules.overlaps.get(names[c], rules.overlap) for c in scene.classes.tolist()])
-    on = (overlap >= least) | (apart <= rules.center) | (long & (inside >= rules.inside))
-    # Overlaps of what counts as a match come first; among those of long classes the share inside decides.
+    long = torch.tensor([names[c] in rules.long_classes for c in scene.classes.tolist()])
+    least = torch.tensor([rules.min_overlaps.get(names[c], rules.min_overlap) for c in scene.classes.tolist()])
+    on = (overlap >= least) | (apart <= rules.center_distance) | (long & (inside >= rules.min_inside))
+    # Pairs that count as a match rank first, by their overlap; on long classes by the share inside, where that is larger.
     rank = torch.where(on, 1 + torch.maximum(overlap, torch.where(long, inside, 0.0)), overlap)
     best = rank.argmax(1)
-    far = (overlap < rules.background_overlap) & (apart > rules.background_center) & (inside < rules.background_overlap)
+    far = (overlap < rules.background_overlap) & (apart > rules.background_distance) & (inside < rules.background_overlap)
     state = torch.where(on.any(1), 1, torch.where(far.all(1), -1, 0))
     return best, state

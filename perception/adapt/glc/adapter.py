@@ -1,17 +1,19 @@
-"""GLC's training: a classifier that was trained on a source domain learns from an unlabelled target.
+"""GLC's training: a classifier that was trained on a source domain learns from an unlabeled target.
 
-    every epoch    features and probabilities of the whole target, evaluation mode ── pseudo labels (``labelling``), memory bank
-    every batch    loss = pseudo_weight * global + local_weight * local + affinity_weight * affinity        (``losses``)
-                   learning rate lr * (1 + 10 t / T) ** -0.75, SGD with Nesterov momentum; then the batch's rows of the bank are rewritten
+    every epoch    features and probabilities of the whole target in evaluation mode ── pseudo labels, memory bank
+    every batch    loss = pseudo_weight * global + local_weight * local + affinity_weight * affinity        (`losses.py`)
+                   learning rate lr * (1 + 10 t / T) ** -0.75, SGD with Nesterov momentum; then the batch's rows of the bank are
+                   rewritten
 
-The classifier is frozen, the feature module learns. The weights of the last epoch count: choosing an epoch would take target labels.
+The classifier is frozen, the feature module learns. The weights of the last epoch count: to choose an epoch would need target labels.
+
+Read next: `one_vs_all.py` for the labels, `losses.py` for the terms, `networks.py` for optimizer and batch norm.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,63 +22,96 @@ from torch.nn import functional as F
 
 from ....core.errors import InvalidInput, require
 from ....core.structures import TensorValue
-from .labeling import (
-    ClassNumber,
-    ClassNumberConfig,
-    OneVsAllConfig,
-    TargetLabels,
-    check_target,
-    class_number_candidates,
-    estimate_class_number,
-    one_vs_all_labels,
-)
-from .lead import LeadConfig, lead_labels
+from .class_number import ClassNumber, ClassNumberConfig, class_number_candidates, estimate_class_number
+from .lead_labels import LeadConfig, lead_labels
 from .losses import affinity_loss, hard_negatives, soft_cross_entropy
 from .memory_bank import MemoryBank
-from .unknown import UnknownRule, is_unknown, normalized_entropy
+from .networks import features_and_probabilities, refresh_batch_norm, set_learning_rate, sgd_with_slow_part
+from .one_vs_all import OneVsAllConfig, one_vs_all_labels
+from .pseudo_labels import PseudoLabels, check_target
+from .unknown_rule import UnknownRule, is_unknown, normalized_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
-    """What decides the result of an adaptation, apart from model and data. ``paper()`` has the released code's behaviour.
+    """What decides the result of an adaptation, apart from model and data. `paper()` behaves like the released code.
 
     The defaults were chosen on Gaussian sets only, before they met other data (docs/adapt.md).
     """
 
     epochs: int = 10
+    """Passes over the target. More help while the share of unknown samples in the reports still changes."""
+
     batch_size: int = 64
-    lr: float = 1e-2  # at the first step
-    slow: tuple[
-        str, ...
-    ] = ()  # beginnings of parameter names of the feature module that learn at lr * slow_factor (the backbone)
+    """Samples per step. The rest of an epoch is dropped; fewer samples than this train as one batch."""
+
+    lr: float = 1e-2
+    """Learning rate at the first step. Lower it where losses become non-finite."""
+
+    slow_prefixes: tuple[str, ...] = ()
+    """Beginnings of parameter names of the feature module that learn at `lr * slow_factor`: a pretrained backbone."""
+
     slow_factor: float = 0.1
+    """Factor on the learning rate of the parameters in `slow_prefixes`."""
+
     momentum: float = 0.9
+    """Nesterov momentum of SGD."""
+
     weight_decay: float = 1e-3
+    """Weight decay of SGD."""
+
     pseudo_weight: float = 0.3
+    """Weight of the global loss: cross entropy with the pseudo labels."""
+
     local_weight: float = 1.0
-    affinity_weight: float = 0.1  # GLC++'s term; GLC itself has none
-    neighbors: int = 8  # that must agree; the paper has 4
-    class_number: int | None = None  # of the target, if it is known; else it is estimated once, before the first epoch
+    """Weight of the local loss: cross entropy with the mean prediction of the neighbors."""
+
+    affinity_weight: float = 0.1
+    """Weight of the affinity loss of GLC++; GLC itself has none. 0 is better where the target has many private classes."""
+
+    neighbors: int = 8
+    """Neighbors whose mean prediction is the target of the local loss. The paper uses 4."""
+
+    class_number: int | None = None
+    """Number of target classes if it is known. None: it is estimated once, before the first epoch."""
+
     estimate: ClassNumberConfig = ClassNumberConfig()
+    """How the number of target classes is estimated."""
+
     labeling: OneVsAllConfig | LeadConfig = OneVsAllConfig()
+    """Which pseudo labels are made: GLC's or LEAD's. LEAD needs a classifier with a `weight` (C, D)."""
+
     unknown: UnknownRule = UnknownRule()
-    refresh_batch_norm: bool = True  # batch-norm statistics of the target before the first labels (AdaBN, Li et al. 2016)
-    epsilon: float = 0.0  # inside the losses' logarithm
+    """Which samples of the adapted model are unknown."""
+
+    refresh_batch_norm: bool = True
+    """Whether batch-norm statistics are replaced by those of the target before the first labels are made."""
+
+    epsilon: float = 0.0
+    """Constant inside the logarithm of the losses; the released code uses 1e-5."""
+
     seed: int = 0
+    """Decides the order of the batches, the clustering and dropout."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or self.neighbors < 1 or not self.lr > 0:
-            raise InvalidInput(f"adaptation needs epochs >= 1, batch_size >= 2, neighbours >= 1 and lr > 0, found {self}")
+            raise InvalidInput(
+                "adaptation needs epochs >= 1, batch_size >= 2, neighbors >= 1 and lr > 0, found "
+                f"{self.epochs}, {self.batch_size}, {self.neighbors} and {self.lr:g}"
+            )
         if self.class_number is not None and self.class_number < 2:
             raise InvalidInput(f"class_number must be at least 2, or None to estimate it, found {self.class_number}")
 
     @staticmethod
     def paper() -> AdaptConfig:
-        """GLC as published, with the digits' learning rate: uniform counts, entropy above 0.55 is unknown."""
+        """Use the settings of the published GLC with the learning rate of its digits experiment.
+
+        Every class has N / K positives, and a sample with an entropy above 0.55 is unknown.
+        """
         return AdaptConfig(
             estimate=ClassNumberConfig.paper(),
             labeling=OneVsAllConfig.paper(),
-            unknown=UnknownRule(method="fixed", value=0.55),
+            unknown=UnknownRule(kind="fixed", value=0.55),
             affinity_weight=0.0,
             neighbors=4,
             refresh_batch_norm=False,
@@ -86,46 +121,80 @@ class AdaptConfig:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Prediction(TensorValue):
-    """features: (N, D). probabilities: (N, C). unknown_scores: (N,) normalised entropy.
-
-    nearest: (N,) int64, the most probable source class. classes: (N,) int64, the same, or C where the score exceeds the threshold.
-    """
+class AdaptedPredictions(TensorValue):
+    """Answer of an adapted model for N samples and C source classes."""
 
     features: Tensor
+    """(N, D) features of the adapted module."""
+
     probabilities: Tensor
+    """(N, C) softmax."""
+
     unknown_scores: Tensor
+    """(N,) normalized entropy, 0 certain to 1 undecided."""
+
     nearest: Tensor
+    """(N,) int64, the most probable source class, whatever the score."""
+
     classes: Tensor
+    """(N,) int64, the same, or C (unknown) where the score exceeds the threshold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochReport:
-    """Mean losses of an epoch (before their weights) and the share of the target that was labelled unknown in it."""
+    """Means over one epoch."""
 
     pseudo: float
+    """Global loss before its weight."""
+
     local: float
+    """Local loss before its weight."""
+
     affinity: float
+    """Affinity loss before its weight; 0 where it is off."""
+
     unknown_share: float
+    """Share of the target that the pseudo labels of this epoch called unknown, 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedModel:
-    """What an adaptation leaves: modules in evaluation mode and the threshold. Nothing in it is a target sample."""
+    """Result of an adaptation. It holds no target sample."""
 
     feature_module: nn.Module
-    classifier: nn.Module
-    threshold: float
-    class_number: int
-    estimate: ClassNumber | None  # None where the class number was given
-    history: tuple[EpochReport, ...] = field(repr=False)
+    """The adapted module, in evaluation mode."""
 
-    def predict(self, inputs: Tensor, *, batch_size: int = 1024) -> Prediction:
-        """Classes, probabilities and unknown scores of inputs (N, ...)."""
-        features, probabilities = extract(self.feature_module, self.classifier, inputs, batch_size=batch_size)
+    classifier: nn.Module
+    """A copy of the source's classifier, in evaluation mode."""
+
+    threshold: float
+    """Score above which a sample is unknown."""
+
+    class_number: int
+    """Number of target classes K that was used."""
+
+    estimate: ClassNumber | None
+    """How K was estimated; None where it was given."""
+
+    history: tuple[EpochReport, ...] = field(repr=False)
+    """One report per epoch."""
+
+    def predict(self, inputs: Tensor, *, batch_size: int = 1024) -> AdaptedPredictions:
+        """Classify samples of the target.
+
+        Args:
+            inputs: (N, ...) on the device of the modules.
+            batch_size: Samples per call of a module.
+
+        Returns:
+            Classes, with C for unknown, and what they were decided from.
+        """
+        features, probabilities = features_and_probabilities(
+            self.feature_module, self.classifier, inputs, batch_size=batch_size
+        )
         scores = normalized_entropy(probabilities)
         nearest = probabilities.argmax(1)
-        return Prediction(
+        return AdaptedPredictions(
             features=features,
             probabilities=probabilities,
             unknown_scores=scores,
@@ -134,111 +203,145 @@ class AdaptedModel:
         )
 
 
-@torch.no_grad()
-def extract(feature_module: nn.Module, classifier: nn.Module, inputs: Tensor, *, batch_size: int = 1024) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and softmax (N, C) of inputs (N, ...) in evaluation mode; the modules' modes are put back."""
-    modes = feature_module.training, classifier.training
-    feature_module.eval(), classifier.eval()
-    parts = inputs.split(batch_size)  # one part, empty, for no input
-    features = torch.cat([feature_module(part) for part in parts])
-    probabilities = torch.cat([classifier(part).softmax(1) for part in features.split(batch_size)])
-    feature_module.train(modes[0]), classifier.train(modes[1])
-    return features, probabilities
-
-
 @dataclass(frozen=True, kw_only=True)
 class GLCAdapter:
-    """feature_module: inputs (B, ...) to features (B, D). classifier: features to logits (B, C) over the source classes.
+    """Adapts a classifier to an unlabeled target. Both modules stay as they are: `fit` works on copies.
 
-    Both stay as they are: ``fit`` works on copies. Inputs lie on the modules' device.
+    Example:
+        adapter = GLCAdapter(feature_module=backbone, classifier=head, config=AdaptConfig(epochs=5))
+        adapted = adapter.fit(target_inputs)
+        found = adapted.predict(target_inputs)
+        unknown = found.classes == found.probabilities.shape[1]
     """
 
     feature_module: nn.Module
+    """Maps inputs (B, ...) to features (B, D). This part learns."""
+
     classifier: nn.Module
+    """Maps features (B, D) to logits (B, C) over the source classes. This part is frozen."""
+
     config: AdaptConfig = AdaptConfig()
+    """Settings of the adaptation."""
 
     def fit(self, inputs: Tensor, *, after_epoch: Callable[[int, EpochReport], None] | None = None) -> AdaptedModel:
-        """Adapt to unlabelled target inputs (N, ...). Deterministic by the config's seed, whatever the global generators hold.
+        """Adapt to a target.
 
-        Raises InvalidInput for fewer samples than neighbours, for one source class, and where features or losses become non-finite.
+        The result depends on the seed of the configuration and not on the state of the global random generators.
+
+        Args:
+            inputs: (N, ...) unlabeled target inputs on the device of the modules.
+            after_epoch: Called after each epoch with its number, from 0, and its report.
+
+        Returns:
+            The adapted model of the last epoch.
+
+        Raises:
+            InvalidInput: There are not more samples than neighbors, there is one source class, or features or losses become
+                non-finite.
         """
         require(
             len(inputs) > self.config.neighbors,
-            f"{self.config.neighbors} neighbours of each sample need at least {self.config.neighbors + 1} target samples, "
+            f"{self.config.neighbors} neighbors of each sample need at least {self.config.neighbors + 1} target samples, "
             f"found {len(inputs)}",
         )
         devices = [inputs.device] if inputs.is_cuda else []
-        with torch.random.fork_rng(devices=devices), _frozen(copy.deepcopy(self.classifier)) as classifier:
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.config.seed)
-            return self._fit(copy.deepcopy(self.feature_module), classifier, inputs, after_epoch)
+            classifier = copy.deepcopy(self.classifier).requires_grad_(False).eval()
+            return _fit(copy.deepcopy(self.feature_module), classifier, inputs, self.config, after_epoch)
 
-    def _fit(
-        self,
-        module: nn.Module,
-        classifier: nn.Module,
-        inputs: Tensor,
-        after_epoch: Callable[[int, EpochReport], None] | None,
-    ) -> AdaptedModel:
-        config = self.config
-        if config.refresh_batch_norm:
-            refresh_batch_norm(module, inputs, batch_size=config.batch_size)
-        batch_size = min(config.batch_size, len(inputs))
-        steps = len(inputs) // batch_size  # the rest of an epoch is dropped: batch norm needs full batches
-        optimizer = _optimizer(module, config)
-        shuffle = torch.Generator().manual_seed(config.seed)
-        class_number, estimate = config.class_number, None
-        history = []
-        for epoch in range(config.epochs):
-            features, probabilities = extract(module, classifier, inputs)
-            check_target(features, probabilities)
-            if class_number is None:
-                candidates = class_number_candidates(probabilities.shape[1], config.estimate.candidates)
-                estimate = estimate_class_number(features, candidates, config.estimate, seed=config.seed)
-                class_number = estimate.value
-            labels = self._labels(features, probabilities, class_number, classifier)
-            bank = MemoryBank(features, probabilities)
-            sums = torch.zeros(3, device=inputs.device)
-            module.train()
-            order = torch.randperm(len(inputs), generator=shuffle).to(inputs.device)
-            for step, index in enumerate(order[: steps * batch_size].split(batch_size)):
-                set_learning_rate(optimizer, (epoch * steps + step) / (config.epochs * steps))
-                terms = _losses(module, classifier, inputs[index], index, labels, bank, config)
-                loss = config.pseudo_weight * terms[0] + config.local_weight * terms[1] + config.affinity_weight * terms[2]
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                sums += terms.detach()
-            if not sums.isfinite().all():
-                raise InvalidInput(
-                    f"losses became non-finite in epoch {epoch} (pseudo, local, affinity: {sums.tolist()}); lower lr"
-                )
-            pseudo, local, affinity = (sums / steps).tolist()
-            unknown_share = float((labels.hard == probabilities.shape[1]).float().mean())
-            history.append(EpochReport(pseudo=pseudo, local=local, affinity=affinity, unknown_share=unknown_share))
-            if after_epoch is not None:
-                after_epoch(epoch, history[-1])
-        assert class_number is not None
-        _, probabilities = extract(module, classifier, inputs)
-        return AdaptedModel(
-            feature_module=module.eval(),
-            classifier=classifier.eval(),
-            threshold=config.unknown.threshold(normalized_entropy(probabilities)),
-            class_number=class_number,
-            estimate=estimate,
-            history=tuple(history),
-        )
 
-    def _labels(self, features: Tensor, probabilities: Tensor, class_number: int, classifier: nn.Module) -> TargetLabels:
-        labeling = self.config.labeling
-        if isinstance(labeling, OneVsAllConfig):
-            return one_vs_all_labels(features, probabilities, class_number, labeling)
-        weight = getattr(classifier, "weight", None)
-        require(
-            isinstance(weight, Tensor) and weight.shape == (probabilities.shape[1], features.shape[1]),
-            f"LEAD's labeller reads the weight ({probabilities.shape[1]}, {features.shape[1]}) of a linear classifier; "
-            f"{type(classifier).__name__} has none",
+def _fit(
+    module: nn.Module,
+    classifier: nn.Module,
+    inputs: Tensor,
+    config: AdaptConfig,
+    after_epoch: Callable[[int, EpochReport], None] | None,
+) -> AdaptedModel:
+    if config.refresh_batch_norm:
+        refresh_batch_norm(module, inputs, batch_size=config.batch_size)
+    optimizer = sgd_with_slow_part(
+        module,
+        lr=config.lr,
+        slow_prefixes=config.slow_prefixes,
+        slow_factor=config.slow_factor,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    shuffle = torch.Generator().manual_seed(config.seed)
+    features, probabilities = _checked_answer(module, classifier, inputs)
+    class_number, estimate = config.class_number, None
+    if class_number is None:
+        candidates = class_number_candidates(probabilities.shape[1], config.estimate.candidates)
+        estimate = estimate_class_number(features, candidates, config.estimate, seed=config.seed)
+        class_number = estimate.value
+    history = []
+    for epoch in range(config.epochs):
+        labels = _pseudo_labels(features, probabilities, class_number, classifier, config)
+        bank = MemoryBank(features, probabilities)
+        history.append(_train_epoch(epoch, module, classifier, inputs, labels, bank, optimizer, shuffle, config))
+        features, probabilities = _checked_answer(module, classifier, inputs)
+        if after_epoch is not None:
+            after_epoch(epoch, history[-1])
+    return AdaptedModel(
+        feature_module=module.eval(),
+        classifier=classifier.eval(),
+        threshold=config.unknown.threshold(normalized_entropy(probabilities)),
+        class_number=class_number,
+        estimate=estimate,
+        history=tuple(history),
+    )
+
+
+def _checked_answer(module: nn.Module, classifier: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    features, probabilities = features_and_probabilities(module, classifier, inputs)
+    check_target(features, probabilities)
+    return features, probabilities
+
+
+def _pseudo_labels(
+    features: Tensor, probabilities: Tensor, class_number: int, classifier: nn.Module, config: AdaptConfig
+) -> PseudoLabels:
+    if isinstance(config.labeling, OneVsAllConfig):
+        return one_vs_all_labels(features, probabilities, class_number, config.labeling)
+    weight = getattr(classifier, "weight", None)
+    if not isinstance(weight, Tensor) or weight.shape != (probabilities.shape[1], features.shape[1]):
+        raise InvalidInput(
+            f"LEAD's labels need the weight ({probabilities.shape[1]}, {features.shape[1]}) of a linear classifier; "
+            f"{type(classifier).__name__} has none"
         )
-        return lead_labels(features, probabilities, weight, class_number, labeling)  # type: ignore[arg-type]
+    return lead_labels(features, probabilities, weight, class_number, config.labeling)
+
+
+def _train_epoch(
+    epoch: int,
+    module: nn.Module,
+    classifier: nn.Module,
+    inputs: Tensor,
+    labels: PseudoLabels,
+    bank: MemoryBank,
+    optimizer: torch.optim.Optimizer,
+    shuffle: torch.Generator,
+    config: AdaptConfig,
+) -> EpochReport:
+    batch_size = min(config.batch_size, len(inputs))
+    steps = len(inputs) // batch_size  # the rest of an epoch is dropped: batch norm needs full batches
+    sums = torch.zeros(3, device=inputs.device)
+    module.train()
+    order = torch.randperm(len(inputs), generator=shuffle).to(inputs.device)
+    for step, index in enumerate(order[: steps * batch_size].split(batch_size)):
+        set_learning_rate(optimizer, (epoch * steps + step) / (config.epochs * steps))
+        terms = _losses(module, classifier, inputs[index], index, labels, bank, config)
+        loss = config.pseudo_weight * terms[0] + config.local_weight * terms[1] + config.affinity_weight * terms[2]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        sums += terms.detach()
+    if not sums.isfinite().all():
+        raise InvalidInput(f"losses became non-finite in epoch {epoch} (pseudo, local, affinity: {sums.tolist()}); lower lr")
+    pseudo, local, affinity = (sums / steps).tolist()
+    unknown_share = float((labels.hard == labels.soft.shape[1]).float().mean())
+    return EpochReport(pseudo=pseudo, local=local, affinity=affinity, unknown_share=unknown_share)
 
 
 def _losses(
@@ -246,7 +349,7 @@ def _losses(
     classifier: nn.Module,
     inputs: Tensor,
     index: Tensor,
-    labels: TargetLabels,
+    labels: PseudoLabels,
     bank: MemoryBank,
     config: AdaptConfig,
 ) -> Tensor:
@@ -264,52 +367,3 @@ def _losses(
         affinity = affinity_loss(directions, bank.features[neighbors], negatives)
     pseudo = soft_cross_entropy(logits, labels.soft[index], labels.weight[index], epsilon=config.epsilon)
     return torch.stack([pseudo, soft_cross_entropy(logits, consensus, epsilon=config.epsilon), affinity])
-
-
-@torch.no_grad()
-def refresh_batch_norm(module: nn.Module, inputs: Tensor, *, batch_size: int = 64) -> None:
-    """Replace the running statistics of every batch norm in ``module`` by their mean over batches of ``inputs``; in place."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    momenta = [m.momentum for m in norms]
-    module.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over batches
-        norm.train()
-    for part in inputs.chunk(max(1, len(inputs) // batch_size)):  # of nearly equal size: a batch of 1 has no variance
-        module(part)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    module.train()
-
-
-def _optimizer(module: nn.Module, config: AdaptConfig) -> torch.optim.SGD:
-    """Two groups: parameters named in ``config.slow``, and the others. Raises InvalidInput for a name that begins no parameter."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    require(bool(named), "the feature module has no trainable parameter; there is nothing to adapt")
-    strangers = [s for s in config.slow if not any(name.startswith(s) for name, _ in named)]
-    require(not strangers, f"slow names {strangers} begin no parameter of the feature module; it has {[n for n, _ in named][:8]}")
-    slow = [p for name, p in named if name.startswith(config.slow or ("\0",))]
-    fast = [p for name, p in named if not name.startswith(config.slow or ("\0",))]
-    groups = [{"params": slow, "base_lr": config.lr * config.slow_factor}, {"params": fast, "base_lr": config.lr}]
-    return torch.optim.SGD(
-        [g for g in groups if g["params"]],
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=True,
-    )
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, done: float) -> None:
-    """GLC's schedule, also of its source models: each group's ``base_lr`` * (1 + 10 done) ** -0.75; done: share of all steps, 0..1."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * (1 + 10 * done) ** -0.75
-
-
-@contextmanager
-def _frozen(classifier: nn.Module) -> Iterator[nn.Module]:
-    """The classifier (a copy) without gradients, in evaluation mode."""
-    yield classifier.requires_grad_(False).eval()

@@ -1,9 +1,11 @@
-"""k-means on torch tensors, and the silhouette that tells how well a clustering separates.
+"""k-means on torch tensors, principal components, and the silhouette, which measures how well a clustering separates.
 
 Lloyd's algorithm (1982), from a random sample of the points or from k-means++ seeds (Arthur and Vassilvitskii, 2007). With
-``init="sample"`` the draws are those of faiss.Kmeans (documented there; MT19937, a partial Fisher-Yates shuffle), so that labels can
-be compared with published GLC code to the last sample; Lloyd stops once nothing moves, which is where faiss's 100 rounds also stand.
-The same input gives the same bits on one device.
+`init="sample"` the draws are those of faiss.Kmeans (documented there: MT19937, a partial Fisher-Yates shuffle), so that labels can
+be compared with the published GLC code to the last sample. Lloyd's algorithm stops once no point changes its cluster, which is also
+the state after the 100 rounds of faiss. The same input gives the same bits on one device.
+
+Read next: `one_vs_all.py` and `class_number.py`, which cluster with it.
 """
 
 from __future__ import annotations
@@ -20,40 +22,62 @@ from ....core.errors import InvalidInput
 from ....core.structures import TensorValue
 
 _RESTART_STRIDE = 15486557  # a prime; how far apart faiss keeps the seeds of its restarts
-_SPLIT = 1 / 1024  # an empty centroid moves beside the largest one, this far apart, relative to its coordinates
+_SPLIT = 1 / 1024  # an empty centroid moves next to the largest one, at this distance relative to its coordinates
 
 
 @dataclass(frozen=True, kw_only=True)
 class KMeansConfig:
-    """How to cluster. The defaults are those of faiss.Kmeans as GLC calls it."""
+    """How to cluster. The defaults are those with which GLC calls faiss.Kmeans."""
 
-    init: Literal["sample", "plusplus"] = "sample"  # first centroids: random points, or k-means++
-    iterations: int = 100  # at most; stops when no point changes its cluster
-    restarts: int = 1  # runs from other seeds; the one with the least inertia counts
-    points_per_centroid: int = 256  # cluster a random sample of at most this many points per centroid; 0: every point
+    init: Literal["sample", "plusplus"] = "sample"
+    """First centroids: random points ("sample"), or k-means++, which is slower and finds small clusters more often."""
+
+    iterations: int = 100
+    """Most rounds of Lloyd's algorithm; it stops earlier when no point changes its cluster."""
+
+    restarts: int = 1
+    """Runs from different seeds; the one with the smallest inertia counts. More make the result depend less on the seed."""
+
+    points_per_centroid: int = 256
+    """Largest number of points per centroid; where there are more, a random sample is clustered. 0 clusters every point."""
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.restarts < 1 or self.points_per_centroid < 0:
-            raise InvalidInput(f"k-means needs iterations >= 1, restarts >= 1 and points_per_centroid >= 0, found {self}")
+            raise InvalidInput(
+                "k-means needs iterations >= 1, restarts >= 1 and points_per_centroid >= 0, found "
+                f"{self.iterations}, {self.restarts} and {self.points_per_centroid}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Clustering(TensorValue):
-    """centroids: (K, D). assignment: (n,) int64, of the points clustered (a sample, where the config asks for one).
-
-    inertia: sum of squared distances of those points to their centroids.
-    """
+    """Result of k-means on n points, which are a sample where the configuration asks for one."""
 
     centroids: Tensor
+    """(K, D) cluster centers."""
+
     assignment: Tensor
+    """(n,) int64 cluster of each clustered point."""
+
     inertia: float
+    """Sum of the squared distances of these points to their centroids."""
 
 
 def kmeans(points: Tensor, k: int, config: KMeansConfig, *, rows: Tensor | None = None, seed: int = 1234) -> Clustering:
-    """``k`` clusters of ``points`` (N, D), or of their ``rows`` (n,), Euclidean. Deterministic by ``seed`` on one device.
+    """Divide points into `k` clusters by Euclidean distance. The seed decides the result on one device.
 
-    Only the rows that are clustered are copied. Raises InvalidInput unless 1 <= k <= n. Duplicates are legal: clusters left empty
-    stay beside the largest one.
+    Args:
+        points: (N, D). Duplicates are legal: a cluster that stays empty is placed next to the largest one.
+        k: Number of clusters.
+        config: Settings of the clustering.
+        rows: (n,) int64, the rows of `points` to cluster, or None for all. Only these are copied.
+        seed: Seed of the first run; restarts use others.
+
+    Returns:
+        The clustering with the smallest inertia among the restarts.
+
+    Raises:
+        InvalidInput: `points` has another number of dimensions, or k is not in 1..n.
     """
     n = len(points) if rows is None else len(rows)
     if points.ndim != 2 or not 1 <= k <= n:
@@ -86,7 +110,7 @@ def _lloyd(points: Tensor, k: int, config: KMeansConfig, seed: int) -> Clusterin
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance (N,) to the nearest centroid, less the point's own square, and its index; the first wins a tie."""
+    """Squared distance (N,) to the nearest centroid minus the square of the point itself, and its index; the first wins a tie."""
     return torch.addmm(centroids.square().sum(1), points, centroids.T, alpha=-2).min(1)
 
 
@@ -98,7 +122,7 @@ def _sums(points: Tensor, assignment: Tensor, k: int) -> Tensor:
 
 
 def _split_largest(centroids: Tensor, counts: Tensor) -> Tensor:
-    """Each empty centroid beside the one that has most points by now, pushed apart from it."""
+    """Move each empty centroid next to the one that has most points by now, and push the two apart."""
     centroids, counts = centroids.clone(), counts.clone()
     sign = torch.ones(centroids.shape[1], device=centroids.device, dtype=centroids.dtype)
     sign[1::2] = -1
@@ -112,7 +136,7 @@ def _split_largest(centroids: Tensor, counts: Tensor) -> Tensor:
 
 
 def _plusplus(points: Tensor, k: int, seed: int) -> Tensor:
-    """k-means++ seeds: each next one drawn with probability proportional to the squared distance from those there are."""
+    """k-means++ seeds: each is drawn with a probability proportional to the squared distance from the seeds so far."""
     draws = np.random.default_rng(seed).random(k).tolist()
     chosen = [int(draws[0] * len(points))]
     distance = torch.full((len(points),), torch.inf, device=points.device, dtype=points.dtype)
@@ -124,7 +148,7 @@ def _plusplus(points: Tensor, k: int, seed: int) -> Tensor:
 
 
 def _first_of_permutation(n: int, count: int, seed: int) -> Tensor:
-    """The first ``count`` entries of faiss's random permutation of 0..n-1 (rand_perm: MT19937, modulo, swaps)."""
+    """The first `count` entries of faiss's random permutation of 0..n-1 (rand_perm: MT19937, modulo, swaps)."""
     generator = np.random.RandomState(seed & 0xFFFFFFFF)  # seeds MT19937 the way std::mt19937 does
     draws = generator.randint(0, 2**32, size=count, dtype=np.uint32).tolist()
     order = list(range(n))
@@ -135,16 +159,29 @@ def _first_of_permutation(n: int, count: int, seed: int) -> Tensor:
 
 
 def principal_components(points: Tensor, dimensions: int) -> Tensor:
-    """(N, min(dimensions, D)): coordinates along the directions of largest variance, the largest first."""
-    centerd = points - points.mean(0)
-    _, vectors = torch.linalg.eigh(centerd.T @ centerd)
-    return centerd @ vectors.flip(1)[:, :dimensions]
+    """Project points on the directions of largest variance.
+
+    Args:
+        points: (N, D).
+        dimensions: Number of directions.
+
+    Returns:
+        (N, min(dimensions, D)) coordinates, the direction of largest variance first.
+    """
+    centered = points - points.mean(0)
+    _, vectors = torch.linalg.eigh(centered.T @ centered)
+    return centered @ vectors.flip(1)[:, :dimensions]
 
 
 def silhouette(distances: Tensor, assignment: Tensor) -> float:
-    """Mean silhouette (Rousseeuw, 1987) of a clustering: -1 wrong .. 1 well apart. A point alone in its cluster scores 0.
+    """Compute the mean silhouette of a clustering (Rousseeuw, 1987). A point alone in its cluster scores 0.
 
-    distances: (N, N) between the points. assignment: (N,) int64 cluster of each; one cluster for all separates nothing and gets -1.
+    Args:
+        distances: (N, N) distances between the points.
+        assignment: (N,) int64 cluster of each point.
+
+    Returns:
+        From -1, wrong, to 1, well separated. A single cluster separates nothing and gets -1.
     """
     _, compact = assignment.unique(return_inverse=True)
     k = int(compact.max()) + 1 if len(compact) else 0

@@ -1,6 +1,8 @@
 """How good an open-set classifier is. For measurement only: nothing here may reach adaptation.
 
 Classes count from 0 to C - 1, every target-private sample has the label C ("unknown"), -1 is ignored.
+
+Read next: `feature_report.py`, and `../detection/proposal_metrics.py` for detectors.
 """
 
 from __future__ import annotations
@@ -19,41 +21,92 @@ from .kmeans import KMeansConfig, kmeans
 
 @dataclass(frozen=True, kw_only=True)
 class OpenSetScores:
-    """os_star: mean accuracy over the shared classes. unk: share of unknown samples recognised. h: their harmonic mean."""
+    """Scores of an open-set classifier, each 0 to 1."""
 
     os_star: float
+    """OS*, the mean accuracy over the shared classes."""
+
     unk: float
+    """UNK, the share of the unknown samples that are called unknown."""
+
     h: float
+    """H, the harmonic mean of the two."""
 
 
 def class_accuracy(predicted: np.ndarray, truth: np.ndarray, classes: Sequence[int]) -> np.ndarray:
-    """(len(classes),) share of each class's samples predicted as it; 0 for a class without a sample (as GLC counts)."""
+    """Compute the accuracy of each class.
+
+    Args:
+        predicted: (N,) int.
+        truth: (N,) int.
+        classes: The classes to compute it for.
+
+    Returns:
+        (len(classes),) share of each class's samples that are predicted as it; 0 for a class without a sample, as in GLC.
+
+    Raises:
+        InvalidInput: The two arrays have different lengths.
+    """
     _same_length(predicted, truth)
     return np.array([float((predicted[truth == c] == c).mean()) if (truth == c).any() else 0.0 for c in classes])
 
 
 def open_set_scores(predicted: np.ndarray, truth: np.ndarray, shared: Sequence[int], unknown: int) -> OpenSetScores:
-    """OS*, UNK and H of predictions (N,) in 0..unknown. shared: the classes that source and target have in common."""
+    """Compute OS*, UNK and H.
+
+    Args:
+        predicted: (N,) int in 0..unknown.
+        truth: (N,) int in 0..unknown; -1 is counted nowhere.
+        shared: The classes that source and target have in common.
+        unknown: The number that means unknown.
+
+    Returns:
+        The scores. As in the released code, H has 1e-5 in its denominator.
+
+    Raises:
+        InvalidInput: No class is shared, or the arrays have different lengths.
+    """
     if not len(shared):
-        raise InvalidInput("the H-score is a mean over shared classes; none was given")
+        raise InvalidInput("the H-score is a mean over shared classes, and none was given")
     os_star = float(class_accuracy(predicted, truth, shared).mean())
     unk = float(class_accuracy(predicted, truth, [unknown])[0])
     return OpenSetScores(os_star=os_star, unk=unk, h=2 * os_star * unk / (os_star + unk + 1e-5))
 
 
 def accuracy(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """Share of right predictions among the samples that are not ignored (PDA and CLDA: no sample is unknown)."""
+    """Compute the share of correct predictions among the samples that are not ignored.
+
+    This is the score of the scenarios without unknown samples, PDA and CLDA.
+
+    Args:
+        predicted: (N,) int.
+        truth: (N,) int; negative is ignored.
+
+    Returns:
+        0 to 1.
+
+    Raises:
+        InvalidInput: Every sample is ignored, or the arrays have different lengths.
+    """
     _same_length(predicted, truth)
     counted = truth >= 0
     if not counted.any():
-        raise InvalidInput("accuracy of no sample: every label is ignored, or there is none")
+        raise InvalidInput("accuracy needs at least one sample whose label is not ignored, and there is no sample of this kind")
     return float((predicted == truth)[counted].mean())
 
 
 def auroc(scores: np.ndarray, unknown: np.ndarray) -> float:
-    """Probability that an unknown sample scores above a known one, ties counting half. scores: (N,), unknown: (N,) bool.
+    """Compute the probability that an unknown sample has a larger score than a known one; ties count half.
 
-    Raises InvalidInput unless both kinds are there.
+    Args:
+        scores: (N,) unknown scores, finite.
+        unknown: (N,) bool, which samples are truly unknown.
+
+    Returns:
+        0 to 1; 0.5 is chance.
+
+    Raises:
+        InvalidInput: There are not both known and unknown samples, or a score is not finite.
     """
     _both_kinds(scores, unknown)
     _, rank, count = np.unique(scores, return_inverse=True, return_counts=True)
@@ -63,9 +116,18 @@ def auroc(scores: np.ndarray, unknown: np.ndarray) -> float:
 
 
 def fpr_at_tpr(scores: np.ndarray, unknown: np.ndarray, *, tpr: float = 0.95) -> float:
-    """FPR95: share of unknown samples taken for known where at least ``tpr`` of the known ones (the positives) are accepted.
+    """Compute FPR95: the share of unknown samples that are accepted where at least 95 % of the known ones are accepted.
 
-    A low score means known. Raises InvalidInput unless both kinds are there.
+    Args:
+        scores: (N,) unknown scores, finite; a low score means known.
+        unknown: (N,) bool, which samples are truly unknown.
+        tpr: Share of known samples (the positives) that must be accepted.
+
+    Returns:
+        0 to 1.
+
+    Raises:
+        InvalidInput: There are not both known and unknown samples, or a score is not finite.
     """
     _both_kinds(scores, unknown)
     known = np.sort(scores[~unknown])
@@ -74,9 +136,20 @@ def fpr_at_tpr(scores: np.ndarray, unknown: np.ndarray, *, tpr: float = 0.95) ->
 
 
 def novel_category_accuracy(features: np.ndarray, classes: np.ndarray, *, seed: int = 0) -> float:
-    """How well clusters of truly unknown samples match their true categories (GLC++): best one-to-one matching, Hungarian.
+    """Measure how well clusters of truly unknown samples match their true categories (GLC++).
 
-    features: (N, D), normalised here. classes: (N,) true categories, any integers; their number is the number of clusters.
+    The clusters are matched one to one with the categories by the Hungarian algorithm.
+
+    Args:
+        features: (N, D) of any length.
+        classes: (N,) true categories, any integers. Their number is the number of clusters.
+        seed: Seed of the clustering.
+
+    Returns:
+        Share of samples in the cluster that is matched with their category, 0 to 1.
+
+    Raises:
+        InvalidInput: There is no sample, or the arrays have different lengths.
     """
     _same_length(features, classes)
     if not len(classes):

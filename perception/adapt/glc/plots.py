@@ -1,4 +1,7 @@
-"""Two pictures of an adaptation, as SVG for the report: where the samples lie, and where the unknown ones begin."""
+"""Two pictures of an adaptation, as SVG for the report: where the samples lie, and from which score they are unknown.
+
+Read next: `feature_report.py`, and `../detection/adaptation_report.py` for detectors.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,34 @@ from ...viz.svg import LINE, PALETTE, WIDTH, Plot, Svg, color_of, linear_ticks
 from .kmeans import principal_components
 
 UNKNOWN_COLOR = "#8A939C"
-_LEGEND = 15  # letters that fit beside the picture
-_MARKS = 1500  # points drawn at most: a picture shows no more and the file stays small
+_LEGEND = 15  # letters that fit next to the picture
+_MARKS = 1500  # most points that are drawn: a picture shows no more and the file stays small
 
 
 def embedding_plot(features: Tensor, classes: Tensor, names: Sequence[str], title: str, *, seed: int = 0) -> str:
-    """Normalised features (N, D) along their two main directions; colour by class (N,), grey where it is ``len(names)``: unknown.
+    """Draw normalized features along their two main directions, colored by class and gray for unknown.
 
-    A random sample of 1,500 is drawn; classes beyond the sixth share colours with earlier ones, the legend names them together.
+    At most 1,500 samples are drawn, chosen at random. Classes beyond the sixth share colors with earlier ones, and the legend
+    names them together.
+
+    Args:
+        features: (N, D) of any length.
+        classes: (N,) int64 in 0..len(names); `len(names)` means unknown.
+        names: Names of the known classes.
+        title: Title of the picture.
+        seed: Decides which samples are drawn.
+
+    Returns:
+        The SVG element.
+
+    Raises:
+        InvalidInput: There is not one class per sample.
     """
-    require(len(features) == len(classes), f"one class per sample expected, found {len(classes)} for {len(features)}")
+    require(len(features) == len(classes), f"a plot needs one class per sample, found {len(classes)} for {len(features)}")
     rows = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(features))[:_MARKS]))
-    notes = [f"{len(rows)} of {len(features)} samples, the two principal components of normalised features"]
+    notes = [f"{len(rows)} of {len(features)} samples, the two principal components of normalized features"]
     if len(names) > len(PALETTE):
-        notes.append(f"colours repeat every {len(PALETTE)} classes")
+        notes.append(f"colors repeat every {len(PALETTE)} classes")
     plot = Plot(Svg(title, notes, 400), left=56, right=120, bottom=48)
     label = "first principal component, upwards the second"
     if not len(rows):
@@ -47,7 +64,18 @@ def embedding_plot(features: Tensor, classes: Tensor, names: Sequence[str], titl
 
 
 def score_histogram(scores: Tensor, threshold: float, title: str, label: str, *, bins: int = 50) -> str:
-    """Unknown scores (N,) in 0..1, named ``label``, and the threshold, above which a sample counts as unknown."""
+    """Draw a histogram of unknown scores with the threshold.
+
+    Args:
+        scores: (N,) unknown scores, 0 to 1.
+        threshold: A score above it means unknown.
+        title: Title of the picture.
+        label: Name of the score at the axis.
+        bins: Number of bins.
+
+    Returns:
+        The SVG element.
+    """
     values = scores.detach().cpu().numpy()
     above = int((values > threshold).sum())
     plot = Plot(

@@ -1,0 +1,124 @@
+"""Labels and a threshold for features of a target, without training.
+
+Two answers per sample: the pseudo label of clustering, and the classifier's class unless its entropy exceeds a threshold.
+
+Read next: `feature_report.py`, which shows the answers, and `adapt_features.py`, which does everything for a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ....core.errors import InvalidInput
+from ....core.files import atomic_file
+from .class_number import ClassNumber, ClassNumberConfig, class_number_candidates, estimate_class_number
+from .feature_file import TargetFeatures
+from .lead_labels import LeadConfig, lead_labels
+from .one_vs_all import OneVsAllConfig, one_vs_all_labels
+from .pseudo_labels import PseudoLabels
+from .unknown_rule import UnknownRule, is_unknown, normalized_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureLabelConfig:
+    """How features are labeled. `paper()` gives the settings of the GLC paper."""
+
+    class_number: int | None = None
+    """Number of target classes if it is known. None: it is estimated."""
+
+    estimate: ClassNumberConfig = ClassNumberConfig()
+    """How the number of target classes is estimated."""
+
+    labeling: OneVsAllConfig | LeadConfig = OneVsAllConfig()
+    """Which pseudo labels are made: GLC's or LEAD's. LEAD needs the weight of the classifier."""
+
+    unknown: UnknownRule = UnknownRule()
+    """How the threshold on the entropy is chosen."""
+
+    seed: int = 0
+    """Decides the estimate; it is added to the seed of GLC's clustering."""
+
+    @staticmethod
+    def paper() -> FeatureLabelConfig:
+        """Use the candidates, positives, clustering and threshold of the paper."""
+        return FeatureLabelConfig(
+            estimate=ClassNumberConfig.paper(), labeling=OneVsAllConfig.paper(), unknown=UnknownRule(kind="fixed")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureLabels:
+    """What was found for N samples of C source classes."""
+
+    labels: PseudoLabels
+    """Pseudo labels by clustering."""
+
+    estimate: ClassNumber | None
+    """How the number of target classes was estimated; None where it was given."""
+
+    scores: Tensor
+    """(N,) normalized entropy of the probabilities, 0 certain to 1 undecided."""
+
+    threshold: float
+    """Score above which `classes` is unknown."""
+
+    classes: Tensor
+    """(N,) int64, the most probable source class, or C (unknown) where the score exceeds the threshold."""
+
+
+def label_features(target: TargetFeatures, config: FeatureLabelConfig = FeatureLabelConfig()) -> FeatureLabels:
+    """Label features. The labels in `target` are not looked at.
+
+    Args:
+        target: Features and probabilities.
+        config: Settings.
+
+    Returns:
+        Pseudo labels, scores and threshold.
+
+    Raises:
+        InvalidInput: LEAD was asked for without a weight, or the number of target classes cannot be estimated.
+    """
+    estimate, class_number, labeling = None, config.class_number, config.labeling
+    if class_number is None:
+        candidates = class_number_candidates(target.probabilities.shape[1], config.estimate.candidates)
+        estimate = estimate_class_number(target.features, candidates, config.estimate, seed=config.seed)
+        class_number = estimate.value
+    if isinstance(labeling, OneVsAllConfig):
+        labeling = replace(labeling, seed=labeling.seed + config.seed)
+        labels = one_vs_all_labels(target.features, target.probabilities, class_number, labeling)
+    elif target.weight is None:
+        raise InvalidInput("LEAD's labels need the classifier's weight (C, D), as the array `weight` of a file; none is given")
+    else:
+        labels = lead_labels(target.features, target.probabilities, target.weight, class_number, labeling)
+    scores = normalized_entropy(target.probabilities)
+    threshold = config.unknown.threshold(scores)
+    nearest = target.probabilities.argmax(1)
+    classes = torch.where(is_unknown(scores, threshold), target.probabilities.shape[1], nearest)
+    return FeatureLabels(labels=labels, estimate=estimate, scores=scores, threshold=threshold, classes=classes)
+
+
+def write_feature_labels(path: Path, found: FeatureLabels) -> None:
+    """Write the labels as an npz file, atomically.
+
+    The arrays, all (N,): `labels` int64 (hard pseudo labels), `margin`, `nearest` int64, `weight`, `unknown_score`, `classes` int64.
+
+    Args:
+        path: The file.
+        found: What `label_features` returned.
+    """
+    with atomic_file(path) as out:
+        np.savez(
+            out,
+            labels=found.labels.hard.numpy(),
+            margin=found.labels.margin.numpy(),
+            nearest=found.labels.nearest.numpy(),
+            weight=found.labels.weight.numpy(),
+            unknown_score=found.scores.numpy(),
+            classes=found.classes.numpy(),
+        )
