@@ -26,18 +26,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 import torch
 
 from upcycle3d.datasets.data_split import DataSplit
-from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation.category_shift import PRIVATE_CLASSES, SOURCE_CLASSES, ShiftKind, category_shift, source_domain
 from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.datasets.simulation.stand_in import prepared_stand_in
-from upcycle3d.perception.adapt.detection.adaptation import DetectorAdaptConfig, adapt_proposals, cached_classifier
-from upcycle3d.perception.adapt.detection.open_set import baselines, judge_by_source
+from upcycle3d.perception.adapt.detection.adaptation import DetectorAdaptConfig, adapt_proposals
+from upcycle3d.perception.adapt.detection.adaptation_report import adaptation_result
+from upcycle3d.perception.adapt.detection.class_map import map_by_name
+from upcycle3d.perception.adapt.detection.classifier_file import cached_classifier
+from upcycle3d.perception.adapt.detection.measure import ADAPTED, measure_adaptation
+from upcycle3d.perception.adapt.detection.proposal_cache import cached_on_split
 from upcycle3d.perception.adapt.detection.proposal_classifier import ClassifierConfig, ProposalClassifier
 from upcycle3d.perception.adapt.detection.proposal_matching import match_proposals
-from upcycle3d.perception.adapt.detection.proposal_metrics import known_ap, proposal_report, seen_region
-from upcycle3d.perception.adapt.detection.proposals import DetectorProposals, ProposalSelection, cached_on_frames
-from upcycle3d.perception.adapt.detection.report import detector_facts
-from upcycle3d.perception.adapt.glc.class_map import map_by_name
+from upcycle3d.perception.adapt.detection.proposals import ProposalSelection
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.recipes.pipeline import RunOptions, train_source_model
 from upcycle3d.perception.recipes.presets import SMALL_THREE_CLASSES
@@ -47,7 +47,6 @@ from upcycle3d.tools.console import print_table, write_json
 
 SCENARIOS: tuple[ShiftKind, ...] = get_args(ShiftKind)
 ALL_CLASSES = (*SOURCE_CLASSES, *PRIVATE_CLASSES)
-ADAPTED = "adapted"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +56,6 @@ class Sizes:
     source_frames: int
     target_frames: int
     steps: int
-
-
-def proposals_on(path: Path, detector: Detector, frames: PreparedDataset) -> DetectorProposals:
-    return cached_on_frames(path, detector, frames, ProposalSelection(), split="train")
 
 
 def source_side(folder: Path, source: str, seed: int, sizes: Sizes, workers: int) -> tuple[Detector, ProposalClassifier]:
@@ -73,7 +68,7 @@ def source_side(folder: Path, source: str, seed: int, sizes: Sizes, workers: int
     preset = replace(SMALL_THREE_CLASSES, train=replace(train, loop=loop))
     train_source_model(folder / "run", split, preset, seed=seed, options=RunOptions())
     detector, frames = load_detector(folder / "run")[0], split.open()
-    proposals = proposals_on(folder / "source_proposals.safetensors", detector, frames)
+    proposals = cached_on_split(folder / "source_proposals.safetensors", detector, split, ProposalSelection())
 
     def matches() -> Any:
         labels = [frames.labels(i) for i in range(len(frames))]
@@ -96,22 +91,15 @@ def cell(
     """One scenario: adapt without labels, then measure the source's classifier and the adapted one."""
     place, splits = category_shift(domain(target), kind), {"train": sizes.target_frames}
     data = prepared_stand_in(folder / kind, place, splits, seed=9500 + seed, classes=ALL_CLASSES, workers=workers)
-    frames = PreparedDataset(data, "train")
-    proposals = proposals_on(folder / f"{kind}_proposals.safetensors", detector, frames)
+    split = DataSplit(root=data, name="train")
+    frames = split.open()
+    proposals = cached_on_split(folder / f"{kind}_proposals.safetensors", detector, split, ProposalSelection())
     config = DetectorAdaptConfig()
-    config = replace(config, adapt=replace(config.adapt, seed=seed))
+    config = replace(config, glc=replace(config.glc, seed=seed))
     adapted = adapt_proposals(classifier, proposals, config)
-
-    labels, names = [frames.labels(i) for i in range(len(frames))], map_by_name(SOURCE_CLASSES, frames.classes)
-    matches = match_proposals(proposals, labels, frames.classes, names)
-    ways = {
-        **{name: judge_by_source(classifier, proposals, way) for name, way in baselines(config.judge).items()},
-        ADAPTED: adapted.judged,
-    }
-    limits = seen_region(detector)
-    metrics = {n: proposal_report(proposals, way, matches, labels, names, limits=limits) for n, way in ways.items()}
-    detector_ap = known_ap(proposals, None, labels, frames.classes, names, limits=limits)
-    return detector_facts(classifier, proposals, adapted, metrics, detector_ap)
+    names = map_by_name(SOURCE_CLASSES, frames.classes)
+    measured = measure_adaptation(detector, classifier, proposals, adapted, frames, names, config.open_set)
+    return adaptation_result(classifier, proposals, adapted, measured)
 
 
 def summary(cells: Mapping[tuple[str, int], dict[str, Any]], kinds: tuple[str, ...]) -> None:

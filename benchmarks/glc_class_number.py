@@ -22,8 +22,8 @@ from glc_defaults import SPLITS
 from glc_gaussian import GaussianSet, gaussian_domains, train_source
 from torch import Tensor
 
-from upcycle3d.perception.adapt.glc.adapter import extract, refresh_batch_norm
-from upcycle3d.perception.adapt.glc.labeling import ClassNumberConfig, class_number_candidates, estimate_class_number
+from upcycle3d.perception.adapt.glc.class_number import ClassNumberConfig, class_number_candidates, estimate_class_number
+from upcycle3d.perception.adapt.glc.networks import features_and_probabilities, refresh_batch_norm
 from upcycle3d.tools.console import print_table
 
 STORED = Path(__file__).resolve().parents[1].parent / "shared" / "reference" / "glc_data"
@@ -44,7 +44,7 @@ def sets() -> Iterator[tuple[Tensor, int, int]]:
                 module, classifier = train_source(domains, spec.classes)
                 inputs = torch.from_numpy(domains.x)
                 refresh_batch_norm(module, inputs)
-                yield extract(module, classifier, inputs)[0], spec.classes, shared + target_private
+                yield features_and_probabilities(module, classifier, inputs)[0], spec.classes, shared + target_private
 
 
 def main() -> None:

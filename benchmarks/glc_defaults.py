@@ -20,10 +20,11 @@ from glc_gaussian import Domains, GaussianSet, gaussian_domains, train_source
 from torch import nn
 
 from upcycle3d.perception.adapt.glc.adapter import AdaptConfig, GLCAdapter
+from upcycle3d.perception.adapt.glc.class_number import ClassNumberConfig
 from upcycle3d.perception.adapt.glc.kmeans import KMeansConfig
-from upcycle3d.perception.adapt.glc.labeling import ClassNumberConfig, OneVsAllConfig
 from upcycle3d.perception.adapt.glc.metrics import accuracy, open_set_scores
-from upcycle3d.perception.adapt.glc.unknown import UnknownRule
+from upcycle3d.perception.adapt.glc.one_vs_all import OneVsAllConfig
+from upcycle3d.perception.adapt.glc.unknown_rule import UnknownRule
 from upcycle3d.tools.console import print_table, write_json
 
 SPLITS = {"OPDA": (5, 2, 3), "OSDA": (6, 0, 4), "PDA": (5, 5, 0), "CLDA": (10, 0, 0)}
@@ -51,8 +52,8 @@ ROWS: Mapping[str, AdaptConfig] = {
     "k-means++ on all": replace(OURS, labeling=replace(LABELS, kmeans=CAREFUL)),
     "batch norm kept": replace(OURS, refresh_batch_norm=False),
     "no smoothing": replace(OURS, estimate=ClassNumberConfig(rounds=0)),
-    "threshold 0.55": replace(OURS, unknown=UnknownRule(method="fixed")),
-    "threshold Yen": replace(OURS, unknown=UnknownRule(method="yen")),
+    "threshold 0.55": replace(OURS, unknown=UnknownRule(kind="fixed")),
+    "threshold Yen": replace(OURS, unknown=UnknownRule(kind="yen")),
 }
 
 
@@ -78,7 +79,7 @@ def main() -> None:
     for split, spec, domains, module, classifier in worlds(arguments.draws):
         inputs = torch.from_numpy(domains.x)
         for row in arguments.rows:
-            config = replace(ROWS[row], slow=("0.", "2."), seed=0)
+            config = replace(ROWS[row], slow_prefixes=("0.", "2."), seed=0)
             found = GLCAdapter(feature_module=module, classifier=classifier, config=config).fit(inputs).predict(inputs)
             if spec.target_private:
                 value = open_set_scores(found.classes.numpy(), domains.y, range(spec.shared), spec.classes).h

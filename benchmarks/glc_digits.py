@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from upcycle3d.perception.adapt.glc.adapter import AdaptConfig, AdaptedModel, GLCAdapter, Prediction
+from upcycle3d.perception.adapt.glc.adapter import AdaptConfig, AdaptedModel, AdaptedPredictions, GLCAdapter
 from upcycle3d.perception.adapt.glc.metrics import accuracy, auroc, open_set_scores
 from upcycle3d.tools.console import print_table, write_json
 
@@ -47,7 +47,7 @@ def source_model(path: Path) -> tuple[nn.Sequential, nn.Linear]:
     return module, classifier
 
 
-def score(split: str, prediction: Prediction, truth: np.ndarray) -> dict[str, float]:
+def score(split: str, prediction: AdaptedPredictions, truth: np.ndarray) -> dict[str, float]:
     unknown = prediction.probabilities.shape[1]
     if split not in SHARED_CLASSES:
         value = accuracy(prediction.nearest.numpy(), truth)
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    config = replace(AdaptConfig.paper() if arguments.options == "paper" else AdaptConfig(), slow=("0.", "2."))
+    config = replace(AdaptConfig.paper() if arguments.options == "paper" else AdaptConfig(), slow_prefixes=("0.", "2."))
     runs, rows = [], []
     for split, official in OFFICIAL.items():
         data = np.load(arguments.reference / f"e2e_{split}.npz")

@@ -19,14 +19,9 @@ import torch
 from glc_gaussian import SETS, gaussian_domains, train_linear
 from torch.profiler import ProfilerActivity, profile
 
-from upcycle3d.perception.adapt.glc.labeling import (
-    ClassNumberConfig,
-    OneVsAllConfig,
-    class_number_candidates,
-    estimate_class_number,
-    one_vs_all_labels,
-)
+from upcycle3d.perception.adapt.glc.class_number import ClassNumberConfig, class_number_candidates, estimate_class_number
 from upcycle3d.perception.adapt.glc.metrics import open_set_scores
+from upcycle3d.perception.adapt.glc.one_vs_all import OneVsAllConfig, one_vs_all_labels
 from upcycle3d.tools.console import print_table, write_json
 
 OFFICIAL = {"first": 156.4, "later": 0.293}

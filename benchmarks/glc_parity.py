@@ -15,14 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from upcycle3d.perception.adapt.glc.labeling import (
-    ClassNumberConfig,
-    OneVsAllConfig,
-    class_number_candidates,
-    estimate_class_number,
-    one_vs_all_labels,
-)
+from upcycle3d.perception.adapt.glc.class_number import ClassNumberConfig, class_number_candidates, estimate_class_number
 from upcycle3d.perception.adapt.glc.metrics import open_set_scores
+from upcycle3d.perception.adapt.glc.one_vs_all import OneVsAllConfig, one_vs_all_labels
 from upcycle3d.tools.console import print_table, write_json
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "reference" / "glc_data"

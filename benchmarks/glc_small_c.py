@@ -19,15 +19,10 @@ import torch
 from glc_gaussian import SETS, gaussian_domains, train_linear
 from torch import Tensor
 
-from upcycle3d.perception.adapt.glc.labeling import (
-    ClassNumberConfig,
-    OneVsAllConfig,
-    class_number_candidates,
-    estimate_class_number,
-    one_vs_all_labels,
-)
+from upcycle3d.perception.adapt.glc.class_number import ClassNumberConfig, class_number_candidates, estimate_class_number
 from upcycle3d.perception.adapt.glc.metrics import open_set_scores
-from upcycle3d.perception.adapt.glc.unknown import UnknownRule, is_unknown, normalized_entropy
+from upcycle3d.perception.adapt.glc.one_vs_all import OneVsAllConfig, one_vs_all_labels
+from upcycle3d.perception.adapt.glc.unknown_rule import UnknownRule, is_unknown, normalized_entropy
 from upcycle3d.tools.console import print_table, write_json
 
 SPEC = SETS["lidar3"]
@@ -45,7 +40,7 @@ def results(features: Tensor, probabilities: Tensor, truth: np.ndarray, seed: in
         numbers[name] = estimate_class_number(features, candidates, guess, seed=seed).value
         found[name] = one_vs_all_labels(features, probabilities, numbers[name], replace(config, seed=config.seed + seed)).hard
     scores = normalized_entropy(probabilities)
-    for name, rule in (("entropy > 0.55", UnknownRule(method="fixed")), ("entropy, Otsu", UnknownRule(method="otsu"))):
+    for name, rule in (("entropy > 0.55", UnknownRule(kind="fixed")), ("entropy, Otsu", UnknownRule(kind="otsu"))):
         found[name] = torch.where(is_unknown(scores, rule.threshold(scores)), SPEC.classes, probabilities.argmax(1))
     values = {name: open_set_scores(hard.numpy(), truth, range(SPEC.shared), SPEC.classes) for name, hard in found.items()}
     return {

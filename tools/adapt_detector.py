@@ -1,204 +1,147 @@
-"""``upcycle3d adapt detector``: new labels and unknown scores for what a detector proposes on an unlabelled target domain."""
+"""`upcycle3d adapt detector`: new labels and unknown scores for the proposals of a detector on an unlabeled target domain.
+
+Read next: `perception/adapt/detection/adapt_detector.py`.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from ..core.errors import InvalidInput
 from ..core.rig import RigSpec
-from ..datasets.prepared import PreparedDataset
-from ..perception.adapt.detection.adaptation import (
-    DetectorAdaptConfig,
-    adapt_proposals,
-    cached_classifier,
-    save_adapted,
-    write_detections,
-)
-from ..perception.adapt.detection.open_set import baselines, judge_by_source
-from ..perception.adapt.detection.proposal_classifier import ClassifierConfig, ProposalClassifier, load_classifier
-from ..perception.adapt.detection.proposal_matching import Matches, match_proposals
-from ..perception.adapt.detection.proposal_metrics import ProposalReport, known_ap, proposal_report, seen_region
-from ..perception.adapt.detection.proposals import (
-    DetectorProposals,
-    ProposalSelection,
-    cached_on_frames,
-    cached_proposals,
-    collect_from_store,
-)
-from ..perception.adapt.detection.report import detector_facts, detector_page
-from ..perception.adapt.glc.class_map import IGNORE, UNKNOWN, ClassMap, map_by_name, pair_map
-from ..perception.adapt.glc.unknown import UnknownRule
-from ..perception.evaluation.headline import Scores
+from ..perception.adapt.detection.adapt_detector import DetectorAdaptation, StageProgress, adapt_detector
+from ..perception.adapt.detection.adaptation import DetectorAdaptConfig
+from ..perception.adapt.detection.class_map import ClassMap, changed_map, map_by_name, pair_map
+from ..perception.adapt.detection.classifier_file import load_classifier
+from ..perception.adapt.detection.proposal_classifier import ClassifierConfig
+from ..perception.adapt.detection.proposals import ProposalSelection
+from ..perception.adapt.glc.unknown_rule import ThresholdKind, UnknownRule
 from ..perception.models.detector import Detector
 from ..perception.recipes.assembly import fleet_store
-from ..perception.server.store import SmashedStore
 from ..perception.training.detector_files import load_detector
-from ..perception.viz.html import write_html
-from .console import console, device, print_table, progress_bar, run_command, write_json
+from .console import console, device, print_table, progress_bar, run_command
+from .data_option import DataOption
 
 DEFAULTS = DetectorAdaptConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptDetector:
-    """Adapt what a detector calls its proposals to a target with other categories. Target labels are never learnt from."""
+    """Adapt the classes of a detector's proposals to a target with other categories. Nothing is learned from target labels."""
 
     detector: Path
-    """run folder, or a detector.safetensors"""
-    source: tuple[Path, str] | None = None
-    """prepared dataset and split with labels: trains the proposal classifier, once"""
+    """Run folder of the detector, or its detector.safetensors."""
+    source: DataOption | None = None
+    """Labeled split of the source, `train` where none is named. It trains the proposal classifier, once."""
     trained: Path | None = None
-    """instead of --source: classifier.safetensors of an earlier adaptation with this detector; no source data are needed then"""
+    """Instead of --source: classifier.safetensors of an earlier adaptation of this detector. No source data are needed then."""
     out: Path
-    """folder for proposals, classifier, detections, result.json and report.html; goes on where it was stopped"""
-    target: tuple[Path, str] | None = None
-    """prepared dataset and split of the target"""
+    """Folder for proposals, classifier, detections, result.json and report.html. A stopped adaptation goes on from it."""
+    target: DataOption | None = None
+    """Split of the target, `train` where none is named."""
     target_store: Path | None = None
-    """instead of --target: a store of the fleet's smashed scenes; no point counts then"""
+    """Instead of --target: a store of the fleet's smashed scenes. There are no point counts then."""
     rig: RigSpec = field(default_factory=RigSpec)
-    """of the fleet, with --target-store"""
+    """Rig of the fleet, with --target-store."""
     target_labels_for_metrics: bool = False
-    """measure against the target's labels, after everything is decided"""
+    """Measure against the target's labels, after everything is decided."""
     classes_of: tuple[str, str] | None = None
-    """datasets whose class map applies to the metrics, as in waymo kitti; without it a class of the same name is the same"""
+    """Source and target dataset whose class map applies to the metrics, as in `waymo kitti`. Without it a class of the same name is
+    the same class, and every other one is unknown."""
     class_map: tuple[str, ...] = ()
-    """NAME=MEANING of target classes, for the metrics: a class of the detector, unknown or ignore; overrules the above"""
+    """Changes of the class map, NAME=MEANING. NAME is a class of the target, MEANING a class of the detector, `unknown` or `ignore`."""
     proposals: ProposalSelection = ProposalSelection()
-    """which proposals of a frame count"""
+    """Which proposals of a frame are kept."""
     classifier: ClassifierConfig = ClassifierConfig()
-    """of the source's proposals; points are left out by themselves with --target-store"""
+    """Training of the proposal classifier. Point counts are left out with --target-store; the seed is --seed."""
     class_number: int | None = None
-    """clusters of the target to assume, if not three for each of the detector's classes and background"""
-    threshold: Literal["fixed", "otsu", "yen", "two_means"] = "otsu"
-    """rule of the unknown's threshold"""
+    """Number of target classes to assume, if not three for each class of the detector and for background."""
+    threshold: ThresholdKind = "otsu"
+    """How the threshold of the unknown score is chosen."""
     fixed_threshold: float = 0.55
-    """with the rule "fixed\""""
-    epochs: int = DEFAULTS.adapt.epochs
-    """of adaptation"""
-    lr: float = DEFAULTS.adapt.lr
-    """of adaptation"""
+    """Unknown score above which a proposal is unknown, with the threshold `fixed`."""
+    epochs: int = DEFAULTS.glc.epochs
+    """Epochs of the adaptation."""
+    lr: float = DEFAULTS.glc.lr
+    """Learning rate of the adaptation at its first step."""
     seed: int = 0
-    """of classifier and adaptation"""
+    """Decides the proposal classifier and the adaptation."""
     device: str = "cpu"
-    """cpu or cuda, for the detector"""
+    """`cpu`, `cuda` or `cuda:N`, for the detector."""
 
 
 def command(config: AdaptDetector) -> None:
-    """New labels and unknown scores for a detector's proposals on an unlabelled target domain."""
-    if (config.source is None) == (config.trained is None):
-        raise InvalidInput(
-            "give the source either as --source PREPARED SPLIT or, where its data are not at hand, as --trained FILE"
-        )
+    """New labels and unknown scores for a detector's proposals on an unlabeled target domain."""
+    if config.source is not None and config.trained is None:
+        source = config.source.or_split("train")
+    elif config.trained is not None and config.source is None:
+        source = load_classifier(config.trained)
+    else:
+        raise InvalidInput("give the source either as --source DIR[:SPLIT] or, where its data are not at hand, as --trained FILE")
     if (config.target is None) == (config.target_store is None):
-        raise InvalidInput("give the target either as --target PREPARED SPLIT or as --target-store STORE")
+        raise InvalidInput("give the target either as --target DIR[:SPLIT] or as --target-store STORE")
     if config.target_labels_for_metrics and config.target is None:
-        raise InvalidInput("smashed scenes have no labels to measure against; give --target PREPARED SPLIT")
+        raise InvalidInput("smashed scenes have no labels to measure against; give --target DIR[:SPLIT]")
     detector = load_detector(config.detector)[0].to(device(config.device))
-    frames = None if config.target is None else PreparedDataset(*config.target)
-    store = None if config.target_store is None else fleet_store(config.target_store, detector, config.rig)
-    # What could be wrong with the target and the metrics is found before anything is computed.
-    if store is not None and len(store) == 0:
-        raise InvalidInput(
-            f"{config.target_store} holds no scene of the encoder {store.fingerprint[:16]}; `upcycle3d ingest` shards of it first"
+    glc = replace(DEFAULTS.glc, epochs=config.epochs, lr=config.lr, seed=config.seed, class_number=config.class_number)
+    unknown = UnknownRule(kind=config.threshold, value=config.fixed_threshold)
+    with _bars() as on_progress:
+        found = adapt_detector(
+            detector,
+            fleet_store(config.target_store, detector, config.rig) if config.target is None else config.target.or_split("train"),
+            config.out,
+            source=source,
+            config=replace(DEFAULTS, glc=glc, open_set=replace(DEFAULTS.open_set, unknown=unknown)),
+            selection=config.proposals,
+            classifier=replace(config.classifier, seed=config.seed),
+            rig=None if config.target_store is None else config.rig,
+            class_map=_class_map(config, detector),
+            on_progress=on_progress,
         )
-    measured = frames if config.target_labels_for_metrics else None
-    classes = None if measured is None else target_map(config, detector.class_names, measured.classes)
-    classifier = _classifier(config, detector)
-    target = _of_target(config, detector, frames if store is None else store)
-    adapt = replace(
-        DEFAULTS,
-        adapt=replace(DEFAULTS.adapt, epochs=config.epochs, lr=config.lr, seed=config.seed, class_number=config.class_number),
-        judge=replace(DEFAULTS.judge, unknown=UnknownRule(method=config.threshold, value=config.fixed_threshold)),
-    )
-    adapted = adapt_proposals(classifier, target, adapt)
-    rig = config.rig if frames is None else RigSpec.of(frames.notes)
-    write_detections(config.out / "detections", target, adapted.judged, z_shift=rig.z_shift)
-    save_adapted(config.out / "adapted.safetensors", adapted, classifier)
-    metrics: dict[str, ProposalReport] = {}
-    detector_ap: Scores = {}
-    if measured is not None and classes is not None:
-        labels = [measured.labels(i) for i in range(len(measured))]
-        matches = match_proposals(target, labels, measured.classes, classes)
-        ways = {
-            **{name: judge_by_source(classifier, target, way) for name, way in baselines(adapt.judge).items()},
-            "adapted": adapted.judged,
-        }
-        limits = seen_region(detector)
-        metrics = {n: proposal_report(target, judged, matches, labels, classes, limits=limits) for n, judged in ways.items()}
-        detector_ap = known_ap(target, None, labels, measured.classes, classes, limits=limits)
-    write_json(config.out / "result.json", detector_facts(classifier, target, adapted, metrics, detector_ap))
-    write_html(config.out / "report.html", detector_page(config.out.name, target, adapted, metrics, detector_ap))
-    unknown = int(adapted.judged.unknown.sum())
-    print_table(
-        "adapted",
-        ("frames", "proposals", "target classes", "called unknown", "threshold"),
-        [(len(target.frame_ids), len(target), adapted.model.class_number, unknown, f"{adapted.judged.threshold:.3f}")],
-    )
-    if metrics:
-        rows = [(n, *(_shown(v) for v in (m.os_star, m.unk, m.h, m.auroc))) for n, r in metrics.items() for m in (r.matched,)]
-        print_table("matched proposals", ("judged by", "OS*", "UNK", "H", "AUROC"), rows)
-    console.print(f"detections: {config.out / 'detections'}; report: {config.out / 'report.html'}")
+    _print(found, config.out)
 
 
-def _classifier(config: AdaptDetector, detector: Detector) -> ProposalClassifier:
-    if config.source is None:
-        assert config.trained is not None
-        return load_classifier(config.trained)
-    source, names = PreparedDataset(*config.source), detector.class_names
-    proposals = _of_frames(config, detector, source, config.source[1], "source")
-
-    def matches() -> Matches:
-        meaning = {name: name if name in names else IGNORE for name in source.classes}
-        labels = [source.labels(i) for i in range(len(source))]
-        return match_proposals(proposals, labels, source.classes, ClassMap(source=names, meaning=meaning))
-
-    settings = replace(config.classifier, seed=config.seed, points=config.classifier.points and config.target_store is None)
-    return cached_classifier(config.out / "classifier.safetensors", proposals, matches, settings)
+def _class_map(config: AdaptDetector, detector: Detector) -> ClassMap | None:
+    if config.target is None or not config.target_labels_for_metrics:
+        return None
+    names, classes = detector.class_names, config.target.or_split("train").open().classes
+    base = map_by_name(names, classes) if config.classes_of is None else pair_map(*config.classes_of, names)
+    return changed_map(base, classes, config.class_map)
 
 
-def target_map(config: AdaptDetector, classes: tuple[str, ...], target: tuple[str, ...]) -> ClassMap:
-    """What the target's class names mean. Raises InvalidInput naming every class that neither a table nor the options explain."""
-    base = map_by_name(classes, target) if config.classes_of is None else pair_map(*config.classes_of, classes)
-    pairs = [text.partition("=") for text in config.class_map]
-    wrong = [name + sign + meaning for name, sign, meaning in pairs if not (name and sign and meaning)]
-    strangers = [name for name, _, _ in pairs if name not in target]
-    if wrong or strangers:
-        raise InvalidInput(
-            f"--class-map takes NAME=MEANING for classes of the target ({', '.join(target)}); found {', '.join(wrong or strangers)}. "
-            f"A meaning is one of {', '.join((*classes, UNKNOWN, IGNORE))}"
-        )
-    whole = replace(base, meaning={**base.meaning, **{name: meaning for name, _, meaning in pairs}})
-    whole.ids(target)  # complains of what is missing
-    return replace(whole, meaning={name: whole.meaning[name] for name in target})
+def _print(found: DetectorAdaptation, out: Path) -> None:
+    proposals, classified = found.proposals, found.adapted.classified
+    row = (len(proposals.frame_ids), len(proposals), found.adapted.model.class_number, int(classified.unknown.sum()))
+    header = ("frames", "proposals", "target classes", "called unknown", "threshold")
+    print_table("adapted", header, [(*row, f"{classified.threshold:.3f}")])
+    if found.measured is not None:
+        reports = [(name, report.matched) for name, report in found.measured.reports.items()]
+        rows = [(name, *(_shown(v) for v in (m.os_star, m.unk, m.h, m.auroc))) for name, m in reports]
+        print_table("matched proposals", ("classified by", "OS*", "UNK", "H", "AUROC"), rows)
+    console.print(f"detections: {out / 'detections'}; report: {out / 'report.html'}")
 
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _of_frames(config: AdaptDetector, detector: Detector, frames: PreparedDataset, split: str, name: str) -> DetectorProposals:
-    with progress_bar(f"proposals on the {name}", len(frames)) as advance:
-        path = config.out / f"{name}_proposals.safetensors"
-        return cached_on_frames(path, detector, frames, config.proposals, split=split, on_progress=advance)
+@contextmanager
+def _bars() -> Iterator[StageProgress]:
+    """One progress bar at a time, for the source's proposals and then for the target's."""
+    with ExitStack() as stack:
+        bars: dict[str, Callable[[int, int], None]] = {}
 
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                stack.close()
+                bars[stage] = stack.enter_context(progress_bar(f"proposals on the {stage}", total))
+            bars[stage](done, total)
 
-def _of_target(config: AdaptDetector, detector: Detector, target: PreparedDataset | SmashedStore | None) -> DetectorProposals:
-    assert target is not None  # one of the two is given
-    if isinstance(target, PreparedDataset):
-        assert config.target is not None
-        return _of_frames(config, detector, target, config.target[1], "target")
-    data = f"store: {len(target)} scenes of the encoder {target.fingerprint[:16]}"
-    with progress_bar("proposals on the target", len(target)) as advance:
-        return cached_proposals(
-            config.out / "target_proposals.safetensors",
-            detector,
-            config.proposals,
-            data=data,
-            collect=lambda: collect_from_store(detector, target, config.proposals, data=data, on_progress=advance),
-        )
+        yield advance
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ....core.config_json import first_difference
 from ....core.errors import InvalidInput
-from ....datasets.prepared import PreparedDataset
+from ....datasets.data_split import DataSplit
 from ...models.detector import Detector
 from ...server.store import SmashedStore
 from .proposal_collection import OnProgress, collect_from_frames, collect_from_store, detector_digest
@@ -56,13 +56,12 @@ def cached_proposals(
     return found
 
 
-def cached_on_frames(
+def cached_on_split(
     path: str | Path,
     detector: Detector,
-    frames: PreparedDataset,
+    data: DataSplit,
     selection: ProposalSelection,
     *,
-    split: str,
     on_progress: OnProgress | None = None,
 ) -> DetectorProposals:
     """Give or collect the proposals on a split of a prepared dataset (`cached_proposals`).
@@ -70,9 +69,8 @@ def cached_on_frames(
     Args:
         path: The file.
         detector: The detector that proposes.
-        frames: The split; its fingerprint is part of the file.
+        data: The split; its name and the fingerprint of its frames are part of the file.
         selection: Which proposals are kept.
-        split: Name of the split.
         on_progress: Called after each batch.
 
     Returns:
@@ -81,13 +79,13 @@ def cached_on_frames(
     Raises:
         InvalidInput: The file holds other proposals.
     """
-    data = f"{split}: {len(frames)} frames {frames.split_fingerprint()[:16]}"
+    words = f"{data.name or 'all'}: {data.summary()}"
     return cached_proposals(
         path,
         detector,
         selection,
-        data=data,
-        collect=lambda: collect_from_frames(detector, frames, selection, data=data, on_progress=on_progress),
+        data=words,
+        collect=lambda: collect_from_frames(detector, data.open(), selection, data=words, on_progress=on_progress),
     )
 
 

@@ -15,13 +15,13 @@ from ....core.errors import InvalidInput
 from ....core.features import CutFeatures
 from ....core.smashed_scene import SmashedScene
 from ....core.structures import PointCloud
+from ....core.tensor_file import content_digest
 from ....datasets.frame_source import FrameSource
 from ....ops.nms import nms_rotated
 from ....ops.points_in_boxes import points_in_boxes_mask
 from ...models.decoders.regions import ScoredProposals
 from ...models.detector import Detector
 from ...server.store import to_cut_features
-from ....core.tensor_file import content_digest
 from .proposals import DetectorProposals, ProposalSelection
 
 OnProgress = Callable[[int, int], None]

@@ -127,9 +127,7 @@ class ProposalReport:
     """Threshold of the unknown score that was used."""
 
 
-def open_set_report(
-    classified: ClassifiedProposals, ids: Tensor, rows: Tensor, shared: Sequence[int]
-) -> OpenSetReport | None:
+def open_set_report(classified: ClassifiedProposals, ids: Tensor, rows: Tensor, shared: Sequence[int]) -> OpenSetReport | None:
     """Measure the proposals that lie on known or private objects.
 
     Args:

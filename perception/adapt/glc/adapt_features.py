@@ -18,7 +18,7 @@ from .feature_report import feature_page, feature_result
 def adapt_features(
     target: str | Path | TargetFeatures,
     out: str | Path | None = None,
-    config: FeatureLabelConfig = FeatureLabelConfig(),
+    config: FeatureLabelConfig | None = None,
     *,
     name: str | None = None,
 ) -> FeatureLabels:
@@ -27,7 +27,7 @@ def adapt_features(
     Args:
         target: An npz file (its arrays are listed in `feature_file.py`), or the features themselves.
         out: Folder for NAME.npz (labels and scores), NAME.json (numbers) and NAME.html (a page), or None to write nothing.
-        config: Settings; `FeatureLabelConfig.paper()` gives those of the GLC paper.
+        config: Settings, or None for the defaults; `FeatureLabelConfig.paper()` gives those of the GLC paper.
         name: Name of the results. None: the name of the file, or "features".
 
     Returns:
@@ -44,7 +44,7 @@ def adapt_features(
         name = "features" if isinstance(target, TargetFeatures) else Path(target).stem
     if not isinstance(target, TargetFeatures):
         target = read_target_features(target)
-    found = label_features(target, config)
+    found = label_features(target, config or FeatureLabelConfig())
     if out is not None:
         folder = Path(out)
         write_feature_labels(folder / f"{name}.npz", found)

@@ -189,9 +189,7 @@ class AdaptedModel:
         Returns:
             Classes, with C for unknown, and what they were decided from.
         """
-        features, probabilities = features_and_probabilities(
-            self.feature_module, self.classifier, inputs, batch_size=batch_size
-        )
+        features, probabilities = features_and_probabilities(self.feature_module, self.classifier, inputs, batch_size=batch_size)
         scores = normalized_entropy(probabilities)
         nearest = probabilities.argmax(1)
         return AdaptedPredictions(

@@ -130,6 +130,4 @@ def _summary(target: TargetFeatures, found: FeatureLabels, unknown: int) -> Sect
 def _pictures(target: TargetFeatures, found: FeatureLabels, names: list[str]) -> Section:
     embedding = embedding_plot(target.features, found.labels.hard, names, "Target samples by pseudo label")
     histogram = score_histogram(found.scores, found.threshold, "Target samples by unknown score", "normalized entropy")
-    return Section(
-        "Pictures", [figure_svg(embedding, "Embedding."), figure_svg(histogram, "Histogram of the unlabeled scores.")]
-    )
+    return Section("Pictures", [figure_svg(embedding, "Embedding."), figure_svg(histogram, "Histogram of the unlabeled scores.")])

@@ -92,9 +92,7 @@ def sgd_with_slow_part(
     slow = [p for name, p in named if name.startswith(prefixes)]
     fast = [p for name, p in named if not name.startswith(prefixes)]
     groups = [{"params": slow, "base_lr": lr * slow_factor}, {"params": fast, "base_lr": lr}]
-    return torch.optim.SGD(
-        [g for g in groups if g["params"]], lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=True
-    )
+    return torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, done: float) -> None:

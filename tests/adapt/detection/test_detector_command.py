@@ -12,8 +12,10 @@ from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Frame, Labels, PointCloud
 from upcycle3d.datasets.prepared import PreparedDataset, prepare
-from upcycle3d.perception.adapt.detection.open_set import JudgeConfig, baselines
-from upcycle3d.perception.adapt.detection.proposals import ProposalSelection, collect_from_frames, load_proposals
+from upcycle3d.perception.adapt.detection.open_set import OpenSetConfig, baselines
+from upcycle3d.perception.adapt.detection.proposal_collection import collect_from_frames
+from upcycle3d.perception.adapt.detection.proposal_file import load_proposals
+from upcycle3d.perception.adapt.detection.proposals import ProposalSelection
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
@@ -94,11 +96,9 @@ def usual(root: Path, out: Path) -> tuple[object, ...]:
         "--detector",
         root / "run",
         "--source",
-        root / "source",
-        "train",
+        f"{root}/source:train",
         "--target",
-        root / "target",
-        "train",
+        f"{root}/target:train",
         "--out",
         out,
         *FAST,
@@ -117,7 +117,7 @@ def test_detections_numbers_and_a_report_are_written_and_labels_decide_nothing(r
     records = json.loads((tmp_path / "a" / "detections" / names[0]).read_text())
     assert records[0]["z"] == pytest.approx(float(proposals.boxes[0, 2]) - 0.5, abs=1e-3)  # the sensor's frame
     measured, blind = (json.loads((tmp_path / x / "result.json").read_text()) for x in "ab")
-    assert list(measured["metrics"]) == [*baselines(JudgeConfig()), "adapted"]
+    assert list(measured["metrics"]) == [*baselines(OpenSetConfig()), "adapted"]
     assert set(measured["metrics"]["adapted"]["private"]) == {"Animal"}
     assert blind["metrics"] == {}
     assert measured["threshold"] == blind["threshold"]
@@ -132,14 +132,14 @@ def test_detections_numbers_and_a_report_are_written_and_labels_decide_nothing(r
 
 def test_without_the_source_its_classifier_is_enough(root: Path, tmp_path: Path):
     assert run(*usual(root, tmp_path / "a")) == 0
-    target = ("--detector", root / "run", "--target", root / "target", "train", *FAST)
+    target = ("--detector", root / "run", "--target", f"{root}/target:train", *FAST)
     assert run(*target, "--trained", tmp_path / "a" / "classifier.safetensors", "--out", tmp_path / "b") == 0
     for name in ("detections/000003.json", "result.json"):
         assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
 
 
 def test_a_fleets_smashed_scenes_are_a_target(root: Path, tmp_path: Path, capsys):
-    source = ("--detector", root / "run", "--source", root / "source", "train", *FAST)
+    source = ("--detector", root / "run", "--source", f"{root}/source:train", *FAST)
     assert run(*source, "--target-store", root / "store", "--out", tmp_path / "a") == 0
     assert len(list((tmp_path / "a" / "detections").glob("*.json"))) == 3
     assert load_proposals(tmp_path / "a" / "target_proposals.safetensors").points is None
@@ -152,8 +152,8 @@ def test_a_fleets_smashed_scenes_are_a_target(root: Path, tmp_path: Path, capsys
 
 def test_mistakes_become_sentences_before_anything_is_computed(root: Path, tmp_path: Path, capsys):
     out = tmp_path / "out"
-    base, target = ("--detector", root / "run", "--out", out, *FAST), ("--target", root / "target", "train")
-    source = ("--source", root / "source", "train")
+    base, target = ("--detector", root / "run", "--out", out, *FAST), ("--target", f"{root}/target:train")
+    source = ("--source", f"{root}/source:train")
     for arguments, words in (
         ((*base, *source), "give the target either"),
         ((*base, *target), "give the source either"),
@@ -165,9 +165,9 @@ def test_mistakes_become_sentences_before_anything_is_computed(root: Path, tmp_p
         ((*base, *source, *target, "--target-labels-for-metrics", "--class-map", "Animal=Lorry"), "map to nothing known"),
         (
             (*base, *source, *target, "--target-labels-for-metrics", "--classes-of", "waymo", "kitti"),
-            "says nothing about ['Animal']",
+            "says nothing about Animal",
         ),
-        ((*base, *source, "--target", root / "target", "none"), "has no split"),
+        ((*base, *source, "--target", f"{root}/target:none"), "has no split"),
         ((*base, "--trained", root / "run" / "detector.safetensors", *target), "is not a proposal classifier"),
     ):
         assert run(*arguments) == 2, words

@@ -14,17 +14,10 @@ from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Frame, PointCloud
-from upcycle3d.perception.adapt.detection.proposals import (
-    DetectorProposals,
-    ProposalSelection,
-    as_stored,
-    cached_proposals,
-    collect_from_frames,
-    collect_from_store,
-    detector_digest,
-    load_proposals,
-    save_proposals,
-)
+from upcycle3d.perception.adapt.detection.proposal_cache import cached_proposals
+from upcycle3d.perception.adapt.detection.proposal_collection import collect_from_frames, collect_from_store, detector_digest
+from upcycle3d.perception.adapt.detection.proposal_file import load_proposals, save_proposals, with_rounded_features
+from upcycle3d.perception.adapt.detection.proposals import DetectorProposals, ProposalSelection
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnConfig
@@ -155,7 +148,7 @@ def test_a_file_gives_back_what_was_written_and_a_second_writing_changes_nothing
     found = collect_from_frames(detector(), FRAMES, ALL, data="test")
     save_proposals(tmp_path / "p.safetensors", found)
     back = load_proposals(tmp_path / "p.safetensors")
-    expected = as_stored(found)
+    expected = with_rounded_features(found)
     assert torch.equal(back.features, expected.features)
     assert back.points is not None
     assert torch.equal(back.boxes, found.boxes)

@@ -9,16 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.adapt.glc.adapter import (
-    AdaptConfig,
-    GLCAdapter,
-    _optimizer,
-    extract,
+from upcycle3d.perception.adapt.glc.adapter import AdaptConfig, GLCAdapter
+from upcycle3d.perception.adapt.glc.lead_labels import LeadConfig
+from upcycle3d.perception.adapt.glc.metrics import open_set_scores
+from upcycle3d.perception.adapt.glc.networks import (
+    features_and_probabilities,
     refresh_batch_norm,
     set_learning_rate,
+    sgd_with_slow_part,
 )
-from upcycle3d.perception.adapt.glc.lead import LeadConfig
-from upcycle3d.perception.adapt.glc.metrics import open_set_scores
 
 SMALL = AdaptConfig(epochs=2, batch_size=32, class_number=5)
 
@@ -50,7 +49,7 @@ def world() -> tuple[nn.Module, nn.Module, Tensor, np.ndarray]:
 def test_adaptation_helps(world):
     module, classifier, x, truth = world
     adapter = GLCAdapter(feature_module=module, classifier=classifier, config=replace(AdaptConfig(), epochs=4, class_number=5))
-    before = extract(module, classifier, x)[1].argmax(1).numpy()
+    before = features_and_probabilities(module, classifier, x)[1].argmax(1).numpy()
     known = truth < 4
     adapted = adapter.fit(x).predict(x)
     assert (adapted.nearest.numpy() == truth)[known].mean() > (before == truth)[known].mean() + 0.05
@@ -113,8 +112,8 @@ def test_fewer_samples_than_a_batch_train_and_fewer_than_neighbors_are_refused(w
     module, classifier, x, _ = world
     adapter = GLCAdapter(feature_module=module, classifier=classifier, config=replace(SMALL, neighbors=4, class_number=2))
     few = adapter.fit(x[:9])
-    assert not torch.equal(few.predict(x).features, extract(module, classifier, x)[0])
-    with pytest.raises(InvalidInput, match="4 neighbours of each sample need at least 5 target samples, found 4"):
+    assert not torch.equal(few.predict(x).features, features_and_probabilities(module, classifier, x)[0])
+    with pytest.raises(InvalidInput, match="4 neighbors of each sample need at least 5 target samples, found 4"):
         adapter.fit(x[:4])
     with pytest.raises(InvalidInput, match="found 0"):
         adapter.fit(x[:0])
@@ -129,11 +128,11 @@ def test_what_cannot_be_adapted_is_named(world):
     with pytest.raises(InvalidInput, match="at least 2 source classes"):
         GLCAdapter(feature_module=module, classifier=nn.Linear(16, 1), config=SMALL).fit(x)
     with pytest.raises(InvalidInput, match="begin no parameter"):
-        GLCAdapter(feature_module=module, classifier=classifier, config=replace(SMALL, slow=("backbone.",))).fit(x)
+        GLCAdapter(feature_module=module, classifier=classifier, config=replace(SMALL, slow_prefixes=("backbone.",))).fit(x)
     with pytest.raises(InvalidInput, match="no trainable parameter"):
         GLCAdapter(feature_module=nn.Identity(), classifier=classifier, config=SMALL).fit(x)
     head = nn.Sequential(nn.Linear(16, 4))
-    with pytest.raises(InvalidInput, match="LEAD's labeller reads the weight"):
+    with pytest.raises(InvalidInput, match="LEAD's labels need the weight"):
         GLCAdapter(feature_module=module, classifier=head, config=replace(SMALL, labeling=LeadConfig())).fit(x)
     with pytest.raises(InvalidInput, match="class_number"):
         AdaptConfig(class_number=1)
@@ -143,7 +142,7 @@ def test_what_cannot_be_adapted_is_named(world):
 
 def test_slow_parameters_learn_at_a_tenth_and_the_rate_decays_as_published(world):
     module, _, _, _ = world
-    optimizer = _optimizer(module, replace(SMALL, slow=("0.",), lr=0.01))
+    optimizer = sgd_with_slow_part(module, lr=0.01, slow_prefixes=("0.",), slow_factor=0.1, momentum=0.9, weight_decay=1e-3)
     set_learning_rate(optimizer, 0.0)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.001, 0.01])
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 4]

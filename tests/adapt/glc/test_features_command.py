@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from upcycle3d.perception.adapt.glc.plots import embedding_plot, score_histogram
-from upcycle3d.perception.adapt.glc.unknown import normalized_entropy
+from upcycle3d.perception.adapt.glc.unknown_rule import normalized_entropy
 from upcycle3d.tools import adapt
 from upcycle3d.tools.console import run_command
 
@@ -144,7 +144,7 @@ def test_the_legend_names_the_classes_and_says_when_colors_repeat():
     assert "repeat" not in two
     seven = embedding_plot(features, classes, tuple("abcdefg"), "seven")
     assert ">a, g<" in seven
-    assert "colours repeat every 6 classes" in seven
+    assert "colors repeat every 6 classes" in seven
 
 
 def test_the_histogram_shows_every_sample_the_surest_ones_too():

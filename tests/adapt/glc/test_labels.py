@@ -10,18 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.perception.adapt.glc.class_number import ClassNumberConfig, class_number_candidates, estimate_class_number
 from upcycle3d.perception.adapt.glc.kmeans import KMeansConfig, kmeans
-from upcycle3d.perception.adapt.glc.labeling import (
-    ClassNumberConfig,
-    OneVsAllConfig,
-    class_number_candidates,
-    estimate_class_number,
-    one_vs_all_labels,
-    positive_counts,
-)
-from upcycle3d.perception.adapt.glc.lead import LeadConfig, larger_mixture_mean, lead_labels
+from upcycle3d.perception.adapt.glc.lead_labels import LeadConfig, larger_mixture_mean, lead_labels
+from upcycle3d.perception.adapt.glc.one_vs_all import OneVsAllConfig, one_vs_all_labels, positive_counts
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "glc_data"
+DATA = Path(__file__).resolve().parents[3].parent / "shared" / "reference" / "glc_data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="no reference outputs beside the checkout")
 
 
@@ -134,7 +128,7 @@ def test_bad_targets_are_refused_by_name():
         labels(holed, probabilities)
     with pytest.raises(InvalidInput, match="row 0 sums to 2"):
         labels(features, probabilities * 2)
-    with pytest.raises(InvalidInput, match="smallest -"):
+    with pytest.raises(InvalidInput, match="smallest value is -"):
         labels(features, probabilities + torch.tensor([1.0, -1.0, 0, 0]))
     with pytest.raises(InvalidInput, match="at least 2 source classes"):
         labels(features, torch.ones(300, 1))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.adapt.glc.losses import affinity_loss, hard_negatives, soft_cross_entropy
 from upcycle3d.perception.adapt.glc.memory_bank import MemoryBank
-from upcycle3d.perception.adapt.glc.unknown import UnknownRule, is_unknown, normalized_entropy, otsu, two_means, yen
+from upcycle3d.perception.adapt.glc.unknown_rule import UnknownRule, is_unknown, normalized_entropy, otsu, two_means, yen
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_the_bank_is_rewritten_row_by_row_and_keeps_no_gradient():
     torch.testing.assert_close(bank.features[[1, 4]], before[[0, 0]])
     torch.testing.assert_close(bank.features[[0, 2, 3, 5]], before[[0, 2, 3, 5]])
     assert not bank.features.requires_grad
-    with pytest.raises(InvalidInput, match="6 neighbours of each sample need at least 7 samples"):
+    with pytest.raises(InvalidInput, match="6 neighbors of each sample need at least 7 samples"):
         bank.neighbors(features, torch.arange(6), 6)
     with pytest.raises(InvalidInput, match="memory bank needs"):
         MemoryBank(rand(3, 2), rand(4, 2))
@@ -136,8 +136,8 @@ def test_otsu_and_two_means_and_yen_are_the_best_of_all_splits():
 
 
 def test_rules_apply_strictly_and_refuse_what_they_cannot_read():
-    assert UnknownRule(method="fixed", value=0.55).threshold(torch.zeros(0)) == 0.55
+    assert UnknownRule(kind="fixed", value=0.55).threshold(torch.zeros(0)) == 0.55
     assert is_unknown(torch.tensor([0.5, 0.6]), 0.5).tolist() == [False, True]
     for scores in (torch.zeros(0), torch.tensor([0.1, torch.nan])):
         with pytest.raises(InvalidInput, match="needs finite scores"):
-            UnknownRule(method="otsu").threshold(scores)
+            UnknownRule(kind="otsu").threshold(scores)

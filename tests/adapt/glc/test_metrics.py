@@ -1,4 +1,4 @@
-"""Open-set metrics on cases worked by hand, and class maps that must not miss a class."""
+"""Open-set metrics on cases worked by hand."""
 
 from itertools import permutations
 
@@ -7,7 +7,6 @@ import pytest
 from scipy.stats import mannwhitneyu
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.adapt.glc.class_map import IGNORE, UNKNOWN, ClassMap
 from upcycle3d.perception.adapt.glc.metrics import (
     accuracy,
     auroc,
@@ -71,24 +70,3 @@ def test_novel_category_accuracy_is_the_best_matching():
     assert novel_category_accuracy(features, wrong) == pytest.approx(best / 60)
     with pytest.raises(InvalidInput, match="at least one"):
         novel_category_accuracy(features[:0], label[:0])
-
-
-KITTI = ClassMap(
-    source=("Vehicle", "Sign", "Pedestrian"),
-    meaning={"Car": "Vehicle", "Van": "Vehicle", "Pedestrian": "Pedestrian", "Tram": UNKNOWN, "DontCare": IGNORE},
-)
-
-
-def test_a_class_map_numbers_names_and_knows_what_is_private():
-    assert KITTI.ids(["Van", "Tram", "DontCare", "Pedestrian"]).tolist() == [0, 3, -1, 2]
-    assert (KITTI.shared, KITTI.source_private) == ((0, 2), (1,))
-    assert KITTI.ids([]).shape == (0,)
-
-
-def test_a_class_that_the_map_misses_is_named():
-    with pytest.raises(InvalidInput, match=r"says nothing about \['Bus', 'Misc'\]"):
-        KITTI.ids(["Misc", "Car", "Bus"])
-    with pytest.raises(InvalidInput, match="map to nothing known"):
-        ClassMap(source=("Car",), meaning={"Van": "Bus"})
-    with pytest.raises(InvalidInput, match="distinct names"):
-        ClassMap(source=("Car", "Car"), meaning={})
