@@ -30,7 +30,7 @@ _PUBLIC = {
     "PreparedDataset": ("datasets.prepared", "PreparedDataset"),
     "SmashedScene": ("core.smashed_scene", "SmashedScene"),
     "SmashedStore": ("perception.server.store", "SmashedStore"),
-    "adapt": ("perception.recipes.jobs", "adapt_detector"),
+    "adapt": ("perception.adapt.detection.adapt_detector", "adapt_detector"),
     "draw_bev": ("perception.viz.bev", "draw_bev"),
     "evaluate": ("perception.recipes.jobs", "evaluate_on"),
     "load_detector": ("perception.training.detector_files", "load_detector"),
@@ -65,7 +65,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` lo
     from .core.smashed_scene import SmashedScene
     from .core.structures import Boxes3D, Frame, Labels, PointCloud, Predictions
     from .datasets.prepared import PreparedDataset, prepare
-    from .perception.recipes.jobs import adapt_detector as adapt
+    from .perception.adapt.detection.adapt_detector import adapt_detector as adapt
     from .perception.recipes.jobs import evaluate_on as evaluate
     from .perception.recipes.jobs import train_preset as train
     from .perception.recipes.jobs import upcycle_preset as upcycle

@@ -71,9 +71,9 @@ def adapt_detector(
 
     Args:
         detector: A detector in memory, the run folder of one, or its `detector.safetensors`.
-        target: Split of a prepared dataset as `DIR[:SPLIT]`, or a store of a fleet's smashed scenes made by this detector's encoder.
+        target: Split of a prepared dataset as `DIR[:SPLIT]` (`train` where none is named), or a store of a fleet's smashed scenes made by this detector's encoder.
         out: Folder for the results.
-        source: Labeled split of the source as `DIR[:SPLIT]`, which trains the proposal classifier; or this classifier from an earlier
+        source: Labeled split of the source, written in the same way, which trains the proposal classifier; or this classifier from an earlier
             adaptation of the same detector (`load_classifier`), which needs no source data.
         config: Settings of the adaptation, or None for the defaults.
         selection: Which proposals of a frame are kept, or None for the defaults.
@@ -122,7 +122,8 @@ def adapt_detector(
 
 
 def _split(data: str | Path | DataSplit) -> DataSplit:
-    return data if isinstance(data, DataSplit) else DataSplit.parse(str(data))
+    split = data if isinstance(data, DataSplit) else DataSplit.parse(str(data))
+    return split.or_split("train")
 
 
 def _opened(

@@ -6,7 +6,7 @@ Read next: `proposal_cache.py`, which collects only what is not in a file yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ....ops.nms import nms_rotated
 from ....ops.points_in_boxes import points_in_boxes_mask
 from ...models.decoders.regions import ScoredProposals
 from ...models.detector import Detector
-from ...server.store import to_cut_features
+from ...server.store import collate_scenes
 from .proposals import DetectorProposals, ProposalSelection
 
 OnProgress = Callable[[int, int], None]
@@ -46,10 +46,6 @@ class SceneSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> SmashedScene: ...
-
-
-class _Judges(Protocol):
-    def scored_proposals(self, split: CutFeatures) -> list[ScoredProposals]: ...
 
 
 def collect_from_frames(
@@ -114,7 +110,7 @@ def collect_from_store(
 
     def read(rows: range) -> _Batch:
         scenes = [store[i] for i in rows]
-        return to_cut_features(scenes).to(device), [s.scene_id for s in scenes], [None] * len(scenes)
+        return collate_scenes(scenes).to(device), [s.scene_id for s in scenes], [None] * len(scenes)
 
     return _collect(detector, len(store), read, selection, data, batch_size, on_progress)
 
@@ -137,7 +133,7 @@ def _collect(
     ids: list[str] = []
     for start in range(0, length, batch_size):
         features, names, clouds = read(range(start, min(start + batch_size, length)))
-        for proposals, cloud in zip(cast(_Judges, detector.decoder).scored_proposals(features), clouds, strict=True):
+        for proposals, cloud in zip(detector.proposals(features), clouds, strict=True):
             kept = _select(proposals, selection)
             boxes = kept.detections.boxes.data.cpu()
             parts.append((kept, None if cloud is None else points_in_boxes_mask(cloud.xyz, boxes).sum(1)))
