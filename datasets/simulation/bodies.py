@@ -1,7 +1,8 @@
-"""What road users look like to a laser: each is put together from a few tapered boxes, ellipsoids and cylinders.
+"""What road users look like to a laser: each consists of a few tapered boxes, ellipsoids and cylinders.
 
-A body is a list of parts in its own frame (origin on the ground under the middle of the labelled box, x to the front),
-inside the labelled box and touching its sides, so that a perfect detector could recover the box from enough points.
+A body is a list of parts in its own frame: the origin is on the ground under the middle of the labeled box, x points to the front. The parts lie
+inside the labeled box and touch its sides, so that a perfect detector could recover the box from enough points. Read next: `world.py`, which
+places the bodies on a street.
 """
 
 from __future__ import annotations
@@ -30,14 +31,27 @@ def part(
     free_path: float = 0.0,
     gloss: float = 0.0,
 ) -> np.ndarray:
-    """One part, (17,) float64, unrotated and belonging to no object. taper: front, rear, each side, in m."""
+    """Make one part, not rotated and owned by no object.
+
+    Args:
+        kind: `BOX`, `ELLIPSOID` or `CYLINDER`.
+        center: x, y, z in m.
+        half: Half sizes in m.
+        reflectivity: 0 to 1.
+        taper: How far the top face of a box steps in at the front, at the rear and at each side, in m.
+        pass_chance: Share of rays that go through, as through glass or spokes.
+        free_path: Mean distance in m that a ray flies inside, as in leaves; 0 means solid.
+        gloss: Share of rays that are mirrored away and never come back.
+
+    Returns:
+        (17,) float64, the columns of `raycast.py`.
+    """
     return np.array([kind, *center, 1.0, 0.0, *half, *taper, reflectivity, pass_chance, free_path, gloss, -1.0], np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Style:
-    """The cabin's outline: height of the shoulder over the car's, and where windscreen and rear window start and end, over the
-    length from the middle (front bumper 0.5)."""
+    """Outline of a cabin. Lengths are shares of the car's length from its middle (the front bumper is 0.5), heights of the car's height."""
 
     shoulder: float
     screen_foot: float
@@ -153,10 +167,11 @@ def _tram(length: float, width: float, height: float, paint: float) -> list[np.n
 
 @dataclass(frozen=True, kw_only=True)
 class _Animal:
-    """A species' proportions. back, belly: heights over the animal's. chest: where the trunk ends, over the length from the middle
-    (nose 0.5). head: half its length over the animal's length, half its width over the animal's width, half its height over the
-    animal's height. neck: how far its foot reaches back, over the length. leg: radius over the length. tail: low and high end over
-    the height."""
+    """Proportions of a species. Heights are shares of the animal's height, lengths of its length, from the middle (the nose is 0.5).
+
+    `chest` is where the trunk ends; `head` holds half its length, width and height; `neck` is how far the neck's foot reaches back; `leg` is a radius;
+    `tail` is its low and high end.
+    """
 
     back: float
     belly: float
@@ -244,10 +259,16 @@ def _trailer(length: float, width: float, height: float, paint: float, flat: boo
 
 
 def body(class_index: int, size: np.ndarray, reflectivity: float, style: int) -> np.ndarray:
-    """The parts (P, 17) of a road user of a class with labelled size (3,) length, width, height, in its own frame.
+    """Build a road user in its own frame.
 
-    reflectivity: of paint, clothes or coat, 0..1. style: of a car hatchback, sedan, SUV, pickup; of an animal dog, deer, horse; of a
-    trailer box, flat bed; others do not look at it.
+    Args:
+        class_index: Index into `places.ALL_CLASS_NAMES`.
+        size: (3,) labeled length, width, height in m.
+        reflectivity: Of paint, clothes or coat, 0 to 1.
+        style: A car's hatchback, sedan, SUV, pickup (0 to 3); an animal's dog, deer, horse; a trailer's box, flat bed. Other classes ignore it.
+
+    Returns:
+        (P, 17) parts.
     """
     length, width, height = (float(v) for v in size)
     if class_index == CAR:
@@ -264,7 +285,16 @@ def body(class_index: int, size: np.ndarray, reflectivity: float, style: int) ->
 
 
 def tree(height: float, crown: float, trunk: float) -> np.ndarray:
-    """A trunk and a crown of leaves, (2, 17). height of the top, radius of crown and trunk, m."""
+    """Build a trunk with a crown of leaves.
+
+    Args:
+        height: Height of the top in m.
+        crown: Radius of the crown in m.
+        trunk: Radius of the trunk in m.
+
+    Returns:
+        (2, 17) parts.
+    """
     foot = 0.35 * height
     z, hz = _span(foot, height)
     return np.stack(
@@ -276,17 +306,41 @@ def tree(height: float, crown: float, trunk: float) -> np.ndarray:
 
 
 def bush(half: tuple[float, float, float]) -> np.ndarray:
-    """Leaves down to the ground, (1, 17). half: half sizes in m."""
+    """Build leaves that reach down to the ground.
+
+    Args:
+        half: Half sizes in m.
+
+    Returns:
+        (1, 17) parts.
+    """
     return part(ELLIPSOID, (0, 0, 0.7 * half[2]), half, 0.45, free_path=0.3)[None]
 
 
 def block(half: tuple[float, float, float], reflectivity: float) -> np.ndarray:
-    """A solid box on the ground, (1, 17): a building, a wall, a fence."""
+    """Build a solid box on the ground: a building, a wall, a fence.
+
+    Args:
+        half: Half sizes in m.
+        reflectivity: 0 to 1.
+
+    Returns:
+        (1, 17) parts.
+    """
     return part(BOX, (0, 0, half[2]), half, reflectivity)[None]
 
 
 def post(height: float, radius: float, *, sign: bool) -> np.ndarray:
-    """A pole, (1 or 2, 17); with a sign it carries a small board of high reflectivity, facing along x."""
+    """Build a pole.
+
+    Args:
+        height: Height in m.
+        radius: Radius in m.
+        sign: Whether it carries a small board of high reflectivity that faces along x.
+
+    Returns:
+        (1 or 2, 17) parts.
+    """
     pole = part(CYLINDER, (0, 0, height / 2), (radius, radius, height / 2), 0.4)
     board = part(BOX, (0, 0, height - 0.35), (0.02, 0.32, 0.32), 0.95)
     return np.stack([pole, board]) if sign else pole[None]

@@ -1,17 +1,17 @@
 """Category shift on simulated streets: the target holds road users that the source does not know, or lacks one that it knows.
 
-A source detector has learnt cars, pedestrians and cyclists. The four scenarios of universal domain adaptation (You et al.,
-"Universal domain adaptation", CVPR 2019), by what the target holds:
+A source detector has learned cars, pedestrians and cyclists. The four scenarios of universal domain adaptation (You et al., "Universal domain
+adaptation", CVPR 2019), by what the target holds:
 
     closed         the same classes
     partial        one source class is missing
-    open           trucks, trams, animals and trailers besides
+    open           trucks, trams, animals and trailers as well
     open_partial   both
 
-Vans are in none of these worlds, source or target: KITTI counts them neither as cars nor as something else, and a scenario
-needs every object to be known or private. The place's own trucks are left out likewise, so trucks are there only where private.
-Their shares of the traffic are cars. The four scenarios of a domain are the same streets, frame by frame, but for what is added
-or missing and, where something is added, what it hides. Differences between scenarios are therefore differences of categories.
+No world holds vans, neither source nor target: KITTI counts them neither as cars nor as something else, and a scenario needs every object to be
+known or private. The place's own trucks are left out too, so trucks exist only where they are private. Cars take their share of the traffic.
+The four scenarios of a domain are the same streets, frame by frame, except for what is added or missing and what added objects hide. So
+differences between scenarios are differences of categories. Read next: `places.py`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,16 @@ TRUCKS, TRAMS, ANIMALS, TRAILERS = 2.5, 1.75, 4.5, 2.5
 
 
 def source_domain(domain: Domain) -> Domain:
-    """``domain`` with cars, pedestrians and cyclists alone: what the source detector is trained on.
+    """The domain that the source detector is trained on: cars, pedestrians and cyclists alone.
 
-    As many cyclists as pedestrians, who otherwise are four or more to one: a detector that cannot tell the two apart (AUROC 0.74 after
-    201 cyclists in 400 frames) has nothing to adapt.
+    It has as many cyclists as pedestrians. Otherwise pedestrians are four or more to one, and a detector that cannot tell the two apart (AUROC 0.74
+    after 201 cyclists in 400 frames) has nothing to adapt.
+
+    Args:
+        domain: An ordinary domain.
+
+    Returns:
+        The domain with the same sensor and streets.
     """
     place = _without_trucks(domain.place)
     return replace(domain, name=f"{domain.name}-source", place=replace(place, cyclists=max(place.cyclists, place.pedestrians)))
@@ -45,10 +51,18 @@ def _without_trucks(place: Place) -> Place:
 
 
 def category_shift(target: Domain, kind: ShiftKind, *, lacking: str = "Cyclist") -> Domain:
-    """``target`` as the target domain of a scenario, for a source of ``SOURCE_CLASSES``.
+    """The target domain of a scenario, for a source of `SOURCE_CLASSES`. All kinds share their streets, seed by seed.
 
-    lacking: the source class that "partial" and "open_partial" leave out; the others do not look at it. The kinds share their streets
-    seed by seed. Raises ``InvalidInput`` for another kind or a class that the source does not have.
+    Args:
+        target: An ordinary domain.
+        kind: Scenario.
+        lacking: The source class that `partial` and `open_partial` leave out; the other kinds ignore it.
+
+    Returns:
+        The target domain.
+
+    Raises:
+        InvalidInput: There is no such kind, or the source does not have the class.
     """
     known, private = known_classes(kind, lacking=lacking), bool(private_classes(kind))
     absent = tuple(name for name in SOURCE_CLASSES if name not in known)
@@ -66,7 +80,18 @@ def category_shift(target: Domain, kind: ShiftKind, *, lacking: str = "Cyclist")
 
 
 def known_classes(kind: ShiftKind, *, lacking: str = "Cyclist") -> tuple[str, ...]:
-    """The source classes that the target of a scenario holds, in the source's order."""
+    """The source classes that the target of a scenario holds.
+
+    Args:
+        kind: Scenario.
+        lacking: The source class that `partial` and `open_partial` leave out.
+
+    Returns:
+        Class names in the source's order.
+
+    Raises:
+        InvalidInput: There is no such kind, or the source does not have the class.
+    """
     _check(kind)
     if lacking not in SOURCE_CLASSES:
         raise InvalidInput(f"lacking must be one of the source's {', '.join(SOURCE_CLASSES)}, found {lacking!r}")
@@ -74,7 +99,17 @@ def known_classes(kind: ShiftKind, *, lacking: str = "Cyclist") -> tuple[str, ..
 
 
 def private_classes(kind: ShiftKind) -> tuple[str, ...]:
-    """The classes of a scenario's target that its source does not know: ``PRIVATE_CLASSES`` or none."""
+    """The classes in the target of a scenario that its source does not know.
+
+    Args:
+        kind: Scenario.
+
+    Returns:
+        `PRIVATE_CLASSES`, or no class.
+
+    Raises:
+        InvalidInput: There is no such kind.
+    """
     _check(kind)
     return PRIVATE_CLASSES if kind in ("open", "open_partial") else ()
 

@@ -1,11 +1,12 @@
-"""Writing a simulated dataset in KITTI's object layout, so that the KITTI reader, evaluation and everyone's tools open it.
+"""Writing a simulated dataset in KITTI's object layout, so that the KITTI reader, the evaluation and other tools can read it.
 
     root/simulation.json                       what was simulated: domain, seed, view; a resumed run must agree
     root/training/velodyne[_reduced]/<id>.bin  the full turn, or what the virtual camera sees
     root/training/{calib,label_2}/<id>.txt
     root/ImageSets/<split>.txt
 
-Frames are independent, so workers share nothing. The label is written last: a frame that has one is complete and is kept.
+Frames are independent, so workers share nothing. The label file is written last: a frame that has one is complete and is kept. Read next:
+`simulate.py`, which makes a frame.
 """
 
 from __future__ import annotations
@@ -22,13 +23,20 @@ from ...core.structures import Calibration
 from ..kitti_text import write_objects
 from .places import Domain
 from .simulate import SimulatedFrame, View, simulate_frame, virtual_camera
-from .writing import claim, run_jobs, split_members
+from .writing import claim_folder, run_jobs, split_members
 
 FOLDERS: Mapping[View, str] = {"camera": "velodyne_reduced", "full": "velodyne"}
 
 
 def format_calibration(calibration: Calibration) -> str:
-    """The text of a KITTI calibration file; all four cameras are the one camera, the rectification and the IMU are trivial."""
+    """Text of a KITTI calibration file. All four cameras are the one virtual camera; rectification and IMU are trivial.
+
+    Args:
+        calibration: The virtual camera.
+
+    Returns:
+        The text of the file.
+    """
 
     def row(name: str, matrix: torch.Tensor) -> str:
         return f"{name}: " + " ".join(f"{v:.12e}" for v in matrix.flatten().tolist()) + "\n"
@@ -43,7 +51,13 @@ def format_calibration(calibration: Calibration) -> str:
 
 
 def write_frame(root: Path, frame: SimulatedFrame, view: View) -> None:
-    """Write one frame below ``root``; labels are those of the objects in the virtual camera's picture."""
+    """Write one frame: scan, calibration and the labels of the objects in the virtual camera's picture.
+
+    Args:
+        root: Root of the dataset.
+        frame: The frame.
+        view: Decides the folder of the scan.
+    """
     name, folder = frame.frame.id, root / "training"
     write_bin(folder / FOLDERS[view] / f"{name}.bin", frame.frame.points)
     write_atomically(folder / "calib" / f"{name}.txt", format_calibration(virtual_camera()).encode())
@@ -67,21 +81,36 @@ def write_kitti_layout(
     splits: Mapping[str, int | Sequence[int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Simulate frames 0 to ``num_frames - 1`` into ``root``; return how many were made anew.
+    """Simulate frames 0 to `num_frames - 1` in KITTI's layout.
 
-    Complete frames are kept, so an interrupted run continues, and more frames can be added later. The bytes do not depend on
-    ``workers``, the number of processes.
+    Complete frames are kept, so an interrupted run continues, and more frames can be added later.
 
-    splits: name of an ImageSets file -> its frame numbers, or a count taken in order from those not yet taken by a count before it;
-    None writes all frames as "train". progress: called with (frames done, frames in all) after each frame.
-    Raises ``InvalidInput`` if the folder holds another simulation, or if a split asks for frames that are not made;
-    ``UpcycleError`` if a worker dies.
+    Args:
+        root: Folder to write.
+        domain: Sensor and place.
+        num_frames: Number of frames, from 0.
+        seed: Everything follows from it.
+        workers: Processes. The bytes do not depend on their number.
+        view: `camera`: what a front camera sees; `full`: the whole turn.
+        splits: Name of a split to its frame numbers, or to a count that is taken in order from the frames not yet taken. By default
+            all frames are `train`.
+        progress: Called with (frames done, all frames) after each frame.
+
+    Returns:
+        How many frames were made in this run.
+
+    Raises:
+        InvalidInput: The folder holds another simulation, or a split asks for frames that are not made.
+        UpcycleError: A worker died.
+
+    Example:
+        write_kitti_layout("data/sim", domain("waymo"), num_frames=120, seed=1, splits={"train": 100, "val": 20})
     """
     root = Path(root)
     if num_frames < 1 or workers < 1:
         raise InvalidInput(f"need num_frames >= 1 and workers >= 1, found {num_frames} and {workers}")
     members = split_members(num_frames, splits if splits is not None else {"train": num_frames})
-    claim(root, domain, seed, view, contents=("training",))
+    claim_folder(root, domain, seed, view, contents=("training",))
 
     missing = [i for i in range(num_frames) if not _complete(root, i, view)]
     done = num_frames - len(missing)

@@ -1,15 +1,15 @@
-"""Writing a simulated dataset in Lyft Level 5's own layout: the tables and the sweeps, as ``datasets/nuscenes.py`` reads them.
+"""Writing a simulated dataset in Lyft Level 5's own layout: the tables and the sweeps, as `datasets/nuscenes.py` reads them.
 
     root/simulation.json                    what was simulated: domain, seed, view; a resumed run must agree
-    root/v1.01-train/*.json                 the tables, in Lyft's names and units
+    root/v1.01-train/*.json                 the tables, with Lyft's names and units
     root/lidar/simulated_lidar1_<n>.bin     float32 x y z intensity ring, in the sensor's own frame; intensity counts to 255
     root/ImageSets/<split>.txt              scene names
     root/simulated_rows/<n>.json            the rows of frame n, from which the tables are made anew at the end of each run
 
-The worlds are those of ``layout_kitti``, frame by frame. A frame is a street of its own, so it is also a scene and a log of its own, and no
-sweep has one before it. Every frame has another pose in the world (any heading, on a slope) and another calibration (the LiDAR turned by
-about half a turn and leaning, as on Lyft's cars), so a reader that forgets one of them reads other boxes. Unlike Lyft's, these boxes
-stand upright on the vehicle's ground rather than in the world, and intensities and rings are the simulated ones.
+The worlds are those of `layout_kitti`, frame by frame. A frame is a street of its own, so it is also a scene and a log of its own, and no sweep has
+one before it. Every frame has another pose in the world (any heading, on a slope) and another calibration (the LiDAR turned by about half a turn and
+leaning, as on Lyft's cars), so a reader that forgets one of them reads other boxes. Unlike Lyft's, these boxes stand upright on the vehicle's ground
+instead of the world's, and intensities and rings are the simulated ones.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from ...core.files import write_atomically
 from ..nuscenes_tables import Pose, quaternion_matrix
 from .places import Domain
 from .simulate import SimulatedFrame, View, simulate_frame
-from .writing import claim, run_jobs, split_members
+from .writing import claim_folder, run_jobs, split_members
 
 VERSION = "v1.01-train"
 CATEGORIES: Mapping[str, str] = {
     "Car": "car", "Pedestrian": "pedestrian", "Cyclist": "bicycle", "Van": "other_vehicle", "Truck": "truck",
 }  # fmt: skip
-# Of an ``OpenPlace``. Lyft itself has no trams and trailers; a table names these only where the dataset holds them.
+# Of an `OpenPlace`. Lyft itself has no trams and trailers; a table names these only where the dataset holds them.
 OPEN_CATEGORIES: Mapping[str, str] = {"Tram": "tram", "Animal": "animal", "Trailer": "trailer"}
 TABLES = (
     "attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map", "sample", "sample_annotation", "sample_data",
@@ -49,14 +49,27 @@ Row = dict[str, Any]
 
 
 def token(*names: object) -> str:
-    """A token like Lyft's, 64 hexadecimal digits, that follows from what it names."""
+    """Make a token like Lyft's.
+
+    Args:
+        names: What the token names.
+
+    Returns:
+        64 hexadecimal digits that follow from the names.
+    """
     return hashlib.sha256(" ".join(map(str, names)).encode()).hexdigest()
 
 
 def frame_poses(height: float, *, seed: int, index: int) -> tuple[Pose, Pose, list[float], list[float]]:
-    """How the LiDAR sits in the vehicle and where the vehicle is, as poses and as the tables' quaternions.
+    """Decide how the LiDAR sits in the vehicle and where the vehicle is. The LiDAR leans by up to 2 degrees, slopes have up to 5.
 
-    height: m, of the LiDAR above the ego frame's origin on the road. Leaning: up to 2 degrees; slopes: up to 5.
+    Args:
+        height: Height in m of the LiDAR above the ego frame's origin on the road.
+        seed: Seed of the dataset.
+        index: Number of the frame.
+
+    Returns:
+        The sensor's pose in the vehicle, the vehicle's pose in the world, and the quaternions of both for the tables.
     """
     rng = np.random.default_rng([seed, index, 0x1F7])
     lean, slope = np.deg2rad(rng.uniform(-2, 2, 2)), np.deg2rad(rng.uniform(-5, 5, 2))
@@ -73,7 +86,17 @@ def frame_poses(height: float, *, seed: int, index: int) -> tuple[Pose, Pose, li
 
 
 def frame_rows(made: SimulatedFrame, height: float, *, seed: int, index: int) -> tuple[bytes, dict[str, list[Row]]]:
-    """The bytes of a frame's sweep, and its rows by table."""
+    """Make the files of one frame.
+
+    Args:
+        made: The simulated frame.
+        height: Height in m of the LiDAR above the road.
+        seed: Seed of the dataset.
+        index: Number of the frame.
+
+    Returns:
+        The bytes of the sweep, and the frame's rows by table.
+    """
     sensor, vehicle, sensor_quaternion, vehicle_quaternion = frame_poses(height, seed=seed, index=index)
     points = made.frame.points
     xyz = points.xyz.double() @ sensor.rotation  # from the vehicle's axes back to the sensor's
@@ -136,7 +159,14 @@ def frame_rows(made: SimulatedFrame, height: float, *, seed: int, index: int) ->
 
 
 def scene_name(index: int) -> str:
-    """The scene of frame ``index``, which splits name."""
+    """Name of a frame's scene, which splits use.
+
+    Args:
+        index: Number of the frame.
+
+    Returns:
+        The name.
+    """
     return f"simulated-{index:06d}"
 
 
@@ -151,15 +181,32 @@ def write_lyft_layout(
     splits: Mapping[str, int | Sequence[int]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Simulate frames 0 to ``num_frames - 1`` into ``root`` in Lyft's layout; return how many were made anew.
+    """Simulate frames 0 to `num_frames - 1` in Lyft's layout. Vans are `other_vehicle`, and all objects of the view are labeled.
 
-    Arguments, resuming and errors are those of ``write_kitti_layout``; labels are all objects of ``view``, vans as other_vehicle.
+    Complete frames are kept, so an interrupted run continues.
+
+    Args:
+        root: Folder to write.
+        domain: Sensor and place.
+        num_frames: Number of frames, from 0.
+        seed: Everything follows from it.
+        workers: Processes. The bytes do not depend on their number.
+        view: `camera`: what a front camera sees; `full`: the whole turn.
+        splits: Name of a split to its frame numbers or to a count, as for `write_kitti_layout`.
+        progress: Called with (frames done, all frames) after each frame.
+
+    Returns:
+        How many frames were made in this run.
+
+    Raises:
+        InvalidInput: The folder holds another simulation, or a split asks for frames that are not made.
+        UpcycleError: A worker died.
     """
     root = Path(root)
     if num_frames < 1 or workers < 1:
         raise InvalidInput(f"need num_frames >= 1 and workers >= 1, found {num_frames} and {workers}")
     members = split_members(num_frames, splits if splits is not None else {"train": num_frames})
-    claim(root, domain, seed, view, layout="lyft", contents=(VERSION, "lidar"))
+    claim_folder(root, domain, seed, view, layout="lyft", contents=(VERSION, "lidar"))
     jobs = [(root, domain, seed, i, view) for i in range(num_frames) if not _rows_file(root, i).is_file()]
     done = num_frames - len(jobs)
     if progress is not None and done:
@@ -211,7 +258,7 @@ def _quaternion(yaw: float, pitch: float, roll: float) -> list[float]:
 
 
 def _product(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    """The quaternion of turning by ``b`` first, then by ``a``."""
+    """The quaternion of turning by `b` first, then by `a`."""
     (w, x, y, z), (v, p, q, r) = a, b
     return [
         w * v - x * p - y * q - z * r,

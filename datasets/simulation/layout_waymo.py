@@ -1,12 +1,12 @@
-"""Writing simulated frames as Waymo's v2 Parquet tables, so that the Waymo reader and everyone's tools open them.
+"""Writing simulated frames as Waymo's v2 Parquet tables, so that the Waymo reader and other tools can read them.
 
     root/simulation.json                     what was simulated; a resumed run must agree
     root/<component>/<segment>.parquet       lidar, lidar_pose, lidar_calibration, vehicle_pose, lidar_box
-    root/ImageSets/<split>.txt               one segment a line
+    root/ImageSets/<split>.txt               one segment per line
 
-A point goes to the pixel of its beam and azimuth column with its exact range; its direction becomes the pixel's, which costs the
-sensor's jitter (0.01 degrees, 1 cm at 75 m) and nothing else. Waymo's columns look half a step beside the simulator's, so the pixel
-poses are turned by half a step against the frame's pose: a reader that ignores them is wrong, as with real data.
+A point goes to the pixel of its beam and azimuth column with its exact range. Its direction becomes the pixel's, which loses the sensor's jitter
+(0.01 degrees, 1 cm at 75 m) and nothing else. Waymo's columns look half a step next to the simulator's, so the pixel poses are turned by half
+a step against the frame's pose: a reader that ignores them is wrong, as it would be with real data.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ..waymo_parquet import (
 from .places import Domain
 from .sensors import Sensor
 from .simulate import SimulatedFrame, View, simulate_frame
-from .writing import claim, run_jobs
+from .writing import claim_folder, run_jobs
 
 FRAMES_PER_SEGMENT = 5
 # Label.Type: vehicle 1, pedestrian 2, cyclist 4; 0 is unknown, as Waymo labels no animals.
@@ -52,10 +52,19 @@ _MOST_INTENSITY = 0.999999  # whose inverse tanh is 7.3; that of 1 is infinite
 
 
 def waymo_frame(made: SimulatedFrame, sensor: Sensor, *, segment: str, index: int) -> WaymoFrame:
-    """A simulated frame as Waymo would record it with the TOP laser alone, straight above the vehicle's origin.
+    """Record a simulated frame like Waymo's TOP laser, straight above the vehicle's origin.
 
-    Intensity is stored so that tanh gives it back. Points in boxes are counted after the round trip. Two points in one pixel (a
-    jitter of several standard deviations): the nearer stays.
+    Intensity is stored so that tanh gives it back. Points in boxes are counted after the round trip. Where two points fall into one pixel, the nearer
+    one stays.
+
+    Args:
+        made: The simulated frame.
+        sensor: The sensor that made it.
+        segment: Name of the segment.
+        index: Number of the frame.
+
+    Returns:
+        The frame as the Waymo reader would read it.
     """
     cloud = made.frame.points
     xyz = cloud.xyz.double().numpy()
@@ -107,9 +116,17 @@ def waymo_frame(made: SimulatedFrame, sensor: Sensor, *, segment: str, index: in
 
 
 def write_segment(root: Path, segment: str, frames: Iterable[WaymoFrame]) -> None:
-    """Write the five tables of one segment below ``root``, each under its name only when complete, ``lidar_box`` last.
+    """Write the five tables of one segment, each under its name only when it is complete, `lidar_box` last.
 
-    A row group of range images holds one frame. The calibrations are those of the first frame. Raises InvalidInput without a frame.
+    A row group of range images holds one frame. The calibrations are those of the first frame.
+
+    Args:
+        root: Root of the dataset.
+        segment: Name of the segment.
+        frames: Its frames.
+
+    Raises:
+        InvalidInput: There is no frame.
     """
     frames = tuple(frames)
     if not frames:
@@ -139,19 +156,34 @@ def write_waymo_layout(
     splits: Mapping[str, int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Simulate frames 0 to ``num_frames - 1`` into ``root``, in segments of five; return how many frames were made anew.
+    """Simulate frames 0 to `num_frames - 1` in Waymo's layout, in segments of five.
 
-    The frames of a segment are as unrelated as any: only the layout has sequences. No segment lies in two splits. Complete segments
-    are kept, so an interrupted run continues. splits: name -> number of frames, taken in order; None writes all as "train".
-    Raises ``InvalidInput`` if the folder holds another simulation or the splits ask for more than there is; ``UpcycleError`` if a
-    worker dies.
+    The frames of a segment are unrelated: only the layout has sequences. No segment lies in two splits. Complete segments are kept, so an
+    interrupted run continues.
+
+    Args:
+        root: Folder to write.
+        domain: Sensor and place.
+        num_frames: Number of frames, from 0.
+        seed: Everything follows from it.
+        workers: Processes. The bytes do not depend on their number.
+        view: `camera`: what a front camera sees; `full`: the whole turn.
+        splits: Name of a split to its number of frames, taken in order. By default all frames are `train`.
+        progress: Called with (frames done, all frames) after each segment.
+
+    Returns:
+        How many frames were made in this run.
+
+    Raises:
+        InvalidInput: The folder holds another simulation, or the splits ask for more frames than there are.
+        UpcycleError: A worker died.
     """
     root, splits = Path(root), splits if splits is not None else {"train": num_frames}
     if num_frames < 1 or workers < 1 or min(splits.values(), default=0) < 1 or sum(splits.values()) > num_frames:
         raise InvalidInput(
             f"need num_frames and workers of at least 1 and splits within them, found {num_frames}, {workers}, {dict(splits)}"
         )
-    claim(root, domain, seed, view, layout="waymo", contents=("lidar",))
+    claim_folder(root, domain, seed, view, layout="waymo", contents=("lidar",))
     members: dict[str, list[str]] = {}
     segments: dict[str, range] = {}
     start = 0

@@ -1,8 +1,8 @@
 """The places that the simulation stands in for: how large the road users are, how dense, and how the street is built.
 
-A ``Domain`` is a sensor at a place. Both are frozen, so a domain gap can be taken apart by cause: for example
-``replace(WAYMO, sensor=KITTI_HDL64E)`` drives the Waymo streets, frame by frame the same, with KITTI's beams.
-Sources of the numbers: ``docs/simulation.md``. They were chosen once and are not tuned to any method's result.
+A `Domain` is a sensor at a place. Both are frozen, so a domain gap can be taken apart by cause: for example `replace(WAYMO, sensor=KITTI_HDL64E)`
+drives through the same Waymo streets, frame by frame, with KITTI's beams. docs/simulation.md lists the sources of the numbers. They were chosen
+once and are not tuned to any method's result. Read next: `sensors.py`, `world.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...core.errors import InvalidInput
 from .sensors import KITTI_HDL64E, LYFT_ROOF, WAYMO_TOP, Sensor
 
 CLASS_NAMES = ("Car", "Pedestrian", "Cyclist", "Van", "Truck")
-ALL_CLASS_NAMES = (*CLASS_NAMES, "Tram", "Animal", "Trailer")  # the last three only where an ``OpenPlace`` asks for them
+ALL_CLASS_NAMES = (*CLASS_NAMES, "Tram", "Animal", "Trailer")  # the last three only where an `OpenPlace` asks for them
 CAR, PEDESTRIAN, CYCLIST, VAN, TRUCK, TRAM, ANIMAL, TRAILER = range(8)
 
 Triple = tuple[float, float, float]
@@ -25,14 +25,24 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class SizeDistribution:
-    """Length, width, height in m: normal, each clipped to mean +- 2.5 std, pairwise correlated by ``correlation``."""
+    """Sizes of one class: normal, each clipped to mean ± 2.5 standard deviations, and correlated in pairs."""
 
     mean: Triple
+    """Mean length, width, height in m."""
     std: Triple
+    """Standard deviation of length, width, height in m."""
     correlation: float = 0.5
+    """Correlation of each pair of sizes, 0 to 1."""
 
     def sample(self, rng: np.random.Generator) -> np.ndarray:
-        """(3,) float64 length, width, height. Always takes four numbers from ``rng``."""
+        """Draw one size. It always takes four numbers from the generator.
+
+        Args:
+            rng: Random generator.
+
+        Returns:
+            (3,) float64 length, width, height in m.
+        """
         common, own = rng.standard_normal(), rng.standard_normal(3)
         normal = self.correlation**0.5 * common + (1 - self.correlation) ** 0.5 * own
         return np.array(self.mean) + np.array(self.std) * np.clip(normal, -2.5, 2.5)
@@ -40,63 +50,80 @@ class SizeDistribution:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A kind of street.
-
-    sizes: one distribution per name in ``CLASS_NAMES``. car_styles: weights of hatchback, sedan, SUV, pickup.
-    vehicle_mix: weights of car, van, truck among vehicles. lanes: per direction. lane_width, parking_width,
-    sidewalk_width, slot: m (slot: mean length of a parking place). parked: share of parking places taken. angled: chance that a side parks at a right angle.
-    gap: mean free m between vehicles of a lane. crossing: chance of a crossing street ahead. turning: chance that the
-    vehicle itself is turning. pedestrians, cyclists: mean number within 100 m either way. setback: (low, high) m from
-    sidewalk to buildings. built: share of the building line that is built. trees: mean number per 100 m and side.
-    relief: m, height of the long waves of the ground.
-    """
+    """A kind of street."""
 
     name: str
+    """Name of the place."""
     sizes: tuple[SizeDistribution, SizeDistribution, SizeDistribution, SizeDistribution, SizeDistribution]
+    """One distribution per name in `CLASS_NAMES`."""
     car_styles: tuple[float, float, float, float]
+    """Weights of hatchback, sedan, SUV and pickup."""
     vehicle_mix: Triple
+    """Weights of car, van and truck among vehicles."""
     lanes: int
+    """Lanes per direction."""
     lane_width: float
+    """Width of a lane in m."""
     parking_width: float
+    """Width of the parking strip in m."""
     sidewalk_width: float
+    """Width of the sidewalk in m."""
     slot: float
+    """Mean length of a parking place in m."""
     parked: float
+    """Share of parking places that are taken."""
     angled: float
+    """Chance that cars on one side park at a right angle."""
     gap: float
+    """Mean free distance in m between vehicles of a lane."""
     crossing: float
+    """Chance of a crossing street ahead."""
     turning: float
+    """Chance that the vehicle itself is turning."""
     pedestrians: float
+    """Mean number of pedestrians within 100 m either way."""
     cyclists: float
+    """Mean number of cyclists within 100 m either way."""
     setback: tuple[float, float]
+    """Lowest and highest distance in m from sidewalk to buildings."""
     built: float
+    """Share of the building line that is built."""
     trees: float
+    """Mean number of trees per 100 m and side."""
     relief: float
+    """Height in m of the long waves of the ground."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenPlace(Place):
-    """A street that also holds road users a detector of cars, pedestrians and cyclists has not learnt, or lacks some.
+    """A street that also holds road users that a detector of cars, pedestrians and cyclists has not learned, or that lacks some.
 
-    trams, trucks, trailers, animals: mean number within 100 m either way, put in after everything else, so the street is otherwise
-    the same (these trucks come on top of ``vehicle_mix``'s). absent: names in ``CLASS_NAMES`` whose places stay empty.
-    animal_sizes, animal_mix: of dogs, deer, horses.
-
-    A class of its own and not fields of ``Place``: the record of an ordinary simulated folder stays as it was.
+    Further users are put in after everything else, so the street is otherwise the same. This is a class of its own and not fields of `Place`, so that
+    the record of an ordinary simulated folder stays as it was.
     """
 
     trams: float = 0.0
+    """Mean number of trams within 100 m either way."""
     trucks: float = 0.0
+    """Mean number of trucks, in addition to those of `vehicle_mix`."""
     trailers: float = 0.0
+    """Mean number of trailers without a vehicle."""
     animals: float = 0.0
+    """Mean number of animals."""
     absent: tuple[str, ...] = ()
+    """Names in `CLASS_NAMES` whose places stay empty."""
     tram_size: SizeDistribution = SizeDistribution(mean=(28.0, 2.65, 3.60), std=(2.0, 0.04, 0.06))
+    """Sizes of trams."""
     trailer_size: SizeDistribution = SizeDistribution(mean=(5.50, 2.35, 2.50), std=(0.60, 0.06, 0.20))
+    """Sizes of trailers."""
     animal_sizes: tuple[SizeDistribution, SizeDistribution, SizeDistribution] = (
         SizeDistribution(mean=(0.85, 0.28, 0.62), std=(0.10, 0.03, 0.06)),
         SizeDistribution(mean=(1.45, 0.45, 1.45), std=(0.10, 0.04, 0.10)),
         SizeDistribution(mean=(2.05, 0.62, 1.95), std=(0.06, 0.03, 0.10)),
     )
+    """Sizes of dogs, deer and horses."""
     animal_mix: Triple = (0.4, 0.3, 0.3)
+    """Weights of dogs, deer and horses."""
 
     def __post_init__(self) -> None:
         numbers = (self.trams, self.trucks, self.trailers, self.animals)
@@ -117,7 +144,22 @@ class OpenPlace(Place):
         animals: float = 0.0,
         absent: tuple[str, ...] = (),
     ) -> OpenPlace:
-        """``place`` with these further road users; the street itself is seed by seed the same."""
+        """A place with further road users; seed by seed the street itself is the same.
+
+        Args:
+            place: The ordinary place.
+            trams: Mean number of trams within 100 m either way.
+            trucks: Mean number of additional trucks.
+            trailers: Mean number of trailers.
+            animals: Mean number of animals.
+            absent: Names in `CLASS_NAMES` whose places stay empty.
+
+        Returns:
+            The open place.
+
+        Raises:
+            InvalidInput: A number is negative or not finite, or a name is unknown.
+        """
         street = {f.name: getattr(place, f.name) for f in fields(Place)}
         return cls(**street, trams=trams, trucks=trucks, trailers=trailers, animals=animals, absent=absent)
 
@@ -127,8 +169,11 @@ class Domain:
     """A sensor at a place: what one simulated dataset comes from."""
 
     name: str
+    """Name of the domain."""
     sensor: Sensor
+    """The LiDAR with its mounting."""
     place: Place
+    """The streets."""
 
 
 KARLSRUHE = Place(
@@ -225,7 +270,17 @@ DOMAINS = (KITTI, WAYMO, LYFT)
 
 
 def domain(name: str) -> Domain:
-    """The domain called ``name``; ``InvalidInput`` with the nearest name if there is none."""
+    """Look up a domain.
+
+    Args:
+        name: `kitti`, `waymo` or `lyft`.
+
+    Returns:
+        The domain.
+
+    Raises:
+        InvalidInput: There is none of this name; the message suggests the nearest.
+    """
     known = {d.name: d for d in DOMAINS}
     if name in known:
         return known[name]

@@ -1,10 +1,9 @@
 """Where each laser ray of one turn ends: on the ground, on an object, in a bush, or nowhere.
 
-A scene is a height field (a sum of waves) and some hundred analytic parts, each a tapered box, an ellipsoid or an upright
-cylinder that may turn about the vertical. The sensor stands at the origin. Three tricks keep a full turn of 130,000 rays
-below 0.2 s on one core: only the parts whose footprint covers an azimuth are tried there; the ground is sampled once per
-azimuth and shared by all beams; all randomness is a hash of (seed, ray, purpose), so a ray's fate depends on nothing else
-and the camera view is exactly a subset of the full turn.
+A scene is a height field (a sum of waves) and some hundred analytic parts, each a tapered box, an ellipsoid or an upright cylinder that may turn about
+the vertical. The sensor stands at the origin. Three tricks keep a full turn of 130,000 rays below 0.2 s on one core: only the parts whose footprint
+covers an azimuth are tried there; the ground is sampled once per azimuth and shared by all beams; all randomness is a hash of (seed, ray,
+purpose), so a ray's fate depends on nothing else, and the camera view is exactly a subset of the full turn.
 """
 
 from __future__ import annotations
@@ -54,18 +53,18 @@ _DROP, _RANGE_NOISE, _INTENSITY, _TILT, _TURN, _PARTS = 1, 2, 3, 4, 5, 16  # pur
 
 @dataclass(frozen=True, kw_only=True)
 class Hits:
-    """The answered pulses of one turn, column by column.
-
-    points: (N, 4) float32 x, y, z m and intensity. objects: (N,) int64 object index, -1 for the rest of the world.
-    beams: (N,) int64 index into the sensor's elevations. reachable: (O,) int64 rays that would meet the object if it stood alone.
-    visible: (O,) int64 rays that meet it first (drop-outs included).
-    """
+    """The answered pulses of one turn, column by column."""
 
     points: np.ndarray
+    """(N, 4) float32 x, y, z in m and intensity."""
     objects: np.ndarray
+    """(N,) int64 index of the object, -1 for the rest of the world."""
     beams: np.ndarray
+    """(N,) int64 index into the sensor's elevations."""
     reachable: np.ndarray
+    """(O,) int64 rays that would meet the object if it stood alone."""
     visible: np.ndarray
+    """(O,) int64 rays that meet the object first, lost pulses included."""
 
 
 @numba.njit(cache=True, nogil=True)
@@ -159,7 +158,7 @@ def _cast(
     reachable: np.ndarray,
     visible: np.ndarray,
 ) -> int:
-    """Fill points (n, 4), objects and rings (n,); return how many. ``candidates[starts[i]:starts[i + 1]]`` are column i's parts."""
+    """Fill points (n, 4), objects and rings (n,); return how many. `candidates[starts[i]:starts[i + 1]]` are column i's parts."""
     azimuths, height, min_range, max_range = int(sensor[0]), sensor[1], sensor[2], sensor[3]
     range_noise, jitter, reach, dropout, gain, intensity_noise = sensor[4], sensor[5], sensor[6], sensor[7], sensor[8], sensor[9]
     growth = (max_range / 1.0) ** (1.0 / (_PROFILE_STEPS - 1))
@@ -275,11 +274,19 @@ def _by_column(parts: np.ndarray, columns: np.ndarray, azimuths: int, margin: fl
 def cast(
     parts: np.ndarray, waves: np.ndarray, num_objects: int, sensor: Sensor, *, seed: int, columns: np.ndarray, beams: np.ndarray
 ) -> Hits:
-    """One turn of ``sensor`` at the origin over the scene.
+    """Turn the sensor once over the scene. The result of a ray does not depend on which other rays are fired.
 
-    parts: (P, 17) float64, columns as named above, heights relative to the sensor; the parts of one object follow one another.
-    waves: (W, 4) float64. seed: the frame's. columns: indices of the azimuths to fire, 0 looks backwards, counter-clockwise.
-    beams: indices into ``sensor.elevations``. A ray's result does not depend on which others are fired.
+    Args:
+        parts: (P, 17) float64, columns as named above, heights relative to the sensor. The parts of one object follow one another.
+        waves: (W, 4) float64, the ground.
+        num_objects: Number of objects that parts may belong to.
+        sensor: The LiDAR, at the origin.
+        seed: Seed of the frame.
+        columns: Indices of the azimuths to fire; 0 looks backwards, counter-clockwise.
+        beams: Indices into `sensor.elevations`.
+
+    Returns:
+        The answered pulses.
     """
     jitter = np.deg2rad(sensor.jitter)
     starts, candidates, slopes = _by_column(parts, columns, sensor.azimuths, 6 * jitter)

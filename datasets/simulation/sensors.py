@@ -1,7 +1,7 @@
 """The LiDARs that the simulation stands in for: beams, mounting, noise and reach of three published rigs.
 
-Numbers come from data sheets and dataset papers, listed with their sources in ``docs/simulation.md``; where nothing is
-published, the choice and its reason stand there too. They were chosen once and are not tuned to any method's result.
+The numbers come from data sheets and dataset papers; docs/simulation.md lists them with their sources, and the reason for each choice where nothing is
+published. They were chosen once and are not tuned to any method's result.
 """
 
 from __future__ import annotations
@@ -13,28 +13,32 @@ from ...core.errors import InvalidInput
 
 @dataclass(frozen=True, kw_only=True)
 class Sensor:
-    """A spinning LiDAR with its mounting.
-
-    elevations: degrees above the horizon, one per beam, from the highest down.
-    azimuths: firings per turn. height: m above the ground. min_range, max_range: m.
-    range_noise: m, standard deviation. jitter: degrees, standard deviation of both angles of one ray.
-    reach: m at which a 10 % reflective surface, hit squarely, still answers half of the pulses.
-    dropout: share of pulses lost whatever they hit. intensity_gain, intensity_noise: intensity is
-    gain x reflectivity x sqrt(cos incidence), times a factor with that relative standard deviation, clipped to 0..1.
-    """
+    """A spinning LiDAR with its mounting."""
 
     name: str
+    """Name of the sensor."""
     elevations: tuple[float, ...]
+    """Degrees above the horizon, one per beam, from the highest down."""
     azimuths: int
+    """Firings per turn."""
     height: float
+    """Height above the ground in m."""
     min_range: float
+    """Nearest distance in m."""
     max_range: float
+    """Farthest distance in m."""
     range_noise: float
+    """Standard deviation of the range in m."""
     jitter: float
+    """Standard deviation in degrees of both angles of one ray."""
     reach: float
+    """Distance in m at which a surface that reflects 10 %, hit squarely, still answers half of the pulses."""
     dropout: float
+    """Share of pulses that are lost, whatever they hit."""
     intensity_gain: float
+    """Intensity is this gain times reflectivity times the root of cos incidence, clipped to 0 to 1."""
     intensity_noise: float
+    """Relative standard deviation of the intensity."""
 
     def __post_init__(self) -> None:
         descending = all(a > b for a, b in zip(self.elevations, self.elevations[1:], strict=False))
@@ -54,7 +58,7 @@ def _evenly(first: float, last: float, count: int) -> tuple[float, ...]:
 
 
 def _widening(first: float, last: float, count: int, ratio: float) -> tuple[float, ...]:
-    """``count`` angles from ``first`` to ``last`` whose gaps grow linearly, the last ``ratio`` times the first."""
+    """`count` angles from `first` to `last` whose gaps grow linearly, the last `ratio` times the first."""
     gaps = [1 + (ratio - 1) * i / (count - 2) for i in range(count - 1)]
     scale = (last - first) / sum(gaps)
     angles = [first]

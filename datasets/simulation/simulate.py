@@ -1,8 +1,8 @@
-"""One simulated frame: a random street, one turn of the sensor over it, and the labels a perfect annotator would give.
+"""One simulated frame: a random street, one turn of the sensor over it, and the labels that a perfect annotator would give.
 
-Frame i depends only on the domain, the seed and i, so any number of workers and any resumed run write the same bytes.
-The label fields follow KITTI: truncation and 2D boxes by a virtual camera, occlusion from the share of an object's rays
-that reach it. ``docs/simulation.md`` compares the result with real scans.
+Frame i depends only on the domain, the seed and i, so any number of workers and any resumed run write the same bytes. The label fields follow KITTI:
+truncation and 2D boxes by a virtual camera, occlusion from the share of an object's rays that reach it. docs/simulation.md compares the result
+with real scans. Read next: `world.py` for the street, `raycast.py` for the rays.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ _VISIBLE_SHARES = (0.9, 0.5, 0.1)
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SimulatedFrame:
-    """A frame with what only a simulator knows. ``objects`` and ``visible`` follow the order of ``frame.labels``.
-
-    class_names: what ``frame.labels.classes`` counts. objects: the labels as KITTI writes them (types, truncation, occlusion
-    level, 2D box of the virtual camera); the 2D box is NaN and truncation 1 outside the picture. visible: (N,) float64, share of
-    the object's rays that reach it. beams: (P,) int64 beam of each point. owners: (P,) int64 label that each point lies on, or -1.
-    """
+    """A frame with what only a simulator knows. `objects` and `visible` follow the order of `frame.labels`."""
 
     frame: Frame
+    """Points, labels and calibration, in the sensor frame."""
     class_names: tuple[str, ...]
+    """Names of the classes that `frame.labels.classes` counts."""
     objects: KittiObjects
+    """The labels in KITTI's fields. Outside the picture the 2D box is NaN and truncation is 1."""
     visible: Tensor
+    """(N,) float64, share of the object's rays that reach it."""
     beams: Tensor
+    """(P,) int64 beam of each point."""
     owners: Tensor
+    """(P,) int64 label that each point lies on, or -1."""
 
     @property
     def occlusion(self) -> Tensor:
@@ -60,7 +61,7 @@ class SimulatedFrame:
 
 
 def virtual_camera() -> Calibration:
-    """A camera like KITTI's left colour camera, looking along x: 81 degrees wide, 1242 x 375 pixels."""
+    """A camera like KITTI's left color camera, which looks along x: 81 degrees wide, 1242 x 375 pixels."""
     lidar_to_camera = torch.tensor(
         [[0, -1, 0, 0], [0, 0, -1, -_CAMERA_BELOW], [1, 0, 0, -_CAMERA_FORWARD], [0, 0, 0, 1]], dtype=torch.float64
     )
@@ -69,7 +70,7 @@ def virtual_camera() -> Calibration:
 
 
 def _in_picture(xyz: np.ndarray, calibration: Calibration) -> np.ndarray:
-    """(...) bool: which LiDAR points (..., 3) the camera sees; the rule of ``kitti.crop_to_camera``, without torch's threads."""
+    """(...) bool: which LiDAR points (..., 3) the camera sees; the rule of `kitti.crop_to_camera`, without torch's threads."""
     matrix, projection = calibration.lidar_to_camera.numpy(), calibration.projection.numpy()
     image = (xyz @ matrix[:3, :3].T + matrix[:3, 3]) @ projection[:, :3].T + projection[:, 3]
     u, v, depth = image[..., 0], image[..., 1], image[..., 2]
@@ -114,12 +115,26 @@ def _window(sensor: Sensor, view: View) -> tuple[np.ndarray, np.ndarray]:
 
 
 def simulate_frame(domain: Domain, *, seed: int, index: int, view: View) -> SimulatedFrame:
-    """Frame ``index`` of the dataset that ``domain`` and ``seed`` define.
+    """Make one frame of the dataset that a domain and a seed define.
 
-    view "full": the whole turn, labels of all objects with a point. "camera": only the points the virtual camera sees, and
-    labels of the objects in its picture; these points are among those of the full turn, bit by bit.
-    Coordinates are the sensor's: the ground lies at about z = -domain.sensor.height. Raises ``InvalidInput`` for another view
-    or a negative seed or index.
+    Coordinates are in the sensor frame: the ground lies at about z = -domain.sensor.height. The points of the camera view are among those of the full
+    turn, bit by bit.
+
+    Args:
+        domain: Sensor and place.
+        seed: Seed of the dataset.
+        index: Number of the frame.
+        view: `full`: the whole turn, with labels of all objects that have a point. `camera`: only the points and objects that the virtual
+            camera sees.
+
+    Returns:
+        The frame.
+
+    Raises:
+        InvalidInput: The view is unknown, or seed or index is negative.
+
+    Example:
+        points = simulate_frame(domain("kitti"), seed=1, index=0, view="camera").frame.points
     """
     if view not in ("camera", "full"):
         raise InvalidInput(f"view must be 'camera' or 'full', found {view!r}")
@@ -167,23 +182,27 @@ def simulate_frame(domain: Domain, *, seed: int, index: int, view: View) -> Simu
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedDataset:
-    """Frames 0 to ``num_frames - 1``, made when asked for; nothing is written or kept.
+    """Simulated frames as a frame source, made when asked for; nothing is written or kept.
 
-    Labels are the KITTI reader's: ``classes`` in this order, neighbouring types (vans for cars) with weight 0, points counted in
-    the boxes.
+    Labels are the KITTI reader's: neighboring types (vans for cars) have weight 0, and points are counted in the boxes.
     """
 
     domain: Domain
+    """Sensor and place."""
     seed: int
+    """Seed of the dataset."""
     num_frames: int
+    """Number of frames."""
     view: View = "camera"
+    """`camera` or `full`, as for `simulate_frame`."""
     classes: tuple[str, ...] = KITTI_CLASSES
+    """Class names in label order."""
 
     def __len__(self) -> int:
         return self.num_frames
 
     def __getitem__(self, index: int) -> Frame:
-        """Frame ``index`` from 0. Raises IndexError past the end."""
+        """Frame `index` from 0. Raises IndexError past the end."""
         if not 0 <= index < self.num_frames:
             raise IndexError(f"frame {index} of {self.num_frames}")
         made = simulate_frame(self.domain, seed=self.seed, index=index, view=self.view)

@@ -1,4 +1,4 @@
-"""A simulated place, prepared: what stands in for a real dataset in the demo and in the benchmark."""
+"""A simulated place, prepared: it stands in for a real dataset in the demo and in comparisons over seeds."""
 
 from __future__ import annotations
 
@@ -22,9 +22,22 @@ def prepared_stand_in(
     label_shares: Iterable[float] = (),
     workers: int = 2,
 ) -> Path:
-    """Simulate what a front camera sees (``folder``/raw, KITTI's layout) and prepare it; returns the prepared dataset's folder.
+    """Simulate what a front camera sees in KITTI's layout (`folder`/raw) and prepare it. What is there is kept.
 
-    splits: name -> number of frames. label_shares: ``train`` is also split by these (``label_shares``). What is there is kept.
+    Args:
+        folder: Folder to write.
+        place: Sensor and place.
+        splits: Name of a split to its number of frames.
+        seed: Everything follows from it.
+        classes: Class names in label order.
+        label_shares: `train` is also divided by these shares (see `label_shares.py`).
+        workers: Processes.
+
+    Returns:
+        The folder of the prepared dataset.
+
+    Raises:
+        InvalidInput: The folder holds another simulation.
     """
     raw, out = folder / "raw", folder / "prepared"
     write_kitti_layout(raw, place, num_frames=sum(splits.values()), seed=seed, workers=workers, view="camera", splits=splits)

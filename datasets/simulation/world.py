@@ -1,8 +1,8 @@
 """One random street: a curved road with traffic both ways, parked cars, people, houses, trees and posts on uneven ground.
 
-Everything is placed in road coordinates (s metres along the road, d metres to its left) and bent onto the road's arc, then
-turned by the vehicle's own heading. Nothing overlaps: a candidate whose footprint comes near a placed one is dropped. All
-random numbers of a candidate are drawn before that test.
+Everything is placed in road coordinates (s meters along the road, d meters to its left), bent onto the road's arc, then turned by the vehicle's own
+heading. Nothing overlaps: a candidate whose footprint comes near a placed one is dropped. All random numbers of a candidate are drawn before
+that test. Read next: `bodies.py` for the road users, `raycast.py` for the rays.
 """
 
 from __future__ import annotations
@@ -17,25 +17,34 @@ from .places import ANIMAL, CAR, CLASS_NAMES, CYCLIST, PEDESTRIAN, TRAILER, TRAM
 from .raycast import COS, HALF_X, HALF_Y, OBJECT, SIN, X, Y, Z
 
 EXTENT = 100.0  # m either way along the road
-_TRIES = 40  # places an ``OpenPlace`` tries for one of its road users
+_TRIES = 40  # places an `OpenPlace` tries for one of its road users
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """A street around the sensor, on the ground: x forward, y left, z up from the ground under the sensor.
-
-    parts: (P, 17) float64, see ``raycast``. waves: (W, 4) float64, the ground. boxes: (N, 7) float64 labelled road users
-    (project convention). classes: (N,) int64 into ``ALL_CLASS_NAMES``.
-    """
+    """A street around the sensor. x forward, y left, z up from the ground under the sensor."""
 
     parts: np.ndarray
+    """(P, 17) float64, see `raycast.py`."""
     waves: np.ndarray
+    """(W, 4) float64, the ground."""
     boxes: np.ndarray
+    """(N, 7) float64 labeled road users."""
     classes: np.ndarray
+    """(N,) int64 into `ALL_CLASS_NAMES`."""
 
 
 def ground_height(waves: np.ndarray, x: float, y: float) -> float:
-    """Height of the ground at (x, y), m, zero at the origin."""
+    """Height of the ground, zero at the origin.
+
+    Args:
+        waves: (W, 4) float64, the ground.
+        x: Position in m.
+        y: Position in m.
+
+    Returns:
+        Height in m.
+    """
     return float((waves[:, 0] * (np.sin(waves[:, 1] * x + waves[:, 2] * y + waves[:, 3]) - np.sin(waves[:, 3]))).sum())
 
 
@@ -52,7 +61,7 @@ def _waves(place: Place, rng: np.random.Generator) -> np.ndarray:
 
 
 def _clash(a: np.ndarray, others: np.ndarray, margin: float) -> bool:
-    """Whether footprint a (5,) x, y, half length, half width, yaw comes within ``margin`` of one of ``others`` (M, 5).
+    """Whether footprint a (5,) x, y, half length, half width, yaw comes within `margin` of one of `others` (M, 5).
 
     Separating axes: two rectangles are apart if and only if their shadows on one of their four side directions are.
     """
@@ -76,7 +85,7 @@ def _clash(a: np.ndarray, others: np.ndarray, margin: float) -> bool:
 
 
 class _Street:
-    """What has been placed so far. Lives only inside ``build_world``."""
+    """What has been placed so far. Lives only inside `build_world`."""
 
     def __init__(self, place: Place, rng: np.random.Generator) -> None:
         self.place, self.rng = place, rng
@@ -126,7 +135,7 @@ class _Street:
         return True
 
     def add_user(self, class_index: int, s: float, d: float, yaw: float, *, sway: float) -> None:
-        """A road user of random size and colour at (s, d) heading ``yaw`` relative to the road, +- ``sway`` rad."""
+        """A road user of random size and color at (s, d) heading `yaw` relative to the road, +- `sway` rad."""
         size = self.place.sizes[class_index].sample(self.rng)
         reflectivity = float(self.rng.uniform(0.06, 0.8) if class_index in (CAR, VAN, TRUCK) else self.rng.uniform(0.15, 0.7))
         style = int(self.rng.choice(4, p=self.place.car_styles))
@@ -137,7 +146,7 @@ class _Street:
     def stand(
         self, class_index: int, size: np.ndarray, reflectivity: float, style: int, pose: tuple[float, float, float]
     ) -> bool:
-        """Put a road user of this look at ``pose``, x y yaw seen from the vehicle, if there is room; returns whether."""
+        """Put a road user of this look at `pose`, x y yaw seen from the vehicle, if there is room; returns whether."""
         x, y, yaw = pose
         margin = 0.15 if class_index in (PEDESTRIAN, CYCLIST, ANIMAL) else 0.3
         if not self._free(x, y, (size[0] / 2, size[1] / 2), yaw, margin):
@@ -255,7 +264,7 @@ def _surroundings(street: _Street) -> None:
 
 
 def _in_a_lane(street: _Street, rng: np.random.Generator, middle: float) -> tuple[float, float, float]:
-    """s, d, yaw in a lane, or with chance ``middle`` in the middle of the road; now and then on the crossing street."""
+    """s, d, yaw in a lane, or with chance `middle` in the middle of the road; now and then on the crossing street."""
     place, way = street.place, 1 if rng.random() < 0.5 else -1
     beside = -way * (int(rng.integers(place.lanes)) + 0.5) * place.lane_width
     beside = (0.0 if rng.random() < middle else beside) + rng.normal(0, 0.1)
@@ -311,7 +320,15 @@ def _further_users(street: _Street, place: OpenPlace) -> None:
 
 
 def build_world(place: Place, rng: np.random.Generator) -> World:
-    """A random street of ``place``; the same generator state gives the same street."""
+    """Build a random street. The same generator state gives the same street.
+
+    Args:
+        place: Kind of street.
+        rng: Random generator.
+
+    Returns:
+        The street.
+    """
     street = _Street(place, rng)
     _traffic(street)
     _parking(street)

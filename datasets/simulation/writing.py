@@ -1,4 +1,4 @@
-"""What the writers of the native layouts share: whose folder it is, which frames are in which split, and the worker processes."""
+"""What the writers of the layouts share: whose folder it is, which frames are in which split, and the worker processes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,21 @@ Job = TypeVar("Job")
 Done = TypeVar("Done")
 
 
-def claim(root: Path, domain: Domain, seed: int, view: View, *, layout: str | None = None, contents: Sequence[str]) -> None:
-    """Write what is simulated in ``root`` to simulation.json, or raise InvalidInput if something else already is.
+def claim_folder(
+    root: Path, domain: Domain, seed: int, view: View, *, layout: str | None = None, contents: Sequence[str]
+) -> None:
+    """Record what is simulated in a folder, in simulation.json.
 
-    layout: recorded too (None in KITTI's, which came first). contents: names that only a simulated dataset may have there.
+    Args:
+        root: The folder.
+        domain: Sensor and place.
+        seed: Seed of the dataset.
+        view: `camera` or `full`.
+        layout: Recorded too; None for KITTI's layout, which came first.
+        contents: Names that only a simulated dataset may have there.
+
+    Raises:
+        InvalidInput: The folder holds another simulation, or data that is not simulated.
     """
     path = root / "simulation.json"
     settings = {"version": SIMULATOR_VERSION, "seed": seed, "view": view, "domain": asdict(domain)}
@@ -46,9 +57,19 @@ def claim(root: Path, domain: Domain, seed: int, view: View, *, layout: str | No
 
 
 def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int, *, chunk: int = 16) -> Iterator[Done]:
-    """Results in order, at most ``chunk`` jobs handed over at a time. Raises UpcycleError if a worker dies.
+    """Run jobs in worker processes. The first job runs here, so that the ray caster is compiled once, before there are workers.
 
-    The first job runs here, so that the ray-caster is compiled once, before there are workers.
+    Args:
+        work: Called with each job.
+        jobs: The jobs.
+        workers: Number of processes.
+        chunk: Highest number of jobs that are handed over at a time.
+
+    Returns:
+        The results, in order, as they are done.
+
+    Raises:
+        UpcycleError: A worker died.
     """
     yield from map(work, jobs[:1])
     rest = jobs[1:]
@@ -68,7 +89,18 @@ def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int, *, 
 
 
 def split_members(num_frames: int, splits: Mapping[str, int | Sequence[int]]) -> dict[str, list[int]]:
-    """Frame numbers of every split, from numbers or counts; raises InvalidInput for what is not there."""
+    """Find the frame numbers of every split.
+
+    Args:
+        num_frames: Number of frames.
+        splits: Name of a split to its frame numbers, or to a count that is taken in order.
+
+    Returns:
+        Frame numbers by split.
+
+    Raises:
+        InvalidInput: A split asks for frames that are not there, for none, or for one twice.
+    """
     members: dict[str, list[int]] = {}
     indices, start = range(num_frames), 0
     for name, wanted in splits.items():
