@@ -35,7 +35,7 @@ _PUBLIC = {
     "evaluate": ("perception.recipes.jobs", "evaluate_on"),
     "load_detector": ("perception.training.detector_files", "load_detector"),
     "load_encoder": ("perception.wire.encoder_file", "load_encoder"),
-    "prepare": ("datasets.prepared", "prepare"),
+    "prepare": ("datasets.prepare", "prepare"),
     "train": ("perception.recipes.jobs", "train_preset"),
     "upcycle": ("perception.recipes.jobs", "upcycle_preset"),
 }
@@ -64,7 +64,8 @@ __all__ = [
 if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` loads a name when it is used
     from .core.smashed_scene import SmashedScene
     from .core.structures import Boxes3D, Frame, Labels, PointCloud, Predictions
-    from .datasets.prepared import PreparedDataset, prepare
+    from .datasets.prepare import prepare
+    from .datasets.prepared import PreparedDataset
     from .perception.adapt.detection.adapt_detector import adapt_detector as adapt
     from .perception.recipes.jobs import evaluate_on as evaluate
     from .perception.recipes.jobs import train_preset as train

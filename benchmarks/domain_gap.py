@@ -62,7 +62,7 @@ def main() -> None:
         cells = []
         for overlaps in (OFFICIAL, LOOSE):
             cars = [
-                evaluate_detector(d, frames, frames.frame_objects, min_overlaps=overlaps)[0].classes["Car"] for d in detectors
+                evaluate_detector(d, frames, frames.kitti_objects, min_overlaps=overlaps)[0].classes["Car"] for d in detectors
             ]
             for metric in ("box_3d", "bev"):
                 values = [getattr(c, metric).r40[1] for c in cars]

@@ -26,7 +26,8 @@ import torch
 
 from upcycle3d.datasets.data_split import DataSplit
 from upcycle3d.datasets.kitti import KittiDataset, read_ids
-from upcycle3d.datasets.prepared import PreparedDataset, prepare
+from upcycle3d.datasets.prepare import prepare
+from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation.layout_kitti import write_kitti_layout
 from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.perception.evaluation.detect import evaluate_detector
@@ -59,7 +60,7 @@ def data(folder: Path, name: str, seed: int, train: int, validation: int) -> Non
     ids = {split: read_ids(raw / "ImageSets" / f"{split}.txt") for split in ("train", "val")}
     every, z_shift = ids["train"] + ids["val"], where.sensor.height
     source = KittiDataset(raw, every, classes=("Car",), z_shift=z_shift)
-    prepare(source, every, folder / "data", splits=ids, classes=("Car",), notes={"root": str(raw), "z_shift": z_shift}, workers=2)
+    prepare(source, every, folder / "data", splits=ids, classes=("Car",), workers=2)
     DataSplit(root=folder / "data", name="train").ensure_gt_database()
 
 
@@ -82,7 +83,7 @@ def train(folder: Path, kind: Kind, seed: int) -> None:
 def scores(detector: Detector, folder: Path) -> list[float]:
     """Car AP, moderate, R40: 3D and BEV at IoU 0.7, then at 0.5."""
     frames = PreparedDataset(folder / "data", "val")
-    truth = KittiDataset(folder / "raw", frames.ids).frame_objects
+    truth = KittiDataset(folder / "raw", frames.ids).kitti_objects
     values = []
     for overlaps in (OFFICIAL, LOOSE):
         car = evaluate_detector(detector, frames, truth, min_overlaps=overlaps)[0].classes["Car"]

@@ -120,7 +120,6 @@ def bootstrap(out: Path, name: str, seeds: list[int], *, rounds: int = 500) -> d
     The same frames are drawn for both methods and all seeds, so the interval is about the choice of frames alone.
     """
     frames = PreparedDataset(out / f"data_{name}", f"val{LISTS[name]}")
-    raw = KittiDataset(str(frames.notes["root"]), frames.ids)
     found = {
         (method, seed): [
             kitti_detections(frame, p, ("Car",))
@@ -129,7 +128,7 @@ def bootstrap(out: Path, name: str, seeds: list[int], *, rounds: int = 500) -> d
         for method in ("upcycling", "source_continued")
         for seed in seeds
     }
-    truths = [raw.frame_objects(i) for i in frames.ids]
+    truths = [frames.kitti_objects(i) for i in frames.ids]
 
     def gain(rows: list[int]) -> tuple[float, float]:
         ap = {}
@@ -172,7 +171,7 @@ def main() -> None:
             "Car",
         )
         ids = (arguments.root / "ImageSets" / f"{val}.txt").read_text().split()
-        cars = [KittiDataset(arguments.root, ids).frame_objects(i) for i in ids]
+        cars = [KittiDataset(arguments.root, ids).kitti_objects(i) for i in ids]
         moderate = sum(
             int(((o.difficulty() >= 0) & (o.difficulty() <= 1))[k]) for o in cars for k, t in enumerate(o.types) if t == "Car"
         )

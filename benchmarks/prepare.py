@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from upcycle3d.core.structures import Frame, Labels, PointCloud
-from upcycle3d.datasets.prepared import PreparedDataset, prepare
+from upcycle3d.datasets.prepare import prepare
+from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout
 from upcycle3d.datasets.simulation.places import WAYMO
 from upcycle3d.datasets.waymo import WaymoDataset, find_waymo_frames, find_waymo_splits

@@ -71,7 +71,7 @@ def real_cars(root: Path) -> Iterator[tuple[KittiObjects, Labels]]:
     ids = sorted(p.stem for p in (root / "training" / "velodyne_reduced").glob("*.bin"))
     data = KittiDataset(root=root, ids=ids, classes=("Car",))
     for i, name in enumerate(data.ids):
-        objects, labels = data.frame_objects(name), data[i].labels
+        objects, labels = data.kitti_objects(name), data[i].labels
         assert labels is not None
         yield objects.select(torch.tensor([t in ("Car", "Van") for t in objects.types], dtype=torch.bool)), labels
 

@@ -73,7 +73,7 @@ def main() -> None:
     where = domain("waymo")
     data = SimulatedDataset(domain=where, num_frames=2, seed=0, view="camera", classes=("Car",))
     rig = RigSpec(z_shift=where.sensor.height)
-    frames = [replace(f, points=rig.apply(f.points)) for f in (data[0], data[1])]
+    frames = [replace(f, points=rig.from_sensor(f.points)) for f in (data[0], data[1])]
     lift = torch.tensor([0, 0, where.sensor.height, 0, 0, 0, 0])
     labels = [replace(f.labels, boxes=Boxes3D(data=f.labels.boxes.data + lift)) for f in frames if f.labels is not None]
     calls = {

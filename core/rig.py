@@ -1,56 +1,119 @@
-"""What one kind of vehicle does to a scan before the encoder sees it: mounting height and intensity scale."""
+"""The rig of a vehicle: how high its LiDAR is mounted and how its intensity is scaled.
+
+A detector trained on one kind of vehicle works on another if both bring their scans to the same form first: z = 0 near the
+road, intensity in 0..1. `RigSpec.from_sensor` goes from the *sensor frame* to this *shifted frame*, `RigSpec.to_sensor` goes back.
+Nothing else in the toolkit adds or removes a mounting height; a `Frame` and a `PreparedDataset` name their rig in a field.
+
+Read next: `structures.py` for the values that are shifted, `perception/models/encoders/fingerprint.py` for why a rig is part of
+an encoder's identity.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, overload
+
+from torch import Tensor
 
 from .errors import InvalidInput
-from .structures import PointCloud
+
+if TYPE_CHECKING:  # `structures.py` imports this module, because a frame names its rig; hence the two imports inside methods
+    from .structures import Boxes3D, PointCloud
 
 
 @dataclass(frozen=True, kw_only=True)
 class RigSpec:
-    """How one kind of vehicle's scans become the encoder's scans.
+    """How scans of one kind of vehicle become scans for the encoder.
 
-    z_shift: metres added to z so that the ground lies near 0 (the sensor's mounting height).
-    intensity_scale: factor that brings the sensor's intensity to 0..1 (1/255 for bytes).
+    The fields are part of the encoder fingerprint: another name or another value means another encoder to the server.
+
+    Example:
+        rig = RigSpec(z_shift=1.73, intensity_scale=1 / 255)
+        found = detector.detect([rig.from_sensor(scan)])[0]
+        boxes = rig.to_sensor(found.boxes)  # in the frame of `scan` again
     """
 
     z_shift: float = 0.0
+    """Meters added to z so that the road lies near z = 0: the mounting height of the sensor. 0 for data in the vehicle's frame."""
     intensity_scale: float = 1.0
+    """Factor that brings the sensor's intensity to 0..1: 1/255 = 0.0039216 for a sensor that counts to 255."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.z_shift) and math.isfinite(self.intensity_scale) and self.intensity_scale > 0):
-            raise InvalidInput(f"a rig needs a finite z_shift and a positive intensity_scale, found {self}")
+            raise InvalidInput(
+                f"a rig needs a finite z_shift and a positive intensity_scale, found {self.z_shift} and {self.intensity_scale}"
+            )
 
-    def apply(self, points: PointCloud) -> PointCloud:
-        """``points`` with z shifted and intensity scaled; the argument is left alone.
+    def __str__(self) -> str:
+        return f"z_shift {self.z_shift:g}, intensity_scale {self.intensity_scale:g}"
 
-        Raises ``InvalidInput`` if the scaled intensity leaves 0..1: a wrong scale gives features that look right and are not.
+    @overload
+    def from_sensor(self, value: PointCloud) -> PointCloud: ...
+    @overload
+    def from_sensor(self, value: Boxes3D) -> Boxes3D: ...
+    @overload
+    def from_sensor(self, value: Tensor) -> Tensor: ...
+
+    def from_sensor(self, value: PointCloud | Boxes3D | Tensor) -> PointCloud | Boxes3D | Tensor:
+        """Bring points or boxes from the sensor frame to the shifted frame.
+
+        Args:
+            value: A scan, whose intensity is scaled too; boxes; or coordinates of any float type that begin with x, y, z:
+                (N, 3) points or (N, 7) boxes. It is left unchanged.
+
+        Returns:
+            The same kind of value in the shifted frame.
+
+        Raises:
+            InvalidInput: The scaled intensity leaves 0..1. A wrong scale gives features that look right and are not.
         """
-        xyz = points.xyz + points.xyz.new_tensor([0.0, 0.0, self.z_shift])
-        if "intensity" not in points.feature_names:
-            return replace(points, xyz=xyz)
-        column = points.feature_names.index("intensity")
-        features = points.features.clone()
+        from .structures import Boxes3D
+
+        if isinstance(value, Tensor):
+            return value + self._offset(value)
+        if isinstance(value, Boxes3D):
+            return replace(value, data=value.data + self._offset(value.data))
+        xyz = value.xyz + self._offset(value.xyz)
+        if "intensity" not in value.feature_names:
+            return replace(value, xyz=xyz)
+        column = value.feature_names.index("intensity")
+        features = value.features.clone()
         features[:, column] *= self.intensity_scale
-        if len(points):
+        if len(value):
             low, high = features[:, column].min().item(), features[:, column].max().item()
             if low < -1e-3 or high > 1 + 1e-3:
                 raise InvalidInput(
                     f"intensity must lie in 0..1 after scaling by {self.intensity_scale:g}, found {low:g} to {high:g}; "
                     "set RigSpec.intensity_scale for this sensor (1/255 for bytes)"
                 )
-        return replace(points, xyz=xyz, features=features)
+        return replace(value, xyz=xyz, features=features)
 
-    def undo(self, points: PointCloud) -> PointCloud:
-        """The scan that ``apply`` made ``points`` of."""
-        scale = points.features.new_tensor([self.intensity_scale if n == "intensity" else 1.0 for n in points.feature_names])
-        return replace(points, xyz=points.xyz - points.xyz.new_tensor([0.0, 0.0, self.z_shift]), features=points.features / scale)
+    @overload
+    def to_sensor(self, value: PointCloud) -> PointCloud: ...
+    @overload
+    def to_sensor(self, value: Boxes3D) -> Boxes3D: ...
+    @overload
+    def to_sensor(self, value: Tensor) -> Tensor: ...
 
-    @classmethod
-    def of(cls, notes: Mapping[str, str | float | bool]) -> RigSpec:
-        """The rig that a prepared dataset's notes tell of."""
-        return cls(z_shift=float(notes.get("z_shift", 0.0)), intensity_scale=float(notes.get("intensity_scale", 1.0)))
+    def to_sensor(self, value: PointCloud | Boxes3D | Tensor) -> PointCloud | Boxes3D | Tensor:
+        """Bring points or boxes from the shifted frame back to the sensor frame: the inverse of `from_sensor`.
+
+        Args:
+            value: A scan, boxes, or coordinates that begin with x, y, z, as in `from_sensor`. It is left unchanged.
+
+        Returns:
+            The same kind of value in the sensor frame; the intensity of a scan in the sensor's own unit.
+        """
+        from .structures import Boxes3D
+
+        if isinstance(value, Tensor):
+            return value - self._offset(value)
+        if isinstance(value, Boxes3D):
+            return replace(value, data=value.data - self._offset(value.data))
+        scale = value.features.new_tensor([self.intensity_scale if n == "intensity" else 1.0 for n in value.feature_names])
+        return replace(value, xyz=value.xyz - self._offset(value.xyz), features=value.features / scale)
+
+    def _offset(self, coordinates: Tensor) -> Tensor:
+        """(C,) what is added to each column of coordinates that begin with x, y, z."""
+        return coordinates.new_tensor([0.0, 0.0, self.z_shift] + [0.0] * (coordinates.shape[1] - 3))

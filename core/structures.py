@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidInput, require
+from .rig import RigSpec
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -213,6 +214,8 @@ class Frame(TensorValue):
     points: PointCloud
     labels: Labels | None = None
     calibration: Calibration | None = None
+    rig: RigSpec = RigSpec()
+    """What was done to points and labels: `rig.to_sensor` brings them back to the sensor frame. The default did nothing."""
 
 
 def labels_of(frames: Sequence[Frame]) -> list[Labels]:

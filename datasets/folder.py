@@ -19,7 +19,9 @@ import torch
 from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
 from ..core.point_files import POINT_SUFFIXES, read_points
-from ..core.structures import Boxes3D, Frame, Labels
+from ..core.rig import RigSpec
+from ..core.structures import Frame, Labels
+from .frame_source import DatasetOrigin, described_origin
 from .kitti import read_ids, with_point_counts
 from .kitti_text import unknown_class
 
@@ -65,7 +67,7 @@ class FolderDataset:
             intensity_scale=self.intensity_scale,
             drop_non_finite=self.drop_non_finite,
         )
-        points = replace(points, xyz=points.xyz + points.xyz.new_tensor([0, 0, self.z_shift]))
+        points = replace(points, xyz=self.rig.from_sensor(points.xyz))
         labels = None
         if self.with_labels:
             path = Path(self.root) / "labels" / f"{frame_id}.txt"
@@ -74,9 +76,26 @@ class FolderDataset:
                     f"frame {frame_id}: no labels {path} (root {self.root}); write an empty file if the scene holds no object"
                 )
             labels = read_labels(path, self.classes, other_classes=self.other_classes)
-            shifted = labels.boxes.data + labels.boxes.data.new_tensor([0, 0, self.z_shift, 0, 0, 0, 0])
-            labels = with_point_counts(replace(labels, boxes=Boxes3D(data=shifted)), points)
-        return Frame(id=frame_id, points=points, labels=labels)
+            labels = with_point_counts(replace(labels, boxes=self.rig.from_sensor(labels.boxes)), points)
+        return Frame(id=frame_id, points=points, labels=labels, rig=self.rig)
+
+    @property
+    def rig(self) -> RigSpec:
+        """What the reader does to scans and boxes."""
+        return RigSpec(z_shift=self.z_shift, intensity_scale=self.intensity_scale)
+
+    @property
+    def origin(self) -> DatasetOrigin:
+        """Where the frames come from."""
+        options = {
+            "z_shift": self.z_shift,
+            "intensity_scale": self.intensity_scale,
+            "other_classes": self.other_classes,
+            "columns": self.columns or (),
+            "drop_non_finite": self.drop_non_finite,
+            "with_labels": self.with_labels,
+        }
+        return described_origin("folder", self.root, options)
 
     def _scan(self, frame_id: str) -> Path:
         base = Path(self.root) / "points"

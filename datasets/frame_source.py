@@ -1,23 +1,82 @@
-"""What a dataset is here: it has a length and gives frame ``i``.
+"""What a dataset is in this toolkit: it has a length and returns frame `i`.
 
-Training, preparation, the ground-truth database, extraction and evaluation ask for nothing else, so a dataset of your own is a
-class of two methods (a plain ``list`` of frames is one already). No registry, no base class, no info files.
+Training, preparation, the ground-truth database, extraction and evaluation ask for nothing else, so your own dataset is a class
+with two methods (a plain `list` of frames works too). There is no registry, no base class and no info file. The two larger
+protocols below are optional: `prepare` stores what they add.
+
+Read next: `prepare.py`, which reads a source once and writes it for fast use; `folder.py`, the shortest reader.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
 from ..core.structures import Frame
+from .kitti_text import KittiObjects
+
+Layout = Literal["kitti", "folder", "lyft", "nuscenes", "waymo", "own"]
+"""How a dataset lies on disk, by the name of the reader; "own" is a class of your own."""
 
 
 class FrameSource(Protocol):
-    """Frames by position. The KITTI, folder, simulated and prepared readers satisfy it.
+    """Frames by position. All readers of this package satisfy it.
 
-    ``__getitem__`` reads one frame each time it is called, keeps nothing, and raises ``InvalidInput`` or ``OSError`` for a frame
-    that cannot be read, ``IndexError`` past the end.
+    `source[i]` reads one frame each time it is called and keeps nothing. It raises `InvalidInput` or `OSError` for a frame that
+    cannot be read, and `IndexError` past the end.
     """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Frame: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOrigin:
+    """Which data a prepared dataset was made from, and how it was read."""
+
+    layout: Layout = "own"
+    """The reader. Evaluation takes the dataset's own protocol from it."""
+    root: Path | None = None
+    """Absolute folder that was read, for people to see. No code opens it, so a prepared dataset can be moved."""
+    options: tuple[tuple[str, str], ...] = ()
+    """Names and values, as text, of the reader's options. They are shown and compared, never interpreted: preparation that is
+    started again with other options is refused, because its frames would not fit the earlier ones."""
+
+
+@runtime_checkable
+class DescribedSource(FrameSource, Protocol):
+    """A source that knows its origin. A source without one counts as the layout "own"."""
+
+    @property
+    def origin(self) -> DatasetOrigin: ...
+
+
+@runtime_checkable
+class KittiLabelSource(FrameSource, Protocol):
+    """A source with KITTI label files. Preparation stores them, so that KITTI's protocol needs no raw data later."""
+
+    def kitti_objects(self, frame_id: str) -> KittiObjects: ...
+
+
+def described_origin(layout: Layout, root: Path | str | None, options: Mapping[str, object]) -> DatasetOrigin:
+    """Describe how a reader was set up.
+
+    Args:
+        layout: Its layout.
+        root: Folder that it reads.
+        options: Its options by name. Tuples and mappings become words.
+
+    Returns:
+        The origin, with an absolute root and every option as text.
+    """
+
+    def text(value: object) -> str:
+        if isinstance(value, Mapping):
+            return " ".join(f"{name}={item}" for name, item in value.items())
+        return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+    folder = None if root is None else Path(root).resolve()
+    return DatasetOrigin(layout=layout, root=folder, options=tuple((name, text(value)) for name, value in options.items()))

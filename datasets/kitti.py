@@ -22,11 +22,14 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput
 from ..core.point_files import read_points
+from ..core.rig import RigSpec
 from ..core.structures import Calibration, Frame, Labels, PointCloud
+from .frame_source import DatasetOrigin, described_origin
 from .kitti_text import KittiObjects, labels_from_kitti, read_objects
 
 DEFAULT_IMAGE_SIZE = (1242, 375)  # px, of most KITTI pictures; used where the picture is not there
 KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
+PointsFolder = Literal["auto", "velodyne", "velodyne_reduced"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class KittiDataset:
 
     root: Path | str
     ids: tuple[str, ...] | list[str]
-    points_folder: Literal["auto", "velodyne", "velodyne_reduced"] = "auto"
+    points_folder: PointsFolder = "auto"
     classes: tuple[str, ...] = KITTI_CLASSES
     z_shift: float = 0.0
     crop_to_camera: bool = True
@@ -71,11 +74,22 @@ class KittiDataset:
         points = self._points(frame_id, calibration)
         labels = None
         if self.with_labels:
-            labels = labels_from_kitti(self.frame_objects(frame_id), calibration, self.classes)
+            labels = labels_from_kitti(self.kitti_objects(frame_id), calibration, self.classes)
             labels = with_point_counts(labels, points)
-        return Frame(id=frame_id, points=points, labels=labels, calibration=calibration)
+        return Frame(id=frame_id, points=points, labels=labels, calibration=calibration, rig=self.rig)
 
-    def frame_objects(self, frame_id: str) -> KittiObjects:
+    @property
+    def rig(self) -> RigSpec:
+        """What the reader does to scans and boxes; KITTI's intensity is in 0..1 already."""
+        return RigSpec(z_shift=self.z_shift)
+
+    @property
+    def origin(self) -> DatasetOrigin:
+        """Where the frames come from."""
+        options = {"z_shift": self.z_shift, "points": self.points_folder, "crop_to_camera": self.crop_to_camera}
+        return described_origin("kitti", self.root, options | {"with_labels": self.with_labels})
+
+    def kitti_objects(self, frame_id: str) -> KittiObjects:
         """The frame's label file as it is, DontCare included: what the evaluation wants."""
         return read_objects(self.path("label_2", frame_id, ".txt"))
 
@@ -101,7 +115,7 @@ class KittiDataset:
             name = "velodyne_reduced" if self.crop_to_camera and reduced.is_file() else "velodyne"
         points = read_points(self.path(name, frame_id, ".bin"))
         if self.z_shift:
-            points = replace(points, xyz=points.xyz + points.xyz.new_tensor([0.0, 0.0, self.z_shift]))
+            points = replace(points, xyz=self.rig.from_sensor(points.xyz))
         if self.crop_to_camera and name == "velodyne":  # the reduced scans were cropped with the true size of the picture
             points = crop_to_camera(points, calibration)
         return points

@@ -80,6 +80,34 @@ class KittiObjects:
             scores=None if self.scores is None else self.scores[index],
         )
 
+    @staticmethod
+    def from_columns(types: tuple[str, ...], columns: Tensor) -> KittiObjects:
+        """Make objects from the numeric columns of a label or detection file.
+
+        Args:
+            types: N names.
+            columns: (N, 14) or, with scores, (N, 15) float64 in the order of the file.
+
+        Returns:
+            The objects in this order; `occluded` is cut to a whole number.
+        """
+        return KittiObjects(
+            types=types,
+            truncated=columns[:, 0],
+            occluded=columns[:, 1].long(),
+            alpha=columns[:, 2],
+            bbox=columns[:, 3:7],
+            dimensions=columns[:, 7:10],
+            location=columns[:, 10:13],
+            rotation_y=columns[:, 13],
+            scores=columns[:, 14] if columns.shape[1] == 15 else None,
+        )
+
+    def label_columns(self) -> Tensor:
+        """Return (N, 14) float64, the numeric columns of a label file, without scores; `from_columns` reads them."""
+        parts = [self.truncated[:, None], self.occluded[:, None], self.alpha[:, None], self.bbox, self.dimensions, self.location]
+        return torch.cat([part.double() for part in [*parts, self.rotation_y[:, None]]], 1)
+
     def difficulty(self) -> Tensor:
         """(N,) int64: the easiest of 0 easy, 1 moderate, 2 hard whose limits the object keeps, -1 if none."""
         height = self.bbox[:, 3] - self.bbox[:, 1]
@@ -124,17 +152,7 @@ def parse_objects(text: str, source: str) -> KittiObjects:
         rows.append(values)
     columns = len(rows[0]) if rows else 14
     table = torch.tensor(rows, dtype=torch.float64).reshape(-1, columns)
-    return KittiObjects(
-        types=tuple(types),
-        truncated=table[:, 0],
-        occluded=table[:, 1].long(),
-        alpha=table[:, 2],
-        bbox=table[:, 3:7],
-        dimensions=table[:, 7:10],
-        location=table[:, 10:13],
-        rotation_y=table[:, 13],
-        scores=table[:, 14] if columns == 15 else None,
-    )
+    return KittiObjects.from_columns(tuple(types), table)
 
 
 def read_objects(path: Path | str) -> KittiObjects:

@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,7 +35,9 @@ from torch import Tensor
 
 from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
+from ..core.rig import RigSpec
 from ..core.structures import Frame, Labels, PointCloud
+from .frame_source import DatasetOrigin, described_origin
 from .kitti import with_point_counts
 from .nuscenes_tables import DriveTables, Sweep
 
@@ -47,12 +50,12 @@ _EGO_RADIUS = 1.0  # m; what an earlier sweep holds within this square is the ve
 class Dialect:
     """What differs between the datasets: the usual version of the tables, and which class each category is by default."""
 
-    name: str
+    name: Literal["lyft", "nuscenes"]
     version: str
     class_map: Mapping[str, str]
 
 
-LYFT = Dialect(
+LYFT_DIALECT = Dialect(
     name="lyft",
     version="v1.01-train",
     class_map={
@@ -68,7 +71,7 @@ LYFT = Dialect(
     },
 )
 # The grouping of nuScenes' detection benchmark; what it leaves out (strollers, wheelchairs, debris, ...) has no class.
-NUSCENES = Dialect(
+NUSCENES_DIALECT = Dialect(
     name="nuscenes",
     version="v1.0-trainval",
     class_map={
@@ -169,7 +172,26 @@ class NuScenesDataset:
             if sample in str(error):
                 raise
             raise InvalidInput(f"sample {sample}: {error}") from error
-        return Frame(id=sample, points=points, labels=labels)
+        return Frame(id=sample, points=points, labels=labels, rig=self.rig)
+
+    @property
+    def rig(self) -> RigSpec:
+        """What the reader does to scans and boxes; `read_sweep` has brought the intensity to 0..1 already."""
+        return RigSpec(z_shift=self.z_shift)
+
+    @property
+    def origin(self) -> DatasetOrigin:
+        """Where the frames come from."""
+        options = {
+            "z_shift": self.z_shift,
+            "version": self.tables.version,
+            "class_map": self.class_map or {},
+            "neighbors": self.neighbors,
+            "sweeps": self.sweeps,
+            "max_length": self.max_length,
+            "with_labels": self.with_labels,
+        }
+        return described_origin(self.dialect.name, self.tables.root, options)
 
     def labels(self, sample: str) -> Labels:
         """The labels of a keyframe without opening its sweep; ``num_points`` is -1 where the table does not know."""
@@ -211,7 +233,7 @@ class NuScenesDataset:
         return replace(cloud, xyz=self._shifted(moved - keyframe.sensor.translation).float())
 
     def _shifted(self, xyz: Tensor) -> Tensor:
-        return xyz + xyz.new_tensor([0.0, 0.0, self.z_shift])
+        return self.rig.from_sensor(xyz)
 
 
 def read_sweep(path: Path | str) -> PointCloud:

@@ -1,8 +1,10 @@
 """The parts of a prepared dataset: chunks of frames, read, checked and written by worker processes.
 
-A chunk becomes two files, points (``KEY-CRC.f32``, float32 rows) and what is known about its frames (``KEY.parquet``). Each
-appears under its name by one rename of complete, synced bytes, the second after the first, so a chunk whose Parquet file exists
-is finished, whenever the process was killed. KEY is a hash of the settings and the frame ids, CRC of the points.
+A chunk becomes two files, points (`KEY-CRC.f32`, float32 rows) and one row per frame (`KEY.parquet`). Each appears under its name
+by one rename of complete, synced bytes, the second after the first, so a chunk whose Parquet file exists is finished, whenever the
+process was killed. KEY is a hash of the settings and the frame ids, CRC is the checksum of the points.
+
+Read next: `prepare.py`, which plans the chunks and publishes the result.
 """
 
 from __future__ import annotations
@@ -25,46 +27,32 @@ import torch
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import atomic_file
 from ..core.structures import Frame
-from ..ops.points_in_boxes import count_points_in_boxes
-from .frame_source import FrameSource
-
-SCHEMA_VERSION = 1
-
-# One row a frame. Boxes, matrices and the like are flat lists; a null is "not known" (no label, no calibration).
-INDEX_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("error", pa.string()),  # why the frame was left out; null for a good frame
-        ("part", pa.string()),  # file of the points
-        ("offset", pa.int64()),  # first float32 of the frame in it
-        ("num_points", pa.int64()),
-        ("feature_names", pa.list_(pa.string())),
-        ("crc32", pa.int64()),
-        ("boxes", pa.list_(pa.float32())),
-        ("classes", pa.list_(pa.int32())),
-        ("box_points", pa.list_(pa.int32())),
-        ("difficulty", pa.list_(pa.int32())),
-        ("weight", pa.list_(pa.float32())),
-        ("exact", pa.list_(pa.bool_())),
-        ("complete", pa.bool_()),
-        ("lidar_to_camera", pa.list_(pa.float64())),
-        ("projection", pa.list_(pa.float64())),
-        ("image_size", pa.list_(pa.int32())),
-    ]
-)
+from .frame_source import FrameSource, KittiLabelSource
+from .prepared_format import INDEX_SCHEMA, frame_row, read_index
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Frames ``first``... of the source that are written together. ``key`` is the hash of the settings and the ids."""
+    """Frames that follow each other in the source and are written together."""
 
     key: str
+    """Hash of the settings and the ids; names the files."""
     first: int
+    """Position of the first frame in the source."""
     ids: tuple[str, ...]
+    """Ids of the frames."""
 
 
 def check_frame(frame: Frame, num_classes: int) -> None:
-    """Raises ``InvalidInput`` with the reason if ``frame`` breaks the contract of its values: NaN, zero-size boxes, unknown classes."""
+    """Check that a frame keeps the contract of its values.
+
+    Args:
+        frame: What a reader gave.
+        num_classes: Number of classes of the dataset.
+
+    Raises:
+        InvalidInput: There is a NaN, an intensity outside 0..1, a box without a size, a yaw or a class out of range.
+    """
     points = frame.points
     if not (torch.isfinite(points.xyz).all() and torch.isfinite(points.features).all()):
         bad = ~(torch.isfinite(points.xyz).all(1) & torch.isfinite(points.features).all(1))
@@ -81,7 +69,7 @@ def check_frame(frame: Frame, num_classes: int) -> None:
     checks = {
         "boxes hold NaN or inf": ~torch.isfinite(boxes).all(1),
         "boxes have a size of zero or less": (boxes[:, 3:6] <= 0).any(1),
-        "yaws are outside [-pi, pi) (see boxes.wrap_angle)": boxes[:, 6].abs() > torch.pi + 1e-5,
+        "yaws are outside [-pi, pi) (see core.boxes.wrap_angle)": boxes[:, 6].abs() > torch.pi + 1e-5,
         f"classes are outside 0..{num_classes - 1}": (labels.classes < 0) | (labels.classes >= num_classes),
         "weights are negative or NaN": ~(labels.weight >= 0),
     }
@@ -95,14 +83,24 @@ def check_frame(frame: Frame, num_classes: int) -> None:
 
 
 def remove_leftovers(parts: Path) -> None:
-    """Unfinished files of a killed start: temporary ones, and points whose index never appeared."""
+    """Delete unfinished files of a killed start: temporary ones, and points whose rows never appeared.
+
+    Args:
+        parts: Folder of the part files.
+    """
     for path in parts.iterdir():
         if path.suffix == ".tmp" or (path.suffix == ".f32" and not (parts / f"{path.name.split('-')[0]}.parquet").exists()):
             path.unlink()
 
 
 def remove_superseded(parts: Path, chunks: list[Chunk], table: pa.Table) -> None:
-    """Points of an earlier reading of ``chunks`` that ``table`` no longer names: a failed frame was repaired since."""
+    """Delete points of an earlier reading that no row names any more, because a failed frame was repaired since.
+
+    Args:
+        parts: Folder of the part files.
+        chunks: All chunks of the dataset.
+        table: The rows of all chunks.
+    """
     keys, current = {chunk.key for chunk in chunks}, set(table["part"].to_pylist())
     for path in parts.glob("*.f32"):
         if path.name.split("-")[0] in keys and path.name not in current:
@@ -110,13 +108,30 @@ def remove_superseded(parts: Path, chunks: list[Chunk], table: pa.Table) -> None
 
 
 def make_chunk(settings: dict[str, Any], first: int, ids: tuple[str, ...]) -> Chunk:
-    """The chunk of ``ids``, whose first frame is number ``first`` of the source."""
+    """Name a chunk by its content.
+
+    Args:
+        settings: Everything besides the ids that shapes the files, as plain values.
+        first: Position of its first frame in the source.
+        ids: Ids of its frames.
+
+    Returns:
+        The chunk.
+    """
     key = hashlib.sha256(json.dumps([settings, ids], sort_keys=True).encode()).hexdigest()[:16]
     return Chunk(key=key, first=first, ids=ids)
 
 
 def finished(parts: Path, chunk: Chunk) -> bool:
-    """Whether an earlier start wrote the whole chunk, and no frame of it failed."""
+    """Say whether an earlier start wrote the whole chunk and no frame of it failed.
+
+    Args:
+        parts: Folder of the part files.
+        chunk: The chunk.
+
+    Returns:
+        True if the chunk need not be read again.
+    """
     index = parts / f"{chunk.key}.parquet"
     if not index.exists():
         return False
@@ -125,7 +140,22 @@ def finished(parts: Path, chunk: Chunk) -> bool:
 
 
 def write_chunks(source: FrameSource, todo: list[Chunk], parts: Path, num_classes: int, workers: int, lock: int) -> Iterator[int]:
-    """Writes every chunk; gives the number of frames each time one is finished. Worker w of W takes the chunks w, w + W, ..."""
+    """Write chunks. Worker w of W takes the chunks w, w + W, ...
+
+    Args:
+        source: The frames.
+        todo: The chunks to write.
+        parts: Folder of the part files.
+        num_classes: Number of classes of the dataset.
+        workers: Number of forked processes; 0 or 1 writes in this process.
+        lock: Descriptor of the folder's lock, which workers let go.
+
+    Yields:
+        The number of frames of a chunk, each time a chunk is finished.
+
+    Raises:
+        UpcycleError: A worker died or could not write.
+    """
     if workers <= 1 or len(todo) <= 1:
         for chunk in todo:
             _write_chunk(source, chunk, parts, num_classes)
@@ -150,7 +180,7 @@ def write_chunks(source: FrameSource, todo: list[Chunk], parts: Path, num_classe
                     process.join()
                     if process.exitcode:
                         raise UpcycleError(
-                            f"a worker of prepare ended with code {process.exitcode} (-9: killed, often for want of memory); "
+                            f"a worker of prepare ended with code {process.exitcode} (-9: killed, often because memory ran out); "
                             f"what is finished in {parts} is kept: start again, perhaps with fewer workers"
                         ) from None
                     continue
@@ -191,7 +221,9 @@ def _write_chunk(source: FrameSource, chunk: Chunk, parts: Path, num_classes: in
                 raise InvalidInput(f"frame {i} of the source calls itself {frame.id!r}, expected {frame_id!r}")
             check_frame(frame, num_classes)
             blob = torch.cat([frame.points.xyz, frame.points.features], 1).float().numpy().astype("<f4").tobytes()
-            row = _row(frame, offset, zlib.crc32(blob))
+            labeled = frame.labels is not None
+            kitti = source.kitti_objects(frame_id) if labeled and isinstance(source, KittiLabelSource) else None
+            row = frame_row(frame, kitti, offset=offset, crc32=zlib.crc32(blob))
         except MemoryError:
             raise
         except Exception as error:  # whatever a reader raises concerns this frame only, and is reported
@@ -207,40 +239,3 @@ def _write_chunk(source: FrameSource, chunk: Chunk, parts: Path, num_classes: in
     table = pa.Table.from_pylist([row if "error" in row else {**row, "part": name} for row in rows], INDEX_SCHEMA)
     with atomic_file(parts / f"{chunk.key}.parquet") as file:
         pq.write_table(table, file)
-
-
-def _row(frame: Frame, offset: int, crc32: int) -> dict[str, Any]:
-    row = {
-        "id": frame.id,
-        "offset": offset,
-        "num_points": len(frame.points),
-        "feature_names": list(frame.points.feature_names),
-        "crc32": crc32,
-    }
-    if (labels := frame.labels) is not None:
-        box_points = labels.num_points
-        if (box_points < 0).any():
-            box_points = torch.where(box_points < 0, count_points_in_boxes(frame.points.xyz, labels.boxes.data), box_points)
-        row |= {
-            "boxes": labels.boxes.data.flatten().tolist(),
-            "box_points": box_points.tolist(),
-            **{name: getattr(labels, name).tolist() for name in ("classes", "difficulty", "weight", "exact")},
-            "complete": labels.complete,
-        }
-    if (calibration := frame.calibration) is not None:
-        row |= {
-            "lidar_to_camera": calibration.lidar_to_camera.flatten().tolist(),
-            "projection": calibration.projection.flatten().tolist(),
-            "image_size": list(calibration.image_size),
-        }
-    return row
-
-
-def read_index(path: Path) -> pa.Table:
-    """The rows of one Parquet file, of a chunk or of the whole dataset. Raises ``InvalidInput`` for other columns."""
-    table = pq.read_table(path, use_threads=False)
-    if not table.schema.equals(INDEX_SCHEMA):
-        raise InvalidInput(
-            f"{path} has other columns than schema version {SCHEMA_VERSION} of this program; prepare the dataset again"
-        )
-    return table

@@ -20,7 +20,9 @@ import torch
 
 from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
-from ..core.structures import Boxes3D, Frame, Labels
+from ..core.rig import RigSpec
+from ..core.structures import Frame, Labels
+from .frame_source import DatasetOrigin, described_origin
 from .kitti import read_ids, with_point_counts
 from .waymo_geometry import TYPES, WaymoFrame, WaymoObjects, frame_points
 from .waymo_parquet import SegmentReader, TablePlace, find_frames
@@ -64,6 +66,7 @@ class WaymoDataset:
     drop_no_label_zones: bool = True
     z_shift: float = 0.0
     with_labels: bool = True
+    root: Path | str | None = None
     _open: list[SegmentReader] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -89,14 +92,31 @@ class WaymoDataset:
                 raise InvalidInput(
                     f"none of its {images} range images holds a point; leave the frame out, or read only its labels"
                 )
-            points = replace(points, xyz=points.xyz + points.xyz.new_tensor([0.0, 0.0, self.z_shift]))
+            points = replace(points, xyz=self.rig.from_sensor(points.xyz))
             labels = self._labels(read) if self.with_labels else None
         except InvalidInput as error:
             raise InvalidInput(f"frame {place.id}: {error}") from error
         if labels is not None and bool((labels.num_points < 0).any()):
             counted = with_point_counts(labels, points).num_points
             labels = _weighed(replace(labels, num_points=torch.where(labels.num_points < 0, counted, labels.num_points)))
-        return Frame(id=place.id, points=points, labels=labels)
+        return Frame(id=place.id, points=points, labels=labels, rig=self.rig)
+
+    @property
+    def rig(self) -> RigSpec:
+        """What the reader does to scans and boxes; tanh has brought the intensity to 0..1 already."""
+        return RigSpec(z_shift=self.z_shift)
+
+    @property
+    def origin(self) -> DatasetOrigin:
+        """Where the frames come from."""
+        options = {
+            "z_shift": self.z_shift,
+            "class_map": self.class_map,
+            "second_return": self.second_return,
+            "drop_no_label_zones": self.drop_no_label_zones,
+            "with_labels": self.with_labels,
+        }
+        return described_origin("waymo", self.root, options)
 
     def labels(self, index: int) -> Labels:
         """The labels of frame ``index`` without its range images, for a frame that has none; unknown point counts stay -1."""
@@ -109,7 +129,7 @@ class WaymoDataset:
     def _labels(self, read: WaymoFrame) -> Labels:
         assert read.objects is not None  # they were asked for
         labels = labels_from_waymo(read.objects, self.classes, self.class_map)
-        return replace(labels, boxes=Boxes3D(data=labels.boxes.data + torch.tensor([0, 0, self.z_shift, 0, 0, 0, 0])))
+        return replace(labels, boxes=self.rig.from_sensor(labels.boxes))
 
     def _read(self, place: FramePlace, *, with_points: bool, with_objects: bool) -> WaymoFrame:
         source = place.source

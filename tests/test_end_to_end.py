@@ -84,7 +84,7 @@ def test_prepared_frames_and_full_turns_cropped_to_the_camera_smash_like_the_cam
         write_bin(tmp_path / "full" / f"{name}.bin", both)
     prepared = extracted(chain, tmp_path / "b", "--data", chain / "data", "--split", "fleet")
     cropped = extracted(chain, tmp_path / "c", "--scans", tmp_path / "full", "--calib", kitti / "calib", "--rig.z-shift", 1.73)
-    assert json.loads((chain / "data" / "dataset.json").read_text())["notes"]["z_shift"] == 1.73
+    assert json.loads((chain / "data" / "dataset.json").read_text())["rig"] == {"z_shift": 1.73, "intensity_scale": 1.0}
     for other in (prepared, cropped):
         assert other.keys() == plain.keys()
         for name, scene in plain.items():
@@ -253,7 +253,7 @@ def test_doctor_checks_the_sparse_convolution(chain):
             "both called '000000'",
         ),
         ("extract", (*SCANS, "--data", "{0}/data"), "either --scans"),
-        ("extract", (*SCANS[:4], "--data", "{0}/data", "--rig.z-shift", "2"), "was prepared with RigSpec(z_shift=1.73"),
+        ("extract", (*SCANS[:4], "--data", "{0}/data", "--rig.z-shift", "2"), "was prepared with the rig z_shift 1.73"),
         ("extract", (*SCANS[:4], "--data", "{0}/data", "--drop-non-finite"), "say how --scans are read"),
     ],
 )

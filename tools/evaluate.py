@@ -95,7 +95,7 @@ class Run:
     detector: Path
     """run folder, or a detector.safetensors or teacher.safetensors"""
     data: Path
-    """prepared dataset; for KITTI's protocol, labels are read from the KITTI folder it was made from"""
+    """prepared dataset"""
     split: str = "val"
     """split to score on"""
     protocol: Protocol | None = None
@@ -161,7 +161,7 @@ def _named(frame_id: str, frame: WaymoLabelFile, found: Predictions, in_zone: Te
 
 def _evaluate_run(what: Run) -> None:
     frames = PreparedDataset(what.data, what.split)
-    layout, overlaps = frames.notes.get("layout"), OVERLAPS[what.overlaps]
+    overlaps = OVERLAPS[what.overlaps]
     protocol = what.protocol or own_protocol(frames)
     if what.objects is not None and protocol != "waymo":
         raise InvalidInput(f"--objects is the form of Waymo's programs; the protocol here is {protocol}")
@@ -171,11 +171,10 @@ def _evaluate_run(what: Run) -> None:
         write_json(what.json, kitti.to_json())
         return
     detector = load_detector(what.detector)[0].to(device(what.device))
-    z_shift = float(frames.notes.get("z_shift", 0.0))
-    found = detect_labeled(detector, frames, label_classes=frames.classes, z_shift=z_shift)
+    found = detect_labeled(detector, frames, label_classes=frames.classes)
     _write_detections(what.detections, found)
     if protocol == "waymo":
-        waymo = score_waymo(found, difficulty_is_level=layout == "waymo")
+        waymo = score_waymo(found, difficulty_is_level=frames.origin.layout == "waymo")
         _write_objects(what.objects, found)
         print_waymo(waymo)
         write_json(what.json, waymo.to_json())

@@ -125,14 +125,14 @@ def _prepared_frames(config: Extract, data: Path) -> tuple[RigSpec, Scans]:
     if config.columns or config.drop_non_finite:
         raise InvalidInput("--columns and --drop-non-finite say how --scans are read; --data was read when it was prepared")
     frames = PreparedDataset(data, config.split)
-    rig = RigSpec.of(frames.notes)
+    rig = frames.rig
     if config.rig not in (RigSpec(), rig):
         raise InvalidInput(
-            f"{data} was prepared with {rig}, asked for {config.rig}; leave --rig out, or prepare the data with it"
+            f"{data} was prepared with the rig {rig}, asked for {config.rig}; leave --rig out, or prepare the data with it"
         )
 
     def read(index: int) -> PointCloud:
-        return rig.undo(frames[index].points)
+        return rig.to_sensor(frames[index].points)
 
     return rig, {name: partial(read, index) for index, name in enumerate(frames.ids)}
 

@@ -120,7 +120,8 @@ def _prepared(path: Path) -> dict[str, object]:
         f"split {name}": f"{n} frames, fingerprint {PreparedDataset(path, name).split_fingerprint()[:16]}"
         for name, n in dataset.splits.items()
     }
-    return facts | {f"note {k}": v for k, v in dataset.notes.items()} | {"point features": ", ".join(dataset.feature_names)}
+    facts |= {"point features": ", ".join(dataset.feature_names), "rig": str(dataset.rig), "layout": dataset.origin.layout}
+    return facts | {"made from": str(dataset.origin.root or "-")} | {f"option {k}": v for k, v in dataset.origin.options}
 
 
 def _weights(path: Path) -> dict[str, object]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from ..core.errors import InvalidInput
 from ..core.files import write_atomically
 from ..core.point_files import read_points, scan_files
 from ..core.rig import RigSpec
-from ..core.structures import Boxes3D, Predictions
+from ..core.structures import Predictions
 from ..datasets.kitti import read_calibration, shift_calibration
 from ..datasets.kitti_text import predictions_to_kitti, write_objects
 from ..perception.training.detector_files import load_detector
@@ -62,7 +60,7 @@ def command(config: Predict) -> None:
             points = read_points(
                 path, columns=config.columns or None, intensity_scale=None, drop_non_finite=config.drop_non_finite
             )
-            found = detector.detect([config.rig.apply(points)])[0].to("cpu")
+            found = detector.detect([config.rig.from_sensor(points)])[0].to("cpu")
             found = found.select(found.scores >= config.min_score)
             counts[path.name] = len(found)
             if config.format == "kitti":
@@ -70,24 +68,12 @@ def command(config: Predict) -> None:
                 calibration = shift_calibration(read_calibration(config.calib / f"{path.stem}.txt"), config.rig.z_shift)
                 write_objects(config.out / f"{path.stem}.txt", predictions_to_kitti(found, detector.class_names, calibration))
             else:
-                record = boxes_json(in_sensor_frame(found, config.rig), detector.class_names)
+                record = boxes_json(replace(found, boxes=config.rig.to_sensor(found.boxes)), detector.class_names)
                 write_atomically(config.out / f"{path.stem}.json", (json.dumps(record, indent=1) + "\n").encode())
             advance(done, len(scans))
     print_table("detections", ("scans", "boxes", "folder"), [(len(scans), sum(counts.values()), str(config.out))])
     console.print(f"scores of at least {config.min_score:g}; format {config.format}")
     write_json(config.json, counts)
-
-
-def in_sensor_frame(found: Predictions, rig: RigSpec) -> Predictions:
-    """Detections with the rig's z shift taken back."""
-    boxes = found.boxes.data - torch.tensor([0, 0, rig.z_shift, 0, 0, 0, 0])
-    return Predictions(
-        boxes=Boxes3D(data=boxes),
-        classes=found.classes,
-        scores=found.scores,
-        class_scores=found.class_scores,
-        iou_scores=found.iou_scores,
-    )
 
 
 def boxes_json(found: Predictions, class_names: tuple[str, ...]) -> list[dict[str, object]]:

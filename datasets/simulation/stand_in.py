@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..kitti import KittiDataset, read_ids
 from ..label_shares import label_share_splits
-from ..prepared import prepare
+from ..prepare import prepare
 from .layout_kitti import write_kitti_layout
 from .places import Domain
 
@@ -50,7 +50,6 @@ def prepared_stand_in(
         out,
         splits=ids | (label_share_splits(ids["train"], label_shares) if label_shares else {}),
         classes=classes,
-        notes={"root": str(raw.resolve()), "layout": "kitti", "z_shift": height},
         workers=workers,
     )
     return out

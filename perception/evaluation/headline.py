@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from ...core.errors import InvalidInput
-from ...datasets.kitti import KittiDataset
 from ...datasets.kitti_text import KittiObjects
 from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
@@ -18,12 +17,12 @@ Protocol = Literal["kitti", "waymo", "lyft", "cross_dataset"]
 Scores = Mapping[str, float]
 """Metric -> percent, as {"Car 3D 0.7": 43.1}; in the order of the detector's classes."""
 
-_OWN: Mapping[object, Protocol] = {"kitti": "kitti", "waymo": "waymo", "lyft": "lyft"}  # by a dataset's layout
+_OWN: Mapping[str, Protocol] = {"kitti": "kitti", "waymo": "waymo", "lyft": "lyft"}  # by a dataset's layout
 
 
 def own_protocol(frames: PreparedDataset) -> Protocol:
     """The protocol of the dataset that ``frames`` were prepared from. Raises InvalidInput if its layout has none."""
-    layout = frames.notes.get("layout")
+    layout = frames.origin.layout
     if layout not in _OWN:
         raise InvalidInput(
             f"{frames.root} has the layout {layout!r}, which has no protocol of its own; choose one with --protocol"
@@ -32,13 +31,9 @@ def own_protocol(frames: PreparedDataset) -> Protocol:
 
 
 def kitti_truths(frames: PreparedDataset) -> Callable[[str], KittiObjects]:
-    """Label files by frame id. Raises InvalidInput for a dataset of another layout: KITTI's protocol needs them."""
-    if frames.notes.get("layout") != "kitti":
-        raise InvalidInput(
-            f"{frames.root} was not prepared from a KITTI-layout folder, so it has no label files for KITTI's protocol; "
-            "--protocol cross_dataset is KITTI's AP without them"
-        )
-    return KittiDataset(str(frames.notes["root"]), frames.ids).frame_objects
+    """Label files by frame id. Raises InvalidInput for a dataset that holds none, before any frame is run."""
+    frames.kitti_objects(frames.ids[0])
+    return frames.kitti_objects
 
 
 def headline(detector: Detector, frames: PreparedDataset, protocol: Protocol) -> Scores:
@@ -59,12 +54,11 @@ def headline(detector: Detector, frames: PreparedDataset, protocol: Protocol) ->
                 for overlaps in (OFFICIAL, LOOSE)
             )
         )
-    z_shift = float(frames.notes.get("z_shift", 0.0))
-    labeled = detect_labeled(detector, frames, label_classes=frames.classes, z_shift=z_shift)
+    labeled = detect_labeled(detector, frames, label_classes=frames.classes)
     if protocol == "cross_dataset":
         return kitti_scores(*(score_cross_dataset(labeled, min_overlaps=overlaps) for overlaps in (OFFICIAL, LOOSE)))
     if protocol == "waymo":
-        waymo = score_waymo(labeled, difficulty_is_level=frames.notes.get("layout") == "waymo")
+        waymo = score_waymo(labeled, difficulty_is_level=frames.origin.layout == "waymo")
         values = {
             f"{name} {metric} L{level}": getattr(ranges["all"][f"LEVEL_{level}"], metric.lower())
             for name, ranges in waymo.classes.items()

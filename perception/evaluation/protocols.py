@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InvalidInput
-from ...core.structures import Boxes3D, Labels, Predictions
+from ...core.structures import Labels, Predictions
 from ...datasets.frame_source import FrameSource
 from ..models.detector import Detector
 from .cross_dataset import evaluate_cross_dataset
@@ -35,9 +35,9 @@ class LabeledDetections:
 
 
 def detect_labeled(
-    detector: Detector, frames: FrameSource, *, label_classes: tuple[str, ...], z_shift: float = 0.0
+    detector: Detector, frames: FrameSource, *, label_classes: tuple[str, ...]
 ) -> LabeledDetections:
-    """Run ``detector`` over ``frames``. z_shift: m, what preparation added to z; taken back from boxes.
+    """Run ``detector`` over ``frames``. Each frame's rig brings its boxes back to the sensor's frame.
 
     Raises InvalidInput naming a frame without labels.
     """
@@ -46,8 +46,8 @@ def detect_labeled(
         if frame.labels is None:
             raise InvalidInput(f"frame {frame.id} has no labels to score against; choose a labelled split")
         ids.append(frame.id)
-        labels.append(replace(frame.labels, boxes=_lowered(frame.labels.boxes, z_shift)))
-        predictions.append(replace(found, boxes=_lowered(found.boxes, z_shift)))
+        labels.append(replace(frame.labels, boxes=frame.rig.to_sensor(frame.labels.boxes)))
+        predictions.append(replace(found, boxes=frame.rig.to_sensor(found.boxes)))
     return LabeledDetections(
         ids=tuple(ids),
         labels=tuple(labels),
@@ -90,10 +90,6 @@ def score_cross_dataset(detections: LabeledDetections, *, min_overlaps: Mapping[
         detector_classes=detections.detector_classes,
         min_overlaps=min_overlaps,
     )
-
-
-def _lowered(boxes: Boxes3D, z_shift: float) -> Boxes3D:
-    return Boxes3D(data=boxes.data - boxes.data.new_tensor([0.0, 0.0, z_shift, 0.0, 0.0, 0.0, 0.0]))
 
 
 def _known(own: tuple[str, ...], names: Mapping[str, str], protocol: str) -> tuple[str, ...]:

@@ -195,7 +195,7 @@ class Pipeline:
 
     def rig(self) -> RigSpec:
         """What the fleet's vehicles do to a scan first, as its frames were prepared."""
-        return RigSpec.of(self.config.fleet.open().notes)
+        return self.config.fleet.open().rig
 
     def extract_fleet(self) -> dict[str, float]:
         """Smash every scan of the fleet into shards and take them in. Returns bytes and milliseconds a frame."""
@@ -208,7 +208,7 @@ class Pipeline:
             made: dict[str, str] = {}
 
             def read(index: int) -> Callable[[], PointCloud]:
-                return lambda: rig.undo(frames[index].points)
+                return lambda: rig.to_sensor(frames[index].points)
 
             for half in ("shards", "store"):  # of a run that was stopped: its scenes have other ids than the receipts will
                 shutil.rmtree(self.folder / half, ignore_errors=True)

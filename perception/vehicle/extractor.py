@@ -157,7 +157,7 @@ class Extractor:
             raise InvalidInput(f"{int(bad.sum())} of {len(points)} points hold NaN or inf; drop them where the scan is read")
         start = self._now()
         with torch.inference_mode():
-            clouds = [self.rig.apply(points).to(self._device)]
+            clouds = [self.rig.from_sensor(points).to(self._device)]
             voxels = self._encoder.voxelize(clouds)
             voxelized = self._now()
             features = self._encoder.features(clouds, voxels).to("cpu")

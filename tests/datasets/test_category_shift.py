@@ -17,10 +17,11 @@ from upcycle3d.core.boxes import corners_bev
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.kitti import KittiDataset, read_ids
 from upcycle3d.datasets.kitti_text import labels_from_kitti, parse_objects
-from upcycle3d.datasets.nuscenes import LYFT as LYFT_TABLES
+from upcycle3d.datasets.nuscenes import LYFT_DIALECT
 from upcycle3d.datasets.nuscenes import NuScenesDataset
 from upcycle3d.datasets.nuscenes_tables import read_tables
-from upcycle3d.datasets.prepared import PreparedDataset, prepare
+from upcycle3d.datasets.prepare import prepare
+from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation.bodies import body
 from upcycle3d.datasets.simulation.category_shift import (
     PRIVATE_CLASSES,
@@ -321,7 +322,7 @@ def test_other_layouts_have_names_for_the_new_classes(tmp_path: Path) -> None:
     write_lyft_layout(tmp_path, small, num_frames=2, seed=1, workers=1)
     tables = read_tables(tmp_path, VERSION)
     class_map = {category: name for name, category in (CATEGORIES | OPEN_CATEGORIES).items()}
-    reader = NuScenesDataset(tables, tables.samples, LYFT_TABLES, classes=ALL_SEVEN, class_map=class_map)
+    reader = NuScenesDataset(tables, tables.samples, LYFT_DIALECT, classes=ALL_SEVEN, class_map=class_map)
     made = simulate_frame(small, seed=1, index=0, view="full")
     read = reader[0].labels
     assert read is not None

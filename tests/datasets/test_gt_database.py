@@ -18,7 +18,8 @@ from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.structures import Frame, Labels, PointCloud
 from upcycle3d.datasets.fingerprint import split_fingerprint
 from upcycle3d.datasets.gt_database import MIN_POINTS, GtDatabase, GtSampler, build_gt_database, paste
-from upcycle3d.datasets.prepared import PreparedDataset, prepare
+from upcycle3d.datasets.prepare import prepare
+from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.ops.iou3d import iou_bev
 from upcycle3d.ops.points_in_boxes import count_points_in_boxes, points_in_boxes_mask
 

@@ -302,7 +302,7 @@ def test_real_labels_project_onto_their_2d_boxes() -> None:
     dataset = KittiDataset(SHARED, read_ids(SHARED / "ImageSets" / "val.txt"), with_labels=False)
     worst = []
     for i, frame_id in enumerate(dataset.ids):
-        objects = dataset.frame_objects(frame_id)
+        objects = dataset.kitti_objects(frame_id)
         whole = torch.tensor([t == "Car" for t in objects.types]) & (objects.truncated == 0) & (objects.location[:, 2] > 8)
         objects = objects.select(whole)
         calibration = dataset[i].calibration

@@ -10,7 +10,7 @@ import torch
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.json_table import JsonTable
-from upcycle3d.datasets.nuscenes import LYFT, NUSCENES, NuScenesDataset, draw_scenes, read_sweep, split_by_scene
+from upcycle3d.datasets.nuscenes import LYFT_DIALECT, NUSCENES_DIALECT, NuScenesDataset, draw_scenes, read_sweep, split_by_scene
 from upcycle3d.datasets.nuscenes_tables import quaternion_matrix, read_tables
 
 VERSION = "v1.0-mini"
@@ -86,7 +86,7 @@ def root(tmp_path: Path) -> Path:
 
 def dataset(root: Path, ids: tuple[str, ...] = ("later",), **options) -> NuScenesDataset:
     tables = read_tables(root, VERSION, keyframes_only=options.get("sweeps", 1) == 1)
-    return NuScenesDataset(tables, ids, NUSCENES, **{"classes": ("Car", "Truck", "Pedestrian"), **options})
+    return NuScenesDataset(tables, ids, NUSCENES_DIALECT, **{"classes": ("Car", "Truck", "Pedestrian"), **options})
 
 
 def test_points_and_boxes_come_with_x_forward_and_the_origin_at_the_sensor(root):
@@ -156,9 +156,9 @@ def test_without_labels_the_boxes_tables_are_never_opened(root):
     for name in ("sample_annotation", "instance", "category"):
         (root / VERSION / f"{name}.json").unlink()
     tables = read_tables(root, VERSION, annotations=False)
-    assert NuScenesDataset(tables, ("later",), NUSCENES, with_labels=False)[0].labels is None
+    assert NuScenesDataset(tables, ("later",), NUSCENES_DIALECT, with_labels=False)[0].labels is None
     with pytest.raises(InvalidInput, match="read them with annotations=True"):
-        NuScenesDataset(tables, ("later",), NUSCENES)
+        NuScenesDataset(tables, ("later",), NUSCENES_DIALECT)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_missing_cut_off_or_foreign_table_is_named(root):
     with pytest.raises(InvalidInput, match=r"no table .*instance.json; the folder holds .*sample_annotation"):
         read_tables(root, VERSION)
     with pytest.raises(InvalidInput, match=r"no folder .*v1.01-train with tables; .* holds v1.0-mini: name it as version"):
-        read_tables(root, LYFT.version)
+        read_tables(root, LYFT_DIALECT.version)
 
 
 def test_ids_and_earlier_sweeps_that_do_not_exist_are_named(root):
@@ -312,7 +312,7 @@ def test_ids_and_earlier_sweeps_that_do_not_exist_are_named(root):
     with pytest.raises(InvalidInput, match=r"sample later: no sweep .*d1.pcd.bin"):
         dataset(root, sweeps=2)[0]
     with pytest.raises(InvalidInput, match=r"sample later: .*no row d1 of LIDAR_TOP .*keyframes_only"):
-        NuScenesDataset(read_tables(root, VERSION), ("later",), NUSCENES, classes=("Car",), sweeps=2)[0]
+        NuScenesDataset(read_tables(root, VERSION), ("later",), NUSCENES_DIALECT, classes=("Car",), sweeps=2)[0]
 
 
 @pytest.mark.parametrize("size", [0, 4, 4 * (5 * 100 - 2)])

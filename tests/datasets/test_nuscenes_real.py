@@ -8,7 +8,7 @@ import torch
 
 from upcycle3d.core.boxes import rotate_z
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.datasets.nuscenes import LYFT, NUSCENES, NuScenesDataset, read_sweep
+from upcycle3d.datasets.nuscenes import LYFT_DIALECT, NUSCENES_DIALECT, NuScenesDataset, read_sweep
 from upcycle3d.datasets.nuscenes_tables import DriveTables, read_tables
 from upcycle3d.ops.points_in_boxes import count_points_in_boxes
 from upcycle3d.tools import prepare
@@ -25,7 +25,7 @@ def nuscenes() -> DriveTables:
 
 def everything(tables: DriveTables, scene: str) -> NuScenesDataset:
     names = tables.categories
-    return NuScenesDataset(tables, tables.scenes[scene], NUSCENES, classes=names, class_map={name: name for name in names})
+    return NuScenesDataset(tables, tables.scenes[scene], NUSCENES_DIALECT, classes=names, class_map={name: name for name in names})
 
 
 def test_points_counted_in_upright_boxes_of_the_world_are_the_table_s_exactly(nuscenes):
@@ -67,7 +67,7 @@ def test_boxes_of_the_other_scene_hold_their_points_too(nuscenes):
 
 
 def test_the_road_lies_at_the_mounting_height_and_cars_ahead_stand_on_it(nuscenes):
-    frame = NuScenesDataset(nuscenes, nuscenes.scenes["scene-0061"], NUSCENES, classes=("Car", "Truck"), z_shift=1.84)[0]
+    frame = NuScenesDataset(nuscenes, nuscenes.scenes["scene-0061"], NUSCENES_DIALECT, classes=("Car", "Truck"), z_shift=1.84)[0]
     near = frame.points.xyz[:, :2].norm(dim=1) < 15
     assert abs(float(frame.points.xyz[near, 2].quantile(0.3))) < 0.15
     truck = frame.labels.boxes.data[frame.labels.classes == 1][0]  # the vehicle ahead
@@ -99,7 +99,7 @@ def test_prepare_reads_nuscenes_and_parts_its_drives(tmp_path):
 def test_lyft_s_sample_gives_its_boxes_on_the_road(tmp_path):
     tables = read_tables(SHARED / "lyft", "v1.01-train")
     (sample,) = tables.samples
-    data = NuScenesDataset(tables, tables.samples, LYFT, classes=("Car",), z_shift=1.83)
+    data = NuScenesDataset(tables, tables.samples, LYFT_DIALECT, classes=("Car",), z_shift=1.83)
     labels = data.labels(sample)
     assert labels.classes.tolist() == [0, 0, 0, 0]
     assert labels.num_points.tolist() == [-1] * 4  # Lyft's tables do not know
@@ -120,7 +120,7 @@ def test_lyft_s_cut_sweeps_are_read_as_they_are_and_counted_in(tmp_path):
     (tmp_path / "lidar").mkdir()
     (tmp_path / "lidar" / "host-a101_lidar1_1240710385903083166.bin").symlink_to(cut[0])
     tables = read_tables(tmp_path, "v1.01-train")
-    frame = NuScenesDataset(tables, tables.samples, LYFT, classes=("Car",))[0]
+    frame = NuScenesDataset(tables, tables.samples, LYFT_DIALECT, classes=("Car",))[0]
     assert frame.labels.num_points.tolist() == [0] * 4
     assert bool((frame.points.xyz[:, 0] < -45).all())  # this host's LiDAR looks backwards: the file's x is near +50
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.datasets.nuscenes import LYFT, NuScenesDataset, split_by_scene
+from upcycle3d.datasets.nuscenes import LYFT_DIALECT, NuScenesDataset, split_by_scene
 from upcycle3d.datasets.nuscenes_tables import read_tables
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation import places
@@ -32,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def reader(root: Path) -> NuScenesDataset:
     tables = read_tables(root, VERSION)
-    return NuScenesDataset(tables, tables.samples, LYFT, classes=NAMES, class_map=CLASS_MAP)
+    return NuScenesDataset(tables, tables.samples, LYFT_DIALECT, classes=NAMES, class_map=CLASS_MAP)
 
 
 def test_points_boxes_and_counts_read_back_as_they_were_made(root):
@@ -117,7 +117,7 @@ def test_prepare_lists_the_damaged_sweep_keeps_the_rest_and_tries_it_again(root,
     found = json.loads(report.read_text())
     assert (found["splits"], found["failures"]) == ({"train": 3, "val": 1}, [])
     prepared = PreparedDataset(out, "val")
-    direct = NuScenesDataset(read_tables(raw, VERSION), prepared.ids, LYFT, z_shift=1.83, neighbors={"other_vehicle": "Car"})[0]
+    direct = NuScenesDataset(read_tables(raw, VERSION), prepared.ids, LYFT_DIALECT, z_shift=1.83, neighbors={"other_vehicle": "Car"})[0]
     torch.testing.assert_close(prepared[0].points.xyz, direct.points.xyz)
     torch.testing.assert_close(prepared[0].labels.boxes.data, direct.labels.boxes.data)
     assert prepared[0].labels.weight.tolist() == direct.labels.weight.tolist()

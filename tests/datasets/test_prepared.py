@@ -20,9 +20,12 @@ from torch.utils.data import DataLoader
 
 from upcycle3d.core.errors import InvalidInput, UpcycleError
 from upcycle3d.core.files import atomic_file
+from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Calibration, Frame, Labels, PointCloud
 from upcycle3d.datasets.fingerprint import split_fingerprint
-from upcycle3d.datasets.prepared import PreparedDataset, PrepareReport, prepare
+from upcycle3d.datasets.frame_source import DatasetOrigin
+from upcycle3d.datasets.prepare import PrepareReport, prepare
+from upcycle3d.datasets.prepared import PreparedDataset
 
 CLASSES = ("Car", "Pedestrian")
 
@@ -100,9 +103,7 @@ def assert_same(a: Frame, b: Frame) -> None:
 def test_frames_come_back_exactly_with_empty_ones_among_them(tmp_path: Path) -> None:
     source = Source(7, {5: lambda f: replace(f, labels=None)})
     steps: list[tuple[int, int]] = []
-    report = run(
-        source, tmp_path / "d", notes={"z_shift": 1.6, "rig": "roof"}, on_progress=lambda done, of: steps.append((done, of))
-    )
+    report = run(source, tmp_path / "d", on_progress=lambda done, of: steps.append((done, of)))
     data = PreparedDataset(tmp_path / "d")
     assert len(data) == len(source) == report.frames
     for i in range(len(source)):
@@ -112,7 +113,8 @@ def test_frames_come_back_exactly_with_empty_ones_among_them(tmp_path: Path) -> 
     assert labels is not None
     assert len(labels) == 0
     assert data[5].labels is None
-    assert (data.classes, data.notes, data.feature_names) == (CLASSES, {"z_shift": 1.6, "rig": "roof"}, ("intensity",))
+    assert (data.classes, data.feature_names) == (CLASSES, ("intensity",))
+    assert (data.rig, data.origin) == (RigSpec(), DatasetOrigin())
     assert steps == [(3, 7), (6, 7), (7, 7)]
     assert (report.points, report.boxes, report.failures, report.splits) == (6 * 60, 5 * 2, (), {"train": 5, "val": 2})
     assert data.verify() == ()

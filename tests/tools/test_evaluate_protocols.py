@@ -179,7 +179,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def lay_out(data: Path, layout: str) -> None:
     header = json.loads((data / "dataset.json").read_text())
-    header["notes"]["layout"] = layout
+    header["origin"]["layout"] = layout
     (data / "dataset.json").write_text(json.dumps(header))
 
 

@@ -139,12 +139,12 @@ def test_the_rig_shifts_z_scales_intensity_and_leaves_its_argument_alone():
     points = PointCloud(
         xyz=torch.zeros(2, 3), features=torch.tensor([[255.0, 7.0], [51.0, 8.0]]), feature_names=("intensity", "time")
     )
-    moved = RigSpec(z_shift=1.5, intensity_scale=1 / 255).apply(points)
+    moved = RigSpec(z_shift=1.5, intensity_scale=1 / 255).from_sensor(points)
     assert moved.xyz[:, 2].tolist() == [1.5, 1.5]
     assert torch.allclose(moved.features, torch.tensor([[1.0, 7.0], [0.2, 8.0]]))
     assert points.features[0, 0] == 255
     with pytest.raises(InvalidInput, match="intensity_scale"):
-        RigSpec().apply(points)
+        RigSpec().from_sensor(points)
     with pytest.raises(InvalidInput, match="intensity_scale"):
         RigSpec(intensity_scale=0.0)
 
@@ -181,7 +181,7 @@ def test_keypoints_leave_as_cells_in_the_encoders_order(tmp_path):
     extractor = Extractor(KeypointEncoder(), RigSpec(z_shift=0.3), "fp16")
     scene, _ = extractor.smash(scan(1))
     with torch.no_grad():
-        expected = KeypointEncoder().eval()([RigSpec(z_shift=0.3).apply(scan(1))]).keypoints
+        expected = KeypointEncoder().eval()([RigSpec(z_shift=0.3).from_sensor(scan(1))]).keypoints
     assert 20 < len(scene.keypoint_cells) <= 64
     assert torch.equal(scene.keypoint_cells, cells_of_centers(expected.xyz, GRID))
     assert torch.equal(scene.keypoint_features, expected.features)

@@ -1,0 +1,270 @@
+"""Preparation: read every frame of a dataset once, check it, and write it for fast use.
+
+Work is done in chunks of frames by worker processes (`prepared_parts.py`). Finished chunks are kept whatever happens, so killing
+preparation and starting it again does nothing twice. `prepared_format.py` draws the files.
+
+Read next: `prepared.py` reads the result; `raw.py` opens KITTI, Waymo, Lyft, nuScenes and your own folder, and adds the databases
+of objects to paste.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..core.errors import InvalidInput, UpcycleError
+from ..core.files import atomic_file
+from ..core.rig import RigSpec
+from .frame_source import DatasetOrigin, DescribedSource, FrameSource
+from .prepared_format import PREPARED_VERSION, FrameFailure, PreparedHeader, origin_to_json, read_index
+from .prepared_parts import finished, make_chunk, remove_leftovers, remove_superseded, write_chunks
+
+ProgressCallback = Callable[[int, int], None]
+"""Called with the number of frames that are done and the number of all frames."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareReport:
+    """What `prepare` found and wrote."""
+
+    root: Path
+    """The folder that was written."""
+    frames: int
+    """Good frames."""
+    reused_frames: int
+    """Frames, good or not, of chunks that an earlier start had finished."""
+    points: int
+    """Points of all good frames."""
+    boxes: int
+    """Labels of all good frames."""
+    empty_boxes: int
+    """Labels without a point in their box."""
+    splits: dict[str, int]
+    """Good frames by name of the split."""
+    failures: tuple[FrameFailure, ...]
+    """The frames that were left out, with reasons."""
+
+
+def prepare(
+    source: FrameSource,
+    ids: Sequence[str],
+    out: Path | str,
+    *,
+    splits: Mapping[str, Sequence[str]],
+    classes: tuple[str, ...],
+    origin: DatasetOrigin | None = None,
+    workers: int = 2,
+    chunk_frames: int = 16,
+    on_progress: ProgressCallback | None = None,
+) -> PrepareReport:
+    """Read every frame of a source once, check it, and write a prepared dataset.
+
+    A frame that cannot be read or breaks the contract of its values does not stop the rest: the report names it with the reason,
+    and index and splits leave it out. A later start tries chunks with such frames again, in case the cause was repaired.
+
+    Args:
+        source: The frames. All good frames must have the same point features and the same rig.
+        ids: One id per frame, in the order of `source`.
+        out: Folder to write.
+        splits: Name of a split and the ids of its frames. They may change between two starts without any frame being read again.
+        classes: Names of the class numbers of the labels.
+        origin: Where the data comes from. By default `source.origin`, or "own" where the source has none.
+        workers: Number of forked processes; 0 or 1 reads in this process. The files are the same bytes for any number.
+        chunk_frames: Frames per part file.
+        on_progress: Called after each chunk.
+
+    Returns:
+        Counts, and the frames that were left out.
+
+    Raises:
+        InvalidInput: The arguments contradict each other, or an earlier start of this folder had other settings.
+        UpcycleError: A worker died, another process prepares the same folder, or no frame of a split is good.
+
+    Example:
+        source = KittiDataset("KITTI", ids, z_shift=1.73)
+        report = prepare(source, ids, "data/kitti", splits={"train": ids}, classes=source.classes)
+        frames = PreparedDataset("data/kitti", "train")
+    """
+    ids = tuple(ids)
+    _check_arguments(source, ids, splits, chunk_frames)
+    out = Path(out)
+    parts = out / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    if origin is None:
+        origin = source.origin if isinstance(source, DescribedSource) else DatasetOrigin()
+    with _locked(out) as lock:
+        settings = {
+            "schema_version": PREPARED_VERSION,
+            "classes": list(classes),
+            "origin": origin_to_json(origin),
+            "chunk_frames": chunk_frames,
+        }
+        _refuse_other_settings(out / "preparation.json", settings)
+        remove_leftovers(parts)
+        chunks = [make_chunk(settings, first, ids[first : first + chunk_frames]) for first in range(0, len(ids), chunk_frames)]
+        todo = [chunk for chunk in chunks if not finished(parts, chunk)]
+        reused = done = len(ids) - sum(len(chunk.ids) for chunk in todo)
+        for frames in write_chunks(source, todo, parts, len(classes), workers, lock):
+            done += frames
+            if on_progress:
+                on_progress(done, len(ids))
+        table = pa.concat_tables([read_index(parts / f"{chunk.key}.parquet") for chunk in chunks])
+        report = _publish(out, table, classes, origin, splits, reused)
+        remove_superseded(parts, chunks, table)
+        return report
+
+
+def _check_arguments(source: FrameSource, ids: tuple[str, ...], splits: Mapping[str, Sequence[str]], chunk_frames: int) -> None:
+    if len(source) != len(ids) or not ids:
+        raise InvalidInput(
+            f"preparation needs one id per frame and at least one frame, found {len(ids)} ids for {len(source)} frames"
+        )
+    if chunk_frames < 1:
+        raise InvalidInput(f"chunk_frames must be at least 1, found {chunk_frames}")
+    for what, names in {"the dataset": ids, **{f"split {name!r}": tuple(names) for name, names in splits.items()}}.items():
+        if not names:
+            raise InvalidInput(f"{what} is empty: name at least one frame, or leave the split out")
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        unknown = sorted(set(names) - set(ids))
+        if twice or unknown:
+            raise InvalidInput(
+                f"{what} names {len(twice)} frames twice {twice[:3]} and {len(unknown)} that do not exist {unknown[:3]}"
+            )
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[int]:
+    """Hold the folder for this process; the kernel releases it however the process ends."""
+    lock = os.open(out / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UpcycleError(f"another process is preparing {out}; wait for it or choose another folder") from None
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
+    if not path.exists():
+        with atomic_file(path) as file:
+            file.write(json.dumps(settings, indent=1).encode())
+        return
+    before = json.loads(path.read_text())
+    if before.get("schema_version") != PREPARED_VERSION:
+        raise InvalidInput(
+            f"{path.parent} was begun by another version of this program (schema version {before.get('schema_version')}, this one "
+            f"writes {PREPARED_VERSION}); prepare into another folder, or delete this one to start over"
+        )
+    old, new = _flat(before), _flat(settings)
+    changed = [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in old | new if old.get(name) != new.get(name)]
+    if changed:
+        raise InvalidInput(
+            f"{path.parent} was begun with other settings ({'; '.join(changed)}); prepare into another folder, "
+            "or delete this one to start over"
+        )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the reader's options as entries of their own, so that a message names only what differs."""
+    origin = settings["origin"]
+    rest = {name: value for name, value in settings.items() if name != "origin"}
+    return rest | {"layout": origin["layout"], "root": origin["root"], **origin["options"]}
+
+
+def _publish(
+    out: Path,
+    table: pa.Table,
+    classes: tuple[str, ...],
+    origin: DatasetOrigin,
+    splits: Mapping[str, Sequence[str]],
+    reused: int,
+) -> PrepareReport:
+    """Write index and header from the rows of all chunks: the good frames, the failures, the splits without the failures."""
+    good, failures, features, rig = _good_frames(table)
+    failed = {failure.id: failure.reason for failure in failures}
+    kept = {name: tuple(i for i in names if i not in failed) for name, names in splits.items()}
+    for name, names in {"the dataset": good, **kept}.items():
+        if not names:
+            reasons = "; ".join(f"{f.id}: {f.reason}" for f in [f for f in failures if f.id in splits.get(name, failed)][:3])
+            raise UpcycleError(
+                f"every frame of {name} in {out} failed, so there is nothing to learn from. The first failures: {reasons}"
+            )
+    table = table.take(good)
+    header = PreparedHeader(
+        version=PREPARED_VERSION,
+        classes=classes,
+        feature_names=features,
+        rig=rig,
+        origin=origin,
+        index=_write_index(out, table),
+        splits=kept,
+        failures=tuple(failures),
+    )
+    with atomic_file(out / "dataset.json") as file:
+        file.write(json.dumps(header.to_json(), indent=1).encode())
+    for old in out.glob("index-*.parquet"):
+        if old.name != header.index:
+            old.unlink()
+    box_points = pc.list_flatten(table["box_points"])
+    return PrepareReport(
+        root=out,
+        frames=len(good),
+        reused_frames=reused,
+        points=pc.sum(table["num_points"]).as_py(),
+        boxes=len(box_points),
+        empty_boxes=pc.sum(pc.equal(box_points, 0)).as_py() or 0,
+        splits={name: len(names) for name, names in kept.items()},
+        failures=header.failures,
+    )
+
+
+def _good_frames(table: pa.Table) -> tuple[list[int], list[FrameFailure], tuple[str, ...], RigSpec]:
+    """Row numbers of the good frames, the failures, and the point features and the rig that most frames have.
+
+    A frame with other features or another rig than most is a failure: no model can learn from both.
+    """
+    names, errors = table["id"].to_pylist(), table["error"].to_pylist()
+    features = [None if kind is None else tuple(kind) for kind in table["feature_names"].to_pylist()]
+    shifts = list(zip(table["z_shift"].to_pylist(), table["intensity_scale"].to_pylist()))
+    read = [i for i, error in enumerate(errors) if error is None]
+    usual_features = Counter(features[i] for i in read).most_common(1)
+    usual_shift = Counter(shifts[i] for i in read).most_common(1)
+    good, failures = [], []
+    for i, (frame_id, error) in enumerate(zip(names, errors)):
+        if error is None and features[i] != usual_features[0][0]:
+            error = f"its point features are {features[i]}, those of most frames are {usual_features[0][0]}"
+        if error is None and shifts[i] != usual_shift[0][0]:
+            error = f"its rig (z_shift, intensity_scale) is {shifts[i]}, that of most frames is {usual_shift[0][0]}"
+        if error is None:
+            good.append(i)
+        else:
+            failures.append(FrameFailure(id=frame_id, reason=error))
+    if not good:
+        return good, failures, (), RigSpec()
+    z_shift, intensity_scale = usual_shift[0][0]
+    return good, failures, usual_features[0][0] or (), RigSpec(z_shift=z_shift, intensity_scale=intensity_scale)
+
+
+def _write_index(out: Path, table: pa.Table) -> str:
+    """Write the index under a name with its checksum; returns the name."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    index = sink.getvalue()
+    name = f"index-{zlib.crc32(index):08x}.parquet"
+    with atomic_file(out / name) as file:
+        file.write(index)
+    return name
