@@ -146,9 +146,7 @@ def open_kitti(
     if not found:
         raise InvalidInput(f"there is no split in {Path(root) / 'ImageSets'}; write NAME.txt with one frame id per line")
     ids = _together(found)
-    source = KittiDataset(
-        root, ids, points_folder=points_folder, classes=classes, z_shift=z_shift, crop_to_camera=crop_to_camera
-    )
+    source = KittiDataset(root, ids, points_folder=points_folder, classes=classes, z_shift=z_shift, crop_to_camera=crop_to_camera)
     return RawDataset(source=source, ids=ids, splits=found, classes=classes)
 
 

@@ -34,9 +34,7 @@ class LabeledDetections:
     detector_classes: tuple[str, ...]
 
 
-def detect_labeled(
-    detector: Detector, frames: FrameSource, *, label_classes: tuple[str, ...]
-) -> LabeledDetections:
+def detect_labeled(detector: Detector, frames: FrameSource, *, label_classes: tuple[str, ...]) -> LabeledDetections:
     """Run ``detector`` over ``frames``. Each frame's rig brings its boxes back to the sensor's frame.
 
     Raises InvalidInput naming a frame without labels.

@@ -17,8 +17,7 @@ from upcycle3d.core.boxes import corners_bev
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.kitti import KittiDataset, read_ids
 from upcycle3d.datasets.kitti_text import labels_from_kitti, parse_objects
-from upcycle3d.datasets.nuscenes import LYFT_DIALECT
-from upcycle3d.datasets.nuscenes import NuScenesDataset
+from upcycle3d.datasets.nuscenes import LYFT_DIALECT, NuScenesDataset
 from upcycle3d.datasets.nuscenes_tables import read_tables
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset

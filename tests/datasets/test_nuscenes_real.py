@@ -25,7 +25,9 @@ def nuscenes() -> DriveTables:
 
 def everything(tables: DriveTables, scene: str) -> NuScenesDataset:
     names = tables.categories
-    return NuScenesDataset(tables, tables.scenes[scene], NUSCENES_DIALECT, classes=names, class_map={name: name for name in names})
+    return NuScenesDataset(
+        tables, tables.scenes[scene], NUSCENES_DIALECT, classes=names, class_map={name: name for name in names}
+    )
 
 
 def test_points_counted_in_upright_boxes_of_the_world_are_the_table_s_exactly(nuscenes):

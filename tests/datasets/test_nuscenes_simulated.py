@@ -117,7 +117,9 @@ def test_prepare_lists_the_damaged_sweep_keeps_the_rest_and_tries_it_again(root,
     found = json.loads(report.read_text())
     assert (found["splits"], found["failures"]) == ({"train": 3, "val": 1}, [])
     prepared = PreparedDataset(out, "val")
-    direct = NuScenesDataset(read_tables(raw, VERSION), prepared.ids, LYFT_DIALECT, z_shift=1.83, neighbors={"other_vehicle": "Car"})[0]
+    direct = NuScenesDataset(
+        read_tables(raw, VERSION), prepared.ids, LYFT_DIALECT, z_shift=1.83, neighbors={"other_vehicle": "Car"}
+    )[0]
     torch.testing.assert_close(prepared[0].points.xyz, direct.points.xyz)
     torch.testing.assert_close(prepared[0].labels.boxes.data, direct.labels.boxes.data)
     assert prepared[0].labels.weight.tolist() == direct.labels.weight.tolist()
