@@ -99,7 +99,7 @@ def adapt_detector(
         detector = load_detector(Path(detector))[0]
     target, frames = _opened(target, class_map)
     if rig is None:
-        rig = RigSpec() if frames is None else RigSpec.of(frames.notes)
+        rig = RigSpec() if frames is None else frames.rig
     if not isinstance(source, ProposalClassifier):
         settings = classifier or ClassifierConfig()
         settings = replace(settings, points=settings.points and frames is not None)
@@ -110,7 +110,7 @@ def adapt_detector(
     else:
         proposals = _proposals_on(detector, target, out, "target", selection, on_progress)
     adapted = adapt_proposals(source, proposals, config)
-    write_detections(out / "detections", proposals, adapted.classified, z_shift=rig.z_shift)
+    write_detections(out / "detections", proposals, adapted.classified, rig=rig)
     save_adapted(out / "adapted.safetensors", adapted, source)
     measured = None
     if frames is not None and class_map is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ....core.errors import require
 from ....core.files import atomic_file
-from ....core.structures import Boxes3D
+from ....core.rig import RigSpec
 from .open_set import ClassifiedProposals
 from .proposal_classifier import BACKGROUND_NAME
 from .proposals import DetectorProposals
@@ -19,7 +19,7 @@ UNKNOWN_NAME = "unknown"
 
 
 def frame_records(
-    proposals: DetectorProposals, classified: ClassifiedProposals, frame: int, *, z_shift: float = 0.0
+    proposals: DetectorProposals, classified: ClassifiedProposals, frame: int, *, rig: RigSpec
 ) -> list[dict[str, object]]:
     """Describe each proposal of one frame. Boxes and scores are the detector's.
 
@@ -27,13 +27,13 @@ def frame_records(
         proposals: All proposals.
         classified: Decisions on them.
         frame: Position of the frame in `proposals.frame_ids`.
-        z_shift: What preparation added to z in m; it is subtracted again.
+        rig: What was done to the scans; boxes are brought back to the sensor frame.
 
     Returns:
         One record per proposal. `class` is "unknown" where `unknown` is true; `nearest` is the most probable known class in any case.
     """
     rows = (proposals.frame == frame).nonzero()[:, 0].tolist()
-    boxes = Boxes3D(data=proposals.boxes - proposals.boxes.new_tensor([0, 0, z_shift, 0, 0, 0, 0])).data.tolist()
+    boxes = rig.to_sensor(proposals.boxes).tolist()
     names = (*classified.classes, BACKGROUND_NAME)
     records: list[dict[str, object]] = []
     for row in rows:
@@ -50,16 +50,14 @@ def frame_records(
     return records
 
 
-def write_detections(
-    folder: str | Path, proposals: DetectorProposals, classified: ClassifiedProposals, *, z_shift: float = 0.0
-) -> None:
+def write_detections(folder: str | Path, proposals: DetectorProposals, classified: ClassifiedProposals, *, rig: RigSpec) -> None:
     """Write one file FRAME.json per frame, atomically. A frame without a proposal gets an empty list.
 
     Args:
         folder: Where the files go. A slash in a frame's id becomes an underscore.
         proposals: All proposals.
         classified: Decisions on them.
-        z_shift: What preparation added to z in m; it is subtracted again.
+        rig: What was done to the scans; boxes are brought back to the sensor frame.
 
     Raises:
         InvalidInput: The two do not belong together.
@@ -68,6 +66,6 @@ def write_detections(
         len(proposals) == len(classified), f"{len(proposals)} proposals and {len(classified)} decisions do not belong together"
     )
     for index, frame_id in enumerate(proposals.frame_ids):
-        records = frame_records(proposals, classified, index, z_shift=z_shift)
+        records = frame_records(proposals, classified, index, rig=rig)
         with atomic_file(Path(folder) / f"{frame_id.replace('/', '_')}.json") as file:
             file.write((json.dumps(records, indent=1) + "\n").encode())

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Labels
 from upcycle3d.perception.adapt.detection.adaptation import DetectorAdaptConfig, adapt_proposals
 from upcycle3d.perception.adapt.detection.class_map import ClassMap, map_by_name, pair_map
@@ -322,7 +323,7 @@ def test_perfect_labels_measure_as_perfect_and_raise_known_ap():
 
 def test_written_detections_keep_boxes_and_scores_and_say_what_is_unknown(tmp_path: Path):
     classified = perfect()
-    write_detections(tmp_path, OPEN, classified, z_shift=1.5)
+    write_detections(tmp_path, OPEN, classified, rig=RigSpec(z_shift=1.5))
     files = sorted(tmp_path.glob("*.json"))
     assert [f.stem for f in files] == list(OPEN.frame_ids)
     records = [r for f in files for r in json.loads(f.read_text())]
@@ -338,7 +339,7 @@ def test_written_detections_keep_boxes_and_scores_and_say_what_is_unknown(tmp_pa
     kept = known_detections(OPEN, classified, 0)
     assert len(kept) == int((~classified.unknown[OPEN.frame == 0]).sum())
     with pytest.raises(InvalidInput, match="do not belong together"):
-        write_detections(tmp_path, few(3), classified)
+        write_detections(tmp_path, few(3), classified, rig=RigSpec())
 
 
 def test_paper_options_run_too(classifier):

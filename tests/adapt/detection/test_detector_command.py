@@ -11,7 +11,8 @@ import torch
 from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Frame, Labels, PointCloud
-from upcycle3d.datasets.prepared import PreparedDataset, prepare
+from upcycle3d.datasets.prepare import prepare
+from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.perception.adapt.detection.open_set import OpenSetConfig, baselines
 from upcycle3d.perception.adapt.detection.proposal_collection import collect_from_frames
 from upcycle3d.perception.adapt.detection.proposal_file import load_proposals
@@ -75,9 +76,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in part:
             boxes = found.of_frame(i).boxes.data[::2]
             labels = Labels.make(boxes, torch.arange(len(boxes)) % len(classes))
-            labeled.append(replace(frames[i], labels=labels))
+            labeled.append(replace(frames[i], labels=labels, rig=RigSpec(z_shift=0.5)))
         ids = [f.id for f in labeled]
-        prepare(labeled, ids, folder / name, splits={"train": ids}, classes=classes, notes={"z_shift": 0.5}, workers=0)
+        prepare(labeled, ids, folder / name, splits={"train": ids}, classes=classes, workers=0)
     extractor = Extractor(detector.encoder, RigSpec(), "fp16")
     with ShardWriter(folder / "shards", spec=extractor.spec, fingerprint=extractor.fingerprint, codec="fp16") as writer:
         extract([lambda f=f: f.points for f in frames[3:]], extractor, writer)
