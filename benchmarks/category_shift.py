@@ -39,7 +39,8 @@ from upcycle3d.perception.adapt.detection.proposal_classifier import ClassifierC
 from upcycle3d.perception.adapt.detection.proposal_matching import match_proposals
 from upcycle3d.perception.adapt.detection.proposals import ProposalSelection
 from upcycle3d.perception.models.detector import Detector
-from upcycle3d.perception.recipes.pipeline import RunOptions, train_source_model
+from upcycle3d.perception.recipes.job_folder import RunOptions
+from upcycle3d.perception.recipes.pipeline import train_source_model
 from upcycle3d.perception.recipes.presets import SMALL_THREE_CLASSES
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.perception.training.run_folder import describe_environment

@@ -22,9 +22,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 
 import torch
 
-from upcycle3d.perception.recipes.assembly import feature_object_database, fleet_store, labeled_batches, unlabeled_batches
-from upcycle3d.perception.recipes.experiments import Size, simulated_adaptation
-from upcycle3d.perception.recipes.pipeline import Pipeline, PipelineConfig
+from upcycle3d.perception.recipes.assembly import labeled_batches, unlabeled_batches
+from upcycle3d.perception.recipes.experiment_data import SimulationSize, simulated_adaptation
+from upcycle3d.perception.recipes.job_folder import JobFolder, PipelineConfig
+from upcycle3d.perception.recipes.pipeline import Pipeline
 from upcycle3d.perception.recipes.presets import PRESETS, Preset
 from upcycle3d.perception.server.methods import METHODS
 from upcycle3d.perception.server.trainer import upcycle
@@ -37,23 +38,23 @@ COMPARED = ("source_continued", "upcycling", "hybrid", "iou_match", "mean_teache
 
 
 def shortened(loop: LoopConfig, steps: int) -> LoopConfig:
-    """The loop with so many steps."""
+    """The loop with `steps` steps."""
     return replace(loop, optim=replace(loop.optim, total_steps=steps))
 
 
-def step_times(job: Pipeline, preset: Preset, name: str, steps: int) -> list[float]:
+def step_times(job: JobFolder, preset: Preset, name: str, steps: int) -> list[float]:
     """Seconds of each step after the first two."""
     method, c, ends = METHODS[name], job.config, [0.0]
-    detector = load_detector(job.source)[0]
+    detector = load_detector(job.source_model)[0]
     batch = preset.upcycle.unlabeled_batch
     labeled = labeled_batches(preset, c.labeled, batch_size=preset.upcycle.labeled_batch, seed=0)
-    features = feature_object_database(job.folder / "features", c.labeled.open(), detector, preset.upcycle.f_gt, codec=c.codec)
+    pasted = job.feature_objects(detector, preset.upcycle.f_gt)
     upcycle(
         detector,
         method=method,
         labeled=labeled,
-        store=fleet_store(job.folder / "store", detector, job.rig()),
-        pasted_objects=features,
+        store=job.store(detector),
+        pasted_objects=pasted,
         scans=unlabeled_batches(preset, c.fleet.open(), batch_size=batch, seed=0),
         config=replace(preset.upcycle, loop=shortened(preset.upcycle.loop, steps)),
         codec=c.codec,
@@ -77,17 +78,17 @@ def main() -> None:
     trained = replace(preset, train=replace(preset.train, loop=shortened(preset.train.loop, 60)))
     times: dict[str, list[float]] = {name: [] for name in COMPARED}
     with tempfile.TemporaryDirectory() as folder:
-        size, classes = Size(labeled=16, fleet=16, validation=1), preset.detector.class_names
+        size, classes = SimulationSize(labeled=16, fleet=16, validation=1), preset.detector.class_names
         data = simulated_adaptation(Path(folder), "waymo", "lyft", size=size, seed=0, classes=classes)
         config = PipelineConfig(
             labeled=data.labeled, fleet=data.fleet, validation=data.validation, protocol="kitti", preset=trained, seed=0
         )
-        job = Pipeline(config=config, folder=Path(folder) / "job")
-        job.train_source()
-        job.extract_fleet()
+        pipeline = Pipeline(config, Path(folder) / "job")
+        pipeline.train_source_model()
+        pipeline.extract_fleet()
         for _ in range(arguments.rounds):
             for name in COMPARED:
-                times[name] += step_times(job, preset, name, arguments.steps)
+                times[name] += step_times(pipeline.job, preset, name, arguments.steps)
     batch, base = preset.upcycle.unlabeled_batch, statistics.median(times["source_continued"])
     median = {name: statistics.median(values) for name, values in times.items()}
     rate = {name: batch / median[name] for name in COMPARED[1:]}

@@ -24,6 +24,7 @@ console = Console(stderr=False, highlight=False, width=None if sys.stdout.isatty
 
 # By command (its module's name): what an earlier version took, and what to write now. Several words name an option with its values.
 RENAMED_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "experiment_upcycling": {"--variants": "--methods", "--cells": "--results", "--checkpoints": "--source-models"},
     "train": {"--split": "--data DIR:SPLIT"},
     "upcycle": {"--checkpoint": "--detector", "--split": "--data DIR:SPLIT", "--raw DIR SPLIT": "--raw DIR:SPLIT"},
 }
@@ -37,7 +38,7 @@ def _refuse_renamed(command: str, arguments: Sequence[str]) -> None:
         for at in [i for i, word in enumerate(words) if word == name]:
             after = words[at + 1 : at + 1 + len(values)]
             if len(after) == len(values) and not any(word.startswith("-") for word in after):
-                raise InvalidInput(f"{command} has no option {old} any more; write {new}")
+                raise InvalidInput(f"{command.replace('_', ' ')} has no option {old} any more; write {new}")
 
 
 def run_command(

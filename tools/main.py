@@ -24,7 +24,8 @@ COMMANDS = {
     "extract": ("extract", "vehicle side: scans to smashed shards"),
     "ingest": ("ingest", "server side: verify shards, quarantine bad ones, catalogue"),
     "upcycle": ("upcycle", "train on labelled data and smashed scenes; --method picks UpCycling or a baseline"),
-    "bench upcycling": ("bench", "UpCycling and what it is compared with, over seeds, in one resumable command"),
+    "experiment upcycling": ("experiment_upcycling", "UpCycling and everything it is compared with, over seeds; resumable"),
+    "experiment report": ("experiment_report", "the tables of an experiment, from its results.csv"),
     "adapt features": ("adapt", "GLC: adapt labels of target features when the categories differ too"),
     "adapt detector": ("adapt_detector", "GLC on a detector's proposals: new labels and unknown scores on another domain"),
     "predict": ("predict", "boxes for a scan or a folder of scans"),
@@ -33,6 +34,9 @@ COMMANDS = {
     "view": ("view", "bird's-eye-view pictures of frames, labels and detections"),
     "doctor": ("doctor", "what is installed here and which backends run"),
 }
+
+# Commands of an earlier version, and what to write now.
+RENAMED_COMMANDS = {"bench upcycling": "experiment upcycling"}
 
 
 def main() -> None:
@@ -47,6 +51,10 @@ def main() -> None:
     name, rest = arguments[0], arguments[1:]
     if " ".join(arguments[:2]) in COMMANDS:  # a command of two words
         name, rest = " ".join(arguments[:2]), arguments[2:]
+    if " ".join(arguments[:2]) in RENAMED_COMMANDS:
+        old = " ".join(arguments[:2])
+        print(f"error: there is no command {old!r} any more; write {RENAMED_COMMANDS[old]!r}", file=sys.stderr)
+        sys.exit(2)
     if name not in COMMANDS:
         group = [c for c in COMMANDS if c.startswith(f"{name} ")]
         if group and (not rest or rest[0] in ("-h", "--help")):

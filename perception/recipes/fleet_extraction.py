@@ -1,0 +1,75 @@
+"""The fleet of a job: its vehicles smash every scan into shards, and the server takes the shards in.
+
+Read next: `perception/vehicle/extractor.py` (the vehicle's part) and `perception/server/ingest.py` (the server's part).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+
+from ...core.files import write_atomically
+from ...core.structures import PointCloud
+from ..server.ingest import ingest
+from ..training.detector_files import load_detector
+from ..vehicle.extractor import ExtractionReport, Extractor, extract
+from ..wire.shards import ShardWriter
+from .job_folder import JobFolder
+
+
+def extract_fleet(job: JobFolder) -> dict[str, float]:
+    """Smash every scan of the fleet into shards and ingest them, unless that is done.
+
+    Args:
+        job: Its source model must be there.
+
+    Returns:
+        `bytes_per_frame` of the scenes, `raw_bytes_per_frame` of the scans, and the median milliseconds per frame of each stage:
+        `voxelize_ms`, `backbone_ms`, `codec_ms`, `write_ms`.
+    """
+    summary = job.folder / "extraction.json"
+    if not summary.exists():
+        job.options.say("extracting the fleet's smashed scenes, then ingesting them")
+        # Leftovers of a stopped run have other scene ids than the new receipts will have.
+        for half in ("shards", "store"):
+            shutil.rmtree(job.folder / half, ignore_errors=True)
+        write_atomically(summary, json.dumps(_extract_and_ingest(job)).encode())
+    found: dict[str, float] = json.loads(summary.read_text())
+    return found
+
+
+def _extract_and_ingest(job: JobFolder) -> dict[str, float]:
+    detector, _ = load_detector(job.source_model)
+    frames, rig, codec = job.config.fleet.open(), job.rig, job.config.codec
+    extractor = Extractor(detector.encoder.to(job.options.device), rig, codec)
+    receipts: dict[str, str] = {}
+
+    def scan(index: int) -> Callable[[], PointCloud]:
+        return lambda: rig.to_sensor(frames[index].points)
+
+    def on_scene(index: int, scene_id: str) -> None:
+        receipts[scene_id] = frames.ids[index]
+
+    shards, store = job.folder / "shards", job.folder / "store"
+    shard_options = {"spec": extractor.spec, "fingerprint": extractor.fingerprint, "codec": codec}
+    with job.timed("extract"), ShardWriter(shards, **shard_options) as writer:
+        report = extract([scan(i) for i in range(len(frames))], extractor, writer, on_scene=on_scene)
+    with job.timed("ingest"):
+        ingest(shards, store, expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
+    write_atomically(job.receipts, json.dumps(receipts).encode())
+    return extraction_numbers(report)
+
+
+def extraction_numbers(report: ExtractionReport) -> dict[str, float]:
+    """The numbers of an extraction that reports show.
+
+    Args:
+        report: What `extract` returned.
+
+    Returns:
+        As `extract_fleet`.
+    """
+    stages = {"voxelize": report.voxelize, "backbone": report.backbone, "codec": report.codec, "write": report.write}
+    values = {f"{name}_ms": stage.median_ms for name, stage in stages.items()}
+    return values | {"bytes_per_frame": report.smashed_bytes_per_frame, "raw_bytes_per_frame": report.raw_bytes_per_frame}

@@ -1,0 +1,227 @@
+"""Runs methods of a job: each trains from the source model, alone or in a pool of processes, and is scored on the validation frames.
+
+Read next: `perception/server/trainer.py` (`upcycle`, the training itself) and `perception/server/methods.py` (the methods).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from ...core.config_json import Json
+from ...core.files import write_atomically
+from ...core.structures import Labels
+from ...datasets.batches import LabeledBatches
+from ...datasets.data_split import DataSplit
+from ..evaluation.headline import Scores, headline
+from ..models.detector import Detector
+from ..server.methods import METHODS, Method
+from ..server.trainer import upcycle
+from ..server.upcycle_config import UpcycleConfig
+from ..training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
+from ..training.run_folder import RunFolder
+from .assembly import labeled_batches, unlabeled_batches
+from .job_folder import JobFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRun:
+    """A method and the settings it runs with."""
+
+    method: str
+    """A name of `METHODS`."""
+    upcycle: UpcycleConfig
+    """Settings of the training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodResult:
+    """The scores of one method with one seed."""
+
+    student: Scores
+    """Scores in percent of the network in training, after the last step. This is the result."""
+    teacher: Scores
+    """Scores in percent of its exponential moving average, after the last step."""
+    history: tuple[tuple[int, Scores], ...]
+    """(steps done, scores of the student) along the way, the last step included."""
+    seconds: float
+    """Duration of training and scoring."""
+
+    def best(self) -> Scores:
+        """For each metric the best value along the way.
+
+        It is selected with the labels of the validation frames, so it is not a reportable result. Some papers report it.
+        """
+        return {name: max(scores.get(name, 0.0) for _, scores in self.history) for name in self.student}
+
+    def to_json(self) -> dict[str, Json]:
+        """The result as plain JSON values."""
+        return {**asdict(self), "history": [[step, dict(scores)] for step, scores in self.history]}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Json]) -> Self:
+        """Read back what `to_json` gave.
+
+        Args:
+            stored: The JSON values.
+
+        Returns:
+            An equal result.
+        """
+        history = tuple((step, scores) for step, scores in stored["history"])
+        return cls(student=stored["student"], teacher=stored["teacher"], history=history, seconds=stored["seconds"])
+
+
+def run_methods(job: JobFolder, runs: Mapping[str, MethodRun]) -> Iterator[tuple[str, MethodResult]]:
+    """Run several methods from the same source model, `options.processes` at a time.
+
+    Args:
+        job: Its source model must be there, and its store if a method learns from smashed scenes.
+        runs: Methods by name. The name is also that of the method's folder in the job.
+
+    Yields:
+        Name and result of each method as soon as it is known; finished methods at once.
+    """
+    finished = [name for name in runs if _result_file(job, name).exists()]
+    yield from ((name, _read_result(job, name)) for name in finished)
+    todo = {name: run for name, run in runs.items() if name not in finished}
+    with job.timed("trials"):
+        _prepare_shared(job, todo.values())
+        for name, result in _run_all(job, todo):
+            job.options.say(f"{name}: {METHODS[todo[name].method].summary}")
+            yield name, result
+
+
+def run_method(job: JobFolder, name: str, run: MethodRun) -> MethodResult:
+    """Train by one method from the source model, score it on the validation frames, and store the result.
+
+    Args:
+        job: Its source model must be there, and its store if the method learns from smashed scenes.
+        name: Name of the method's folder in the job.
+        run: The method with its settings.
+
+    Returns:
+        The scores.
+    """
+    start, folder, preset = time.perf_counter(), job.method_folder(name), job.config.preset
+    method, detector = METHODS[run.method], load_detector(job.source_model)[0].to(job.options.device)
+    config = replace(run.upcycle, loop=replace(run.upcycle.loop, seed=job.config.seed))
+    with RunFolder.create(folder, config, seed=job.config.seed, resume=True) as log:
+        teacher = _train(job, detector, method, config, log)
+        student_scores = _score(job, detector)
+        along = [(line["step"] + 1, {k: line[k] for k in student_scores if k in line}) for line in log.metrics("validation")]
+    save_run_detector(folder, detector.cpu(), preset.detector)
+    save_detector(folder / TEACHER_FILE, teacher.cpu(), preset.detector)
+    untrained = method.trains == "nothing"
+    teacher_scores = student_scores if untrained else _score(job, teacher.to(job.options.device))
+    result = MethodResult(
+        student=student_scores,
+        teacher=teacher_scores,
+        history=(*along, (0 if untrained else config.loop.total_steps, student_scores)),
+        seconds=time.perf_counter() - start,
+    )
+    write_atomically(_result_file(job, name), json.dumps(result.to_json(), indent=1).encode())
+    return result
+
+
+def _train(job: JobFolder, detector: Detector, method: Method, config: UpcycleConfig, log: RunFolder) -> Detector:
+    """Train `detector` in place; returns its teacher."""
+    c, total = job.config, config.loop.total_steps
+
+    def score_along(step: int, student: Detector) -> None:
+        done = step + 1
+        if done % -(-total // job.options.scores_along) == 0 and done < total:
+            log.log(step, _score(job, student), kind="validation")
+            student.train()
+
+    scans = None
+    if method.unlabeled == "raw":
+        scans = unlabeled_batches(c.preset, c.fleet.open(), batch_size=config.unlabeled_batch, seed=c.seed)
+    return upcycle(
+        detector,
+        method=method,
+        labeled=_labeled_batches(job, method, config),
+        store=job.store(detector) if method.unlabeled == "smashed" else None,
+        scans=scans,
+        pasted_objects=job.feature_objects(detector, config.f_gt) if method.f_gt else None,
+        config=config,
+        codec=c.codec,
+        truth=_truth(job, method),
+        run=log,
+        after_step=score_along,
+        workers=job.options.workers,
+        progress=job.options.progress,
+    )
+
+
+def _labels_of(job: JobFolder, method: Method) -> DataSplit:
+    return job.config.labeled if method.labeled == "source" else job.config.fleet
+
+
+def _labeled_batches(job: JobFolder, method: Method, config: UpcycleConfig) -> LabeledBatches:
+    # F-GT's size normalization holds for the labeled half too, but the oracles' labels have the target's size already.
+    shift = config.f_gt.size_shift if method.labeled == "source" else (0.0, 0.0, 0.0)
+    data = _labels_of(job, method)
+    data.ensure_gt_database()
+    c = job.config
+    return labeled_batches(c.preset, data, batch_size=config.labeled_batch, seed=c.seed, size_shift=shift)
+
+
+def _truth(job: JobFolder, method: Method) -> dict[str, Labels] | None:
+    """Labels of the fleet, where it has them, by the id of the frame (raw) or the scene (smashed): they only measure pseudo labels."""
+    if method.unlabeled == "none":
+        return None
+    fleet = job.config.fleet.open()
+    labels = ((frame_id, fleet.labels(i)) for i, frame_id in enumerate(fleet.ids))
+    by_frame = {frame_id: found for frame_id, found in labels if found is not None}
+    if method.unlabeled == "raw":
+        return by_frame
+    receipts = json.loads(job.receipts.read_text())
+    return {scene: by_frame[frame] for scene, frame in receipts.items() if frame in by_frame}
+
+
+def _score(job: JobFolder, detector: Detector) -> Scores:
+    return headline(detector, job.config.validation.open(), job.config.protocol)
+
+
+def _prepare_shared(job: JobFolder, runs: Collection[MethodRun]) -> None:
+    """Make what several methods read, before they run at once."""
+    for data in {_labels_of(job, METHODS[r.method]) for r in runs if METHODS[r.method].trains != "nothing"}:
+        data.ensure_gt_database()
+    pasting = {r.upcycle.f_gt for r in runs if METHODS[r.method].f_gt}
+    if pasting:
+        detector, _ = load_detector(job.source_model)
+        for config in pasting:
+            job.feature_objects(detector, config)
+
+
+def _run_all(job: JobFolder, runs: Mapping[str, MethodRun]) -> Iterator[tuple[str, MethodResult]]:
+    if job.options.processes < 2 or not runs:
+        yield from ((name, run_method(job, name, run)) for name, run in runs.items())
+        return
+    context = multiprocessing.get_context("spawn")
+    quiet = replace(job, options=replace(job.options, say=_nothing))
+    with ProcessPoolExecutor(job.options.processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        running = {pool.submit(run_method, quiet, name, run): name for name, run in runs.items()}
+        for future in as_completed(running):
+            yield running[future], future.result()
+
+
+def _nothing(text: str) -> None:
+    pass
+
+
+def _result_file(job: JobFolder, name: str) -> Path:
+    return job.method_folder(name) / "result.json"
+
+
+def _read_result(job: JobFolder, name: str) -> MethodResult:
+    return MethodResult.from_json(json.loads(_result_file(job, name).read_text()))
