@@ -68,7 +68,7 @@ def source_side(folder: Path, source: str, seed: int, sizes: Sizes, workers: int
     loop = replace(train.loop, optim=replace(train.loop.optim, total_steps=sizes.steps))
     preset = replace(SMALL_THREE_CLASSES, train=replace(train, loop=loop))
     train_source_model(folder / "run", split, preset, seed=seed, options=RunOptions())
-    detector, frames = load_detector(folder / "run")[0], split.open()
+    detector, frames = load_detector(folder / "run"), split.open()
     proposals = cached_on_split(folder / "source_proposals.safetensors", detector, split, ProposalSelection())
 
     def matches() -> Any:

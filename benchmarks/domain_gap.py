@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=777)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    detectors = [load_detector(path)[0] for path in arguments.detectors]
+    detectors = [load_detector(path) for path in arguments.detectors]
     rows, found = [], {}
     for number, (name, where) in enumerate(hybrids(domain(arguments.source), domain(arguments.target)).items()):
         root = arguments.out / f"data{number}"

@@ -77,7 +77,7 @@ def train(folder: Path, kind: Kind, seed: int) -> None:
     config = replace(preset.train, loop=replace(preset.train.loop, seed=seed))
     run = RunFolder.create(out, config, seed=seed, resume=True)
     train_supervised(detector, labeled, config.loop, run=run, progress=False)
-    save_run_detector(out, detector, preset.detector)
+    save_run_detector(out, detector)
 
 
 def scores(detector: Detector, folder: Path) -> list[float]:
@@ -109,10 +109,10 @@ def main() -> None:
             job.result()
     for folder in folders.values():
         for kind in KINDS:
-            detector, _ = load_detector(folder / kind)
+            detector = load_detector(folder / kind)
             found.setdefault(f"trained and scored with {kind}", []).append(scores(detector, folder))
         other = with_keypoints("voxel_centers").build().eval()
-        other.load_state_dict(load_detector(folder / "raw_points")[0].state_dict())
+        other.load_state_dict(load_detector(folder / "raw_points").state_dict())
         found.setdefault("trained with raw_points, scored with voxel_centers", []).append(scores(other, folder))
     rows = []
     for name, by_seed in found.items():

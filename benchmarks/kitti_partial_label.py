@@ -123,7 +123,7 @@ def bootstrap(out: Path, name: str, seeds: list[int], *, rounds: int = 500) -> d
     found = {
         (method, seed): [
             kitti_detections(frame, p, ("Car",))
-            for frame, p in detect_frames(load_detector(out / f"{name}_seed{seed}" / method)[0], frames)
+            for frame, p in detect_frames(load_detector(out / f"{name}_seed{seed}" / method), frames)
         ]
         for method in ("upcycling", "source_continued")
         for seed in seeds

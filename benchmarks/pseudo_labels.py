@@ -34,13 +34,13 @@ def main() -> None:
     parser.add_argument("--preset", default="small", choices=sorted(PRESETS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    detector, config = load_detector(arguments.detector)
+    detector = load_detector(arguments.detector)
     frames = PreparedDataset(arguments.data, arguments.split)
     thresholds = PRESETS[arguments.preset].upcycle.thresholds
     boxes, truths = [], []  # rows: class, distance, score, used, iou, six offsets / class, distance, found 0.5, found 0.7
     for frame, found in detect_frames(detector, frames):
         assert frame.labels is not None
-        truth = labels_in_range(frame.labels.select(frame.labels.weight > 0), config.encoder.grid)
+        truth = labels_in_range(frame.labels.select(frame.labels.weight > 0), detector.spec.grid)
         used = teacher_labels(found, thresholds, trusted=False)
         used = used.select(used.weight > 0)
         overlap, match = best(found.boxes.data, found.classes, truth.boxes.data, truth.classes)

@@ -45,7 +45,7 @@ def shortened(loop: LoopConfig, steps: int) -> LoopConfig:
 def step_times(job: JobFolder, preset: Preset, name: str, steps: int) -> list[float]:
     """Seconds of each step after the first two."""
     method, c, ends = METHODS[name], job.config, [0.0]
-    detector = load_detector(job.source_model)[0]
+    detector = load_detector(job.source_model)
     batch = preset.upcycle.unlabeled_batch
     labeled = labeled_batches(preset, c.labeled, batch_size=preset.upcycle.labeled_batch, seed=0)
     pasted = job.feature_objects(detector, preset.upcycle.f_gt)

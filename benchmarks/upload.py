@@ -47,7 +47,7 @@ def main() -> None:
     ]
     torch.manual_seed(0)
     encoders: dict[str, nn.Module] = {f"{n} (random weights)": PRESETS[n].detector.build().encoder for n in arguments.presets}
-    encoders |= {str(path): load_detector(path)[0].encoder for path in arguments.detectors}
+    encoders |= {str(path): load_detector(path).encoder for path in arguments.detectors}
     raw = statistics.fmean(len(s) * 4 * (3 + s.features.shape[1]) for s in scans)
     rows, found = [], {}
     for name, encoder in encoders.items():

@@ -86,7 +86,7 @@ def command(config: AdaptDetector) -> None:
         raise InvalidInput("give the target either as --target DIR[:SPLIT] or as --target-store STORE")
     if config.target_labels_for_metrics and config.target is None:
         raise InvalidInput("smashed scenes have no labels to measure against; give --target DIR[:SPLIT]")
-    detector = load_detector(config.detector)[0].to(device(config.device))
+    detector = load_detector(config.detector).to(device(config.device))
     glc = replace(DEFAULTS.glc, epochs=config.epochs, lr=config.lr, seed=config.seed, class_number=config.class_number)
     unknown = UnknownRule(kind=config.threshold, value=config.fixed_threshold)
     with _bars() as on_progress:

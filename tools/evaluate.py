@@ -170,7 +170,7 @@ def _evaluate_run(what: Run) -> None:
         print_result(kitti, overlaps)
         write_json(what.json, kitti.to_json())
         return
-    detector = load_detector(what.detector)[0].to(device(what.device))
+    detector = load_detector(what.detector).to(device(what.device))
     found = detect_labeled(detector, frames, label_classes=frames.classes)
     _write_detections(what.detections, found)
     if protocol == "waymo":
@@ -191,7 +191,7 @@ def _evaluate_run(what: Run) -> None:
 def _run_on_kitti(what: Run, frames: PreparedDataset, overlaps: Mapping[str, MinOverlap]) -> KittiResult:
     truths = kitti_truths(frames)
     target = device(what.device)
-    detector, _ = load_detector(what.detector)
+    detector = load_detector(what.detector)
     result, detections = evaluate_detector(detector.to(target), frames, truths, min_overlaps=overlaps)
     if what.detections is not None:
         for frame_id, objects in detections.items():

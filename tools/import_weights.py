@@ -102,7 +102,7 @@ def command(config: Import) -> None:
         detector=architecture,
     )
     with RunFolder.create(target.out, origin, seed=target.seed, resume=True):  # the same file again gives the same detector
-        save_run_detector(target.out, detector, architecture)
+        save_run_detector(target.out, detector)
     parts = part_sizes(detector, without_iou_head=target.without_iou_head)
     print_table("imported detector", ("part", "of OpenPCDet", "tensors", "parameters"), parts)
     for note in notes(layout, detector, without_iou_head=target.without_iou_head):

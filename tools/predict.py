@@ -52,7 +52,7 @@ def command(config: Predict) -> None:
     if config.format == "kitti" and config.calib is None:
         raise InvalidInput("KITTI's text format lies in the camera frame: give --calib, or use --format json")
     target = device(config.device)
-    detector = load_detector(config.detector)[0].to(target)
+    detector = load_detector(config.detector).to(target)
     scans = scan_files(config.scans)
     counts: dict[str, int] = {}
     with progress_bar("predict", len(scans)) as advance:

@@ -38,7 +38,7 @@ class View:
 def command(config: View) -> None:
     """Bird's-eye-view pictures of frames, labels and detections."""
     frames = PreparedDataset(config.data, config.split)
-    detector = load_detector(config.detector)[0] if config.detector else None
+    detector = load_detector(config.detector) if config.detector else None
     written = []
     for i in range(min(len(frames), config.limit)):
         frame = frames[i]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import torch
 from torch import nn
@@ -20,6 +20,18 @@ from ...core.structures import Labels, LossTerms, PointCloud, Predictions
 from .decoders.decoder import Decoder
 from .decoders.regions import ScoredProposals
 from .encoders.encoder import Encoder
+
+
+class DetectorFactory(Protocol):
+    """The configuration of a detector: a frozen dataclass of plain values that can build it."""
+
+    def build(self) -> Detector:
+        """Make a detector with fresh weights.
+
+        Returns:
+            The detector, in training mode, with this configuration as its `config`.
+        """
+        ...
 
 
 class Detector(nn.Module):
@@ -37,8 +49,17 @@ class Detector(nn.Module):
     decoder: Decoder
     class_names: tuple[str, ...]
     label: str
+    config: DetectorFactory | None
+    """The configuration that built this detector, which its file will hold. None for a detector that was put together by hand."""
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, class_names: tuple[str, ...], label: str = "detector") -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        class_names: tuple[str, ...],
+        label: str = "detector",
+        config: DetectorFactory | None = None,
+    ) -> None:
         """Join two halves.
 
         Args:
@@ -46,10 +67,11 @@ class Detector(nn.Module):
             decoder: the server half, made for the cut of `encoder`.
             class_names: names of the classes that the decoder tells apart, in label order.
             label: name of this kind of detector in messages and reports, such as "PV-RCNN".
+            config: the configuration that builds this detector. A detector without one cannot be saved.
         """
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.class_names, self.label = class_names, label
+        self.class_names, self.label, self.config = class_names, label, config
         self.encoder_frozen = False
 
     def freeze_encoder(self) -> Detector:

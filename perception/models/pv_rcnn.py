@@ -36,4 +36,5 @@ class PvRcnnDetectorConfig:
             The detector, in training mode.
         """
         encoder = self.encoder.build()
-        return Detector(encoder, PvRcnnDecoder(encoder.spec, self.decoder), self.class_names, self.label)
+        decoder = PvRcnnDecoder(encoder.spec, self.decoder)
+        return Detector(encoder, decoder, self.class_names, self.label, self)

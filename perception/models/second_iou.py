@@ -36,4 +36,5 @@ class SecondIouDetectorConfig:
             The detector, in training mode.
         """
         encoder = self.encoder.build()
-        return Detector(encoder, SecondIouDecoder(encoder.spec, self.decoder), self.class_names, self.label)
+        decoder = SecondIouDecoder(encoder.spec, self.decoder)
+        return Detector(encoder, decoder, self.class_names, self.label, self)

@@ -130,7 +130,7 @@ def _losses(demo: DemoResult) -> list[Block]:
 
 def _smashed_scene(demo: DemoResult) -> list[Block]:
     job, numbers = demo.job, demo.extraction
-    detector, _ = load_detector(job.source_model)
+    detector = load_detector(job.source_model)
     scene = job.store(detector)[0]
     sizes = [numbers["raw_bytes_per_frame"] / 1000, numbers["bytes_per_frame"] / 1000]
     return [
@@ -176,8 +176,8 @@ def _pictures(demo: DemoResult) -> list[Block]:
     job = demo.job
     frames, detector = job.config.validation.open(), job.config.preset.detector
     x0, y0, _, x1, y1, _ = detector.encoder.grid.range
-    before, _ = load_detector(job.source_model)
-    after, _ = load_detector(job.method_folder("upcycling"))
+    before = load_detector(job.source_model)
+    after = load_detector(job.method_folder("upcycling"))
     blocks = [paragraph("Points are simulated. Dashed boxes are ignored by the protocol (vans).")]
     # The frames with the most cars show most.
     counts = [(len(labels) if (labels := frames.labels(i)) is not None else 0, i) for i in range(len(frames))]

@@ -40,7 +40,7 @@ def extract_fleet(job: JobFolder) -> dict[str, float]:
 
 
 def _extract_and_ingest(job: JobFolder) -> dict[str, float]:
-    detector, _ = load_detector(job.source_model)
+    detector = load_detector(job.source_model)
     frames, rig, codec = job.config.fleet.open(), job.rig, job.config.codec
     extractor = Extractor(detector.encoder.to(job.options.device), rig, codec)
     receipts: dict[str, str] = {}

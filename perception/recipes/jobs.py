@@ -190,7 +190,7 @@ def train_preset(
     result = train_supervised(detector, own, loop, run=run, workers=workers, context=context, progress=progress)
     context.close()
     if context.is_main:
-        save_run_detector(out, detector.cpu(), preset.detector)
+        save_run_detector(out, detector.cpu())
     return TrainOutcome(
         detector=detector.cpu(),
         steps=result.steps,
@@ -258,8 +258,8 @@ def upcycle_preset(
     loop = replace(preset.upcycle.loop, seed=seed, optim=replace(optim, total_steps=steps or optim.total_steps))
     settings = replace(preset.upcycle, loop=loop)
     preset = replace(preset, upcycle=settings)
-    student, detector_config = load_detector(detector)
-    if detector_config != preset.detector:
+    student = load_detector(detector)
+    if student.config != preset.detector:
         raise InvalidInput(f"{detector} holds another detector than the preset; give the preset that it was trained with")
     # F-GT's size shift is also right for the labeled half, but the oracles' labels have the target's sizes already.
     shift = settings.f_gt.size_shift if chosen.labeled == "source" else (0.0, 0.0, 0.0)
@@ -302,8 +302,8 @@ def upcycle_preset(
         workers=workers,
         progress=progress,
     )
-    save_run_detector(out, student.cpu(), preset.detector)
-    save_detector(out / TEACHER_FILE, teacher.cpu(), preset.detector)
+    save_run_detector(out, student.cpu())
+    save_detector(out / TEACHER_FILE, teacher.cpu())
     learned_from = fleet if chosen.unlabeled == "raw" else scenes if chosen.unlabeled == "smashed" else None
     return UpcycleOutcome(
         student=student.cpu(),

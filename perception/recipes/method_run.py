@@ -112,14 +112,14 @@ def run_method(job: JobFolder, name: str, run: MethodRun) -> MethodResult:
         The scores.
     """
     start, folder, preset = time.perf_counter(), job.method_folder(name), job.config.preset
-    method, detector = METHODS[run.method], load_detector(job.source_model)[0].to(job.options.device)
+    method, detector = METHODS[run.method], load_detector(job.source_model).to(job.options.device)
     config = replace(run.upcycle, loop=replace(run.upcycle.loop, seed=job.config.seed))
     with RunFolder.create(folder, config, seed=job.config.seed, resume=True) as log:
         teacher = _train(job, detector, method, config, log)
         student_scores = _score(job, detector)
         along = [(line["step"] + 1, {k: line[k] for k in student_scores if k in line}) for line in log.metrics("validation")]
-    save_run_detector(folder, detector.cpu(), preset.detector)
-    save_detector(folder / TEACHER_FILE, teacher.cpu(), preset.detector)
+    save_run_detector(folder, detector.cpu())
+    save_detector(folder / TEACHER_FILE, teacher.cpu())
     untrained = method.trains == "nothing"
     teacher_scores = student_scores if untrained else _score(job, teacher.to(job.options.device))
     result = MethodResult(
@@ -198,7 +198,7 @@ def _prepare_shared(job: JobFolder, runs: Collection[MethodRun]) -> None:
         data.ensure_gt_database()
     pasting = {r.upcycle.f_gt for r in runs if METHODS[r.method].f_gt}
     if pasting:
-        detector, _ = load_detector(job.source_model)
+        detector = load_detector(job.source_model)
         for config in pasting:
             job.feature_objects(detector, config)
 

@@ -62,7 +62,7 @@ class Pipeline:
         """
         c, folder, options = self.job.config, self.job.source_model, self.job.options
         if c.source_model is not None:
-            if load_detector(folder)[1] != c.preset.detector:
+            if load_detector(folder).config != c.preset.detector:
                 raise InvalidInput(f"{folder} holds a detector other than the preset's; pass the preset it was trained with")
         elif not (folder / "detector.safetensors").exists():
             options.say("training on the labeled frames")
@@ -109,4 +109,4 @@ def train_source_model(folder: Path, data: DataSplit, preset: Preset, *, seed: i
     train = replace(preset.train, loop=replace(preset.train.loop, seed=seed))
     with RunFolder.create(folder, train, seed=seed, resume=True) as run:
         train_supervised(detector, labeled, train.loop, run=run, workers=options.workers, progress=options.progress)
-    save_run_detector(folder, detector.cpu(), preset.detector)
+    save_run_detector(folder, detector.cpu())

@@ -1,4 +1,7 @@
-"""A trained detector in one file: safetensors, with its configuration in the metadata, so that it loads anywhere."""
+"""A trained detector in one file: its weights and its configuration, so that it loads anywhere.
+
+Read next: `core/tensor_file.py`, which reads and checks the file, and `models/detectors.py`, the table of configurations.
+"""
 
 from __future__ import annotations
 
@@ -29,29 +32,47 @@ class _Stored:
     detector: DetectorConfig
 
 
-def save_detector(path: str | Path, detector: Detector, config: DetectorConfig) -> None:
-    """Write weights and configuration to one file, atomically.
+def save_detector(path: str | Path, detector: Detector) -> None:
+    """Write the weights and the configuration of a detector to one file, atomically.
 
     Args:
         path: The file to write.
-        detector: The detector to store.
-        config: The configuration it was built with.
+        detector: A detector that `config.build()` made.
+
+    Raises:
+        InvalidInput: The detector has no configuration, or one that is not in the table, so no program could load the file.
     """
+    config = detector.config
+    if config is None:
+        raise InvalidInput(
+            f"this {detector.label} has no configuration to write into its file; make detectors with config.build()"
+        )
+    if not isinstance(config, DetectorConfig):
+        raise InvalidInput(
+            f"a {detector.label} cannot be loaded from a file: its configuration, a {type(config).__name__}, is not in "
+            "perception/models/detectors.py; add it there"
+        )
     write_tensors(path, detector.state_dict(), {"config": json.dumps(config_to_json(_Stored(config)))}, _KIND)
 
 
-def load_detector(path: str | Path) -> tuple[Detector, DetectorConfig]:
-    """Load a detector from its file or from the run folder that holds it.
+def load_detector(path: str | Path) -> Detector:
+    """Load a detector from its file, or from the run folder that holds it.
 
     Args:
         path: A run folder of `train` or `upcycle`, or a detector file.
 
     Returns:
-        The detector in evaluation mode, on the CPU, and its configuration.
+        The detector in evaluation mode, on the CPU, with its configuration as `config`.
 
     Raises:
         InvalidInput: The file is missing or of another kind, or its weights do not fit its configuration.
         CorruptFile: The file is damaged.
+
+    Example:
+        ```python
+        detector = load_detector("runs/source")
+        found = detector.detect(scan)
+        ```
     """
     path = Path(path)
     file = read_tensors(path / DETECTOR_FILE if path.is_dir() else path, _KIND)
@@ -62,10 +83,18 @@ def load_detector(path: str | Path) -> tuple[Detector, DetectorConfig]:
         raise InvalidInput(f"the configuration in {file.path} cannot be used: {error}") from error
     detector = config.build()
     fill_module(detector, file.tensors, file.path)
-    return detector.eval(), config
+    return detector.eval()
 
 
-def save_run_detector(folder: Path, detector: Detector, config: DetectorConfig) -> None:
-    """The detector, and its vehicle half alone: the file that goes to the fleet."""
-    save_detector(folder / DETECTOR_FILE, detector, config)
-    save_encoder(folder / ENCODER_FILE, detector.encoder)
+def save_run_detector(folder: str | Path, detector: Detector) -> None:
+    """Write the two files of a finished run: the detector, and its vehicle half alone, which goes to the fleet.
+
+    Args:
+        folder: The run folder.
+        detector: A detector that `config.build()` made.
+
+    Raises:
+        InvalidInput: The configuration of the detector or of its encoder is not in the tables.
+    """
+    save_detector(Path(folder) / DETECTOR_FILE, detector)
+    save_encoder(Path(folder) / ENCODER_FILE, detector.encoder)

@@ -410,9 +410,9 @@ def test_a_detector_and_its_vehicle_half_come_back_from_their_files(tmp_path, co
     model = config.build().train()
     losses(model, [scan(), scan(1)], [CAR_LABEL, CAR_LABEL])  # running statistics that are not those of a new network
     model.eval()
-    save_run_detector(tmp_path, model, config)
-    loaded, found = load_detector(tmp_path)
-    assert found == config
+    save_run_detector(tmp_path, model)
+    loaded = load_detector(tmp_path)
+    assert loaded.config == config
     assert not loaded.training
     encoder = load_encoder(tmp_path / "encoder.safetensors")
     assert type(encoder) is type(model.encoder)
@@ -427,11 +427,11 @@ def test_a_detector_and_its_vehicle_half_come_back_from_their_files(tmp_path, co
 
 def test_another_file_is_no_detector_and_no_encoder(tmp_path):
     model = detector()
-    save_run_detector(tmp_path, model, TINY)
+    save_run_detector(tmp_path, model)
     with pytest.raises(InvalidInput, match="not a vehicle encoder"):
         load_encoder(tmp_path / "detector.safetensors")
     with pytest.raises(InvalidInput, match="not a detector of this program"):
         load_detector(tmp_path / "encoder.safetensors")
     raw = replace(TINY, encoder=replace(TINY.encoder, keypoint_source="raw_points", raw_points=None))
-    save_detector(tmp_path / "raw.safetensors", detector(raw), raw)
-    assert load_detector(tmp_path / "raw.safetensors")[1] == raw
+    save_detector(tmp_path / "raw.safetensors", detector(raw))
+    assert load_detector(tmp_path / "raw.safetensors").config == raw

@@ -134,7 +134,7 @@ class PillarCenterConfig:
 
     def build(self) -> Detector:
         encoder = self.encoder.build()
-        return Detector(encoder, CenterDecoder(encoder.spec, self.decoder), self.class_names, self.label)
+        return Detector(encoder, CenterDecoder(encoder.spec, self.decoder), self.class_names, self.label, self)
 
 
 GRID = VoxelGrid(range=(0.0, -6.4, -1.0, 12.8, 6.4, 3.0), voxel_size=(0.4, 0.4, 4.0))
@@ -187,9 +187,9 @@ def test_a_vehicle_smashes_its_scenes_and_the_server_learns_from_them(detector, 
 
 
 def test_its_files_come_back(detector, tmp_path, in_the_tables):
-    detector_files.save_run_detector(tmp_path, detector, CONFIG)
-    loaded, config = detector_files.load_detector(tmp_path)
-    assert config == CONFIG
+    detector_files.save_run_detector(tmp_path, detector)
+    loaded = detector_files.load_detector(tmp_path)
+    assert loaded.config == CONFIG
     assert loaded.label == "Pillars"
     encoder = encoder_file.load_encoder(tmp_path / detector_files.ENCODER_FILE)
     assert encoder.config == CONFIG.encoder
@@ -201,6 +201,14 @@ def test_its_files_come_back(detector, tmp_path, in_the_tables):
 def test_an_encoder_that_is_not_in_the_table_is_not_written(detector, tmp_path):
     with pytest.raises(InvalidInput, match=r"cannot load a PillarEncoder .*models/encoders/table\.py"):
         encoder_file.save_encoder(tmp_path / "encoder.safetensors", detector.encoder)
+
+
+def test_a_detector_that_is_not_in_the_table_or_has_no_configuration_is_not_written(detector, tmp_path):
+    with pytest.raises(InvalidInput, match=r"a PillarCenterConfig, is not in .*models/detectors\.py"):
+        detector_files.save_detector(tmp_path / "detector.safetensors", detector)
+    by_hand = Detector(detector.encoder, detector.decoder, detector.class_names)
+    with pytest.raises(InvalidInput, match=r"has no configuration.*config\.build"):
+        detector_files.save_detector(tmp_path / "detector.safetensors", by_hand)
 
 
 def test_what_it_does_not_have_is_refused_by_name(detector):

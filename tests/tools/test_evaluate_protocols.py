@@ -173,7 +173,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     data = tmp_path / "data"
     options = ("--z-shift", 2, "--classes", "car", "--workers", 1, "--out", data)
     assert run_command(prepare.command, ["folder", str(raw), *map(str, options)]) == 0
-    monkeypatch.setattr(evaluate, "load_detector", lambda path: (SeesEverything(), None))
+    monkeypatch.setattr(evaluate, "load_detector", lambda path: SeesEverything())
     return data
 
 

@@ -44,8 +44,8 @@ def file(published: Detector, tmp_path: Path) -> Path:
 def test_a_checkpoint_becomes_a_detector_and_an_encoder_for_the_fleet(published, file, tmp_path, capsys):
     out, report = tmp_path / "run", tmp_path / "report.json"
     assert run(file, "small", "--out", out, "--json", report) == 0
-    detector, config = load_detector(out)
-    assert config == SMALL_SECOND_IOU_DETECTOR
+    detector = load_detector(out)
+    assert detector.config == SMALL_SECOND_IOU_DETECTOR
     for name, value in published.state_dict().items():
         assert torch.equal(detector.state_dict()[name], value), name
     for name, value in load_encoder(out / "encoder.safetensors").state_dict().items():
@@ -86,7 +86,7 @@ def test_importing_again_changes_nothing_and_another_run_is_not_overwritten(publ
     out = tmp_path / "run"
     assert run(file, "small", "--out", out) == 0
     assert run(file, "small", "--out", out) == 0
-    again = load_detector(out)[0].state_dict()
+    again = load_detector(out).state_dict()
     assert all(torch.equal(again[n], t) for n, t in published.state_dict().items())
     before = (out / "detector.safetensors").read_bytes()
     state = openpcdet_state(published)
@@ -101,7 +101,7 @@ def test_weights_of_spconv_1_are_announced(published, tmp_path, capsys):
     torch.save({"model_state": state}, tmp_path / "old.pth")
     assert run(tmp_path / "old.pth", "small", "--out", tmp_path / "run") == 0
     assert "saved by spconv 1" in capsys.readouterr().out
-    detector = load_detector(tmp_path / "run")[0]
+    detector = load_detector(tmp_path / "run")
     assert all(torch.equal(detector.state_dict()[n], t) for n, t in published.state_dict().items())
 
 
@@ -116,7 +116,7 @@ def test_second_needs_the_flag_and_says_that_scores_mean_nothing_yet(published, 
     assert "not in the file: untrained" in printed
     assert "warning: the IoU head is UNTRAINED" in printed
     assert "--method source_continued --detector" in printed
-    detector = load_detector(tmp_path / "run")[0]
+    detector = load_detector(tmp_path / "run")
     assert torch.equal(detector.decoder.anchor_head.conv_box.weight, published.decoder.anchor_head.conv_box.weight)
 
 
@@ -129,8 +129,8 @@ def test_pv_rcnn_says_where_its_keypoints_lie_and_can_have_the_references(tmp_pa
     option = ("--preset.detector.encoder.keypoint-source", "raw_points")
     assert run(tmp_path / "pv_rcnn.pth", "small_pv_rcnn", "--out", tmp_path / "reference", *option) == 0
     assert "AP may differ" not in capsys.readouterr().out
-    assert load_detector(tmp_path / "ours")[1] == SMALL_PV_RCNN_DETECTOR
-    assert load_detector(tmp_path / "reference")[0].spec.keypoints.source == "raw_points"
+    assert load_detector(tmp_path / "ours").config == SMALL_PV_RCNN_DETECTOR
+    assert load_detector(tmp_path / "reference").spec.keypoints.source == "raw_points"
 
 
 def test_weights_that_do_not_fit_the_preset_leave_no_folder(file, tmp_path, capsys):

@@ -96,7 +96,7 @@ def adapt_detector(
     """
     out, config, selection = Path(out), config or DetectorAdaptConfig(), selection or ProposalSelection()
     if not isinstance(detector, Detector):
-        detector = load_detector(Path(detector))[0]
+        detector = load_detector(Path(detector))
     target, frames = _opened(target, class_map)
     if rig is None:
         rig = RigSpec() if frames is None else frames.rig

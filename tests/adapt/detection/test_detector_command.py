@@ -68,7 +68,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapt_detector")
     torch.manual_seed(0)
     detector = TINY.build().eval()
-    save_detector(folder / "run" / "detector.safetensors", detector, TINY)
+    save_detector(folder / "run" / "detector.safetensors", detector)
     frames = [scan(s) for s in range(6)]
     found = collect_from_frames(detector, frames, ProposalSelection(score=0.0), data="x")
     for name, classes, part in (("source", NAMES, range(3)), ("target", (*NAMES, "Animal"), range(3, 6))):
