@@ -85,7 +85,7 @@ def main() -> None:
             {
                 "farthest point sampling": lambda: farthest_point_sample(centers, starts, encoder.config.keypoints),
                 "sparse backbone": lambda: encoder.second.sparse_backbone.stages(voxels),
-                "set abstraction": lambda: encoder.describe(xyz, key_starts, raw, stages),
+                "set abstraction": lambda: encoder.gather(xyz, key_starts, raw, stages),
                 "of it ball queries": lambda: [
                     ball_query(xyz, key_starts, s.xyz, s.starts, a.config.radii, a.config.limits) for a, s in sources
                 ],

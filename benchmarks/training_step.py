@@ -58,7 +58,7 @@ def set_abstraction(frames: list[Frame]) -> Callable[[], None]:
     xyz, starts = encoder.sample(raw, voxels)
 
     def call() -> None:
-        encoder.describe(xyz, starts, raw, stages).features.sum().backward()
+        encoder.gather(xyz, starts, raw, stages).features.sum().backward()
 
     return call
 

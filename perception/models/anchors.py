@@ -1,4 +1,7 @@
-"""Anchors of the dense head: two yaws per class at every bird's-eye-view cell."""
+"""Anchors of the dense head: boxes of typical size, two yaws per class, at every BEV cell of the cut.
+
+`targets.py` matches them with labels; `decoders/bev.py` has the head that classifies and moves them.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,23 @@ from torch import Tensor
 
 from ...core.cut import CutSpec
 
-ANCHOR_YAWS = (0.0, 1.57)  # the reference's 1.57, not pi / 2
+ANCHOR_YAWS = (0.0, 1.57)  # OpenPCDet's 1.57, not pi / 2: its weights were trained with it
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorClass:
-    """The anchor of one class.
-
-    size: (length, width, height) m. bottom_z: m, of the anchor's lower face in the model's frame.
-    matched: IoU from which an anchor is positive. unmatched: IoU below which it is background.
-    """
+    """The anchor of one class, and how well it must fit an object to learn from it."""
 
     name: str
+    """Name of the class in detections and protocols."""
     size: tuple[float, float, float]
+    """Length, width and height in meters: the mean of the class in the source domain."""
     bottom_z: float
+    """Height in meters of the anchor's lower face in the shifted frame: 0 on the road if the rig shifts z, about -1.7 if it does not."""
     matched: float
+    """IoU with an object, axis-aligned in BEV, from which an anchor is positive. Lower it if cells are large for the class."""
     unmatched: float
+    """IoU below which an anchor is background; between the two it is ignored."""
 
 
 KITTI_ANCHORS = (
@@ -41,9 +45,17 @@ WAYMO_ANCHORS = (
 
 
 def make_anchors(spec: CutSpec, classes: tuple[AnchorClass, ...]) -> Tensor:
-    """(H, W, 2 * classes, 7) anchors on the cut's bird's-eye view; the last but one index is 2 * class + yaw.
+    """Place the anchors on the BEV cells of a cut.
 
-    Placed evenly from one end of the range to the other (step = range / (cells - 1)), as OpenPCDet's ``AnchorGenerator`` does.
+    They are spread evenly from one end of the range to the other (step = range / (cells - 1)), the same as in OpenPCDet's
+    `AnchorGenerator`, and so do not lie exactly on the centers of the cells.
+
+    Args:
+        spec: the cut, whose `shape` and range decide where anchors stand.
+        classes: one anchor per class, in label order.
+
+    Returns:
+        (H, W, 2 * classes, 7) boxes in the shifted frame; the third index is 2 * class + yaw.
     """
     _, height, width = spec.shape
     x0, y0, _, x1, y1, _ = spec.grid.range

@@ -1,4 +1,7 @@
-"""From raw outputs to boxes: decoding, proposals, final detections. Pure functions of one scene or a batch, no gradient."""
+"""From raw outputs to boxes: decoding, proposals, final detections. Pure functions of one scene or a batch.
+
+Both decoders use them; `targets.py` is the way back, from labels to what the outputs should be.
+"""
 
 from __future__ import annotations
 
@@ -16,38 +19,57 @@ from .targets import DIRECTION_OFFSET, at_origin
 
 @dataclass(frozen=True, kw_only=True)
 class ProposalNms:
-    """Proposals of a scene: the ``pre`` best anchors, rotated NMS at ``iou``, the first ``post``."""
+    """How the anchors of a scene become proposals: the best ones, then rotated NMS over all classes."""
 
     pre: int
+    """Number of best anchors that are decoded and enter NMS. Fewer is faster."""
     iou: float
+    """BEV IoU above which the worse of two anchors is dropped."""
     post: int
+    """Maximum number of proposals per scene; the second stage computes features for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinalNms:
-    """Detections of a scene: scores of at least ``score``, class-agnostic rotated NMS at ``iou``."""
+    """How the scored boxes of a scene become detections: a score limit, then rotated NMS over all classes."""
 
     score: float = 0.1
+    """Minimum score of a detection. Lower it to trade precision for recall; AP needs it low."""
     iou: float = 0.01
+    """BEV IoU above which the worse of two boxes is dropped. Raise it where objects may overlap."""
     pre: int = 4096
+    """Maximum number of boxes that enter NMS."""
     post: int = 500
+    """Maximum number of detections per scene."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proposals:
-    """Regions of interest of a batch, padded: boxes (B, R, 7), classes (B, R) int64, logits (B, R), valid (B, R) bool."""
+    """Proposals of a batch, padded to the same number per scene. Whatever stands where `valid` is False means nothing."""
 
     boxes: Tensor
+    """(B, R, 7) boxes."""
     classes: Tensor
+    """(B, R) int64, the class of the anchor."""
     logits: Tensor
+    """(B, R) float32, the anchor head's logit for that class."""
     valid: Tensor
+    """(B, R) bool, False for padding."""
 
 
 def decode_boxes(codes: Tensor, direction_logits: Tensor, anchors: Tensor) -> Tensor:
-    """Box codes (..., 7) and direction logits (..., 2) on anchors (..., 7) -> boxes (..., 7).
+    """Turn the anchor head's outputs into boxes.
 
-    The yaw is folded into one half turn, then the direction classifier picks the half. As in the reference the result is not
-    wrapped to one period.
+    The yaw is folded into one half turn, then the direction classifier picks the half. The same as in OpenPCDet, the result is
+    not wrapped to one period.
+
+    Args:
+        codes: (..., 7) residuals.
+        direction_logits: (..., 2) for the two half turns.
+        anchors: (..., 7) boxes.
+
+    Returns:
+        (..., 7) boxes.
     """
     boxes = decode_residuals(codes.float(), anchors)
     folded = torch.remainder(boxes[..., 6] - DIRECTION_OFFSET, math.pi)
@@ -56,14 +78,33 @@ def decode_boxes(codes: Tensor, direction_logits: Tensor, anchors: Tensor) -> Te
 
 
 def decode_regions(codes: Tensor, regions: Tensor) -> Tensor:
-    """Box codes (..., 7) in the frames of regions (..., 7) -> boxes (..., 7); the inverse of ``targets.encode_regions``."""
+    """Turn the residuals of a second stage into boxes: the inverse of `targets.encode_regions`.
+
+    Args:
+        codes: (..., 7) residuals in the frames of the proposals.
+        regions: (..., 7) the proposals.
+
+    Returns:
+        (..., 7) refined boxes.
+    """
     local = decode_residuals(codes, at_origin(regions))
     center = rotate_z(local[..., :3], regions[..., 6]) + regions[..., :3]
     return torch.cat([center, local[..., 3:6], local[..., 6:] + regions[..., 6:]], -1)
 
 
 def propose(class_logits: Tensor, box_codes: Tensor, direction_logits: Tensor, anchors: Tensor, nms: ProposalNms) -> Proposals:
-    """The best anchors of every scene after NMS. Only the ``pre`` best anchors are decoded. anchors: (A, 7)."""
+    """Choose the best anchors of every scene. Only the `nms.pre` best are decoded.
+
+    Args:
+        class_logits: (B, A, C) for every anchor and class; the class of an anchor is its best one.
+        box_codes: (B, A, 7) residuals.
+        direction_logits: (B, A, 2) for the two half turns.
+        anchors: (A, 7) boxes.
+        nms: how many are looked at and kept.
+
+    Returns:
+        Proposals padded to `nms.post` per scene, the best first.
+    """
     batch = class_logits.shape[0]
     boxes = class_logits.new_zeros(batch, nms.post, 7, dtype=torch.float32)
     classes = torch.zeros(batch, nms.post, dtype=torch.int64, device=boxes.device)
@@ -80,7 +121,18 @@ def propose(class_logits: Tensor, box_codes: Tensor, direction_logits: Tensor, a
 
 
 def select_detections(boxes: Tensor, classes: Tensor, scores: Tensor, class_scores: Tensor, nms: FinalNms) -> Predictions:
-    """Final detections of one scene. boxes (R, 7), classes (R,), scores (R,) ranked by, class_scores (R,)."""
+    """Choose the final detections of one scene.
+
+    Args:
+        boxes: (R, 7) boxes.
+        classes: (R,) int64.
+        scores: (R,) 0..1 by which boxes are ranked: the predicted overlap or quality.
+        class_scores: (R,) 0..1 the first stage's probability of the class; kept, but not used for the choice.
+        nms: which boxes are kept.
+
+    Returns:
+        Detections, the best first, with yaw in [-pi, pi).
+    """
     keep = (scores >= nms.score).nonzero().squeeze(1)
     keep = keep[nms_rotated(boxes[keep], scores[keep], nms.iou, pre_max=nms.pre, post_max=nms.post)]
     kept = torch.cat([boxes[keep, :6], wrap_angle(boxes[keep, 6:])], 1)

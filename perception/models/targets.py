@@ -1,8 +1,10 @@
-"""What each anchor and each region of interest should predict, from the labels of one scene. Pure functions, no gradient.
+"""What each anchor and each proposal should predict, from the labels of one scene. Pure functions, no gradient.
 
-Sources: OpenPCDet ``axis_aligned_target_assigner.py`` and ``proposal_target_layer.py``. Beyond them, labels may be
-* ignored (weight 0): anchors and regions on them teach nothing, neither object nor background;
-* inexact or incomplete (a teacher's boxes): see ``sample_rois``.
+Sources: OpenPCDet `axis_aligned_target_assigner.py` and `proposal_target_layer.py`. Beyond them, labels may be
+* ignored (weight 0): anchors and proposals on them teach nothing, neither object nor background;
+* inexact or incomplete (a teacher's boxes): see `match_rois`.
+
+`losses.py` compares these targets with the outputs, `post_processing.py` turns outputs into boxes.
 """
 
 from __future__ import annotations
@@ -20,36 +22,51 @@ from ...ops.iou3d import iou_3d, iou_bev_nearest
 from .anchors import AnchorClass
 
 REFINE_IOU = 0.55  # OpenPCDet's REG_FG_THRESH
-DIRECTION_OFFSET = 0.78539  # the reference's rounded pi / 4: headings near 0 and near pi / 2 stay away from the bin edges
+DIRECTION_OFFSET = 0.78539  # OpenPCDet's rounded pi / 4: headings near 0 and near pi / 2 stay away from the bin edges
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorTargets:
-    """Targets of all A anchors of one scene, in the anchors' flat order.
-
-    class_weight: (A,) 1 learn, 0 ignore. positive: (A,) bool. box_codes: (A, 7), direction: (A,) int64, valid where positive.
-    box_weight: (A,) the matched label's, where positive.
-    ``positive`` implies class_weight 1; a positive anchor's class is the class of the anchor.
-    """
+    """Targets of all A anchors of one scene, in the anchors' flat order. A positive anchor's class is the class of the anchor."""
 
     class_weight: Tensor
+    """(A,) 1 where the class head learns, 0 where the anchor is ignored. It is 1 for every positive anchor."""
     positive: Tensor
+    """(A,) bool, the anchor stands for an object."""
     box_codes: Tensor
+    """(A, 7) residuals from the anchor to its object; 0 where the anchor is not positive."""
     direction: Tensor
+    """(A,) int64 half turn of the object's heading; 0 where the anchor is not positive."""
     box_weight: Tensor
+    """(A,) weight of the box losses, which is that of the matched label; 0 where the anchor is not positive."""
 
 
 def direction_bin(yaw: Tensor) -> Tensor:
-    """Which half turn a heading (rad) lies in: 0 or 1, int64."""
+    """Tell which half turn a heading lies in.
+
+    Args:
+        yaw: headings in radians, any shape.
+
+    Returns:
+        0 or 1, int64, of the same shape.
+    """
     turned = torch.remainder(yaw - DIRECTION_OFFSET, 2 * math.pi)
     return (turned / math.pi).floor().long().clamp(0, 1)
 
 
 def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: Labels) -> AnchorTargets:
-    """Match anchors (H, W, 2 * classes, 7) with the labels of one scene.
+    """Match anchors with the labels of one scene.
 
-    Per class, by axis-aligned BEV overlap: at least ``matched`` is positive, below ``unmatched`` is background, between is
-    ignored; the best anchor of every object is positive in any case.
+    It is done per class, by axis-aligned BEV overlap: an anchor is positive from `matched` on, background below `unmatched` and
+    ignored in between. The best anchor of every object is positive in any case.
+
+    Args:
+        anchors: (H, W, 2 * classes, 7) what `make_anchors` returned.
+        classes: the anchor of each class, with its limits.
+        labels: labels of the scene.
+
+    Returns:
+        Targets of the A = H * W * 2 * classes anchors.
     """
     shape = anchors.shape[:3]
     positive = torch.zeros(shape, dtype=torch.bool, device=anchors.device)
@@ -69,7 +86,7 @@ def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: La
         forced = ((overlap == best_of_object) & (best_of_object > 0)).any(1)
         taken = forced | (best >= anchor_class.matched)
         learnt = own.weight[match] > 0
-        # On an ignored object every anchor that is not clearly background teaches nothing.
+        # An anchor on an ignored object that is not clearly background teaches nothing.
         ignored = (~learnt & (taken | (best >= anchor_class.unmatched))) | (~taken & (best >= anchor_class.unmatched))
         is_positive = taken & learnt
         weight[:, :, slots] = (~ignored).float().view(*shape[:2], 2)
@@ -94,35 +111,48 @@ def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: La
 
 @dataclass(frozen=True, kw_only=True)
 class RoiSampling:
-    """How many regions of interest a scene trains the second stage with, and which (OpenPCDet's numbers)."""
+    """Which proposals of a scene train the second stage. Defaults are OpenPCDet's numbers."""
 
     count: int = 128
+    """Number of proposals per scene. Lower it to save time and memory."""
     foreground_share: float = 0.5
+    """Maximum share of them that lie on objects."""
     foreground_iou: float = 0.55
+    """3D IoU with an object from which a proposal lies on it."""
     easy_background_iou: float = 0.1
+    """3D IoU below which a proposal is easy background; between the two it is hard background."""
     hard_background_share: float = 0.8
+    """Maximum share of the background that is hard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoiTargets:
-    """For R regions of one scene: overlap with their best object of the same class, that object, and whether to learn.
-
-    iou: (R,). match: (R,) int64 row of the labels, 0 where there is none. weight: (R,) 1 or 0, for a head that judges the box.
-    box_weight: (R,) for a head that refines the box: the matched label's, 0 where they overlap too little.
-    """
+    """For R proposals of one scene: the best object of the same class, and what a second stage may learn from the pair."""
 
     iou: Tensor
+    """(R,) 3D IoU with that object, 0 where there is none."""
     match: Tensor
+    """(R,) int64 row of the labels, 0 where there is none."""
     weight: Tensor
+    """(R,) 1 or 0, for a head that predicts the overlap."""
     box_weight: Tensor
+    """(R,) for a head that refines the box: that of the matched label, 0 where they overlap too little."""
 
 
 def match_rois(rois: Tensor, roi_classes: Tensor, labels: Labels) -> RoiTargets:
-    """Best same-class object of every region (R, 7), and whether a quality head may learn from the pair.
+    """Find the best object of every proposal, and decide what a second stage may learn from the pair.
 
-    In a completely labelled scene it learns from every region but those on ignored objects. In a pseudo-labelled scene only
-    from regions whose best match is an exact box (pasted): a teacher's box says nothing about true overlap, and what the
-    teacher did not find is not background. A box is refined from an overlap above ``REFINE_IOU``.
+    In a completely labeled scene a quality head learns from every proposal except those on ignored objects. In a pseudo-labeled
+    scene it learns only from proposals whose best match is an exact box (a pasted one): a teacher's box does not tell the true
+    overlap, and what the teacher did not find is not background. A box is refined from an overlap above `REFINE_IOU` on.
+
+    Args:
+        rois: (R, 7) proposals.
+        roi_classes: (R,) int64; a proposal matches objects of its own class only.
+        labels: labels of the scene.
+
+    Returns:
+        Match and weights of every proposal.
     """
     if len(labels) == 0 or rois.shape[0] == 0:
         zero = rois.new_zeros(rois.shape[0])
@@ -136,9 +166,16 @@ def match_rois(rois: Tensor, roi_classes: Tensor, labels: Labels) -> RoiTargets:
 
 
 def encode_regions(boxes: Tensor, regions: Tensor) -> Tensor:
-    """What a box head should answer (N, 7): boxes (N, 7) in the frames of their regions (N, 7), as residuals of the region's size.
+    """Compute the residuals that a box head should predict: boxes in the frames of their proposals, relative to their size.
 
     Opposite headings are the same box, so the turn is folded into [-pi/2, pi/2].
+
+    Args:
+        boxes: (N, 7) true boxes.
+        regions: (N, 7) the proposal of each.
+
+    Returns:
+        (N, 7) residuals; `post_processing.decode_regions` is the inverse.
     """
     local = rotate_z(boxes[:, :3] - regions[:, :3], -regions[:, 6])
     turn = torch.remainder(boxes[:, 6] - regions[:, 6] + math.pi / 2, math.pi) - math.pi / 2
@@ -146,14 +183,28 @@ def encode_regions(boxes: Tensor, regions: Tensor) -> Tensor:
 
 
 def at_origin(regions: Tensor) -> Tensor:
-    """Regions (..., 7) in their own frame: at 0, heading along x."""
+    """Move boxes into their own frame.
+
+    Args:
+        regions: (..., 7) boxes.
+
+    Returns:
+        (..., 7) boxes of the same size at 0, heading along x.
+    """
     return F.pad(regions[..., 3:6], (3, 1))
 
 
 def sample_rois(iou: Tensor, sampling: RoiSampling) -> Tensor:
-    """Rows of ``count`` regions drawn from overlaps (R,): half foreground, the rest background, hard ones preferred.
+    """Draw the proposals that train the second stage: some on objects, the rest background, hard background preferred.
 
-    Draws from torch's global generator, which the training loop seeds for every step. With no region the result is empty.
+    It draws from torch's global generator, which the training loop seeds for every step. Background is drawn with replacement.
+
+    Args:
+        iou: (R,) overlap of each proposal with its best object.
+        sampling: how many are drawn, and the shares.
+
+    Returns:
+        (sampling.count,) int64 rows of `iou`; empty without a proposal.
     """
     if iou.numel() == 0:
         return torch.zeros(0, dtype=torch.int64, device=iou.device)
@@ -180,5 +231,14 @@ def sample_rois(iou: Tensor, sampling: RoiSampling) -> Tensor:
 
 
 def iou_quality_target(iou: Tensor, low: float, high: float) -> Tensor:
-    """Overlap -> quality target: 0 below ``low``, 1 above ``high``, linear between. (0, 1) keeps the overlap itself (ST3D)."""
+    """Turn an overlap into the target of a quality head.
+
+    Args:
+        iou: overlaps, any shape.
+        low: overlap that counts as 0.
+        high: overlap that counts as 1. With 0 and 1 the target is the overlap itself (ST3D).
+
+    Returns:
+        Targets 0..1 of the same shape, linear between the two.
+    """
     return ((iou - low) / (high - low)).clamp(0, 1)

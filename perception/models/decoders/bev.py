@@ -1,7 +1,7 @@
 """From the cut to dense predictions: height compression, the 2D backbone, the anchor head and its losses.
 
-Shared by SECOND, SECOND-IoU and PV-RCNN. Sources: OpenPCDet ``height_compression.py``, ``base_bev_backbone.py``,
-``anchor_head_single.py``; module indices follow them, so that weights load by name.
+Shared by SECOND-IoU (`second_iou.py`) and PV-RCNN (`pv_rcnn.py`). Sources: OpenPCDet `height_compression.py`,
+`base_bev_backbone.py`, `anchor_head_single.py`; module indices follow them, so that weights load by name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +23,39 @@ from ..targets import assign_anchors
 
 
 def height_compression(voxels: SparseVoxels) -> Tensor:
-    """(B, C * Z, Y, X) bird's-eye-view map of sparse voxels; channel = c * Z + z."""
+    """Lay sparse voxels out as a BEV map, the cells of one column becoming its channels.
+
+    Args:
+        voxels: sparse voxels of B scenes, C channels, on a grid of Z x Y x X cells.
+
+    Returns:
+        (B, C * Z, Y, X) map; channel c of cell z is channel c * Z + z. Empty cells are 0.
+    """
     return voxels.dense().flatten(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BevBackboneConfig:
-    """Two blocks at strides 1 and 2 of the cut: convolutions after the first one, channels, and channels after up-sampling."""
+    """Size of the 2D backbone: two blocks of convolutions, at strides 1 and 2 of the cut."""
 
     layers: tuple[int, int] = (5, 5)
+    """Convolutions of each block after its first one."""
     channels: tuple[int, int] = (128, 256)
+    """Channels of each block. Most of a decoder's parameters and time are here."""
     up_channels: tuple[int, int] = (256, 256)
+    """Channels of each block after up-sampling to stride 1; their sum goes to the heads."""
 
 
 class BevBackbone(nn.Module):
-    """(B, C, H, W) -> (B, sum(up_channels), H, W)."""
+    """Two blocks of 2D convolutions, up-sampled to the size of the map and joined."""
 
     def __init__(self, in_channels: int, config: BevBackboneConfig) -> None:
+        """Make the layers with fresh weights.
+
+        Args:
+            in_channels: channels of the map.
+            config: sizes.
+        """
         super().__init__()
         self.out_channels = sum(config.up_channels)
         self.blocks, self.deblocks = nn.ModuleList(), nn.ModuleList()
@@ -52,6 +68,14 @@ class BevBackbone(nn.Module):
             in_channels = c
 
     def forward(self, bev: Tensor) -> Tensor:
+        """Compute the features that the heads read.
+
+        Args:
+            bev: (B, in_channels, H, W) map.
+
+        Returns:
+            (B, out_channels, H, W) map.
+        """
         height, width = bev.shape[-2:]
         ups = []
         for block, deblock in zip(self.blocks, self.deblocks, strict=True):
@@ -65,28 +89,46 @@ def _norm(channels: int) -> list[nn.Module]:
 
 
 class DenseOutputs(NamedTuple):
-    """Per anchor, flat in (row, column, anchor) order: class logits (B, A, C), box codes (B, A, 7), direction logits (B, A, 2)."""
+    """Outputs of the anchor head for every anchor, flat in (row, column, anchor) order."""
 
     class_logits: Tensor
+    """(B, A, C) logits, one per class."""
     box_codes: Tensor
+    """(B, A, 7) residuals from the anchor to the box."""
     direction_logits: Tensor
+    """(B, A, 2) logits of the two half turns."""
 
 
 class AnchorHead(nn.Module):
     """Three 1 x 1 convolutions: class, box and direction of two anchors per class and cell."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
+        """Make the layers with fresh weights.
+
+        Args:
+            in_channels: channels of the map.
+            num_classes: number of classes.
+        """
         super().__init__()
         self.num_classes = num_classes
         anchors = 2 * num_classes
         self.conv_cls = nn.Conv2d(in_channels, anchors * num_classes, 1)
         self.conv_box = nn.Conv2d(in_channels, anchors * 7, 1)
         self.conv_dir_cls = nn.Conv2d(in_channels, anchors * 2, 1)
-        assert self.conv_cls.bias is not None
-        nn.init.constant_(self.conv_cls.bias, -math.log((1 - 0.01) / 0.01))  # focal loss: start from "rare"
+        # Objects are rare: with the focal loss, training starts from a probability of 1 % everywhere (Lin et al., section 3.3).
+        nn.init.constant_(cast(Tensor, self.conv_cls.bias), -math.log((1 - 0.01) / 0.01))
         nn.init.normal_(self.conv_box.weight, std=0.001)
 
     def forward(self, bev: Tensor) -> DenseOutputs:
+        """Classify and move every anchor.
+
+        Args:
+            bev: (B, in_channels, H, W) map.
+
+        Returns:
+            Outputs of the A = H * W * 2 * num_classes anchors.
+        """
+
         def flat(x: Tensor, width: int) -> Tensor:
             return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, width)
 
@@ -99,16 +141,29 @@ class AnchorHead(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class DenseLossWeights:
-    """OpenPCDet's weights; that of the class loss is 1."""
+    """Weights of the anchor head's losses. Defaults are OpenPCDet's; that of the class loss is 1."""
 
     box: float = 2.0
+    """Weight of the box loss."""
     direction: float = 0.2
+    """Weight of the direction loss."""
 
 
 def dense_loss(
     dense: DenseOutputs, anchors: Tensor, classes: tuple[AnchorClass, ...], labels: Sequence[Labels], weights: DenseLossWeights
 ) -> LossTerms:
-    """Class, box and direction losses of the anchors (H, W, 2 * classes, 7) of a batch, per scene over its positive anchors."""
+    """Compute the losses of the anchor head: per scene divided by its number of positive anchors, then averaged over scenes.
+
+    Args:
+        dense: outputs of the anchor head for a batch.
+        anchors: (H, W, 2 * classes, 7) what `make_anchors` returned.
+        classes: the anchor of each class.
+        labels: one per scene.
+        weights: weights of the losses.
+
+    Returns:
+        Terms `class`, `box` and `direction`.
+    """
     batch, total = len(labels), anchors.view(-1, 7).shape[0]
     num_classes = len(classes)
     anchor_class = torch.arange(2 * num_classes, device=anchors.device).div(2, rounding_mode="floor")

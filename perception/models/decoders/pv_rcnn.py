@@ -1,10 +1,12 @@
-"""PV-RCNN's server half: a bird's-eye-view stage that proposes, and keypoints that refine.
+"""PV-RCNN's server half: a BEV stage that proposes, and keypoints that refine.
 
     CutFeatures ─┬─ voxels ─ height compression ─ BevBackbone ─ AnchorHead ─ proposals ──────────┐
-                   └─ keypoints ─┬─ fusion ────────────────── × score ─ 6 x 6 x 6 grid of every proposal ─ RegionHead
-                                 └─ KeypointHead: in an object? ─┘                                  ├─ class: how good is it
-                                                                                                    └─ box: refined
-Source: Shi et al., PV-RCNN (2020), sections 3.3 and 3.4; OpenPCDet ``point_head_simple.py``, ``pvrcnn_head.py``.
+                 └─ keypoints ─┬─ fusion ────────────────── × score ─ 6 x 6 x 6 grid of every proposal ─ RegionHead
+                               └─ KeypointHead: in an object? ─┘                                  ├─ class: how good is it
+                                                                                                  └─ box: refined
+
+Source: Shi et al., PV-RCNN (2020), sections 3.3 and 3.4; OpenPCDet `point_head_simple.py`, `pvrcnn_head.py`. `bev.py` has the first
+stage, `pv_rcnn_loss.py` the losses of keypoints and regions; `../pv_rcnn.py` joins this half with the encoder.
 """
 
 from __future__ import annotations
@@ -28,61 +30,95 @@ from ..targets import RoiSampling
 from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
 from .decoder import Decoder
 from .pv_rcnn_loss import keypoint_loss, region_loss
-from .regions import ScoredProposals, fully_connected, region_grid, sample_regions, scored_proposals
+from .regions import ScoredProposals, fully_connected, region_grid, sample_regions, scored_by_scene
 
 
 @dataclass(frozen=True, kw_only=True)
 class PvRcnnConfig:
-    """Everything that shapes the server half; defaults are OpenPCDet's ``kitti_models/pv_rcnn.yaml``.
-
-    fused_channels: of a keypoint after fusion. keypoint_channels: of the keypoint head. grid_size: points along each side of a
-    region. quality_target: overlaps that count as 0 and as 1 for the class branch; (0, 1) keeps the overlap itself.
-    """
+    """Everything that shapes the server half; defaults are the values of OpenPCDet's `kitti_models/pv_rcnn.yaml`."""
 
     anchors: tuple[AnchorClass, ...] = KITTI_ANCHORS
+    """The classes, in label order, with their anchors. Change them with the classes or the sizes of the source domain."""
     bev: BevBackboneConfig = BevBackboneConfig()
+    """Size of the 2D backbone."""
     fused_channels: int = 128
+    """Channels of a keypoint after fusion."""
     keypoint_channels: int = 256
+    """Channels of the head that tells whether a keypoint lies in an object."""
     grid_size: int = 6
+    """Grid points along each side of a region; their number is the cube of it."""
     grid_pooling: SetAbstractionConfig = SetAbstractionConfig(channels=(64, 64), radii=(0.8, 1.6), limits=(16, 16))
+    """How grid points gather the keypoints around them."""
     head_channels: int = 256
+    """Channels of the region head."""
     dropout: float = 0.3
+    """Dropout of the region head in training."""
     train_proposals: ProposalNms = ProposalNms(pre=9000, iou=0.8, post=512)
+    """How anchors become proposals in training, before `roi_sampling`."""
     test_proposals: ProposalNms = ProposalNms(pre=1024, iou=0.7, post=100)
+    """How anchors become proposals in detection. Raise `post` for scenes with more objects."""
     roi_sampling: RoiSampling = RoiSampling()
+    """Which proposals train the region head."""
     quality_target: tuple[float, float] = (0.25, 0.75)
+    """3D overlaps that count as quality 0 and 1; (0, 1) keeps the overlap itself (ST3D)."""
     final: FinalNms = FinalNms(iou=0.1)
+    """How refined proposals become detections."""
     dense_weights: DenseLossWeights = DenseLossWeights()
+    """Weights of the anchor head's losses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PvRcnnOutputs:
-    """Raw outputs of a batch: the anchor head's, the keypoints with their logits (K,), the proposals, and of each proposal its
-    quality logit (B, R) and box codes (B, R, 7)."""
+    """Raw outputs of a batch."""
 
     dense: DenseOutputs
+    """Outputs of the anchor head."""
     keypoints: Keypoints
+    """The K keypoints, with their features at the cut."""
     keypoint_logits: Tensor
+    """(K,) logits that a keypoint lies in an object."""
     proposals: Proposals
+    """Proposals (B, R), sampled around the labels in training."""
     quality_logits: Tensor
+    """(B, R) logits of the quality of each proposal, 0 where it is padding."""
     box_codes: Tensor
+    """(B, R, 7) residuals from each proposal to its refined box, 0 where it is padding."""
 
 
 class KeypointHead(nn.Module):
-    """Features of keypoints before fusion (K, C) -> logit (K,) that the keypoint lies in an object."""
+    """Tells whether a keypoint lies in an object, from its features before fusion."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
+        """Make the layers with fresh weights.
+
+        Args:
+            in_channels: channels of a keypoint at the cut.
+            channels: channels of the layers.
+        """
         super().__init__()
         self.cls_layers = nn.Sequential(*_linear(in_channels, channels), *_linear(channels, channels), nn.Linear(channels, 1))
 
     def forward(self, features: Tensor) -> Tensor:
+        """Classify keypoints.
+
+        Args:
+            features: (K, in_channels) features at the cut.
+
+        Returns:
+            (K,) logits that the keypoint lies in an object.
+        """
         return self.cls_layers(features).squeeze(1)
 
 
 class RegionHead(nn.Module):
-    """Keypoints gathered on a grid in every region -> quality logit and box codes of the region."""
+    """Scores and refines regions, from keypoints gathered on a grid in each."""
 
     def __init__(self, config: PvRcnnConfig) -> None:
+        """Make the layers with fresh weights.
+
+        Args:
+            config: sizes and settings of the decoder.
+        """
         super().__init__()
         self.grid_size = config.grid_size
         self.roi_grid_pool_layer = SetAbstraction(config.fused_channels, config.grid_pooling)
@@ -98,7 +134,16 @@ class RegionHead(nn.Module):
         nn.init.normal_(self.reg_layers[-1].weight, std=0.001)  # type: ignore[arg-type]
 
     def pool(self, regions: Tensor, starts: Sequence[int], keypoints: Keypoints) -> Tensor:
-        """(N, G^3, C) features on the grids of regions (N, 7), scenes one after the other with bounds ``starts``."""
+        """Gather keypoints on the grids of regions.
+
+        Args:
+            regions: (N, 7) boxes, the scenes in order.
+            starts: B + 1 bounds of the scenes in the rows of `regions`.
+            keypoints: keypoints with fused features.
+
+        Returns:
+            (N, grid_size^3, C) features of the grid points.
+        """
         points = self.grid_size**3
         centers = region_grid(regions, self.grid_size).view(-1, 3)
         pooled = self.roi_grid_pool_layer(
@@ -117,7 +162,7 @@ class RegionHead(nn.Module):
         Returns:
             (N, head_channels) features that quality and refinement are read from.
         """
-        pooled = self.pool(regions, starts, keypoints).transpose(1, 2)  # the reference flattens channel by channel
+        pooled = self.pool(regions, starts, keypoints).transpose(1, 2)  # OpenPCDet flattens channel by channel
         return self.shared_fc_layer(pooled.flatten(1)[..., None])[..., 0]
 
     def quality_and_codes(self, shared: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +177,16 @@ class RegionHead(nn.Module):
         return self.cls_layers(shared[..., None]).view(-1), self.reg_layers(shared[..., None]).view(-1, 7)
 
     def forward(self, regions: Tensor, starts: Sequence[int], keypoints: Keypoints) -> tuple[Tensor, Tensor]:
-        """(N,) quality logits and (N, 7) box codes."""
+        """Score and refine regions.
+
+        Args:
+            regions: (N, 7) boxes, the scenes in order.
+            starts: B + 1 bounds of the scenes in the rows of `regions`.
+            keypoints: keypoints with fused features.
+
+        Returns:
+            (N,) quality logits and (N, 7) box codes.
+        """
         return self.quality_and_codes(self.shared_features(regions, starts, keypoints))
 
 
@@ -141,9 +195,10 @@ def _linear(c_in: int, c_out: int) -> list[nn.Module]:
 
 
 class PvRcnnDecoder(Decoder):
-    """The server half. ``forward`` gives raw outputs, ``loss`` and ``predict`` are functions of them."""
+    """The server half. `forward` gives raw outputs, `loss` and `predict` are functions of them."""
 
     anchors: Tensor
+    """(H, W, 2 * classes, 7) anchors of the cut, not stored with the weights."""
     openpcdet_parts: ClassVar[Mapping[str, str]] = {
         "fusion": "pfe.vsa_point_feature_fusion",
         "keypoint_head": "point_head",
@@ -153,6 +208,15 @@ class PvRcnnDecoder(Decoder):
     }
 
     def __init__(self, spec: CutSpec, config: PvRcnnConfig) -> None:
+        """Make the layers with fresh weights.
+
+        Args:
+            spec: the cut whose features it reads.
+            config: sizes and settings.
+
+        Raises:
+            InvalidInput: The cut has no keypoints.
+        """
         super().__init__()
         if spec.keypoints is None:
             raise InvalidInput(f"PV-RCNN's decoder reads keypoints; the cut {spec.layer!r} has none: use PV-RCNN's encoder")
@@ -165,7 +229,18 @@ class PvRcnnDecoder(Decoder):
         self.register_buffer("anchors", make_anchors(spec, config.anchors), persistent=False)
 
     def forward(self, features: CutFeatures, labels: Sequence[Labels] | None = None) -> PvRcnnOutputs:
-        """Outputs of a batch. With ``labels`` (training) regions are sampled around them, else the best proposals are refined."""
+        """Compute the raw outputs of a batch.
+
+        Args:
+            features: features at the cut, on the device of the weights.
+            labels: one per scene in training: proposals are sampled around them. Without, the best proposals are refined.
+
+        Returns:
+            Raw outputs.
+
+        Raises:
+            InvalidInput: The features have no keypoints.
+        """
         dense = self.anchor_head(self.bev_backbone(height_compression(features.voxels)))
         proposals = self._propose(dense, labels)
         given = self._keypoints(features)
@@ -209,7 +284,7 @@ class PvRcnnDecoder(Decoder):
         boxes = p.boxes[p.valid]
         shared = self.roi_head.shared_features(boxes, _starts(p.valid), keypoints)
         quality, codes = self.roi_head.quality_and_codes(shared)
-        return scored_proposals(p, decode_regions(codes.float(), boxes), quality, shared)
+        return scored_by_scene(p, decode_regions(codes.float(), boxes), quality, shared)
 
     @torch.no_grad()
     def _propose(self, dense: DenseOutputs, labels: Sequence[Labels] | None) -> Proposals:
@@ -218,7 +293,15 @@ class PvRcnnDecoder(Decoder):
         return proposals if labels is None else sample_regions(proposals, labels, self.config.roi_sampling, refine=True)
 
     def loss(self, outputs: PvRcnnOutputs, labels: Sequence[Labels]) -> LossTerms:
-        """Losses of the anchors, of the keypoints and of the regions, as OpenPCDet weighs them."""
+        """Compute the losses of the anchors, the keypoints and the regions.
+
+        Args:
+            outputs: what `forward` returned.
+            labels: one per scene. They need not be the labels that `forward` sampled around.
+
+        Returns:
+            Terms `class`, `box`, `direction`, `keypoint`, `roi_quality`, `roi_box` and `roi_corner`, with OpenPCDet's weights.
+        """
         p = outputs.proposals
         dense = dense_loss(outputs.dense, self.anchors, self.config.anchors, labels, self.config.dense_weights)
         regions = region_loss(p, outputs.quality_logits, outputs.box_codes, labels, self.config.quality_target)
@@ -226,7 +309,14 @@ class PvRcnnDecoder(Decoder):
 
     @torch.no_grad()
     def predict(self, outputs: PvRcnnOutputs) -> list[Predictions]:
-        """Refined detections of every scene, ranked by their predicted quality."""
+        """Choose the refined detections of every scene, ranked by their predicted quality.
+
+        Args:
+            outputs: what `forward` returned without labels.
+
+        Returns:
+            Detections of every scene, best first.
+        """
         p = outputs.proposals
         boxes = decode_regions(outputs.box_codes.float(), p.boxes)
         quality, cls = torch.sigmoid(outputs.quality_logits.float()), torch.sigmoid(p.logits)

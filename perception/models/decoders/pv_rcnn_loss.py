@@ -1,7 +1,8 @@
 """PV-RCNN's losses beyond the anchors': is a keypoint in an object, how good is a region, and where is its box really.
 
-Sources: OpenPCDet ``point_head_template.py`` (keypoints), ``roi_head_template.py`` (regions), ``loss_utils.py`` (corners). Teacher
-boxes go where their quality allows (upcycling.md row 15): they refine regions, but neither judge regions nor label keypoints.
+Sources: OpenPCDet `point_head_template.py` (keypoints), `roi_head_template.py` (regions), `loss_utils.py` (corners). A teacher's
+boxes are used where they are good enough, which are the hybrid labels of UpCycling: they refine regions, but neither teach how good
+a region is nor label keypoints. `pv_rcnn.py` has the network.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ from ..losses import sigmoid_focal_loss, smooth_l1
 from ..post_processing import Proposals, decode_regions
 from ..targets import encode_regions, iou_quality_target, match_rois
 
-RING = 0.2  # metres added to each full size of a box: keypoints in the rim are neither object nor background (GT_EXTRA_WIDTH)
+RING = 0.2  # meters added to each full size of a box: keypoints in the rim are neither object nor background (GT_EXTRA_WIDTH)
 
 
 def keypoint_targets(xyz: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
-    """For keypoints (K, 3) of one scene: in an object (K,) 0 or 1, and learn from it (K,) 0 or 1.
+    """Tell which keypoints of one scene lie in an object, and which the keypoint head may learn from.
 
-    In a pseudo-labelled scene only keypoints in exact (pasted) boxes are learnt from.
+    In a pseudo-labeled scene it learns only from keypoints in exact (pasted) boxes.
+
+    Args:
+        xyz: (K, 3) keypoints in meters.
+        labels: labels of the scene.
+
+    Returns:
+        (K,) 0 or 1 for "in an object", and (K,) 0 or 1 for "learn from it".
     """
     boxes = labels.boxes.data
     owner = points_in_boxes(xyz, boxes)
@@ -41,7 +49,16 @@ def keypoint_targets(xyz: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
 
 
 def keypoint_loss(keypoints: Keypoints, logits: Tensor, labels: Sequence[Labels]) -> LossTerms:
-    """Focal loss of all keypoints of a batch, over the number of those in objects."""
+    """Compute the focal loss of all keypoints of a batch, divided by the number of those in objects.
+
+    Args:
+        keypoints: keypoints of the batch.
+        logits: (K,) predictions of "in an object".
+        labels: one per scene.
+
+    Returns:
+        The term `keypoint`.
+    """
     pairs = [keypoint_targets(keypoints.xyz[a:b], scene) for a, b, scene in zip(keypoints.starts, keypoints.starts[1:], labels)]
     target, weight = (torch.cat(column) for column in zip(*pairs, strict=True))
     focal = sigmoid_focal_loss(logits, target) * weight
@@ -49,7 +66,15 @@ def keypoint_loss(keypoints: Keypoints, logits: Tensor, labels: Sequence[Labels]
 
 
 def corner_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """(N, 7) predicted and true boxes -> (N,) mean over corners of their smoothed distance; opposite headings are the same box."""
+    """Compare boxes by their corners; opposite headings are the same box.
+
+    Args:
+        boxes: (N, 7) predicted boxes.
+        targets: (N, 7) true boxes.
+
+    Returns:
+        (N,) mean over the 8 corners of the smoothed distance in meters.
+    """
     corners = corners_3d(boxes)
     turned = targets + targets.new_tensor([0, 0, 0, 0, 0, 0, torch.pi])
     distance = torch.minimum(*((corners - corners_3d(t)).norm(dim=2) for t in (targets, turned)))
@@ -59,20 +84,32 @@ def corner_loss(boxes: Tensor, targets: Tensor) -> Tensor:
 def region_loss(
     proposals: Proposals, quality_logits: Tensor, box_codes: Tensor, labels: Sequence[Labels], quality_target: tuple[float, float]
 ) -> LossTerms:
-    """Quality, box and corner losses of the sampled regions of a batch; the latter two over the regions that are on an object."""
-    quality, judged, box, corner, refined = [], [], [], [], []
+    """Compute the losses of the sampled regions of a batch.
+
+    Args:
+        proposals: the regions.
+        quality_logits: (B, R) predicted quality.
+        box_codes: (B, R, 7) predicted residuals.
+        labels: one per scene.
+        quality_target: overlaps that count as quality 0 and 1.
+
+    Returns:
+        Terms `roi_quality`, over the regions that it may be learned from, and `roi_box` and `roi_corner`, over the regions that
+        lie on an object.
+    """
+    quality, weights, box, corner, refined = [], [], [], [], []
     for b, scene in enumerate(labels):
         rois, valid = proposals.boxes[b], proposals.valid[b]
         matched = match_rois(rois, proposals.classes[b], scene)
         target = iou_quality_target(matched.iou, *quality_target)
         quality.append(F.binary_cross_entropy_with_logits(quality_logits[b].float(), target, reduction="none"))
-        judged.append(matched.weight * valid)
+        weights.append(matched.weight * valid)
         rows = ((matched.box_weight > 0) & valid).nonzero().squeeze(1)
         truth, codes, weight = scene.boxes.data[matched.match[rows]], box_codes[b, rows].float(), matched.box_weight[rows]
         box.append(weight * smooth_l1(codes - encode_regions(truth, rois[rows])).sum(1))
         corner.append(weight * corner_loss(decode_regions(codes, rois[rows]), truth))
         refined.append(len(rows))
-    weight, number = torch.stack(judged), max(sum(refined), 1)
+    weight, number = torch.stack(weights), max(sum(refined), 1)
     return LossTerms(
         terms={
             "roi_quality": (torch.stack(quality) * weight).sum() / weight.sum().clamp_min(1),

@@ -1,4 +1,8 @@
-"""What second stages share: which proposals they train on, and the layers of their heads (OpenPCDet ``roi_head_template.py``)."""
+"""What second stages share: which proposals they train on, the layers of their heads, and proposals with scores.
+
+Source: OpenPCDet `roi_head_template.py`. A *region* is a proposal as the second stage sees it. `second_iou.py` and `pv_rcnn.py`
+have the second stages.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,32 @@ from ..targets import RoiSampling, match_rois, sample_rois
 
 
 def fully_connected(c_in: int, c_out: int) -> list[nn.Module]:
-    """A layer of a region head: (N, c_in, 1) -> (N, c_out, 1), batch norm and ReLU; a 1 x 1 convolution as in the reference."""
+    """Make one layer of a region head, (N, c_in, 1) -> (N, c_out, 1).
+
+    It is a 1 x 1 convolution, as in OpenPCDet, so that weights load by name.
+
+    Args:
+        c_in: input channels.
+        c_out: output channels.
+
+    Returns:
+        Convolution, batch norm and ReLU.
+    """
     return [nn.Conv1d(c_in, c_out, 1, bias=False), RowBatchNorm(c_out), nn.ReLU()]
 
 
 def sample_regions(proposals: Proposals, labels: Sequence[Labels], sampling: RoiSampling, *, refine: bool) -> Proposals:
-    """Proposals that the second stage trains on: those a quality head may learn from and, with ``refine``, those whose box may be
-    refined. A scene with too few has fewer valid ones."""
+    """Choose the proposals that the second stage trains on, from those that it may learn from.
+
+    Args:
+        proposals: proposals of a batch.
+        labels: one per scene; `match_rois` decides what may be learned.
+        sampling: how many are chosen per scene, and the shares.
+        refine: also choose proposals whose box may be refined although their quality may not be learned.
+
+    Returns:
+        `sampling.count` proposals per scene, with repetitions; none is valid in a scene without any to learn from.
+    """
     picked = []
     for b, scene in enumerate(labels):
         rows = proposals.valid[b].nonzero().squeeze(1)
@@ -42,9 +65,16 @@ def sample_regions(proposals: Proposals, labels: Sequence[Labels], sampling: Roi
 
 
 def region_grid(regions: Tensor, size: int) -> Tensor:
-    """Centres (N, size^3, 3) m of the cells that cut each region (N, 7) into ``size`` parts along every side, turned with it.
+    """Place a grid of points in every region, turned with it: the centers of `size` x `size` x `size` equal cells.
 
-    Flat index (ix * size + iy) * size + iz, ix along the length. Source: OpenPCDet ``pvrcnn_head.py``, ``get_dense_grid_points``.
+    Source: OpenPCDet `pvrcnn_head.py`, `get_dense_grid_points`.
+
+    Args:
+        regions: (N, 7) boxes.
+        size: cells along each side.
+
+    Returns:
+        (N, size^3, 3) points in meters; the flat index is (ix * size + iy) * size + iz, with ix along the length.
     """
     steps = (torch.arange(size, device=regions.device, dtype=regions.dtype) + 0.5) / size - 0.5
     unit = torch.cartesian_prod(steps, steps, steps).view(-1, 3)
@@ -54,19 +84,29 @@ def region_grid(regions: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredProposals:
-    """The proposals of one scene before the final suppression. detections: all of them, in the order of the proposals.
-
-    logits: (R,) of the anchor head for the proposal's class. An anchor learns the logit of its own class alone, so this and the class
-    are all that the head says. features: (R, C) the second stage's shared feature, from which it judged the proposal.
-    """
+    """The R proposals of one scene with the second stage's scores, before the final suppression, in the order of the first stage."""
 
     detections: Predictions
+    """All proposals as detections, with refined boxes where the second stage refines."""
     logits: Tensor
+    """(R,) the anchor head's logit for the proposal's class. An anchor learns the logit of its own class alone, so this logit and
+    the class are all that the head says."""
     features: Tensor
+    """(R, C) the second stage's shared features, from which the score is read."""
 
 
-def scored_proposals(proposals: Proposals, boxes: Tensor, quality_logits: Tensor, features: Tensor) -> list[ScoredProposals]:
-    """Scenes apart, from rows of all N valid proposals one scene after the other: boxes (N, 7), logits (N,), features (N, C)."""
+def scored_by_scene(proposals: Proposals, boxes: Tensor, quality_logits: Tensor, features: Tensor) -> list[ScoredProposals]:
+    """Sort what the second stage computed for a batch into scenes.
+
+    Args:
+        proposals: proposals of the batch, of which N are valid.
+        boxes: (N, 7) final boxes of the valid proposals, scenes in order; so are the other rows.
+        quality_logits: (N,) predicted quality or overlap.
+        features: (N, C) shared features.
+
+    Returns:
+        The scored proposals of every scene.
+    """
     quality, found, start = torch.sigmoid(quality_logits.float()), [], 0
     for b, valid in enumerate(proposals.valid):
         rows, logits = slice(start, start := start + int(valid.sum())), proposals.logits[b, valid]

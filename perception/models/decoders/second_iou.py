@@ -1,9 +1,10 @@
-"""SECOND-IoU's server half: features at the cut -> bird's-eye view -> anchors -> proposals -> predicted overlap.
+"""SECOND-IoU's server half: features at the cut -> BEV map -> anchors -> proposals -> predicted overlap.
 
     CutFeatures ─ height compression ─ BevBackbone ─┬─ AnchorHead ─ proposals ─┐
-                                                      └── (detached) ─ 7 x 7 pooling of every proposal ─ IouHead ─ IoU
+                                                    └── (detached) ─ 7 x 7 pooling of every proposal ─ IouHead ─ IoU
 
-The IoU head judges proposals and does not refine them; its gradient never reaches the map (OpenPCDet ``second_head.py``).
+The IoU head scores proposals and does not refine them; its gradient never reaches the map (OpenPCDet `second_head.py`).
+`bev.py` has the first stage; `../second_iou.py` joins this half with the encoder.
 """
 
 from __future__ import annotations
@@ -25,40 +26,63 @@ from ..post_processing import FinalNms, ProposalNms, Proposals, propose, select_
 from ..targets import RoiSampling, iou_quality_target, match_rois
 from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
 from .decoder import Decoder
-from .regions import ScoredProposals, fully_connected, sample_regions, scored_proposals
+from .regions import ScoredProposals, fully_connected, sample_regions, scored_by_scene
 
 
 @dataclass(frozen=True, kw_only=True)
 class SecondIouConfig:
-    """Everything that shapes the server half; defaults are OpenPCDet's ``kitti_models/second_iou.yaml``."""
+    """Everything that shapes the server half; defaults are the values of OpenPCDet's `kitti_models/second_iou.yaml`."""
 
     anchors: tuple[AnchorClass, ...] = KITTI_ANCHORS
+    """The classes, in label order, with their anchors. Change them with the classes or the sizes of the source domain."""
     bev: BevBackboneConfig = BevBackboneConfig()
+    """Size of the 2D backbone."""
     head_channels: int = 256
+    """Channels of the IoU head."""
     pool_size: int = 7
+    """Points along each side of a region at which the BEV map is read."""
     dropout: float = 0.3
+    """Dropout of the IoU head in training."""
     train_proposals: ProposalNms = ProposalNms(pre=9000, iou=0.8, post=512)
+    """How anchors become proposals in training, before `roi_sampling`."""
     test_proposals: ProposalNms = ProposalNms(pre=1024, iou=0.7, post=100)
+    """How anchors become proposals in detection. Raise `post` for scenes with more objects."""
     roi_sampling: RoiSampling = RoiSampling()
+    """Which proposals train the IoU head."""
     iou_target: tuple[float, float] = (0.25, 0.75)
+    """3D overlaps that count as 0 and as 1 for the IoU head; (0, 1) keeps the overlap itself (ST3D)."""
     final: FinalNms = FinalNms()
+    """How scored proposals become detections."""
     dense_weights: DenseLossWeights = DenseLossWeights()
+    """Weights of the anchor head's losses."""
     iou_weight: float = 1.0
+    """Weight of the IoU head's loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SecondIouOutputs:
-    """Raw outputs of a batch: the anchor head's, the proposals, and their IoU logits (B, R)."""
+    """Raw outputs of a batch."""
 
     dense: DenseOutputs
+    """Outputs of the anchor head."""
     proposals: Proposals
+    """Proposals (B, R), sampled around the labels in training."""
     iou_logits: Tensor
+    """(B, R) logits of the predicted IoU, 0 where a proposal is padding."""
 
 
 class IouHead(nn.Module):
-    """Pooled features of N regions (N, C, G, G) -> IoU logits (N,)."""
+    """Predicts how well a region overlaps with its object, from the patch of the BEV map under it."""
 
     def __init__(self, in_channels: int, pool_size: int, channels: int, dropout: float) -> None:
+        """Make the layers with fresh weights.
+
+        Args:
+            in_channels: channels of the map.
+            pool_size: points along each side of a patch.
+            channels: channels of the layers.
+            dropout: dropout in training.
+        """
         super().__init__()
         self.shared_fc_layer = nn.Sequential(
             *fully_connected(in_channels * pool_size**2, channels), nn.Dropout(dropout), *fully_connected(channels, channels)
@@ -96,10 +120,10 @@ class IouHead(nn.Module):
         return self.iou_layers(shared[..., None]).view(-1)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Compute (N,) IoU logits of (N, C, G, G) pooled features.
+        """Predict the overlap of each region.
 
         Args:
-            pooled: patches of the map under N regions.
+            pooled: (N, C, G, G) patches of the map under N regions.
 
         Returns:
             (N,) logits of the predicted IoU.
@@ -108,9 +132,10 @@ class IouHead(nn.Module):
 
 
 class SecondIouDecoder(Decoder):
-    """The server half. ``forward`` gives raw outputs, ``loss`` and ``predict`` are functions of them."""
+    """The server half. `forward` gives raw outputs, `loss` and `predict` are functions of them."""
 
     anchors: Tensor
+    """(H, W, 2 * classes, 7) anchors of the cut, not stored with the weights."""
     openpcdet_parts: ClassVar[Mapping[str, str]] = {
         "bev_backbone": "backbone_2d",
         "anchor_head": "dense_head",
@@ -119,6 +144,12 @@ class SecondIouDecoder(Decoder):
     openpcdet_optional: ClassVar[str | None] = "roi_head"  # SECOND has none
 
     def __init__(self, spec: CutSpec, config: SecondIouConfig) -> None:
+        """Make the layers with fresh weights.
+
+        Args:
+            spec: the cut whose features it reads.
+            config: sizes and settings.
+        """
         super().__init__()
         self.spec, self.config = spec, config
         self.bev_backbone = BevBackbone(spec.channels * spec.shape[0], config.bev)
@@ -127,7 +158,15 @@ class SecondIouDecoder(Decoder):
         self.register_buffer("anchors", make_anchors(spec, config.anchors), persistent=False)
 
     def forward(self, features: CutFeatures, labels: Sequence[Labels] | None = None) -> SecondIouOutputs:
-        """Outputs of a batch. With ``labels`` (training) regions are sampled around them, else the best proposals are judged."""
+        """Compute the raw outputs of a batch.
+
+        Args:
+            features: features at the cut, on the device of the weights.
+            labels: one per scene in training: proposals are sampled around them. Without, the best proposals are scored.
+
+        Returns:
+            Raw outputs.
+        """
         bev = self.bev_backbone(height_compression(features.voxels))
         dense = self.anchor_head(bev)
         proposals = self._propose(dense, labels)
@@ -140,7 +179,7 @@ class SecondIouDecoder(Decoder):
         return proposals if labels is None else sample_regions(proposals, labels, self.config.roi_sampling, refine=False)
 
     def _pool(self, bev: Tensor, proposals: Proposals) -> Tensor:
-        """(N, C, G, G) patches of the map under the N valid proposals; padding must not enter the head's batch statistics."""
+        """(N, C, G, G) patches of the map under the N valid proposals: padding must not enter the head's batch statistics."""
         origin, cell = self.spec.grid.range[:2], self.spec.cell_size()
         pooled = roi_grid_sample(bev, proposals.boxes, origin=origin, cell=cell, grid_size=self.config.pool_size)
         return pooled[proposals.valid]
@@ -163,16 +202,31 @@ class SecondIouDecoder(Decoder):
         proposals = self._propose(self.anchor_head(bev), None)
         shared = self.roi_head.shared_features(self._pool(bev, proposals))
         iou = self.roi_head.iou_logits(shared)
-        return scored_proposals(proposals, proposals.boxes[proposals.valid], iou, shared)
+        return scored_by_scene(proposals, proposals.boxes[proposals.valid], iou, shared)
 
     def loss(self, outputs: SecondIouOutputs, labels: Sequence[Labels]) -> LossTerms:
-        """Class, box, direction and IoU losses of a batch, as OpenPCDet weighs them."""
+        """Compute the losses of both stages.
+
+        Args:
+            outputs: what `forward` returned.
+            labels: one per scene. They need not be the labels that `forward` sampled around.
+
+        Returns:
+            Terms `class`, `box`, `direction` and `iou`, with OpenPCDet's weights.
+        """
         dense = dense_loss(outputs.dense, self.anchors, self.config.anchors, labels, self.config.dense_weights)
         return dense.merged(_iou_loss(outputs, self.config, labels))
 
     @torch.no_grad()
     def predict(self, outputs: SecondIouOutputs) -> list[Predictions]:
-        """Detections of every scene; a box is ranked by its predicted IoU."""
+        """Choose the detections of every scene; a box is ranked by its predicted IoU.
+
+        Args:
+            outputs: what `forward` returned without labels.
+
+        Returns:
+            Detections of every scene, best first.
+        """
         iou, cls = torch.sigmoid(outputs.iou_logits.float()), torch.sigmoid(outputs.proposals.logits)
         p = outputs.proposals
         return [

@@ -1,8 +1,9 @@
 """Which encoder made a feature: one SHA-256 over everything that shapes the numbers at the cut.
 
 Features of two encoders do not mix: a decoder trained on one reads noise in the other. The fingerprint covers weights,
-batch-norm statistics, the cut, the voxeliser's settings and order, the point features, and what the rig does to a scan
-before the encoder sees it (z shift, intensity scale). The codec is not part of it; it is recorded apart.
+batch-norm statistics, the cut, the settings of voxelization, the point features and their order, and what the rig does to a scan
+before the encoder sees it (z shift, intensity scale). The codec is not part of it; it is recorded separately. Manifests and stores
+carry the fingerprint: see `wire/manifest.py` and `server/ingest.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _FINGERPRINT_VERSION = 2
 
 
 def _plain(value: Any, where: str) -> Any:
-    """``value`` for canonical JSON: equal Python values (0 and 0.0, tuple and list) give equal text."""
+    """`value` for canonical JSON: equal Python values (0 and 0.0, tuple and list) give equal text."""
     if isinstance(value, dict):
         return {str(key): _plain(v, f"{where}.{key}") for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -45,11 +46,21 @@ def _little_endian_bytes(tensor: Tensor) -> bytes:
 
 
 def encoder_fingerprint(encoder: Encoder, rig: RigSpec) -> str:
-    """SHA-256 (64 hexadecimal digits) of ``encoder`` behind ``rig``.
+    """Compute the fingerprint of an encoder that reads scans after a rig.
 
-    encoder: has ``spec`` and ``config``, dataclasses of plain values. Hashed are the class name, both dataclasses, the rig,
-    and every parameter and buffer (name, dtype, shape, little-endian bytes, sorted by name). ``num_batches_tracked`` counts
-    training steps and changes no feature, so it is left out. Device and train/eval mode do not matter.
+    It hashes the class name of the encoder, its `spec` and `config`, the rig, and every parameter and buffer (name, dtype, shape,
+    little-endian bytes, sorted by name). `num_batches_tracked` counts training steps and changes no feature, so it is left out.
+    Device and training or evaluation mode do not matter.
+
+    Args:
+        encoder: an encoder whose `spec` and `config` are dataclasses of plain values.
+        rig: mounting height and intensity scale of the vehicles that run it.
+
+    Returns:
+        SHA-256 as 64 hexadecimal digits.
+
+    Raises:
+        InvalidInput: `spec` or `config` is missing or holds more than finite plain values.
     """
     for name in ("spec", "config"):
         value = getattr(encoder, name, None)

@@ -1,4 +1,4 @@
-"""Batch norm that lives with small batches: a scene without points, a step without regions."""
+"""Batch norm that works with small batches: a scene without points, a step without regions. All heads and encoders use it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ from torch import Tensor, nn
 
 
 class RowBatchNorm(nn.BatchNorm1d):
-    """``BatchNorm1d`` of rows (M, C) or (M, C, L). Batch statistics of fewer than two rows do not exist; these use the running ones."""
+    """`BatchNorm1d` of rows that may be few. Batch statistics of fewer than two rows do not exist; these use the running ones."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalize rows.
+
+        Args:
+            input: (M, C) or (M, C, L); M may be 0.
+
+        Returns:
+            Normalized rows of the same shape.
+        """
         if not self.training or input.numel() >= 2 * self.num_features:
             return super().forward(input)
         mean, variance = self.running_mean, self.running_var

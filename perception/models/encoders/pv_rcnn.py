@@ -4,9 +4,10 @@
             │    └─ farthest point sampling ─ keypoints      │                             ├─ CutFeatures
             └──────────────── set abstraction around each keypoint, from points, conv1..conv4 and the BEV map at the cut
 
-Source: Shi et al., PV-RCNN (2020), section 3.2; OpenPCDet ``voxel_set_abstraction.py``. The cut lies before the fusion layer. The
-reference samples keypoints from the raw points, which would put 2,048 exact LiDAR points into every upload. Here a keypoint is the
-centre of an occupied voxel unless a configuration asks for "raw_points", which an extractor refuses.
+Source: Shi et al., PV-RCNN (2020), section 3.2; OpenPCDet `voxel_set_abstraction.py`. The cut lies before the fusion layer. OpenPCDet
+samples keypoints from the raw points, which would put 2,048 exact LiDAR points into every smashed scene. Here a keypoint is the
+center of an occupied voxel unless a configuration asks for "raw_points", which an extractor refuses. `second.py` has the backbone,
+`set_abstraction.py` what gathers around a keypoint.
 """
 
 from __future__ import annotations
@@ -30,19 +31,28 @@ from .set_abstraction import SetAbstraction, SetAbstractionConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PvRcnnEncoderConfig:
-    """Everything that shapes the vehicle half; defaults are OpenPCDet's ``kitti_models/pv_rcnn.yaml``.
+    """Everything that shapes the vehicle half; defaults are the values of OpenPCDet's `kitti_models/pv_rcnn.yaml`.
 
-    voxels: the sparse backbone. raw_points, conv1..conv4: what keypoints gather from each source; None leaves it out.
+    The encoder's fingerprint covers all of it, names included.
     """
 
     voxels: SecondEncoderConfig
+    """The sparse backbone, which is SECOND's encoder."""
     keypoints: int = 2048
+    """Maximum number of keypoints per scene. Fewer make smaller scenes."""
     keypoint_source: Literal["voxel_centers", "raw_points"] = "voxel_centers"
+    """Where keypoints lie. "raw_points" compares with OpenPCDet only: such keypoints are points of the scan, so they never leave a
+    vehicle."""
     raw_points: SetAbstractionConfig | None = SetAbstractionConfig(channels=(16, 16), radii=(0.4, 0.8), limits=(16, 16))
+    """What keypoints gather from the points of the scan; None leaves it out."""
     conv1: SetAbstractionConfig | None = SetAbstractionConfig(channels=(16, 16), radii=(0.4, 0.8), limits=(16, 16))
+    """What keypoints gather from the voxels after conv1 (stride 1); None leaves it out, which saves time."""
     conv2: SetAbstractionConfig | None = SetAbstractionConfig(channels=(32, 32), radii=(0.8, 1.2), limits=(16, 32))
+    """The same after conv2 (stride 2)."""
     conv3: SetAbstractionConfig | None = SetAbstractionConfig(channels=(64, 64), radii=(1.2, 2.4), limits=(16, 32))
+    """The same after conv3 (stride 4)."""
     conv4: SetAbstractionConfig | None = SetAbstractionConfig(channels=(64, 64), radii=(2.4, 4.8), limits=(16, 32))
+    """The same after conv4 (stride 8)."""
 
     @property
     def grid(self) -> VoxelGrid:
@@ -59,25 +69,35 @@ class PvRcnnEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Points of a batch that keypoints gather from: xyz (N, 3), features (N, C), starts B + 1 bounds of the scenes."""
+class NeighborSource:
+    """Points of a batch that keypoints gather features from, the scenes in order."""
 
     xyz: Tensor
+    """(N, 3) positions in meters."""
     features: Tensor
+    """(N, C) features."""
     starts: tuple[int, ...]
+    """B + 1 bounds of the scenes in the rows."""
 
 
 class PvRcnnEncoder(Encoder):
-    """Points to features at the cut. ``spec`` says where the cut is; ``config`` is what was asked for."""
+    """Points to voxels and keypoints at the cut. Never rename this class or its modules: fingerprints and files hold the names."""
 
     config: PvRcnnEncoderConfig
+    """The configuration that built this encoder."""
     openpcdet_parts: ClassVar[Mapping[str, str]] = {
         "second.sparse_backbone": "backbone_3d",
         "stage_abstractions": "pfe.SA_layers",
         "raw_abstraction": "pfe.SA_rawpoints",
     }
+    """The submodules, each with its name in OpenPCDet's weights."""
 
     def __init__(self, config: PvRcnnEncoderConfig) -> None:
+        """Make the layers with fresh weights.
+
+        Args:
+            config: sizes and settings.
+        """
         super().__init__()
         self.config = config
         self.second = SecondEncoder(config.voxels)
@@ -100,35 +120,81 @@ class PvRcnnEncoder(Encoder):
         )
 
     def voxelize(self, points: Sequence[PointCloud]) -> SparseVoxels:
-        """Input voxels, as SECOND's, ascending in (batch, z, y, x): balls take their first neighbours in row order."""
+        """Average the points of each voxel, the same as SECOND's encoder.
+
+        Args:
+            points: one scan per scene, in the shifted frame.
+
+        Returns:
+            Occupied voxels ascending in (batch, z, y, x), because balls take their first neighbors in row order.
+
+        Raises:
+            InvalidInput: There is no scan, or a scan lacks point features that the encoder reads.
+        """
         return self.second.voxelize(points).sorted()
 
     def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> CutFeatures:
-        """Features at the cut of scans with their input voxels (``voxelize``)."""
+        """Run the sparse backbone and gather features around keypoints.
+
+        Args:
+            points: the scans that `voxels` were made from.
+            voxels: what `voxelize` returned.
+
+        Returns:
+            Features at the cut: the voxels and the keypoints.
+        """
         stages = self.second.sparse_backbone.stages(voxels)
         raw = self.raw_source(points)
         xyz, starts = self.sample(raw, voxels)
-        return CutFeatures(voxels=stages[-1], spec=self.spec, keypoints=self.describe(xyz, starts, raw, stages))
+        return CutFeatures(voxels=stages[-1], spec=self.spec, keypoints=self.gather(xyz, starts, raw, stages))
 
-    def describe(self, xyz: Tensor, starts: tuple[int, ...], raw: Source, stages: Sequence[SparseVoxels]) -> Keypoints:
-        """Keypoints at ``xyz`` (K, 3) with their features: from the map at the cut, the raw points, and the backbone's stages."""
+    def gather(self, xyz: Tensor, starts: tuple[int, ...], raw: NeighborSource, stages: Sequence[SparseVoxels]) -> Keypoints:
+        """Gather the features of keypoints from the map at the cut, the points of the scan, and the backbone's stages.
+
+        Args:
+            xyz: (K, 3) positions of the keypoints in meters.
+            starts: B + 1 bounds of the scenes in the rows of `xyz`.
+            raw: the points of the scans.
+            stages: outputs of the backbone's stages.
+
+        Returns:
+            The keypoints with their features.
+        """
         parts = [self._bev_features(stages[-1], xyz, starts)]
         parts += [abstraction(xyz, starts, s.xyz, s.starts, s.features) for abstraction, s in self.sources(raw, stages)]
         return Keypoints(xyz=xyz, features=torch.cat(parts, 1), starts=starts)
 
-    def sources(self, raw: Source, stages: Sequence[SparseVoxels]) -> list[tuple[SetAbstraction, Source]]:
-        """What keypoints gather from, each with its set abstraction, in the order of their channels."""
+    def sources(self, raw: NeighborSource, stages: Sequence[SparseVoxels]) -> list[tuple[SetAbstraction, NeighborSource]]:
+        """List what keypoints gather from.
+
+        Args:
+            raw: the points of the scans.
+            stages: outputs of the backbone's stages.
+
+        Returns:
+            Each source with its set abstraction, in the order of their channels.
+        """
         found = [] if self.raw_abstraction is None else [(self.raw_abstraction, raw)]
         for (stage, stride), abstraction in zip(self._stages, self.stage_abstractions, strict=True):
             voxels = stages[stage]
             centers = cell_centers(voxels.coords[:, 1:], self.spec.grid, stride)
             found.append(
-                (cast(SetAbstraction, abstraction), Source(xyz=centers, features=voxels.features, starts=voxels.starts()))
+                (cast(SetAbstraction, abstraction), NeighborSource(xyz=centers, features=voxels.features, starts=voxels.starts()))
             )
         return found
 
-    def raw_source(self, points: Sequence[PointCloud]) -> Source:
-        """The scans' points in the range seen from above, in file order (the reference does not test z)."""
+    def raw_source(self, points: Sequence[PointCloud]) -> NeighborSource:
+        """Take the points that lie in the range in BEV, in file order; the same as OpenPCDet, z is not tested.
+
+        Args:
+            points: the scans of a batch.
+
+        Returns:
+            Their points with the point features that the encoder reads.
+
+        Raises:
+            InvalidInput: A scan lacks point features that the encoder reads.
+        """
         x0, y0, _, x1, y1, _ = self.spec.grid.range
         clouds, starts = [], [0]
         for cloud in points:
@@ -137,10 +203,19 @@ class PvRcnnEncoder(Encoder):
             clouds.append(columns[(x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)])
             starts.append(starts[-1] + len(clouds[-1]))
         columns = torch.cat(clouds)
-        return Source(xyz=columns[:, :3].contiguous(), features=columns[:, 3:], starts=tuple(starts))
+        return NeighborSource(xyz=columns[:, :3].contiguous(), features=columns[:, 3:], starts=tuple(starts))
 
-    def sample(self, raw: Source, voxels: SparseVoxels) -> tuple[Tensor, tuple[int, ...]]:
-        """Positions (K, 3) of the keypoints, and the bounds of their scenes."""
+    def sample(self, raw: NeighborSource, voxels: SparseVoxels) -> tuple[Tensor, tuple[int, ...]]:
+        """Choose keypoints by farthest point sampling.
+
+        Args:
+            raw: the points of the scans.
+            voxels: the input voxels.
+
+        Returns:
+            (K, 3) positions in meters, and B + 1 bounds of the scenes in the rows. A scene with fewer candidates than
+            `config.keypoints` has fewer keypoints.
+        """
         if self.config.keypoint_source == "raw_points":
             xyz, starts = raw.xyz, raw.starts
         else:

@@ -2,8 +2,9 @@
 
     points ─ voxelize (mean of ≤ 5 points) ─ conv_input ─ conv1 ─ conv2 ↓2 ─ conv3 ↓4 ─ conv4 ↓8 ─ conv_out (z only) ─ CutFeatures
 
-Layer table: OpenPCDet ``VoxelBackBone8x`` (pcdet/models/backbones_3d/spconv_backbone.py), 0.711 M parameters at reference width.
-Module indices follow it, so that its weights load by name. PV-RCNN shares this half.
+Layer table: OpenPCDet `VoxelBackBone8x` (pcdet/models/backbones_3d/spconv_backbone.py), 0.711 M parameters at reference width.
+Module indices follow it, so that its weights load by name. PV-RCNN (`pv_rcnn.py`) builds on this half; `ops/sparse_conv.py` has the
+convolutions.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ from .norm import RowBatchNorm
 
 @dataclass(frozen=True, kw_only=True)
 class SecondEncoderConfig:
-    """Everything that shapes the vehicle half. Covered by the encoder's fingerprint.
-
-    grid: space and voxel size. point_features: used beside x, y, z, by name. channels: conv_input+conv1, conv2, conv3, conv4,
-    conv_out.
-    """
+    """Everything that shapes the vehicle half. The encoder's fingerprint covers all of it, names included."""
 
     grid: VoxelGrid
+    """Range and voxel size of the input. Points outside the range are dropped."""
     point_features: tuple[str, ...] = ("intensity",)
+    """Names of the point features that are read besides x, y, z. Empty if source and target domain measure them differently."""
     max_points_per_voxel: int = 5
+    """Points of a voxel that are averaged: the first ones in the order of the scan."""
     max_voxels: int = 40_000
+    """Maximum number of voxels per scan; later ones are dropped. Raise it for a larger range."""
     channels: tuple[int, int, int, int, int] = (16, 32, 64, 64, 128)
+    """Channels of conv_input and conv1, conv2, conv3, conv4, and conv_out. The last is the number of values per cell that leaves
+    the vehicle."""
 
     def build(self) -> SecondEncoder:
         """Make the encoder with fresh weights, drawn from torch's global generator.
@@ -55,11 +58,26 @@ class ConvBlock(nn.Sequential):
         super().__init__(conv, RowBatchNorm(channels, eps=1e-3, momentum=0.01), nn.ReLU())
 
     def forward(self, features: Tensor, rulebook: Rulebook) -> Tensor:  # type: ignore[override]
-        """(M_in, in) -> (M_out, out)."""
+        """Apply the three layers.
+
+        Args:
+            features: (M_in, C_in) features of the input cells.
+            rulebook: which input cells reach which output cells.
+
+        Returns:
+            (M_out, C_out) features of the output cells.
+        """
         return self[2](self[1](self[0](features, rulebook)))
 
     def downsample(self, voxels: SparseVoxels) -> Rulebook:
-        """The rulebook of a strided block for these voxels."""
+        """Make the rulebook of a strided block.
+
+        Args:
+            voxels: the input cells.
+
+        Returns:
+            The rulebook, with the coordinates and the grid of the output cells.
+        """
         return cast(StridedConv3d, self[0]).rulebook(voxels.coords, voxels.shape, voxels.batch_size)
 
 
@@ -83,7 +101,14 @@ class SparseBackbone(nn.Module):
         return nn.ModuleList([ConvBlock(down, c_out), *same])
 
     def stages(self, voxels: SparseVoxels) -> list[SparseVoxels]:
-        """Outputs of conv1, conv2, conv3, conv4 and conv_out (strides 1, 2, 4, 8 and the cut)."""
+        """Compute the outputs of all stages.
+
+        Args:
+            voxels: input voxels with their features.
+
+        Returns:
+            Voxels after conv1, conv2, conv3, conv4 and conv_out: strides 1, 2, 4, 8 and the cut.
+        """
         same = submanifold_rulebook(voxels.coords, voxels.shape, voxels.batch_size, (3, 3, 3))
         x = self.conv_input(voxels.features, same)
         x = self.conv1[0](x, same)
@@ -102,6 +127,14 @@ class SparseBackbone(nn.Module):
         return outputs
 
     def forward(self, voxels: SparseVoxels) -> SparseVoxels:
+        """Compute the features at the cut.
+
+        Args:
+            voxels: input voxels with their features.
+
+        Returns:
+            Voxels after conv_out.
+        """
         return self.stages(voxels)[-1]
 
 
@@ -118,20 +151,30 @@ def _strided_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 class SecondEncoder(Encoder):
-    """Points to features at the cut. ``spec`` says where the cut is; ``config`` is what was asked for."""
+    """Points to the sparse features at the cut. Never rename this class or its modules: fingerprints and files hold the names."""
 
     config: SecondEncoderConfig
+    """The configuration that built this encoder."""
     openpcdet_parts: ClassVar[Mapping[str, str]] = {"sparse_backbone": "backbone_3d"}
+    """The only submodule, with its name in OpenPCDet's weights."""
 
     def __init__(self, config: SecondEncoderConfig) -> None:
+        """Make the layers with fresh weights.
+
+        Args:
+            config: sizes and settings.
+
+        Raises:
+            InvalidInput: The grid is so small that no cell is left at the cut.
+        """
         super().__init__()
         self.config = config
         z, y, x = config.grid.shape
-        self.sparse_shape = (z + 1, y, x)  # the reference adds one layer on top, so that strided layers keep the last one
+        self.sparse_shape = (z + 1, y, x)  # OpenPCDet adds one layer on top, so that strided layers keep the last one
         if min(_strided_shape(self.sparse_shape)) < 1:
             raise InvalidInput(
-                f"a grid of {(z, y, x)} voxels (z, y, x) is gone before the cut at stride (16, 8, 8); it needs at least 24 voxels in z "
-                "and 1 in y and x: use smaller voxels or a larger range"
+                f"a grid of {(z, y, x)} voxels (z, y, x) has no cell at the cut with its stride of (16, 8, 8); it needs at least 24 "
+                "voxels in z and 1 in y and x: use smaller voxels or a larger range"
             )
         self.sparse_backbone = SparseBackbone(3 + len(config.point_features), config.channels)
         self.spec = CutSpec(
@@ -143,9 +186,19 @@ class SecondEncoder(Encoder):
         )
 
     def voxelize(self, points: Sequence[PointCloud]) -> SparseVoxels:
-        """Mean features of the voxels of each cloud, (M, 3 + C), on the device of the first cloud."""
+        """Average the points of each voxel.
+
+        Args:
+            points: one scan per scene, in the shifted frame.
+
+        Returns:
+            Occupied voxels with (M, 3 + C) mean x, y, z and point features, in the order in which points reach them.
+
+        Raises:
+            InvalidInput: There is no scan, or a scan lacks point features that the encoder reads.
+        """
         if not points:
-            raise InvalidInput("encoding needs at least one point cloud; found none")
+            raise InvalidInput("encoding needs at least one point cloud and found none; pass one scan per scene")
         features, coords = [], []
         for batch, cloud in enumerate(points):
             voxels = voxelize(
@@ -162,16 +215,34 @@ class SecondEncoder(Encoder):
         )
 
     def columns(self, cloud: PointCloud) -> Tensor:
-        """(N, 3 + C) x, y, z and the point features that the encoder reads."""
+        """Pick the values of each point that the encoder reads.
+
+        Args:
+            cloud: a scan.
+
+        Returns:
+            (N, 3 + C) x, y, z and the point features, in the order of `config.point_features`.
+
+        Raises:
+            InvalidInput: The scan lacks some of them.
+        """
         missing = [n for n in self.config.point_features if n not in cloud.feature_names]
         if missing:
             raise InvalidInput(
-                f"the encoder needs point features {self.config.point_features}, the cloud has {cloud.feature_names}: "
-                f"{missing} missing; read the scans with these columns or use an encoder without them"
+                f"the encoder reads the point features {self.config.point_features}, and the scan has {cloud.feature_names}: "
+                f"{', '.join(missing)} missing; read the scans with these columns or use an encoder without them"
             )
         index = [cloud.feature_names.index(n) for n in self.config.point_features]
         return torch.cat([cloud.xyz, cloud.features[:, index]], 1)
 
     def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> CutFeatures:
-        """Features at the cut of scans with their input voxels (``voxelize``); the points themselves are not looked at again."""
+        """Run the sparse backbone.
+
+        Args:
+            points: not looked at again.
+            voxels: what `voxelize` returned.
+
+        Returns:
+            Features at the cut.
+        """
         return CutFeatures(voxels=self.sparse_backbone(voxels), spec=self.spec)

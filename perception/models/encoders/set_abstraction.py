@@ -1,11 +1,12 @@
 """Set abstraction: what a few points know about their surroundings, from the features of other points near them.
 
-    for each radius    neighbours of every centre ─ (offset, features) ─ shared two-layer perceptron ─ maximum
+    for each radius    neighbors of every center ─ (offset, features) ─ shared two-layer perceptron ─ maximum
 
-Source: Qi et al., PointNet++ (2017), section 3.2; OpenPCDet ``pointnet2_stack/pointnet2_modules.py`` (``StackSAModuleMSG``), whose
-weights load by name. Three of its habits are kept because its weights depend on them: the first n neighbours in row order; an
-empty ball is a neighbour of zeros; in batch statistics a ball of fewer than n neighbours counts its first one for the rest, and
-an empty one its zeros n times. Computed here without that padding: every neighbour once, with its weight in the statistics.
+Source: Qi et al., PointNet++ (2017), section 3.2; OpenPCDet `pointnet2_stack/pointnet2_modules.py` (`StackSAModuleMSG`), whose
+weights load by name. Three of its habits are kept because its weights depend on them: a ball takes its first n neighbors in row
+order; an empty ball is a neighbor of zeros; in batch statistics a ball of fewer than n neighbors counts its first one for the
+rest, and an empty one its zeros n times. Here it is computed without that padding: every neighbor once, with its weight in the
+statistics. The encoder gathers keypoints this way, the decoder the grid points of a region. `ops/ball_query.py` finds neighbors.
 """
 
 from __future__ import annotations
@@ -24,21 +25,31 @@ from ....ops.segment_max import segment_max
 
 @dataclass(frozen=True, kw_only=True)
 class SetAbstractionConfig:
-    """Balls of several radii (m), at most ``limits`` neighbours each, and the widths of the perceptron, the same for all."""
+    """Balls of several radii around a center, and the perceptron that reads the points in them."""
 
     channels: tuple[int, int]
+    """Channels of the perceptron's two layers, the same for all radii."""
     radii: tuple[float, ...]
+    """Radius of each ball in meters. Objects of about this size are told apart."""
     limits: tuple[int, ...]
+    """Maximum number of neighbors in each ball."""
 
     @property
     def out_channels(self) -> int:
+        """Channels of the result, over all radii."""
         return len(self.radii) * self.channels[1]
 
 
 class SetAbstraction(nn.Module):
-    """Features (Q, out_channels) of centres from points (N, in_channels) around them, small radius first."""
+    """Computes the features of centers from the points around them."""
 
     def __init__(self, in_channels: int, config: SetAbstractionConfig) -> None:
+        """Make the layers with fresh weights.
+
+        Args:
+            in_channels: channels of the points.
+            config: radii, limits and channels.
+        """
         super().__init__()
         self.config = config
         c1, c2 = config.channels
@@ -56,9 +67,20 @@ class SetAbstraction(nn.Module):
     def forward(
         self, centers: Tensor, center_starts: Sequence[int], points: Tensor, point_starts: Sequence[int], features: Tensor
     ) -> Tensor:
-        """centres: (Q, 3), points: (N, 3) m; features: (N, C). Scenes lie one after the other, ``*_starts`` are their bounds."""
+        """Gather features around centers.
+
+        Args:
+            centers: (Q, 3) in meters, the scenes in order.
+            center_starts: B + 1 bounds of the scenes in the rows of `centers`.
+            points: (N, 3) in meters, the scenes in order.
+            point_starts: B + 1 bounds of the scenes in the rows of `points`.
+            features: (N, in_channels) features of the points.
+
+        Returns:
+            (Q, out_channels) features, those of the first radius first.
+        """
         balls = ball_query(centers, center_starts, points, point_starts, self.config.radii, self.config.limits)
-        # Coordinates are tens of metres, offsets centimetres: half precision would lose them.
+        # Coordinates are tens of meters and offsets centimeters: half precision would lose the offsets.
         with torch.autocast(centers.device.type, enabled=False):
             rows = torch.cat([points, features.float()], 1)
             pooled = [
@@ -69,7 +91,7 @@ class SetAbstraction(nn.Module):
 
 
 def _pool(mlp: nn.Sequential, rows: Tensor, centers: Tensor, near: Neighbors, limit: int) -> Tensor:
-    """One ball size. The first layer is linear: applied to points and centres, then subtracted, it costs N + Q rows, not one a pair."""
+    """One ball size. The first layer is linear, so it is applied to points and centers (N + Q rows) and subtracted, not to every pair."""
     first, second = (cast(nn.Conv2d, mlp[k]).weight.flatten(1) for k in (0, 3))
     norms = cast(nn.BatchNorm2d, mlp[1]), cast(nn.BatchNorm2d, mlp[4])
     counts = near.starts.diff()
@@ -91,7 +113,7 @@ def _pool_training(
     norms: tuple[nn.BatchNorm2d, nn.BatchNorm2d],
     limit: int,
 ) -> Tensor:
-    # One row of zeros more on both sides, and one pair more of these two: the input of an empty ball.
+    # One more row of zeros on both sides, and one more pair of the two: the input of an empty ball.
     counts = near.starts.diff()
     center = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     pairs = nn.functional.pad(at_points, (0, 0, 0, 1))[nn.functional.pad(near.index, (0, 1), value=len(at_points))]
@@ -110,7 +132,7 @@ def _as_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def _multiplicity(near: Neighbors, counts: Tensor, limit: int) -> Tensor:
-    """(P + 1,) how often the padded reference has each pair; the last entry is that of all empty balls together."""
+    """(P + 1,) how often OpenPCDet, which pads, has each pair; the last entry is that of all empty balls together."""
     weight = counts.new_ones(len(near.index) + 1, dtype=torch.float32)
     full = counts > 0
     weight[near.starts[:-1][full]] += (limit - counts[full]).float()
@@ -119,17 +141,17 @@ def _multiplicity(near: Neighbors, counts: Tensor, limit: int) -> Tensor:
 
 
 def _normalize(x: Tensor, norm: nn.BatchNorm2d, weight: Tensor) -> Tensor:
-    """Batch norm of rows (P, C) with statistics weighted by ``weight`` (P,); moves the running ones."""
+    """Batch norm of rows (P, C) with statistics weighted by `weight` (P,); it moves the running ones."""
     total = float(weight.sum())
     if total < 2:  # batch statistics of fewer than two rows do not exist
         scale, shift = _as_affine(norm)
         return torch.addcmul(shift, x, scale)
     mean = (weight @ x) / total
-    centerd = x - mean
-    variance = (weight @ centerd.square()) / total
+    centered = x - mean
+    variance = (weight @ centered.square()) / total
     with torch.no_grad():
         momentum = cast(float, norm.momentum)
         cast(Tensor, norm.running_mean).lerp_(mean, momentum)
         cast(Tensor, norm.running_var).lerp_(variance * (total / (total - 1)), momentum)
         cast(Tensor, norm.num_batches_tracked).add_(1)
-    return torch.addcmul(norm.bias, centerd, norm.weight * (variance + norm.eps).rsqrt())
+    return torch.addcmul(norm.bias, centered, norm.weight * (variance + norm.eps).rsqrt())
