@@ -18,7 +18,7 @@ from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.ops.iou3d import iou_3d
 from upcycle3d.perception.evaluation.detect import detect_frames
 from upcycle3d.perception.recipes.presets import PRESETS
-from upcycle3d.perception.server.pseudo_labels import labels_in_range, teacher_labels
+from upcycle3d.perception.server.pseudo_labels import hybrid_labels, labels_in_range
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.tools.console import print_table, write_json
 
@@ -36,12 +36,12 @@ def main() -> None:
     arguments = parser.parse_args()
     detector = load_detector(arguments.detector)
     frames = PreparedDataset(arguments.data, arguments.split)
-    thresholds = PRESETS[arguments.preset].upcycle.thresholds
+    settings = PRESETS[arguments.preset].upcycle
     boxes, truths = [], []  # rows: class, distance, score, used, iou, six offsets / class, distance, found 0.5, found 0.7
     for frame, found in detect_frames(detector, frames):
         assert frame.labels is not None
         truth = labels_in_range(frame.labels.select(frame.labels.weight > 0), detector.spec.grid)
-        used = teacher_labels(found, thresholds, trusted=False)
+        used = hybrid_labels(found, settings)
         used = used.select(used.weight > 0)
         overlap, match = best(found.boxes.data, found.classes, truth.boxes.data, truth.classes)
         reached = torch.tensor([[bool((used.boxes.data == b).all(1).any())] for b in found.boxes.data]).view(-1, 1).float()

@@ -7,6 +7,7 @@
     frame = tiny.frame_with_car(seed=3)             # a labeled frame with a car somewhere
     store = tiny.store(folder, detector, [scan])    # the scenes that a vehicle makes of scans, ingested on a server
     coords = tiny.cells(index)                      # cells of `tiny.CUT`, a cut for scenes that no network made
+    config = tiny.upcycle_config(steps=3)           # settings of a training of `tiny.source_model()`, the smallest detector
     path = tiny.shared("data/kitti", "the reader gives the numbers of the real KITTI files")  # skips without the files
     arrays = tiny.golden("pv_rcnn_kitti.npz", "our picks are those of OpenPCDet")  # likewise
 
@@ -44,6 +45,9 @@ from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
 from upcycle3d.perception.models.targets import RoiSampling
 from upcycle3d.perception.server.ingest import ingest
 from upcycle3d.perception.server.store import SmashedStore
+from upcycle3d.perception.server.upcycle_config import FeatureGtConfig, ScoreThresholds, UpcycleConfig
+from upcycle3d.perception.training.loop import LoopConfig
+from upcycle3d.perception.training.optim import OneCycle
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
 from upcycle3d.perception.wire.shards import ShardWriter
 
@@ -196,6 +200,36 @@ def store(folder: Path, detector: Detector, scans: Sequence[PointCloud], *, code
         extract(scans, extractor, writer)
     ingest(folder / "in", folder / "store", expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
     return SmashedStore(folder / "store")
+
+
+# ---- training on the server
+
+EVERYTHING = (ScoreThresholds(iou_score=0.0, class_score=0.0, ignore=0.0),)
+"""An untrained teacher is sure of nothing. With these thresholds every box that it finds is a label."""
+NOTHING = (ScoreThresholds(iou_score=1.0, class_score=1.0, ignore=1.0),)
+"""With these thresholds no box of an untrained teacher is a label."""
+
+
+def source_model() -> Detector:
+    """The smallest detector to train: a SECOND-IoU of 8 channels, with dropout, so that repeated trainings test its seed too."""
+    fields = {"train_proposals": ProposalNms(pre=64, iou=0.8, post=32), "test_proposals": ProposalNms(pre=64, iou=0.5, post=16)}
+    return second_iou(second_iou_config(width=8, dropout=0.3, roi_sampling=RoiSampling(count=16), **fields))
+
+
+def upcycle_config(
+    *, steps: int = 2, thresholds: tuple[ScoreThresholds, ...] = EVERYTHING, seed: int = 0, **changes: Any
+) -> UpcycleConfig:
+    """Settings of a training of `steps` steps with 2 + 2 scenes; `changes` replaces fields of `UpcycleConfig`."""
+    fields: dict[str, Any] = {
+        "loop": LoopConfig(seed=seed, optim=OneCycle(lr=0.01, total_steps=steps), log_every=1, checkpoint_every=2),
+        "labeled_batch": 2,
+        "unlabeled_batch": 2,
+        "thresholds": thresholds,
+        "f_gt": FeatureGtConfig(max_objects=(2,)),
+        "obstacle_score": 1.0,
+        "round_steps": 1,
+    }
+    return UpcycleConfig(**fields | changes)
 
 
 # ---- files that are not in the repository

@@ -1,7 +1,12 @@
-"""The methods that ``upcycle --method`` offers: what differs between them, and nothing else.
+"""The methods that `upcycle3d upcycle --method` offers: what differs between them, and nothing else.
 
-All start from one checkpoint and share steps, labelled batches, teacher and thresholds, so that a difference in their results is
-a difference of the method.
+All methods start from one source model. They share steps, labeled batches, teacher and thresholds, so a difference in their results
+is a difference of the method. A `Method` holds functions where methods differ in what they compute, so your own method is a value:
+
+    mine = replace(METHODS["upcycling"], augmentation=my_augmentation, label_rule=my_label_rule)
+    teacher = upcycle(detector, method=mine, ...)
+
+Read next: `pseudo_labels.py` (label rules), `feature_augmentation.py` (augmentations and mixing), `unlabeled_half.py`, which applies both.
 """
 
 from __future__ import annotations
@@ -10,9 +15,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ...core.errors import InvalidInput
 from .feature_augmentation import (
     SceneAugmentation,
+    SceneMixing,
     add_noise,
+    cut_mix,
     drop_cells,
     drop_channels,
     flip_x,
@@ -21,41 +29,70 @@ from .feature_augmentation import (
     rotate_quarter,
     scale_map,
 )
+from .pseudo_labels import LabelRule, hybrid_labels, trusted_labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What one method does with each part of a step.
+    """What one method trains, and what it does with the unlabeled half of a batch.
 
-    trains: "nothing" (the checkpoint is the result), "decoder" (the encoder is frozen) or "all".
-    labelled: whose labels the labelled half of a batch comes from; "target" only for the oracles.
-    unlabelled: what joins the batch with teacher boxes: stored "smashed" scenes, or "raw" scans, which a fleet would have to upload.
-    trusted: teacher boxes count as the truth for every head (plain pseudo labels) instead of being routed (hybrid).
-    f_gt: paste labelled objects' features into unlabelled scenes. rotate_pasted: turn each by up to so much (rad). augmentation: changes each unlabelled scene.
-    cut_mix: mix pairs of unlabelled scenes. self_training: ST3D instead of this trainer, on raw scans without labelled data.
+    Raises:
+        InvalidInput: A field asks for a change of smashed scenes, and the method reads none.
     """
 
     summary: str
+    """One line for reports and tables."""
+
     trains: Literal["nothing", "decoder", "all"] = "decoder"
+    """What is trained. "nothing": the source model is the result. "decoder": the encoder is frozen, as it must be where stored
+    features are used. "all": the whole detector."""
+
     labeled: Literal["source", "target"] = "source"
+    """Domain of the labeled half of a batch. Only oracles take the target's labels."""
+
     unlabeled: Literal["none", "smashed", "raw"] = "smashed"
-    trusted: bool = False
+    """The unlabeled half of a batch: none, smashed scenes of the store, or raw scans, which a fleet would have to upload."""
+
+    label_rule: LabelRule = hybrid_labels
+    """Makes pseudo labels of the teacher's detections in a scene. ST3D (`self_training`) does not use it; it has rounds of labels."""
+
     f_gt: bool = False
-    rotate_pasted: float = 0.0
+    """Whether F-GT pastes labeled objects into smashed scenes; `UpcycleConfig.f_gt` says how many."""
+
+    max_paste_rotation: float = 0.0
+    """Largest angle (rad) by which a pasted object is turned about its center, either way; 0 pastes objects as they were cut."""
+
     augmentation: SceneAugmentation | None = None
-    cut_mix: bool = False
+    """Changes each smashed scene and its labels after pasting; None changes nothing."""
+
+    mixing: SceneMixing | None = None
+    """Makes one scene of two, for every scene of the unlabeled half with a partner drawn at random; None mixes nothing."""
+
     self_training: bool = False
+    """Whether ST3D trains on the raw scans (`self_training.py`) instead of the step in `trainer.py`. It uses no labeled frame."""
+
+    def __post_init__(self) -> None:
+        changes = {"f_gt": self.f_gt, "augmentation": self.augmentation, "mixing": self.mixing}
+        given = [name for name, value in changes.items() if value]
+        if self.unlabeled != "smashed" and given:
+            raise InvalidInput(
+                f"a method with unlabeled={self.unlabeled!r} cannot use {', '.join(given)}: they change smashed scenes"
+            )
+        if self.max_paste_rotation and not self.f_gt:
+            raise InvalidInput("max_paste_rotation turns objects that F-GT pastes; set f_gt=True too")
+        if self.self_training and (self.unlabeled, self.trains) != ("raw", "all"):
+            raise InvalidInput('self_training needs unlabeled="raw" and trains="all": it trains the whole detector on raw scans')
 
 
 METHODS: dict[str, Method] = {
-    "source_only": Method(summary="the checkpoint as it is", trains="nothing", unlabeled="none"),
-    "source_continued": Method(summary="the same extra steps on labelled data alone", unlabeled="none"),
-    "pseudo_label": Method(summary="teacher boxes supervise every head, no F-GT", trusted=True),
+    "source_only": Method(summary="the source model as it is", trains="nothing", unlabeled="none"),
+    "source_continued": Method(summary="the same extra steps on labeled data alone", unlabeled="none"),
+    "pseudo_label": Method(summary="teacher boxes supervise every head, no F-GT", label_rule=trusted_labels),
     "upcycling": Method(summary="hybrid pseudo labels and F-GT", f_gt=True),
     "hybrid": Method(summary="hybrid pseudo labels, no F-GT"),
-    "f_gt_trusted": Method(summary="F-GT, teacher boxes supervise every head", trusted=True, f_gt=True),
+    "f_gt_trusted": Method(summary="F-GT, teacher boxes supervise every head", label_rule=trusted_labels, f_gt=True),
     "f_rot": Method(
-        summary="UpCycling with the pasted objects turned (our reading of F-RoT)", f_gt=True, rotate_pasted=math.pi / 16
+        summary="UpCycling with the pasted objects turned (our reading of F-RoT)", f_gt=True, max_paste_rotation=math.pi / 16
     ),
     "noise": Method(summary="hybrid labels, Gaussian noise on features", augmentation=add_noise),
     "channel_dropout": Method(summary="hybrid labels, channels dropped", augmentation=drop_channels),
@@ -65,12 +102,13 @@ METHODS: dict[str, Method] = {
     "rotate_90": Method(summary="hybrid labels, quarter turns of features", augmentation=rotate_quarter),
     "rotate": Method(summary="hybrid labels, free rotation of features", augmentation=rotate_free),
     "scale": Method(summary="hybrid labels, scaled feature map", augmentation=scale_map),
-    "cut_mix": Method(summary="hybrid labels, halves of two scenes", cut_mix=True),
-    "mean_teacher": Method(summary="raw scans, teacher boxes supervise every head", unlabeled="raw", trains="all", trusted=True),
-    "iou_match": Method(summary="raw scans, hybrid pseudo labels (as 3DIoUMatch)", unlabeled="raw", trains="all"),
-    "st3d": Method(
-        summary="ST3D: self-training on raw scans alone", unlabeled="raw", trains="all", trusted=True, self_training=True
+    "cut_mix": Method(summary="hybrid labels, halves of two scenes", mixing=cut_mix),
+    "mean_teacher": Method(
+        summary="raw scans, teacher boxes supervise every head", unlabeled="raw", trains="all", label_rule=trusted_labels
     ),
+    "iou_match": Method(summary="raw scans, hybrid pseudo labels (as 3DIoUMatch)", unlabeled="raw", trains="all"),
+    "st3d": Method(summary="ST3D: self-training on raw scans alone", unlabeled="raw", trains="all", self_training=True),
     "oracle_frozen": Method(summary="source encoder, decoder trained on target labels", labeled="target", unlabeled="none"),
     "oracle_full": Method(summary="everything trained on target labels", trains="all", labeled="target", unlabeled="none"),
 }
+"""Every method by its name on the command line; docs/methods.md compares them."""

@@ -1,108 +1,101 @@
-"""From a teacher's detections to labels for the student, and how good those labels are.
+"""The rule that turns a teacher's detections into pseudo labels. To try a rule of your own, write a `LabelRule` like those below.
 
-UpCycling's *hybrid* pseudo labels, in our reading (design.md section 5): each kind of label goes where its quality allows.
-Teacher boxes supervise dense classification and direction, and box regression as far as ``box_weight`` says; they are marked inexact
-and the scene incomplete, so that the head that predicts overlap does not take them for the truth. Objects pasted by feature-level GT sampling are exact and supervise
-every head. Detections too weak to be labels but too strong to be background are ignored.
+UpCycling's *hybrid* pseudo labels, in our reading (the body of the paper was not available to us, only its abstract): each kind of
+label goes where its quality allows. Teacher boxes supervise dense classification and direction, and box regression as far as
+`UpcycleConfig.teacher_box_weight` says. They are marked inexact and the scene incomplete, so that the head that predicts the IoU
+does not take them for the truth. Objects pasted by F-GT are exact and supervise every head. Detections that are too weak for a label
+but too strong for background are ignored. 3DIoUMatch (Wang et al., CVPR 2021) routes its losses in the same way: its unlabeled
+scenes train the classification and the boxes, but not the head that scores regions nor the one that segments points.
+
+The rule of a method is `Method.label_rule`, so a new one needs no change here:
+
+    def cars_only(predictions: Predictions, config: UpcycleConfig) -> Labels:
+        return hybrid_labels(predictions.select(predictions.classes == 0), config)
+
+    method = replace(METHODS["upcycling"], label_rule=cars_only)
+
+Read next: `unlabeled_half.py`, which calls the rule; `pseudo_label_monitor.py`, which logs how good the labels are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ...core.cut import VoxelGrid
 from ...core.structures import Labels, Predictions
-from ...ops.iou3d import iou_3d
-from .upcycle_config import ScoreThresholds
+from .upcycle_config import ScoreThresholds, UpcycleConfig
+
+LabelRule = Callable[[Predictions, UpcycleConfig], Labels]
+"""Makes the pseudo labels of one unlabeled scene from what the teacher detects in it. It may return no label at all."""
+
+
+def hybrid_labels(predictions: Predictions, config: UpcycleConfig) -> Labels:
+    """Make hybrid pseudo labels, which supervise only the losses that they are good enough for.
+
+    Args:
+        predictions: The teacher's detections in one scene.
+        config: `thresholds` and `teacher_box_weight` are used.
+
+    Returns:
+        Inexact labels of an incomplete scene. `box_weight` is `teacher_box_weight`; `weight` is 1 for a label, 0 for an ignored box.
+    """
+    return _labels(predictions, config.thresholds, exact=False, box_weight=config.teacher_box_weight)
+
+
+def trusted_labels(predictions: Predictions, config: UpcycleConfig) -> Labels:
+    """Make plain pseudo labels, which every loss takes for the truth: the baseline of hybrid labels.
+
+    Args:
+        predictions: The teacher's detections in one scene.
+        config: `thresholds` is used.
+
+    Returns:
+        Exact labels of a complete scene; `weight` is 1 for a label, 0 for an ignored box.
+    """
+    return _labels(predictions, config.thresholds, exact=True, box_weight=1.0)
 
 
 def apply_thresholds(predictions: Predictions, thresholds: Sequence[ScoreThresholds]) -> tuple[Tensor, Tensor]:
-    """Which detections (N,) are good enough for a label, and which are labels or at least ignored. One threshold per class."""
+    """Compare detections with the thresholds of their classes.
+
+    Args:
+        predictions: N detections.
+        thresholds: One entry per class.
+
+    Returns:
+        Two masks (N,) bool: detections that become labels, and detections to keep, which are the labels and the ignored boxes.
+    """
     table = predictions.scores.new_tensor([[t.iou_score, t.class_score, t.ignore] for t in thresholds])
     iou_score, class_score, ignore = table[predictions.classes].unbind(1)
-    good = (predictions.iou_scores >= iou_score) & (predictions.class_scores >= class_score)
-    return good, good | (predictions.iou_scores >= ignore)
+    label = (predictions.iou_scores >= iou_score) & (predictions.class_scores >= class_score)
+    return label, label | (predictions.iou_scores >= ignore)
 
 
-def teacher_labels(
-    predictions: Predictions, thresholds: Sequence[ScoreThresholds], *, trusted: bool, box_weight: float = 1.0
-) -> Labels:
-    """Labels of one unlabelled scene from its teacher's detections; ``thresholds`` holds one entry per class.
-
-    trusted=False gives hybrid labels (inexact, incomplete, with ``box_weight`` for box regression); True treats the teacher's boxes
-    as the truth for every head (plain pseudo labels, the baseline). Zero labels are legal.
-    """
-    good, keep = apply_thresholds(predictions, thresholds)
+def _labels(predictions: Predictions, thresholds: Sequence[ScoreThresholds], *, exact: bool, box_weight: float) -> Labels:
+    label, keep = apply_thresholds(predictions, thresholds)
     return Labels.make(
         predictions.boxes.data[keep],
         predictions.classes[keep],
-        weight=good[keep].float(),
-        exact=trusted,
-        box_weight=torch.full_like(predictions.scores[keep], 1.0 if trusted else box_weight),
-        complete=trusted,
+        weight=label[keep].float(),
+        exact=exact,
+        box_weight=torch.full_like(predictions.scores[keep], box_weight),
+        complete=exact,
     )
 
 
 def labels_in_range(labels: Labels, grid: VoxelGrid) -> Labels:
-    """The labels whose centre the detector can see: inside the grid's range, seen from above."""
+    """Keep the objects that a detector can see.
+
+    Args:
+        labels: Objects of one scene, in the frame of the grid.
+        grid: The detector's input grid.
+
+    Returns:
+        The labels whose center lies in the grid's x and y range.
+    """
     x0, y0, _, x1, y1, _ = grid.range
     x, y = labels.boxes.data[:, 0], labels.boxes.data[:, 1]
     return labels.select((x >= x0) & (x < x1) & (y >= y0) & (y < y1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PseudoLabelQuality:
-    """How a round of pseudo labels compares with the truth. For measurement only: nothing of it reaches training.
-
-    labels: number used. ignored: number in the ignore band. truth: number of true objects (with at least 5 points).
-    precision_50, precision_70: share of labels that overlap a true object of their class by IoU 0.5, 0.7 (3D).
-    recall_50, recall_70: share of true objects found so. mean_iou: of labels with their best true object.
-    """
-
-    labels: int
-    ignored: int
-    truth: int
-    precision_50: float
-    precision_70: float
-    recall_50: float
-    recall_70: float
-    mean_iou: float
-
-
-def pseudo_label_quality(pseudo: Sequence[Labels], truth: Sequence[Labels], *, min_points: int = 5) -> PseudoLabelQuality:
-    """Compare scene by scene; a label that meets only an ignored object (weight 0, or fewer points) counts neither way."""
-    best_label: list[torch.Tensor] = []
-    best_truth: list[torch.Tensor] = []
-    ignored = 0
-    for found, real in zip(pseudo, truth, strict=True):
-        used = found.select(found.weight > 0)
-        ignored += len(found) - len(used)
-        counted = (real.weight > 0) & (real.num_points >= min_points)
-        overlap = iou_3d(used.boxes.data, real.boxes.data) * (used.classes[:, None] == real.classes[None])
-        if len(used):
-            with_zero = torch.cat([overlap, overlap.new_zeros(len(used), 1)], 1)
-            value, row = with_zero.max(1)
-            neutral = torch.cat([~counted, counted.new_zeros(1)])[row] & (value >= 0.5)
-            best_label.append(value[~neutral].cpu())
-        if counted.any():
-            column = torch.cat([overlap, overlap.new_zeros(1, len(real))]).amax(0)
-            best_truth.append(column[counted].cpu())
-    label_iou, truth_iou = torch.cat([*best_label, torch.zeros(0)]), torch.cat([*best_truth, torch.zeros(0)])
-
-    def share(values: torch.Tensor, threshold: float) -> float:
-        return float((values >= threshold).float().mean()) if values.numel() else 0.0
-
-    return PseudoLabelQuality(
-        labels=label_iou.numel(),
-        ignored=ignored,
-        truth=truth_iou.numel(),
-        precision_50=share(label_iou, 0.5),
-        precision_70=share(label_iou, 0.7),
-        recall_50=share(truth_iou, 0.5),
-        recall_70=share(truth_iou, 0.7),
-        mean_iou=float(label_iou.mean()) if label_iou.numel() else 0.0,
-    )

@@ -1,11 +1,13 @@
-"""ST3D: self-training on raw target scans alone, the raw-level method that UpCycling's domain adaptation is measured against.
+"""ST3D: self-training on raw target scans alone, a method on raw scans that UpCycling's domain adaptation is compared with.
 
-    every ``relabel_steps``:  detector ─ boxes of all scans ─ memory ensemble with the labels so far ─ labels
-    between:                  labels ─ objects resized, scene moved (further and further) ─ detector
+    every `relabel_steps`:  detector ─ boxes of all scans ─ memory ensemble with the labels so far ─ labels
+    in between:             labels ─ objects resized, scene moved (further and further) ─ detector
 
-No labelled source data is used, and every scan has to be uploaded. Source: Yang et al., ST3D, CVPR 2021; numbers from its release
-(``self_training_utils.py``, ``memory_ensemble_utils.py``): labels from a predicted overlap of 0.6, boxes between the two thresholds ignored,
-an old box that the detector misses twice is ignored and after the third time removed.
+It uses no labeled source data, and every scan has to be uploaded. Source: Yang et al., ST3D, CVPR 2021; the behavior follows its
+release (`self_training_utils.py`, `memory_ensemble_utils.py`): a predicted IoU of 0.6 makes a label, boxes between the two
+thresholds are ignored, an old box that the detector misses twice in a row is ignored, and after the third time it is removed.
+
+Read next: `pseudo_labels.py`, whose thresholds it shares; `trainer.py` for the other methods.
 """
 
 from __future__ import annotations
@@ -25,38 +27,62 @@ from ...datasets.batches import UnlabeledBatches, epoch_indices
 from ...ops.iou3d import iou_bev
 from ..models.detector import Detector
 from ..training.ema import make_teacher, update_ema
-from ..training.loop import LoopConfig, run_steps
+from ..training.loop import run_steps
 from ..training.run_folder import RunFolder
 from .pseudo_labels import apply_thresholds
-from .upcycle_config import ScoreThresholds, SelfTrainingConfig
+from .upcycle_config import ScoreThresholds, SelfTrainingConfig, UpcycleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remembered:
-    """Labels of one scan: boxes (N, 7), classes (N,), scores (N,), positive (N,) bool or else ignored, missed (N,) rounds in a row."""
+class ScanLabels:
+    """Pseudo labels of one scan, with what the memory ensemble has to know about them."""
 
     boxes: Tensor
+    """(N, 7) boxes in the frame of the scan."""
+
     classes: Tensor
+    """(N,) int64 class of each box."""
+
     scores: Tensor
+    """(N,) predicted IoU of each box, 0..1."""
+
     positive: Tensor
+    """(N,) bool, True for a label and False for an ignored box."""
+
     missed: Tensor
+    """(N,) int64, rounds in a row in which the detector found no such box."""
 
     def labels(self) -> Labels:
-        """What the detector is trained on: positive boxes as the truth, the others ignored."""
+        """Return the training labels: positive boxes as the truth, the others ignored."""
         return Labels.make(self.boxes, self.classes, weight=self.positive.float())
 
-    def select(self, rows: Tensor) -> Remembered:
-        """The labels of a mask or an index."""
-        return Remembered(**{name: getattr(self, name)[rows] for name in _COLUMNS})
+    def select(self, rows: Tensor) -> ScanLabels:
+        """Keep some of the labels.
+
+        Args:
+            rows: Boolean mask (N,) or index.
+
+        Returns:
+            The labels of the mask or index, in that order.
+        """
+        return ScanLabels(**{name: getattr(self, name)[rows] for name in _COLUMNS})
 
 
 _COLUMNS = ("boxes", "classes", "scores", "positive", "missed")
 
 
-def remember(found: Predictions, thresholds: Sequence[ScoreThresholds]) -> Remembered:
-    """A round's own labels of one scan: positive from the label thresholds on, ignored from the ignore threshold on."""
+def scan_labels(found: Predictions, thresholds: Sequence[ScoreThresholds]) -> ScanLabels:
+    """Make the labels that a scan has from one round alone.
+
+    Args:
+        found: What the detector found in the scan.
+        thresholds: One entry per class.
+
+    Returns:
+        Positive labels from the label thresholds on, ignored boxes from the ignore threshold on.
+    """
     positive, keep = apply_thresholds(found, thresholds)
-    return Remembered(
+    return ScanLabels(
         boxes=found.boxes.data[keep],
         classes=found.classes[keep],
         scores=found.iou_scores[keep],
@@ -65,8 +91,20 @@ def remember(found: Predictions, thresholds: Sequence[ScoreThresholds]) -> Remem
     )
 
 
-def ensemble(old: Remembered, new: Remembered, config: SelfTrainingConfig) -> Remembered:
-    """Memory ensemble (ST3D, section 3.3.2): of two boxes of one object the higher score; an old box that finds none waits a while."""
+def memory_ensemble(old: ScanLabels, new: ScanLabels, config: SelfTrainingConfig) -> ScanLabels:
+    """Merge the labels of two rounds (ST3D, section 3.3.2).
+
+    Of two boxes of one object the one with the higher score stays. An old box that the new round does not have is kept for some
+    rounds: first as a label, then ignored.
+
+    Args:
+        old: Labels of the scan so far.
+        new: Labels of the newest round.
+        config: `match_iou`, `ignore_after` and `remove_after` are used.
+
+    Returns:
+        As many labels as `new` has, then the old ones that are still waiting.
+    """
     overlap = iou_bev(new.boxes, old.boxes) * (new.classes[:, None] == old.classes[None])
     if len(old.boxes) and len(new.boxes):
         best, partner = overlap.max(1)
@@ -81,43 +119,67 @@ def ensemble(old: Remembered, new: Remembered, config: SelfTrainingConfig) -> Re
         column = getattr(new, name).clone()
         column[old_is_better] = getattr(old, name)[partner[old_is_better]]
         merged[name] = column
-    kept = Remembered(**merged, classes=new.classes, missed=torch.zeros_like(new.missed))
+    kept = ScanLabels(**merged, classes=new.classes, missed=torch.zeros_like(new.missed))
     waiting = replace(old, missed=old.missed + 1).select(~seen)
     waiting = waiting.select(waiting.missed < config.remove_after)
     waiting = replace(waiting, positive=waiting.positive & (waiting.missed < config.ignore_after))
-    return Remembered(**{name: torch.cat([getattr(kept, name), getattr(waiting, name)]) for name in _COLUMNS})
+    return ScanLabels(**{name: torch.cat([getattr(kept, name), getattr(waiting, name)]) for name in _COLUMNS})
 
 
 @dataclass
 class LabelMemory:
-    """Labels of every scan, round by round, kept in files so that a resumed run goes on with the same ones."""
+    """Labels of every scan, round by round, kept in files so that a resumed training goes on with the same ones."""
 
     folder: Path | None
-    rounds: dict[int, list[Remembered]] = field(default_factory=dict)
+    """Folder of one file per round; None keeps the newest round in memory only."""
 
-    def get(self, number: int) -> list[Remembered] | None:
-        """The labels of a round, from memory or from its file; None before it was made."""
-        if number not in self.rounds and self.folder is not None and self._path(number).exists():
-            sizes, *whole = read_tensors(self._path(number)).named("sizes", *_COLUMNS)
+    rounds: dict[int, list[ScanLabels]] = field(default_factory=dict)
+    """The labels of every scan by round; only the newest round that was asked for is held."""
+
+    def get(self, number: int) -> list[ScanLabels] | None:
+        """Look up the labels of a round, in memory or in its file.
+
+        Args:
+            number: The round, from 0.
+
+        Returns:
+            The labels of every scan, or None before the round was made.
+        """
+        if number not in self.rounds and self.folder is not None and self._path(self.folder, number).exists():
+            sizes, *whole = read_tensors(self._path(self.folder, number)).named("sizes", *_COLUMNS)
             columns = {name: column.split(sizes.tolist()) for name, column in zip(_COLUMNS, whole, strict=True)}
-            self.rounds = {number: [Remembered(**{n: columns[n][i] for n in _COLUMNS}) for i in range(len(sizes))]}
+            self.rounds = {number: [ScanLabels(**{n: columns[n][i] for n in _COLUMNS}) for i in range(len(sizes))]}
         return self.rounds.get(number)
 
-    def put(self, number: int, labels: list[Remembered]) -> None:
-        """Keep the labels of a round; those of the round before are no longer needed in memory."""
+    def put(self, number: int, labels: list[ScanLabels]) -> None:
+        """Keep the labels of a round, and drop those of other rounds from memory.
+
+        Args:
+            number: The round, from 0.
+            labels: The labels of every scan.
+        """
         self.rounds = {number: labels}
         if self.folder is not None:
             tensors = {name: torch.cat([getattr(r, name) for r in labels]) for name in _COLUMNS}
             tensors["sizes"] = torch.tensor([len(r.boxes) for r in labels])
-            write_tensors(self._path(number), tensors)
+            write_tensors(self._path(self.folder, number), tensors)
 
-    def _path(self, number: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"round_{number:04d}.safetensors"
+    @staticmethod
+    def _path(folder: Path, number: int) -> Path:
+        return folder / f"round_{number:04d}.safetensors"
 
 
-def grown(ranges: AugmentationRanges, config: SelfTrainingConfig, done: float) -> AugmentationRanges:
-    """The ranges of augmentation when ``done`` (0..1) of training is over: the curriculum of ST3D, section 3.4."""
+def widened_ranges(ranges: AugmentationRanges, config: SelfTrainingConfig, done: float) -> AugmentationRanges:
+    """Widen the ranges of augmentation as training goes on (the curriculum of ST3D, section 3.4).
+
+    Args:
+        ranges: Ranges at the start. `yaw` and `scale` are widened.
+        config: `growth`, `growth_at` and `object_scale` are used.
+        done: Fraction of training that is over, 0..1.
+
+    Returns:
+        Ranges for this part of training, with the widened `object_scale` of `config`.
+    """
     factor = config.growth ** sum(done >= at for at in config.growth_at)
 
     def around_one(limits: tuple[float, float]) -> tuple[float, float]:
@@ -127,76 +189,143 @@ def grown(ranges: AugmentationRanges, config: SelfTrainingConfig, done: float) -
     return replace(ranges, yaw=yaw, scale=around_one(ranges.scale), object_scale=around_one(config.object_scale))
 
 
+class SelfTrainingStep:
+    """One step of ST3D in three methods: `batch`, `loss` and `finish`. `self_train` gives them to the training loop."""
+
+    def __init__(
+        self,
+        student: Detector,
+        teacher: Detector,
+        scans: UnlabeledBatches,
+        *,
+        config: UpcycleConfig,
+        run: RunFolder | None = None,
+        after_step: Callable[[int, Detector], None] | None = None,
+    ) -> None:
+        """Keep what every step needs.
+
+        Args:
+            student: The network in training. It makes its own labels.
+            teacher: Its EMA, for comparison only.
+            scans: All raw scans, with the ranges of augmentation at the start. Their batch size is not used.
+            config: `self_training`, `thresholds`, `loop` and `ema_decay`. The two halves of a batch of other methods together are the
+                number of scans per step.
+            run: Run folder that keeps the labels of every round.
+            after_step: Called with the step and the student when a step is done.
+        """
+        self.student, self.teacher, self.scans, self.config = student, teacher, scans, config
+        self.run, self.after_step = run, after_step
+        self.memory = LabelMemory(run.path / "pseudo_labels" if run is not None and run.writable else None)
+
+    def batch(self, step: int) -> tuple[Frame, ...]:
+        """Read and augment the scans of a step, with their labels of the round. Makes the round's labels when they are due.
+
+        Args:
+            step: 0-based step.
+
+        Returns:
+            Frames labeled by the student as it was at the start of the round.
+        """
+        scans, config = self.scans, self.config
+        labels, rng = self.round_labels(step), np.random.default_rng([scans.seed, step, 3])
+        ranges = widened_ranges(scans.augmentation, config.self_training, step / config.loop.total_steps)
+        rows = epoch_indices(len(scans.frames), config.labeled_batch + config.unlabeled_batch, step, scans.seed)
+        examples = [replace(scans.frames[i], labels=labels[i].labels()) for i in rows]
+        return tuple(labeled_example(e, rng, ranges, None, self.student.spec.grid.range) for e in examples)
+
+    def round_labels(self, step: int) -> list[ScanLabels]:
+        """Get the labels of the round that a step belongs to; the first step of a round makes them, with the student as it is.
+
+        Args:
+            step: 0-based step.
+
+        Returns:
+            The labels of every scan.
+        """
+        config = self.config.self_training
+        number = step // config.relabel_steps
+        found = self.memory.get(number)
+        if found is None:
+            before = self.memory.get(number - 1) if number else None
+            found = self._label_all()
+            if before is not None and config.ensemble:
+                found = [memory_ensemble(old, new, config) for old, new in zip(before, found, strict=True)]
+            self.memory.put(number, found)
+            if self.run is not None:
+                labels_per_scene = sum(int(r.positive.sum()) for r in found) / len(found)
+                self.run.log(step, {"labels_per_scene": labels_per_scene}, kind="pseudo_labels")
+        return found
+
+    def _label_all(self) -> list[ScanLabels]:
+        """Label every scan with the student as it is, one by one, in evaluation mode."""
+        frames = self.scans.frames
+        self.student.eval()
+        found = [self.student.detect([frames[i].points])[0].to("cpu") for i in range(len(frames))]
+        self.student.train()
+        return [scan_labels(p, self.config.thresholds) for p in found]
+
+    def loss(self, batch: tuple[Frame, ...], step: int) -> LossTerms:
+        """Compute the losses of a batch.
+
+        Args:
+            batch: What `batch` read for this step.
+            step: 0-based step.
+
+        Returns:
+            Weighted loss terms.
+        """
+        labels = labels_of(batch)
+        features = self.student.encode([f.points for f in batch])
+        return self.student.loss(self.student.decode(features, labels), labels)
+
+    def finish(self, step: int) -> None:
+        """Update the EMA after the student's optimizer step.
+
+        Args:
+            step: The 0-based step that is done.
+        """
+        update_ema(self.teacher, self.student, step, self.config.ema_decay)
+        if self.after_step is not None:
+            self.after_step(step, self.student)
+
+
 def self_train(
     detector: Detector,
     scans: UnlabeledBatches,
     *,
-    config: SelfTrainingConfig,
-    thresholds: Sequence[ScoreThresholds],
-    batch_size: int,
-    loop: LoopConfig,
-    ema_decay: float = 0.999,
+    config: UpcycleConfig,
     run: RunFolder | None = None,
     after_step: Callable[[int, Detector], None] | None = None,
     progress: bool = True,
 ) -> Detector:
-    """Train all of ``detector`` in place on its own labels of ``scans``, and return its EMA for comparison (ST3D has none).
+    """Train a whole detector on its own labels of raw scans.
 
-    batch_size: scans a step. The labels of a round are made when its first step is due, by the network as it is then.
+    Batches are made in this process, because a new round of labels needs the student as it is at that step.
+
+    Args:
+        detector: The source model. It is trained in place.
+        scans: All raw scans of the fleet; labels of their frames are not used.
+        config: `self_training`, `thresholds`, `loop`, `ema_decay` and the sizes of the batch.
+        run: Run folder for metrics, checkpoints and the labels of every round. A training that was stopped goes on.
+        after_step: Called with each 0-based step and the student; it must leave the student in training mode.
+        progress: Whether to print progress.
+
+    Returns:
+        The EMA of the detector, for comparison with other methods; ST3D itself has none.
     """
-    frames, teacher = scans.frames, make_teacher(detector)
-    memory = LabelMemory(run.path / "pseudo_labels" if run is not None and run.writable else None)
-    keep_range = detector.spec.grid.range
-
-    def labels_at(step: int) -> list[Remembered]:
-        number = step // config.relabel_steps
-        found = memory.get(number)
-        if found is None:
-            before = memory.get(number - 1) if number else None
-            found = _label_all(detector, scans, thresholds)
-            if before is not None and config.ensemble:
-                found = [ensemble(old, new, config) for old, new in zip(before, found, strict=True)]
-            memory.put(number, found)
-            if run is not None:
-                run.log(step, {"labels_per_scene": sum(int(r.positive.sum()) for r in found) / len(found)}, kind="pseudo_labels")
-        return found
-
-    def batch_at(step: int) -> tuple[Frame, ...]:
-        labels, rng = labels_at(step), np.random.default_rng([scans.seed, step, 3])
-        ranges = grown(scans.augmentation, config, step / loop.total_steps)
-        rows = epoch_indices(len(frames), batch_size, step, scans.seed)
-        examples = [replace(frames[i], labels=labels[i].labels()) for i in rows]
-        return tuple(labeled_example(e, rng, ranges, None, keep_range) for e in examples)
-
-    def loss(batch: tuple[Frame, ...], step: int) -> LossTerms:
-        labels = labels_of(batch)
-        return detector.loss(detector.decode(detector.encode([f.points for f in batch]), labels), labels)
-
-    def finish_step(step: int) -> None:
-        update_ema(teacher, detector, step, ema_decay)
-        if after_step is not None:
-            after_step(step, detector)
-
+    teacher = make_teacher(detector)
+    step = SelfTrainingStep(detector, teacher, scans, config=config, run=run, after_step=after_step)
     detector.train()
     run_steps(
         modules={"student": detector, "teacher": teacher},
         trainable=[p for p in detector.parameters() if p.requires_grad],
-        batches=batch_at,
-        loss=loss,
-        after_step=finish_step,
-        config=loop,
+        batches=step.batch,
+        loss=step.loss,
+        after_step=step.finish,
+        config=config.loop,
         run=run,
         frame_ids=lambda batch: [f.id for f in batch],
         progress=progress,
     )
     detector.eval()
     return teacher
-
-
-def _label_all(detector: Detector, scans: UnlabeledBatches, thresholds: Sequence[ScoreThresholds]) -> list[Remembered]:
-    """Labels of every scan by the detector as it is, scan by scan, in evaluation mode."""
-    detector.eval()
-    with torch.no_grad():
-        found = [detector.detect([scans.frames[i].points])[0].to("cpu") for i in range(len(scans.frames))]
-    detector.train()
-    return [remember(p, thresholds) for p in found]

@@ -1,62 +1,229 @@
-"""The server's step: learn from a few labelled raw scenes and many unlabelled smashed ones, for any detector.
+"""The server's training: a detector learns from a few labeled frames and many unlabeled smashed scenes.
 
-    labelled frames ── encoder (frozen) ── codec round trip ──────────────┐
+    labeled frames ── encoder (frozen) ── codec round trip ───────────────┐
                                                                           ├─ one batch ─ student ─ losses
     smashed scenes ─┬─ teacher (EMA) ─ boxes ─ hybrid labels ─┐           │
                     └─────────────────── F-GT paste ──────────┴───────────┘
 
-The two halves go through the student together, so that batch norm sees the mixture it will keep statistics of. The methods that
-UpCycling is compared with differ in what ``methods.Method`` says; some learn from raw unlabelled scans, seen by the teacher as they
-came and by the student moved.
+Both halves go through the student together, so that batch norm sees the mixture whose statistics it keeps. The methods that UpCycling
+is compared with differ in their `Method`. Some train on raw unlabeled scans, which the teacher sees as they came and the student
+moved. Nothing here depends on which detector it is.
+
+Read next: `unlabeled_half.py` (pseudo labels and F-GT), `methods.py` (all methods), `upcycle_config.py` (all settings).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-import torch
 
 from ...core.errors import InvalidInput
 from ...core.features import CutFeatures
-from ...core.structures import Boxes3D, Frame, Labels, LossTerms, Predictions, labels_of
-from ...datasets.augment import Movement
+from ...core.structures import Frame, Labels, LossTerms, labels_of
 from ...datasets.batches import UnlabeledBatches, UnlabeledScan, epoch_indices
 from ..models.detector import Detector
 from ..training.ema import make_teacher, update_ema
 from ..training.loop import run_steps
 from ..training.run_folder import RunFolder
-from .feature_augmentation import cut_mix
-from .feature_gt import ObjectDatabase, paste_objects, sample_objects
-from .feature_rotation import rotate_objects
+from .feature_gt import ObjectDatabase
 from .methods import Method
-from .pseudo_labels import labels_in_range, pseudo_label_quality, teacher_labels
+from .pseudo_label_monitor import PseudoLabelMonitor
 from .self_training import self_train
 from .store import SmashedStore, collate_scenes, quantize_features
+from .unlabeled_half import UnlabeledHalf, raw_half, smashed_half
 from .upcycle_config import UpcycleConfig
 
-log = logging.getLogger(__name__)
+_Given = TypeVar("_Given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlabeledBatch:
+    """Unlabeled scenes of one step, as they came."""
+
+    scenes: CutFeatures | tuple[UnlabeledScan, ...]
+    """Smashed scenes as one batch on the CPU, or raw scans."""
+
+    ids: tuple[str, ...]
+    """Id of each scene, or the frame's id of each scan, in the same order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpcycleBatch:
-    """One step's input: labelled frames, and by method smashed scenes with their ids, raw unlabelled scans, or neither."""
+    """Input of one step."""
 
     frames: tuple[Frame, ...]
-    smashed: CutFeatures | None = None
-    raw: tuple[UnlabeledScan, ...] = ()
-    scene_ids: tuple[str, ...] = ()
+    """Labeled frames, already augmented."""
+
+    unlabeled: UnlabeledBatch | None = None
+    """The unlabeled half; None for methods that train on labeled frames alone."""
+
+    def ids(self) -> tuple[str, ...]:
+        """Return the ids of all frames and scenes, for messages."""
+        return (*(f.id for f in self.frames), *(self.unlabeled.ids if self.unlabeled else ()))
 
 
-@dataclass
-class _Round:
-    """Pseudo labels since the last summary, with the truth where it is known."""
+class UpcyclingStep:
+    """One training step in three methods: `batch`, `loss` and `finish`. `upcycle` gives them to the training loop.
 
-    pseudo: list[Labels] = field(default_factory=list)
-    judged: list[tuple[Labels, Labels]] = field(default_factory=list)  # labels with their truth
-    pasted: int = 0
+    Example:
+        >>> step = UpcyclingStep(student, teacher, method=method, config=config, labeled=labeled, unlabeled=unlabeled, monitor=monitor)
+        >>> step.loss(step.batch(0), 0).total().backward()
+    """
+
+    def __init__(
+        self,
+        student: Detector,
+        teacher: Detector,
+        *,
+        method: Method,
+        config: UpcycleConfig,
+        labeled: Callable[[int], tuple[Frame, ...]],
+        unlabeled: Callable[[int], UnlabeledBatch | None],
+        monitor: PseudoLabelMonitor,
+        pasted_objects: ObjectDatabase | None = None,
+        codec: str = "fp16",
+        after_step: Callable[[int, Detector], None] | None = None,
+    ) -> None:
+        """Keep what every step needs.
+
+        Args:
+            student: The network in training.
+            teacher: Its EMA, in evaluation mode.
+            method: What is trained, and what happens to the unlabeled half.
+            config: Settings that all methods share.
+            labeled: Gives the labeled frames of a step.
+            unlabeled: Gives the unlabeled half of a step (`unlabeled_reader`).
+            monitor: Collects the pseudo labels for the log.
+            pasted_objects: Objects that F-GT pastes; None pastes nothing.
+            codec: Codec whose round trip the labeled features pass where the encoder is frozen.
+            after_step: Called with the step and the student when a step is done.
+        """
+        self.student, self.teacher = student, teacher
+        self.method, self.config = method, config
+        self.labeled, self.unlabeled, self.pasted_objects = labeled, unlabeled, pasted_objects
+        self.monitor, self.codec, self.after_step = monitor, codec, after_step
+
+    def batch(self, step: int) -> UpcycleBatch:
+        """Read the batch of a step. The loop may call this ahead, in another process.
+
+        Args:
+            step: 0-based step.
+
+        Returns:
+            Labeled frames and unlabeled scenes, on the CPU.
+        """
+        return UpcycleBatch(frames=self.labeled(step), unlabeled=self.unlabeled(step))
+
+    def loss(self, batch: UpcycleBatch, step: int) -> LossTerms:
+        """Compute the losses of a batch: both halves through the student at once.
+
+        Args:
+            batch: What `batch` read for this step.
+            step: 0-based step, from which everything random is drawn.
+
+        Returns:
+            Weighted loss terms.
+        """
+        features, labels = self.labeled_half(batch.frames)
+        if batch.unlabeled is not None:
+            half = self.unlabeled_half(batch.unlabeled, step)
+            self.monitor.add(half, batch.unlabeled.ids)
+            features = CutFeatures.collate([features, half.features])
+            labels = [*labels, *half.labels]
+        return self.student.loss(self.student.decode(features, labels), labels)
+
+    def labeled_half(self, frames: tuple[Frame, ...]) -> tuple[CutFeatures, list[Labels]]:
+        """Encode labeled frames as a vehicle would: where the encoder is frozen, their features pass the codec too.
+
+        Args:
+            frames: Labeled frames.
+
+        Returns:
+            Features of all frames, and the labels of each.
+
+        Raises:
+            InvalidInput: A frame has no labels.
+        """
+        labels = labels_of(frames)
+        features = self.student.encode([f.points for f in frames])
+        return (features if self.method.trains == "all" else quantize_features(features, self.codec)), labels
+
+    def unlabeled_half(self, unlabeled: UnlabeledBatch, step: int) -> UnlabeledHalf:
+        """Make pseudo labels, paste and augment.
+
+        Args:
+            unlabeled: Smashed scenes or raw scans.
+            step: 0-based step, from which everything random is drawn.
+
+        Returns:
+            Features for the student, with labels.
+        """
+        method, config, scenes = self.method, self.config, unlabeled.scenes
+        if isinstance(scenes, CutFeatures):
+            rng = np.random.default_rng([config.loop.seed, step, 1])
+            return smashed_half(scenes, self.teacher, method=method, config=config, pasted_objects=self.pasted_objects, rng=rng)
+        return raw_half(scenes, self.teacher, self.student, method=method, config=config)
+
+    def finish(self, step: int) -> None:
+        """Update the teacher after the student's optimizer step, and write what is due into the log.
+
+        Args:
+            step: The 0-based step that is done.
+        """
+        update_ema(self.teacher, self.student, step, self.config.ema_decay)
+        self.monitor.finish_step(step)
+        if self.after_step is not None:
+            self.after_step(step, self.student)
+
+
+def unlabeled_reader(
+    method: Method, config: UpcycleConfig, *, store: SmashedStore | None, scans: UnlabeledBatches | None
+) -> Callable[[int], UnlabeledBatch | None]:
+    """Choose what fills the unlabeled half of every batch, once for the whole training.
+
+    Args:
+        method: `unlabeled` decides.
+        config: Number of scenes per step, and the seed of their order.
+        store: Smashed scenes of the fleet, for methods that use them.
+        scans: Raw scans of the fleet, for methods that use them.
+
+    Returns:
+        A function from a 0-based step to its unlabeled scenes; it gives None for methods that use none.
+
+    Raises:
+        InvalidInput: The method needs scenes or scans, and there are none.
+    """
+    if method.unlabeled == "smashed":
+        scenes = _given(
+            store,
+            "this method trains on smashed scenes and the store is empty; run `upcycle3d extract` and `upcycle3d ingest` first",
+        )
+
+        def read_scenes(step: int) -> UnlabeledBatch:
+            rows = epoch_indices(len(scenes), config.unlabeled_batch, step, config.loop.seed)
+            read = [scenes[i] for i in rows]
+            return UnlabeledBatch(scenes=collate_scenes(read), ids=tuple(s.scene_id for s in read))
+
+        return read_scenes
+    if method.unlabeled == "raw":
+        raw = _given(scans, "this method trains on raw unlabeled scans and has none; give the fleet's prepared dataset")
+
+        def read_scans(step: int) -> UnlabeledBatch:
+            read = raw(step)
+            return UnlabeledBatch(scenes=read, ids=tuple(scan.frame.id for scan in read))
+
+        return read_scans
+    return lambda step: None
+
+
+def _given(value: _Given | None, message: str) -> _Given:
+    """`value`, unless it is missing or empty."""
+    if not value:
+        raise InvalidInput(message)
+    return value
 
 
 def upcycle(
@@ -75,146 +242,71 @@ def upcycle(
     workers: int = 0,
     progress: bool = True,
 ) -> Detector:
-    """Train ``detector`` in place by ``method`` and return its EMA teacher, a detector too.
+    """Train a detector on labeled frames and unlabeled scenes, by UpCycling or by a method it is compared with.
 
-    labelled: the labelled frames of a step (``datasets.batches.LabeledBatches``); for the oracles those of the target.
-    store: verified smashed scenes; pasted_objects: F-GT's database, cut from the labelled split by the same encoder.
-    scans: the raw unlabelled scans, for the methods that need them.
-    truth: labels by scene id (of raw scans: by frame id), only to log how good pseudo labels are; nothing of it reaches training.
-    after_step(step, student): called after each 0-based step, to look at the student; it must leave it in training mode.
-    Raises InvalidInput if the method needs scenes or a database that are missing, and NonFiniteLoss from the loop.
+    Args:
+        detector: The source model. It is trained in place and is the student.
+        method: An entry of `METHODS`, or your own.
+        labeled: Gives the labeled frames of a 0-based step (`datasets.batches.LabeledBatches`). Oracles take the target's frames.
+        store: Verified smashed scenes of the fleet, made by this detector's encoder. None where the method uses none.
+        pasted_objects: Database of labeled objects for F-GT, cut from the labeled split by the same encoder. None without F-GT.
+        config: Settings that all methods share.
+        scans: Raw scans of the fleet, for the methods that train on them.
+        codec: Codec of the stored scenes. Labeled features pass it too where the encoder is frozen.
+        truth: True labels by scene id (for raw scans: by frame id). They only measure pseudo labels for the log; none reaches training.
+        run: Run folder for metrics and checkpoints. A training that was stopped goes on from its newest checkpoint.
+        after_step: Called with each 0-based step and the student, to look at it. It must leave the student in training mode.
+        workers: Processes that read batches ahead. The result does not depend on it.
+        progress: Whether to print progress.
+
+    Returns:
+        The EMA teacher, in evaluation mode. The result of a method is the student, which is `detector`.
+
+    Raises:
+        InvalidInput: The method needs scenes, scans or objects to paste that are missing.
+        NonFiniteLoss: A loss became NaN or infinite; the run folder keeps the last good weights.
+
+    Example:
+        >>> teacher = upcycle(
+        ...     detector, method=METHODS["upcycling"], labeled=labeled_batches, store=SmashedStore("runs/store"),
+        ...     pasted_objects=database, config=PRESETS["small"].upcycle,
+        ... )
+        >>> mine = replace(METHODS["upcycling"], augmentation=my_augmentation)  # (scene, labels, rng) -> (scene, labels)
     """
-    if method.unlabeled == "raw" and scans is None:
-        raise InvalidInput("this method learns from raw unlabelled scans and has none; give the fleet's prepared dataset")
-    if method.unlabeled == "smashed" and (store is None or len(store) == 0):
-        raise InvalidInput(
-            "this method learns from smashed scenes and the store is empty; run `upcycle3d extract` and `ingest` first"
-        )
-    if method.f_gt and (pasted_objects is None or len(pasted_objects) == 0):
-        raise InvalidInput("F-GT needs a feature database with objects; the labelled split has none with enough points")
+    unlabeled = unlabeled_reader(method, config, store=store, scans=scans)
+    if method.f_gt:
+        _given(pasted_objects, "F-GT needs a database with objects to paste; the labeled split has none with enough points")
     if method.self_training and scans is not None:
-        return self_train(
-            detector,
-            scans,
-            config=config.self_training,
-            thresholds=config.thresholds,
-            batch_size=config.labeled_batch + config.unlabeled_batch,  # as many scenes a step as the other methods
-            loop=config.loop,
-            ema_decay=config.ema_decay,
-            run=run,
-            after_step=after_step,
-            progress=progress,
-        )
+        return self_train(detector, scans, config=config, run=run, after_step=after_step, progress=progress)
     if method.trains != "all":
         detector.freeze_encoder()
     teacher = make_teacher(detector)
     if method.trains == "nothing":
         return teacher
+    step = UpcyclingStep(
+        detector,
+        teacher,
+        method=method,
+        config=config,
+        labeled=labeled,
+        unlabeled=unlabeled,
+        monitor=PseudoLabelMonitor(every=config.round_steps, truth=truth, run=run),
+        pasted_objects=pasted_objects if method.f_gt else None,
+        codec=codec,
+        after_step=after_step,
+    )
     detector.train()
-    seed, this_round = config.loop.seed, _Round()
-
-    def batch_at(step: int) -> UpcycleBatch:
-        frames = labeled(step)
-        if method.unlabeled == "raw" and scans is not None:
-            raw = scans(step)
-            return UpcycleBatch(frames=frames, raw=raw, scene_ids=tuple(scan.frame.id for scan in raw))
-        if method.unlabeled == "none" or store is None:
-            return UpcycleBatch(frames=frames)
-        scenes = [store[i] for i in epoch_indices(len(store), config.unlabeled_batch, step, seed)]
-        return UpcycleBatch(frames=frames, smashed=collate_scenes(scenes), scene_ids=tuple(s.scene_id for s in scenes))
-
-    def loss(batch: UpcycleBatch, step: int) -> LossTerms:
-        split = detector.encode([f.points for f in batch.frames])
-        labels = labels_of(batch.frames)
-        if method.trains != "all":
-            split = quantize_features(split, codec)
-        if batch.scene_ids:
-            scenes, pseudo = _unlabeled(batch, np.random.default_rng([seed, step, 1]))
-            split = CutFeatures.collate([split, *scenes])
-            labels += pseudo
-        return detector.loss(detector.decode(split, labels), labels)
-
-    def _unlabeled(batch: UpcycleBatch, rng: np.random.Generator) -> tuple[list[CutFeatures], list[Labels]]:
-        with torch.no_grad():
-            clean = (
-                teacher.encode([scan.frame.points for scan in batch.raw])
-                if batch.smashed is None
-                else batch.smashed.to(next(teacher.parameters()).device)
-            )
-            predictions = teacher.predict(teacher.decode(clean))
-        weight = config.teacher_box_weight
-        pseudo = [teacher_labels(p, config.thresholds, trusted=method.trusted, box_weight=weight) for p in predictions]
-        this_round.pseudo += pseudo
-        if truth is not None:
-            grid = clean.spec.grid
-            known = [(p, truth[i]) for p, i in zip(pseudo, batch.scene_ids, strict=True) if i in truth]
-            this_round.judged += [(p.to("cpu"), labels_in_range(t, grid)) for p, t in known]
-        if batch.smashed is None:  # the student sees each raw scan moved, and the teacher's boxes move along
-            moved = detector.encode([scan.moved().points for scan in batch.raw])
-            return [moved], [
-                labels_in_range(_moved(p, s.movement), clean.spec.grid) for p, s in zip(pseudo, batch.raw, strict=True)
-            ]
-        scenes = [clean.scene(i) for i in range(clean.batch_size)]
-        changed = [_change(*pair, rng) for pair in zip(scenes, pseudo, predictions, strict=True)]
-        if method.cut_mix:
-            order = rng.permutation(len(changed))
-            pairs = [(changed[i], changed[j]) for i, j in enumerate(order)]
-            changed = [cut_mix(a, labels_a, b, labels_b, rng) for (a, labels_a), (b, labels_b) in pairs]
-        return [s for s, _ in changed], [p for _, p in changed]
-
-    def _change(scene: CutFeatures, labels: Labels, found: Predictions, rng: np.random.Generator) -> tuple[CutFeatures, Labels]:
-        if method.f_gt and pasted_objects is not None:
-            obstacles = Boxes3D(data=found.boxes.data[found.iou_scores >= config.obstacle_score])
-            objects = sample_objects(pasted_objects, labels, obstacles, config.f_gt, rng)
-            if method.rotate_pasted:
-                blocked = torch.cat([labels.boxes.data, obstacles.data])
-                objects = rotate_objects(objects, blocked, scene.spec, config.f_gt, limit=method.rotate_pasted, rng=rng)
-            this_round.pasted += len(objects)
-            scene, labels = paste_objects(scene, labels, objects, config.f_gt, rng)
-        return method.augmentation(scene, labels, rng) if method.augmentation else (scene, labels)
-
-    def finish_step(step: int) -> None:
-        update_ema(teacher, detector, step, config.ema_decay)
-        if method.unlabeled != "none" and (step + 1) % config.round_steps == 0:
-            _log_round(this_round, step, run)
-        if after_step is not None:
-            after_step(step, detector)
-
     run_steps(
         modules={"student": detector, "teacher": teacher},
         trainable=[p for p in detector.parameters() if p.requires_grad],
-        batches=batch_at,
-        loss=loss,
-        after_step=finish_step,
+        batches=step.batch,
+        loss=step.loss,
+        after_step=step.finish,
         config=config.loop,
         run=run,
-        frame_ids=lambda batch: [*(f.id for f in batch.frames), *batch.scene_ids],
+        frame_ids=UpcycleBatch.ids,
         workers=workers,
         progress=progress,
     )
     detector.eval()
     return teacher
-
-
-def _moved(labels: Labels, movement: Movement) -> Labels:
-    return replace(labels, boxes=Boxes3D(data=movement.boxes(labels.boxes.data)))
-
-
-def _log_round(this_round: _Round, step: int, run: RunFolder | None) -> None:
-    scenes = max(len(this_round.pseudo), 1)
-    used = sum(int((p.weight > 0).sum()) for p in this_round.pseudo)
-    values = {
-        "labels_per_scene": used / scenes,
-        "ignored_per_scene": sum(len(p) for p in this_round.pseudo) / scenes - used / scenes,
-        "pasted_per_scene": this_round.pasted / scenes,
-    }
-    if this_round.judged:
-        quality = pseudo_label_quality(*zip(*this_round.judged, strict=True))
-        values |= {
-            "precision_50": quality.precision_50, "precision_70": quality.precision_70,
-            "recall_50": quality.recall_50, "recall_70": quality.recall_70, "mean_iou": quality.mean_iou,
-        }  # fmt: skip
-    if run is not None:
-        run.log(step, values, kind="pseudo_labels")
-    log.info("pseudo labels until step %d: %s", step, ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
-    this_round.pseudo, this_round.judged, this_round.pasted = [], [], 0

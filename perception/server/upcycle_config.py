@@ -23,8 +23,10 @@ class ScoreThresholds:
 
     iou_score: float
     """Minimum predicted IoU of a pseudo label, 0..1. Raise it when the logged precision is low, lower it when recall is low."""
+
     class_score: float
     """Minimum score of the classifier for a pseudo label, 0..1; 0 ignores the classifier."""
+
     ignore: float
     """Boxes with a predicted IoU from here up to `iou_score` are ignored: neither object nor background. Not above `iou_score`."""
 
@@ -42,14 +44,18 @@ class FeatureGtConfig:
     max_objects: tuple[int, ...]
     """How many objects F-GT pastes: one number per class. Each unlabeled scene is filled up to this number of objects of the class,
     pseudo labels included; 0 pastes none. Objects that would overlap another box are left out, so scenes may hold fewer."""
+
     min_points: int = 5
     """Minimum number of LiDAR points in a labeled object that may be pasted. Raise it when pasted objects are too faint."""
+
     margin_cells: float = 1.0
     """Cells added on each side of the box when an object's cells are cut out and replaced. The strided convolutions spread an object
     by less than one cell, so 1 takes all of it."""
+
     keypoint_margin: float = 0.2
     """Meters added to each full size of the box (half on each side) when an object's keypoints are cut out and replaced; used by
     PV-RCNN only. The default is the margin with which its keypoint head decides what lies in an object."""
+
     size_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Meters added to length, width and height of labeled objects before they are encoded and cut out; the labeled half of a batch
     is resized too. Set it when the fleet's objects are known to have another mean size (statistical normalization)."""
@@ -66,22 +72,32 @@ class FeatureGtConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SelfTrainingConfig:
-    """Settings of ST3D (`self_training.py`); only `--method st3d` reads them. The defaults are those of the ST3D release."""
+    """Settings of ST3D (`self_training.py`); only `--method st3d` reads them.
+
+    The defaults are those of its release for SECOND-IoU from Waymo to KITTI, where `relabel_steps` is 2 of 30 epochs.
+    """
 
     relabel_steps: int = 100
     """Steps between two rounds of labels. Each round runs the detector on every scan, so small values are slow."""
+
     ensemble: bool = True
     """Merge the labels of a round with those of the round before (memory ensemble). False takes the newest labels alone."""
+
     match_iou: float = 0.1
     """BEV IoU from which an old and a new box of one class are the same object."""
+
     ignore_after: int = 2
     """Rounds in a row without a match after which an old box is ignored instead of being a label."""
+
     remove_after: int = 3
     """Rounds in a row without a match after which an old box is forgotten."""
+
     object_scale: tuple[float, float] = (0.95, 1.05)
     """Lowest and highest factor by which each labeled object is resized at random, at the start of training."""
+
     growth: float = 1.1
     """Factor by which the ranges of augmentation grow at each fraction in `growth_at`. 1 keeps them as they are."""
+
     growth_at: tuple[float, ...] = (1 / 6, 1 / 3, 2 / 3, 5 / 6)
     """Fractions of training (0..1) at which the ranges of augmentation grow."""
 
@@ -92,23 +108,32 @@ class UpcycleConfig:
 
     loop: LoopConfig
     """Optimizer, number of steps, logging and checkpoints."""
+
     labeled_batch: int
     """Labeled frames per step."""
+
     unlabeled_batch: int
     """Unlabeled scenes (or raw scans) per step. Equal to `labeled_batch` in all presets."""
+
     thresholds: tuple[ScoreThresholds, ...]
     """Scores from which a teacher's box becomes a pseudo label: one entry per class, in the detector's order of classes."""
+
     f_gt: FeatureGtConfig
     """F-GT: the number of pasted objects (`max_objects`) and how they are cut out."""
+
     teacher_box_weight: float = 1.0
     """Weight of the box regression losses on the teacher's boxes with hybrid labels. Lower it, down to 0, when the teacher finds
     objects but places their boxes badly; pasted objects then teach the boxes."""
+
     obstacle_score: float = 0.1
     """Predicted IoU from which a teacher's box keeps its place free of pasted objects, even if it is no label: there may be an
     object. Raise it when too few objects are pasted."""
+
     ema_decay: float = 0.999
     """Upper limit of the EMA decay of the teacher; the decay rises to it as 1 - 1 / (step + 1). Short trainings need less, as 0.99."""
+
     round_steps: int = 50
     """Steps between two summaries of the pseudo labels in the log."""
+
     self_training: SelfTrainingConfig = SelfTrainingConfig()
     """Settings of `--method st3d`; the other methods ignore them."""

@@ -5,64 +5,24 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import resource
-import secrets
 import signal
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from uploads import ENCODER, KEYPOINT_SPEC, OTHER_ENCODER, OTHER_SPEC, SPEC, ingest_all, keypoint_scene, scene, upload
 
-from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid, cells_of_centers
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.smashed_scene import SmashedScene
 from upcycle3d.core.strict_json import canonical_json
 from upcycle3d.perception.server import ingest as ingest_module
 from upcycle3d.perception.server.ingest import IngestReport, StoreWriteError, ingest
-from upcycle3d.perception.server.store import BrokenStore, SmashedStore, collate_scenes
-from upcycle3d.perception.wire.codec import encode_scene, round_trip
-from upcycle3d.perception.wire.cut_json import CorruptScene
+from upcycle3d.perception.server.store import SmashedStore
+from upcycle3d.perception.wire.codec import round_trip
 from upcycle3d.perception.wire.manifest import read_manifest
-from upcycle3d.perception.wire.shards import ShardWriter
-
-GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.5, 0.5, 0.5))
-SPEC = CutSpec(layer="backbone.out", channels=4, stride=(4, 1, 1), shape=(2, 32, 32), grid=GRID)
-KEYPOINT_SPEC = replace(SPEC, keypoints=KeypointSpec(count=12, channels=3))
-OTHER_SPEC = CutSpec(layer="backbone.early", channels=4, stride=(2, 1, 1), shape=(2, 32, 32), grid=GRID)
-ENCODER, OTHER_ENCODER = "ab" * 32, "cd" * 32
-
-
-def scene(seed: int, voxels: int = 30, codec: str = "int8", fingerprint: str = ENCODER, spec: CutSpec = SPEC) -> SmashedScene:
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randperm(2048, generator=generator)[:voxels].sort().values
-    coords = torch.stack([index // 1024, index // 32 % 32, index % 32], 1).to(torch.int32)
-    features = torch.randn(voxels, 4, generator=generator).relu()
-    return SmashedScene(
-        spec=spec, coords=coords, features=features, codec=codec, encoder_fingerprint=fingerprint, scene_id=secrets.token_hex(16)
-    )
-
-
-def keypoint_scene(seed: int, keypoints: int) -> SmashedScene:
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randperm(8 * 32 * 32, generator=generator)[:keypoints]
-    cells = torch.stack([index // 1024, index // 32 % 32, index % 32], 1).to(torch.int32)
-    features = torch.randn(keypoints, 3, generator=generator)
-    return replace(scene(seed), spec=KEYPOINT_SPEC, keypoint_cells=cells, keypoint_features=features)
-
-
-def upload(folder: Path, scenes: list[SmashedScene]) -> Path:
-    """One shard of ``scenes`` in ``folder``; its manifest."""
-    first = scenes[0]
-    with ShardWriter(folder, spec=first.spec, fingerprint=first.encoder_fingerprint, codec=first.codec) as writer:
-        for s in scenes:
-            writer.add(s)
-    return writer.shards[0]
 
 
 @pytest.fixture
@@ -73,10 +33,6 @@ def incoming(tmp_path):
 @pytest.fixture
 def store(tmp_path):
     return tmp_path / "store"
-
-
-def run(incoming: Path, store: Path) -> IngestReport:
-    return ingest(incoming, store, expected_fingerprint=ENCODER, expected_spec=SPEC)
 
 
 def names(folder: Path) -> set[str]:
@@ -134,7 +90,7 @@ def in_fork(body: Callable[[], object]) -> int:
 def test_good_shards_move_into_the_store_and_every_scene_can_be_read(incoming, store):
     groups = [[scene(i) for i in range(3)], [scene(i, voxels=i, codec="fp16") for i in range(10, 12)], [scene(5, voxels=0)]]
     stems = [upload(incoming, group).stem for group in groups]
-    report = run(incoming, store)
+    report = ingest_all(incoming, store)
     assert sorted(report.accepted) == sorted(stems)
     assert (report.new_scenes, report.total_scenes) == (6, 6)
     assert names(incoming) == set()
@@ -151,9 +107,9 @@ def test_good_shards_move_into_the_store_and_every_scene_can_be_read(incoming, s
         assert smashed.voxels[i] == len(got.coords)
 
 
-def test_the_catalog_has_one_row_a_scene_that_points_at_its_bytes(incoming, store):
+def test_the_catalog_has_one_row_per_scene_that_points_at_its_bytes(incoming, store):
     manifest = read_manifest(upload(incoming, [scene(i, voxels=20 + i) for i in range(3)]))
-    run(incoming, store)
+    ingest_all(incoming, store)
     rows = pq.read_table(store / "catalogue.parquet").to_pylist()
     data = (store / "shards" / manifest.tar_name).read_bytes()
     assert [r["member"] for r in rows] == [m.name for m in manifest.members]
@@ -167,15 +123,15 @@ def test_the_catalog_has_one_row_a_scene_that_points_at_its_bytes(incoming, stor
 def test_a_duplicate_upload_is_reported_and_changes_nothing(incoming, store):
     path = upload(incoming, [scene(0)])
     copies = {p.name: p.read_bytes() for p in (path, path.with_suffix(".tar"))}
-    run(incoming, store)
+    ingest_all(incoming, store)
     before = (store / "catalogue.parquet").read_bytes()
     for name, data in copies.items():
         (incoming / name).write_bytes(data)
-    report = run(incoming, store)
+    report = ingest_all(incoming, store)
     assert (report.already_there, report.accepted, report.new_scenes, report.total_scenes) == ((path.stem,), (), 0, 1)
     assert names(incoming) == set()
     assert (store / "catalogue.parquet").read_bytes() == before
-    assert run(incoming, store).total_scenes == 1
+    assert ingest_all(incoming, store).total_scenes == 1
 
 
 def test_an_upload_that_is_not_complete_waits(incoming, store):
@@ -184,13 +140,13 @@ def test_an_upload_that_is_not_complete_waits(incoming, store):
     path.with_suffix(".tar").unlink()
     (incoming / f"{'0' * 32}.tar").write_bytes(b"x")
     (incoming / ".upload.tmp").write_bytes(tar[:100])
-    report = run(incoming, store)
+    report = ingest_all(incoming, store)
     assert {(r.shard, r.reason) for r in report.waiting} == {
         (path.stem, "its tar has not come yet"),
         ("0" * 32, "its manifest has not come yet"),
     }
     path.with_suffix(".tar").write_bytes(tar)
-    assert run(incoming, store).accepted == (path.stem,)
+    assert ingest_all(incoming, store).accepted == (path.stem,)
     assert names(incoming) == {f"{'0' * 32}.tar"}
 
 
@@ -201,7 +157,7 @@ def test_what_is_no_upload_is_left_alone_and_named(incoming, store, tmp_path):
     (incoming / "notes.txt").write_text("hello")
     (incoming / f"{'1' * 32}.tar").mkdir()
     (incoming / f"{'2' * 32}.json").symlink_to(secret)
-    report = run(incoming, store)
+    report = ingest_all(incoming, store)
     assert report.unrecognised == (f"{'1' * 32}.tar", f"{'2' * 32}.json", "notes.txt")
     assert (report.quarantined, report.waiting) == ((), ())
     assert secret.read_text() == "s"
@@ -212,7 +168,7 @@ def test_a_bad_shard_costs_no_good_one(incoming, store):
     bad = upload(incoming, [scene(0)])
     good = upload(incoming, [scene(1)])
     bad.write_bytes(b"{}")
-    report = run(incoming, store)
+    report = ingest_all(incoming, store)
     assert report.accepted == (good.stem,)
     assert [r.shard for r in report.quarantined] == [bad.stem]
     assert len(SmashedStore(store)) == 1
@@ -228,7 +184,7 @@ def test_one_flipped_bit_in_a_tar_is_found(incoming, store, place):
     data = bytearray(tar.read_bytes())
     data[place] ^= 4
     tar.write_bytes(data)
-    report = run(incoming, store)
+    report = ingest_all(incoming, store)
     assert_refused(report, incoming, store, path.stem, "")
     assert (store / "quarantine" / tar.name).read_bytes() == bytes(data)
 
@@ -246,7 +202,9 @@ def test_a_tar_of_another_length_is_found(incoming, store, where):
         "empty": b"",
     }
     tar.write_bytes(cut[where])
-    assert_refused(run(incoming, store), incoming, store, path.stem, "followed by other data" if where[0] == "t" else "cut off")
+    assert_refused(
+        ingest_all(incoming, store), incoming, store, path.stem, "followed by other data" if where[0] == "t" else "cut off"
+    )
 
 
 def rewritten(edit: Callable[[tarfile.TarInfo], None]) -> Callable[[bytearray], bytes]:
@@ -279,7 +237,7 @@ def link(info: tarfile.TarInfo) -> None:
 )
 def test_a_forged_tar_header_is_refused_even_with_a_matching_hash(incoming, store, edit, message):
     stem = damaged_shard(incoming, rewritten(edit))
-    assert_refused(run(incoming, store), incoming, store, stem, message)
+    assert_refused(ingest_all(incoming, store), incoming, store, stem, message)
 
 
 def test_damage_inside_a_member_is_found_even_if_the_tar_hash_matches(incoming, store):
@@ -288,7 +246,7 @@ def test_damage_inside_a_member_is_found_even_if_the_tar_hash_matches(incoming, 
         return data
 
     stem = damaged_shard(incoming, flip)
-    assert_refused(run(incoming, store), incoming, store, stem, "member 0")
+    assert_refused(ingest_all(incoming, store), incoming, store, stem, "member 0")
 
 
 @pytest.mark.parametrize(("place", "message"), [(-1025, "padding"), (-1, "end of the tar")])
@@ -298,7 +256,7 @@ def test_data_hidden_between_or_behind_members_is_found(incoming, store, place, 
         return data
 
     stem = damaged_shard(incoming, hide)
-    assert_refused(run(incoming, store), incoming, store, stem, message)
+    assert_refused(ingest_all(incoming, store), incoming, store, stem, message)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +280,7 @@ def test_data_hidden_between_or_behind_members_is_found(incoming, store, place, 
 )
 def test_a_manifest_that_lies_is_refused_with_what_it_lies_about(incoming, store, edit, message):
     stem = damaged_shard(incoming, lambda data: data, edit)
-    assert_refused(run(incoming, store), incoming, store, stem, message)
+    assert_refused(ingest_all(incoming, store), incoming, store, stem, message)
 
 
 def test_declared_sizes_take_no_memory(incoming, store):
@@ -333,7 +291,7 @@ def test_declared_sizes_take_no_memory(incoming, store):
     def body() -> None:
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (in_use + (128 << 20), -1))
-        assert_refused(run(incoming, store), incoming, store, stem, "cut at")
+        assert_refused(ingest_all(incoming, store), incoming, store, stem, "cut at")
 
     assert in_fork(body) == 0
 
@@ -341,7 +299,7 @@ def test_declared_sizes_take_no_memory(incoming, store):
 def test_another_encoders_or_another_cuts_features_are_refused(incoming, store):
     foreign = upload(incoming, [scene(0, fingerprint=OTHER_ENCODER)])
     early = upload(incoming, [scene(0, spec=OTHER_SPEC)])
-    reasons = {r.shard: r.reason for r in run(incoming, store).quarantined}
+    reasons = {r.shard: r.reason for r in ingest_all(incoming, store).quarantined}
     assert OTHER_ENCODER in reasons[foreign.stem]
     assert ENCODER in reasons[foreign.stem]
     assert "backbone.early" in reasons[early.stem]
@@ -355,7 +313,7 @@ def test_a_scene_of_another_encoder_inside_an_honest_looking_shard_is_refused(in
     record = json.loads(manifest_path.read_bytes())
     lie(record)
     manifest_path.write_bytes(canonical_json(record))
-    assert_refused(run(incoming, store), incoming, store, manifest_path.stem, "does not decode")
+    assert_refused(ingest_all(incoming, store), incoming, store, manifest_path.stem, "does not decode")
 
 
 def test_a_member_that_is_no_scene_is_refused(incoming, store):
@@ -371,15 +329,15 @@ def test_a_member_that_is_no_scene_is_refused(incoming, store):
     template["tar"] = {"name": f"{whole[:32]}.tar", "bytes": len(tar), "sha256": whole}
     (incoming / f"{whole[:32]}.tar").write_bytes(tar)
     (incoming / f"{whole[:32]}.json").write_bytes(canonical_json(template))
-    report = run(incoming, store)
+    report = ingest_all(incoming, store)
     assert "does not decode" in report.quarantined[0].reason
 
 
 def test_a_bad_manifest_cannot_take_a_stored_shard_away(incoming, store):
     path = upload(incoming, [scene(0)])
-    run(incoming, store)
+    ingest_all(incoming, store)
     path.write_bytes(b"{}")
-    report = run(incoming, store)
+    report = ingest_all(incoming, store)
     assert [r.shard for r in report.quarantined] == [path.stem]
     assert names(store / "shards") == pair(path.stem)
     assert len(SmashedStore(store)[0].coords) == 30
@@ -392,12 +350,12 @@ def test_a_second_bad_upload_under_the_same_name_keeps_the_first(incoming, store
     for bad in (good[:-1], good + b"x", good[:600]):
         path.write_bytes(manifest)
         tar.write_bytes(bad)
-        assert [r.shard for r in run(incoming, store).quarantined] == [path.stem]
+        assert [r.shard for r in ingest_all(incoming, store).quarantined] == [path.stem]
     kept = {(store / "quarantine" / f"{path.stem}{n}.tar").read_bytes() for n in ("", ".1", ".2")}
     assert kept == {good[:-1], good + b"x", good[:600]}
     path.write_bytes(manifest)
     tar.write_bytes(good)
-    assert run(incoming, store).accepted == (path.stem,)
+    assert ingest_all(incoming, store).accepted == (path.stem,)
 
 
 # ------------------------------------------------------------------------------------------------------ crashes and disks
@@ -416,9 +374,9 @@ def test_a_kill_between_any_two_renames_is_completed_by_the_next_run(incoming, s
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", dying)
-    assert in_fork(lambda: run(incoming, store)) == -signal.SIGKILL
+    assert in_fork(lambda: ingest_all(incoming, store)) == -signal.SIGKILL
     monkeypatch.setattr(os, "replace", replace)
-    report = run(incoming, store)
+    report = ingest_all(incoming, store)
     assert set(report.accepted) == stems
     assert (report.quarantined, report.waiting, names(incoming)) == ((), (), set())
     assert len({SmashedStore(store)[i].scene_id for i in range(3)}) == 3
@@ -439,7 +397,7 @@ def test_shards_cross_file_systems_by_copy(incoming, store, monkeypatch):
     good, bad = upload(incoming, [scene(0)]), upload(incoming, [scene(1)])
     bad.with_suffix(".tar").write_bytes(b"short")
     across_file_systems(monkeypatch)
-    report = run(incoming, store)
+    report = ingest_all(incoming, store)
     assert (report.accepted, [r.shard for r in report.quarantined], names(incoming)) == ((good.stem,), [bad.stem], set())
     assert (store / "quarantine" / f"{bad.stem}.tar").read_bytes() == b"short"
     assert len(SmashedStore(store)) == 1
@@ -455,11 +413,11 @@ def test_a_full_store_keeps_every_upload_and_goes_on_later(incoming, store, monk
 
         patch.setattr(os, "write", full)
         with pytest.raises(StoreWriteError, match="No space left on device"):
-            run(incoming, store)
+            ingest_all(incoming, store)
     assert names(incoming) == pair(path.stem)
     assert names(store / "shards") == set()
     assert not list((store / "shards").glob(".*"))
-    assert run(incoming, store).accepted == (path.stem,)
+    assert ingest_all(incoming, store).accepted == (path.stem,)
 
 
 def test_a_copy_that_differs_does_not_remove_the_upload(incoming, store, monkeypatch):
@@ -473,37 +431,37 @@ def test_a_copy_that_differs_does_not_remove_the_upload(incoming, store, monkeyp
 
     monkeypatch.setattr(ingest_module, "write_atomically", altered)
     with pytest.raises(StoreWriteError, match="differs"):
-        run(incoming, store)
+        ingest_all(incoming, store)
     assert names(incoming) == pair(path.stem)
     monkeypatch.undo()
-    assert run(incoming, store).accepted == (path.stem,)
+    assert ingest_all(incoming, store).accepted == (path.stem,)
 
 
 def test_two_ingests_do_not_meet(incoming, store):
     incoming.mkdir()
-    run(incoming, store)
+    ingest_all(incoming, store)
     with ingest_module._only_ingest(store), pytest.raises(StoreWriteError, match="another ingest"):
-        run(incoming, store)
+        ingest_all(incoming, store)
 
 
-# ------------------------------------------------------------------------------------------------------------- the store
+# ---------------------------------------------------------------------------------------------- one store, one kind of scene
 
 
 def test_deleted_shards_leave_the_catalog_and_a_lost_catalog_is_rebuilt(incoming, store):
     first, second = upload(incoming, [scene(0)]), upload(incoming, [scene(1)])
-    run(incoming, store)
+    ingest_all(incoming, store)
     for suffix in (".tar", ".json"):
         (store / "shards" / first.name).with_suffix(suffix).unlink()
-    report = run(incoming, store)
+    report = ingest_all(incoming, store)
     assert (report.gone, report.total_scenes) == ((first.stem,), 1)
     (store / "catalogue.parquet").unlink()
-    report = run(incoming, store)
+    report = ingest_all(incoming, store)
     assert (report.accepted, report.total_scenes) == ((second.stem,), 1)
 
 
 def test_one_store_holds_one_encoders_scenes(incoming, store):
     upload(incoming, [scene(0)])
-    run(incoming, store)
+    ingest_all(incoming, store)
     before = names(store / "shards")
     for _ in range(2):
         with pytest.raises(InvalidInput, match="use another folder"):
@@ -515,97 +473,10 @@ def test_one_store_holds_one_encoders_scenes(incoming, store):
 
 def test_arguments_that_make_no_sense_are_refused(tmp_path, incoming, store):
     with pytest.raises(InvalidInput, match="does not exist"):
-        run(tmp_path / "nowhere", store)
+        ingest_all(tmp_path / "nowhere", store)
     incoming.mkdir()
     with pytest.raises(InvalidInput, match="64 hexadecimal"):
         ingest(incoming, store, expected_fingerprint="x", expected_spec=SPEC)
-    with pytest.raises(BrokenStore, match="upcycle3d ingest"):
-        SmashedStore(store)
-
-
-def test_a_damaged_catalog_says_how_to_rebuild_it(incoming, store):
-    upload(incoming, [scene(0)])
-    run(incoming, store)
-    path = store / "catalogue.parquet"
-    good = path.read_bytes()
-    for bad in (b"", b"PAR1", good[: len(good) // 2]):
-        path.write_bytes(bad)
-        with pytest.raises(BrokenStore, match="rebuilt from the shards"):
-            SmashedStore(store)
-
-
-def test_a_scene_that_changed_on_disk_is_never_returned(incoming, store):
-    manifest = read_manifest(upload(incoming, [scene(0), scene(1)]))
-    run(incoming, store)
-    tar = store / "shards" / manifest.tar_name
-    data = bytearray(tar.read_bytes())
-    data[manifest.members[1].offset + 30] ^= 1
-    tar.write_bytes(data)
-    smashed = SmashedStore(store)
-    assert len(smashed[0].coords) == 30
-    with pytest.raises(CorruptScene, match="scene 1"):
-        smashed[1]
-    tar.unlink()
-    with pytest.raises(BrokenStore, match="scene 0"):
-        smashed[0]
-    for index in (2, -1):
-        with pytest.raises(IndexError):
-            smashed[index]
-
-
-def test_an_empty_store_has_no_scenes(incoming, store):
-    incoming.mkdir()
-    assert run(incoming, store).total_scenes == 0
-    assert len(SmashedStore(store)) == 0
-
-
-def test_forked_data_workers_read_the_same_scenes(incoming, store):
-    for i in range(2):
-        upload(incoming, [scene(2 * i), scene(2 * i + 1, voxels=10)])
-    run(incoming, store)
-    smashed = SmashedStore(store)
-    loader = DataLoader(smashed, batch_size=None, num_workers=2, multiprocessing_context="fork")
-    for i, got in enumerate(loader):
-        assert torch.equal(got.features, smashed[i].features)
-        assert got.scene_id == smashed[i].scene_id
-
-
-def test_smashed_scenes_become_one_batch_in_order_with_an_empty_last_scene():
-    scenes = [scene(0, voxels=5), scene(1, voxels=3), scene(2, voxels=0)]
-    batch = collate_scenes(scenes)
-    assert batch.batch_size == 3
-    assert batch.spec == SPEC
-    batch.voxels.check_range()
-    for i, s in enumerate(scenes):
-        assert torch.equal(batch.scene(i).voxels.coords[:, 1:], s.coords)
-        assert torch.equal(batch.scene(i).voxels.features, s.features)
-    with pytest.raises(InvalidInput, match="do not mix"):
-        collate_scenes([scenes[0], scene(0, fingerprint=OTHER_ENCODER)])
-    with pytest.raises(InvalidInput, match="at least one"):
-        collate_scenes([])
-
-
-def test_keypoints_are_catalogd_and_become_live_at_the_centers_of_their_cells(incoming, store):
-    scenes = [keypoint_scene(0, 12), keypoint_scene(1, 0), keypoint_scene(2, 5)]
-    upload(incoming, scenes)
-    ingest(incoming, store, expected_fingerprint=ENCODER, expected_spec=KEYPOINT_SPEC)
-    smashed = SmashedStore(store)
-    sent = {s.scene_id: s for s in scenes}
-    read = [smashed[i] for i in range(3)]
-    assert smashed.keypoints.tolist() == [len(s.keypoint_cells) for s in read]
-    assert sorted(smashed.keypoints.tolist()) == [0, 5, 12]
-    batch = collate_scenes(read)
-    assert batch.spec == KEYPOINT_SPEC
-    for i, s in enumerate(read):
-        live = batch.scene(i).keypoints
-        assert live.xyz.dtype == torch.float32
-        assert torch.equal(cells_of_centers(live.xyz, GRID), sent[s.scene_id].keypoint_cells)
-        assert torch.equal(live.features, round_trip(sent[s.scene_id].keypoint_features, "int8"))
-    one = replace(scenes[0], keypoint_cells=torch.tensor([[0, 1, 2]], dtype=torch.int32), keypoint_features=torch.ones(1, 3))
-    assert collate_scenes([one]).keypoints.xyz.tolist() == [[1.25, -7.25, -1.75]]
-    assert collate_scenes([scene(0)]).keypoints is None
-    with pytest.raises(InvalidInput, match="do not mix"):
-        collate_scenes([scene(0), scenes[0]])
 
 
 def test_a_shard_of_a_cut_without_keypoints_is_refused_where_keypoints_are_expected(incoming, store):
@@ -614,10 +485,3 @@ def test_a_shard_of_a_cut_without_keypoints_is_refused_where_keypoints_are_expec
     assert report.accepted == (other.stem,)
     assert [r.shard for r in report.quarantined] == [plain.stem]
     assert "count=12" in report.quarantined[0].reason
-
-
-def test_a_store_pickles_for_spawned_workers(incoming, store):
-    upload(incoming, [scene(0)])
-    run(incoming, store)
-    smashed = pickle.loads(pickle.dumps(SmashedStore(store)))
-    assert encode_scene(smashed[0]) == encode_scene(SmashedStore(store)[0])

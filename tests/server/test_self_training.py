@@ -6,31 +6,26 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle3d.core.cut import VoxelGrid
-from upcycle3d.core.structures import Boxes3D, Frame, PointCloud, Predictions
+import tiny
+from upcycle3d.core.structures import Boxes3D, Predictions
 from upcycle3d.datasets.augment import AugmentationRanges
 from upcycle3d.datasets.batches import UnlabeledBatches
-from upcycle3d.perception.models.anchors import AnchorClass
-from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
-from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
 from upcycle3d.perception.models.detector import Detector
-from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
-from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms
-from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
-from upcycle3d.perception.models.targets import RoiSampling
 from upcycle3d.perception.server.self_training import (
     LabelMemory,
-    Remembered,
-    ensemble,
-    grown,
-    remember,
+    ScanLabels,
+    SelfTrainingStep,
+    memory_ensemble,
+    scan_labels,
     self_train,
+    widened_ranges,
 )
 from upcycle3d.perception.server.upcycle_config import ScoreThresholds, SelfTrainingConfig
 from upcycle3d.perception.training import loop as loop_module
-from upcycle3d.perception.training.loop import LoopConfig
-from upcycle3d.perception.training.optim import OneCycle
+from upcycle3d.perception.training.ema import make_teacher
 from upcycle3d.perception.training.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = SelfTrainingConfig()
 THRESHOLDS = (ScoreThresholds(iou_score=0.6, class_score=0.0, ignore=0.2),)
@@ -40,9 +35,9 @@ def box(x: float) -> list[float]:
     return [x, 0.0, 0.0, 4.0, 2.0, 1.5, 0.0]
 
 
-def remembered(*entries: tuple[float, float, bool, int]) -> Remembered:
+def remembered(*entries: tuple[float, float, bool, int]) -> ScanLabels:
     """x of the box, score, positive, rounds missed."""
-    return Remembered(
+    return ScanLabels(
         boxes=torch.tensor([box(x) for x, *_ in entries]).view(-1, 7),
         classes=torch.zeros(len(entries), dtype=torch.int64),
         scores=torch.tensor([e[1] for e in entries]),
@@ -51,7 +46,7 @@ def remembered(*entries: tuple[float, float, bool, int]) -> Remembered:
     )
 
 
-def rows(labels: Remembered) -> list[tuple[float, float, bool, int]]:
+def rows(labels: ScanLabels) -> list[tuple[float, float, bool, int]]:
     columns = (labels.boxes[:, 0], labels.scores, labels.positive, labels.missed)
     return [(round(x, 3), round(s, 3), p, m) for x, s, p, m in zip(*(c.tolist() for c in columns), strict=True)]
 
@@ -62,45 +57,45 @@ def test_a_box_is_a_label_ignored_or_nothing_by_its_predicted_overlap():
         boxes=Boxes3D(data=torch.tensor([box(10.0 * k) for k in range(5)])), classes=torch.zeros(5, dtype=torch.int64),
         scores=scores, class_scores=torch.ones(5), iou_scores=scores,
     )  # fmt: skip
-    labels = remember(found, THRESHOLDS)
+    labels = scan_labels(found, THRESHOLDS)
     assert rows(labels) == [(0, 0.9, True, 0), (10, 0.6, True, 0), (20, 0.59, False, 0), (30, 0.2, False, 0)]
     assert labels.labels().weight.tolist() == [1, 1, 0, 0]
     assert labels.labels().complete
-    assert len(remember(Predictions.empty(), THRESHOLDS).boxes) == 0
+    assert len(scan_labels(Predictions.empty(), THRESHOLDS).boxes) == 0
 
 
 def test_of_two_boxes_of_one_object_the_higher_score_stays():
     old, new = remembered((0.0, 0.9, True, 1), (20.0, 0.3, False, 0)), remembered((0.5, 0.7, True, 0), (20.5, 0.8, True, 0))
-    assert rows(ensemble(old, new, CONFIG)) == [(0.0, 0.9, True, 0), (20.5, 0.8, True, 0)]
+    assert rows(memory_ensemble(old, new, CONFIG)) == [(0.0, 0.9, True, 0), (20.5, 0.8, True, 0)]
 
 
 def test_an_old_box_waits_is_ignored_and_then_removed_unless_it_is_seen_again():
     labels, nothing = remembered((0.0, 0.9, True, 0)), remembered()
     states = []
     for _ in range(3):
-        labels = ensemble(labels, nothing, CONFIG)
+        labels = memory_ensemble(labels, nothing, CONFIG)
         states.append(rows(labels))
     assert states == [[(0.0, 0.9, True, 1)], [(0.0, 0.9, False, 2)], []]
-    again = ensemble(remembered((0.0, 0.9, True, 2)), remembered((0.2, 0.5, False, 0)), CONFIG)
+    again = memory_ensemble(remembered((0.0, 0.9, True, 2)), remembered((0.2, 0.5, False, 0)), CONFIG)
     assert rows(again) == [(0.0, 0.9, True, 0)]
 
 
 def test_boxes_of_other_classes_or_far_away_are_other_objects():
     old, new = remembered((0.0, 0.9, True, 0)), remembered((3.9, 0.7, True, 0))  # 0.1 m of overlap: IoU under 0.1
-    assert rows(ensemble(old, new, CONFIG)) == [(3.9, 0.7, True, 0), (0.0, 0.9, True, 1)]
-    other = Remembered(**{**vars(remembered((0.0, 0.7, True, 0))), "classes": torch.tensor([1])})
-    assert len(ensemble(old, other, CONFIG).boxes) == 2
-    assert rows(ensemble(remembered(), new, CONFIG)) == rows(new)
+    assert rows(memory_ensemble(old, new, CONFIG)) == [(3.9, 0.7, True, 0), (0.0, 0.9, True, 1)]
+    other = ScanLabels(**{**vars(remembered((0.0, 0.7, True, 0))), "classes": torch.tensor([1])})
+    assert len(memory_ensemble(old, other, CONFIG).boxes) == 2
+    assert rows(memory_ensemble(remembered(), new, CONFIG)) == rows(new)
 
 
 def test_augmentation_grows_step_by_step():
     ranges = AugmentationRanges(yaw=(-0.4, 0.4), scale=(0.95, 1.05))
-    start, end = grown(ranges, CONFIG, 0.0), grown(ranges, CONFIG, 1.0)
+    start, end = widened_ranges(ranges, CONFIG, 0.0), widened_ranges(ranges, CONFIG, 1.0)
     assert start.yaw == (-0.4, 0.4)
     assert start.object_scale == pytest.approx((0.95, 1.05))
     assert end.yaw[1] == pytest.approx(0.4 * 1.1**4)
     assert end.scale == pytest.approx((1 - 0.05 * 1.1**4, 1 + 0.05 * 1.1**4))
-    assert grown(ranges, CONFIG, 0.4).yaw[1] == pytest.approx(0.4 * 1.1**2)
+    assert widened_ranges(ranges, CONFIG, 0.4).yaw[1] == pytest.approx(0.4 * 1.1**2)
 
 
 def test_labels_of_a_round_survive_on_disk(tmp_path):
@@ -114,47 +109,28 @@ def test_labels_of_a_round_survive_on_disk(tmp_path):
 # ---- training
 
 
-def detector() -> Detector:
-    torch.manual_seed(0)
-    config = SecondIouDetectorConfig(
-        encoder=SecondEncoderConfig(
-            grid=VoxelGrid(range=(0.0, -3.2, -1.0, 6.4, 3.2, 3.0), voxel_size=(0.1, 0.1, 0.1)), point_features=(),
-            channels=(2, 4, 4, 4, 8),
-        ),
-        decoder=SecondIouConfig(
-            anchors=(AnchorClass(name="Car", size=(2.0, 1.0, 1.0), bottom_z=0.0, matched=0.5, unmatched=0.3),),
-            bev=BevBackboneConfig(layers=(1, 1), channels=(8, 8), up_channels=(8, 8)), head_channels=8, pool_size=3,
-            train_proposals=ProposalNms(pre=64, iou=0.8, post=16), test_proposals=ProposalNms(pre=64, iou=0.7, post=8),
-            roi_sampling=RoiSampling(count=8), iou_target=(0.0, 1.0), final=FinalNms(score=0.0),
-        ),
-    )  # fmt: skip
-    return config.build()
-
-
-def scans() -> UnlabeledBatches:
-    generator = torch.Generator().manual_seed(1)
-    frames = [
-        Frame(
-            id=str(i),
-            points=PointCloud(
-                xyz=torch.rand(400, 3, generator=generator) * torch.tensor([6.4, 6.4, 2]) - torch.tensor([0, 3.2, 0.5]),
-                features=torch.zeros(400, 1),
-            ),
-        )
-        for i in range(3)
-    ]
-    return UnlabeledBatches(frames=frames, batch_size=2, seed=0, augmentation=AugmentationRanges())
+SCANS = UnlabeledBatches(
+    frames=[tiny.frame_with_car(seed) for seed in range(3)], batch_size=99, seed=0, augmentation=AugmentationRanges()
+)
+SETTINGS = tiny.upcycle_config(steps=6, labeled_batch=1, unlabeled_batch=1, self_training=SelfTrainingConfig(relabel_steps=3))
 
 
 def train(run: RunFolder | None = None) -> tuple[Detector, Detector]:
-    student = detector()
-    everything = (ScoreThresholds(iou_score=0.0, class_score=0.0, ignore=0.0),)
-    loop = LoopConfig(seed=0, optim=OneCycle(lr=0.003, total_steps=6), log_every=1, checkpoint_every=2)
-    teacher = self_train(
-        student, scans(), config=SelfTrainingConfig(relabel_steps=3), thresholds=everything, batch_size=2, loop=loop, run=run,
-        progress=False,
-    )  # fmt: skip
-    return student, teacher
+    student = tiny.source_model()
+    return student, self_train(student, SCANS, config=SETTINGS, run=run, progress=False)
+
+
+def test_a_step_reads_as_many_scans_as_both_halves_of_other_methods_and_their_labels_of_the_round():
+    student = tiny.source_model()
+    step = SelfTrainingStep(student, make_teacher(student), SCANS, config=SETTINGS)
+    rounds = [step.round_labels(s) for s in (0, 2, 3)]
+    assert [len(r) for r in rounds] == [3, 3, 3]
+    assert rounds[0] is rounds[1]
+    assert rounds[0] is not rounds[2]
+    batch = step.batch(4)
+    assert len(batch) == 2
+    assert all(frame.labels is not None and frame.labels.complete for frame in batch)
+    assert torch.equal(step.batch(4)[0].points.xyz, batch[0].points.xyz)
 
 
 def test_labels_are_made_each_round_and_everything_is_trained(tmp_path):
@@ -165,7 +141,7 @@ def test_labels_are_made_each_round_and_everything_is_trained(tmp_path):
         "round_0000.safetensors",
         "round_0001.safetensors",
     ]
-    before = detector().state_dict()
+    before = tiny.source_model().state_dict()
     changed = {n.split(".")[0] for n, v in student.named_parameters() if not torch.equal(v, before[n])}
     assert changed == {"encoder", "decoder"}
     assert not student.training

@@ -1,0 +1,154 @@
+"""The store: every scene is checked when it is read, and becomes live features that are bit for bit what a vehicle computed."""
+
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from uploads import ENCODER, GRID, KEYPOINT_SPEC, OTHER_ENCODER, SPEC, ingest_all, keypoint_scene, scene, upload
+
+import tiny
+from upcycle3d.core.cut import cells_of_centers
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.features import CutFeatures
+from upcycle3d.core.rig import RigSpec
+from upcycle3d.perception.server.ingest import ingest
+from upcycle3d.perception.server.store import BrokenStore, SmashedStore, collate_scenes, quantize_features
+from upcycle3d.perception.vehicle.extractor import Extractor
+from upcycle3d.perception.wire.codec import CODECS, decode_scene, encode_scene, round_trip
+from upcycle3d.perception.wire.cut_json import CorruptScene
+from upcycle3d.perception.wire.manifest import read_manifest
+
+
+@pytest.fixture
+def incoming(tmp_path):
+    return tmp_path / "incoming"
+
+
+@pytest.fixture
+def store(tmp_path):
+    return tmp_path / "store"
+
+
+def test_a_store_opens_from_a_string_and_a_folder_without_one_says_what_to_do(incoming, store):
+    upload(incoming, [scene(0)])
+    with pytest.raises(BrokenStore, match="upcycle3d ingest"):
+        SmashedStore(store)
+    ingest_all(incoming, store)
+    assert len(SmashedStore(str(store))) == 1
+
+
+def test_a_damaged_catalog_says_how_to_rebuild_it(incoming, store):
+    upload(incoming, [scene(0)])
+    ingest_all(incoming, store)
+    path = store / "catalogue.parquet"
+    good = path.read_bytes()
+    for bad in (b"", b"PAR1", good[: len(good) // 2]):
+        path.write_bytes(bad)
+        with pytest.raises(BrokenStore, match="rebuilt from the shards"):
+            SmashedStore(store)
+
+
+def test_a_scene_that_changed_on_disk_is_never_returned(incoming, store):
+    manifest = read_manifest(upload(incoming, [scene(0), scene(1)]))
+    ingest_all(incoming, store)
+    tar = store / "shards" / manifest.tar_name
+    data = bytearray(tar.read_bytes())
+    data[manifest.members[1].offset + 30] ^= 1
+    tar.write_bytes(data)
+    smashed = SmashedStore(store)
+    assert len(smashed[0].coords) == 30
+    with pytest.raises(CorruptScene, match="scene 1"):
+        smashed[1]
+    tar.unlink()
+    with pytest.raises(BrokenStore, match="scene 0"):
+        smashed[0]
+    for index in (2, -1):
+        with pytest.raises(IndexError):
+            smashed[index]
+
+
+def test_an_empty_store_has_no_scenes(incoming, store):
+    incoming.mkdir()
+    assert ingest_all(incoming, store).total_scenes == 0
+    assert len(SmashedStore(store)) == 0
+
+
+def test_forked_data_workers_read_the_same_scenes(incoming, store):
+    for i in range(2):
+        upload(incoming, [scene(2 * i), scene(2 * i + 1, voxels=10)])
+    ingest_all(incoming, store)
+    smashed = SmashedStore(store)
+    loader = DataLoader(smashed, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    for i, got in enumerate(loader):
+        assert torch.equal(got.features, smashed[i].features)
+        assert got.scene_id == smashed[i].scene_id
+
+
+def test_a_store_pickles_for_spawned_workers(incoming, store):
+    upload(incoming, [scene(0)])
+    ingest_all(incoming, store)
+    smashed = pickle.loads(pickle.dumps(SmashedStore(store)))
+    assert encode_scene(smashed[0]) == encode_scene(SmashedStore(store)[0])
+
+
+def test_smashed_scenes_become_one_batch_in_order_with_an_empty_last_scene():
+    scenes = [scene(0, voxels=5), scene(1, voxels=3), scene(2, voxels=0)]
+    batch = collate_scenes(scenes)
+    assert batch.batch_size == 3
+    assert batch.spec == SPEC
+    batch.voxels.check_range()
+    for i, s in enumerate(scenes):
+        assert torch.equal(batch.scene(i).voxels.coords[:, 1:], s.coords)
+        assert torch.equal(batch.scene(i).voxels.features, s.features)
+    with pytest.raises(InvalidInput, match="do not mix"):
+        collate_scenes([scenes[0], scene(0, fingerprint=OTHER_ENCODER)])
+    with pytest.raises(InvalidInput, match="at least one"):
+        collate_scenes([])
+
+
+def test_keypoints_are_cataloged_and_become_live_at_the_centers_of_their_cells(incoming, store):
+    scenes = [keypoint_scene(0, 12), keypoint_scene(1, 0), keypoint_scene(2, 5)]
+    upload(incoming, scenes)
+    ingest(incoming, store, expected_fingerprint=ENCODER, expected_spec=KEYPOINT_SPEC)
+    smashed = SmashedStore(store)
+    sent = {s.scene_id: s for s in scenes}
+    read = [smashed[i] for i in range(3)]
+    assert smashed.keypoints.tolist() == [len(s.keypoint_cells) for s in read]
+    assert sorted(smashed.keypoints.tolist()) == [0, 5, 12]
+    batch = collate_scenes(read)
+    assert batch.spec == KEYPOINT_SPEC
+    for i, s in enumerate(read):
+        live = batch.scene(i).keypoints
+        assert live.xyz.dtype == torch.float32
+        assert torch.equal(cells_of_centers(live.xyz, GRID), sent[s.scene_id].keypoint_cells)
+        assert torch.equal(live.features, round_trip(sent[s.scene_id].keypoint_features, "int8"))
+    one = replace(scenes[0], keypoint_cells=torch.tensor([[0, 1, 2]], dtype=torch.int32), keypoint_features=torch.ones(1, 3))
+    assert collate_scenes([one]).keypoints.xyz.tolist() == [[1.25, -7.25, -1.75]]
+    assert collate_scenes([scene(0)]).keypoints is None
+    with pytest.raises(InvalidInput, match="do not mix"):
+        collate_scenes([scene(0), scenes[0]])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_labeled_features_are_bit_for_bit_what_a_store_would_give(codec):
+    encoder = tiny.pv_rcnn(tiny.pv_rcnn_config(width=8, keypoints=64)).encoder.eval()
+    clouds = [tiny.frame_with_car(0).points, tiny.frame_with_car(1).points, tiny.NO_POINTS]
+    extractor = Extractor(encoder, RigSpec(), codec)
+    scenes = [
+        decode_scene(
+            encode_scene(extractor.smash(c)[0]), expected_spec=extractor.spec, expected_fingerprint=extractor.fingerprint
+        )
+        for c in clouds
+    ]
+    expected = collate_scenes(scenes)
+    encoder.requires_grad_(False)  # frozen, as in every method that learns from a store
+    live = CutFeatures.collate([encoder([c]) for c in clouds])
+    found = quantize_features(live, codec)
+    assert found.keypoints.starts == expected.keypoints.starts == (0, 64, 128, 128)
+    assert torch.equal(found.keypoints.xyz, expected.keypoints.xyz)
+    assert torch.equal(found.keypoints.features, expected.keypoints.features)
+    assert torch.equal(found.voxels.sorted().coords, expected.voxels.sorted().coords)
+    assert torch.equal(found.voxels.sorted().features, expected.voxels.sorted().features)
+    assert not torch.equal(found.keypoints.features, live.keypoints.features)
