@@ -111,7 +111,7 @@ def run_method(job: JobFolder, name: str, run: MethodRun) -> MethodResult:
     Returns:
         The scores.
     """
-    start, folder, preset = time.perf_counter(), job.method_folder(name), job.config.preset
+    start, folder = time.perf_counter(), job.method_folder(name)
     method, detector = METHODS[run.method], load_detector(job.source_model).to(job.options.device)
     config = replace(run.upcycle, loop=replace(run.upcycle.loop, seed=job.config.seed))
     with RunFolder.create(folder, config, seed=job.config.seed, resume=True) as log:

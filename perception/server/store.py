@@ -37,7 +37,7 @@ CATALOG = "catalogue.parquet"
 SHARDS = "shards"
 QUARANTINE = "quarantine"
 
-_HEADER_KEY = b"upcycle3d.smashed_catalog"
+_HEADER_KEY = b"upcycle3d.smashed_catalogue"  # the spelling in the files of version 0.1
 _VERSION = 2  # 2: keypoints
 _SCHEMA = pa.schema(
     [
