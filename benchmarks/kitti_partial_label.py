@@ -65,7 +65,7 @@ def one_job(preset: str, root: Path, out: Path, name: str, suffix: str, seed: in
         scans, ids = root / "training" / "velodyne_reduced", root / "ImageSets" / "unlabelled.txt"
         run(
             "extract",
-            "--encoder",
+            "--detector",
             source,
             "--scans",
             scans,
@@ -78,7 +78,7 @@ def one_job(preset: str, root: Path, out: Path, name: str, suffix: str, seed: in
             "--json",
             job / "extract.json",
         )
-        run("ingest", job / "shards", "--store", store, "--encoder", source)
+        run("ingest", job / "shards", "--store", store, "--detector", source)
     results = {}
     for method in ("source_only", *METHODS):
         folder = job / method
@@ -94,9 +94,7 @@ def one_job(preset: str, root: Path, out: Path, name: str, suffix: str, seed: in
                     "--detector",
                     folder,
                     "--data",
-                    data,
-                    "--split",
-                    f"val{suffix}",
+                    f"{data}:val{suffix}",
                     "--overlaps",
                     overlaps,
                     "--json",

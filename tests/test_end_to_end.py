@@ -23,7 +23,7 @@ from upcycle3d.tools import extract
 from upcycle3d.tools.console import run_command
 
 RIG = RigSpec(z_shift=1.73)
-SCANS = ("--encoder", "{0}/source", "--out", "{0}/refused", "--scans", "{0}/raw/training/velodyne_reduced")
+SCANS = ("--detector", "{0}/source", "--out", "{0}/refused", "--scans", "{0}/raw/training/velodyne_reduced")
 
 
 def upcycle3d(command: str, *arguments: object) -> None:
@@ -44,8 +44,8 @@ def chain(tmp_path_factory) -> Path:
     steps = ("--preset.train.loop.optim.total-steps", 3, "--workers", 0)
     upcycle3d("train", "small", "--data", data, "--out", root / "source", *steps)
     scans = raw / "training" / "velodyne_reduced"
-    upcycle3d("extract", "--encoder", root / "source", "--scans", scans, "--ids", raw / "ImageSets" / "fleet.txt", *rig, "--out", root / "shards", "--receipts", root / "receipts.json", "--json", root / "extract.json")  # fmt: skip
-    upcycle3d("ingest", root / "shards", "--store", root / "store", "--encoder", root / "source", *rig)
+    upcycle3d("extract", "--detector", root / "source", "--scans", scans, "--ids", raw / "ImageSets" / "fleet.txt", *rig, "--out", root / "shards", "--receipts", root / "receipts.json", "--json", root / "extract.json")  # fmt: skip
+    upcycle3d("ingest", root / "shards", "--store", root / "store", "--detector", root / "source", *rig)
     steps = ("--preset.upcycle.loop.optim.total-steps", 2, "--preset.upcycle.round-steps", 1, "--workers", 0)
     upcycle3d("upcycle", "small", "--data", data, "--detector", root / "source", "--store", root / "store", "--truth", root / "receipts.json", data, *rig, "--out", root / "upcycled", *steps)  # fmt: skip
     return root
@@ -62,7 +62,7 @@ def test_extraction_reports_bytes_beside_the_raw_scan(chain):
 def extracted(chain: Path, out: Path, *arguments: object, rig: RigSpec = RIG) -> dict[str, SmashedScene]:
     """The scenes that an extraction into ``out`` left there, by scan."""
     receipts = out / "receipts" / "list.json"
-    upcycle3d("extract", "--encoder", chain / "source", "--out", out, "--receipts", receipts, *arguments)
+    upcycle3d("extract", "--detector", chain / "source", "--out", out, "--receipts", receipts, *arguments)
     fingerprint = encoder_fingerprint(load_encoder(chain / "source" / "encoder.safetensors"), rig)
     scan_of, scenes = json.loads(receipts.read_text()), {}
     for path in out.glob("*.json"):
@@ -82,7 +82,7 @@ def test_prepared_frames_and_full_turns_cropped_to_the_camera_smash_like_the_cam
         behind = replace(points, xyz=points.xyz * torch.tensor([-1.0, 1.0, 1.0]))
         both = replace(points, xyz=torch.cat([points.xyz, behind.xyz]), features=torch.cat([points.features, behind.features]))
         write_bin(tmp_path / "full" / f"{name}.bin", both)
-    prepared = extracted(chain, tmp_path / "b", "--data", chain / "data", "--split", "fleet")
+    prepared = extracted(chain, tmp_path / "b", "--data", f"{chain / 'data'}:fleet")
     cropped = extracted(chain, tmp_path / "c", "--scans", tmp_path / "full", "--calib", kitti / "calib", "--rig.z-shift", 1.73)
     assert json.loads((chain / "data" / "dataset.json").read_text())["rig"] == {"z_shift": 1.73, "intensity_scale": 1.0}
     for other in (prepared, cropped):
@@ -95,7 +95,7 @@ def test_prepared_frames_and_full_turns_cropped_to_the_camera_smash_like_the_cam
 def test_shards_are_added_to_only_when_asked_and_receipts_are_kept(chain, tmp_path, capsys):
     scans = chain / "raw" / "training" / "velodyne_reduced"
     first = extracted(chain, tmp_path, "--scans", scans / "000000.bin", "--rig.z-shift", 1.73)
-    again = ["--encoder", str(chain / "source"), "--scans", str(scans / "000001.bin"), "--out", str(tmp_path)]
+    again = ["--detector", str(chain / "source"), "--scans", str(scans / "000001.bin"), "--out", str(tmp_path)]
     assert run_command(extract.command, again) == 2
     assert "--append" in capsys.readouterr().err
     both = extracted(chain, tmp_path, "--scans", scans / "000001.bin", "--rig.z-shift", 1.73, "--append")
@@ -105,7 +105,7 @@ def test_shards_are_added_to_only_when_asked_and_receipts_are_kept(chain, tmp_pa
 def test_an_extraction_without_a_scene_fails_after_its_report(chain, tmp_path, capsys):
     (tmp_path / "wide.bin").write_bytes(torch.rand(30).numpy().tobytes())
     arguments = [
-        "--encoder",
+        "--detector",
         chain / "source",
         "--scans",
         tmp_path / "wide.bin",
@@ -206,7 +206,7 @@ def test_inspect_reads_a_shard_in_the_store(chain):
 
 
 def test_view_draws_frames_with_detections(chain):
-    upcycle3d("view", "--data", chain / "data", "--split", "val", "--detector", chain / "upcycled", "--out", chain / "pictures")
+    upcycle3d("view", "--data", f"{chain / 'data'}:val", "--detector", chain / "upcycled", "--out", chain / "pictures")
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (chain / "pictures").iterdir())
 
 
@@ -223,10 +223,10 @@ def test_doctor_checks_the_sparse_convolution(chain):
         ("upcycle", ("small", "--data", "{0}/data", "--detector", "{0}/source", "--out", "{0}/x"), "extract"),
         ("upcycle", ("kitti_small", "--data", "{0}/data", "--detector", "{0}/source", "--out", "{0}/x"), "preset"),
         ("predict", ("--detector", "{0}/nowhere", "--scans", "{0}/raw", "--out", "{0}/x"), "no detector"),
-        ("ingest", ("{0}/nowhere", "--store", "{0}/store", "--encoder", "{0}/source"), "nowhere"),
-        ("ingest", ("{0}/store/shards", "--store", "{0}/other", "--encoder", "{0}/nowhere"), "encoder"),
-        ("evaluate", ("run", "--detector", "{0}/source", "--data", "{0}/data", "--split", "vla"), "val"),
-        ("inspect", ("{0}/raw",), "no shard"),
+        ("ingest", ("{0}/nowhere", "--store", "{0}/store", "--detector", "{0}/source"), "nowhere"),
+        ("ingest", ("{0}/store/shards", "--store", "{0}/other", "--detector", "{0}/nowhere"), "encoder"),
+        ("evaluate", ("run", "--detector", "{0}/source", "--data", "{0}/data:vla"), "val"),
+        ("inspect", ("{0}/raw",), "not a shard"),
         ("evaluate", ("run", "--detector", "{0}/source", "--data", "{0}/extract.json"), "Not a directory: {0}/extract.json"),
         ("evaluate", ("run", "--detector", "{0}/source", "--data", "{0}/data", "--device", "cuda:99"), "no device 'cuda:99'"),
         (
@@ -246,7 +246,7 @@ def test_doctor_checks_the_sparse_convolution(chain):
             (*SCANS, "--ids", "{0}/raw/ImageSets/fleet.txt", "--scans", "{0}/raw/training/velodyne_reduced/000000.bin"),
             "3 of the 3 scans",
         ),
-        ("extract", (*SCANS, "--split", "train"), "--split names a split of --data"),
+        ("extract", (*SCANS, "--split", "train"), "write --data DIR:SPLIT"),
         (
             "extract",
             (*SCANS, "--scans", "{0}/raw/training/velodyne_reduced", "{0}/raw/training/velodyne_reduced/000000.bin"),
@@ -254,7 +254,7 @@ def test_doctor_checks_the_sparse_convolution(chain):
         ),
         ("extract", (*SCANS, "--data", "{0}/data"), "either --scans"),
         ("extract", (*SCANS[:4], "--data", "{0}/data", "--rig.z-shift", "2"), "was prepared with the rig z_shift 1.73"),
-        ("extract", (*SCANS[:4], "--data", "{0}/data", "--drop-non-finite"), "say how --scans are read"),
+        ("extract", (*SCANS[:4], "--data", "{0}/data", "--drop-non-finite"), "belong to --scans"),
     ],
 )
 def test_mistakes_become_one_sentence_and_exit_code_2(chain, capsys, command, arguments, message):
@@ -299,13 +299,11 @@ def test_the_same_commands_serve_pv_rcnn(chain, tmp_path):
     steps = ("--preset.train.loop.optim.total-steps", 2, "--workers", 0)
     upcycle3d("train", "small_pv_rcnn", "--data", data, "--out", tmp_path / "source", *steps)
     scans = ("--scans", raw / "training" / "velodyne_reduced", "--ids", raw / "ImageSets" / "fleet.txt")
-    upcycle3d("extract", "--encoder", tmp_path / "source", *scans, *rig, "--codec", "int8", "--out", tmp_path / "shards")
-    upcycle3d("ingest", tmp_path / "shards", "--store", tmp_path / "store", "--encoder", tmp_path / "source", *rig)
+    upcycle3d("extract", "--detector", tmp_path / "source", *scans, *rig, "--codec", "int8", "--out", tmp_path / "shards")
+    upcycle3d("ingest", tmp_path / "shards", "--store", tmp_path / "store", "--detector", tmp_path / "source", *rig)
     steps = ("--preset.upcycle.loop.optim.total-steps", 1, "--workers", 0)
     upcycle3d("upcycle", "small_pv_rcnn", "--data", data, "--detector", tmp_path / "source", "--store", tmp_path / "store", *rig, "--out", tmp_path / "upcycled", *steps)  # fmt: skip
-    upcycle3d(
-        "evaluate", "run", "--detector", tmp_path / "upcycled", "--data", data, "--split", "val", "--json", tmp_path / "ap.json"
-    )
+    upcycle3d("evaluate", "run", "--detector", tmp_path / "upcycled", "--data", f"{data}:val", "--json", tmp_path / "ap.json")
     assert "Car" in json.loads((tmp_path / "ap.json").read_text())
     scene = SmashedStore(tmp_path / "store")[0]
     assert 0 < len(scene.keypoint_cells) <= 1024
@@ -313,6 +311,6 @@ def test_the_same_commands_serve_pv_rcnn(chain, tmp_path):
     steps = ("--preset.train.loop.optim.total-steps", 1, "--workers", 0)
     reference = ("--preset.detector.encoder.keypoint-source", "raw_points")
     upcycle3d("train", "small_pv_rcnn", "--data", data, "--out", tmp_path / "reference", *reference, *steps)
-    refused = ["--encoder", tmp_path / "reference", *scans, *rig, "--out", tmp_path / "refused"]
+    refused = ["--detector", tmp_path / "reference", *scans, *rig, "--out", tmp_path / "refused"]
     assert run_command(extract.command, [str(a) for a in refused]) == 2
     assert not list((tmp_path / "refused").glob("*.tar"))

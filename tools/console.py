@@ -1,4 +1,4 @@
-"""What every command shares: running a function with errors printed as sentences, tables, and results as JSON."""
+"""What every command shares: it runs a function, prints errors as sentences, and writes tables and JSON."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from rich.table import Table
 
 from ..core.errors import InvalidInput, UpcycleError
 
-# Wide where nobody watches, so that tables in a log keep their words.
+# Wide where the output is not a terminal, so that tables in a log keep their words.
 console = Console(stderr=False, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-# By command (its module's name): what an earlier version took, and what to write now. Several words name an option with its values.
+# By command (its module's name): an option of version 0.1 and what to write now. Several words name an option with its values.
 RENAMED_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "experiment_upcycling": {"--variants": "--methods", "--cells": "--results", "--checkpoints": "--source-models"},
+    "extract": {"--encoder": "--detector", "--split": "--data DIR:SPLIT"},
+    "ingest": {"--encoder": "--detector"},
+    "view": {"--split": "--data DIR:SPLIT"},
+    "evaluate": {"--split": "--data DIR:SPLIT"},
+    "prepare": {"--labelled": "--labeled", "--neighbours": "--neighbors"},
     "train": {"--split": "--data DIR:SPLIT"},
     "upcycle": {"--checkpoint": "--detector", "--split": "--data DIR:SPLIT", "--raw DIR SPLIT": "--raw DIR:SPLIT"},
 }
@@ -44,11 +49,18 @@ def _refuse_renamed(command: str, arguments: Sequence[str]) -> None:
 def run_command(
     function: Callable[..., Any], arguments: Sequence[str] | None = None, *, program: str | None = None, parsed_as: Any = None
 ) -> int:
-    """Parse ``arguments`` into the type of ``function``'s one parameter and call it. Returns the exit code.
+    """Parse arguments into the type of a function's one parameter and call the function.
 
-    parsed_as: another type to parse, whose values are of the parameter's type (subcommands with defaults).
+    Errors that the user can mend become one message without a traceback.
 
-    Errors that the user can mend become one message, without a traceback.
+    Args:
+        function: The command.
+        arguments: Words of the command line; those of the program by default.
+        program: Name in usage and errors.
+        parsed_as: Another type to parse, whose values are of the parameter's type (subcommands with defaults).
+
+    Returns:
+        Exit code: 0, 2 after an error, 130 after an interrupt.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -75,13 +87,23 @@ def run_command(
 
 
 def device(name: str) -> torch.device:
-    """The device called ``name``: cpu, cuda or cuda:N. Raises InvalidInput if this machine has none such."""
+    """Find a device.
+
+    Args:
+        name: `cpu`, `cuda` or `cuda:N`.
+
+    Returns:
+        The device.
+
+    Raises:
+        InvalidInput: This machine has no such device.
+    """
     try:
         found = torch.device(name)
     except RuntimeError as error:
-        raise InvalidInput(f"{name!r} is no device; give cpu, cuda or cuda:N") from error
+        raise InvalidInput(f"{name!r} is not a device; give cpu, cuda or cuda:N") from error
     if found.type not in ("cpu", "cuda"):
-        raise InvalidInput(f"this program runs on cpu and cuda, asked for {name!r}")
+        raise InvalidInput(f"this program runs on cpu and cuda, found {name!r}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise InvalidInput(
             f"there is no device {name!r} here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
@@ -99,7 +121,13 @@ def _escape(text: str) -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A short table; numbers are aligned to the right."""
+    """Print a short table with numbers aligned to the right.
+
+    Args:
+        title: Text above the table.
+        header: One name per column.
+        rows: One value per column in each row.
+    """
     table = Table(title=title, title_justify="left", title_style="bold")
     body = [[f"{c:.2f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
     for i, name in enumerate(header):
@@ -115,7 +143,12 @@ def _is_number(text: str) -> bool:
 
 
 def write_json(path: Path | None, value: object) -> None:
-    """The result for machines, atomically; nothing without a path."""
+    """Write a result as JSON, atomically.
+
+    Args:
+        path: File to write; None writes nothing.
+        value: JSON values.
+    """
     if path is None:
         return
     from ..core.files import write_atomically
@@ -125,7 +158,15 @@ def write_json(path: Path | None, value: object) -> None:
 
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a line every tenth elsewhere. Gives a function to call with (done, total)."""
+    """Show progress: a bar on a terminal, a line per tenth elsewhere.
+
+    Args:
+        what: Text in front of the bar.
+        total: Number of steps.
+
+    Yields:
+        A function to call with (steps done, steps in all).
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     if not console.is_terminal:

@@ -29,6 +29,7 @@ from ..perception.evaluation.waymo_json import WaymoLabelFile, read_waymo_detect
 from ..perception.evaluation.waymo_objects import WaymoDetections, write_waymo_objects
 from ..perception.training.detector_files import load_detector
 from .console import console, device, print_table, run_command, write_json
+from .data_option import DataOption
 from .predict import boxes_json
 
 OVERLAPS: Mapping[str, Mapping[str, MinOverlap]] = {"official": OFFICIAL, "loose": LOOSE}
@@ -94,10 +95,8 @@ class Run:
 
     detector: Path
     """run folder, or a detector.safetensors or teacher.safetensors"""
-    data: Path
-    """prepared dataset"""
-    split: str = "val"
-    """split to score on"""
+    data: DataOption
+    """Prepared dataset to score on, `DIR[:SPLIT]`; `val` where no split is named."""
     protocol: Protocol | None = None
     """the dataset's own by default; cross_dataset is ST3D's: KITTI's AP without a camera"""
     detections: Path | None = None
@@ -160,7 +159,7 @@ def _named(frame_id: str, frame: WaymoLabelFile, found: Predictions, in_zone: Te
 
 
 def _evaluate_run(what: Run) -> None:
-    frames = PreparedDataset(what.data, what.split)
+    frames = what.data.or_split("val").open()
     overlaps = OVERLAPS[what.overlaps]
     protocol = what.protocol or own_protocol(frames)
     if what.objects is not None and protocol != "waymo":

@@ -1,4 +1,4 @@
-"""``upcycle3d ingest``: the server side takes shards in, after verifying every byte."""
+"""`upcycle3d ingest`: the server takes shards in after it has verified every byte. Read next: `perception/server/ingest.py`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .console import console, print_table, run_command, write_json
 
 @dataclass(frozen=True, kw_only=True)
 class Ingest:
-    """Verify uploaded shards and move them into a store; what fails goes to STORE/quarantine with the reason."""
+    """Verify uploaded shards and move them into a store. A shard that fails goes to STORE/quarantine with the reason."""
 
     incoming: tyro.conf.Positional[Path]
-    """folder with uploaded shards"""
+    """Folder with the uploaded shards."""
     store: Path
-    """folder of the store"""
-    encoder: Path
-    """the encoder the fleet runs (encoder.safetensors or its run folder); features of any other are refused"""
+    """Folder of the store."""
+    detector: Path
+    """Run folder of the detector whose encoder the fleet runs, or the encoder file alone. Features of another encoder are refused."""
     rig: RigSpec = field(default_factory=RigSpec)
-    """the fleet's rig, as given to extract"""
+    """The fleet's rig, the same as in `extract`."""
     json: Path | None = None
-    """also write the result for machines"""
+    """Also write the result to this file as JSON."""
 
 
 def command(config: Ingest) -> None:
-    """Take shards in. Safe to run again, and after a crash."""
-    encoder = load_encoder(config.encoder / "encoder.safetensors" if config.encoder.is_dir() else config.encoder)
+    """Take shards in. It is safe to run this again, also after a crash."""
+    encoder = load_encoder(config.detector)
     report = ingest(
         config.incoming,
         config.store,

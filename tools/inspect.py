@@ -1,4 +1,4 @@
-"""``upcycle3d inspect``: what a shard, a store, a run folder, a detector or a prepared dataset holds."""
+"""`upcycle3d inspect`: what a shard, a store, a run folder, a detector or a prepared dataset holds."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Inspect:
     """Say what a path holds: a shard (.tar or its .json), a store, a run folder, weights, an encoder or a prepared dataset."""
 
     path: tyro.conf.Positional[Path]
-    """what to look at"""
+    """The file or folder to look at."""
     json: Path | None = None
-    """also write the result for machines"""
+    """Also write the result to this file as JSON."""
 
 
 def command(config: Inspect) -> None:
@@ -37,13 +37,23 @@ def command(config: Inspect) -> None:
     path = config.path
     if not path.exists():
         raise InvalidInput(f"there is nothing at {path}")
-    kind, facts = describe(path)
+    kind, facts = facts_of(path)
     print_table(f"{kind}: {path}", ("what", "value"), list(facts.items()))
     write_json(config.json, {"kind": kind, **facts})
 
 
-def describe(path: Path) -> tuple[str, dict[str, object]]:
-    """What kind of thing lies at ``path``, and the facts about it."""
+def facts_of(path: Path) -> tuple[str, dict[str, object]]:
+    """Find out what lies at a path.
+
+    Args:
+        path: A file or folder.
+
+    Returns:
+        Its kind in words, and facts about it by name.
+
+    Raises:
+        InvalidInput: It is nothing that this program writes.
+    """
     if path.suffix in (".tar", ".json") and path.with_suffix(".json").exists():
         return "shard", _shard(path.with_suffix(".json"))
     if (path / CATALOG).exists():
@@ -54,7 +64,7 @@ def describe(path: Path) -> tuple[str, dict[str, object]]:
         return "prepared dataset", _prepared(path)
     if path.suffix == ".safetensors":
         return "weights", _weights(path)
-    raise InvalidInput(f"{path} is no shard, store, run folder, prepared dataset or safetensors file of this program")
+    raise InvalidInput(f"{path} is not a shard, store, run folder, prepared dataset or safetensors file of this program")
 
 
 def _shard(manifest_path: Path) -> dict[str, object]:
@@ -62,23 +72,23 @@ def _shard(manifest_path: Path) -> dict[str, object]:
     sizes = [m.length for m in manifest.members]
     return {
         "scenes": len(sizes),
-        "bytes a scene": round(sum(sizes) / max(len(sizes), 1)),
+        "bytes per scene": round(sum(sizes) / max(len(sizes), 1)),
         "cut": manifest.spec.layer,
         "channels": manifest.spec.channels,
         "grid at the cut (z, y, x)": manifest.spec.shape,
         **_keypoints(manifest.spec),
         "codec": manifest.codec,
         "encoder fingerprint": manifest.encoder_fingerprint,
-        "tar there": manifest_path.with_suffix(".tar").exists(),
+        "tar file present": manifest_path.with_suffix(".tar").exists(),
     }
 
 
 def _keypoints(spec: CutSpec) -> dict[str, object]:
-    """What a cut has beside its cells, if it has."""
+    """Facts about the keypoints of a cut; empty without keypoints."""
     return (
         {}
         if spec.keypoints is None
-        else {"keypoints a scene, at most": spec.keypoints.count, "channels of keypoints": spec.keypoints.channels}
+        else {"keypoints per scene, at most": spec.keypoints.count, "channels per keypoint": spec.keypoints.channels}
     )
 
 
@@ -87,13 +97,13 @@ def _store(path: Path) -> dict[str, object]:
     quarantine = sorted((path / "quarantine").glob("*.reason.txt"))
     facts: dict[str, object] = {
         "scenes": len(store),
-        "cells a scene, median": int(store.voxels.median()) if len(store) else 0,
+        "cells per scene, median": int(store.voxels.median()) if len(store) else 0,
         "codecs": ", ".join(store.codecs),
         "cut": store.spec.layer,
         **_keypoints(store.spec),
     }
     if store.spec.keypoints is not None and len(store):
-        facts["keypoints a scene, median"] = int(store.keypoints.median())
+        facts["keypoints per scene, median"] = int(store.keypoints.median())
     return facts | {
         "encoder fingerprint": store.fingerprint,
         "quarantined shards": len(quarantine),
@@ -127,10 +137,10 @@ def _prepared(path: Path) -> dict[str, object]:
 def _weights(path: Path) -> dict[str, object]:
     file = read_tensors(path)
     tensors, meta = file.tensors, file.meta
-    facts: dict[str, object] = {"tensors": len(tensors), "numbers": sum(t.numel() for t in tensors.values())}
+    facts: dict[str, object] = {"tensors": len(tensors), "values": sum(t.numel() for t in tensors.values())}
     facts |= {name: value if len(value) < 200 else value[:200] + "…" for name, value in meta.items()}
     if meta.get("format", "").startswith("upcycle3d encoder"):
-        facts["fingerprint with a rig of nothing"] = encoder_fingerprint(load_encoder(path), RigSpec())
+        facts["fingerprint without a rig"] = encoder_fingerprint(load_encoder(path), RigSpec())
     return facts
 
 

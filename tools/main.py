@@ -1,4 +1,8 @@
-"""The one program: ``upcycle3d COMMAND …``. Only the asked-for command is imported, so that the vehicle loads no server code."""
+"""The one program: `upcycle3d COMMAND …`.
+
+Only the module of the given command is imported, so `--help` is fast and the vehicle loads no server code. To add a command, write one file in
+this folder with an options dataclass and a function `command`, and add a line to `COMMANDS`.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,13 @@ from collections.abc import Collection
 
 from .. import __version__
 
-# Before torch loads its thread pool: threads that wait by spinning take the cores from everything else on a shared machine
-# (measured: steps of 4 s instead of 0.4 s beside another process). Set the variable yourself to overrule.
+# Set before torch starts its thread pool: threads that wait by spinning take the cores from everything else on a shared machine
+# (measured next to another process: steps of 4 s instead of 0.4 s). Set the variable yourself to use another policy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Command -> (module, one line). The module's function ``command`` is the command.
+# Command: (module, one line). The module's function `command` is the command.
 COMMANDS = {
+<<<<<<< HEAD
     "demo": ("demo", "the whole story on simulated data in a few minutes, ending in a report"),
     "simulate": ("simulate", "write a simulated LiDAR dataset in a native layout from a seed"),
     "prepare": ("prepare", "index, verify and split a dataset, build its GT database; resumable"),
@@ -33,6 +38,24 @@ COMMANDS = {
     "inspect": ("inspect", "what a shard, a store, a run, a detector or a prepared dataset holds"),
     "view": ("view", "bird's-eye-view pictures of frames, labels and detections"),
     "doctor": ("doctor", "what is installed here and which backends run"),
+=======
+    "demo": ("demo", "the whole job on simulated data in a few minutes, with a report"),
+    "simulate": ("simulate", "write a simulated LiDAR dataset in the layout of KITTI, Waymo or Lyft"),
+    "prepare": ("prepare", "read, check and split a dataset once, and build its object database; resumable"),
+    "train": ("train", "train a detector on labeled frames"),
+    "import": ("import_weights", "load published OpenPCDet weights (SECOND, SECOND-IoU, PV-RCNN) as a detector"),
+    "extract": ("extract", "vehicle: turn scans into shards of smashed scenes"),
+    "ingest": ("ingest", "server: verify shards, quarantine bad ones, add the rest to a store"),
+    "upcycle": ("upcycle", "train on labeled frames and smashed scenes, by UpCycling or a baseline (--method)"),
+    "bench upcycling": ("bench", "UpCycling and what it is compared with, over seeds, in one resumable command"),
+    "adapt features": ("adapt", "GLC: label target features when the classes differ too"),
+    "adapt detector": ("adapt_detector", "GLC on a detector's proposals: labels and unknown scores on another domain"),
+    "predict": ("predict", "find objects in a scan or in a folder of scans"),
+    "evaluate": ("evaluate", "compute AP by the protocol of KITTI, Waymo, Lyft or ST3D"),
+    "inspect": ("inspect", "say what a shard, store, run folder, detector or prepared dataset holds"),
+    "view": ("view", "draw frames, labels and detections in BEV"),
+    "doctor": ("doctor", "say what is installed and which backends run"),
+>>>>>>> 7a10d9e (A run folder is --detector and a prepared split is DIR[:SPLIT] in every command; options of the data, vehicle and picture commands have texts)
 }
 
 # Commands of an earlier version, and what to write now.
@@ -40,7 +63,7 @@ RENAMED_COMMANDS = {"bench upcycling": "experiment upcycling"}
 
 
 def main() -> None:
-    """Entry point of the ``upcycle3d`` program."""
+    """Entry point of the `upcycle3d` program."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())

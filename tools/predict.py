@@ -1,4 +1,4 @@
-"""``upcycle3d predict``: boxes for a scan or a folder of scans."""
+"""`upcycle3d predict`: boxes for a scan or a folder of scans."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from .console import console, device, print_table, progress_bar, run_command, wr
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Detect objects in scans. Boxes are written in the scan's own frame, one file a scan."""
+    """Detect objects in scans. Boxes are written in the sensor frame, one file per scan."""
 
     detector: Path
-    """run folder, or a detector.safetensors or teacher.safetensors"""
+    """Run folder, `detector.safetensors` or `teacher.safetensors`."""
     scans: tuple[Path, ...]
-    """scan files (.bin, .npy, .pcd) or folders of them"""
+    """Scan files (.bin, .npy, .pcd) or folders of them."""
     out: Path
-    """folder to write"""
+    """Folder for the detections."""
     format: Literal["json", "kitti"] = "json"
-    """json: boxes in the LiDAR frame; kitti: text in the camera frame, needs --calib"""
+    """`json`: boxes in the sensor frame. `kitti`: text in the camera frame, which needs `--calib`."""
     calib: Path | None = None
-    """folder of KITTI calibration files, for --format kitti"""
+    """Folder of KITTI calibration files, for `--format kitti`."""
     columns: tuple[str, ...] = ()
-    """values of a row in file order, `_` skips one; x y z intensity by default"""
+    """Names of the values in one row, in file order; `_` skips one. By default x y z intensity."""
     drop_non_finite: bool = False
-    """leave out points with NaN or inf instead of refusing the scan"""
+    """Leave out points with NaN or inf. Without this option such a scan is refused."""
     rig: RigSpec = field(default_factory=RigSpec)
-    """mounting height and intensity scale of these scans"""
+    """Mounting height and intensity scale of these scans."""
     min_score: float = 0.1
-    """weaker detections are left out"""
+    """Detections with a lower score are left out."""
     device: str = "cpu"
-    """cpu or cuda"""
+    """`cpu`, `cuda` or `cuda:N`."""
     json: Path | None = None
-    """also write a summary for machines"""
+    """Also write the number of boxes per scan to this file as JSON."""
 
 
 def command(config: Predict) -> None:
-    """Boxes for a scan or a folder of scans."""
+    """Find objects in a scan or in a folder of scans."""
     if config.format == "kitti" and config.calib is None:
-        raise InvalidInput("KITTI's text format lies in the camera frame: give --calib, or use --format json")
+        raise InvalidInput("KITTI's text format is in the camera frame, so it needs --calib; or use --format json")
     target = device(config.device)
     detector = load_detector(config.detector).to(target)
     scans = scan_files(config.scans)
@@ -77,7 +77,15 @@ def command(config: Predict) -> None:
 
 
 def boxes_json(found: Predictions, class_names: tuple[str, ...]) -> list[dict[str, object]]:
-    """One record a box: class, score, x y z (centre), dx dy dz, yaw; metres and radians, LiDAR frame."""
+    """Detections as JSON values.
+
+    Args:
+        found: Detections of one scan.
+        class_names: Names of the class numbers.
+
+    Returns:
+        One record per box: class, score, x y z of the center, dx dy dz, yaw; meters and radians, in the frame of the boxes.
+    """
     names = ("x", "y", "z", "dx", "dy", "dz", "yaw")
     return [
         {"class": class_names[c], "score": round(s, 4)} | {n: round(v, 3) for n, v in zip(names, box, strict=True)}

@@ -1,4 +1,4 @@
-"""``upcycle3d simulate``: a simulated LiDAR dataset in a native layout, from a seed."""
+"""`upcycle3d simulate`: a simulated LiDAR dataset in the layout of KITTI, Waymo or Lyft, from a seed."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from .console import console, print_table, progress_bar, run_command, write_json
 
 @dataclass(frozen=True, kw_only=True)
 class Simulate:
-    """Write a simulated dataset: ray-cast scans, labels, calibration and splits, in the layout the readers know.
+    """Write a simulated dataset: ray-cast scans, labels, calibration and splits, in a layout that the readers know.
 
-    The same domain, seed and frame give the same bytes on any number of processes; a second call completes a first one.
+    The same domain, seed and frame give the same bytes with any number of processes. A second call completes an interrupted one.
     """
 
     domain: Literal["kitti", "waymo", "lyft"]
-    """which sensor on which streets (docs/simulation.md)"""
+    """Sensor and streets (docs/simulation.md)."""
     out: Path
-    """folder to write; the dataset's root"""
+    """Folder to write, the root of the dataset."""
     frames: int = 100
-    """number of frames"""
+    """Number of frames."""
     seed: int = 0
-    """everything follows from it"""
+    """Everything follows from it."""
     view: Literal["camera", "full"] = "camera"
-    """camera: only what a front camera sees (fast); full: the whole turn"""
+    """`camera`: only what a front camera sees, which is fast; `full`: the whole turn."""
     layout: Literal["kitti", "waymo", "lyft"] = "kitti"
-    """native layout of the files; waymo (v2 tables) and lyft want `--view full`, as their labels go all around"""
+    """Layout of the files. `waymo` (v2 tables) and `lyft` need `--view full`, because their labels go all around."""
     splits: tuple[tuple[str, int], ...] = (("train", 0),)
-    """names and sizes of the splits in order, as `train 80 val 20`; one size may be 0: it takes the rest"""
+    """Names and sizes of the splits in order, such as `train 80 val 20`. One size may be 0: it takes the rest."""
     workers: int = 2
-    """processes"""
+    """Processes. The bytes do not depend on their number."""
     json: Path | None = None
-    """also write the result for machines"""
+    """Also write the result to this file as JSON."""
 
 
 def command(config: Simulate) -> None:
-    """Write a simulated LiDAR dataset in a native layout from a seed."""
+    """Write a simulated LiDAR dataset from a seed."""
     from ..datasets.simulation.layout_kitti import write_kitti_layout
     from ..datasets.simulation.layout_lyft import write_lyft_layout
     from ..datasets.simulation.layout_waymo import write_waymo_layout
@@ -65,16 +65,26 @@ def command(config: Simulate) -> None:
 
 
 def split_sizes(splits: Sequence[tuple[str, int]], frames: int) -> dict[str, int]:
-    """Name -> size, the one size of 0 replaced by what the others leave of ``frames``.
+    """Replace the one size of 0 by the number of frames that the other splits leave.
 
-    Raises InvalidInput for a name twice, a negative size, more than one 0, or sizes that ask for more than there is.
+    Args:
+        splits: Name and size of each split.
+        frames: Number of frames.
+
+    Returns:
+        Size by name.
+
+    Raises:
+        InvalidInput: A name stands twice, a size is negative, more than one size is 0, or the sizes are too large.
     """
     asked = " ".join(f"{name} {size}" for name, size in splits)
     sizes = dict(splits)
     rest = frames - sum(sizes.values())
     open_ended = [name for name, size in sizes.items() if size == 0]
     if len(sizes) < len(splits) or min(sizes.values(), default=0) < 0 or len(open_ended) > 1:
-        raise InvalidInput(f"--splits {asked}: give each name once and no negative size; one size at most may be 0 (the rest)")
+        raise InvalidInput(
+            f"--splits {asked}: give each name once and no negative size; only one size may be 0 (it takes the rest)"
+        )
     if rest < len(open_ended):
         raise InvalidInput(f"--splits {asked}: {frames} frames are not enough; raise --frames, or make the splits smaller")
     return {name: size or rest for name, size in sizes.items()}

@@ -1,4 +1,4 @@
-"""``upcycle3d view``: bird's-eye-view pictures of prepared frames, their labels, and what a detector finds."""
+"""`upcycle3d view`: pictures in BEV of prepared frames, their labels, and the objects that a detector finds."""
 
 from __future__ import annotations
 
@@ -7,38 +7,42 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.files import write_atomically
-from ..datasets.prepared import PreparedDataset
 from ..perception.training.detector_files import load_detector
 from ..perception.viz.bev import bev_png
 from .console import print_table, run_command, write_json
+from .data_option import DataOption
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """Draw frames of a prepared dataset from above, as PNG. Needs no screen."""
+    """Draw frames of a prepared dataset in BEV, as PNG files. This needs no screen."""
 
-    data: Path
-    """prepared dataset"""
+    data: DataOption
+    """Prepared dataset, `DIR[:SPLIT]`; all frames where no split is named."""
     out: Path
-    """folder for pictures"""
-    split: str | None = None
-    """split to draw; every frame by default"""
+    """Folder for the pictures."""
     detector: Path | None = None
-    """also draw what this detector finds"""
+    """Run folder or detector file. Its detections are drawn too."""
     limit: int = 8
-    """number of frames at most"""
+    """Highest number of frames to draw."""
     range: tuple[float, float, float, float] = (0.0, -25.6, 51.2, 25.6)
-    """x0 y0 x1 y1 in m"""
+    """Part to draw: x0 y0 x1 y1 in meters."""
     min_score: float = 0.3
-    """weaker detections are not drawn"""
+    """Detections with a lower score are left out."""
     json: Path | None = None
-    """also write the list of pictures for machines"""
+    """Also write the list of pictures to this file as JSON."""
 
 
 def command(config: View) -> None:
+<<<<<<< HEAD
     """Bird's-eye-view pictures of frames, labels and detections."""
     frames = PreparedDataset(config.data, config.split)
     detector = load_detector(config.detector) if config.detector else None
+=======
+    """Draw frames, labels and detections in BEV."""
+    frames = config.data.open()
+    detector = load_detector(config.detector)[0] if config.detector else None
+>>>>>>> 7a10d9e (A run folder is --detector and a prepared split is DIR[:SPLIT] in every command; options of the data, vehicle and picture commands have texts)
     written = []
     for i in range(min(len(frames), config.limit)):
         frame = frames[i]

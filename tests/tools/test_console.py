@@ -44,7 +44,7 @@ def test_a_full_disk_or_path_is_named_and_nothing_else_is_hidden(capsys):
         run_command(nameless, [])
 
 
-@pytest.mark.parametrize(("name", "message"), [("cuda:99", "sees"), ("gpu", "is no device"), ("meta", "cpu and cuda")])
+@pytest.mark.parametrize(("name", "message"), [("cuda:99", "sees"), ("gpu", "is not a device"), ("meta", "cpu and cuda")])
 def test_a_device_that_is_not_there_is_refused(name, message):
     assert device("cpu").type == "cpu"
     with pytest.raises(InvalidInput, match=message):

@@ -82,7 +82,7 @@ def test_one_split_takes_the_rest_wherever_it_stands():
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ((("train", 0), ("val", 0)), "one size at most"),
+        ((("train", 0), ("val", 0)), "only one size"),
         ((("train", 3), ("val", -1)), "no negative size"),
         ((("train", 1), ("train", 2)), "each name once"),
         ((("train", 4), ("val", 2)), "5 frames are not enough"),

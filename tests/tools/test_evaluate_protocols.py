@@ -185,7 +185,7 @@ def lay_out(data: Path, layout: str) -> None:
 
 def evaluate_run(data: Path, *more: object) -> Any:
     out = data.parent / "result.json"
-    assert run("run", "--detector", "any", "--data", data, "--split", "all", "--json", out, *more) == 0
+    assert run("run", "--detector", "any", "--data", f"{data}:all", "--json", out, *more) == 0
     return json.loads(out.read_text())
 
 
@@ -198,7 +198,7 @@ def test_a_dataset_is_scored_by_its_own_protocol(prepared: Path, capsys: pytest.
     lay_out(prepared, "lyft")
     assert evaluate_run(prepared)["classes"]["car"]["AP"] == pytest.approx(100)
     lay_out(prepared, "kitti")
-    assert run("run", "--detector", "any", "--data", prepared, "--split", "all") == 2  # its label files are not there
+    assert run("run", "--detector", "any", "--data", f"{prepared}:all") == 2  # its label files are not there
     assert "no label file" in capsys.readouterr().err
 
 
@@ -211,12 +211,12 @@ def test_another_protocol_may_be_asked_for(prepared: Path, capsys: pytest.Captur
     assert "bev" in printed
     assert "bbox" not in printed  # of boxes that were made up
     assert evaluate_run(prepared, "--protocol", "lyft")["mAP"] == pytest.approx(100)
-    assert run("run", "--detector", "any", "--data", prepared, "--split", "all", "--protocol", "kitti") == 2
+    assert run("run", "--detector", "any", "--data", f"{prepared}:all", "--protocol", "kitti") == 2
     assert "--protocol cross_dataset is KITTI's AP without them" in capsys.readouterr().err
 
 
 def test_a_layout_without_a_protocol_asks_for_one(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("run", "--detector", "any", "--data", prepared, "--split", "all") == 2
+    assert run("run", "--detector", "any", "--data", f"{prepared}:all") == 2
     assert "the layout 'folder', which has no protocol of its own; choose one with --protocol" in capsys.readouterr().err
     assert evaluate_run(prepared, "--protocol", "waymo")["Vehicle"]["all"]["LEVEL_2"]["ap"] == pytest.approx(100)
 
@@ -236,7 +236,7 @@ def test_a_run_writes_the_official_message_of_frames_that_say_their_time(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ("--objects", tmp_path / "objects.bin")
-    one = ("run", "--detector", "any", "--data", prepared, "--split", "all", *out)
+    one = ("run", "--detector", "any", "--data", f"{prepared}:all", *out)
     assert run(*one, "--protocol", "waymo") == 2
     assert "frame ids CONTEXT_TIMESTAMP" in capsys.readouterr().err
     assert run(*one, "--protocol", "lyft") == 2
