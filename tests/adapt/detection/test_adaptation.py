@@ -1,7 +1,6 @@
 """From proposals and labels to new labels: matching by hand, class maps, the classifier, adaptation, metrics, and what is refused."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,20 +32,13 @@ from upcycle3d.perception.adapt.detection.proposals import DetectorProposals, Pr
 from upcycle3d.perception.adapt.glc.adapter import AdaptConfig
 from upcycle3d.perception.adapt.glc.unknown_rule import UnknownRule
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("Car", "Pedestrian", "Cyclist")
 TARGET = (*NAMES, "Truck", "Animal", "Odd")
 # Trucks are proposed as cars and animals as people: a detector knows no other sizes.
 SIZES = torch.tensor([[4.0, 1.8, 1.6], [0.8, 0.6, 1.7], [1.8, 0.6, 1.7], [4.2, 1.9, 1.7], [0.9, 0.6, 1.6], [4.0, 1.8, 1.6]])
 SHARES = (0.25, 0.12, 0.08, 0.1, 0.1, 0.35)  # of cars, .., animals, and of proposals on nothing
 MEANS = torch.from_numpy(np.random.default_rng(5).normal(size=(6, 24))).float() * 1.3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def scenes(n: int, *, open_set: bool, shift: float, seed: int, frames: int = 40) -> tuple[DetectorProposals, list[Labels]]:

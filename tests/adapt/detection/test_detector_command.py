@@ -1,74 +1,52 @@
-"""``upcycle3d adapt detector``: a detector, source labels and target scans in; detections, numbers and a report out."""
+"""`upcycle3d adapt detector` and `adapt_detector`: a detector, source labels and target scans in; detections, numbers and a report out."""
 
 import json
-from collections.abc import Iterator
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from upcycle3d.core.cut import VoxelGrid
-from upcycle3d.core.rig import RigSpec
-from upcycle3d.core.structures import Frame, Labels, PointCloud
-from upcycle3d.datasets.prepare import prepare
-from upcycle3d.datasets.prepared import PreparedDataset
+import tiny
+import upcycle3d
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.structures import Frame, Labels
+from upcycle3d.datasets.prepared import PreparedDataset, prepare
+from upcycle3d.perception.adapt.detection.class_map import map_by_name
 from upcycle3d.perception.adapt.detection.open_set import OpenSetConfig, baselines
+from upcycle3d.perception.adapt.detection.proposal_classifier import ClassifierConfig
 from upcycle3d.perception.adapt.detection.proposal_collection import collect_from_frames
 from upcycle3d.perception.adapt.detection.proposal_file import load_proposals
 from upcycle3d.perception.adapt.detection.proposals import ProposalSelection
-from upcycle3d.perception.models.anchors import AnchorClass
-from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
-from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
-from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
 from upcycle3d.perception.models.post_processing import ProposalNms
-from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
-from upcycle3d.perception.server.ingest import ingest
-from upcycle3d.perception.training.detector_files import save_detector
-from upcycle3d.perception.vehicle.extractor import Extractor, extract
-from upcycle3d.perception.wire.shards import ShardWriter
+from upcycle3d.perception.server.store import SmashedStore
+from upcycle3d.perception.training.detector_files import load_detector, save_detector
 from upcycle3d.tools import adapt_detector
 from upcycle3d.tools.console import run_command
 
-GRID = VoxelGrid(range=(0.0, -6.4, -1.0, 12.8, 6.4, 3.0), voxel_size=(0.1, 0.1, 0.1))
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("Car", "Pedestrian")
-TINY = SecondIouDetectorConfig(
-    encoder=SecondEncoderConfig(grid=GRID, point_features=(), channels=(4, 8, 8, 8, 16)),
-    decoder=SecondIouConfig(
-        anchors=(
-            AnchorClass(name="Car", size=(1.6, 0.8, 1.6), bottom_z=0.0, matched=0.55, unmatched=0.40),
-            AnchorClass(name="Pedestrian", size=(0.8, 0.8, 1.7), bottom_z=0.0, matched=0.35, unmatched=0.2),
-        ),
-        bev=BevBackboneConfig(layers=(1, 1), channels=(16, 16), up_channels=(16, 16)),
-        head_channels=16,
-        pool_size=3,
-        test_proposals=ProposalNms(pre=256, iou=0.3, post=40),
-    ),
+CONFIG = tiny.second_iou_config(
+    anchors=(replace(tiny.CAR_ANCHOR, size=(1.6, 0.8, 1.6)), tiny.PEDESTRIAN_ANCHOR),
+    test_proposals=ProposalNms(pre=256, iou=0.3, post=40),
 )
 FAST = ("--classifier.epochs", "2", "--classifier.width", "8", "--epochs", "2", "--proposals.score", "0.0")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def scan(seed: int) -> Frame:
     generator = torch.Generator().manual_seed(seed)
     xyz = torch.rand(500, 3, generator=generator) * torch.tensor([12.0, 12.0, 1.5]) - torch.tensor([0.0, 6.0, 0.0])
-    return Frame(id=f"{seed:06d}", points=PointCloud(xyz=xyz, features=torch.zeros(len(xyz), 1)))
+    return Frame(id=f"{seed:06d}", points=tiny.cloud(xyz))
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A detector with random weights, and scans labelled by its own proposals: every second is an object, the rest background."""
+    """A detector with random weights, and scans labeled by its own proposals: every second is an object, the rest background."""
     folder = tmp_path_factory.mktemp("adapt_detector")
-    torch.manual_seed(0)
-    detector = TINY.build().eval()
-    save_detector(folder / "run" / "detector.safetensors", detector)
+    detector = tiny.second_iou(CONFIG).eval()
+    save_detector(folder / "run" / "detector.safetensors", detector, CONFIG)
     frames = [scan(s) for s in range(6)]
     found = collect_from_frames(detector, frames, ProposalSelection(score=0.0), data="x")
     for name, classes, part in (("source", NAMES, range(3)), ("target", (*NAMES, "Animal"), range(3, 6))):
@@ -76,15 +54,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in part:
             boxes = found.of_frame(i).boxes.data[::2]
             labels = Labels.make(boxes, torch.arange(len(boxes)) % len(classes))
-            labeled.append(replace(frames[i], labels=labels, rig=RigSpec(z_shift=0.5)))
+            labeled.append(replace(frames[i], labels=labels))
         ids = [f.id for f in labeled]
-        prepare(labeled, ids, folder / name, splits={"train": ids}, classes=classes, workers=0)
-    extractor = Extractor(detector.encoder, RigSpec(), "fp16")
-    with ShardWriter(folder / "shards", spec=extractor.spec, fingerprint=extractor.fingerprint, codec="fp16") as writer:
-        extract([lambda f=f: f.points for f in frames[3:]], extractor, writer)
-    (folder / "no_shards").mkdir()
-    for incoming, store in (("shards", "store"), ("no_shards", "empty_store")):
-        ingest(folder / incoming, folder / store, expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
+        prepare(labeled, ids, folder / name, splits={"train": ids}, classes=classes, notes={"z_shift": 0.5}, workers=0)
+    tiny.store(folder / "fleet", detector, [f.points for f in frames[3:]])
+    (folder / "empty").mkdir()
+    tiny.store(folder / "empty", detector, [])
     return folder
 
 
@@ -141,12 +116,12 @@ def test_without_the_source_its_classifier_is_enough(root: Path, tmp_path: Path)
 
 def test_a_fleets_smashed_scenes_are_a_target(root: Path, tmp_path: Path, capsys):
     source = ("--detector", root / "run", "--source", f"{root}/source:train", *FAST)
-    assert run(*source, "--target-store", root / "store", "--out", tmp_path / "a") == 0
+    assert run(*source, "--target-store", root / "fleet" / "store", "--out", tmp_path / "a") == 0
     assert len(list((tmp_path / "a" / "detections").glob("*.json"))) == 3
     assert load_proposals(tmp_path / "a" / "target_proposals.safetensors").points is None
     assert run(*usual(root, tmp_path / "b")) == 0
     with_points = tmp_path / "b" / "classifier.safetensors"
-    arguments = ("--detector", root / "run", "--trained", with_points, "--target-store", root / "store", *FAST)
+    arguments = ("--detector", root / "run", "--trained", with_points, "--target-store", root / "fleet" / "store", *FAST)
     assert run(*arguments, "--out", tmp_path / "c") == 2
     assert "smashed scenes hold no points" in " ".join(capsys.readouterr().err.split())
 
@@ -158,9 +133,9 @@ def test_mistakes_become_sentences_before_anything_is_computed(root: Path, tmp_p
     for arguments, words in (
         ((*base, *source), "give the target either"),
         ((*base, *target), "give the source either"),
-        ((*base, *source, *target, "--target-store", root / "store"), "give the target either"),
-        ((*base, *source, "--target-store", root / "store", "--target-labels-for-metrics"), "have no labels"),
-        ((*base, *source, "--target-store", root / "empty_store"), "holds no scene of the encoder"),
+        ((*base, *source, *target, "--target-store", root / "fleet" / "store"), "give the target either"),
+        ((*base, *source, "--target-store", root / "fleet" / "store", "--target-labels-for-metrics"), "have no labels"),
+        ((*base, *source, "--target-store", root / "empty" / "store"), "holds no scene of the encoder"),
         ((*base, *source, *target, "--target-labels-for-metrics", "--class-map", "Horse=unknown"), "found Horse"),
         ((*base, *source, *target, "--target-labels-for-metrics", "--class-map", "Animal"), "NAME=MEANING"),
         ((*base, *source, *target, "--target-labels-for-metrics", "--class-map", "Animal=Lorry"), "map to nothing known"),
@@ -191,3 +166,49 @@ def test_other_options_do_not_overwrite_a_folders_proposals(root: Path, tmp_path
     assert "another selection" in " ".join(capsys.readouterr().err.split())
     assert (tmp_path / "a" / "source_proposals.safetensors").read_bytes() == before
     assert len(PreparedDataset(root / "target", "train")) == 3
+
+
+def test_the_example_of_the_page_runs_and_a_store_is_a_target_from_python_too(root: Path, tmp_path: Path, monkeypatch, capsys):
+    page = (Path(upcycle3d.__file__).parent / "docs" / "adapt.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "upcycle3d.adapt(" in block)
+    (tmp_path / "runs").mkdir()
+    for name, target in (("runs/source", "run"), ("waymo_prepared", "source"), ("kitti_prepared", "target")):
+        (tmp_path / name).symlink_to(root / target)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/adapt.md", "exec"), names)
+    assert "proposals are unknown" in capsys.readouterr().out
+    assert names["found"].measured is None
+    assert len(list((tmp_path / "adapted" / "detections").glob("*.json"))) == 3
+    detector = load_detector(root / "run")[0]
+    with pytest.raises(InvalidInput, match="smashed scenes hold no points"):
+        adapt_detector.adapt_detector(
+            detector, SmashedStore(root / "fleet" / "store"), tmp_path / "fleet", source=names["found"].classifier
+        )
+    with pytest.raises(InvalidInput, match="smashed scenes have no labels"):
+        adapt_detector.adapt_detector(
+            detector,
+            SmashedStore(root / "fleet" / "store"),
+            tmp_path / "fleet",
+            source=names["found"].classifier,
+            class_map=map_by_name(NAMES, NAMES),
+        )
+
+
+def test_the_labels_of_the_target_measure_from_python_too(root: Path, tmp_path: Path):
+    found = adapt_detector.adapt_detector(
+        root / "run",
+        root / "target",
+        tmp_path,
+        source=str(root / "source"),
+        class_map=map_by_name(NAMES, (*NAMES, "Animal")),
+        selection=ProposalSelection(score=0.0),
+        classifier=ClassifierConfig(width=8, epochs=2),
+    )
+    assert found.measured is not None
+    assert found.measured.adapted.threshold == found.adapted.classified.threshold
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"].keys() == found.measured.reports.keys()
+    with pytest.raises(InvalidInput, match="says nothing about Animal"):
+        adapt_detector.adapt_detector(
+            root / "run", root / "target", tmp_path, source=found.classifier, class_map=map_by_name(NAMES, NAMES)
+        )

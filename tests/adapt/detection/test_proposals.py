@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,63 +9,23 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from upcycle3d.core.cut import VoxelGrid
+import tiny
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.rig import RigSpec
-from upcycle3d.core.structures import Frame, PointCloud
+from upcycle3d.core.structures import Frame
 from upcycle3d.perception.adapt.detection.proposal_cache import cached_proposals
 from upcycle3d.perception.adapt.detection.proposal_collection import collect_from_frames, collect_from_store, detector_digest
 from upcycle3d.perception.adapt.detection.proposal_file import load_proposals, save_proposals, with_rounded_features
 from upcycle3d.perception.adapt.detection.proposals import DetectorProposals, ProposalSelection
-from upcycle3d.perception.models.anchors import AnchorClass
-from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
-from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnConfig
-from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
 from upcycle3d.perception.models.detector import Detector
-from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoderConfig
-from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
-from upcycle3d.perception.models.encoders.set_abstraction import SetAbstractionConfig
-from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms, select_detections
-from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig
-from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
+from upcycle3d.perception.models.post_processing import FinalNms, select_detections
 from upcycle3d.perception.vehicle.extractor import Extractor
 
-GRID = VoxelGrid(range=(0.0, -6.4, -1.0, 12.8, 6.4, 3.0), voxel_size=(0.1, 0.1, 0.1))
-VOXELS = SecondEncoderConfig(grid=GRID, point_features=(), channels=(4, 8, 8, 8, 16))
-ANCHORS = (
-    AnchorClass(name="Car", size=(4.0, 2.0, 1.6), bottom_z=0.0, matched=0.55, unmatched=0.40),
-    AnchorClass(name="Pedestrian", size=(0.8, 0.8, 1.7), bottom_z=0.0, matched=0.35, unmatched=0.2),
-)
-BEV = BevBackboneConfig(layers=(1, 1), channels=(16, 16), up_channels=(16, 16))
-FEW, FINAL = ProposalNms(pre=128, iou=0.7, post=24), FinalNms(score=0.0, iou=0.1)
-BALLS = SetAbstractionConfig(channels=(4, 4), radii=(0.6, 1.2), limits=(4, 8))
-SECOND = SecondIouDetectorConfig(
-    encoder=VOXELS,
-    decoder=SecondIouConfig(anchors=ANCHORS, bev=BEV, head_channels=16, pool_size=3, test_proposals=FEW, final=FINAL),
-)
-PV_RCNN = PvRcnnDetectorConfig(
-    encoder=PvRcnnEncoderConfig(voxels=VOXELS, keypoints=64, conv1=None, conv2=None, conv3=BALLS, conv4=BALLS),
-    decoder=PvRcnnConfig(
-        anchors=ANCHORS,
-        bev=BEV,
-        fused_channels=16,
-        keypoint_channels=16,
-        grid_size=2,
-        grid_pooling=BALLS,
-        head_channels=16,
-        test_proposals=FEW,
-        final=FINAL,
-    ),
-)
+pytestmark = pytest.mark.usefixtures("one_thread")
+ANCHORS, FINAL = (tiny.CAR_ANCHOR, tiny.PEDESTRIAN_ANCHOR), FinalNms(score=0.0, iou=0.1)
+SECOND = tiny.second_iou_config(anchors=ANCHORS, final=FINAL)
+PV_RCNN = tiny.pv_rcnn_config(anchors=ANCHORS, final=FINAL)
 ALL = ProposalSelection(score=0.0, iou=0.1, most=500, prefer="score")  # as the detector's own last step
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def detector(config=SECOND, seed: int = 0) -> Detector:
@@ -74,7 +33,7 @@ def detector(config=SECOND, seed: int = 0) -> Detector:
     return config.build().eval()
 
 
-def regions_of(model: Detector):
+def proposals_of(model: Detector):
     with torch.no_grad():
         return model.proposals(model.encode([f.points for f in FRAMES]))
 
@@ -82,22 +41,22 @@ def regions_of(model: Detector):
 def frame(seed: int) -> Frame:
     generator = torch.Generator().manual_seed(seed)
     xyz = torch.rand(400, 3, generator=generator) * torch.tensor([12.0, 12.0, 1.5]) - torch.tensor([0.0, 6.0, 0.0])
-    return Frame(id=f"{seed:06d}", points=PointCloud(xyz=xyz, features=torch.zeros(len(xyz), 1)))
+    return Frame(id=f"{seed:06d}", points=tiny.cloud(xyz))
 
 
 FRAMES = [frame(s) for s in range(3)]
-EMPTY = Frame(id="empty", points=PointCloud(xyz=torch.zeros(0, 3), features=torch.zeros(0, 1)))
+EMPTY = Frame(id="empty", points=tiny.NO_POINTS)
 
 
 @pytest.mark.parametrize("config", [SECOND, PV_RCNN], ids=["SECOND-IoU", "PV-RCNN"])
-def test_judged_regions_are_what_the_detector_detects_with(config):
+def test_scored_proposals_are_what_the_detector_detects_with(config):
     model = detector(config)
     with torch.no_grad():
-        split = model.encode([f.points for f in [*FRAMES, EMPTY]])
-        regions = model.proposals(split)
-        expected = model.predict(model.decode(split))
-    assert len(regions) == 4
-    for found, wanted in zip(regions, expected, strict=True):
+        features = model.encode([f.points for f in [*FRAMES, EMPTY]])
+        scored = model.proposals(features)
+        expected = model.predict(model.decode(features))
+    assert len(scored) == 4
+    for found, wanted in zip(scored, expected, strict=True):
         d = found.detections
         kept = select_detections(d.boxes.data, d.classes, d.scores, d.class_scores, FINAL)
         torch.testing.assert_close(kept.boxes.data, wanted.boxes.data)
@@ -126,8 +85,8 @@ def test_proposals_have_the_frames_points_and_agree_with_detections():
     assert found.points[0] == inside.sum()
     assert (found.of_frame(0).scores.diff() <= 0).all()
     by_class = collect_from_frames(model, FRAMES, replace(ALL, prefer="class"), data="test")
-    best = int(regions_of(model)[0].detections.class_scores.argmax())
-    assert (by_class.of_frame(0).boxes.data == regions_of(model)[0].detections.boxes.data[best]).all(1).any()
+    best = int(proposals_of(model)[0].detections.class_scores.argmax())
+    assert (by_class.of_frame(0).boxes.data == proposals_of(model)[0].detections.boxes.data[best]).all(1).any()
     assert (by_class.of_frame(0).scores.diff() <= 0).all()
     few = collect_from_frames(model, FRAMES, replace(ALL, most=2), data="test")
     assert torch.bincount(few.frame).tolist() == [2, 2, 2]

@@ -1,6 +1,9 @@
 """The adapter on a small Gaussian domain: it helps, repeats, leaves its inputs alone, and names what it cannot adapt."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import upcycle3d
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.adapt.glc.adapter import AdaptConfig, GLCAdapter
 from upcycle3d.perception.adapt.glc.lead_labels import LeadConfig
@@ -163,3 +167,12 @@ def test_prediction_of_nothing_is_empty(world):
     module, classifier, x, _ = world
     adapted = GLCAdapter(feature_module=module, classifier=classifier, config=replace(SMALL, epochs=1)).fit(x[:64])
     assert adapted.predict(x[:0]).classes.shape == (0,)
+
+
+def test_the_example_of_the_page_runs(capsys):
+    page = (Path(upcycle3d.__file__).parent / "docs" / "adapt.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "GLCAdapter(" in block)
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/adapt.md", "exec"), names)
+    assert names["found"].classes.shape == (400,)
+    assert "tensor" in capsys.readouterr().out

@@ -1,7 +1,6 @@
-"""``upcycle3d adapt features``: one npz in; labels, numbers and pictures out; mistakes become sentences."""
+"""`upcycle3d adapt features` and `adapt_features`: one npz in; labels, numbers and pictures out; mistakes become sentences."""
 
 import json
-import re
 import zipfile
 from pathlib import Path
 
@@ -9,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle3d.perception.adapt.glc.plots import embedding_plot, score_histogram
-from upcycle3d.perception.adapt.glc.unknown_rule import normalized_entropy
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.perception.adapt.glc.adapt_features import adapt_features
+from upcycle3d.perception.adapt.glc.feature_file import TargetFeatures
 from upcycle3d.tools import adapt
 from upcycle3d.tools.console import run_command
 
@@ -129,27 +129,14 @@ def test_what_is_no_npz_and_what_would_be_overwritten_is_refused(tmp_path: Path,
     assert run(tmp_path / "x.npz", tmp_path / "y" / "x.npz", "--out", tmp_path / "out") == 2
 
 
-def test_plots_bear_no_sample_and_one_dimension():
-    assert "no data" in embedding_plot(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), ("0", "1"), "none")
-    assert "no data" in score_histogram(torch.zeros(0), 0.5, "none", "score")
-    assert embedding_plot(torch.ones(4, 1), torch.tensor([0, 1, 2, 2]), ("0", "1"), "flat").count("<circle") == 4 + 3
-    assert "1 of 3 lie above" in score_histogram(torch.tensor([0.1, 0.2, 0.9]), 0.5, "three", "score")
-
-
-def test_the_legend_names_the_classes_and_says_when_colors_repeat():
-    features, classes = torch.eye(4), torch.tensor([0, 1, 2, 2])
-    two = embedding_plot(features, classes, ("Car", "Construction vehicle"), "two")
-    assert ">Car<" in two
-    assert ">Construction v…<" in two
-    assert "repeat" not in two
-    seven = embedding_plot(features, classes, tuple("abcdefg"), "seven")
-    assert ">a, g<" in seven
-    assert "colors repeat every 6 classes" in seven
-
-
-def test_the_histogram_shows_every_sample_the_surest_ones_too():
-    scores = normalized_entropy(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5], [0.5, 0.5]]))
-    heights = [float(h) for h in re.findall(r'<rect [^>]*height="([^"]+)"', score_histogram(scores, 0.5, "four", "entropy"))]
-    assert scores[0] == 0  # the constant inside the logarithm would make it negative and leave it out of the picture
-    assert [h for h in heights if h > 0] == [heights[0], heights[-1]]
-    assert heights[0] == heights[-1]
+def test_the_entry_takes_features_in_memory_and_writes_nothing_unless_asked(tmp_path: Path):
+    data = arrays()
+    features, probabilities = torch.from_numpy(data["features"]), torch.from_numpy(data["probabilities"])
+    found = adapt_features(TargetFeatures(features=features, probabilities=probabilities))
+    assert (found.labels.hard.numpy() == np.minimum(data["labels"], 4)).mean() > 0.7
+    np.savez(tmp_path / "day.npz", **data)
+    same = adapt_features(str(tmp_path / "day.npz"), str(tmp_path / "out"), name="night")
+    assert torch.equal(same.labels.hard, found.labels.hard)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["night.html", "night.json", "night.npz"]
+    with pytest.raises(InvalidInput, match="labels must be"):
+        TargetFeatures(features=features, probabilities=probabilities, labels=data["labels"][:7])

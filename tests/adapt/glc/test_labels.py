@@ -2,21 +2,19 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+import tiny
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.adapt.glc.class_number import ClassNumberConfig, class_number_candidates, estimate_class_number
 from upcycle3d.perception.adapt.glc.kmeans import KMeansConfig, kmeans
 from upcycle3d.perception.adapt.glc.lead_labels import LeadConfig, larger_mixture_mean, lead_labels
 from upcycle3d.perception.adapt.glc.one_vs_all import OneVsAllConfig, one_vs_all_labels, positive_counts
-
-DATA = Path(__file__).resolve().parents[3].parent / "shared" / "reference" / "glc_data"
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="no reference outputs beside the checkout")
 
 
 def target(
@@ -219,9 +217,13 @@ def test_lead_needs_an_unknown_space():
 # ---- the released code ---------------------------------------------------------------------------------------------------
 
 
-@needs_data
+def outputs(name: str) -> Any:
+    """Stored inputs and outputs of the released code."""
+    return np.load(tiny.shared(f"reference/glc_data/{name}.npz", "labels are those of the released code"))
+
+
 def test_parity_with_the_released_code_on_n4000():
-    data, reference = np.load(DATA / "gauss_n4000.npz"), np.load(DATA / "glc_ref_n4000.npz")
+    data, reference = outputs("gauss_n4000"), outputs("glc_ref_n4000")
     features, probabilities = torch.from_numpy(data["feat"]), torch.from_numpy(data["prob"])
     estimate = estimate_class_number(features, class_number_candidates(10, "paper"), ClassNumberConfig.paper())
     assert estimate.value == 10 * reference["best_coeff"]
@@ -231,18 +233,16 @@ def test_parity_with_the_released_code_on_n4000():
     np.testing.assert_allclose(found.prior.numpy(), logged, atol=5.1e-4)
 
 
-@needs_data
 @pytest.mark.parametrize(("split", "k"), [("OPDA", 7), ("OSDA", 6), ("PDA", 5), ("CLDA", 10)])
 def test_parity_with_the_first_epoch_on_digits(split, k):
-    data = np.load(DATA / f"e2e_{split}.npz")
+    data = outputs(f"e2e_{split}")
     found = one_vs_all_labels(torch.from_numpy(data["feat0"]), torch.from_numpy(data["prob0"]), k, OneVsAllConfig.paper())
     soft = data["psd"][0]
     assert (found.hard.numpy() == np.where(soft.max(1) < 0.9, soft.shape[1], soft.argmax(1))).all()
 
 
-@needs_data
 def test_three_source_classes_leave_room_for_the_unknown():
-    data = np.load(DATA / "gauss_lidar3_n6000.npz")
+    data = outputs("gauss_lidar3_n6000")
     features, probabilities = torch.from_numpy(data["feat"]), torch.from_numpy(data["prob"])
     estimate = estimate_class_number(features, class_number_candidates(3, "dense"), ClassNumberConfig())
     found = one_vs_all_labels(features, probabilities, estimate.value, OneVsAllConfig())
