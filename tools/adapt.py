@@ -25,8 +25,7 @@ class Features:
     """Label target features with GLC's one-vs-all clustering, and choose a threshold for unknown samples. Nothing is trained."""
 
     files: tyro.conf.Positional[tuple[Path, ...]]
-    """npz files with the arrays `features` (N, D) and `probabilities` (N, C). `labels` (N,), if present, only serve to report
-    metrics."""
+    """npz files with the arrays `features` (N, D) and `probabilities` (N, C). `labels` (N,), if present, only serve for metrics."""
     out: Path
     """Folder for the results: NAME.npz, NAME.json and NAME.html for every NAME.npz."""
     class_number: int | None = None

@@ -13,15 +13,17 @@ from pathlib import Path
 
 from ..core.errors import InvalidInput
 from ..core.rig import RigSpec
+from ..datasets.data_split import DataSplit
 from ..perception.adapt.detection.adapt_detector import DetectorAdaptation, StageProgress, adapt_detector
 from ..perception.adapt.detection.adaptation import DetectorAdaptConfig
 from ..perception.adapt.detection.class_map import ClassMap, changed_map, map_by_name, pair_map
 from ..perception.adapt.detection.classifier_file import load_classifier
-from ..perception.adapt.detection.proposal_classifier import ClassifierConfig
+from ..perception.adapt.detection.proposal_classifier import ClassifierConfig, ProposalClassifier
 from ..perception.adapt.detection.proposals import ProposalSelection
 from ..perception.adapt.glc.unknown_rule import ThresholdKind, UnknownRule
 from ..perception.models.detector import Detector
 from ..perception.recipes.assembly import fleet_store
+from ..perception.server.store import SmashedStore
 from ..perception.training.detector_files import load_detector
 from .console import console, device, print_table, progress_bar, run_command
 from .data_option import DataOption
@@ -50,8 +52,7 @@ class AdaptDetector:
     target_labels_for_metrics: bool = False
     """Measure against the target's labels, after everything is decided."""
     classes_of: tuple[str, str] | None = None
-    """Source and target dataset whose class map applies to the metrics, as in `waymo kitti`. Without it a class of the same name is
-    the same class, and every other one is unknown."""
+    """Source and target dataset whose class map the metrics use, as in `waymo kitti`. Without it classes of the same name match."""
     class_map: tuple[str, ...] = ()
     """Changes of the class map, NAME=MEANING. NAME is a class of the target, MEANING a class of the detector, `unknown` or `ignore`."""
     proposals: ProposalSelection = ProposalSelection()
@@ -76,23 +77,29 @@ class AdaptDetector:
 
 def command(config: AdaptDetector) -> None:
     """New labels and unknown scores for a detector's proposals on an unlabeled target domain."""
+    source: DataSplit | ProposalClassifier
     if config.source is not None and config.trained is None:
         source = config.source.or_split("train")
     elif config.trained is not None and config.source is None:
         source = load_classifier(config.trained)
     else:
         raise InvalidInput("give the source either as --source DIR[:SPLIT] or, where its data are not at hand, as --trained FILE")
-    if (config.target is None) == (config.target_store is None):
-        raise InvalidInput("give the target either as --target DIR[:SPLIT] or as --target-store STORE")
     if config.target_labels_for_metrics and config.target is None:
         raise InvalidInput("smashed scenes have no labels to measure against; give --target DIR[:SPLIT]")
     detector = load_detector(config.detector).to(device(config.device))
+    target: DataSplit | SmashedStore
+    if config.target is not None and config.target_store is None:
+        target = config.target.or_split("train")
+    elif config.target_store is not None and config.target is None:
+        target = fleet_store(config.target_store, detector, config.rig)
+    else:
+        raise InvalidInput("give the target either as --target DIR[:SPLIT] or as --target-store STORE")
     glc = replace(DEFAULTS.glc, epochs=config.epochs, lr=config.lr, seed=config.seed, class_number=config.class_number)
     unknown = UnknownRule(kind=config.threshold, value=config.fixed_threshold)
     with _bars() as on_progress:
         found = adapt_detector(
             detector,
-            fleet_store(config.target_store, detector, config.rig) if config.target is None else config.target.or_split("train"),
+            target,
             config.out,
             source=source,
             config=replace(DEFAULTS, glc=glc, open_set=replace(DEFAULTS.open_set, unknown=unknown)),

@@ -47,7 +47,7 @@ class ClassifierConfig:
     """Weight decay of SGD."""
 
     smoothing: float = 0.1
-    """Label smoothing, 0 to below 1. Without it the probabilities are too certain for an entropy threshold."""
+    """Label smoothing, 0 to below 1. GLC trains its source models with 0.1."""
 
     background: float = 2.0
     """Background proposals that are kept for each proposal on an object."""

@@ -23,7 +23,11 @@ from ....core.structures import Boxes3D, Predictions, TensorValue, shape_of
 
 @dataclass(frozen=True, kw_only=True)
 class ProposalSelection:
-    """Which proposals of a frame are kept."""
+    """Which proposals of a frame are kept.
+
+    Suppression prefers the larger class probability by default. The score of a small detector says how well a box fits whatever is
+    there; its class probability says better whether this is a pedestrian or a cyclist.
+    """
 
     score: float = 0.05
     """Minimum score, 0 to 1. Lower it to keep more objects that the detector is unsure of."""
@@ -35,11 +39,7 @@ class ProposalSelection:
     """Most proposals per frame, the best by score."""
 
     prefer: Literal["class", "score"] = "class"
-    """Which of two overlapping proposals stays: the one with the larger class probability, or with the larger score.
-
-    The score of a small detector says how well a box fits whatever is there; its class probability says better whether this is a
-    pedestrian or a cyclist.
-    """
+    """Which of two overlapping proposals stays: the one with the larger class probability, or with the larger score."""
 
     def __post_init__(self) -> None:
         require(

@@ -40,7 +40,7 @@ class AdaptConfig:
     """
 
     epochs: int = 10
-    """Passes over the target. More help while the share of unknown samples in the reports still changes."""
+    """Passes over the target."""
 
     batch_size: int = 64
     """Samples per step. The rest of an epoch is dropped; fewer samples than this train as one batch."""
@@ -67,7 +67,7 @@ class AdaptConfig:
     """Weight of the local loss: cross entropy with the mean prediction of the neighbors."""
 
     affinity_weight: float = 0.1
-    """Weight of the affinity loss of GLC++; GLC itself has none. 0 is better where the target has many private classes."""
+    """Weight of the affinity loss of GLC++; GLC itself has none. Lower it where classes overlap and the target has private ones."""
 
     neighbors: int = 8
     """Neighbors whose mean prediction is the target of the local loss. The paper uses 4."""

@@ -30,7 +30,7 @@ class KMeansConfig:
     """How to cluster. The defaults are those with which GLC calls faiss.Kmeans."""
 
     init: Literal["sample", "plusplus"] = "sample"
-    """First centroids: random points ("sample"), or k-means++, which is slower and finds small clusters more often."""
+    """First centroids: random points ("sample"), which is what faiss draws, or k-means++ seeds ("plusplus")."""
 
     iterations: int = 100
     """Most rounds of Lloyd's algorithm; it stops earlier when no point changes its cluster."""

@@ -1,4 +1,4 @@
-"""What adaptation does with its two modules besides the losses: inference, batch-norm statistics, optimizer, learning rate.
+"""What adaptation does with its two modules apart from the losses: inference, batch-norm statistics, optimizer, learning rate.
 
 Read next: `adapter.py`.
 """

@@ -1,6 +1,6 @@
 """GLC's pseudo labels: one-vs-all global clustering with suppression of source-private classes.
 
-GLC (Qu et al., CVPR 2023), section "adaptive one-vs-all global clustering". The paper beside this file:
+GLC (Qu et al., CVPR 2023), section "adaptive one-vs-all global clustering". In short:
 
     features F, softmax P ── `estimate_class_number` ── K ┐
     for every source class c                              │

@@ -12,8 +12,10 @@ import torch
 import tiny
 import upcycle3d
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Frame, Labels
-from upcycle3d.datasets.prepared import PreparedDataset, prepare
+from upcycle3d.datasets.prepare import prepare
+from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.perception.adapt.detection.class_map import map_by_name
 from upcycle3d.perception.adapt.detection.open_set import OpenSetConfig, baselines
 from upcycle3d.perception.adapt.detection.proposal_classifier import ClassifierConfig
@@ -46,7 +48,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A detector with random weights, and scans labeled by its own proposals: every second is an object, the rest background."""
     folder = tmp_path_factory.mktemp("adapt_detector")
     detector = tiny.second_iou(CONFIG).eval()
-    save_detector(folder / "run" / "detector.safetensors", detector, CONFIG)
+    save_detector(folder / "run" / "detector.safetensors", detector)
     frames = [scan(s) for s in range(6)]
     found = collect_from_frames(detector, frames, ProposalSelection(score=0.0), data="x")
     for name, classes, part in (("source", NAMES, range(3)), ("target", (*NAMES, "Animal"), range(3, 6))):
@@ -54,9 +56,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in part:
             boxes = found.of_frame(i).boxes.data[::2]
             labels = Labels.make(boxes, torch.arange(len(boxes)) % len(classes))
-            labeled.append(replace(frames[i], labels=labels))
+            labeled.append(replace(frames[i], labels=labels, rig=RigSpec(z_shift=0.5)))
         ids = [f.id for f in labeled]
-        prepare(labeled, ids, folder / name, splits={"train": ids}, classes=classes, notes={"z_shift": 0.5}, workers=0)
+        prepare(labeled, ids, folder / name, splits={"train": ids}, classes=classes, workers=0)
     tiny.store(folder / "fleet", detector, [f.points for f in frames[3:]])
     (folder / "empty").mkdir()
     tiny.store(folder / "empty", detector, [])
@@ -180,7 +182,7 @@ def test_the_example_of_the_page_runs_and_a_store_is_a_target_from_python_too(ro
     assert "proposals are unknown" in capsys.readouterr().out
     assert names["found"].measured is None
     assert len(list((tmp_path / "adapted" / "detections").glob("*.json"))) == 3
-    detector = load_detector(root / "run")[0]
+    detector = load_detector(root / "run")
     with pytest.raises(InvalidInput, match="smashed scenes hold no points"):
         adapt_detector.adapt_detector(
             detector, SmashedStore(root / "fleet" / "store"), tmp_path / "fleet", source=names["found"].classifier

@@ -20,7 +20,7 @@ from upcycle3d.perception.adapt.glc.one_vs_all import OneVsAllConfig, one_vs_all
 def target(
     n: int = 300, classes: int = 4, private: int = 2, d: int = 12, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """Features, softmax of a nearest-mean classifier over the source classes, and labels with private = ``classes``."""
+    """Features, softmax of a nearest-mean classifier over the source classes, and labels with private = `classes`."""
     rng = np.random.default_rng(seed)
     means = rng.normal(size=(classes + private, d)) * 3
     label = rng.integers(0, classes + private, n)
@@ -30,7 +30,7 @@ def target(
 
 
 def labels_reference(features: torch.Tensor, probabilities: torch.Tensor, k: int, config: OneVsAllConfig) -> list[int]:
-    """Every class against every sample, as the paper has it."""
+    """Every class against every sample, following the paper."""
     features = F.normalize(features)
     n, classes = probabilities.shape
     accepted, positive_cosine = np.zeros((n, classes), bool), np.zeros((n, classes))
