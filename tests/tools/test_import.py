@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from upcycle3d.perception.models import openpcdet_file
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.openpcdet import openpcdet_state
+from upcycle3d.perception.models.openpcdet_file import read_openpcdet
 from upcycle3d.perception.recipes.architectures import SMALL_PV_RCNN_DETECTOR, SMALL_SECOND_IOU_DETECTOR
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.perception.wire.encoder_file import load_encoder
@@ -55,7 +57,7 @@ def test_a_checkpoint_becomes_a_detector_and_an_encoder_for_the_fleet(published,
     assert sum(p["parameters"] for p in found["parts"]) == sum(p.numel() for p in published.parameters())
     assert json.loads((out / "config.json").read_text())["sha256"] == found["file_sha256"]
     printed = capsys.readouterr().out
-    assert f"next: upcycle3d evaluate run --detector {out} --data PREPARED" in printed
+    assert f"next: upcycle3d evaluate run --detector {out} --data DIR:val" in printed
     assert "they are the preset's (Car, in this order)" in " ".join(printed.split())
     assert "warning" not in printed
     assert "spconv 1" not in printed
@@ -77,7 +79,7 @@ def test_a_state_dict_alone_and_safetensors_are_read_too(published, tmp_path):
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)  # before torch 1.6
     save_file(state, tmp_path / "plain.safetensors")
     for name in ("alone.pth", "old.pth", "plain.safetensors"):
-        read = import_weights.read_state(tmp_path / name)
+        read = read_openpcdet(tmp_path / name)
         assert read.keys() == state.keys()
         assert all(torch.equal(read[n], t) for n, t in state.items())
 
@@ -175,8 +177,8 @@ def test_a_damaged_file_is_refused(file, tmp_path, capsys, keep):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": {}, "epoch": 3}, "has no model_state and is no state dict: state_dict, epoch"),
-        ({"model_state": {"a": 3}}, "a are no tensors"),
+        ({"state_dict": {}, "epoch": 3}, "has no model_state and is not a state dict: state_dict, epoch"),
+        ({"model_state": {"a": 3}}, "a are not tensors"),
         ({"model_state": {}}, "holds no named weights"),
         ([torch.zeros(1)], "holds no named weights but a list"),
     ],
@@ -189,7 +191,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, capsys, content, message)
 
 def test_size_is_judged_before_reading_also_of_what_a_zip_unpacks_to(file, tmp_path, capsys, monkeypatch):
     limit = 2_000_000
-    monkeypatch.setattr(import_weights, "LARGEST_FILE", limit)
+    monkeypatch.setattr(openpcdet_file, "LARGEST_FILE", limit)
     with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(limit + 1))
     assert (tmp_path / "bomb.pth").stat().st_size < 10_000
