@@ -1,6 +1,6 @@
 """Train a detector on your own dataset class. Anything with a length whose items are frames will do.
 
-    python examples/own_dataset.py [OUT] [STEPS]
+python examples/own_dataset.py [OUT] [STEPS]
 """
 
 import sys
@@ -28,8 +28,10 @@ class ParkingLot:
         side = random.integers(0, 2, 600)  # put each point on a long or on a short side of the car
         surface[np.arange(600), side] = np.sign(surface[np.arange(600), side]) / 2
         car = surface * size
-        turned = np.stack([car[:, 0] * np.cos(yaw) - car[:, 1] * np.sin(yaw), car[:, 0] * np.sin(yaw) + car[:, 1] * np.cos(yaw)], 1)
-        car = np.concatenate([turned + [x, y], car[:, 2:] + 0.8], 1)
+        turned = np.stack(
+            [car[:, 0] * np.cos(yaw) - car[:, 1] * np.sin(yaw), car[:, 0] * np.sin(yaw) + car[:, 1] * np.cos(yaw)], 1
+        )
+        car = np.concatenate([turned + np.array([x, y]), car[:, 2:] + 0.8], 1)
         floor = np.concatenate([random.uniform((0, -20), (40, 20), (3000, 2)), random.normal(0, 0.02, (3000, 1))], 1)
         box = torch.tensor([[x, y, 0.8, *size, yaw]], dtype=torch.float32)
         return upcycle3d.Frame(
@@ -42,7 +44,7 @@ class ParkingLot:
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "parking_lot")
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 200
 frames = ParkingLot()
-upcycle3d.prepare(frames, out / "data", classes=("Car",), splits={"train": frames.ids[:10], "val": frames.ids[10:]})
+upcycle3d.prepare(frames, frames.ids, out / "data", classes=("Car",), splits={"train": frames.ids[:10], "val": frames.ids[10:]})
 outcome = upcycle3d.train("small", f"{out / 'data'}:train", out / "run", steps=steps, progress=False)
 print(f"{outcome.steps} steps on {outcome.frames} frames in {outcome.seconds:.0f} s; loss {sum(outcome.loss.values()):.2f}")
 

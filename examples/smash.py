@@ -1,6 +1,6 @@
 """What leaves a vehicle: make smashed scenes of a few scans, write a shard, take it in, and read the features as numpy arrays.
 
-    python examples/smash.py [OUT]
+python examples/smash.py [OUT]
 """
 
 import sys
@@ -23,7 +23,9 @@ extractor = upcycle3d.Extractor(detector.encoder, codec="int8")
 scans = [simulate_frame(KITTI, seed=5, index=index, view="camera").frame.points for index in range(3)]
 with ShardWriter(out / "shards", spec=extractor.spec, fingerprint=extractor.fingerprint, codec="int8") as writer:
     report = extract(scans, extractor, writer)
-print(f"{report.frames} scans, {report.raw_bytes_per_frame:.0f} bytes each as points, {report.smashed_bytes_per_frame:.0f} as features")
+print(
+    f"{report.frames} scans, {report.raw_bytes_per_frame:.0f} bytes each as points, {report.smashed_bytes_per_frame:.0f} as features"
+)
 
 # On the server: every shard is verified before a scene enters the store.
 ingest(out / "shards", out / "store", expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)

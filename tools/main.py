@@ -20,25 +20,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Command: (module, one line). The module's function `command` is the command.
 COMMANDS = {
-<<<<<<< HEAD
-    "demo": ("demo", "the whole story on simulated data in a few minutes, ending in a report"),
-    "simulate": ("simulate", "write a simulated LiDAR dataset in a native layout from a seed"),
-    "prepare": ("prepare", "index, verify and split a dataset, build its GT database; resumable"),
-    "train": ("train", "supervised training of a detector"),
-    "import": ("import_weights", "published OpenPCDet weights (SECOND, SECOND-IoU, PV-RCNN) as a detector"),
-    "extract": ("extract", "vehicle side: scans to smashed shards"),
-    "ingest": ("ingest", "server side: verify shards, quarantine bad ones, catalogue"),
-    "upcycle": ("upcycle", "train on labelled data and smashed scenes; --method picks UpCycling or a baseline"),
-    "experiment upcycling": ("experiment_upcycling", "UpCycling and everything it is compared with, over seeds; resumable"),
-    "experiment report": ("experiment_report", "the tables of an experiment, from its results.csv"),
-    "adapt features": ("adapt", "GLC: adapt labels of target features when the categories differ too"),
-    "adapt detector": ("adapt_detector", "GLC on a detector's proposals: new labels and unknown scores on another domain"),
-    "predict": ("predict", "boxes for a scan or a folder of scans"),
-    "evaluate": ("evaluate", "AP by the dataset's own protocol"),
-    "inspect": ("inspect", "what a shard, a store, a run, a detector or a prepared dataset holds"),
-    "view": ("view", "bird's-eye-view pictures of frames, labels and detections"),
-    "doctor": ("doctor", "what is installed here and which backends run"),
-=======
     "demo": ("demo", "the whole job on simulated data in a few minutes, with a report"),
     "simulate": ("simulate", "write a simulated LiDAR dataset in the layout of KITTI, Waymo or Lyft"),
     "prepare": ("prepare", "read, check and split a dataset once, and build its object database; resumable"),
@@ -47,7 +28,8 @@ COMMANDS = {
     "extract": ("extract", "vehicle: turn scans into shards of smashed scenes"),
     "ingest": ("ingest", "server: verify shards, quarantine bad ones, add the rest to a store"),
     "upcycle": ("upcycle", "train on labeled frames and smashed scenes, by UpCycling or a baseline (--method)"),
-    "bench upcycling": ("bench", "UpCycling and what it is compared with, over seeds, in one resumable command"),
+    "experiment upcycling": ("experiment_upcycling", "compare UpCycling with its baselines over seeds; resumable"),
+    "experiment report": ("experiment_report", "print the tables of an experiment from its results.csv"),
     "adapt features": ("adapt", "GLC: label target features when the classes differ too"),
     "adapt detector": ("adapt_detector", "GLC on a detector's proposals: labels and unknown scores on another domain"),
     "predict": ("predict", "find objects in a scan or in a folder of scans"),
@@ -55,7 +37,6 @@ COMMANDS = {
     "inspect": ("inspect", "say what a shard, store, run folder, detector or prepared dataset holds"),
     "view": ("view", "draw frames, labels and detections in BEV"),
     "doctor": ("doctor", "say what is installed and which backends run"),
->>>>>>> 7a10d9e (A run folder is --detector and a prepared split is DIR[:SPLIT] in every command; options of the data, vehicle and picture commands have texts)
 }
 
 # Commands of an earlier version, and what to write now.

@@ -34,15 +34,9 @@ class View:
 
 
 def command(config: View) -> None:
-<<<<<<< HEAD
-    """Bird's-eye-view pictures of frames, labels and detections."""
-    frames = PreparedDataset(config.data, config.split)
-    detector = load_detector(config.detector) if config.detector else None
-=======
     """Draw frames, labels and detections in BEV."""
     frames = config.data.open()
-    detector = load_detector(config.detector)[0] if config.detector else None
->>>>>>> 7a10d9e (A run folder is --detector and a prepared split is DIR[:SPLIT] in every command; options of the data, vehicle and picture commands have texts)
+    detector = load_detector(config.detector) if config.detector else None
     written = []
     for i in range(min(len(frames), config.limit)):
         frame = frames[i]
