@@ -1,8 +1,8 @@
 """The one box convention, its geometry, its coders, and conversions at the edge of the toolkit.
 
-A box is (x, y, z, dx, dy, dz, yaw), metres and radians, centre of the box, LiDAR frame:
+A box is (x, y, z, dx, dy, dz, yaw), meters and radians, center of the box, LiDAR frame:
 
-              x forward                      seen from above, yaw = +30 degrees
+              x forward                      bird's-eye view (BEV), yaw = +30 degrees
                   ^                                     ^ x
                   |                               .--.  |
        y left <---o  z up (towards you)          /  / yaw, counter-clockwise from +x towards +y
@@ -11,7 +11,8 @@ A box is (x, y, z, dx, dy, dz, yaw), metres and radians, centre of the box, LiDA
     dy = width, across it              y <--------------o
     dz = height
 
-Examples: yaw 0 looks along +x, yaw +pi/2 along +y (left), yaw -pi/2 along -y (right). Yaw is kept in [-pi, pi).
+Examples: yaw 0 looks along +x, yaw +pi/2 along +y (left), yaw -pi/2 along -y (right). Datasets are read with yaw in [-pi, pi);
+functions accept any number of turns.
 """
 
 from __future__ import annotations
@@ -22,23 +23,46 @@ import torch
 from torch import Tensor
 
 LARGEST_SIZE_CODE = math.log(1000 / 16)
+"""Largest size residual that `decode_residuals` uses: a factor of 62.5, torchvision's limit for boxes in pictures."""
 
 
 def wrap_angle(angle: Tensor) -> Tensor:
-    """``angle`` (radians) moved by whole turns into [-pi, pi)."""
+    """Move angles by whole turns into [-pi, pi).
+
+    Args:
+        angle: Angles of any shape, in radians.
+
+    Returns:
+        Angles of the same shape that look the same way.
+    """
     wrapped = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
     return torch.where(wrapped >= math.pi, torch.full_like(wrapped, -math.pi), wrapped)  # float rounding at the seam
 
 
 def rotate_z(xyz: Tensor, angle: Tensor) -> Tensor:
-    """Points (..., 3) turned about the vertical axis by ``angle`` (...) rad, counter-clockwise from above."""
+    """Turn points about the vertical axis.
+
+    Args:
+        xyz: (..., 3) points.
+        angle: (...) angles in radians, counter-clockwise in BEV.
+
+    Returns:
+        (..., 3) points.
+    """
     cos, sin = torch.cos(angle), torch.sin(angle)
     x, y, z = xyz.unbind(-1)
     return torch.stack([x * cos - y * sin, x * sin + y * cos, z], -1)
 
 
 def corners_bev(boxes: Tensor) -> Tensor:
-    """Corners seen from above: (N, 7) -> (N, 4, 2) x, y, counter-clockwise, starting front left."""
+    """Find the four corners of boxes in BEV.
+
+    Args:
+        boxes: (N, 7) boxes.
+
+    Returns:
+        (N, 4, 2) x, y in meters, counter-clockwise, starting front left.
+    """
     signs = boxes.new_tensor([[1, 1], [-1, 1], [-1, -1], [1, -1]]) / 2
     local = boxes[:, None, 3:5] * signs  # (N, 4, 2)
     cos, sin = torch.cos(boxes[:, 6:7]), torch.sin(boxes[:, 6:7])
@@ -48,7 +72,14 @@ def corners_bev(boxes: Tensor) -> Tensor:
 
 
 def corners_3d(boxes: Tensor) -> Tensor:
-    """All corners: (N, 7) -> (N, 8, 3); the four of ``corners_bev`` at the bottom, then the same four at the top."""
+    """Find the eight corners of boxes.
+
+    Args:
+        boxes: (N, 7) boxes.
+
+    Returns:
+        (N, 8, 3) x, y, z in meters: the four corners of `corners_bev` at the bottom, then the same four at the top.
+    """
     bev = corners_bev(boxes)
     half = boxes[:, None, 5:6] / 2
     z = boxes[:, None, 2:3].expand(-1, 4, 1)
@@ -56,10 +87,18 @@ def corners_3d(boxes: Tensor) -> Tensor:
 
 
 def encode_residuals(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """SECOND's residual code of ``boxes`` relative to ``anchors``, both (..., 7) -> (..., 7).
+    """Encode boxes relative to anchors, the way SECOND does.
 
-    x and y offsets over the anchor's BEV diagonal, z over its height, log size ratios, yaw difference (not wrapped).
-    Source: Yan et al., SECOND (2018), section 3.2; OpenPCDet ``box_coder_utils.ResidualCoder``.
+    The code is the x and y offsets divided by the anchor's BEV diagonal, the z offset divided by its height, the logarithms of the
+    size ratios, and the difference of yaw (not wrapped). Source: Yan et al., SECOND (2018), section 3.2; OpenPCDet,
+    `box_coder_utils.ResidualCoder`.
+
+    Args:
+        boxes: (..., 7) boxes. A size below 1e-5 m counts as 1e-5 m, so that its logarithm is finite.
+        anchors: (..., 7) anchors.
+
+    Returns:
+        (..., 7) codes.
     """
     diagonal = torch.hypot(anchors[..., 3], anchors[..., 4])
     return torch.stack(
@@ -77,10 +116,17 @@ def encode_residuals(boxes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def decode_residuals(codes: Tensor, anchors: Tensor) -> Tensor:
-    """The inverse of ``encode_residuals``: codes and anchors (..., 7) -> boxes (..., 7). Yaw is not wrapped.
+    """Decode boxes, the inverse of `encode_residuals`. Yaw is not wrapped.
 
-    A size is at most 62.5 times the anchor's and at least a 62.5th of it, torchvision's limit for boxes in pictures: a network that has
-    hardly been trained answers with codes whose exponential is infinite, and its boxes shall be absurd but finite.
+    A size is at most 62.5 times the anchor's and at least a 62.5th of it (`LARGEST_SIZE_CODE`): a network that has hardly been
+    trained answers with codes whose exponential is infinite, and its boxes shall be absurd but finite.
+
+    Args:
+        codes: (..., 7) codes.
+        anchors: (..., 7) anchors.
+
+    Returns:
+        (..., 7) boxes.
     """
     sizes = codes[..., 3:6].clamp(-LARGEST_SIZE_CODE, LARGEST_SIZE_CODE).exp()
     diagonal = torch.hypot(anchors[..., 3], anchors[..., 4])
@@ -99,11 +145,16 @@ def decode_residuals(codes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def kitti_camera_to_lidar(location: Tensor, dimensions: Tensor, rotation_y: Tensor, lidar_to_camera: Tensor) -> Tensor:
-    """KITTI label fields -> boxes (N, 7) in the LiDAR frame, float32.
+    """Turn the fields of KITTI labels into boxes.
 
-    location: (N, 3) m, rectified camera frame, centre of the *bottom* face. dimensions: (N, 3) height, width, length m,
-    in KITTI's file order. rotation_y: (N,) rad about the camera's y (down), 0 along camera x.
-    lidar_to_camera: (4, 4).
+    Args:
+        location: (N, 3) center of the *bottom* face in the rectified camera frame, in meters.
+        dimensions: (N, 3) height, width, length in meters, in the order of KITTI's files.
+        rotation_y: (N,) rotation about the camera's y axis (down) in radians, 0 along camera x.
+        lidar_to_camera: (4, 4) LiDAR frame to rectified camera frame.
+
+    Returns:
+        (N, 7) float32 boxes in the LiDAR frame, yaw in [-pi, pi).
     """
     camera_to_lidar = torch.linalg.inv(lidar_to_camera.double())
     bottom = location.double() @ camera_to_lidar[:3, :3].T + camera_to_lidar[:3, 3]
@@ -113,7 +164,17 @@ def kitti_camera_to_lidar(location: Tensor, dimensions: Tensor, rotation_y: Tens
 
 
 def lidar_to_kitti_camera(boxes: Tensor, lidar_to_camera: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of ``kitti_camera_to_lidar``: boxes (N, 7) -> location (N, 3), dimensions (N, 3) h w l, rotation_y (N,), float64."""
+    """Turn boxes into the fields of KITTI labels, the inverse of `kitti_camera_to_lidar`.
+
+    Args:
+        boxes: (N, 7) boxes in the LiDAR frame.
+        lidar_to_camera: (4, 4) LiDAR frame to rectified camera frame.
+
+    Returns:
+        location: (N, 3) float64 center of the bottom face in the camera frame, in meters.
+        dimensions: (N, 3) float64 height, width, length in meters.
+        rotation_y: (N,) float64 in [-pi, pi).
+    """
     b = boxes.double()
     bottom = torch.stack([b[:, 0], b[:, 1], b[:, 2] - b[:, 5] / 2], -1)
     matrix = lidar_to_camera.double()

@@ -1,7 +1,7 @@
 """Configurations as JSON and back: frozen dataclasses, nested, with tuples, Optionals, Literals, Unions and Paths.
 
-The way back is strict: an unknown name is an error with the nearest known one, a wrong type says what was expected. Nothing is
-looked up in a registry: the classes are read from the type hints.
+The way back is strict: an unknown name is an error that suggests the nearest known one, and a wrong type is an error that says what
+was expected. Nothing is looked up in a registry: the classes are read from the type hints.
 """
 
 from __future__ import annotations
@@ -20,40 +20,77 @@ from .errors import InvalidInput
 
 C = TypeVar("C")
 Json = Any
+"""A value that JSON can hold: None, bool, number, string, list or dictionary with string keys."""
+
 _LISTS = (tuple, list, collections.abc.Sequence)
 _DICTS = (dict, collections.abc.Mapping)
 
 
 def config_to_json(config: Any) -> dict[str, Json]:
-    """A frozen dataclass as plain JSON values. A dataclass in a Union of several carries its class name as ``kind``."""
+    """Turn a configuration into plain JSON values.
+
+    Args:
+        config: Instance of a dataclass. A field whose type is a union of several dataclasses is stored with the name of its class
+            under `kind`.
+
+    Returns:
+        Field names and values, nested like the configuration.
+
+    Raises:
+        InvalidInput: It is not a dataclass, or holds a value that JSON cannot keep.
+
+    Example:
+        >>> from upcycle3d.core.cut import KeypointSpec
+        >>> config_to_json(KeypointSpec(count=2048, channels=128))
+        {'count': 2048, 'channels': 128, 'source': 'voxel_centers'}
+    """
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
-        raise InvalidInput(f"a configuration must be a dataclass instance, found {type(config).__name__}")
+        raise InvalidInput(f"a configuration must be an instance of a dataclass, found a {type(config).__name__}")
     encoded: dict[str, Json] = _encode(config, type(config), "")
     return encoded
 
 
 def config_from_json(cls: type[C], data: Mapping[str, Json]) -> C:
-    """The dataclass ``cls`` from what ``config_to_json`` gave (or a YAML file of the same form).
+    """Make a configuration of JSON values, the inverse of `config_to_json`.
 
-    Raises InvalidInput for an unknown name (suggesting the nearest), a missing one without default, and a wrong type.
+    Args:
+        cls: The dataclass to make.
+        data: Names and values, from `config_to_json` or a YAML file of the same form.
+
+    Returns:
+        An instance of `cls`, which has checked itself.
+
+    Raises:
+        InvalidInput: An unknown name, a missing one without default, a value of a wrong type, or one that `cls` refuses.
     """
     decoded: C = _decode(data, cls, "")
     return decoded
 
 
-def first_difference(stored: Json, now: Json, where: str = "") -> str | None:
-    """``"train.lr: stored 0.1, now 0.2"`` for the first place where two JSON values differ, or None."""
-    if isinstance(stored, dict) and isinstance(now, dict):
-        for key in [*stored, *(k for k in now if k not in stored)]:
-            if key not in now:
-                return f"{where}{key}: stored {stored[key]!r}, now unknown"
-            if key not in stored:
-                return f"{where}{key}: not stored, now {now[key]!r}"
-            found = first_difference(stored[key], now[key], f"{where}{key}.")
+def first_difference(old: Json, new: Json, where: str = "", *, names: tuple[str, str] = ("stored", "now")) -> str | None:
+    """Find the first place where two JSON values differ.
+
+    Args:
+        old: One value.
+        new: The other value.
+        where: Path of the two values inside a larger one, ending in a dot.
+        names: What the message calls the two.
+
+    Returns:
+        A text such as `"train.lr: stored 0.1, now 0.2"`, or None where they are equal.
+    """
+    first, second = names
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            if key not in new:
+                return f"{where}{key}: {first} {old[key]!r}, {second} unknown"
+            if key not in old:
+                return f"{where}{key}: not {first}, {second} {new[key]!r}"
+            found = first_difference(old[key], new[key], f"{where}{key}.", names=names)
             if found:
                 return found
         return None
-    return None if stored == now else f"{where[:-1]}: stored {stored!r}, now {now!r}"
+    return None if old == new else f"{where[:-1]}: {first} {old!r}, {second} {new!r}"
 
 
 def _encode(value: Any, hint: Any, where: str) -> Json:
@@ -128,7 +165,7 @@ def _decode_dataclass(data: Mapping[str, Json], classes: Sequence[Any], where: s
 
 
 def _options(hint: Any) -> list[Any]:
-    """The members of a Union (flat), or the hint itself; Annotated is looked through."""
+    """The members of a union (flat), or the hint itself; `Annotated` is looked through."""
     if typing.get_origin(hint) is typing.Annotated:
         return _options(typing.get_args(hint)[0])
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -137,7 +174,7 @@ def _options(hint: Any) -> list[Any]:
 
 
 def _element_hints(option: Any, count: int) -> list[Any] | None:
-    """Types of ``count`` elements of a tuple or list type; None if it is a tuple of another length."""
+    """Types of `count` elements of a tuple or list type; None if it is a tuple of another length."""
     arguments = typing.get_args(option)
     if typing.get_origin(option) is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
         return list(arguments) if len(arguments) == count else None

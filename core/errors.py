@@ -1,6 +1,6 @@
 """The errors that this project raises on purpose, and the one-line check that raises them.
 
-Read next: ``structures.py``, whose values check themselves with ``require``.
+Read next: `structures.py`, whose values check themselves with `require`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ class InvalidInput(UpcycleError, ValueError):
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ``InvalidInput`` unless a condition holds. Values use it to check themselves.
+    """Raise `InvalidInput` unless a condition holds. Values use it to check themselves.
 
     Args:
         condition: What must be true.
         message: What was expected, what was found, and what to do.
 
     Raises:
-        InvalidInput: ``condition`` is false.
+        InvalidInput: `condition` is false.
     """
     if not condition:
         raise InvalidInput(message)

@@ -1,9 +1,10 @@
-"""Features at the cut: live in a network, and at rest in a smashed scene; see ``structures.py`` for what surrounds them.
+"""Features at the cut inside a network: batched, live and differentiable.
 
     PointCloud ── encoder ── CutFeatures ─┬─ decoder ── Predictions
-                                            └─ SmashedScene: the same at rest, on disk and on the wire
+                                          └─ SmashedScene: the features of one frame at rest (`smashed_scene.py`)
 
-Two kinds of features: sparse voxels of every detector and, of PV-RCNN, keypoints. Sparse coordinates are (batch, z, y, x). Only ``vehicle/`` makes a smashed scene from live features, only ``server/`` turns it back.
+There are two kinds of features: sparse voxels, which every detector has, and keypoints, which PV-RCNN has too. Sparse coordinates
+are (batch, z, y, x). `perception/vehicle/` makes smashed scenes of live features, `perception/server/` turns them back.
 """
 
 from __future__ import annotations
@@ -15,25 +16,33 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .config_json import config_to_json, first_difference
 from .cut import CutSpec, cell_index
-from .errors import require
-from .structures import TensorValue, shape_of
+from .errors import InvalidInput, require
+from .tensor_value import TensorValue, shape_of
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SparseVoxels(TensorValue):
-    """A sparse 3D tensor of a batch.
-
-    features: (M, C) float. coords: (M, 4) int32 batch, z, y, x. shape: (z, y, x). batch_size is explicit, because the last
-    scene may be empty.
-    """
+    """A sparse 3D tensor of a batch."""
 
     features: Tensor
+    """(M, C) float."""
+
     coords: Tensor
+    """(M, 4) int32 batch, z, y, x, without repeats."""
+
     shape: tuple[int, int, int]
+    """Cells along z, y, x."""
+
     batch_size: int
+    """Number of scenes. It cannot be read from `coords`, because the last scene may be empty."""
 
     def __post_init__(self) -> None:
+        require(
+            isinstance(self.features, Tensor) and isinstance(self.coords, Tensor),
+            f"SparseVoxels needs tensors, found {shape_of(self.features)} and {shape_of(self.coords)}",
+        )
         m = self.features.shape[0]
         require(self.features.ndim == 2, f"SparseVoxels.features must be (M, C), found {shape_of(self.features)}")
         require(
@@ -41,36 +50,32 @@ class SparseVoxels(TensorValue):
             f"SparseVoxels.coords must be ({m}, 4) int32 (batch, z, y, x), found {shape_of(self.coords)}",
         )
 
-    def check_range(self) -> SparseVoxels:
-        """Itself, after checking that every coordinate lies in the grid. Called once where coordinates come from outside."""
-        if len(self.coords):
-            low, high = self.coords.amin(0).tolist(), self.coords.amax(0).tolist()
-            limit = (self.batch_size, *self.shape)
-            require(
-                min(low) >= 0 and all(h < s for h, s in zip(high, limit, strict=True)),
-                f"voxel coordinates out of range: expected (batch, z, y, x) in 0..{limit}, found {low} to {high}; is the order z y x?",
-            )
-        return self
-
     def sorted(self) -> SparseVoxels:
-        """The same voxels, ascending in (batch, z, y, x)."""
+        """Order the voxels ascending in (batch, z, y, x)."""
         order = (self.coords[:, 0].long() * math.prod(self.shape) + cell_index(self.coords[:, 1:], self.shape)).argsort()
         return replace(self, features=self.features[order], coords=self.coords[order])
 
     def starts(self) -> tuple[int, ...]:
-        """B + 1 bounds of the scenes in the rows, for voxels whose scenes lie one after the other."""
+        """Give the B + 1 row bounds of the scenes, for voxels whose scenes lie in order."""
         ends = torch.bincount(self.coords[:, 0], minlength=self.batch_size).cumsum(0)
         return (0, *ends.tolist())
 
     def scene(self, index: int) -> SparseVoxels:
-        """Scene ``index`` alone, as a batch of one."""
+        """Take one scene out of the batch.
+
+        Args:
+            index: Number of the scene in the batch.
+
+        Returns:
+            The scene as a batch of one.
+        """
         mask = self.coords[:, 0] == index
         coords = self.coords[mask].clone()
         coords[:, 0] = 0
         return replace(self, features=self.features[mask], coords=coords, batch_size=1)
 
     def dense(self) -> Tensor:
-        """(B, C, Z, Y, X): zeros where no voxel is. Differentiable; duplicates are not allowed."""
+        """Fill in the empty cells: (B, C, Z, Y, X), zeros where no voxel is. Differentiable; voxels must not repeat."""
         z, y, x = self.shape
         c = self.coords.long()
         index = ((c[:, 0] * z + c[:, 1]) * y + c[:, 2]) * x + c[:, 3]
@@ -80,7 +85,14 @@ class SparseVoxels(TensorValue):
 
     @staticmethod
     def collate(parts: Sequence[SparseVoxels]) -> SparseVoxels:
-        """One batch of several, scenes in order; at least one part, all of one grid."""
+        """Join several batches.
+
+        Args:
+            parts: At least one batch; all of one grid.
+
+        Returns:
+            One batch with all scenes, in order.
+        """
         coords, start = [], 0
         for part in parts:
             shifted = part.coords.clone()
@@ -93,17 +105,22 @@ class SparseVoxels(TensorValue):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Keypoints(TensorValue):
-    """A few points that stand for each scene of a batch, with what a network knows about their surroundings.
-
-    xyz: (K, 3) float32 m, the scenes one after the other. features: (K, C) float. starts: B + 1 bounds of the scenes in the rows; a
-    scene with fewer points than keypoints asked for has fewer keypoints.
-    """
+    """A few points of each scene of a batch, with features of their surroundings."""
 
     xyz: Tensor
+    """(K, 3) float32 x, y, z in meters, scene by scene."""
+
     features: Tensor
+    """(K, C) float."""
+
     starts: tuple[int, ...]
+    """B + 1 row bounds of the scenes. A scene with fewer points than the wanted number of keypoints has fewer keypoints."""
 
     def __post_init__(self) -> None:
+        require(
+            isinstance(self.features, Tensor) and isinstance(self.xyz, Tensor),
+            f"Keypoints needs tensors, found {shape_of(self.xyz)} and {shape_of(self.features)}",
+        )
         k = self.features.shape[0]
         require(
             self.features.ndim == 2 and self.xyz.shape == (k, 3),
@@ -116,22 +133,47 @@ class Keypoints(TensorValue):
 
     @property
     def batch_size(self) -> int:
+        """Number of scenes."""
         return len(self.starts) - 1
 
     def scene(self, index: int) -> Keypoints:
-        """Scene ``index`` alone, as a batch of one."""
+        """Take one scene out of the batch.
+
+        Args:
+            index: Number of the scene in the batch.
+
+        Returns:
+            The scene as a batch of one.
+        """
         rows = slice(self.starts[index], self.starts[index + 1])
         return Keypoints(xyz=self.xyz[rows], features=self.features[rows], starts=(0, rows.stop - rows.start))
 
     def select(self, mask_or_index: Tensor) -> Keypoints:
-        """The keypoints of a boolean mask or an index of a batch of one, in that order."""
+        """Select keypoints of a batch of one.
+
+        Args:
+            mask_or_index: (K,) bool, or int64 rows in the wanted order.
+
+        Returns:
+            The keypoints selected.
+
+        Raises:
+            InvalidInput: The batch has several scenes, or none.
+        """
         require(self.batch_size == 1, f"keypoints are selected from one scene at a time, found a batch of {self.batch_size}")
         features = self.features[mask_or_index]
         return Keypoints(xyz=self.xyz[mask_or_index], features=features, starts=(0, features.shape[0]))
 
     @staticmethod
     def collate(parts: Sequence[Keypoints]) -> Keypoints:
-        """One batch of several, scenes in order; at least one part."""
+        """Join several batches.
+
+        Args:
+            parts: At least one batch.
+
+        Returns:
+            One batch with all scenes, in order.
+        """
         starts = [0]
         for part in parts:
             starts += [starts[-1] + s for s in part.starts[1:]]
@@ -142,47 +184,81 @@ class Keypoints(TensorValue):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class CutFeatures(TensorValue):
-    """Live, batched, differentiable features at the cut: what ``encode`` returns and ``decode`` takes."""
+    """What an encoder returns and a decoder takes."""
 
     voxels: SparseVoxels
+    """Features of the occupied cells of the cut."""
+
     spec: CutSpec
+    """The cut they belong to."""
+
     keypoints: Keypoints | None = None
+    """Features of the keypoints, None where the cut has none."""
 
     def __post_init__(self) -> None:
         found = (self.voxels.features.shape[1], self.voxels.shape)
         require(
             found == (self.spec.channels, self.spec.shape),
-            f"features do not fit the cut {self.spec.layer!r}: expected (channels, shape) {(self.spec.channels, self.spec.shape)}, found {found}",
+            f"the features do not fit the cut {self.spec.layer!r}: expected (channels, shape) "
+            f"{(self.spec.channels, self.spec.shape)}, found {found}",
         )
-        require(
-            (self.keypoints is None) == (self.spec.keypoints is None),
-            f"the cut {self.spec.layer!r} has {self.spec.keypoints}, the features have {self.keypoints}",
-        )
-        if self.keypoints is not None and self.spec.keypoints is not None:
-            size = (self.keypoints.features.shape[1], self.keypoints.batch_size)
+        wanted = self.spec.keypoints
+        if self.keypoints is None or wanted is None:
             require(
-                size == (self.spec.keypoints.channels, self.voxels.batch_size),
-                f"keypoints do not fit: expected (channels, scenes) {(self.spec.keypoints.channels, self.voxels.batch_size)}, found {size}",
+                self.keypoints is None and wanted is None,
+                f"the cut {self.spec.layer!r} has {'no' if wanted is None else wanted.count} keypoints, but the features have "
+                f"{'none' if self.keypoints is None else 'some'}; encode with an encoder of this cut",
             )
+            return
+        size = (self.keypoints.features.shape[1], self.keypoints.batch_size)
+        require(
+            size == (wanted.channels, self.voxels.batch_size),
+            f"the keypoints do not fit: expected (channels, scenes) {(wanted.channels, self.voxels.batch_size)}, found {size}",
+        )
 
     @property
     def batch_size(self) -> int:
+        """Number of scenes."""
         return self.voxels.batch_size
 
     def scene(self, index: int) -> CutFeatures:
-        """Scene ``index`` alone, as a batch of one."""
+        """Take one scene out of the batch.
+
+        Args:
+            index: Number of the scene in the batch.
+
+        Returns:
+            The scene as a batch of one.
+        """
         keypoints = None if self.keypoints is None else self.keypoints.scene(index)
         return replace(self, voxels=self.voxels.scene(index), keypoints=keypoints)
 
     @staticmethod
     def collate(scenes: Sequence[CutFeatures]) -> CutFeatures:
-        """One batch of several batches, scenes in order."""
+        """Join several batches.
+
+        Args:
+            scenes: At least one batch; all of one cut.
+
+        Returns:
+            One batch with all scenes, in order.
+
+        Raises:
+            InvalidInput: There is no batch, or the cuts differ.
+        """
         require(len(scenes) > 0, "CutFeatures.collate needs at least one scene")
-        specs = {s.spec for s in scenes}
-        require(len(specs) == 1, f"cannot batch features of different cuts: {specs}")
+        spec = scenes[0].spec
+        for number, scene in enumerate(scenes):
+            if scene.spec != spec:
+                difference = first_difference(
+                    config_to_json(spec), config_to_json(scene.spec), names=("the first has", f"number {number} has")
+                )
+                raise InvalidInput(
+                    f"features of different cuts cannot be one batch; {difference}; use one encoder for all scenes"
+                )
         keypoints = [s.keypoints for s in scenes if s.keypoints is not None]
         return CutFeatures(
             voxels=SparseVoxels.collate([s.voxels for s in scenes]),
-            spec=scenes[0].spec,
+            spec=spec,
             keypoints=Keypoints.collate(keypoints) if keypoints else None,
         )

@@ -1,7 +1,7 @@
 """Writing files so that a reader sees the old one or the whole new one, never a part.
 
-Temporary name in the same folder, fsync, rename. A killed process may leave a temporary file; its name starts with a dot and ends
-in ``.tmp``.
+A file is written under a temporary name in the same folder, synced, and renamed. A killed process may leave a temporary file; its
+name starts with a dot and ends in `.tmp`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,57 @@ from typing import BinaryIO
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at ``path`` complete and synced when the block ends, or not at all when it raises."""
-    with _renamed(path) as descriptor, os.fdopen(descriptor, "wb", closefd=False) as file:
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a binary file that appears complete and synced when the block ends, or not at all when it raises.
+
+    Args:
+        path: Where the file appears. Missing folders are made.
+
+    Yields:
+        The file to write to.
+
+    Raises:
+        OSError: The file cannot be written.
+
+    Example:
+        with atomic_file("runs/scores.npy") as file:
+            np.save(file, scores)
+    """
+    with _renamed(Path(path)) as descriptor, os.fdopen(descriptor, "wb", closefd=False) as file:
         yield file
 
 
-def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """``data``, or all its pieces, under ``path``, or nothing. Raises ``OSError``."""
-    with _renamed(path) as descriptor:
+def write_atomically(path: str | Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file completely or not at all.
+
+    Args:
+        path: Where the file appears. Missing folders are made.
+        data: Its content, or the pieces of it in order.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    with _renamed(Path(path)) as descriptor:
         for piece in [data] if isinstance(data, bytes) else data:
             view = memoryview(piece)
             while view:
                 view = view[os.write(descriptor, view) :]
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Make the renames in a folder durable.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -47,12 +85,3 @@ def _renamed(path: Path) -> Iterator[int]:
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

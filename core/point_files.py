@@ -1,7 +1,7 @@
-"""Reading and writing one LiDAR scan: KITTI's ``.bin``, numpy's ``.npy`` and the Point Cloud Library's ``.pcd``.
+"""Reading and writing one scan: KITTI's `.bin`, numpy's `.npy` and the Point Cloud Library's `.pcd`.
 
-A scan comes from outside, so everything is checked here, once: the byte count against the row width, every declared size
-against the size of the file before memory is taken, no pickle, no NaN, no empty scan. What comes out is a ``PointCloud``.
+A scan comes from outside, so everything is checked here, once: the byte count against the row width, every declared size against
+the size of the file before memory is taken, no pickle, no NaN, no empty scan. The result is a `PointCloud`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from .files import write_atomically
 from .structures import PointCloud
 
 XYZI = ("x", "y", "z", "intensity")
+"""Columns of a `.bin` or `.npy` file that names none, those of KITTI."""
+
 POINT_SUFFIXES = (".bin", ".npy", ".pcd")
+"""Suffixes of files that `read_points` reads."""
 
 _PCD_ALIASES = {"i": "intensity", "reflectivity": "intensity"}
 _PCD_MAX_HEADER = 64 * 1024
@@ -32,43 +35,62 @@ def read_points(
     intensity_scale: float | None = 1.0,
     drop_non_finite: bool = False,
 ) -> PointCloud:
-    """One scan from a ``.bin`` (float32 rows), ``.npy`` ((N, C), no pickle) or ``.pcd`` (ascii, binary) file.
+    """Read one scan from a `.bin` (float32 rows), `.npy` ((N, C), no pickle) or `.pcd` (ascii or binary) file.
 
-    columns: what the values of a row are, in file order; "x", "y", "z" in metres must be among them, "_" skips one, the others
-        become features. None means x y z intensity for ``.bin`` and ``.npy``, and x y z plus intensity where present for ``.pcd``,
-        whose header names its fields.
-    intensity_scale: what intensity is multiplied by to lie in 0..1; 1/255 for sensors that count to 255. None leaves it as it is and
-        says nothing of values beyond 1, for a caller that scales and checks it (``RigSpec.apply``).
-    drop_non_finite: leave out points with a NaN or infinite value (organised clouds mark a missing return so) instead of refusing.
+    Args:
+        path: The file; its suffix tells the format.
+        columns: What the values of a row are, in file order. "x", "y" and "z" in meters must be among them, "_" leaves one out, all
+            others become features. None means x, y, z, intensity for `.bin` and `.npy`; for `.pcd`, whose header names its fields,
+            it means x, y, z, and intensity where the file has it.
+        intensity_scale: Factor that brings intensity to 0..1; 1/255 for sensors that count to 255. A warning follows where it
+            exceeds 1 afterwards. None leaves intensity as it is, for a caller that scales and checks it (`RigSpec.apply`).
+        drop_non_finite: Leave out points with a NaN or infinite value instead of refusing the file. Organized clouds mark a missing
+            return this way.
 
-    Raises InvalidInput: no such file, another format, a size that does not fit the columns, non-finite values, no point.
+    Returns:
+        The scan, in the order of the file.
+
+    Raises:
+        InvalidInput: There is no such file, it has another format, its size does not fit the columns, it holds non-finite values
+            or no point.
+
+    Example:
+        scan = read_points("training/velodyne/000003.bin")
+        scan = read_points("scan.npy", columns=("x", "y", "z", "intensity", "_"), intensity_scale=1 / 255)
     """
     path = Path(path)
     if not path.is_file():
-        raise InvalidInput(f"no scan at {path}; check the root folder and the frame id")
+        raise InvalidInput(f"there is no scan at {path}; check the root folder and the frame id")
     if path.suffix == ".pcd":
         names, values = _read_pcd(path, columns)
     elif path.suffix in (".bin", ".npy"):
         names = columns or XYZI
         values = _read_bin(path, names) if path.suffix == ".bin" else _read_npy(path, names)
     else:
-        raise InvalidInput(f"{path}: scans are read from {', '.join(POINT_SUFFIXES)}; found {path.suffix or 'no suffix'!r}")
+        raise InvalidInput(f"{path}: scans are read from files {', '.join(POINT_SUFFIXES)}, found {path.suffix or 'no suffix'!r}")
     return _to_cloud(path, names, values, intensity_scale, drop_non_finite)
 
 
-def scan_files(paths: Sequence[Path]) -> tuple[Path, ...]:
-    """The scan files among ``paths``, in this order; a folder stands for the scans in it, by name.
+def scan_files(paths: Sequence[str | Path]) -> tuple[Path, ...]:
+    """Find the scan files among paths.
 
-    Raises InvalidInput if a path does not exist, there is no scan at all, or two scans have one name but for folder and suffix:
-    results are filed under that name.
+    Args:
+        paths: Files and folders. A folder stands for the scans in it, ordered by name.
+
+    Returns:
+        The files, in this order.
+
+    Raises:
+        InvalidInput: A path does not exist, there is no scan at all, or two scans have one name apart from folder and suffix:
+            results are filed under that name.
     """
     found: list[Path] = []
-    for path in paths:
+    for path in map(Path, paths):
         if not path.exists():
-            raise InvalidInput(f"there is no file or folder {path}")
+            raise InvalidInput(f"there is no file or folder {path}; check its spelling")
         found += sorted(p for p in path.iterdir() if p.suffix in POINT_SUFFIXES) if path.is_dir() else [path]
     if not found:
-        raise InvalidInput(f"no scan ({', '.join(POINT_SUFFIXES)}) in {', '.join(map(str, paths))}")
+        raise InvalidInput(f"there is no scan ({', '.join(POINT_SUFFIXES)}) in {', '.join(map(str, paths))}")
     named: dict[str, Path] = {}
     for path in found:
         other = named.setdefault(path.stem, path)
@@ -78,41 +100,38 @@ def scan_files(paths: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def write_bin(path: Path | str, points: PointCloud) -> None:
-    """Write float32 rows of x y z and the features, in the order of ``feature_names``; atomic."""
+    """Write a scan as float32 rows of x, y, z and the features, completely or not at all.
+
+    Args:
+        path: The file, by custom with suffix `.bin`.
+        points: The scan; its features follow in the order of `feature_names`.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     rows = torch.cat([points.xyz, points.features], 1).float().cpu().numpy()
-    write_atomically(Path(path), rows.astype("<f4").tobytes())
+    write_atomically(path, rows.astype("<f4").tobytes())
 
 
 def _to_cloud(
     path: Path, names: tuple[str, ...], values: NDArray[np.float32], intensity_scale: float | None, drop_non_finite: bool
 ) -> PointCloud:
-    if any(names.count(axis) != 1 for axis in "xyz"):
-        raise InvalidInput(f"{path}: the columns must hold x, y and z once each; found {names}")
-    feature_names = tuple(n for n in names if n not in ("x", "y", "z", "_"))
-    used = values[:, [names.index(n) for n in ("x", "y", "z", *feature_names)]]
-    finite = np.isfinite(used).all(axis=1)
-    if not finite.all():
-        if not drop_non_finite:
-            raise InvalidInput(
-                f"{path}: {int((~finite).sum())} of {len(used)} points hold NaN or inf; "
-                "repair the file, or leave those points out with drop_non_finite "
-                "(option --drop-non-finite of extract, predict and prepare folder)"
-            )
-        used = used[finite]
-    if len(used) == 0:
+    try:
+        cloud = PointCloud.from_array(torch.from_numpy(values), names, drop_non_finite=drop_non_finite)
+    except InvalidInput as error:
+        raise InvalidInput(f"{path}: {error}") from error
+    if len(cloud) == 0:
         raise InvalidInput(f"{path}: the scan holds no point; leave the frame out of the split")
-    rows = torch.from_numpy(np.ascontiguousarray(used, dtype=np.float32))
-    features = rows[:, 3:].contiguous()
-    if "intensity" in feature_names and intensity_scale is not None:
-        column = features[:, feature_names.index("intensity")]
+    if "intensity" in cloud.feature_names and intensity_scale is not None:
+        column = cloud.features[:, cloud.feature_names.index("intensity")]
         column *= intensity_scale
         if float(column.max()) > 1.0:
             warnings.warn(
-                f"{path}: intensity runs to {float(column.max()):g}, expected 0..1; give intensity_scale, 1/255 = 0.0039216 if the sensor "
-                "counts to 255 (option --intensity-scale of prepare folder)",
+                f"{path}: intensity reaches {float(column.max()):g}, expected 0..1; give intensity_scale, 1/255 = 0.0039216 if the "
+                "sensor counts to 255 (option --intensity-scale of prepare folder)",
                 stacklevel=3,
             )
-    return PointCloud(xyz=rows[:, :3].contiguous(), features=features, feature_names=feature_names)
+    return cloud
 
 
 def _read_bin(path: Path, names: tuple[str, ...]) -> NDArray[np.float32]:
@@ -120,12 +139,12 @@ def _read_bin(path: Path, names: tuple[str, ...]) -> NDArray[np.float32]:
     if size % (4 * width):
         fitting = [w for w in range(3, 11) if size % (4 * w) == 0]
         hint = (
-            f"the size fits {' or '.join(map(str, fitting))} values a row: name them in columns (option --columns of extract, predict "
+            f"the size fits {' or '.join(map(str, fitting))} values per row: name them in columns (option --columns of extract, predict "
             "and prepare folder)"
             if fitting
             else "no row of 3 to 10 float32 fits; is the file cut off?"
         )
-        raise InvalidInput(f"{path}: {size} bytes are no whole number of rows of {width} float32 {names}; {hint}")
+        raise InvalidInput(f"{path}: {size} bytes are not a whole number of rows of {width} float32 {names}; {hint}")
     return np.fromfile(path, dtype="<f4").reshape(-1, width)
 
 
@@ -141,7 +160,7 @@ def _read_npy(path: Path, names: tuple[str, ...]) -> NDArray[np.float32]:
 
 
 def _read_pcd(path: Path, columns: tuple[str, ...] | None) -> tuple[tuple[str, ...], NDArray[np.float32]]:
-    """The asked fields of a .pcd file. Format: pointclouds.org, "The PCD file format", version 0.7."""
+    """The wanted fields of a `.pcd` file. Format: pointclouds.org, "The PCD file format", version 0.7."""
     data = path.read_bytes()
     header, start = _pcd_header(path, data)
 
@@ -155,7 +174,10 @@ def _read_pcd(path: Path, columns: tuple[str, ...] | None) -> tuple[tuple[str, .
     sizes, counts = integers("SIZE"), integers("COUNT", ["1"] * len(fields))
     kinds = header.get("TYPE", [])
     if not fields or not len(fields) == len(sizes) == len(counts) == len(kinds):
-        raise InvalidInput(f"{path}: the PCD header must give FIELDS, SIZE, TYPE and COUNT of equal length, found {header}")
+        raise InvalidInput(
+            f"{path}: the PCD header must give FIELDS, SIZE, TYPE and COUNT of equal length, found "
+            f"{len(fields)}, {len(sizes)}, {len(kinds)} and {len(counts)} entries"
+        )
     if any(k not in "FIU" or s not in (1, 2, 4, 8) or c < 1 for k, s, c in zip(kinds, sizes, counts)):
         raise InvalidInput(
             f"{path}: the PCD header asks for TYPE {kinds} SIZE {sizes} COUNT {counts}; known are F I U of 1, 2, 4, 8 bytes"
@@ -168,7 +190,7 @@ def _read_pcd(path: Path, columns: tuple[str, ...] | None) -> tuple[tuple[str, .
     missing = [n for n in names if n not in known]
     if missing:
         raise InvalidInput(
-            f"{path}: no field {', '.join(missing)}; the file has {' '.join(fields)}; name the wanted ones in columns "
+            f"{path}: there is no field {', '.join(missing)}; the file has {' '.join(fields)}; name the wanted ones in columns "
             "(option --columns of extract, predict and prepare folder)"
         )
 
@@ -181,16 +203,16 @@ def _read_pcd(path: Path, columns: tuple[str, ...] | None) -> tuple[tuple[str, .
         try:
             dtype = np.dtype([(f"{i}", f"<{k.lower()}{s}", (c,)) for i, (k, s, c) in enumerate(zip(kinds, sizes, counts))])
         except TypeError as error:
-            raise InvalidInput(f"{path}: no number has TYPE {kinds} with SIZE {sizes} ({error})") from error
+            raise InvalidInput(f"{path}: there is no number of TYPE {kinds} with SIZE {sizes} ({error})") from error
         if declared * dtype.itemsize > len(data) - start:
             raise InvalidInput(
-                f"{path}: the header declares {declared} points of {dtype.itemsize} bytes, but only {len(data) - start} bytes follow; is it cut off?"
+                f"{path}: the header declares {declared} points of {dtype.itemsize} bytes, but only {len(data) - start} bytes follow; is the file cut off?"
             )
         rows = np.frombuffer(data, dtype=dtype, count=declared, offset=start)
         columns_ = [rows[f"{known.index(n)}"][:, 0].astype(np.float32) for n in names]
         return names, np.stack(columns_, axis=1)
     raise InvalidInput(
-        f"{path}: DATA {encoding} is not read; convert it with `pcl_convert_pcd_ascii_binary IN.pcd OUT.pcd 1` (binary)"
+        f"{path}: files with DATA {encoding} are not read; convert it with `pcl_convert_pcd_ascii_binary IN.pcd OUT.pcd 1` (binary)"
     )
 
 
@@ -201,7 +223,7 @@ def _pcd_header(path: Path, data: bytes) -> tuple[dict[str, list[str]], int]:
     while "DATA" not in header:
         end = data.find(b"\n", position, _PCD_MAX_HEADER)
         if end < 0:
-            raise InvalidInput(f"{path}: no PCD header: no line DATA in the first {_PCD_MAX_HEADER} bytes")
+            raise InvalidInput(f"{path}: the PCD header has no line DATA in the first {_PCD_MAX_HEADER} bytes")
         words = data[position:end].decode("ascii", errors="replace").split()
         position = end + 1
         if words and not words[0].startswith("#"):
@@ -216,4 +238,4 @@ def _pcd_ascii(path: Path, body: bytes, declared: int, width: int) -> NDArray[np
     try:
         return np.array(words, dtype=np.float64).astype(np.float32).reshape(declared, width)
     except ValueError as error:
-        raise InvalidInput(f"{path}: the points hold a word that is no number ({error})") from error
+        raise InvalidInput(f"{path}: the points hold a word that is not a number ({error})") from error

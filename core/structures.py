@@ -1,65 +1,62 @@
-"""The values that flow through the toolkit.
+"""The values that flow through the toolkit: scans, boxes, labels, frames, predictions and losses.
 
-Every function of this project takes and returns these values or plain tensors; there is no dictionary of everything.
-All of them are frozen, hold torch tensors, are checked where they are made, and move with ``to(device)``.
+Every function of this project takes and returns these values or plain tensors; there is no dictionary of everything. All of them
+are frozen, hold torch tensors, check types and shapes where they are made, and move with `to(device)`. Boxes and points may be
+given as numpy arrays or in other precisions; they become float32 tensors.
 
-Frame of every coordinate: x forward, y left, z up, metres. Sparse coordinates are (batch, z, y, x). Classes count from 0.
+Numbers are checked where they come from outside: by `PointCloud.from_array`, `PointCloud.from_file` and `Boxes3D.from_array`. The
+constructors do not check them. They run inside the network, where a box may be infinite before training has begun (the training
+loop then names the loss that is not finite), and where a look at the numbers would make the program wait for the GPU.
 
-    raw scan ── PointCloud ── encoder ── features at the cut (``features.py``) ── decoder ── Predictions
+Coordinates are x forward, y left, z up, in meters. Classes count from 0. The file is long because every value that users meet
+stands in it, with the documentation of its fields.
+
+    raw scan ── PointCloud ── encoder ── features at the cut (`features.py`) ── decoder ── Predictions
+
+Read next: `boxes.py` for the geometry of a box, `cut.py` and `features.py` for what an encoder returns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import InvalidInput, require
 from .rig import RigSpec
+from .tensor_value import TensorValue, float32_table, float32_tensor, shape_of
 
-
-def shape_of(tensor: Tensor) -> str:
-    """Shape and type for a message: ``(3, 4) float32``."""
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-class TensorValue:
-    """Shared by the values below and in ``features.py``: moving between devices, and a ``repr`` of shapes instead of numbers."""
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same value with every tensor on ``device``."""
-        moved: dict[str, Any] = {}
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor | TensorValue):
-                moved[f.name] = value.to(device)
-        return replace(self, **moved)  # type: ignore[type-var]
-
-    def __repr__(self) -> str:
-        parts = []
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            parts.append(f"{f.name}={shape_of(value) if isinstance(value, Tensor) else repr(value)}")
-        return f"{type(self).__name__}({', '.join(parts)})"
+_XYZI = ("x", "y", "z", "intensity")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PointCloud(TensorValue):
-    """One LiDAR scan.
+    """One scan: the points of one LiDAR sweep.
 
-    xyz: (N, 3) float32, metres, sensor frame (or shifted by the rig's known height).
-    features: (N, C) float32; what the columns are stands in ``feature_names``; "intensity" is in 0..1.
+    Example:
+        >>> rows = np.array([[1.0, 2.0, 0.5, 0.3], [4.0, -1.0, 0.2, 0.9]])
+        >>> PointCloud.from_array(rows)
+        PointCloud(xyz=(2, 3) float32, features=(2, 1) float32, feature_names=('intensity',))
     """
 
     xyz: Tensor
+    """(N, 3) float32, meters, in the sensor frame, or in the shifted frame (see `rig.py`)."""
+
     features: Tensor
+    """(N, C) float32, one column per name in `feature_names`."""
+
     feature_names: tuple[str, ...] = ("intensity",)
+    """What the columns of `features` are. Intensity lies in 0..1."""
 
     def __post_init__(self) -> None:
+        _set(self, xyz=float32_tensor(self.xyz, "PointCloud.xyz"), features=float32_tensor(self.features, "PointCloud.features"))
+        _set(self, feature_names=tuple(self.feature_names))
         require(self.xyz.ndim == 2 and self.xyz.shape[1] == 3, f"PointCloud.xyz must be (N, 3), found {shape_of(self.xyz)}")
         require(
             self.features.shape == (self.xyz.shape[0], len(self.feature_names)),
@@ -70,36 +67,147 @@ class PointCloud(TensorValue):
     def __len__(self) -> int:
         return self.xyz.shape[0]
 
+    @staticmethod
+    def from_array(
+        array: NDArray[Any] | Tensor | Sequence[Sequence[float]],
+        columns: Sequence[str] = _XYZI,
+        *,
+        drop_non_finite: bool = False,
+    ) -> PointCloud:
+        """Make a scan of a table of numbers.
+
+        Args:
+            array: (N, C) numpy array, tensor or list of rows.
+            columns: What the columns are, in order. "x", "y" and "z" in meters must be among them, "_" leaves a column out, all
+                others become features. Intensity must lie in 0..1: divide it by 255 first if the sensor counts to 255.
+            drop_non_finite: Leave out points with a NaN or infinite value instead of refusing the scan. Organized clouds mark a
+                missing return this way.
+
+        Returns:
+            The scan, in the order of the rows.
+
+        Raises:
+            InvalidInput: Another shape, columns without x, y or z, or non-finite values.
+        """
+        names = tuple(columns)
+        rows = float32_table(array, len(names), "the array of points")
+        require(
+            rows.ndim == 2 and rows.shape[1] == len(names),
+            f"the points must be (N, {len(names)}) for the columns {names}, found {shape_of(array)}",
+        )
+        require(all(names.count(axis) == 1 for axis in "xyz"), f"the columns must hold x, y and z once each, found {names}")
+        feature_names = tuple(n for n in names if n not in ("x", "y", "z", "_"))
+        rows = rows[:, [names.index(n) for n in ("x", "y", "z", *feature_names)]]
+        finite = torch.isfinite(rows).all(1)
+        if not finite.all():
+            require(
+                drop_non_finite,
+                f"{int((~finite).sum())} of {len(rows)} points hold NaN or inf; repair them, or leave those points out with "
+                "drop_non_finite (option --drop-non-finite of the commands)",
+            )
+            rows = rows[finite]
+        return PointCloud(xyz=rows[:, :3].contiguous(), features=rows[:, 3:].contiguous(), feature_names=feature_names)
+
+    @staticmethod
+    def from_file(
+        path: str | Path, *, columns: tuple[str, ...] | None = None, intensity_scale: float = 1.0, drop_non_finite: bool = False
+    ) -> PointCloud:
+        """Read a scan from a `.bin`, `.npy` or `.pcd` file; see `read_points` in `point_files.py`.
+
+        Args:
+            path: The file.
+            columns: What the values of a row are. None means x, y, z, intensity, or what the header of a `.pcd` names.
+            intensity_scale: Factor that brings intensity to 0..1; 1/255 for sensors that count to 255.
+            drop_non_finite: Leave out points with a NaN or infinite value instead of refusing the file.
+
+        Returns:
+            The scan, in the order of the file.
+
+        Raises:
+            InvalidInput: The file is missing, broken or of another format.
+        """
+        from .point_files import read_points  # it imports this module
+
+        return read_points(path, columns=columns, intensity_scale=intensity_scale, drop_non_finite=drop_non_finite)
+
     def select(self, mask_or_index: Tensor) -> PointCloud:
-        """The points of a boolean mask or an index, in that order."""
+        """Select points.
+
+        Args:
+            mask_or_index: (N,) bool, or int64 rows in the wanted order.
+
+        Returns:
+            The points selected.
+        """
         return replace(self, xyz=self.xyz[mask_or_index], features=self.features[mask_or_index])
 
     @staticmethod
     def concatenate(clouds: Sequence[PointCloud]) -> PointCloud:
-        """All points of ``clouds`` one after the other; the feature names must agree."""
-        require(len(clouds) > 0, "PointCloud.concatenate needs at least one cloud")
+        """Join the points of several scans.
+
+        Args:
+            clouds: At least one scan; all with the same feature names.
+
+        Returns:
+            All points, in order.
+
+        Raises:
+            InvalidInput: There is no scan, or the feature names differ.
+        """
+        require(len(clouds) > 0, "PointCloud.concatenate needs at least one scan")
         names = {c.feature_names for c in clouds}
-        require(len(names) == 1, f"cannot concatenate point clouds with different features: {sorted(names)}")
+        require(len(names) == 1, f"PointCloud.concatenate needs scans with the same features, found {sorted(names)}")
         return replace(clouds[0], xyz=torch.cat([c.xyz for c in clouds]), features=torch.cat([c.features for c in clouds]))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Boxes3D(TensorValue):
-    """Oriented boxes, (N, 7) float32: x, y, z of the centre, dx (length), dy (width), dz (height), yaw.
+    """Oriented boxes; `boxes.py` draws the convention.
 
-    Metres and radians; yaw is 0 along +x, counter-clockwise seen from above, kept in [-pi, pi). Drawn in ``boxes.py``.
+    Example:
+        >>> Boxes3D.from_array([[10.0, -2.0, 0.8, 4.2, 1.8, 1.6, 0.1]])
+        Boxes3D(data=(1, 7) float32)
     """
 
     data: Tensor
+    """(N, 7) float32: x, y, z of the center, dx (length), dy (width), dz (height) in meters, and yaw in radians, 0 along +x and
+    counter-clockwise in BEV. Yaw may hold any number of turns; `wrap_angle` brings it into [-pi, pi). Readers of datasets do
+    that; boxes of a network are as it gives them."""
 
     def __post_init__(self) -> None:
+        _set(self, data=float32_tensor(self.data, "Boxes3D.data"))
         require(self.data.ndim == 2 and self.data.shape[1] == 7, f"Boxes3D.data must be (N, 7), found {shape_of(self.data)}")
 
     def __len__(self) -> int:
         return self.data.shape[0]
 
     @staticmethod
+    def from_array(array: NDArray[Any] | Tensor | Sequence[Sequence[float]]) -> Boxes3D:
+        """Make boxes of a table of numbers, and check every number.
+
+        Args:
+            array: (N, 7) numpy array, tensor or list of rows.
+
+        Returns:
+            The boxes.
+
+        Raises:
+            InvalidInput: Another shape, a NaN or infinite value, or a size that is zero or negative.
+        """
+        boxes = Boxes3D(data=float32_table(array, 7, "the array of boxes"))
+        finite, solid = torch.isfinite(boxes.data).all(1), (boxes.data[:, 3:6] > 0).all(1)
+        for good, fault in ((finite, "a NaN or infinite value"), (solid, "a size (dx, dy, dz) that is zero or negative")):
+            if not good.all():
+                row = int((~good).nonzero()[0])
+                raise InvalidInput(
+                    f"{int((~good).sum())} of {len(boxes)} boxes have {fault}, the first is row {row}: "
+                    f"{[round(v, 3) for v in boxes.data[row].tolist()]}; remove or repair them"
+                )
+        return boxes
+
+    @staticmethod
     def empty() -> Boxes3D:
+        """Make a set of no boxes."""
         return Boxes3D(data=torch.zeros(0, 7))
 
 
@@ -108,38 +216,50 @@ _LABEL_COLUMNS = ("classes", "num_points", "difficulty", "weight", "exact", "box
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Labels(TensorValue):
-    """What is known about the objects of one scene, from people, from a teacher or from pasting.
+    """The objects of one frame, as far as they are known: from people, from a teacher, or pasted.
 
-    boxes: (N, 7). classes: (N,) int64 from 0. num_points: (N,) int64, LiDAR points inside, -1 unknown.
-    difficulty: (N,) int64, KITTI's 0 easy, 1 moderate, 2 hard, -1 none of them.
-    weight: (N,) float32, 1 = learn from it, 0 = ignore: neither object nor background.
-    exact: (N,) bool, the box is right to the centimetre (labelled or pasted), so heads that judge quality may learn from it.
-    box_weight: (N,) float32, how much box regression learns from it; a teacher may know that a car is there but not its sides.
-    complete: what is not labelled is background. False for pseudo labels: a teacher misses objects.
+    Example:
+        >>> boxes = Boxes3D.from_array([[10.0, -2.0, 0.8, 4.2, 1.8, 1.6, 0.1]])
+        >>> len(Labels.make(boxes, classes=[0]))
+        1
     """
 
     boxes: Boxes3D
+    """The N boxes, in the frame of the points."""
+
     classes: Tensor
+    """(N,) int64, counted from 0."""
+
     num_points: Tensor
+    """(N,) int64, number of LiDAR points in the box, -1 where it is unknown."""
+
     difficulty: Tensor
+    """(N,) int64, the dataset's own level (KITTI: 0 easy, 1 moderate, 2 hard), -1 where there is none."""
+
     weight: Tensor
+    """(N,) float32, 1 to learn from the object, 0 to ignore it: neither object nor background."""
+
     exact: Tensor
+    """(N,) bool, whether the box is right to the centimeter (labeled or pasted), so that heads that predict quality may learn."""
+
     box_weight: Tensor
+    """(N,) float32, weight in box regression. A teacher may know that there is a car, but not where its sides are."""
+
     complete: bool = True
+    """Whether everything else is background. False for pseudo labels, because a teacher misses objects."""
 
     def __post_init__(self) -> None:
-        n = len(self.boxes)
-        for name in _LABEL_COLUMNS:
-            tensor = getattr(self, name)
-            require(tensor.shape == (n,), f"Labels.{name} must be ({n},) like the boxes, found {shape_of(tensor)}")
+        if not isinstance(self.boxes, Boxes3D):
+            raise InvalidInput(f"Labels.boxes must be Boxes3D, found {shape_of(self.boxes)}; use Labels.make, which converts it")
+        _check_columns(self, _LABEL_COLUMNS, hint="; use Labels.make, which converts arrays and fills in the usual values")
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     @staticmethod
     def make(
-        boxes: Tensor,
-        classes: Tensor,
+        boxes: Boxes3D | Tensor | NDArray[Any],
+        classes: Tensor | NDArray[Any] | Sequence[int],
         *,
         num_points: Tensor | None = None,
         difficulty: Tensor | None = None,
@@ -148,26 +268,59 @@ class Labels(TensorValue):
         box_weight: Tensor | None = None,
         complete: bool = True,
     ) -> Labels:
-        """Labels with the usual defaults: unknown point counts and difficulty, weights 1, exact."""
-        n = boxes.shape[0]
-        unknown = torch.full((n,), -1, dtype=torch.int64, device=boxes.device)
+        """Make labels with the usual values for what is not given.
+
+        Args:
+            boxes: (N, 7) boxes. Their numbers are not checked; `Boxes3D.from_array` checks them.
+            classes: (N,) classes, counted from 0.
+            num_points: (N,) number of points in each box. None: unknown.
+            difficulty: (N,) level of each object. None: no level.
+            weight: (N,) weight of each object. None: 1.
+            exact: (N,) whether each box is right to the centimeter, or one value for all.
+            box_weight: (N,) weight of each object in box regression. None: 1.
+            complete: Whether everything else is background.
+
+        Returns:
+            The labels.
+
+        Raises:
+            InvalidInput: A wrong type, or columns that do not fit the boxes.
+        """
+        solid = boxes if isinstance(boxes, Boxes3D) else Boxes3D(data=float32_tensor(boxes, "the boxes of labels"))
+        n, device = len(solid), solid.data.device
+        unknown = torch.full((n,), -1, dtype=torch.int64, device=device)
         return Labels(
-            boxes=Boxes3D(data=boxes),
-            classes=classes.to(torch.int64),
+            boxes=solid,
+            classes=torch.as_tensor(classes, device=device).to(torch.int64),
             num_points=unknown if num_points is None else num_points,
             difficulty=unknown if difficulty is None else difficulty,
-            weight=torch.ones(n, device=boxes.device) if weight is None else weight,
-            exact=torch.full((n,), exact, device=boxes.device) if isinstance(exact, bool) else exact,
-            box_weight=torch.ones(n, device=boxes.device) if box_weight is None else box_weight,
+            weight=torch.ones(n, device=device) if weight is None else weight,
+            exact=torch.full((n,), exact, device=device) if isinstance(exact, bool) else exact,
+            box_weight=torch.ones(n, device=device) if box_weight is None else box_weight,
             complete=complete,
         )
 
     @staticmethod
     def empty(*, complete: bool = True) -> Labels:
-        return Labels.make(torch.zeros(0, 7), torch.zeros(0, dtype=torch.int64), complete=complete)
+        """Make labels without an object.
+
+        Args:
+            complete: Whether everything is background. False: it is unknown what there is.
+
+        Returns:
+            The labels.
+        """
+        return Labels.make(Boxes3D.empty(), torch.zeros(0, dtype=torch.int64), complete=complete)
 
     def select(self, mask_or_index: Tensor) -> Labels:
-        """The labels of a boolean mask or an index, in that order."""
+        """Select objects.
+
+        Args:
+            mask_or_index: (N,) bool, or int64 rows in the wanted order.
+
+        Returns:
+            The labels selected.
+        """
         return replace(
             self,
             boxes=Boxes3D(data=self.boxes.data[mask_or_index]),
@@ -176,7 +329,17 @@ class Labels(TensorValue):
 
     @staticmethod
     def concatenate(parts: Sequence[Labels]) -> Labels:
-        """All labels of ``parts``; the result is complete only if every part is."""
+        """Join several labels of one frame.
+
+        Args:
+            parts: At least one part.
+
+        Returns:
+            All objects, in order; complete only if every part is.
+
+        Raises:
+            InvalidInput: There is no part.
+        """
         require(len(parts) > 0, "Labels.concatenate needs at least one part")
         return Labels(
             boxes=Boxes3D(data=torch.cat([p.boxes.data for p in parts])),
@@ -187,35 +350,50 @@ class Labels(TensorValue):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Calibration(TensorValue):
-    """From the LiDAR frame to a camera picture (KITTI's rectified left colour camera).
-
-    lidar_to_camera: (4, 4) float64, camera frame x right, y down, z forward, metres.
-    projection: (3, 4) float64, camera frame to pixels.
-    image_size: (width, height) pixels.
-    """
+    """The way from the LiDAR frame to a camera picture (KITTI's rectified left color camera)."""
 
     lidar_to_camera: Tensor
+    """(4, 4) float64, into the camera frame x right, y down, z forward, in meters."""
+
     projection: Tensor
+    """(3, 4) float64, camera frame to pixels."""
+
     image_size: tuple[int, int]
+    """Width and height in pixels."""
 
     def __post_init__(self) -> None:
-        require(
-            self.lidar_to_camera.shape == (4, 4),
-            f"Calibration.lidar_to_camera must be (4, 4), found {shape_of(self.lidar_to_camera)}",
-        )
-        require(self.projection.shape == (3, 4), f"Calibration.projection must be (3, 4), found {shape_of(self.projection)}")
+        for name, shape in (("lidar_to_camera", (4, 4)), ("projection", (3, 4))):
+            matrix = getattr(self, name)
+            if not isinstance(matrix, Tensor) or matrix.shape != shape:
+                raise InvalidInput(f"Calibration.{name} must be a tensor {shape}, found {shape_of(matrix)}")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Frame(TensorValue):
-    """One scan with what is known about it. ``labels`` is None where nobody labelled (not the same as no object)."""
+    """A scan with its id and what is known about it."""
 
     id: str
+    """Name of the frame, unique in its dataset."""
+
     points: PointCloud
+    """The scan."""
+
     labels: Labels | None = None
+    """The objects. None where nobody labeled the frame, which is not the same as no object."""
+
     calibration: Calibration | None = None
+    """The camera, where the dataset has one."""
+
     rig: RigSpec = RigSpec()
     """What was done to points and labels: `rig.to_sensor` brings them back to the sensor frame. The default did nothing."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.points, PointCloud):
+            raise InvalidInput(
+                f"Frame.points must be a PointCloud, found {shape_of(self.points)}; make one with PointCloud.from_array"
+            )
+        if self.labels is not None and not isinstance(self.labels, Labels):
+            raise InvalidInput(f"Frame.labels must be Labels or None, found {shape_of(self.labels)}; make them with Labels.make")
 
 
 def labels_of(frames: Sequence[Frame]) -> list[Labels]:
@@ -240,31 +418,53 @@ def labels_of(frames: Sequence[Frame]) -> list[Labels]:
     return labels
 
 
+_PREDICTION_COLUMNS = ("classes", "scores", "class_scores", "iou_scores")
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Predictions(TensorValue):
-    """Detections of one scene, best first.
-
-    boxes: (N, 7). classes: (N,) int64. scores: (N,) in 0..1, what they are ranked by.
-    class_scores: (N,) in 0..1, the classifier's own. iou_scores: (N,) in 0..1, the predicted overlap with the truth.
-    """
+    """The detections of one scan, best first."""
 
     boxes: Boxes3D
+    """The N boxes, in the frame of the points."""
+
     classes: Tensor
+    """(N,) int64, counted from 0."""
+
     scores: Tensor
+    """(N,) in 0..1, by which the detections are ranked."""
+
     class_scores: Tensor
+    """(N,) in 0..1, the classifier's own score."""
+
     iou_scores: Tensor
+    """(N,) in 0..1, the predicted overlap with the object."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.boxes, Boxes3D):
+            raise InvalidInput(f"Predictions.boxes must be Boxes3D, found {shape_of(self.boxes)}; wrap it with Boxes3D(data=...)")
+        _check_columns(self, _PREDICTION_COLUMNS)
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def select(self, mask_or_index: Tensor) -> Predictions:
+        """Select detections.
+
+        Args:
+            mask_or_index: (N,) bool, or int64 rows in the wanted order.
+
+        Returns:
+            The detections selected.
+        """
         return Predictions(
             boxes=Boxes3D(data=self.boxes.data[mask_or_index]),
-            **{n: getattr(self, n)[mask_or_index] for n in ("classes", "scores", "class_scores", "iou_scores")},
+            **{n: getattr(self, n)[mask_or_index] for n in _PREDICTION_COLUMNS},
         )
 
     @staticmethod
     def empty() -> Predictions:
+        """Make the predictions of a scan in which nothing was found."""
         zero = torch.zeros(0)
         return Predictions(
             boxes=Boxes3D.empty(), classes=torch.zeros(0, dtype=torch.int64), scores=zero, class_scores=zero, iou_scores=zero
@@ -273,29 +473,51 @@ class Predictions(TensorValue):
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerms:
-    """Named scalar losses of one step, already weighted; their sum is what is minimised."""
+    """Named losses of one step, already weighted; their sum is minimized."""
 
     terms: dict[str, Tensor] = field(default_factory=dict)
+    """Name -> scalar tensor."""
 
     def total(self) -> Tensor:
+        """Add the terms up, as a scalar tensor to differentiate."""
         return torch.stack(list(self.terms.values())).sum()
 
-    def scaled(self, factor: float, prefix: str = "") -> LossTerms:
-        """Every term times ``factor``, its name behind ``prefix``."""
-        return LossTerms(terms={prefix + name: value * factor for name, value in self.terms.items()})
-
     def merged(self, other: LossTerms) -> LossTerms:
-        """The terms of both; the names must not clash."""
+        """Join the terms of two losses.
+
+        Args:
+            other: Terms under other names.
+
+        Returns:
+            The terms of both.
+
+        Raises:
+            InvalidInput: Both have a term of one name.
+        """
         clash = self.terms.keys() & other.terms.keys()
-        require(not clash, f"two losses share a name: {sorted(clash)}")
+        require(not clash, f"two losses share a name: {sorted(clash)}; rename one of them")
         return LossTerms(terms={**self.terms, **other.terms})
 
     def first_non_finite(self) -> str | None:
-        """The name of the first NaN or infinite term, or None."""
-        for name, value in self.terms.items():
-            if not np.isfinite(value.item()):
-                return name
-        return None
+        """Find the first term that is NaN or infinite, by name, or None."""
+        return next((name for name, value in self.terms.items() if not math.isfinite(value.item())), None)
 
     def floats(self) -> dict[str, float]:
+        """Give the terms as plain numbers by name, for a log."""
         return {name: value.item() for name, value in self.terms.items()}
+
+
+def _set(value: TensorValue, **converted: object) -> None:
+    """Replace fields of a frozen value while it is made."""
+    for name, new in converted.items():
+        object.__setattr__(value, name, new)
+
+
+def _check_columns(value: Labels | Predictions, names: tuple[str, ...], hint: str = "") -> None:
+    """Refuse columns that are no tensors with one number per box."""
+    n = len(value.boxes)
+    for name in names:
+        column = getattr(value, name)
+        if not isinstance(column, Tensor) or column.shape != (n,):
+            kind = type(value).__name__
+            raise InvalidInput(f"{kind}.{name} must be a tensor ({n},) like the boxes, found {shape_of(column)}{hint}")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from ..core.structures import shape_of
+from ..core.tensor_value import shape_of
 
 
 def check_boxes(operator: str, *boxes: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.errors import InvalidInput
-from ..core.structures import shape_of
+from ..core.tensor_value import shape_of
 from .cpu.neighbor_mlp import CENTERS_PER_TASK, pool
 from .dispatch import dispatch
 from .segment_max import segment_max

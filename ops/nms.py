@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from ..core.structures import shape_of
+from ..core.tensor_value import shape_of
 from .cpu.iou3d import suppress
 from .dispatch import dispatch
 from .iou3d import box_table, iou_bev_reference

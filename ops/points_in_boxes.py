@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from ..core.structures import shape_of
+from ..core.tensor_value import shape_of
 from .checks import check_boxes
 from .cpu.points_in_boxes import count, first_box, membership
 from .dispatch import dispatch

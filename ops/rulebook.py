@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from ..core.structures import shape_of
+from ..core.tensor_value import shape_of
 from .cpu.rulebook import list_meetings, merge, rank, restore_rows
 from .dispatch import dispatch
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..core.errors import InvalidInput
-from ..core.structures import shape_of
+from ..core.tensor_value import shape_of
 from .cpu.segment_max import SEGMENTS_PER_TASK, maximum, spread
 from .dispatch import dispatch
 from .threads import in_threads

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..core.errors import InvalidInput
-from ..core.structures import shape_of
+from ..core.tensor_value import shape_of
 from .cpu.sparse_conv import ROWS_PER_TASK, convolve_range, weight_gradient
 from .dispatch import dispatch
 from .rulebook import Rulebook, Triple, strided_rulebook, submanifold_rulebook

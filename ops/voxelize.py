@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from ..core.structures import shape_of
+from ..core.tensor_value import shape_of
 from .cpu.voxelize import average, number_voxels
 from .dispatch import dispatch
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from upcycle3d.core.boxes import rotate_z
 from upcycle3d.core.cut import CutSpec, VoxelGrid
+from upcycle3d.core.features import SparseVoxels
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Frame, Labels, PointCloud
 from upcycle3d.perception.models.anchors import AnchorClass
@@ -160,6 +161,12 @@ def frame_with_car(seed: int) -> Frame:
     xyz = torch.cat([road, rotate_z(body, box[0, 6]) + box[0, :3]])
     labels = Labels.make(box, torch.zeros(1), num_points=torch.full((1,), 150))
     return Frame(id=f"frame{seed}", points=cloud(xyz), labels=labels)
+
+
+def assert_in_grid(voxels: SparseVoxels) -> None:
+    """Every voxel lies in its grid and in a scene of its batch."""
+    limits = torch.tensor([voxels.batch_size, *voxels.shape])
+    assert bool(((voxels.coords >= 0) & (voxels.coords < limits)).all())
 
 
 # ---- threads

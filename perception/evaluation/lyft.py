@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...core.errors import InvalidInput
-from ...core.structures import shape_of
+from ...core.tensor_value import shape_of
 from .box_pairs import box_pairs
 
 MIN_OVERLAPS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))

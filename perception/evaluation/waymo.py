@@ -34,7 +34,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...core.errors import InvalidInput, require
-from ...core.structures import Boxes3D, Labels, Predictions, TensorValue, shape_of
+from ...core.structures import Boxes3D, Labels, Predictions
+from ...core.tensor_value import TensorValue, shape_of
 from .box_pairs import box_pairs
 from .waymo_matching import FP, HEADING, TP, TP_LEVEL_1, count_by_cutoff
 

@@ -15,7 +15,7 @@ SPEC = replace(PLAIN, keypoints=KeypointSpec(count=5, channels=2))
 
 
 def voxels(counts: tuple[int, ...], seed: int = 0) -> SparseVoxels:
-    """``counts[b]`` voxels of scene b, shuffled; the feature is the row's place in ascending order."""
+    """`counts[b]` voxels of scene b, shuffled; the feature is the row's place in ascending order."""
     generator = torch.Generator().manual_seed(seed)
     index = [torch.randperm(64, generator=generator)[:n].sort().values for n in counts]
     coords = torch.cat([torch.stack([i * 0 + b, i // 16, i // 4 % 4, i % 4], 1) for b, i in enumerate(index)]).int()
@@ -33,7 +33,7 @@ def keypoints(counts: tuple[int, ...], channels: int = 2) -> Keypoints:
     )
 
 
-def split(counts: tuple[int, ...]) -> CutFeatures:
+def batch_of(counts: tuple[int, ...]) -> CutFeatures:
     return CutFeatures(voxels=voxels(tuple(2 * n for n in counts)).sorted(), spec=SPEC, keypoints=keypoints(counts))
 
 
@@ -69,7 +69,7 @@ def test_keypoints_are_selected_by_mask_or_index_in_that_order():
 
 
 def test_scenes_of_a_batch_take_their_keypoints_with_them_and_come_together_again():
-    batch = split((3, 0, 4))
+    batch = batch_of((3, 0, 4))
     scenes = [batch.scene(i) for i in range(3)]
     assert [s.keypoints.starts for s in scenes] == [(0, 3), (0, 0), (0, 4)]
     again = CutFeatures.collate(scenes)
@@ -83,10 +83,10 @@ def test_scenes_of_a_batch_take_their_keypoints_with_them_and_come_together_agai
 
 
 def test_keypoints_must_be_those_of_the_cut():
-    good = split((2,))
-    with pytest.raises(InvalidInput, match="the cut 'cut' has KeypointSpec"):
+    good = batch_of((2,))
+    with pytest.raises(InvalidInput, match="the cut 'cut' has 5 keypoints, but the features have none"):
         replace(good, keypoints=None)
-    with pytest.raises(InvalidInput, match="the cut 'cut' has None"):
+    with pytest.raises(InvalidInput, match="the cut 'cut' has no keypoints, but the features have some"):
         replace(good, spec=PLAIN)
     with pytest.raises(InvalidInput, match=r"expected \(channels, scenes\) \(2, 1\), found \(3, 1\)"):
         replace(good, keypoints=keypoints((2,), channels=3))

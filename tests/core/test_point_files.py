@@ -90,13 +90,13 @@ def test_pcd_fields_of_other_types_padding_and_counts(tmp_path: Path) -> None:
 def test_pcd_without_intensity_has_no_feature_unless_it_is_asked_for(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.pcd", _pcd("x y z", "F F F", "4 4 4", ROWS[:, :3].tobytes()))
     assert read_points(path).feature_names == ()
-    with pytest.raises(InvalidInput, match="no field intensity; the file has x y z"):
+    with pytest.raises(InvalidInput, match="there is no field intensity; the file has x y z"):
         read_points(path, columns=("x", "y", "z", "intensity"))
 
 
 def test_wrong_byte_count_names_size_width_and_fitting_widths(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.bin", np.zeros((3, 5), np.float32).tobytes())
-    with pytest.raises(InvalidInput, match=r"a\.bin: 60 bytes .* rows of 4 float32 .* fits 3 or 5 values a row"):
+    with pytest.raises(InvalidInput, match=r"a\.bin: 60 bytes .* rows of 4 float32 .* fits 3 or 5 values per row"):
         read_points(path)
     with pytest.raises(InvalidInput, match="cut off"):
         read_points(_write(tmp_path / "b.bin", b"\0" * 61))
@@ -104,7 +104,7 @@ def test_wrong_byte_count_names_size_width_and_fitting_widths(tmp_path: Path) ->
 
 def test_intensity_beyond_one_is_said(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.bin", (ROWS * [1, 1, 1, 255]).astype(np.float32).tobytes())
-    with pytest.warns(UserWarning, match="intensity runs to 255, expected 0..1"):
+    with pytest.warns(UserWarning, match="intensity reaches 255, expected 0..1"):
         read_points(path)
     _check(read_points(path, intensity_scale=1 / 255))
 
@@ -128,7 +128,7 @@ def test_a_scan_without_points_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_file_and_unknown_format_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="no scan at"):
+    with pytest.raises(InvalidInput, match="there is no scan at"):
         read_points(tmp_path / "a.bin")
     with pytest.raises(InvalidInput, match=r"found '\.las'"):
         read_points(_write(tmp_path / "a.las", b"x"))
@@ -157,11 +157,14 @@ def test_pickled_truncated_and_misshapen_arrays_are_refused(tmp_path: Path) -> N
             "declares 2000000000 points of 12 bytes, but only 0 bytes follow",
         ),
         (_pcd("x y z", "F F F", "4 4 4", b"1 2 3\n", data="ascii"), "declares 3 points of 3 values, but 3 values follow"),
-        (_pcd("x y z", "F F F", "4 4 4", b"1 2 a\n", data="ascii", points=1), "a word that is no number"),
-        (_pcd("x y z", "F F F", "4 4 4", b"", data="binary_compressed"), "DATA binary_compressed is not read; convert it"),
+        (_pcd("x y z", "F F F", "4 4 4", b"1 2 a\n", data="ascii", points=1), "a word that is not a number"),
+        (
+            _pcd("x y z", "F F F", "4 4 4", b"", data="binary_compressed"),
+            "files with DATA binary_compressed are not read; convert it",
+        ),
         (_pcd("x y z", "F F", "4 4 4", b""), "of equal length"),
         (_pcd("x y z", "F F F", "4 4 3", b""), "known are F I U"),
-        (_pcd("x y z", "F F F", "4 4 1", b""), "no number has TYPE"),
+        (_pcd("x y z", "F F F", "4 4 1", b""), "there is no number of TYPE"),
         (_pcd("x y z", "F F F", "4 4 four", b""), "a line SIZE with whole numbers"),
         (b"VERSION 0.7\nFIELDS x y z\n", "no line DATA"),
     ],

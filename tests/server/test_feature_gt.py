@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny
 from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import CutFeatures, Keypoints, SparseVoxels
@@ -165,7 +166,7 @@ def test_pasting_replaces_the_footprint_and_touches_no_other_cell():
     expected = {tuple(c): f for item in source for c, f in zip(item.coords.tolist(), item.features.tolist(), strict=True)}
     assert {c: f for c, f in after.items() if c[1:] in inside} == expected  # cleared first: cells of the old scene are gone
     assert cells_of(target) == before
-    pasted.voxels.check_range()
+    tiny.assert_in_grid(pasted.voxels)
     assert joined.boxes.data.tolist() == torch.cat([known.boxes.data, torch.tensor(places)]).tolist()
     assert joined.exact.tolist() == [False, True, True]
     assert joined.weight.tolist() == [1, 1, 1]

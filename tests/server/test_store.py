@@ -98,7 +98,7 @@ def test_smashed_scenes_become_one_batch_in_order_with_an_empty_last_scene():
     batch = collate_scenes(scenes)
     assert batch.batch_size == 3
     assert batch.spec == SPEC
-    batch.voxels.check_range()
+    tiny.assert_in_grid(batch.voxels)
     for i, s in enumerate(scenes):
         assert torch.equal(batch.scene(i).voxels.coords[:, 1:], s.coords)
         assert torch.equal(batch.scene(i).voxels.features, s.features)

@@ -197,7 +197,7 @@ def test_an_encoder_whose_keypoints_are_raw_points_never_runs_on_a_vehicle():
 
 
 def test_an_encoder_that_lies_about_where_its_keypoints_lie_uploads_none_of_them():
-    with pytest.raises(InvalidInput, match="off the centre of its voxel; only voxel centres leave a vehicle"):
+    with pytest.raises(InvalidInput, match="off the center of its voxel; only voxel centers leave a vehicle"):
         Extractor(KeypointEncoder(given="raw_points"), RigSpec(), "fp16").smash(scan(1))
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....core.errors import InvalidInput, require
-from ....core.structures import Predictions, TensorValue
+from ....core.structures import Predictions
+from ....core.tensor_value import TensorValue
 from ..glc.networks import features_and_probabilities
 from ..glc.unknown_rule import UnknownRule, is_unknown, normalized_entropy
 from .proposal_classifier import ProposalClassifier

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ....core.errors import InvalidInput, require
-from ....core.structures import Labels, TensorValue
+from ....core.structures import Labels
+from ....core.tensor_value import TensorValue
 from ....ops.iou3d import intersection_bev, iou_bev
 from .class_map import ClassMap
 from .proposals import DetectorProposals

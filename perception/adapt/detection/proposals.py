@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ....core.errors import require
-from ....core.structures import Boxes3D, Predictions, TensorValue, shape_of
+from ....core.structures import Boxes3D, Predictions
+from ....core.tensor_value import TensorValue, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)

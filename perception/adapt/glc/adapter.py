@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....core.errors import InvalidInput, require
-from ....core.structures import TensorValue
+from ....core.tensor_value import TensorValue
 from .class_number import ClassNumber, ClassNumberConfig, class_number_candidates, estimate_class_number
 from .lead_labels import LeadConfig, lead_labels
 from .losses import affinity_loss, hard_negatives, soft_cross_entropy

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....core.errors import InvalidInput
-from ....core.structures import TensorValue
+from ....core.tensor_value import TensorValue
 
 _RESTART_STRIDE = 15486557  # a prime; how far apart faiss keeps the seeds of its restarts
 _SPLIT = 1 / 1024  # an empty centroid moves next to the largest one, at this distance relative to its coordinates

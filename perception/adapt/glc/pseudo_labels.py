@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....core.errors import require
-from ....core.structures import TensorValue
+from ....core.tensor_value import TensorValue
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
