@@ -204,7 +204,7 @@ def test_an_encoder_that_lies_about_where_its_keypoints_lie_uploads_none_of_them
 def test_an_encoder_that_forgets_its_keypoints_is_refused():
     model = encoder()
     model.spec = replace(model.spec, keypoints=KeypointSpec(count=4, channels=8))
-    with pytest.raises(InvalidInput, match="the features have None"):
+    with pytest.raises(InvalidInput, match="the features have none"):
         Extractor(model, RigSpec(), "fp16").smash(scan(1))
 
 
