@@ -43,7 +43,7 @@ from upcycle3d.perception.recipes.job_folder import RunOptions
 from upcycle3d.perception.recipes.pipeline import train_source_model
 from upcycle3d.perception.recipes.presets import SMALL_THREE_CLASSES
 from upcycle3d.perception.training.detector_files import load_detector
-from upcycle3d.perception.training.run_folder import describe_environment
+from upcycle3d.perception.training.environment import describe_environment
 from upcycle3d.tools.console import print_table, write_json
 
 SCENARIOS: tuple[ShiftKind, ...] = get_args(ShiftKind)

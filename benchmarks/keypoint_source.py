@@ -37,7 +37,8 @@ from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig
 from upcycle3d.perception.recipes.assembly import labeled_batches
 from upcycle3d.perception.recipes.presets import SMALL_PV_RCNN
 from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
-from upcycle3d.perception.training.run_folder import RunFolder, describe_environment
+from upcycle3d.perception.training.environment import describe_environment
+from upcycle3d.perception.training.run_folder import RunFolder
 from upcycle3d.perception.training.supervised import train_supervised
 from upcycle3d.tools.console import print_table, write_json
 

@@ -23,7 +23,7 @@ from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout
 from upcycle3d.datasets.simulation.places import WAYMO
 from upcycle3d.datasets.waymo import WaymoDataset, find_waymo_frames, find_waymo_splits
-from upcycle3d.perception.training.run_folder import describe_environment
+from upcycle3d.perception.training.environment import describe_environment
 from upcycle3d.tools.console import print_table, write_json
 
 

@@ -29,7 +29,7 @@ from upcycle3d.ops.ball_query import ball_query
 from upcycle3d.ops.farthest_point import farthest_point_sample
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder
 from upcycle3d.perception.recipes.architectures import KITTI_PV_RCNN_DETECTOR
-from upcycle3d.perception.training.run_folder import describe_environment
+from upcycle3d.perception.training.environment import describe_environment
 from upcycle3d.tools.console import print_table, write_json
 
 

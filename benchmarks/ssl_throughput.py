@@ -30,8 +30,8 @@ from upcycle3d.perception.recipes.presets import PRESETS, Preset
 from upcycle3d.perception.server.methods import METHODS
 from upcycle3d.perception.server.trainer import upcycle
 from upcycle3d.perception.training.detector_files import load_detector
+from upcycle3d.perception.training.environment import describe_environment
 from upcycle3d.perception.training.loop import LoopConfig
-from upcycle3d.perception.training.run_folder import describe_environment
 from upcycle3d.tools.console import print_table, write_json
 
 COMPARED = ("source_continued", "upcycling", "hybrid", "iou_match", "mean_teacher")

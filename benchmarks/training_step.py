@@ -27,7 +27,7 @@ from upcycle3d.datasets.simulation.simulate import SimulatedDataset
 from upcycle3d.perception.models.detectors import DetectorConfig
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder
 from upcycle3d.perception.recipes.architectures import SMALL_PV_RCNN_DETECTOR, SMALL_SECOND_IOU_DETECTOR
-from upcycle3d.perception.training.run_folder import describe_environment
+from upcycle3d.perception.training.environment import describe_environment
 from upcycle3d.tools.console import print_table, write_json
 
 

@@ -33,7 +33,7 @@ from ..perception.recipes.upcycling_experiment import (
     run_comparison,
 )
 from ..perception.recipes.upcycling_report import csv_rows, report_sections, result_tables
-from ..perception.training.run_folder import describe_environment
+from ..perception.training.environment import describe_environment
 from ..perception.viz.html import page, write_html
 from .console import console, device, print_table, run_command, write_json
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from ...core.config_json import Json, first_difference
 from ...core.errors import InvalidInput, require
 from ...core.files import write_atomically
-from ..training.run_folder import describe_environment
+from ..training.environment import describe_environment
 
 COMPARISON_FILE = "comparison.json"
 

@@ -1,4 +1,4 @@
-"""Weights and checkpoints on disk: safetensors and JSON, never pickle, every file replaced as a whole and hashed.
+"""Checkpoints on disk: safetensors and JSON, never pickle, every file replaced as a whole and hashed.
 
     checkpoints/step_00001000/   student.safetensors  teacher.safetensors  optimizer.safetensors
                                  checkpoint.json: step, meta, bytes and SHA-256 of every file and of itself
@@ -6,6 +6,8 @@
 A checkpoint folder is written under a temporary name, flushed to the disk and renamed, so a run killed at any moment finds
 either the old or the new one. A damaged checkpoint is an error that says how to go on from the newest good one; nothing falls
 back by itself.
+
+Read next: `core/tensor_file.py` for the files inside, and `loop.py`, which saves and resumes.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from ...core.files import sync_folder
 from ...core.tensor_file import CorruptFile, decode_tensors, encode_tensors, fill_module
 
 INDEX = "checkpoint.json"
-SCHEMA_VERSION = 1
+CHECKPOINT_VERSION = 1
 
 
 class CorruptCheckpoint(CorruptFile):
@@ -37,7 +39,7 @@ class CorruptCheckpoint(CorruptFile):
 
 
 def save_checkpoint(
-    folder: Path,
+    folder: str | Path,
     *,
     step: int,
     modules: Mapping[str, nn.Module],
@@ -45,16 +47,31 @@ def save_checkpoint(
     meta: Mapping[str, Any],
     keep_last: int = 2,
 ) -> Path:
-    """Write ``folder/step_<step>`` and then delete all but the newest ``keep_last``; returns its path.
+    """Write one checkpoint, and then delete all but the newest.
 
-    step: optimiser steps done. modules: e.g. student and teacher. optimizer: its state is stored by parameter name, so every
-    parameter it holds must belong to one of ``modules``. meta: plain JSON, e.g. the resolved configuration.
+    Args:
+        folder: Holds the checkpoints of a run; it is made where needed.
+        step: Optimizer steps done.
+        modules: The modules to keep, by name, e.g. student and teacher.
+        optimizer: Its state is stored by parameter name, so every parameter it holds must belong to one of `modules`.
+        meta: Plain JSON, e.g. the resolved configuration.
+        keep_last: Number of newest checkpoints that are kept, at least 1.
+
+    Returns:
+        The new folder, `folder/step_<step>`.
+
+    Raises:
+        InvalidInput: `keep_last` is below 1, a module is called "optimizer", or a parameter belongs to no module.
+        OSError: The checkpoint could not be written; the older ones are intact.
     """
+    folder = Path(folder)
     if keep_last < 1:
         raise InvalidInput(f"keep_last must be at least 1, found {keep_last}: without a checkpoint a run cannot resume")
     tensors: dict[str, Mapping[str, Tensor]] = {name: module.state_dict() for name, module in modules.items()}
     if "optimizer" in tensors:
-        raise InvalidInput("no module may be called 'optimizer'; the optimiser's own file has that name")
+        raise InvalidInput(
+            "no module may be called 'optimizer', because the optimizer's own file has that name; rename the module"
+        )
     tensors["optimizer"] = _optimizer_tensors(optimizer, modules)
 
     final = checkpoint_path(folder, step)
@@ -69,7 +86,7 @@ def save_checkpoint(
         _write_and_sync(temporary / f"{name}.safetensors", data)
         files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     plain_meta = json.loads(json.dumps(dict(meta)))  # as it will be read, so that its hash is the same
-    index: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "step": step, "meta": plain_meta, "files": files}
+    index: dict[str, Any] = {"schema_version": CHECKPOINT_VERSION, "step": step, "meta": plain_meta, "files": files}
     index["sha256"] = _index_digest(index)
     _write_and_sync(temporary / INDEX, json.dumps(index, indent=1).encode())
     sync_folder(temporary)
@@ -83,29 +100,65 @@ def save_checkpoint(
     return final
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps lies."""
-    return folder / f"step_{step:08d}"
+def checkpoint_path(folder: str | Path, step: int) -> Path:
+    """Name the folder of one checkpoint.
+
+    Args:
+        folder: Holds the checkpoints of a run.
+        step: Optimizer steps done.
+
+    Returns:
+        The path, whether it exists or not.
+    """
+    return Path(folder) / f"step_{step:08d}"
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoint folders below ``folder``, oldest step first; not verified."""
-    found = [p for p in folder.glob("step_*") if p.name[5:].isdigit() and (p / INDEX).is_file()]
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """List the complete checkpoints of a run, without verifying them.
+
+    Args:
+        folder: Holds the checkpoints; it may not exist.
+
+    Returns:
+        Checkpoint folders, oldest step first.
+    """
+    found = [p for p in Path(folder).glob("step_*") if p.name[5:].isdigit() and (p / INDEX).is_file()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the highest step, or None; not verified (loading does that)."""
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """Find the newest checkpoint of a run, without verifying it (loading does that).
+
+    Args:
+        folder: Holds the checkpoints; it may not exist.
+
+    Returns:
+        The checkpoint with the highest step, or None.
+    """
     found = list_checkpoints(folder)
     return found[-1] if found else None
 
 
-def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
-    """Fill ``modules`` and ``optimizer`` from a checkpoint in place; returns the number of steps done and ``meta`` as saved.
+def load_checkpoint(
+    path: str | Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Any]]:
+    """Fill modules and optimizer from a checkpoint, in place.
 
-    Every file is read once, checked against its recorded size and SHA-256, and only then used. Raises CorruptCheckpoint, whose
-    message says how to resume from the newest good checkpoint beside it, and InvalidInput where names or shapes do not fit.
+    Every file is read once, compared with its recorded size and SHA-256, and only then used.
+
+    Args:
+        path: The checkpoint folder.
+        modules: The same names and shapes as when it was saved.
+        optimizer: An optimizer of the same parameters.
+
+    Returns:
+        The number of steps done, and `meta` as it was saved.
+
+    Raises:
+        CorruptCheckpoint: A file is damaged; the message says how to resume from the newest good checkpoint of the run.
+        InvalidInput: Names or shapes do not fit.
     """
+    path = Path(path)
     try:
         data, index = _verified_files(path)
         decoded = {name: decode_tensors(content, path / name) for name, content in data.items()}
@@ -157,9 +210,9 @@ def _verified_files(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
         raise CorruptCheckpoint(f"{path / INDEX} is not a checkpoint index: {error}") from error
     if not good:
         raise CorruptCheckpoint(f"{path / INDEX} was altered: its content does not have the recorded SHA-256")
-    if version != SCHEMA_VERSION:
+    if version != CHECKPOINT_VERSION:
         raise InvalidInput(
-            f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}; use the version that wrote it"
+            f"{path} has schema version {version}, this program reads {CHECKPOINT_VERSION}; use the version that wrote it"
         )
     data = {}
     for name in files:
@@ -177,7 +230,7 @@ def _index_digest(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------ optimiser state
+# ------------------------------------------------------------------------------------------------------------ optimizer state
 
 
 def _parameter_names(modules: Mapping[str, nn.Module]) -> dict[nn.Parameter, str]:
@@ -190,14 +243,14 @@ def _named_parameters(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn
     strangers = [tuple(p.shape) for p in held if p not in names]
     if strangers:
         raise InvalidInput(
-            f"{len(strangers)} parameters of the optimiser belong to no checkpointed module ({sorted(names.values())[:3]}...), "
+            f"{len(strangers)} parameters of the optimizer belong to no checkpointed module ({sorted(names.values())[:3]}...), "
             f"shapes {strangers[:5]}; add their module to `modules`, or they would not survive a restart"
         )
     return {names[p]: p for p in held}
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """State tensors as ``<state>/<module>.<parameter>``, e.g. ``exp_avg/student.head.weight``."""
+    """State tensors as `<state>/<module>.<parameter>`, e.g. `exp_avg/student.head.weight`."""
     state: dict[str, Tensor] = {}
     for name, parameter in _named_parameters(optimizer, modules).items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -214,7 +267,7 @@ def _fill_optimizer(
         key, name = full_name.split("/", 1)
         if name not in parameters:
             raise InvalidInput(
-                f"the optimiser state of {path} has {name!r}, which does not train now; use the run's own configuration"
+                f"the optimizer state of {path} has {name!r}, which does not train now; use the run's own configuration"
             )
         parameter = parameters[name]
         if key != "step" and value.shape != parameter.shape:

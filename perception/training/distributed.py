@@ -1,11 +1,14 @@
 """Several processes, one model: torchrun's environment, averaged gradients, averaged batch-norm statistics.
 
 Every rank makes its own part of the batch of a step and then takes exactly the same path: the gradients, the statistics and
-the decision to stop are reduced over all ranks first, so no rank can skip a collective that the others wait for (the usual way
-DDP trainings of detectors hang). Gradients are averaged explicitly after ``backward`` rather than by a DDP wrapper: a detector
-is called through ``encode`` and ``decode``, which DDP's hooks on ``forward`` do not see.
+the decision to stop are reduced over all ranks first, so no rank can skip a collective that the others wait for (the usual
+reason why DDP trainings of detectors hang). Gradients are averaged explicitly after `backward` and not by a DDP wrapper: a
+detector is called through `encode` and `decode`, which DDP's hooks on `forward` do not see.
 
-Start with ``torchrun --nproc-per-node N -m upcycle3d.tools...``; without torchrun everything here is a no-op for one process.
+Start with `torchrun --nproc-per-node N -m upcycle3d.tools.main train ...`; without torchrun, everything here does nothing and
+there is one process.
+
+Read next: `step.py`, which calls these functions.
 """
 
 from __future__ import annotations
@@ -27,11 +30,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedContext:
-    """Who this process is. ``device`` is where its tensors should live."""
+    """Which of the processes of a training this process is."""
 
     rank: int = 0
+    """Number of this process, from 0."""
+
     world_size: int = 1
+    """Number of processes."""
+
     device: torch.device = torch.device("cpu")
+    """Where the tensors of this process should live."""
 
     @property
     def is_main(self) -> bool:
@@ -39,7 +47,14 @@ class DistributedContext:
         return self.rank == 0
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """For each flag, whether it is set on any rank. A collective: every rank must call it."""
+        """Ask for each flag whether it is set on any rank. A collective: every rank must call it.
+
+        Args:
+            flags: The flags of this rank; the same number on every rank.
+
+        Returns:
+            The flags, equal on all ranks.
+        """
         if self.world_size == 1:
             return list(flags)
         tensor = torch.tensor([float(f) for f in flags], device=self.device)
@@ -47,7 +62,14 @@ class DistributedContext:
         return [value > 0 for value in tensor.tolist()]
 
     def gather(self, message: str) -> list[str]:
-        """The messages of all ranks, in order. A collective."""
+        """Collect the messages of all ranks. A collective: every rank must call it.
+
+        Args:
+            message: The message of this rank.
+
+        Returns:
+            All messages in the order of the ranks.
+        """
         if self.world_size == 1:
             return [message]
         gathered: list[str | None] = [None] * self.world_size
@@ -63,8 +85,15 @@ class DistributedContext:
 def init_distributed(device: torch.device | str | None = None) -> DistributedContext:
     """Join the process group that torchrun announces in the environment; a single process needs none.
 
-    device: None takes this rank's CUDA device if there is one, else the CPU. gloo serves the CPU, nccl CUDA.
-    Raises InvalidInput if only part of torchrun's environment is set.
+    Args:
+        device: Where this process computes. None takes the CUDA device of this rank if there is one, else the CPU. The backend
+            is gloo for the CPU and nccl for CUDA.
+
+    Returns:
+        This process among the others.
+
+    Raises:
+        InvalidInput: Only part of torchrun's environment is set.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -84,15 +113,28 @@ def init_distributed(device: torch.device | str | None = None) -> DistributedCon
 
 
 def per_rank(batch_at: Callable[[int, int, int], T], context: DistributedContext) -> Callable[[int], T]:
-    """``batch_at(step, rank, world_size)`` as the ``batch_at(step)`` of this rank."""
+    """Fix the rank of a function that makes batches.
+
+    Args:
+        batch_at: `batch_at(step, rank, world_size)` gives one rank's part of the batch of a step.
+        context: This process among the others.
+
+    Returns:
+        The `batch_at(step)` of this rank.
+    """
     return lambda step: batch_at(step, context.rank, context.world_size)
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], context: DistributedContext) -> None:
     """Replace every gradient by its mean over the ranks, in one collective.
 
-    Equals the gradient of the whole batch where the loss is a mean over equally many samples on each rank. A parameter without
-    gradient counts as zero if another rank has one; if no rank has one it stays without (so weight decay leaves it alone).
+    This is the gradient of the whole batch if the loss is a mean over equally many samples on each rank. A parameter without
+    gradient counts as zero if another rank has a gradient for it; if no rank has one, it stays without (so weight decay leaves
+    it alone).
+
+    Args:
+        parameters: The trained parameters, in the same order on every rank.
+        context: This process among the others.
     """
     if context.world_size == 1:
         return
@@ -107,7 +149,11 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], context: Distribute
 def average_statistics(modules: Iterable[nn.Module], context: DistributedContext) -> None:
     """Average the float buffers of layers in training mode (batch norm) over the ranks, so that all ranks stay equal.
 
-    Layers in eval mode are left alone: the statistics of a frozen encoder must not change by a rounding error.
+    Layers in evaluation mode are left alone: the statistics of a frozen encoder must not change by a rounding error.
+
+    Args:
+        modules: The modules, in the same order on every rank.
+        context: This process among the others.
     """
     if context.world_size == 1:
         return
@@ -118,7 +164,14 @@ def average_statistics(modules: Iterable[nn.Module], context: DistributedContext
 
 
 def training_buffers(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Buffers that a forward pass may change: those of layers in training mode, each once."""
+    """Find the buffers that a forward pass may change.
+
+    Args:
+        modules: The modules to search.
+
+    Returns:
+        The buffers of layers in training mode, each once.
+    """
     layers = [layer for module in modules for layer in module.modules() if layer.training]
     return list({id(b): b for layer in layers for b in layer.buffers(recurse=False)}.values())
 

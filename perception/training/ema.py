@@ -3,8 +3,10 @@
     teacher <- d * teacher + (1 - d) * student,    d = min(1 - 1 / (step + 1), max_decay)
 
 The ramp makes the first teachers plain averages of the students so far. Batch-norm statistics are already moving averages:
-they are copied, not averaged a second time. Forgetting them altogether is the usual fault (lightly's ``update_momentum``,
-3DIoUMatch): the teacher then normalises with the statistics it was born with.
+they are copied, not averaged a second time. Forgetting them is the usual fault (lightly's `update_momentum`, 3DIoUMatch): the
+teacher then normalizes with the statistics that it had when it was made.
+
+Read next: `perception/server/trainer.py`, where the teacher is used.
 """
 
 from __future__ import annotations
@@ -21,24 +23,47 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def make_teacher(student: Module) -> Module:
-    """A deep copy of ``student`` that never needs a gradient, in eval mode."""
+    """Copy a student.
+
+    Args:
+        student: The network in training.
+
+    Returns:
+        A deep copy in evaluation mode that never needs a gradient.
+    """
     teacher = copy.deepcopy(student)
     teacher.requires_grad_(False)
     return teacher.eval()
 
 
 def ema_decay(step: int, max_decay: float = 0.999) -> float:
-    """Weight of the old teacher after step ``step`` (0-based): 0 at the first, so that the teacher becomes the student."""
+    """Compute the weight of the old teacher.
+
+    Args:
+        step: 0-based step.
+        max_decay: Upper limit of the decay.
+
+    Returns:
+        The weight: 0 at the first step, so that the teacher becomes the student, then rising to `max_decay`.
+    """
     return min(1.0 - 1.0 / (step + 1), max_decay)
 
 
 @torch.no_grad()
 def update_ema(teacher: nn.Module, student: nn.Module, step: int, max_decay: float = 0.999) -> None:
-    """Move ``teacher`` towards ``student`` in place, after the student's optimiser step ``step`` (0-based).
+    """Move the teacher towards the student, in place, after the student's optimizer step.
 
     Buffers (batch-norm statistics) are copied. Tensors that both modules share (a frozen encoder) are left alone.
-    Raises InvalidInput if names or shapes differ.
-    Source: Tarvainen and Valpola 2017; ramp and decay of 3DIoUMatch (``pv_rcnn_ssl.py``).
+    Source: Tarvainen and Valpola 2017; ramp and decay of 3DIoUMatch (`pv_rcnn_ssl.py`).
+
+    Args:
+        teacher: The module to change.
+        student: A module of the same names and shapes.
+        step: 0-based step.
+        max_decay: Upper limit of the decay.
+
+    Raises:
+        InvalidInput: Names or shapes differ.
     """
     weight = 1.0 - ema_decay(step, max_decay)
     parameters = _pairs(dict(teacher.named_parameters()), dict(student.named_parameters()), "parameters")
@@ -50,7 +75,7 @@ def update_ema(teacher: nn.Module, student: nn.Module, step: int, max_decay: flo
 
 
 def _pairs(teacher: dict[str, Tensor], student: dict[str, Tensor], what: str) -> list[tuple[Tensor, Tensor]]:
-    """(teacher, student) tensors by name, without those that are one and the same."""
+    """(teacher, student) tensors by name, without tensors that both share."""
     if teacher.keys() != student.keys():
         raise InvalidInput(
             f"teacher and student have different {what}: only the teacher has {sorted(teacher.keys() - student.keys())}, "

@@ -1,35 +1,35 @@
 """The training loop: a pure sequence of steps, shared by supervised training and UpCycling.
 
-What step ``s`` does depends only on (seed, s, weights): its batch is ``batches(s)``, dropout is seeded from (seed, s), the
-learning rate is a function of s. So resuming is loading the weights and the optimiser and going on at s, bit for bit on the CPU
-(with the same number of threads: torch sums in another order with another number), and there is no epoch, sampler or scheduler
-state to keep.
+What step `s` does depends only on (seed, s, weights): its batch is `batches(s)`, dropout is seeded from (seed, s), the learning
+rate is a function of s. So resuming is loading the weights and the optimizer and going on at s, bit for bit on the CPU (with the
+same number of threads: torch sums in another order with another number), and there is no epoch, sampler or scheduler state to
+keep.
 
-    seed(s) -> batches(s) -> loss -> backward -> mean over ranks -> finite? -> clip -> AdamW -> after_step(s) (EMA teacher)
-               then, counted in steps done: metrics, checkpoint
+    batches(s) -> optimizer step -> after_step(s) (EMA teacher)     then, counted in steps done: metrics, checkpoint
+
+Read next: `step.py` for what one step does, and `run_folder.py` for what is kept.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...core.errors import InvalidInput, UpcycleError
 from ...core.structures import LossTerms
 from .checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
-from .distributed import DistributedContext, all_reduce_gradients, average_statistics, training_buffers
-from .optim import OneCycle, learning_rate, make_optimizer, set_schedule
+from .distributed import DistributedContext
+from .optim import OneCycle, learning_rate
 from .prefetch import prefetch
-from .progress import Progress, StopRequest
+from .progress import StopRequest, TrainingProgress
 from .run_folder import RunFolder, State
+from .step import OptimizerStep
 
 Batch = TypeVar("Batch")
 
@@ -44,15 +44,29 @@ class Interrupted(UpcycleError):
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """What decides the result of a run, apart from data and model. The number of steps is ``optim.total_steps``."""
+    """What decides the result of a run, apart from data and model. The number of steps is `optim.total_steps`."""
 
     seed: int
+    """Seed of dropout and of everything else that is drawn during a step."""
+
     optim: OneCycle
-    clip_norm: float = 10.0  # gradients are scaled down to this L2 norm over all parameters
-    log_every: int = 50  # steps
-    checkpoint_every: int = 1000  # steps; one more is written at the end
+    """Learning rate, number of steps and weight decay."""
+
+    clip_norm: float = 10.0
+    """Largest L2 norm of the gradient over all parameters; a larger gradient is scaled down to it. inf switches clipping off."""
+
+    log_every: int = 50
+    """Steps between two lines of metrics."""
+
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints; one more is written at the end. Lower it where a run is often killed."""
+
     keep_checkpoints: int = 2
-    amp: Literal["off", "bf16", "fp16"] = "off"  # mixed precision of the forward pass, on CUDA only; losses stay float32
+    """Number of newest checkpoints that are kept. With one, a checkpoint damaged on the disk costs the whole run."""
+
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Mixed precision of the forward pass, on CUDA only; losses stay float32. bf16 needs no loss scale, so prefer it where the
+    GPU has it."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
@@ -63,27 +77,43 @@ class LoopConfig:
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
         return self.optim.total_steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a finished run reports. ``start_step`` > 0 if it was resumed; ``terms`` are the losses of the last step made here."""
+    """What a finished run reports."""
 
     steps: int
+    """Optimizer steps of the whole run."""
+
     start_step: int
+    """Steps that were done before this call; above 0 if the run was resumed."""
+
     seconds: float
+    """Duration of this call."""
+
     terms: Mapping[str, float] = field(default_factory=dict)
+    """Loss terms of the last step; empty if the run was finished before."""
 
 
-def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """A 63-bit seed for one step of one rank: well mixed, so that neighbouring steps and seeds share nothing."""
-    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+def create_run(path: str | Path, config: object, *, seed: int, context: DistributedContext, resume: bool = False) -> RunFolder:
+    """Create or resume a run folder with several processes: the main rank writes it, the others read it.
 
+    Args:
+        path: The run folder.
+        config: The resolved configuration, a frozen dataclass.
+        seed: Seed of the run, for the record.
+        context: This process among the others.
+        resume: Whether a run of the same configuration in `path` is continued.
 
-def create_run(path: Path, config: object, *, seed: int, context: DistributedContext, resume: bool = False) -> RunFolder:
-    """``RunFolder.create`` on the main rank, ``RunFolder.open`` on the others; an error on the main rank is raised on all."""
+    Returns:
+        The folder, writable on the main rank only.
+
+    Raises:
+        InvalidInput: `RunFolder.create` failed on the main rank; the error is raised on all ranks.
+    """
     run, failure = None, ""
     if context.is_main:
         try:
@@ -110,220 +140,186 @@ def run_steps(
     context: DistributedContext | None = None,
     progress: bool = True,
 ) -> TrainResult:
-    """Train ``trainable`` for ``config.total_steps`` steps, going on from the newest checkpoint of ``run`` if there is one.
+    """Train for `config.total_steps` steps, going on from the newest checkpoint of the run if there is one.
 
-    modules: what a checkpoint keeps, e.g. student and teacher; they hold every trainable parameter. Their train/eval modes are
-        the caller's choice.
-    batches(step): the batch of a 0-based step, of this rank; a pure function (its own generator seeded from the step).
-    loss(batch, step): weighted float32 terms of this rank. Runs under autocast if ``config.amp`` says so: cast outputs to
-        float32 before computing terms.
-    after_step(step): after the optimiser step, e.g. ``update_ema``; what it returns is logged with the step's losses.
-    frame_ids(batch): for messages. workers: processes that make batches ahead; the result does not depend on it.
-    progress: False prints nothing.
+    Args:
+        modules: What a checkpoint keeps, e.g. student and teacher; they hold every trainable parameter. Their train or eval
+            modes are the caller's choice.
+        trainable: The parameters to train.
+        batches: `batches(step)` gives the batch of a 0-based step, of this rank. It must be a pure function, with generators of
+            its own that are seeded from the step.
+        loss: `loss(batch, step)` gives the weighted float32 terms of this rank. It runs under autocast if `config.amp` says so:
+            cast outputs to float32 before computing terms.
+        config: Seed, schedule, clipping, and how often to log and save.
+        run: Where metrics and checkpoints go. None keeps nothing.
+        after_step: `after_step(step)` is called after the optimizer step, e.g. for `update_ema`; the values that it returns are
+            logged with the losses of the step.
+        frame_ids: `frame_ids(batch)` names the frames of a batch, for messages.
+        workers: Processes that make batches ahead; the result does not depend on their number.
+        context: This process among the others; None for a single process.
+        progress: Whether progress is printed.
 
-    Raises NonFiniteLoss (the last good weights are saved), Interrupted (Ctrl-C or SIGTERM; saved; a second one aborts at once),
-    CorruptCheckpoint, and InvalidInput where modules, parameters or loss terms do not fit together.
+    Returns:
+        Steps, duration and the last losses.
+
+    Raises:
+        NonFiniteLoss: A loss or gradient is not finite; the last good weights are saved.
+        Interrupted: Ctrl-C or SIGTERM; the last step is saved. A second one aborts at once.
+        CorruptCheckpoint: The newest checkpoint is damaged.
+        InvalidInput: Modules, parameters or loss terms do not fit together.
     """
     context = context or DistributedContext()
     parameters = list(trainable)
-    optimizer = make_optimizer(parameters, config.optim)
-    names = _names(modules, parameters)
-    scaler = torch.amp.GradScaler("cuda", enabled=config.amp == "fp16" and parameters[0].device.type == "cuda")
-    writer = run if run is not None and run.writable else None
-
-    def save(step: int, state: State, message: str = "") -> None:
-        if writer is not None:
-            writer.sync()
-            meta = {"config": writer.config_json(), "scaler": scaler.state_dict()}
-            newest, keep = latest_checkpoint(writer.checkpoints), config.keep_checkpoints
-            if newest != checkpoint_path(writer.checkpoints, step):  # it is where the next step fails: same content
-                save_checkpoint(writer.checkpoints, step=step, modules=modules, optimizer=optimizer, meta=meta, keep_last=keep)
-            writer.set_status(state, step=step, total_steps=config.total_steps, message=message)
-
-    began = time.perf_counter()
-    complete = run is not None and run.status().get("state") == "finished"
-    start = _resume(run, modules, optimizer, scaler, context)
-    if complete and start == config.total_steps:
+    one_step = OptimizerStep(
+        modules,
+        parameters,
+        loss,
+        optim=config.optim,
+        seed=config.seed,
+        clip_norm=config.clip_norm,
+        amp=config.amp,
+        context=context,
+        frame_ids=frame_ids,
+    )
+    keeper = _Keeper(run, modules, one_step, config)
+    began, total = time.perf_counter(), config.total_steps
+    finished_before = run is not None and run.status().get("state") == "finished"
+    start = keeper.resume(context)
+    if finished_before and start == total:
         return TrainResult(steps=start, start_step=start, seconds=0.0)
-    if writer is not None:
-        writer.rewind(start)
-
+    keeper.rewind(start)
     terms: dict[str, float] = {}
     with ExitStack() as stack:
-        stack.enter_context(_status_of_failure(writer, config))
+        stack.enter_context(keeper.status_of_failure())
         stop = stack.enter_context(StopRequest())
-        show = stack.enter_context(Progress(start, config.total_steps, enabled=progress and context.is_main))
-        if config.amp != "off" and parameters[0].device.type != "cuda":
-            show.note(f"mixed precision ({config.amp}) is for CUDA; training on the {parameters[0].device} in float32")
-        if writer is not None:
-            writer.set_status("running", step=start, total_steps=config.total_steps)
-        source = stack.enter_context(closing(prefetch(batches, start, config.total_steps, workers)))
-        logged_at, logged_time, waited = start, time.perf_counter(), 0.0
-        for step in range(start, config.total_steps):
-            asked = time.perf_counter()
-            batch = next(source)
-            waited += time.perf_counter() - asked
-
-            before = _Snapshot(modules.values())
-            losses, norm, norms = _forward_backward(batch, step, loss, config, optimizer, scaler, parameters, context)
-            bad_loss, bad_gradient = _non_finite(losses, norm, norms, names, scaler)
-            any_bad_loss, any_bad_gradient, stopping = context.any([bool(bad_loss), bool(bad_gradient), stop.requested])
-            if any_bad_loss or any_bad_gradient:
-                before.restore()
-                fault = bad_loss if any_bad_loss else bad_gradient  # a bad loss on one rank spoils the gradients of all
-                ids = tuple(frame_ids(batch)) if frame_ids is not None and fault else ()
-                message = _explain(fault, step, ids, config, context)
-                save(step, "failed", message)
-                raise NonFiniteLoss(message)
-            _clip(parameters, norm, config.clip_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            average_statistics(modules.values(), context)
+        show = stack.enter_context(TrainingProgress(start, total, enabled=progress and context.is_main))
+        if config.amp != "off" and one_step.device.type != "cuda":
+            show.note(f"mixed precision ({config.amp}) is for CUDA; training on the {one_step.device} in float32")
+        keeper.set_status("running", start)
+        source = stack.enter_context(closing(prefetch(batches, start, total, workers)))
+        clock = _Clock(start)
+        for step in range(start, total):
+            batch = clock.wait_for_next(source)
+            outcome = one_step.run(batch, step, stop)
+            if outcome.fault:
+                keeper.save(step, "failed", outcome.fault)
+                raise NonFiniteLoss(outcome.fault)
             extra = after_step(step) if after_step is not None else None
-
             done = step + 1
-            last = done == config.total_steps
+            last = done == total
             show.advance()
             if done % config.log_every == 0 or last:
-                terms = losses.floats()
-                now, steps = time.perf_counter(), done - logged_at
+                terms = outcome.terms.floats()
                 values = {
                     "total_loss": sum(terms.values()),
-                    "grad_norm": norm.item(),
+                    "grad_norm": outcome.grad_norm.item(),
                     "lr": learning_rate(config.optim, step),
-                    "seconds": (now - logged_time) / steps,  # per step, all included
-                    "data_seconds": waited / steps,  # of these, waiting for the batch
+                    **clock.lap(done),
                 }
-                logged_at, logged_time, waited = done, now, 0.0
                 values = _disjoint(terms, values, extra or {})
                 show.report(done, values)
-                if writer is not None:
-                    writer.log(done, values)
-            if stopping and not last:
-                save(done, "interrupted")
-                raise Interrupted(_how_to_resume(done, config, run, context))
+                keeper.log(done, values)
+            if outcome.stopping and not last:
+                keeper.save(done, "interrupted")
+                raise Interrupted(_how_to_resume(done, total, run, context))
             if last or done % config.checkpoint_every == 0:
-                save(done, "running")
-        if writer is not None:
-            writer.set_status("finished", step=config.total_steps, total_steps=config.total_steps)
-            writer.sync()
-    return TrainResult(steps=config.total_steps, start_step=start, seconds=time.perf_counter() - began, terms=terms)
+                keeper.save(done, "running")
+        keeper.finish()
+    return TrainResult(steps=total, start_step=start, seconds=time.perf_counter() - began, terms=terms)
 
 
-def _forward_backward(
-    batch: Batch,
-    step: int,
-    loss: Callable[[Batch, int], LossTerms],
-    config: LoopConfig,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    parameters: Sequence[nn.Parameter],
-    context: DistributedContext,
-) -> tuple[LossTerms, Tensor, list[Tensor]]:
-    """Fill the gradients of one step. Returns the loss terms, the gradient's L2 norm, and the norm of each parameter's."""
-    torch.manual_seed(step_seed(config.seed, step, context.rank))
-    set_schedule(optimizer, config.optim, step)
-    optimizer.zero_grad(set_to_none=True)
-    with _autocast(config.amp, parameters[0].device):
-        terms = loss(batch, step)
-    if not terms.terms:
-        raise InvalidInput(f"the loss of step {step} has no term; a step without anything to learn should return a zero term")
-    for name, value in terms.terms.items():
-        if value.ndim or value.dtype not in (torch.float32, torch.float64):
-            raise InvalidInput(
-                f"the loss term {name!r} must be a float32 scalar, found {tuple(value.shape)} {value.dtype}; "
-                "cast the network's outputs with .float() before the losses"
+class _Keeper:
+    """What a run folder keeps of the loop. Where there is none, or this rank may not write to it, nothing is written."""
+
+    def __init__(
+        self, run: RunFolder | None, modules: Mapping[str, nn.Module], step: OptimizerStep[Any], config: LoopConfig
+    ) -> None:
+        self._run, self._modules, self._step, self._config = run, modules, step, config
+        self._writer = run if run is not None and run.writable else None
+
+    def resume(self, context: DistributedContext) -> int:
+        """Load the newest checkpoint, if there is one; returns the number of steps done."""
+        path = None if self._run is None else latest_checkpoint(self._run.checkpoints)
+        done = 0
+        if path is not None:
+            done, meta = load_checkpoint(path, self._modules, self._step.optimizer)
+            if self._step.scaler.is_enabled():
+                self._step.scaler.load_state_dict(meta["scaler"])
+        context.any([False])  # every rank has read the checkpoint before the main rank goes on to write
+        return done
+
+    def rewind(self, step: int) -> None:
+        if self._writer is not None:
+            self._writer.rewind(step)
+
+    def log(self, done: int, values: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            self._writer.log(done, values)
+
+    def set_status(self, state: State, step: int, message: str = "") -> None:
+        if self._writer is not None:
+            self._writer.set_status(state, step=step, total_steps=self._config.total_steps, message=message)
+
+    def save(self, step: int, state: State, message: str = "") -> None:
+        """Write a checkpoint after `step` steps, unless it is there, and then the status."""
+        writer = self._writer
+        if writer is None:
+            return
+        writer.sync()
+        meta = {"config": writer.config_json(), "scaler": self._step.scaler.state_dict()}
+        # A step that fails right after its checkpoint finds it there, with the same content.
+        if latest_checkpoint(writer.checkpoints) != checkpoint_path(writer.checkpoints, step):
+            save_checkpoint(
+                writer.checkpoints,
+                step=step,
+                modules=self._modules,
+                optimizer=self._step.optimizer,
+                meta=meta,
+                keep_last=self._config.keep_checkpoints,
             )
-    total = terms.total()
-    if not total.requires_grad:
-        raise InvalidInput(
-            f"no loss term of step {step} depends on a trainable parameter: {sorted(terms.terms)}; is the network frozen?"
-        )
-    scaler.scale(total).backward()  # type: ignore[no-untyped-call]
-    all_reduce_gradients(parameters, context)  # before unscaling: an overflow on one rank must reach all
-    scaler.unscale_(optimizer)
-    norms = torch._foreach_norm([p.grad if p.grad is not None else p.new_zeros(()) for p in parameters])
-    return terms, torch.stack(list(norms)).norm(), list(norms)
+        self.set_status(state, step, message)
+
+    def finish(self) -> None:
+        self.set_status("finished", self._config.total_steps)
+        if self._writer is not None:
+            self._writer.sync()
+
+    @contextmanager
+    def status_of_failure(self) -> Iterator[None]:
+        """Write "failed" and the reason into the status when the loop ends by an error that did not write its own."""
+        try:
+            yield
+        except (NonFiniteLoss, Interrupted):
+            raise
+        except BaseException as error:
+            if self._writer is not None:
+                self.set_status("failed", int(self._writer.status().get("step", 0)), f"{type(error).__name__}: {error}")
+            raise
 
 
-def _clip(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float) -> None:
-    """Scale all gradients so that their common L2 norm is at most ``limit``."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
+class _Clock:
+    """Seconds per step since the last line of metrics, and how many of them were spent waiting for batches."""
+
+    def __init__(self, start: int) -> None:
+        self._done, self._time, self._waited = start, time.perf_counter(), 0.0
+
+    def wait_for_next(self, source: Generator[Batch, None, None]) -> Batch:
+        asked = time.perf_counter()
+        batch = next(source)
+        self._waited += time.perf_counter() - asked
+        return batch
+
+    def lap(self, done: int) -> dict[str, float]:
+        now, steps = time.perf_counter(), done - self._done
+        values = {"seconds": (now - self._time) / steps, "data_seconds": self._waited / steps}
+        self._done, self._time, self._waited = done, now, 0.0
+        return values
 
 
-def _non_finite(
-    losses: LossTerms, norm: Tensor, norms: Sequence[Tensor], names: Sequence[str], scaler: torch.amp.GradScaler
-) -> tuple[str, str]:
-    """Which loss term, and which parameter's gradient, is not finite; "" where all is well. One transfer from the device."""
-    total, gradient = torch.stack([losses.total().detach().to(norm.dtype), norm]).isfinite().tolist()
-    bad_loss = bad_gradient = ""
-    if not total:
-        bad_loss = losses.first_non_finite() or "the sum of all terms"
-    scale_can_shrink = scaler.is_enabled() and scaler.get_scale() > 1.0  # then GradScaler skips this step and shrinks it
-    if not gradient and not scale_can_shrink:
-        first = next((name for name, value in zip(names, norms, strict=True) if not value.isfinite()), "all parameters together")
-        bad_gradient = f"gradient of {first}"
-    return bad_loss, bad_gradient
-
-
-def _explain(fault: str, step: int, ids: Sequence[str], config: LoopConfig, context: DistributedContext) -> str:
-    own = f"{fault!r} is not finite, frames: {', '.join(ids) or 'unknown'}" if fault else ""
-    found = [f"rank {rank}: {m}" if context.world_size > 1 else m for rank, m in enumerate(context.gather(own)) if m]
-    return (
-        f"training stopped at step {step} (0-based; learning rate {learning_rate(config.optim, step):.3g}): {'; '.join(found)}. "
-        f"The weights after {step} good steps are kept. Look at these frames, or train with a lower learning rate; "
-        "resuming with the same configuration stops at the same step"
-    )
-
-
-def _how_to_resume(done: int, config: LoopConfig, run: RunFolder | None, context: DistributedContext) -> str:
+def _how_to_resume(done: int, total: int, run: RunFolder | None, context: DistributedContext) -> str:
     under = f" (under torchrun, {context.world_size} processes)" if context.world_size > 1 else ""  # which a rank cannot see
     how = f"resume with{under}: {run.resume_command}" if run is not None else "it had no run folder, so nothing was saved"
-    return f"training was interrupted after {done} of {config.total_steps} steps; {how}"
-
-
-def _resume(
-    run: RunFolder | None,
-    modules: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    context: DistributedContext,
-) -> int:
-    """Load the newest checkpoint, if any; returns the number of steps done."""
-    path = None if run is None else latest_checkpoint(run.checkpoints)
-    if path is None:
-        step = 0
-    else:
-        step, meta = load_checkpoint(path, modules, optimizer)
-        if scaler.is_enabled():
-            scaler.load_state_dict(meta["scaler"])
-    context.any([False])  # every rank has read it before the main rank goes on to write
-    return step
-
-
-@contextmanager
-def _status_of_failure(writer: RunFolder | None, config: LoopConfig) -> Iterator[None]:
-    """Writes "failed" and the reason into status.json when anything else than a stop that is already described ends the loop."""
-    try:
-        yield
-    except (NonFiniteLoss, Interrupted):
-        raise
-    except BaseException as error:
-        if writer is not None:
-            step = int(writer.status().get("step", 0))
-            writer.set_status("failed", step=step, total_steps=config.total_steps, message=f"{type(error).__name__}: {error}")
-        raise
-
-
-def _names(modules: Mapping[str, nn.Module], parameters: Sequence[nn.Parameter]) -> list[str]:
-    known = {p: f"{key}.{name}" for key, module in modules.items() for name, p in module.named_parameters()}
-    strangers = [tuple(p.shape) for p in parameters if p not in known]
-    if strangers:
-        raise InvalidInput(
-            f"trainable parameters of shapes {strangers[:5]} belong to none of the modules {sorted(modules)}; add theirs"
-        )
-    return [known[p] for p in parameters]
+    return f"training was interrupted after {done} of {total} steps; {how}"
 
 
 def _disjoint(*parts: Mapping[str, float]) -> dict[str, float]:
@@ -336,20 +332,3 @@ def _disjoint(*parts: Mapping[str, float]) -> dict[str, float]:
             )
         merged.update(part)
     return merged
-
-
-def _autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
-    if amp == "off" or device.type != "cuda":
-        return nullcontext()
-    return torch.autocast("cuda", dtype=torch.bfloat16 if amp == "bf16" else torch.float16)
-
-
-class _Snapshot:
-    """The buffers that a forward pass changes (batch-norm statistics), to undo a step that is not finite."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._pairs = [(buffer, buffer.clone()) for buffer in training_buffers(modules)]
-
-    def restore(self) -> None:
-        for buffer, copy in self._pairs:
-            buffer.copy_(copy)

@@ -1,12 +1,14 @@
-"""The optimiser of the field's LiDAR detectors: Adam with decoupled weight decay under a one-cycle schedule.
+"""The optimizer that LiDAR detectors are usually trained with: Adam with decoupled weight decay under a one-cycle schedule.
 
-OpenPCDet, ST3D and 3DIoUMatch all train like this (``adam_onecycle`` in OpenPCDet's ``tools/train_utils/optimization``):
+OpenPCDet, ST3D and 3DIoUMatch all train like this (`adam_onecycle` in OpenPCDet's `tools/train_utils/optimization`):
 
     learning rate   lr/10 -- cosine --> lr -- cosine --> lr/1e5       momentum (beta1)   0.95 -> 0.85 -> 0.95
                     |<---- first 40 % --->|<--- the rest --->|
 
 The schedule is two pure functions of the step, so a resumed run needs no scheduler state. Weight decay is decoupled and also
-acts on batch-norm weights, as in OpenPCDet (``bn_wd=True``).
+acts on batch-norm weights, as in OpenPCDet (`bn_wd=True`).
+
+Read next: `step.py`, which sets the schedule before every step.
 """
 
 from __future__ import annotations
@@ -23,37 +25,76 @@ from ...core.errors import InvalidInput
 
 @dataclass(frozen=True, kw_only=True)
 class OneCycle:
-    """Numbers of the one-cycle schedule; the defaults are those of every OpenPCDet configuration."""
+    """Learning-rate schedule with one warm-up and one cool-down (Smith, 2018). Defaults: every OpenPCDet configuration."""
 
-    lr: float  # the peak learning rate
-    total_steps: int  # optimiser steps of the whole run
-    weight_decay: float = 0.01  # decoupled: weights shrink by lr * weight_decay a step
-    pct_start: float = 0.4  # fraction of the steps that climb to the peak
-    div: float = 10.0  # the first learning rate is lr / div
-    final_div: float = 1e4  # the last one is lr / div / final_div
-    momentum: tuple[float, float] = (0.95, 0.85)  # beta1 at both ends, and at the peak
+    lr: float
+    """Highest learning rate. Lower it first when the loss becomes NaN."""
+
+    total_steps: int
+    """Optimizer steps of the whole run."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay: weights shrink by lr * weight_decay per step."""
+
+    pct_start: float = 0.4
+    """Fraction of the steps in which the learning rate rises."""
+
+    div: float = 10.0
+    """The first learning rate is lr / div. Raise it when the first steps diverge."""
+
+    final_div: float = 1e4
+    """The last learning rate is lr / div / final_div."""
+
+    momentum: tuple[float, float] = (0.95, 0.85)
+    """beta1 of Adam: at both ends, and where the learning rate is highest."""
+
     beta2: float = 0.99
+    """beta2 of Adam, constant."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.div < 1 or self.final_div < 1 or self.weight_decay < 0:
-            raise InvalidInput(f"OneCycle needs lr > 0, div >= 1, final_div >= 1 and weight_decay >= 0, found {self}")
+            found = f"{self.lr}, {self.div}, {self.final_div} and {self.weight_decay}"
+            raise InvalidInput(f"OneCycle needs lr > 0, div >= 1, final_div >= 1 and weight_decay >= 0, found {found}")
         if self.total_steps < 1 or not 0 <= self.pct_start < 1:
-            raise InvalidInput(f"OneCycle needs total_steps >= 1 and 0 <= pct_start < 1, found {self}")
+            found = f"{self.total_steps} and {self.pct_start}"
+            raise InvalidInput(f"OneCycle needs total_steps >= 1 and 0 <= pct_start < 1, found {found}")
 
     @property
     def peak_step(self) -> int:
-        """The step that trains with the peak learning rate (rounded down, like OpenPCDet)."""
+        """The step that trains with the highest learning rate (rounded down, like OpenPCDet)."""
         return int(self.total_steps * self.pct_start)
 
 
 def learning_rate(config: OneCycle, step: int) -> float:
-    """Learning rate of ``step`` (0-based; ``total_steps`` itself gives the end value lr / div / final_div)."""
+    """Compute the learning rate of a step.
+
+    Args:
+        config: The schedule.
+        step: 0-based step; `total_steps` itself gives the end value lr / div / final_div.
+
+    Returns:
+        The learning rate.
+
+    Raises:
+        InvalidInput: The step is outside the schedule.
+    """
     low = config.lr / config.div
     return _one_cycle(config, step, low, config.lr, low / config.final_div)
 
 
 def momentum(config: OneCycle, step: int) -> float:
-    """beta1 of ``step``: high where the learning rate is low, and the other way round."""
+    """Compute beta1 of a step: high where the learning rate is low, and low where it is high.
+
+    Args:
+        config: The schedule.
+        step: 0-based step, up to and including `total_steps`.
+
+    Returns:
+        beta1.
+
+    Raises:
+        InvalidInput: The step is outside the schedule.
+    """
     ends, peak = config.momentum
     return _one_cycle(config, step, ends, peak, ends)
 
@@ -71,23 +112,40 @@ def _cosine(start: float, end: float, fraction: float) -> float:
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OneCycle) -> torch.optim.AdamW:
-    """AdamW over ``parameters`` in one group, at step 0 of the schedule. The fused kernel is used: one pass over memory.
+    """Make AdamW over parameters in one group, at step 0 of the schedule. The fused kernel needs one pass over memory.
 
-    Raises InvalidInput if there is nothing to train or a parameter is frozen.
+    Args:
+        parameters: The parameters to train.
+        config: The schedule.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        InvalidInput: There is nothing to train, or a parameter is frozen.
     """
     chosen = list(parameters)
     if not chosen:
         raise InvalidInput("make_optimizer was given no parameter; is the whole model frozen?")
     frozen = sum(not p.requires_grad for p in chosen)
     if frozen:
-        raise InvalidInput(f"{frozen} of {len(chosen)} parameters for the optimiser are frozen; pass only those that train")
+        raise InvalidInput(f"{frozen} of {len(chosen)} parameters for the optimizer are frozen; pass only those that train")
     optimizer = torch.optim.AdamW(chosen, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     set_schedule(optimizer, config, 0)
     return optimizer
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, config: OneCycle, step: int) -> None:
-    """Set learning rate and betas of every group to those of ``step`` (0-based), before ``optimizer.step()``."""
+    """Set learning rate and betas of every group; called before `optimizer.step()`.
+
+    Args:
+        optimizer: The optimizer to change.
+        config: The schedule.
+        step: 0-based step.
+
+    Raises:
+        InvalidInput: The step is outside the schedule.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
         group["betas"] = (momentum(config, step), config.beta2)

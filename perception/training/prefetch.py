@@ -1,7 +1,9 @@
-"""Batches ahead of time: worker processes compute ``batch_at(step)`` for the coming steps, in order.
+"""Batches ahead of time: worker processes compute `batch_at(step)` for the coming steps, in order.
 
 A batch is a pure function of its step, so the same batches come out for any number of workers and from any start. The workers
-are forked (nothing is pickled but the finished batch) and compute with one thread each.
+are forked (nothing is pickled except the finished batch) and compute with one thread each.
+
+Read next: `datasets/batches.py`, which makes the batches.
 """
 
 from __future__ import annotations
@@ -19,10 +21,20 @@ T = TypeVar("T")
 
 
 def prefetch(batch_at: Callable[[int], T], start: int, stop: int, workers: int) -> Generator[T, None, None]:
-    """``batch_at(start), ..., batch_at(stop - 1)``, computed by ``workers`` processes (0: here, when asked for).
+    """Compute batches ahead of time.
 
-    batch_at must draw from generators of its own, seeded from the step, never from a global one. Batches are passed as they are:
-    tensors, arrays, dataclasses. An UpcycleError of a worker is raised here as it is.
+    Args:
+        batch_at: `batch_at(step)` gives the batch of a 0-based step. It must draw from generators of its own, seeded from the
+            step, never from a global one.
+        start: First step.
+        stop: The step after the last one.
+        workers: Processes. 0 computes each batch here, when it is asked for.
+
+    Yields:
+        The batches of the steps in order, as they are: tensors, arrays, dataclasses.
+
+    Raises:
+        UpcycleError: What a worker raised, with the same class and message.
     """
     if workers == 0 or start >= stop:
         yield from map(batch_at, range(start, stop))

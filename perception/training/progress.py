@@ -1,6 +1,8 @@
 """What a person at the terminal sees and does during training: a progress bar or plain lines, and Ctrl-C.
 
-On a terminal rich draws a bar on stderr; elsewhere (a log file, a cluster) one plain line is printed for every report.
+On a terminal, rich draws a bar on stderr; elsewhere (a log file, a cluster) one plain line is printed for every report.
+
+Read next: `loop.py`, which uses both classes.
 """
 
 from __future__ import annotations
@@ -14,8 +16,14 @@ from types import FrameType
 from typing import Any, Self
 
 
-class Progress:
-    """Progress of the steps ``start`` to ``total``; ``enabled=False`` shows nothing."""
+class TrainingProgress:
+    """Shows the progress of a training; a context manager.
+
+    Args:
+        start: Steps done before.
+        total: Steps of the whole run.
+        enabled: False shows nothing.
+    """
 
     def __init__(self, start: int, total: int, *, enabled: bool) -> None:
         self._start, self._total, self._enabled = start, total, enabled
@@ -47,12 +55,17 @@ class Progress:
             self._bar.stop()
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Count one more step."""
         if self._bar is not None:
             self._bar.advance(self._task)
 
     def report(self, done: int, values: Mapping[str, float]) -> None:
-        """Show the metrics after ``done`` steps."""
+        """Show metrics.
+
+        Args:
+            done: Steps done.
+            values: Metrics by name; a bar shows only total_loss, grad_norm and lr.
+        """
         brief = ("total_loss", "grad_norm", "lr")
         if self._bar is not None:
             self._bar.update(self._task, description="  ".join(f"{name} {values[name]:.4g}" for name in brief if name in values))
@@ -63,7 +76,11 @@ class Progress:
             print(f"step {done}/{self._total}  {text}  {rate:.3g} steps/s  {left:.0f} s left", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """A remark between the reports."""
+        """Show a remark between the reports.
+
+        Args:
+            text: One line.
+        """
         if self._bar is not None:
             self._bar.console.print(text)
         elif self._enabled:
@@ -71,9 +88,12 @@ class Progress:
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM only sets ``requested``; the second acts as usual (it aborts).
+    """While entered, the first SIGINT or SIGTERM only sets `requested`; the second acts as usual (it aborts).
 
-    Outside the main thread signals cannot be caught, and Ctrl-C acts as usual.
+    Outside the main thread, signals cannot be caught, and Ctrl-C acts as usual.
+
+    Attributes:
+        requested: Whether a signal has come.
     """
 
     def __init__(self) -> None:

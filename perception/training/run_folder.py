@@ -2,85 +2,50 @@
 
     config.json        the resolved configuration          status.json     running, finished, interrupted or failed, and where
     environment.json   versions, machine, git state, seed, command; one entry for the start and each resume
-    metrics.jsonl      one JSON object a line: step (steps done), kind, values
+    metrics.jsonl      one JSON object per line: step (steps done), kind, values
     checkpoints/       see checkpoint.py                   tensorboard/    the same metrics as TensorBoard events
 
-A folder has one configuration (a frozen dataclass, see config_json.py) and one writer at a time, also after a ``kill -9``.
+A folder has one configuration (a frozen dataclass, see `core/config_json.py`) and one writer at a time, also after a `kill -9`.
+
+Read next: `checkpoint.py` and `environment.py`.
 """
 
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import math
 import multiprocessing
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, Self
-
-import torch
 
 from ...core.config_json import Json, config_to_json, first_difference
 from ...core.errors import InvalidInput
 from ...core.files import write_atomically
+from .environment import describe_environment
 
 State = Literal["running", "finished", "interrupted", "failed"]
-PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-
-
-# -------------------------------------------------------------------------------------------------------------- environment
-
-
-def describe_environment(*, command: Sequence[str], seed: int) -> dict[str, Json]:
-    """Versions, machine, git state, seed and command, as plain JSON."""
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": list(command),
-        "seed": seed,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("upcycle3d", "torch", "numpy", "numba", "safetensors")},
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "git": _git_state(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_state() -> dict[str, Json] | None:
-    """Commit and whether files differ from it; None where this program does not run from a git checkout of its own."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(PACKAGE_ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != PACKAGE_ROOT:
-            return None
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-# --------------------------------------------------------------------------------------------------------------- the folder
 
 
 class RunFolder:
-    """A folder on disk with one writer. Made by ``create`` (to write, locks the folder) or ``open`` (to read)."""
+    """A folder on disk with one writer. Made by `create` (to write; it locks the folder) or by `open` (to read).
+
+    Use it as a context manager, or call `close`, to release the lock.
+
+    Attributes:
+        path: The folder.
+
+    Example:
+        ```python
+        run = RunFolder.open("runs/source")
+        print(run.status()["state"], run.metrics("train")[-1]["total_loss"])
+        ```
+    """
 
     def __init__(self, path: Path, *, lock: IO[bytes] | None, tensorboard: bool) -> None:
         self.path = path
@@ -92,19 +57,30 @@ class RunFolder:
     @classmethod
     def create(
         cls,
-        path: Path,
+        path: str | Path,
         config: Any,
         *,
         seed: int,
         resume: bool = False,
         tensorboard: bool = True,
     ) -> Self:
-        """Start a run in ``path``, or continue it with ``resume=True`` and the same configuration.
+        """Start a run, or continue one with the same configuration. The command line of this process is recorded.
 
-        The command line of this process is recorded. Raises InvalidInput if the folder holds a run and ``resume`` is False, if
-        the stored configuration differs (naming the first field), or if another process is writing to it.
+        Args:
+            path: The folder; it is made where needed.
+            config: The resolved configuration, a frozen dataclass.
+            seed: Seed of the run, for the record.
+            resume: Whether a run that the folder holds is continued.
+            tensorboard: Whether metrics are also written as TensorBoard events.
+
+        Returns:
+            The folder, locked for this process.
+
+        Raises:
+            InvalidInput: The folder holds a run and `resume` is False, the stored configuration differs (the message names the
+                first field), the folder holds other files, or another process is writing to it.
         """
-        path = path.resolve()
+        path = Path(path).resolve()
         resolved = config_to_json(config)
         stored = _read_json(path / "config.json") if (path / "config.json").exists() else None
         if stored is None and path.exists() and any(path.iterdir()) and not (path / ".lock").exists():
@@ -129,40 +105,67 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """An existing run folder, to read. Raises InvalidInput if it is none."""
+    def open(cls, path: str | Path) -> Self:
+        """Open an existing run folder for reading.
+
+        Args:
+            path: The folder.
+
+        Returns:
+            The folder; it writes nothing.
+
+        Raises:
+            InvalidInput: The path is not a run folder.
+        """
+        path = Path(path)
         if not (path / "config.json").is_file():
             raise InvalidInput(f"{path} is not a run folder: it has no config.json; is the path right?")
         return cls(path.resolve(), lock=None, tensorboard=False)
 
     @property
     def writable(self) -> bool:
+        """Whether this object holds the lock of the folder."""
         return self._lock is not None
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the checkpoints; it may not exist yet."""
         return self.path / "checkpoints"
 
     @property
     def resume_command(self) -> str:
-        """The last command again, with ``--resume`` unless it resumes as it is (``upcycle3d demo`` always does)."""
+        """The last command again, with `--resume` unless it resumes without (`upcycle3d demo` always does).
+
+        Paths in it are relative to the directory where the command was given.
+        """
         last = self.environment()[-1]
         return shlex.join([*last["command"], *([] if last["resume"] else ["--resume"])])
 
     def config_json(self) -> dict[str, Json]:
+        """Read the configuration, as `core/config_json.py` wrote it."""
         return dict(_read_json(self.path / "config.json"))
 
     def environment(self) -> list[dict[str, Json]]:
-        """One entry for the start and one for every resume."""
+        """Read what the run was made with: one entry for the start and one for every resume."""
         return list(_read_json(self.path / "environment.json"))
 
     def status(self) -> dict[str, Json]:
-        """state, step, total_steps, message, time; empty before the first step."""
+        """Read state, step, total_steps, message, time and pid; empty before the first step."""
         path = self.path / "status.json"
         return dict(_read_json(path)) if path.exists() else {}
 
     def set_status(self, state: State, *, step: int, total_steps: int, message: str = "") -> None:
-        """Replace status.json."""
+        """Replace the status.
+
+        Args:
+            state: "running", "finished", "interrupted" or "failed".
+            step: Steps done.
+            total_steps: Steps of the whole run.
+            message: Why the run failed.
+
+        Raises:
+            InvalidInput: The folder is open for reading only.
+        """
         self._require_writable()
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         body = {"state": state, "step": step, "total_steps": total_steps, "message": message, "time": now, "pid": os.getpid()}
@@ -171,8 +174,14 @@ class RunFolder:
     def log(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
         """Append one line to metrics.jsonl and to TensorBoard.
 
-        step: optimiser steps done for "train", the kind that ``run_steps`` writes; for every other kind ("pseudo_labels") the
-        0-based step that wrote the line. A value that is not finite is written as null.
+        Args:
+            step: Optimizer steps done for the kind "train", which `run_steps` writes; for every other kind ("pseudo_labels") the
+                0-based step that wrote the line.
+            values: Metrics by name. A value that is not finite is written as null.
+            kind: What the line is about.
+
+        Raises:
+            InvalidInput: The folder is open for reading only, or a metric is called "step" or "kind".
         """
         self._require_writable()
         clash = values.keys() & {"step", "kind"}
@@ -189,11 +198,28 @@ class RunFolder:
                 self._writer(step).add_scalar(f"{kind}/{name}", value, step)
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Json]]:
-        """The lines of metrics.jsonl (of one kind). A half-written last line, left by a killed process, is left out."""
+        """Read the lines of metrics.jsonl. A half-written last line, left by a killed process, is left out.
+
+        Args:
+            kind: Only lines of this kind; None reads all.
+
+        Returns:
+            The lines in the order of writing: step, kind and values.
+
+        Raises:
+            InvalidInput: A line in the middle is not JSON; the message names it.
+        """
         return [line for line in self._metric_lines() if kind is None or line["kind"] == kind]
 
     def rewind(self, step: int) -> None:
-        """Forget the metrics that a run resumed after ``step`` steps will write again (see ``log`` for what a line's step is)."""
+        """Forget the metrics that a resumed run will write again.
+
+        Args:
+            step: Steps done at the checkpoint that the run resumes from. See `log` for what the step of a line means.
+
+        Raises:
+            InvalidInput: The folder is open for reading only.
+        """
         self._require_writable()
         self._close_metrics()
         kept = [
@@ -203,7 +229,7 @@ class RunFolder:
             write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def sync(self) -> None:
-        """Bring the metrics to the disk; done before a checkpoint is written, so that no checkpoint is ahead of them."""
+        """Flush the metrics to the disk; called before a checkpoint is written, so that no checkpoint is ahead of them."""
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
         if self._events is not None:
@@ -256,7 +282,7 @@ class RunFolder:
 
 
 def _lock(path: Path) -> IO[bytes]:
-    """The folder's lock file, locked for this process until it is closed or the process dies (also by ``kill -9``)."""
+    """The folder's lock file, locked for this process until it is closed or the process dies (also by `kill -9`)."""
     file = (path / ".lock").open("ab")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

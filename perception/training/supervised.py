@@ -1,4 +1,7 @@
-"""Supervised training of a whole detector on labelled frames."""
+"""Supervised training of a whole detector on labeled frames.
+
+Read next: `loop.py`, which repeats the steps, and `datasets/batches.py`, which makes the batches.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,20 @@ from .run_folder import RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
-    """loop: steps and optimiser. batch_size: frames a step. gt_sampling: objects of each class a scene is filled up to (none: ())."""
+    """How a detector is trained on labeled frames."""
 
     loop: LoopConfig
+    """Steps, optimizer, logging and checkpoints."""
+
     batch_size: int
+    """Frames per step. Lower it when the GPU has too little memory, and the learning rate with it."""
+
     augmentation: AugmentationRanges
+    """How far frames are turned, scaled and flipped."""
+
     gt_sampling: tuple[int, ...] = ()
+    """Number of objects that each scene is filled up to by pasting objects of other frames (GT sampling), one number per class
+    in label order. Empty switches it off."""
 
 
 def train_supervised(
@@ -33,7 +44,31 @@ def train_supervised(
     context: DistributedContext | None = None,
     progress: bool = True,
 ) -> TrainResult:
-    """Train ``detector`` in place. labelled: the frames of a step (``datasets.batches.LabeledBatches``), of this rank."""
+    """Train a detector in place; it is in evaluation mode afterwards.
+
+    Args:
+        detector: The detector, on the device where it trains.
+        labeled: `labeled(step)` gives the frames of a 0-based step, of this rank; usually `datasets.batches.LabeledBatches`.
+        config: Seed, schedule, clipping, and how often to log and save.
+        run: Where metrics and checkpoints go, and where a resumed run continues. None keeps nothing.
+        workers: Processes that make batches ahead; the result does not depend on their number.
+        context: This process among the others; None for a single process.
+        progress: Whether progress is printed.
+
+    Returns:
+        Steps, duration and the last losses.
+
+    Raises:
+        InvalidInput: A frame has no labels, or the run does not fit the detector.
+        NonFiniteLoss: A loss or gradient is not finite; the last good weights are saved.
+        Interrupted: Ctrl-C or SIGTERM; the last step is saved.
+
+    Example:
+        ```python
+        detector = PRESETS["small"].detector.build()
+        train_supervised(detector, batches, PRESETS["small"].train.loop)
+        ```
+    """
 
     def loss(frames: tuple[Frame, ...], step: int) -> LossTerms:
         labels = labels_of(frames)

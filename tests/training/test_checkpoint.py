@@ -127,7 +127,7 @@ def test_an_optimised_parameter_outside_the_modules_is_refused(tmp_path):
 
 
 def test_an_index_of_a_newer_program_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("upcycle3d.perception.training.checkpoint.SCHEMA_VERSION", 2)
+    monkeypatch.setattr("upcycle3d.perception.training.checkpoint.CHECKPOINT_VERSION", 2)
     network, optimizer = _trained()
     path = save_checkpoint(tmp_path, step=1, modules={"student": network}, optimizer=optimizer, meta={})
     monkeypatch.undo()

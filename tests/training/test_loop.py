@@ -27,10 +27,14 @@ from upcycle3d.perception.training.distributed import (
     per_rank,
 )
 from upcycle3d.perception.training.ema import make_teacher, update_ema
-from upcycle3d.perception.training.loop import Interrupted, LoopConfig, NonFiniteLoss, create_run, run_steps, step_seed
+from upcycle3d.perception.training.loop import Interrupted, LoopConfig, NonFiniteLoss, create_run, run_steps
 from upcycle3d.perception.training.optim import OneCycle
 from upcycle3d.perception.training.prefetch import prefetch
 from upcycle3d.perception.training.run_folder import RunFolder
+from upcycle3d.perception.training.step import step_seed
+
+# Bits are compared between processes, and torch sums in another order with another number of threads.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FORK = multiprocessing.get_context("fork")
 CONFIG = LoopConfig(seed=3, optim=OneCycle(lr=0.05, total_steps=30), log_every=1, checkpoint_every=4, keep_checkpoints=2)
@@ -89,17 +93,8 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Bits are compared between processes: torch sums in another order with another number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def uninterrupted() -> dict[str, torch.Tensor]:
+def uninterrupted(one_thread) -> dict[str, torch.Tensor]:
     toy = Toy()
     result = toy.train()
     assert (result.steps, result.start_step) == (30, 0)
@@ -385,7 +380,7 @@ def _rank_main(job, rank: int, port: int, answers) -> None:
 
 
 def on_two_ranks(job: Callable[[DistributedContext], object]) -> list:
-    """What ``job`` returns on two gloo ranks, each a forked process."""
+    """What `job` returns on two gloo ranks, each a forked process."""
     answers, port = FORK.Queue(), _free_port()
     ranks = [FORK.Process(target=_rank_main, args=(job, rank, port, answers)) for rank in range(2)]
     for process in ranks:

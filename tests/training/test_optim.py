@@ -82,5 +82,5 @@ def test_one_step_is_adam_with_the_scheduled_betas():
 def test_nothing_to_train_and_frozen_parameters_are_refused():
     with pytest.raises(InvalidInput, match="no parameter"):
         make_optimizer([], CONFIG)
-    with pytest.raises(InvalidInput, match="1 of 1 parameters for the optimiser are frozen"):
+    with pytest.raises(InvalidInput, match="1 of 1 parameters for the optimizer are frozen"):
         make_optimizer([nn.Parameter(torch.zeros(1), requires_grad=False)], CONFIG)

@@ -12,6 +12,7 @@ import pytest
 
 from upcycle3d.core.config_json import config_from_json, config_to_json
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.perception.training.environment import describe_environment, relative_command
 from upcycle3d.perception.training.run_folder import RunFolder
 
 
@@ -130,6 +131,35 @@ def test_the_hint_is_a_command_that_resumes(tmp_path, monkeypatch, command, star
     for resume in starts:
         _run(tmp_path / "run", resume=resume).close()
     assert RunFolder.open(tmp_path / "run").resume_command == hint
+
+
+def test_the_recorded_command_has_no_path_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "bin" / "upcycle3d"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh")
+    script.chmod(0o755)
+    data = [
+        f"--data={tmp_path}/kitti:train",
+        "--out",
+        str(tmp_path / "runs" / "a"),
+        "--detector",
+        str(tmp_path.parent / "b"),
+        "x",
+    ]
+    relative = ["--data=kitti:train", "--out", "runs/a", "--detector", "../b", "x"]
+    assert relative_command([sys.executable, "-m", "upcycle3d.tools.main", *data]) == [
+        "python",
+        "-m",
+        "upcycle3d.tools.main",
+        *relative,
+    ]
+    assert relative_command([sys.executable, str(script), *data]) == ["python", "bin/upcycle3d", *relative]
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert relative_command([sys.executable, str(script), *data]) == ["upcycle3d", *relative]
+    assert relative_command([str(script), *data]) == ["upcycle3d", *relative]
+    assert relative_command([]) == []
+    assert describe_environment(command=[str(script)], seed=0)["command"] == ["upcycle3d"]
 
 
 def _start_and_answer(path: Path, answer) -> None:
