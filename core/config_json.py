@@ -83,14 +83,14 @@ def first_difference(old: Json, new: Json, where: str = "", *, names: tuple[str,
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(k for k in new if k not in old)]:
             if key not in new:
-                return f"{where}{key}: {first} {old[key]!r}, {second} unknown"
+                return f"{where}{key}: {first} {_short(old[key])}, {second} unknown"
             if key not in old:
-                return f"{where}{key}: not {first}, {second} {new[key]!r}"
+                return f"{where}{key}: not {first}, {second} {_short(new[key])}"
             found = first_difference(old[key], new[key], f"{where}{key}.", names=names)
             if found:
                 return found
         return None
-    return None if old == new else f"{where[:-1]}: {first} {old!r}, {second} {new!r}"
+    return None if old == new else f"{where[:-1]}: {first} {_short(old)}, {second} {_short(new)}"
 
 
 def _encode(value: Any, hint: Any, where: str) -> Json:
@@ -140,8 +140,23 @@ def _decode(data: Json, hint: Any, where: str) -> Any:
                 return decoded if origin is list else tuple(decoded)
         if origin in _DICTS and isinstance(data, Mapping):
             return {k: _decode(v, arguments[1], f"{where}{k}.") for k, v in data.items()}
-    wanted = " or ".join(str(o) if typing.get_args(o) else getattr(o, "__name__", str(o)) for o in options)
-    raise InvalidInput(f"{where[:-1] or 'the configuration'} must be {wanted}, found {data!r}")
+    wanted = [text for option in options for text in _texts_of(option)]
+    choice = wanted[0] if len(wanted) == 1 else f"{', '.join(wanted[:-1])} or {wanted[-1]}"
+    raise InvalidInput(f"{where[:-1] or 'the configuration'} must be {choice}, found {_short(data)}")
+
+
+def _texts_of(option: Any) -> list[str]:
+    """What a message calls a type: each value of a `Literal`, else its name."""
+    if typing.get_origin(option) is Literal:
+        return [repr(a) for a in typing.get_args(option)]
+    if option is type(None):
+        return ["None"]
+    return [str(option) if typing.get_args(option) else getattr(option, "__name__", str(option))]
+
+
+def _short(data: Json) -> str:
+    text = repr(data)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _decode_dataclass(data: Mapping[str, Json], classes: Sequence[Any], where: str) -> Any:

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.files import write_atomically
 from upcycle3d.core.point_files import read_points, write_bin
 from upcycle3d.core.structures import PointCloud
 
@@ -53,19 +52,6 @@ def test_write_bin_reads_back_exactly_and_leaves_no_temporary(tmp_path: Path) ->
     write_bin(tmp_path / "new" / "b.bin", cloud)
     _check(read_points(tmp_path / "new" / "b.bin"))
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["b.bin"]
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = _write(tmp_path / "a.bin", b"old")
-
-    def full_disk(_: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
 def test_columns_are_named_reordered_and_skipped(tmp_path: Path) -> None:

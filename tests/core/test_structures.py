@@ -237,13 +237,17 @@ def test_values_refuse_wrong_types_and_say_how_to_make_them():
     labels = Labels.make(np.array(ROAD_USERS), [0, 1])
     assert torch.equal(labels.boxes.data, box)
     assert labels.classes.tolist() == [0, 1]
-    with pytest.raises(InvalidInput, match=r"Boxes3D.data must be a tensor or numpy array of numbers, found a value of type list"):
+    with pytest.raises(
+        InvalidInput, match=r"Boxes3D.data must be a tensor or numpy array of numbers, found a value of type list"
+    ):
         Boxes3D(data=ROAD_USERS)
     with pytest.raises(InvalidInput, match=r"PointCloud.xyz must be a tensor .* bool"):
         PointCloud(xyz=cloud.xyz > 0, features=cloud.features)
     with pytest.raises(InvalidInput, match=r"Labels.boxes must be Boxes3D, found .*; use Labels.make"):
         replace(labels, boxes=box)
-    with pytest.raises(InvalidInput, match=r"Labels.exact must be a tensor \(2,\) .* found a value of type list; use Labels.make"):
+    with pytest.raises(
+        InvalidInput, match=r"Labels.exact must be a tensor \(2,\) .* found a value of type list; use Labels.make"
+    ):
         replace(labels, exact=[True, True])
     with pytest.raises(InvalidInput, match=r"Frame.points must be a PointCloud, found \(3, 3\) float32; .*from_array"):
         Frame(id="1", points=cloud.xyz)
