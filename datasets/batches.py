@@ -1,4 +1,8 @@
-"""Which frames make up the batch of a step: a pure function of (seed, step), so that a resumed run sees what it would have seen."""
+"""Which frames make up the batch of a step: a pure function of seed and step, so a run that is resumed sees the same batches.
+
+Read next: `augment.py`, which moves the frames; `perception/training/supervised.py` and `perception/server/trainer.py`, which train
+on these batches.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,24 @@ from ..core.errors import InvalidInput
 from ..core.structures import Frame
 from .augment import AugmentationRanges, Compose, labeled_example, sample_augmentation
 from .frame_source import FrameSource
-from .gt_database import GtSampler
+from .gt_sampling import GtSampler
 
 
 def epoch_indices(length: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Rows of ``length`` items for batch ``step``: every epoch is a new permutation, and batches run over epoch ends."""
+    """Choose the items of a batch. Every epoch is a new permutation, and a batch may run over the end of an epoch.
+
+    Args:
+        length: Number of items.
+        batch_size: Items per batch.
+        step: Number of the batch, from 0.
+        seed: Seed of the permutations.
+
+    Returns:
+        `batch_size` positions in 0..length-1.
+
+    Raises:
+        InvalidInput: There is no item.
+    """
     if length == 0:
         raise InvalidInput("cannot draw a batch from an empty split; check the split's name and what prepare left out")
     rows: list[int] = []
@@ -30,17 +47,20 @@ def epoch_indices(length: int, batch_size: int, step: int, seed: int) -> list[in
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledBatches:
-    """Augmented labelled frames of every step. Calling it with a step gives that step's frames.
-
-    keep_range: (6,) m; boxes whose centre leaves it after augmentation are dropped.
-    """
+    """Batches of augmented labeled frames. Calling it with a step gives that step's frames."""
 
     frames: FrameSource
+    """Labeled frames."""
     batch_size: int
+    """Frames per batch."""
     seed: int
+    """Seed of the order and of the augmentation."""
     augmentation: AugmentationRanges
+    """How far scenes are moved."""
     keep_range: tuple[float, float, float, float, float, float]
+    """x0, y0, z0, x1, y1, z1 in m. Boxes whose center leaves it in BEV after augmentation are dropped."""
     gt_sampler: GtSampler | None = None
+    """Pastes objects of other scenes; None pastes none."""
 
     def __call__(self, step: int) -> tuple[Frame, ...]:
         rng = np.random.default_rng([self.seed, step])
@@ -50,24 +70,33 @@ class LabeledBatches:
 
 @dataclass(frozen=True, kw_only=True)
 class UnlabeledScan:
-    """A raw scan as it came, without labels, and the movement under which the student sees it; its teacher sees it as it came."""
+    """A raw scan without labels. The teacher sees it unmoved, the student sees it moved."""
 
     frame: Frame
+    """The scan as it was recorded."""
     movement: Compose
+    """How the student's view differs; its inverse brings boxes of the student back."""
 
     def moved(self) -> Frame:
-        """What the student sees."""
+        """Return the frame that the student sees."""
         return self.movement.frame(self.frame)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnlabeledBatches:
-    """Raw unlabelled scans of every step, for the methods that UpCycling does without. Whatever labels the frames have are dropped."""
+    """Batches of raw unlabeled scans. Only the baselines that train on raw scans use them; UpCycling does not.
+
+    Labels of the frames, if any, are removed.
+    """
 
     frames: FrameSource
+    """The fleet's frames."""
     batch_size: int
+    """Scans per batch."""
     seed: int
+    """Seed of the order and of the movements; the movements differ from those of `LabeledBatches` with the same seed."""
     augmentation: AugmentationRanges
+    """How far the student's view is moved."""
 
     def __call__(self, step: int) -> tuple[UnlabeledScan, ...]:
         rng = np.random.default_rng([self.seed, step, 2])

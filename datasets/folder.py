@@ -4,8 +4,10 @@
     root/labels/<id>.txt                   one object per line: class x y z dx dy dz yaw   (# starts a comment)
     root/splits/<name>.txt                 optional: the ids of a split, one per line
 
-Centre of the box, metres and radians, x forward, y left, z up, as drawn in ``core/boxes.py``. An empty label file says
-"nothing here"; a missing one is an error, because it usually means a wrong path.
+x y z is the center of the box; meters and radians, x forward, y left, z up, as drawn in `core/boxes.py`. An empty label file says
+that the scene holds no object. A missing label file is an error, because it usually means a wrong path.
+
+Read next: `core/point_files.py` for the formats of scans, `raw.py` for the splits.
 """
 
 from __future__ import annotations
@@ -28,23 +30,31 @@ from .kitti_text import unknown_class
 
 @dataclass(frozen=True)
 class FolderDataset:
-    """The frames ``ids`` of your own folder: a length, and frame i.
+    """Frames of your own folder.
 
-    classes: names of the labels' classes, counted in this order. other_classes: names that may stand in the labels and are dropped.
-    columns, intensity_scale, drop_non_finite: how scans are read, see ``read_points``.
-    z_shift: m, the known height of the sensor, added to z of points and boxes so that the road lies near 0.
-    with_labels: False leaves ``labels`` None and never opens the labels folder.
+    Example:
+        frames = FolderDataset("my_data", folder_ids("my_data", "train"), classes=("Car",), z_shift=1.8)
+        frame = frames[0]
     """
 
     root: Path | str
+    """The folder."""
     ids: tuple[str, ...] | list[str]
+    """Which frames, in this order: file names without suffix. See `folder_ids`."""
     classes: tuple[str, ...]
+    """Names of the classes to keep; their order gives the class numbers."""
     other_classes: tuple[str, ...] = ()
+    """Names that may occur in the labels and are dropped. Any other name is an error, because it is usually a typing mistake."""
     columns: tuple[str, ...] | None = None
+    """What the values of a scan's row are; see `read_points`."""
     intensity_scale: float = 1.0
+    """Factor that brings intensity to 0..1: 1/255 for a sensor that counts to 255."""
     drop_non_finite: bool = False
+    """Leave out points with NaN or inf instead of refusing the frame. Organized clouds mark missing returns with NaN."""
     with_labels: bool = True
+    """False leaves `labels` None and never opens the labels folder."""
     z_shift: float = 0.0
+    """Mounting height of the sensor in m, added to z of points and boxes so that the road lies near 0."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
@@ -59,7 +69,7 @@ class FolderDataset:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Frame:
-        """Frame ``index``. Raises InvalidInput naming the frame, the path and the root if a file is missing or broken."""
+        """Read frame `index`. Raises `InvalidInput` with frame, path and root if a file is missing or broken."""
         frame_id = self.ids[index]
         points = read_points(
             self._scan(frame_id),
@@ -81,7 +91,7 @@ class FolderDataset:
 
     @property
     def rig(self) -> RigSpec:
-        """What the reader does to scans and boxes."""
+        """What this reader does to scans and boxes."""
         return RigSpec(z_shift=self.z_shift, intensity_scale=self.intensity_scale)
 
     @property
@@ -109,21 +119,41 @@ class FolderDataset:
 
 
 def folder_ids(root: Path | str, split: str | None = None) -> tuple[str, ...]:
-    """The ids of ``splits/<split>.txt``, or of all scans in ``points``, sorted, if no split is named."""
+    """List frame ids.
+
+    Args:
+        root: The folder.
+        split: Name of a file `splits/SPLIT.txt`; None takes all scans in `points`, sorted.
+
+    Returns:
+        The ids.
+
+    Raises:
+        InvalidInput: There is no such split, or no scan.
+    """
     root = Path(root)
     if split is not None:
         return read_ids(root / "splits" / f"{split}.txt")
     ids = sorted({p.stem for p in (root / "points").glob("*") if p.suffix in POINT_SUFFIXES and not p.name.startswith(".")})
     if not ids:
-        raise InvalidInput(f"no scan in {root / 'points'}; put <id>.bin, .npy or .pcd files there")
+        raise InvalidInput(f"there is no scan in {root / 'points'}; put <id>.bin, .npy or .pcd files there")
     return tuple(ids)
 
 
 def read_labels(path: Path | str, classes: tuple[str, ...], *, other_classes: tuple[str, ...] = ()) -> Labels:
-    """The labels of a text file of lines ``class x y z dx dy dz yaw``.
+    """Read a text file of lines `class x y z dx dy dz yaw`.
 
-    Raises InvalidInput with file and line: not eight columns, no finite number, a size that is not positive, a class that is
-    neither in ``classes`` nor in ``other_classes`` (with the nearest known name).
+    Args:
+        path: The file.
+        classes: Names of the classes to keep; their order gives the class numbers.
+        other_classes: Names that are dropped.
+
+    Returns:
+        The labels, in the frame and the order of the file.
+
+    Raises:
+        InvalidInput: With file and line: a line has not eight columns, a number is not finite, a size is not positive, or a class is
+            in neither list (the message suggests the nearest name).
     """
     boxes: list[list[float]] = []
     indices: list[int] = []

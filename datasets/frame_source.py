@@ -51,14 +51,25 @@ class DescribedSource(FrameSource, Protocol):
     """A source that knows its origin. A source without one counts as the layout "own"."""
 
     @property
-    def origin(self) -> DatasetOrigin: ...
+    def origin(self) -> DatasetOrigin:
+        """Where the frames come from and how they are read."""
+        ...
 
 
 @runtime_checkable
 class KittiLabelSource(FrameSource, Protocol):
     """A source with KITTI label files. Preparation stores them, so that KITTI's protocol needs no raw data later."""
 
-    def kitti_objects(self, frame_id: str) -> KittiObjects: ...
+    def kitti_objects(self, frame_id: str) -> KittiObjects:
+        """Read the label file of a frame.
+
+        Args:
+            frame_id: Id of the frame.
+
+        Returns:
+            Every line of the file in its order, DontCare included.
+        """
+        ...
 
 
 def described_origin(layout: Layout, root: Path | str | None, options: Mapping[str, object]) -> DatasetOrigin:

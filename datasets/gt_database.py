@@ -1,14 +1,12 @@
-"""The ground-truth database: labelled objects cut out of their scans, to be pasted into other scans of the same split.
-
-Sampling objects into a scene ("GT sampling", Yan et al., SECOND, 2018, section 3.3; OpenPCDet ``database_sampler.py``) gives rare
-classes a chance. An object stays at the place where it was seen: distance decides how many points it has. It goes only where it
-touches nothing, and replaces the scene points in its box, as the real object would have hidden them.
+"""The ground-truth database: labeled objects cut out of their scans, to be pasted into other scans of the same split.
 
     out/objects-CRC.f32     float32 rows x, y, z, features..., object after object, in the frame of its scene
-    out/index-CRC.parquet   one row an object
-    out/database.json       schema version, classes, the fingerprint of the labelled split, the index in force; written last
+    out/index-CRC.parquet   one row per object
+    out/database.json       schema version, classes, the fingerprint of the labeled split, the index in force; written last
 
-The database of one split refuses to serve another: its objects would leak labels a run is not meant to see.
+The database of one split refuses to serve another, because its objects would leak labels that a run must not see.
+
+Read next: `gt_sampling.py`, which chooses and pastes the objects; `fingerprint.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +14,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,14 +27,15 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput
 from ..core.files import atomic_file
-from ..core.structures import Frame, Labels, PointCloud
-from ..ops.iou3d import iou_bev
-from ..ops.points_in_boxes import points_in_boxes, points_in_boxes_mask
+from ..core.structures import PointCloud
+from ..ops.points_in_boxes import points_in_boxes_mask
 from .fingerprint import combine_digests, frame_digest
 from .frame_source import FrameSource
 
-SCHEMA_VERSION = 1
-MIN_POINTS = 5  # in an object's box; with fewer there is nothing to learn from (OpenPCDet ``filter_by_min_points``)
+GT_DATABASE_VERSION = 1
+"""Version of the files."""
+MIN_POINTS = 5
+"""Points in an object's box; an object with fewer teaches nothing (OpenPCDet `filter_by_min_points`)."""
 
 _INDEX_SCHEMA = pa.schema(
     [
@@ -45,54 +44,89 @@ _INDEX_SCHEMA = pa.schema(
         ("difficulty", pa.int32()),
         ("box", pa.list_(pa.float32(), 7)),
         ("offset", pa.int64()),  # first row of the object in the file of points
-        ("rows", pa.int64()),  # how many it has there
-        ("num_points", pa.int64()),  # the same number; an earlier program could cut with an enlarged box
+        ("rows", pa.int64()),  # number of its rows there
+        ("num_points", pa.int64()),  # the same number; an earlier version could cut with an enlarged box
     ]
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GtObject:
-    """One labelled object. box: (7,) float32 in its scene; points: its own, in the same frame; difficulty: as in ``Labels``."""
+    """One labeled object with its points."""
 
     box: Tensor
+    """(7,) float32 box in its scene."""
     class_index: int
+    """Number of its class among the database's `class_names`."""
     difficulty: int
+    """Difficulty as in `Labels`."""
     points: PointCloud
+    """The points in its box, in the frame of its scene."""
     frame_id: str
+    """The frame that it comes from."""
 
 
 class GtDatabase:
-    """An opened database. ``boxes`` (M, 7) float32 and ``classes`` (M,) are at hand; the points of an object are read on demand.
+    """An opened database: a sequence of `GtObject`.
 
-    Memory: about 60 bytes an object. No point is kept, and none is read before it is asked for.
+    Memory: about 60 bytes per object. Points are read when an object is asked for, and not kept.
+
+    Attributes:
+        boxes: (M, 7) float32 boxes of all objects.
+        classes: (M,) int64 class numbers of all objects.
+        class_names: Names of the class numbers.
+        feature_names: What the point features are.
+        fingerprint: Fingerprint of the labeled split.
+        num_frames: Number of frames of the split.
+        path: The folder.
+
+    Example:
+        database = GtDatabase.open("data/gt_database/train", expected_fingerprint=frames.split_fingerprint())
+        print(len(database), database[0].points)
     """
 
     @classmethod
-    def open(cls, path: Path, *, expected_fingerprint: str) -> GtDatabase:
-        """The database in the folder ``path``, which must have been built from the split of ``expected_fingerprint``.
+    def open(cls, path: Path | str, *, expected_fingerprint: str) -> GtDatabase:
+        """Open the database of a labeled split for training.
 
-        Raises ``InvalidInput`` if there is none, if it was built from another split, or if its points were cut off.
+        Args:
+            path: Folder of the database.
+            expected_fingerprint: Fingerprint of the split that the run may learn from; see `split_fingerprint`.
+
+        Returns:
+            The database.
+
+        Raises:
+            InvalidInput: There is no database, it was built from another split, or its points were cut off.
         """
         database = cls(path)
         if database.fingerprint != expected_fingerprint:
             raise InvalidInput(
-                f"the GT database in {path} was built from another labelled split: fingerprint {database.fingerprint[:12]} "
+                f"the GT database in {path} was built from another labeled split: fingerprint {database.fingerprint[:12]} "
                 f"({database.num_frames} frames, {len(database)} objects), expected {expected_fingerprint[:12]}. Its objects could "
-                "leak labels this run must not see; build a database from this run's labelled split"
+                "leak labels this run must not see; build a database from this run's labeled split"
             )
         return database
 
-    def __init__(self, path: Path) -> None:
-        """Opens without asking which split it was built from: for inspection only. To train, use ``open``."""
+    def __init__(self, path: Path | str) -> None:
+        """Open a database without asking which split it was built from: for inspection only. To train, use `open`.
+
+        Args:
+            path: Folder of the database.
+
+        Raises:
+            InvalidInput: There is no database, it is of another version, or its points were cut off.
+        """
         self.path = Path(path)
         try:
             header = json.loads((self.path / "database.json").read_text())
         except FileNotFoundError:
-            raise InvalidInput(f"no GT database in {path} (no database.json); build one from the labelled split") from None
-        if header["schema_version"] != SCHEMA_VERSION:
             raise InvalidInput(
-                f"the GT database in {path} has schema version {header['schema_version']}, this program reads {SCHEMA_VERSION}; build it again"
+                f"there is no GT database in {path} (no database.json); build one from the labeled split"
+            ) from None
+        if header["schema_version"] != GT_DATABASE_VERSION:
+            raise InvalidInput(
+                f"the GT database in {path} has schema version {header['schema_version']}, this program reads {GT_DATABASE_VERSION}; build it again"
             )
         self.class_names: tuple[str, ...] = tuple(header["class_names"])
         self.feature_names: tuple[str, ...] = tuple(header["feature_names"])
@@ -101,7 +135,7 @@ class GtDatabase:
         table = pq.read_table(self.path / Path(header["index"]).name, use_threads=False).combine_chunks()
         if not table.schema.equals(_INDEX_SCHEMA):
             raise InvalidInput(
-                f"the index of the GT database in {path} has other columns than schema version {SCHEMA_VERSION}; build it again"
+                f"the index of the GT database in {path} has other columns than schema version {GT_DATABASE_VERSION}; build it again"
             )
         self.boxes = torch.from_numpy(table["box"].combine_chunks().flatten().to_numpy().reshape(-1, 7).copy())
         self.classes = torch.from_numpy(table["class"].to_numpy().astype(np.int64))
@@ -118,6 +152,7 @@ class GtDatabase:
         return len(self.classes)
 
     def __getitem__(self, index: int) -> GtObject:
+        """Read object `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"object {index} of {len(self)}")
         row = self._rest.slice(index, 1).to_pylist()[0]
@@ -137,14 +172,24 @@ class GtDatabase:
         )
 
 
-def build_gt_database(source: FrameSource, out: Path, *, class_names: Sequence[str], fingerprint: str) -> GtDatabase:
-    """Cut every labelled object out of ``source`` into the folder ``out``, one frame in memory at a time.
+def build_gt_database(source: FrameSource, out: Path | str, *, class_names: Sequence[str], fingerprint: str) -> GtDatabase:
+    """Cut every labeled object out of its scan, with one frame in memory at a time.
 
-    fingerprint: of the labelled split (``split_fingerprint``); it is checked against the labels that are read, so that a database
-    cannot bear the name of a split it was not made from. Objects with fewer than ``MIN_POINTS`` points in their box are left out,
-    and so are ignored ones (weight 0) and boxes that are not exact. A database that was in ``out`` before serves until the new
-    one is complete.
-    Raises ``InvalidInput`` if the labels have another fingerprint or frames differ in their point features.
+    Left out are objects with fewer than `MIN_POINTS` points in their box, ignored ones (weight 0), and boxes that are not exact. A
+    database that was in the folder before serves until the new one is complete.
+
+    Args:
+        source: The frames of a labeled split.
+        out: Folder to write.
+        class_names: Names of the class numbers.
+        fingerprint: Fingerprint of the split, from `split_fingerprint`. It is compared with the labels that are read, so that a
+            database cannot bear the name of a split that it was not made from.
+
+    Returns:
+        The database, opened.
+
+    Raises:
+        InvalidInput: The labels have another fingerprint, frames differ in their point features, or there is no frame.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -156,7 +201,7 @@ def build_gt_database(source: FrameSource, out: Path, *, class_names: Sequence[s
             os.fsync(file.fileno())
         if found != fingerprint:
             raise InvalidInput(
-                f"asked to build a GT database for the labelled split {fingerprint[:12]}, but the {len(source)} frames given have the "
+                f"asked to build a GT database for the labeled split {fingerprint[:12]}, but the {len(source)} frames given have the "
                 f"fingerprint {found[:12]}; pass the frames of that split, or the fingerprint of these frames"
             )
         objects_name = f"objects-{checksum:08x}.f32"
@@ -170,7 +215,7 @@ def build_gt_database(source: FrameSource, out: Path, *, class_names: Sequence[s
     with atomic_file(out / index_name) as file:
         file.write(index)
     header = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": GT_DATABASE_VERSION,
         "class_names": list(class_names),
         "feature_names": features,
         "fingerprint": fingerprint,
@@ -187,9 +232,9 @@ def build_gt_database(source: FrameSource, out: Path, *, class_names: Sequence[s
 
 
 def _cut(source: FrameSource, file: BinaryIO, class_names: tuple[str, ...]) -> tuple[pa.Table, tuple[str, ...], int, str]:
-    """Writes the points of all objects to ``file``; gives index, feature names, checksum and the fingerprint of what was read."""
+    """Write the points of all objects; returns index, feature names, checksum and the fingerprint of what was read."""
     if len(source) == 0:
-        raise InvalidInput("cannot build a GT database from no frame: the split is empty")
+        raise InvalidInput("a GT database needs at least one frame, but the split is empty")
     features = source[0].points.feature_names
     tables, digests = [], []
     offset = checksum = 0
@@ -226,73 +271,3 @@ def _cut(source: FrameSource, file: BinaryIO, class_names: tuple[str, ...]) -> t
         offset += int(rows.sum())
     index = pa.concat_tables([_INDEX_SCHEMA.empty_table(), *tables]).combine_chunks()
     return index, features, checksum, combine_digests(digests)
-
-
-class GtSampler:
-    """Chooses objects for a scene: for each class as many as are missing to its count, only where they touch nothing.
-
-    groups: class name -> objects of that class a scene should hold. The reference KITTI setting is Car 15-20, Pedestrian 10-15,
-    Cyclist 10-15 (OpenPCDet ``pv_rcnn.yaml``, ``kitti_dataset.yaml``). Class numbers of scenes are those of the database.
-    Raises ``InvalidInput`` for a class the database does not name. It has no state: what it chooses depends on ``rng`` alone.
-    """
-
-    def __init__(self, database: GtDatabase, groups: Mapping[str, int]) -> None:
-        unknown = [name for name in groups if name not in database.class_names]
-        if unknown:
-            raise InvalidInput(
-                f"GT sampling asks for {unknown}, but the database in {database.path} has the classes {database.class_names}"
-            )
-        self.database = database
-        self.groups = {database.class_names.index(name): count for name, count in groups.items()}
-        self._members = {c: torch.nonzero(database.classes == c)[:, 0].numpy() for c in self.groups}
-
-    def sample(self, rng: np.random.Generator, labels: Labels) -> list[GtObject]:
-        """Objects to paste into a scene with ``labels``; none overlaps a labelled box (ignored ones included) or another.
-
-        Candidates are drawn without replacement; one that is in the way of an earlier one is dropped, not replaced.
-        """
-        taken = labels.boxes.data
-        chosen: list[int] = []
-        for class_index, count in self.groups.items():
-            present = int(((labels.classes == class_index) & (labels.weight > 0)).sum())
-            members = self._members[class_index]
-            missing = min(count - present, len(members))
-            if missing <= 0:
-                continue
-            candidates = rng.choice(members, size=missing, replace=False)
-            boxes = self.database.boxes[torch.from_numpy(candidates)]
-            free = ~(iou_bev(boxes, taken) > 0).any(1)
-            among = iou_bev(boxes, boxes) > 0
-            accepted: list[int] = []
-            for i in range(missing):
-                if free[i] and not among[i, accepted].any():
-                    accepted.append(i)
-            taken = torch.cat([taken, boxes[accepted]])
-            chosen += candidates[accepted].tolist()
-        return [self.database[i] for i in chosen]
-
-
-def paste(frame: Frame, objects: Sequence[GtObject]) -> Frame:
-    """``frame`` with ``objects`` at their own places: scene points in their boxes go, theirs come, and their labels are added.
-
-    Raises ``InvalidInput`` for an unlabelled frame: nobody knows what an object pasted there would stand in.
-    """
-    if frame.labels is None:
-        raise InvalidInput(
-            f"frame {frame.id!r} has no labels, so objects cannot be pasted into it: they could stand inside others"
-        )
-    if not objects:
-        return frame
-    boxes = torch.stack([o.box for o in objects])
-    scene = frame.points.select(points_in_boxes(frame.points.xyz, boxes) < 0)
-    pasted = Labels.make(
-        boxes,
-        torch.tensor([o.class_index for o in objects]),
-        num_points=torch.tensor([len(o.points) for o in objects]),
-        difficulty=torch.tensor([o.difficulty for o in objects]),
-    )
-    return replace(
-        frame,
-        points=PointCloud.concatenate([scene, *(o.points for o in objects)]),
-        labels=Labels.concatenate([frame.labels, pasted]),
-    )

@@ -1,4 +1,7 @@
-"""A JSON array of objects read one object at a time: tables of nuScenes' kind run to over a gigabyte, far more as Python objects."""
+"""A JSON array of objects that is read one object at a time, because nuScenes' tables have over a gigabyte and far more in memory.
+
+Read next: `nuscenes_tables.py`, which reads the tables of nuScenes and Lyft with it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 from ..core.errors import InvalidInput
 
 _CHUNK = 1 << 20  # characters read at a time
-_MAX_ROW = 16 << 20  # characters of one row; what is longer is no such table
+_MAX_ROW = 16 << 20  # characters of one row; a longer row means that this is another kind of file
 _BETWEEN = re.compile(r"[\s,]*")
 _OTHER_KINDS: Mapping[str, type | None] = {
     "translation": None, "rotation": None, "size": None, "timestamp": None, "is_key_frame": bool,
@@ -21,24 +24,43 @@ _OTHER_KINDS: Mapping[str, type | None] = {
 
 @dataclass(frozen=True)
 class JsonTable:
-    """The table in the file ``path``."""
+    """One table."""
 
     path: Path
+    """The JSON file."""
 
     def rows(self, *fields: str) -> Iterator[list[Any]]:
-        """The values of ``fields`` of each row in file order. Raises what ``objects`` and ``values`` raise."""
+        """Read some fields of every row.
+
+        Args:
+            *fields: Names of the fields.
+
+        Yields:
+            The values of a row, in the order of `fields`; rows come in file order.
+
+        Raises:
+            InvalidInput: See `objects` and `values`.
+        """
         return (self.values(row, fields) for row in self.objects())
 
     def values(self, row: Mapping[str, Any], fields: tuple[str, ...]) -> list[Any]:
-        """The values of ``fields``. Tokens and names are checked to be text here, numbers by ``numbers``.
+        """Take fields out of a row. Tokens and names must be text; numbers are checked by `numbers`.
 
-        Raises InvalidInput naming file, row and field that is missing or has another type.
+        Args:
+            row: A row.
+            fields: Names of the fields.
+
+        Returns:
+            The values in the order of `fields`.
+
+        Raises:
+            InvalidInput: With file, row and field: a field is missing or has another type.
         """
         try:
             values = [row[field] for field in fields]
         except KeyError as error:
             raise InvalidInput(
-                f"{self.path}, row {row.get('token')}: no field {error}; found {', '.join(row)}. Is it another table?"
+                f"{self.path}, row {row.get('token')}: there is no field {error}, only {', '.join(row)}. Is it another table?"
             ) from error
         for field, value in zip(fields, values):
             kind = _OTHER_KINDS.get(field, str)
@@ -47,7 +69,20 @@ class JsonTable:
         return values
 
     def numbers(self, values: Any, count: int, token: str, field: str) -> list[float]:
-        """``values`` as ``count`` floats. Raises InvalidInput naming file, row and field."""
+        """Check that a field holds numbers.
+
+        Args:
+            values: What the field holds.
+            count: How many numbers are expected.
+            token: Token of the row, for the message.
+            field: Name of the field, for the message.
+
+        Returns:
+            The numbers.
+
+        Raises:
+            InvalidInput: With file, row and field: there are more or fewer numbers, or something else.
+        """
         try:
             numbers = [float(v) for v in values if not isinstance(v, str)]
         except (TypeError, ValueError):
@@ -57,10 +92,17 @@ class JsonTable:
         return numbers
 
     def objects(self) -> Iterator[dict[str, Any]]:
-        """The objects, decoded one at a time. Raises InvalidInput: no such file, cut off, no JSON array of objects."""
+        """Decode the objects one at a time.
+
+        Yields:
+            The objects in file order.
+
+        Raises:
+            InvalidInput: The file is missing, cut off, or not a JSON array of objects.
+        """
         if not self.path.is_file():
             found = ", ".join(sorted(p.stem for p in self.path.parent.glob("*.json"))) or "none"
-            raise InvalidInput(f"no table {self.path}; the folder holds {found}")
+            raise InvalidInput(f"there is no table {self.path}; the folder holds {found}")
         decoder = json.JSONDecoder()
         try:
             with open(self.path, encoding="utf-8-sig") as file:
@@ -68,7 +110,7 @@ class JsonTable:
                 if not text.startswith("["):
                     raise InvalidInput(f"{self.path}: a table is a JSON array of objects, found {text[:20]!r}")
                 while True:
-                    position = _BETWEEN.match(text, position).end()  # type: ignore[union-attr]  # it matches nothing at least
+                    position = _BETWEEN.match(text, position).end()  # type: ignore[union-attr]  # it matches at least the empty text
                     if text.startswith("]", position):
                         return
                     try:
@@ -77,7 +119,7 @@ class JsonTable:
                         more = file.read(_CHUNK)
                         if not more or len(text) - position > _MAX_ROW:
                             raise InvalidInput(
-                                f"{self.path}: cut off, or no JSON, from {text[position : position + 60]!r} on ({error.msg})"
+                                f"{self.path}: cut off, or not JSON, from {text[position : position + 60]!r} on ({error.msg})"
                             ) from error
                         text, position = text[position:] + more, 0
                         continue
@@ -86,4 +128,4 @@ class JsonTable:
                     yield row
                     position = end
         except (UnicodeDecodeError, RecursionError) as error:
-            raise InvalidInput(f"{self.path} is no JSON text: {error}") from error
+            raise InvalidInput(f"{self.path} is not JSON text: {error}") from error

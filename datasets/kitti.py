@@ -1,4 +1,4 @@
-"""KITTI's object layout as frames.
+"""Frames from KITTI's object layout.
 
     root/ImageSets/<split>.txt                       one frame id per line
     root/training/velodyne/<id>.bin                  the full turn, float32 x y z intensity
@@ -6,8 +6,10 @@
     root/training/{label_2,calib}/<id>.txt           objects in the camera frame; how the frames are related
     root/training/image_2/<id>.png                   only its size is read
 
-The labels know only what the camera sees, so a scan is cropped to the camera's view by default: outside of it an object
-would count as background.
+KITTI labels only what the camera sees, so a scan is cropped to the camera's view by default: outside of it an object would count
+as background.
+
+Read next: `kitti_text.py` for the label files, `raw.py` for the splits.
 """
 
 from __future__ import annotations
@@ -24,34 +26,44 @@ from ..core.errors import InvalidInput
 from ..core.point_files import read_points
 from ..core.rig import RigSpec
 from ..core.structures import Calibration, Frame, Labels, PointCloud
+from ..ops.points_in_boxes import count_points_in_boxes
 from .frame_source import DatasetOrigin, described_origin
 from .kitti_text import KittiObjects, labels_from_kitti, read_objects
 
-DEFAULT_IMAGE_SIZE = (1242, 375)  # px, of most KITTI pictures; used where the picture is not there
+DEFAULT_IMAGE_SIZE = (1242, 375)
+"""Width and height in pixels of most KITTI pictures; used where the picture itself is missing."""
 KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
+"""The classes of KITTI's benchmark."""
 PointsFolder = Literal["auto", "velodyne", "velodyne_reduced"]
+"""Which scans to read: the full turn, the scan that is cropped already, or the cropped one where it exists and cropping is asked."""
 
 
 @dataclass(frozen=True)
 class KittiDataset:
-    """The frames ``ids`` of a KITTI-layout folder: a length, and frame i.
+    """Frames of a folder in KITTI's object layout.
 
-    points_folder: "velodyne" (the full turn), "velodyne_reduced" (already cropped), or "auto": velodyne_reduced where the frame
-        has it and cropping is asked, else velodyne.
-    classes: names of the labels' classes, counted in this order; neighbouring types are kept with weight 0.
-    z_shift: m, the known height of the sensor, added to z of points and boxes so that the road lies near 0; the calibration
-        takes it back, so projection and evaluation stay right.
-    crop_to_camera: keep only points that the camera sees.
-    with_labels: False leaves ``labels`` None and never opens label_2.
+    Example:
+        ids = read_ids("KITTI/ImageSets/val.txt")
+        frames = KittiDataset("KITTI", ids, classes=("Car",), z_shift=1.73)
+        frame = frames[0]
     """
 
     root: Path | str
+    """Folder that holds `training`."""
     ids: tuple[str, ...] | list[str]
+    """Which frames, in this order. See `read_ids`."""
     points_folder: PointsFolder = "auto"
+    """Folder of the scans: `velodyne` is the full turn, `velodyne_reduced` is cropped already. `auto` takes velodyne_reduced where the
+    frame has it and cropping is asked, else velodyne."""
     classes: tuple[str, ...] = KITTI_CLASSES
+    """Names of the classes to keep; their order gives the class numbers. Neighboring types (Van for Car) are kept with weight 0."""
     z_shift: float = 0.0
+    """Mounting height of the sensor in m, added to z of points and boxes so that the road lies near 0. The calibration subtracts it
+    again, so projection and evaluation stay right. KITTI's sensor is at 1.73 m."""
     crop_to_camera: bool = True
+    """Keep only points that the camera sees. Set it to False only for frames without labels."""
     with_labels: bool = True
+    """False leaves `labels` None and never opens label_2."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
@@ -68,7 +80,7 @@ class KittiDataset:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Frame:
-        """Frame ``index``. Raises InvalidInput naming the frame, the path and the root if a file is missing or broken."""
+        """Read frame `index`. Raises `InvalidInput` with frame, path and root if a file is missing or broken."""
         frame_id = self.ids[index]
         calibration = self.calibration(frame_id)
         points = self._points(frame_id, calibration)
@@ -80,7 +92,7 @@ class KittiDataset:
 
     @property
     def rig(self) -> RigSpec:
-        """What the reader does to scans and boxes; KITTI's intensity is in 0..1 already."""
+        """What this reader does to scans and boxes; KITTI's intensity is in 0..1 already."""
         return RigSpec(z_shift=self.z_shift)
 
     @property
@@ -90,20 +102,52 @@ class KittiDataset:
         return described_origin("kitti", self.root, options | {"with_labels": self.with_labels})
 
     def kitti_objects(self, frame_id: str) -> KittiObjects:
-        """The frame's label file as it is, DontCare included: what the evaluation wants."""
+        """Read a frame's label file as it is: what evaluation compares detections with.
+
+        Args:
+            frame_id: Id of the frame.
+
+        Returns:
+            Every line in the order of the file, DontCare included.
+
+        Raises:
+            InvalidInput: The file is missing or broken.
+        """
         return read_objects(self.path("label_2", frame_id, ".txt"))
 
     def path(self, folder: str, frame_id: str, suffix: str) -> Path:
-        """The file of a frame. Raises InvalidInput naming frame, path and root if it is missing."""
+        """Find a file of a frame.
+
+        Args:
+            folder: Folder below `training`.
+            frame_id: Id of the frame.
+            suffix: End of the file name, with its dot.
+
+        Returns:
+            The path.
+
+        Raises:
+            InvalidInput: The file is missing.
+        """
         path = Path(self.root) / "training" / folder / f"{frame_id}{suffix}"
         if not path.is_file():
             raise InvalidInput(
-                f"frame {frame_id}: no file {path} (root {self.root}); check the root, the split and that {folder} is unpacked"
+                f"frame {frame_id}: there is no file {path} (root {self.root}); check the root, the split and that {folder} is unpacked"
             )
         return path
 
     def calibration(self, frame_id: str) -> Calibration:
-        """The frame's calibration, z shift included, with the size of its picture if that is there, else ``DEFAULT_IMAGE_SIZE``."""
+        """Read the calibration of a frame, with the z shift.
+
+        Args:
+            frame_id: Id of the frame.
+
+        Returns:
+            The calibration, with the size of the frame's picture, or `DEFAULT_IMAGE_SIZE` where there is no picture.
+
+        Raises:
+            InvalidInput: The file is missing or broken.
+        """
         picture = Path(self.root) / "training" / "image_2" / f"{frame_id}.png"
         size = read_png_size(picture) if picture.is_file() else DEFAULT_IMAGE_SIZE
         return shift_calibration(read_calibration(self.path("calib", frame_id, ".txt"), image_size=size), self.z_shift)
@@ -122,30 +166,48 @@ class KittiDataset:
 
 
 def read_ids(path: Path | str) -> tuple[str, ...]:
-    """The frame ids of a split file, one per line. Raises InvalidInput: missing, empty, an id twice, an id that is no file name."""
+    """Read a list of names, one per line: the frame ids of a split.
+
+    Args:
+        path: A text file.
+
+    Returns:
+        The names in the order of the file.
+
+    Raises:
+        InvalidInput: The file is missing or empty, a name occurs twice, or a name cannot be a file name.
+    """
     path = Path(path)
     if not path.is_file():
         found = sorted(p.stem for p in path.parent.glob("*.txt"))
-        raise InvalidInput(f"no split file {path}; the folder holds {', '.join(found) or 'no split'}")
+        raise InvalidInput(f"there is no split file {path}; the folder holds {', '.join(found) or 'no split'}")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise InvalidInput(f"{path} is no text file: {error}") from error
+        raise InvalidInput(f"{path} is not a text file: {error}") from error
     ids = tuple(line.strip() for line in lines if line.strip())
     if not ids:
         raise InvalidInput(f"{path} names no frame; write one id per line")
     seen: set[str] = set()
     for frame_id in ids:
         if frame_id in seen or frame_id != Path(frame_id).name:
-            raise InvalidInput(f"{path}: {frame_id!r} {'stands there twice' if frame_id in seen else 'is no file name'}")
+            raise InvalidInput(f"{path}: {frame_id!r} {'occurs twice' if frame_id in seen else 'cannot be a file name'}")
         seen.add(frame_id)
     return ids
 
 
 def read_calibration(path: Path | str, *, image_size: tuple[int, int] = DEFAULT_IMAGE_SIZE) -> Calibration:
-    """A KITTI calibration file: P2 (camera to pixels) and R0_rect @ Tr_velo_to_cam (LiDAR to the rectified camera frame).
+    """Read a KITTI calibration file: P2 (camera to pixels) and R0_rect @ Tr_velo_to_cam (LiDAR to the rectified camera frame).
 
-    image_size: (width, height) px. Raises InvalidInput naming a row that is missing or not the right count of numbers.
+    Args:
+        path: The file.
+        image_size: Width and height of the picture in pixels.
+
+    Returns:
+        The calibration of the LiDAR frame without a z shift.
+
+    Raises:
+        InvalidInput: The file cannot be read, or a row is missing or has another number of values.
     """
     rows: dict[str, list[str]] = {}
     try:
@@ -160,7 +222,7 @@ def read_calibration(path: Path | str, *, image_size: tuple[int, int] = DEFAULT_
     def matrix(name: str, shape: tuple[int, int]) -> Tensor:
         if name not in rows:
             raise InvalidInput(
-                f"{path}: no row {name}; KITTI's calibration needs P2, R0_rect and Tr_velo_to_cam, found {', '.join(rows) or 'none'}"
+                f"{path}: there is no row {name}; KITTI's calibration needs P2, R0_rect and Tr_velo_to_cam, found {', '.join(rows) or 'none'}"
             )
         try:
             return torch.tensor([float(n) for n in rows[name]], dtype=torch.float64).reshape(shape)
@@ -176,24 +238,50 @@ def read_calibration(path: Path | str, *, image_size: tuple[int, int] = DEFAULT_
 
 
 def read_png_size(path: Path | str) -> tuple[int, int]:
-    """(width, height) px from a PNG's header: signature, then the IHDR chunk. No picture library is needed for 24 bytes."""
+    """Read the size of a PNG picture from its first 24 bytes (signature, IHDR chunk), which needs no picture library.
+
+    Args:
+        path: The picture.
+
+    Returns:
+        Width and height in pixels.
+
+    Raises:
+        InvalidInput: The file is not a PNG picture.
+    """
     with open(path, "rb") as file:
         head = file.read(24)
     if len(head) < 24 or head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR":
-        raise InvalidInput(f"{path} is no PNG picture; remove or replace it")
+        raise InvalidInput(f"{path} is not a PNG picture; remove or replace it")
     width, height = struct.unpack(">II", head[16:24])
     return width, height
 
 
 def shift_calibration(calibration: Calibration, z_shift: float) -> Calibration:
-    """The calibration of a LiDAR frame whose origin was moved down by ``z_shift`` m, so that every z is larger by it."""
+    """Adapt a calibration to points whose z was raised.
+
+    Args:
+        calibration: Calibration of the sensor frame.
+        z_shift: Meters that were added to z.
+
+    Returns:
+        Calibration of the shifted frame.
+    """
     back = torch.eye(4, dtype=torch.float64)
     back[2, 3] = -z_shift
     return replace(calibration, lidar_to_camera=calibration.lidar_to_camera @ back)
 
 
 def project_points(xyz: Tensor, calibration: Calibration) -> tuple[Tensor, Tensor]:
-    """Pixels (N, 2) and depth (N,) m in front of the camera, float64, of LiDAR points (N, 3). Pixels mean nothing at depth <= 0."""
+    """Project LiDAR points into the picture.
+
+    Args:
+        xyz: (N, 3) points in the LiDAR frame of the calibration, in m.
+        calibration: The calibration.
+
+    Returns:
+        (N, 2) pixels and (N,) depths in front of the camera in m, both float64. Pixels mean nothing where the depth is 0 or less.
+    """
     matrix = calibration.lidar_to_camera.to(xyz.device)
     camera = xyz.double() @ matrix[:3, :3].T + matrix[:3, 3]
     projection = calibration.projection.to(xyz.device)
@@ -202,7 +290,15 @@ def project_points(xyz: Tensor, calibration: Calibration) -> tuple[Tensor, Tenso
 
 
 def crop_to_camera(points: PointCloud, calibration: Calibration) -> PointCloud:
-    """The points in front of the camera whose projection lies in the picture."""
+    """Keep the points in front of the camera whose projection lies in the picture.
+
+    Args:
+        points: A scan in the LiDAR frame of the calibration.
+        calibration: The calibration.
+
+    Returns:
+        The points that the camera sees, in their order.
+    """
     pixels, depth = project_points(points.xyz, calibration)
     width, height = calibration.image_size
     u, v = pixels.unbind(-1)
@@ -210,7 +306,13 @@ def crop_to_camera(points: PointCloud, calibration: Calibration) -> PointCloud:
 
 
 def with_point_counts(labels: Labels, points: PointCloud) -> Labels:
-    """The labels with ``num_points`` counted in this scan."""
-    from ..ops.points_in_boxes import count_points_in_boxes
+    """Count the points in each labeled box.
 
+    Args:
+        labels: Labels in the frame of the points.
+        points: The scan.
+
+    Returns:
+        The labels with `num_points` of this scan.
+    """
     return replace(labels, num_points=count_points_in_boxes(points.xyz, labels.boxes.data).to(torch.int64))

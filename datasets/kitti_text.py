@@ -1,10 +1,13 @@
-"""KITTI's text format for objects: one line per labelled or detected object, in the camera frame, and the way to our values.
+"""KITTI's text format for objects: one line per labeled or detected object, in the camera frame, and the way to our values.
 
-A line is ``type truncated occluded alpha left top right bottom h w l x y z rotation_y [score]``: pixels for the 2D box, metres
-in the rectified camera frame (x right, y down, z forward) for the centre of the box's bottom face, radians for the angles.
-``KittiObjects`` keeps the file's order and every line, because the evaluation depends on both; ``labels_from_kitti`` and
-``predictions_to_kitti`` translate to and from the LiDAR frame. A value that is not known stands as -1 (sizes), -1000 (place)
-and -10 (angles), as in KITTI's own DontCare lines.
+A line is `type truncated occluded alpha left top right bottom h w l x y z rotation_y [score]`: pixels for the 2D box, meters in the
+rectified camera frame (x right, y down, z forward) for the center of the box's bottom face, radians for the angles. An unknown value
+is written as -1 (sizes), -1000 (place) and -10 (angles), as in KITTI's own DontCare lines.
+
+`KittiObjects` keeps every line and the file's order, because the evaluation depends on both. `labels_from_kitti` and
+`predictions_to_kitti` translate to and from the LiDAR frame.
+
+Read next: `kitti.py` for the folder around these files, `perception/evaluation/kitti.py` for the evaluation.
 """
 
 from __future__ import annotations
@@ -24,34 +27,41 @@ from ..core.files import write_atomically
 from ..core.structures import Calibration, Labels, Predictions
 
 KITTI_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare")
-# Look so alike that finding one is neither right nor wrong (KITTI devkit, evaluate_object.cpp, cleanData).
+"""Names of all types that label files use."""
 NEIGHBORS: Mapping[str, tuple[str, ...]] = {"Car": ("Van",), "Pedestrian": ("Person_sitting",)}
-# Limits of easy, moderate, hard: the 2D box is taller (px), occlusion and truncation are not above.
+"""Types that look so much alike that finding one is neither right nor wrong (KITTI devkit, evaluate_object.cpp, cleanData)."""
 MIN_HEIGHT = (40.0, 25.0, 25.0)
+"""Easy, moderate, hard: the 2D box is taller than this, in pixels."""
 MAX_OCCLUSION = (0, 1, 2)
+"""Easy, moderate, hard: the highest level of occlusion."""
 MAX_TRUNCATION = (0.15, 0.30, 0.50)
+"""Easy, moderate, hard: the highest share of the object outside the picture."""
 
-_NEAR = 0.1  # m, what lies closer to the camera's plane is not projected
+_NEAR = 0.1  # m; what lies closer to the camera's plane is not projected
 
 
 @dataclass(frozen=True, kw_only=True)
 class KittiObjects:
-    """One label or detection file, in file order; camera frame. Numbers are float64, ``occluded`` int64.
-
-    types: N names. truncated: (N,) 0..1. occluded: (N,) 0, 1, 2, 3. alpha: (N,) rad, the angle at which the camera sees the object.
-    bbox: (N, 4) left top right bottom px. dimensions: (N, 3) height width length m. location: (N, 3) m, centre of the bottom face.
-    rotation_y: (N,) rad. scores: (N,), None for labels.
-    """
+    """One label or detection file in file order, in the camera frame."""
 
     types: tuple[str, ...]
+    """N names."""
     truncated: Tensor
+    """(N,) float64 share of the object outside the picture, 0..1."""
     occluded: Tensor
+    """(N,) int64: 0 fully visible, 1 partly, 2 largely occluded, 3 unknown."""
     alpha: Tensor
+    """(N,) float64 angle in radians at which the camera sees the object."""
     bbox: Tensor
+    """(N, 4) float64 left, top, right, bottom in pixels."""
     dimensions: Tensor
+    """(N, 3) float64 height, width, length in m."""
     location: Tensor
+    """(N, 3) float64 x, y, z in m of the center of the bottom face."""
     rotation_y: Tensor
+    """(N,) float64 heading about the camera's y axis in radians."""
     scores: Tensor | None = None
+    """(N,) float64 scores of detections; None for labels."""
 
     def __post_init__(self) -> None:
         n = len(self.types)
@@ -66,7 +76,14 @@ class KittiObjects:
         return len(self.types)
 
     def select(self, keep: Tensor) -> KittiObjects:
-        """The objects of a boolean mask or an index, in that order."""
+        """Choose objects.
+
+        Args:
+            keep: (N,) bool mask, or an index.
+
+        Returns:
+            The chosen objects, in that order.
+        """
         index = torch.arange(len(self))[keep]
         return KittiObjects(
             types=tuple(self.types[i] for i in index.tolist()),
@@ -109,7 +126,7 @@ class KittiObjects:
         return torch.cat([part.double() for part in [*parts, self.rotation_y[:, None]]], 1)
 
     def difficulty(self) -> Tensor:
-        """(N,) int64: the easiest of 0 easy, 1 moderate, 2 hard whose limits the object keeps, -1 if none."""
+        """Return (N,) int64: the easiest of 0 easy, 1 moderate, 2 hard whose limits the object keeps, -1 if it keeps none."""
         height = self.bbox[:, 3] - self.bbox[:, 1]
         level = torch.full((len(self),), -1, dtype=torch.int64)
         for d in (2, 1, 0):
@@ -119,12 +136,18 @@ class KittiObjects:
 
 
 def parse_objects(text: str, source: str) -> KittiObjects:
-    """The objects of a label (15 columns) or detection (16 columns) text; an empty text holds none (``scores`` is then None).
+    """Read the text of a label file (15 columns) or a detection file (16 columns).
 
-    source: what error messages call the text, usually its path.
+    Args:
+        text: The text. An empty text holds no object; `scores` is then None.
+        source: What error messages call the text, usually its path.
 
-    Raises InvalidInput with source and line: a wrong number of columns, a value that is no finite number, a box without
-    positive size (-1 -1 -1, "not known", is legal, and so is anything for DontCare).
+    Returns:
+        The objects.
+
+    Raises:
+        InvalidInput: With source and line: a wrong number of columns, a value that is not a finite number, a box without positive size.
+            The size -1 -1 -1 ("not known") is legal, and so is any size of a DontCare region.
     """
     types: list[str] = []
     rows: list[list[float]] = []
@@ -156,18 +179,35 @@ def parse_objects(text: str, source: str) -> KittiObjects:
 
 
 def read_objects(path: Path | str) -> KittiObjects:
-    """``parse_objects`` of a file. Raises InvalidInput also if it is missing or no text."""
+    """Read a label or detection file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The objects.
+
+    Raises:
+        InvalidInput: The file is missing, is not text, or `parse_objects` refuses it.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InvalidInput(f"cannot read the objects of {path}: {error.strerror}; check the folder and the frame id") from error
     except UnicodeDecodeError as error:
-        raise InvalidInput(f"{path} is no text file ({error}); expected KITTI's label_2 format") from error
+        raise InvalidInput(f"{path} is not a text file ({error}); expected KITTI's label_2 format") from error
     return parse_objects(text, str(path))
 
 
 def format_objects(objects: KittiObjects) -> str:
-    """KITTI's text, with six decimals at most (scores nine) and no trailing zeros; with a score column if there are scores."""
+    """Write objects as KITTI's text, with at most six decimals (scores nine) and no trailing zeros.
+
+    Args:
+        objects: Labels or detections.
+
+    Returns:
+        One line per object; with a score column if there are scores.
+    """
     columns = [objects.truncated[:, None], objects.alpha[:, None], objects.bbox, objects.dimensions, objects.location]
     columns += [objects.rotation_y[:, None]]
     # Nine decimals tell float32 scores apart: rounding must not make ties that change the ranking.
@@ -180,16 +220,31 @@ def format_objects(objects: KittiObjects) -> str:
 
 
 def write_objects(path: Path | str, objects: KittiObjects) -> None:
-    """Write ``format_objects`` to ``path``, atomically."""
+    """Write a label or detection file atomically.
+
+    Args:
+        path: The file.
+        objects: Labels or detections.
+    """
     write_atomically(Path(path), format_objects(objects).encode())
 
 
 def labels_from_kitti(objects: KittiObjects, calibration: Calibration, classes: tuple[str, ...]) -> Labels:
-    """Labels in the LiDAR frame of the objects whose type is in ``classes`` (class = its place there), in file order.
+    """Translate a label file into labels in the LiDAR frame.
 
-    A neighbouring type (Van for Car, Person_sitting for Pedestrian), unless it is a class itself, is kept with the class's index
-    and weight 0: neither object nor background. Other types and DontCare are dropped. ``difficulty`` by the official limits;
-    ``num_points`` is unknown here.
+    A neighboring type (Van for Car, Person_sitting for Pedestrian) that is not a class itself is kept with the class's number and
+    weight 0: neither object nor background. Other types and DontCare are dropped.
+
+    Args:
+        objects: The label file.
+        calibration: Calibration of the frame.
+        classes: Names of the classes to keep; their order gives the class numbers.
+
+    Returns:
+        Labels in file order, with KITTI's difficulty; `num_points` is unknown.
+
+    Raises:
+        InvalidInput: An object of these classes has no 3D box.
     """
     index_of = {other: classes.index(name) for name, others in NEIGHBORS.items() if name in classes for other in others}
     index_of |= {name: i for i, name in enumerate(classes)}
@@ -209,10 +264,18 @@ def labels_from_kitti(objects: KittiObjects, calibration: Calibration, classes: 
 
 
 def predictions_to_kitti(predictions: Predictions, class_names: tuple[str, ...], calibration: Calibration) -> KittiObjects:
-    """Detections as KITTI wants them, best first; a box of which nothing lies in the picture is dropped.
+    """Translate detections into KITTI's fields. A box of which nothing lies in the picture is dropped.
 
-    alpha is rotation_y minus the bearing of the object; the 2D box encloses the projected corners, cut at the picture's border.
-    Truncation and occlusion are -1, not estimated.
+    alpha is rotation_y minus the bearing of the object. The 2D box encloses the projected corners and is cut at the picture's border.
+    Truncation and occlusion are not estimated and are -1.
+
+    Args:
+        predictions: Detections in the LiDAR frame of the calibration, on any device.
+        class_names: Names of the class numbers.
+        calibration: Calibration of the frame.
+
+    Returns:
+        The detections, best first.
     """
     predictions = predictions.to("cpu")
     location, dimensions, rotation_y = lidar_to_kitti_camera(predictions.boxes.data, calibration.lidar_to_camera)
@@ -233,15 +296,24 @@ def predictions_to_kitti(predictions: Predictions, class_names: tuple[str, ...],
 
 
 def project_boxes(location: Tensor, dimensions: Tensor, rotation_y: Tensor, calibration: Calibration) -> tuple[Tensor, Tensor]:
-    """2D boxes (N, 4) left top right bottom in pixels of camera-frame boxes, cut at the picture, and (N,) whether anything is left.
+    """Enclose the pictures of boxes by 2D boxes.
 
-    The part of a box in front of the camera is what is projected: an edge that passes the camera's plane is cut there, since
-    the image of a point behind it would land on the wrong side.
+    Only the part of a box in front of the camera is projected: an edge that crosses the camera's plane is cut there, because the image
+    of a point behind the camera would land on the wrong side.
+
+    Args:
+        location: (N, 3) centers of the bottom faces in the camera frame, in m.
+        dimensions: (N, 3) height, width, length in m.
+        rotation_y: (N,) headings in radians.
+        calibration: Projection and size of the picture.
+
+    Returns:
+        (N, 4) float64 left, top, right, bottom in pixels, cut at the picture's border; and (N,) bool, whether anything is left.
     """
     h, w, length = dimensions.double().unbind(-1)
     x, y, z = location.double().unbind(-1)
-    seen_from_above = corners_bev(torch.stack([x, z, y, length, w, h, -rotation_y.double()], -1))  # (N, 4, 2) camera x, z
-    bottom = torch.stack([seen_from_above[..., 0], y[:, None].expand(-1, 4), seen_from_above[..., 1]], -1)
+    ground = corners_bev(torch.stack([x, z, y, length, w, h, -rotation_y.double()], -1))  # (N, 4, 2) camera x, z
+    bottom = torch.stack([ground[..., 0], y[:, None].expand(-1, 4), ground[..., 1]], -1)
     corners = torch.cat([bottom, bottom - torch.stack([torch.zeros_like(h), h, torch.zeros_like(h)], -1)[:, None]], 1)
     ring = [0, 1, 2, 3]
     start = torch.tensor([*ring, *(i + 4 for i in ring), *ring])
@@ -265,7 +337,15 @@ def project_boxes(location: Tensor, dimensions: Tensor, rotation_y: Tensor, cali
 
 
 def unknown_class(name: str, known: tuple[str, ...]) -> str:
-    """The message for a class name nobody declared: the known ones, and the nearest of them."""
+    """Write the message for a class name that nobody declared.
+
+    Args:
+        name: The name that was found.
+        known: The declared names.
+
+    Returns:
+        A sentence with the known names and the nearest of them.
+    """
     nearest = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.5)
     hint = f"; did you mean {next(k for k in known if k.lower() == nearest[0])!r}?" if nearest else ""
     return f"unknown class {name!r}; known are {', '.join(known)}{hint}"

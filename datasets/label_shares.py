@@ -1,7 +1,9 @@
-"""Partial labels: a share of the training frames keeps its labels, the rest is a fleet. Three fixed draws of each share.
+"""Partial labels: a share of the training frames keeps its labels, the rest is a fleet. Every share has three fixed draws.
 
-Neighbouring frames of a drive show the same cars, so where a dataset knows its sequences whole ones are drawn (Waymo, Lyft, nuScenes:
-HSSDA does so on Waymo too); KITTI's frames are drawn one by one, as everybody does (3DIoUMatch: 37, 74 and 742 of 3,712).
+Neighboring frames of a drive show the same cars, so whole sequences are drawn where a dataset knows them (Waymo, Lyft, nuScenes;
+HSSDA does the same on Waymo). KITTI's frames are drawn one by one, as in published work (3DIoUMatch: 37, 74 and 742 of 3,712).
+
+Read next: `raw.py`, which adds these splits to a dataset.
 """
 
 from __future__ import annotations
@@ -12,20 +14,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from ..core.errors import InvalidInput
 
 DRAWS = (0, 1, 2)
+"""Numbers of the draws of every share."""
 
 
 def draw_labeled(
     ids: Sequence[str], share: float, draw: int, *, group: Callable[[str], str] = str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(labelled, rest): frame ids of about ``share`` of the groups, and all others, in the order of ``ids``.
+    """Draw the frames that keep their labels.
 
-    group: the sequence of a frame; no sequence is on both sides. By default every frame is its own.
-    Groups are ranked by the SHA-256 of ``draw:group``, and the first floor(share x count), at least one, are labelled: a draw depends on
-    neither machine nor library, and for one draw 1 % lies in 2 %, 5 % and 20 %.
-    Raises InvalidInput for a share outside (0, 1], or no id.
+    Groups are ranked by the SHA-256 of `draw:group`, and the first floor(share x count), at least one, are labeled. So a draw
+    depends on neither machine nor library, and the labeled frames of 1 % are among those of 2 %, 5 % and 20 % of the same draw.
+
+    Args:
+        ids: All frames.
+        share: Share of the groups to label, in (0, 1].
+        draw: Number of the draw.
+        group: Frame id -> its sequence. No sequence is on both sides. By default every frame is on its own.
+
+    Returns:
+        The labeled frames and all others, both in the order of `ids`.
+
+    Raises:
+        InvalidInput: The share is outside (0, 1], or there is no frame.
     """
     if not 0 < share <= 1 or not ids:
-        raise InvalidInput(f"a labelled share needs frames and a number in (0, 1], found {len(ids)} frames and {share}")
+        raise InvalidInput(f"a share of labels needs frames and a number in (0, 1], found {len(ids)} frames and {share}")
     groups = [group(name) for name in ids]
     ranked = sorted(set(groups), key=lambda name: hashlib.sha256(f"{draw}:{name}".encode()).digest())
     chosen = set(ranked[: max(1, int(round(share * len(ranked), 9)))])
@@ -34,7 +47,15 @@ def draw_labeled(
 
 
 def labeled_split(share: float, draw: int) -> str:
-    """Name of the labelled split of a draw; its other frames are in ``<name>-rest``."""
+    """Name the labeled split of a draw; its other frames are in the split `NAME-rest`.
+
+    Args:
+        share: Share of the groups.
+        draw: Number of the draw.
+
+    Returns:
+        For example `train-0.01-0`.
+    """
     return f"train-{share:g}-{draw}"
 
 
@@ -45,8 +66,18 @@ def label_share_splits(
     group: Callable[[str], str] = str,
     given: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, tuple[str, ...]]:
-    """The splits of every share and draw, by name, that are not ``given``: published lists go before ours, and what a given labelled
-    split does not name is its rest."""
+    """Make the splits of every share and draw.
+
+    Args:
+        ids: Frames of the split that is divided.
+        shares: Shares of the groups to label.
+        group: Frame id -> its sequence, as in `draw_labeled`.
+        given: Splits that exist already. A published list replaces our draw of the same name, and the frames that it does not name
+            become its rest.
+
+    Returns:
+        Frame ids by name of the split, without the names in `given`.
+    """
     splits: dict[str, tuple[str, ...]] = {}
     for share in shares:
         for draw in DRAWS:

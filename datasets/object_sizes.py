@@ -1,11 +1,13 @@
-"""Other sizes for labelled objects: a detector trained on one place's cars finds another place's cars and draws them too large.
+"""Other sizes for labeled objects: a detector trained on one place's cars finds another place's cars but draws them too large.
 
-An object's points are stretched in its own frame to the new size, heading and the middle of its bottom face stay, so it keeps
-standing on the road. Two uses, both from ST3D (Yang et al., CVPR 2021; ``augmentor_utils.py``, ``data_augmentor.py``):
+An object's points are stretched in the object's own frame to the new size. Heading and the middle of the bottom face stay, so the
+object keeps standing on the road. Both uses are from ST3D (Yang et al., CVPR 2021; `augmentor_utils.py`, `data_augmentor.py`):
 
-* statistical normalisation (SN, Wang et al., "Train in Germany, test in the USA", CVPR 2020): add the difference of the two places'
-  mean sizes. It needs the target's mean size, a statistic that a fleet's operator may know; it is no label of a scene;
-* random object scaling (ROS): each object by a factor of its own, so that the detector learns no size by heart.
+* statistical normalization (SN; Wang et al., "Train in Germany, test in the USA", CVPR 2020) adds the difference between the mean
+  sizes of target and source. It needs the target's mean size, a statistic that a fleet's operator may know; no scene is labeled for it;
+* random object scaling (ROS) scales each object by its own factor, so that the detector learns no size by heart.
+
+Read next: `augment.py`, which applies both.
 """
 
 from __future__ import annotations
@@ -18,34 +20,68 @@ from torch import Tensor
 
 from ..core.boxes import rotate_z
 from ..core.errors import InvalidInput
-from ..core.structures import Boxes3D, Frame
+from ..core.structures import Boxes3D, Frame, Labels
 from ..ops.points_in_boxes import points_in_boxes
 
-SMALLEST = 0.1  # m; a shift that would shrink a side below this leaves that object alone
+SMALLEST_SIDE = 0.1  # m; a shift that would make a side shorter leaves that object unchanged
 
 
 def shift_sizes(frame: Frame, shift: tuple[float, float, float]) -> Frame:
-    """Every labelled object ``shift`` (length, width, height, m) larger; one that would vanish keeps its size."""
+    """Make every labeled object larger by the same lengths. An object that would become shorter than `SMALLEST_SIDE` keeps its size.
+
+    Args:
+        frame: A labeled frame.
+        shift: Meters added to length, width and height; negative values shrink.
+
+    Returns:
+        The frame with resized objects and their points.
+
+    Raises:
+        InvalidInput: The frame has no labels.
+    """
     sizes = _sizes(frame)
     new = sizes + sizes.new_tensor(shift)
-    return resize_objects(frame, torch.where((new > SMALLEST).all(1, keepdim=True), new, sizes))
+    return resize_objects(frame, torch.where((new > SMALLEST_SIDE).all(1, keepdim=True), new, sizes))
 
 
 def scale_sizes(frame: Frame, factors: tuple[float, float], rng: np.random.Generator) -> Frame:
-    """Every labelled object times a factor of its own, drawn uniformly from ``factors`` (least, most)."""
+    """Scale every labeled object by its own factor.
+
+    Args:
+        frame: A labeled frame.
+        factors: Smallest and largest factor; drawn uniformly between them.
+        rng: Source of randomness.
+
+    Returns:
+        The frame with resized objects and their points.
+
+    Raises:
+        InvalidInput: The frame has no labels, or the factors are not positive and in order.
+    """
     if not 0 < factors[0] <= factors[1]:
-        raise InvalidInput(f"object factors are (least, most), positive; found {factors}")
+        raise InvalidInput(f"object factors must be positive, the smallest first; found {factors}")
     sizes = _sizes(frame)
     drawn = torch.from_numpy(rng.uniform(*factors, size=(len(sizes), 1))).to(sizes)
     return resize_objects(frame, sizes * drawn)
 
 
 def resize_objects(frame: Frame, sizes: Tensor) -> Frame:
-    """``frame`` with its labelled objects at ``sizes`` (N, 3) length, width, height in m, and their points stretched along.
+    """Give the labeled objects new sizes and stretch their points along.
 
-    A background point that a grown box swallows is removed: the object would have hidden it. Raises InvalidInput without labels.
+    A background point inside an enlarged box is removed: the object would have hidden it.
+
+    Args:
+        frame: A labeled frame.
+        sizes: (N, 3) length, width, height in m, one row per label.
+
+    Returns:
+        The changed frame.
+
+    Raises:
+        InvalidInput: The frame has no labels.
     """
-    old = _boxes(frame)
+    labels = _labels(frame)
+    old = labels.boxes.data
     bottom = old[:, 2] - old[:, 5] / 2
     new = torch.cat([old[:, :2], (bottom + sizes[:, 2] / 2)[:, None], sizes, old[:, 6:]], 1)
     xyz = frame.points.xyz
@@ -56,16 +92,14 @@ def resize_objects(frame: Frame, sizes: Tensor) -> Frame:
     stretched = rotate_z(local * (target[:, 3:6] / box[:, 3:6]), box[:, 6]) + target[:, :3]
     points = replace(frame.points, xyz=xyz.index_put((moved,), stretched))
     hidden = ~moved & (points_in_boxes(xyz, new) >= 0)
-    assert frame.labels is not None
-    labels = replace(frame.labels, boxes=Boxes3D(data=new))
-    return replace(frame, points=points.select(~hidden), labels=labels)
+    return replace(frame, points=points.select(~hidden), labels=replace(labels, boxes=Boxes3D(data=new)))
 
 
-def _boxes(frame: Frame) -> Tensor:
+def _labels(frame: Frame) -> Labels:
     if frame.labels is None:
         raise InvalidInput(f"frame {frame.id!r} has no labels, so its objects cannot be resized")
-    return frame.labels.boxes.data
+    return frame.labels
 
 
 def _sizes(frame: Frame) -> Tensor:
-    return _boxes(frame)[:, 3:6]
+    return _labels(frame).boxes.data[:, 3:6]

@@ -143,7 +143,7 @@ def read_header(root: Path) -> PreparedHeader:
         raise InvalidInput(f"{root} holds no dataset.json; run `upcycle3d prepare` (again) to finish it") from None
     except ValueError as error:
         raise InvalidInput(f"{path} is not JSON ({error}); copy it again, or prepare the dataset again") from error
-    version = values.get("schema_version") if isinstance(values, dict) else None
+    version: Any = values.get("schema_version") if isinstance(values, dict) else None
     if version not in _SCHEMAS:
         raise InvalidInput(
             f"{root} has schema version {version}, this program reads versions {', '.join(map(str, _SCHEMAS))}; prepare it again "

@@ -14,7 +14,8 @@ from ...core.errors import InvalidInput
 from ...core.rig import RigSpec
 from ...datasets.batches import LabeledBatches, UnlabeledBatches
 from ...datasets.data_split import DataSplit
-from ...datasets.gt_database import GtDatabase, GtSampler
+from ...datasets.gt_database import GtDatabase
+from ...datasets.gt_sampling import GtSampler
 from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
 from ..models.encoders.fingerprint import encoder_fingerprint

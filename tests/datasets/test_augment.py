@@ -25,7 +25,8 @@ from upcycle3d.datasets.augment import (
     sample_augmentation,
 )
 from upcycle3d.datasets.fingerprint import split_fingerprint
-from upcycle3d.datasets.gt_database import GtSampler, build_gt_database
+from upcycle3d.datasets.gt_database import build_gt_database
+from upcycle3d.datasets.gt_sampling import GtSampler
 from upcycle3d.ops.points_in_boxes import points_in_boxes_mask
 
 MOVEMENTS = [
@@ -179,7 +180,7 @@ def test_an_example_of_nothing_is_legal_and_an_unlabeled_one_is_not() -> None:
     example = labeled_example(empty, np.random.default_rng(0), AugmentationRanges(), None, EVERYWHERE)
     assert example.labels is not None
     assert (len(example.points), len(example.labels)) == (0, 0)
-    with pytest.raises(InvalidInput, match="cannot be a labelled example"):
+    with pytest.raises(InvalidInput, match="cannot be a labeled example"):
         labeled_example(replace(empty, labels=None), np.random.default_rng(0), AugmentationRanges(), None, EVERYWHERE)
 
 

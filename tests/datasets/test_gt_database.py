@@ -17,7 +17,8 @@ from torch import Tensor
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.structures import Frame, Labels, PointCloud
 from upcycle3d.datasets.fingerprint import split_fingerprint
-from upcycle3d.datasets.gt_database import MIN_POINTS, GtDatabase, GtSampler, build_gt_database, paste
+from upcycle3d.datasets.gt_database import MIN_POINTS, GtDatabase, build_gt_database
+from upcycle3d.datasets.gt_sampling import GtSampler, paste
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.ops.iou3d import iou_bev
@@ -119,7 +120,7 @@ def test_ignored_inexact_and_nearly_empty_objects_stay_out(tmp_path: Path) -> No
 def test_a_database_of_another_split_is_refused(frames: list[Frame], database: GtDatabase, tmp_path: Path) -> None:
     small = frames[:2]
     assert len(GtDatabase.open(database.path, expected_fingerprint=fingerprint(frames))) == 36
-    with pytest.raises(InvalidInput, match=r"built from another labelled split.*\(6 frames, 36 objects\).*leak labels"):
+    with pytest.raises(InvalidInput, match=r"built from another labeled split.*\(6 frames, 36 objects\).*leak labels"):
         GtDatabase.open(database.path, expected_fingerprint=fingerprint(small))
     with pytest.raises(InvalidInput, match="no GT database in"):
         GtDatabase.open(tmp_path / "nowhere", expected_fingerprint=fingerprint(frames))
@@ -147,7 +148,7 @@ def test_a_prepared_split_makes_its_own_database(frames: list[Frame], tmp_path: 
     few = PreparedDataset(tmp_path / "d", "few")
     database = build_gt_database(few, tmp_path / "gt", class_names=few.classes, fingerprint=few.split_fingerprint())
     assert {database[i].frame_id for i in range(len(database))} == set(ids[:2])
-    with pytest.raises(InvalidInput, match="another labelled split"):
+    with pytest.raises(InvalidInput, match="another labeled split"):
         GtDatabase.open(tmp_path / "gt", expected_fingerprint=PreparedDataset(tmp_path / "d", "train").split_fingerprint())
 
 

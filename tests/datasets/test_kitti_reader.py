@@ -243,7 +243,7 @@ def test_picture_size_comes_from_the_png_header(tmp_path: Path) -> None:
     assert calibration is not None
     assert calibration.image_size == (1224, 370)
     png.write_bytes(b"GIF89a")
-    with pytest.raises(InvalidInput, match="no PNG"):
+    with pytest.raises(InvalidInput, match="not a PNG"):
         KittiDataset(root, ["000007"])[0]
 
 
@@ -252,7 +252,7 @@ def test_missing_files_name_frame_path_and_root(tmp_path: Path, folder: str) -> 
     root = _root(tmp_path)
     for file in (root / "training" / folder).iterdir():
         file.unlink()
-    with pytest.raises(InvalidInput, match=f"frame 000007: no file .*{folder}/000007.*root {root}"):
+    with pytest.raises(InvalidInput, match=f"frame 000007: there is no file .*{folder}/000007.*root {root}"):
         KittiDataset(root, ["000007"])[0]
 
 
@@ -271,7 +271,7 @@ def test_wrong_root_and_folder_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("\n\n", "names no frame"), ("1\n2\n1\n", "'1' stands there twice"), ("../1\n", "is no file name")]
+    ("text", "message"), [("\n\n", "names no frame"), ("1\n2\n1\n", "'1' occurs twice"), ("../1\n", "cannot be a file name")]
 )
 def test_split_files_are_checked(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "train.txt").write_text(text)

@@ -48,5 +48,5 @@ def test_everything_labeled_leaves_no_rest():
 
 @pytest.mark.parametrize(("ids", "share"), [(IDS, 0.0), (IDS, 1.1), ([], 0.5)])
 def test_no_frames_and_impossible_shares_are_refused(ids, share):
-    with pytest.raises(InvalidInput, match="a labelled share needs"):
+    with pytest.raises(InvalidInput, match="a share of labels needs"):
         draw_labeled(ids, share, 0)

@@ -275,7 +275,7 @@ def test_what_is_wrong_with_one_frame_is_said_when_it_is_asked_for_and_spares_th
         (_set("sample_annotation", 0, "size", [1, 2]), r"row a1: size must hold 3 numbers, found \[1, 2\]"),
         (_set("ego_pose", 2, "rotation", "north"), "row pd2: rotation must hold 4 numbers, found 'north'"),
         (_set("sample_data", 2, "filename", None), "row d2: filename must be a str, found None"),
-        (lambda tables: tables["sample_data"][2].pop("ego_pose_token"), "row d2: no field 'ego_pose_token'; found token"),
+        (lambda tables: tables["sample_data"][2].pop("ego_pose_token"), "row d2: there is no field 'ego_pose_token', only token"),
         (lambda tables: tables.update(sample=[]), "holds no sample"),
         (lambda tables: tables.update(instance=[3]), "a row must be an object"),
         (lambda tables: tables.update(instance={"token": "x"}), "a table is a JSON array of objects"),
@@ -290,7 +290,7 @@ def test_broken_tables_are_refused_when_they_are_read(root, change, message):
 
 def test_a_missing_cut_off_or_foreign_table_is_named(root):
     text = (root / VERSION / "instance.json").read_text()
-    for content, message in ((text[:-20], "cut off, or no JSON"), ("", "JSON array"), ("[{]", "cut off, or no JSON")):
+    for content, message in ((text[:-20], "cut off, or not JSON"), ("", "JSON array"), ("[{]", "cut off, or not JSON")):
         (root / VERSION / "instance.json").write_text(content)
         with pytest.raises(InvalidInput, match=f"instance.json: .*{message}"):
             read_tables(root, VERSION)

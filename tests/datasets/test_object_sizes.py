@@ -84,5 +84,5 @@ def test_no_objects_no_points_no_labels():
     bare = Frame(id="c", points=empty.points)
     with pytest.raises(InvalidInput, match="no labels"):
         shift_sizes(bare, (1, 1, 1))
-    with pytest.raises(InvalidInput, match="least, most"):
+    with pytest.raises(InvalidInput, match="smallest first"):
         scale_sizes(empty, (0.9, 0.5), np.random.default_rng(0))
