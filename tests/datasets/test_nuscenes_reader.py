@@ -295,7 +295,7 @@ def test_a_missing_cut_off_or_foreign_table_is_named(root):
         with pytest.raises(InvalidInput, match=f"instance.json: .*{message}"):
             read_tables(root, VERSION)
     (root / VERSION / "instance.json").write_bytes(b'[{"token": "\xff"}]')
-    with pytest.raises(InvalidInput, match=r"instance.json is no JSON text"):
+    with pytest.raises(InvalidInput, match=r"instance.json is not JSON text"):
         read_tables(root, VERSION)
     (root / VERSION / "instance.json").unlink()
     with pytest.raises(InvalidInput, match=r"no table .*instance.json; the folder holds .*sample_annotation"):
