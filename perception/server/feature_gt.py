@@ -1,13 +1,17 @@
-"""F-GT: ground-truth sampling on features (UpCycling, Hwang et al. 2023, known to us from its abstract; design.md section 5).
+"""F-GT: ground-truth sampling on features (UpCycling, Hwang et al., ICCV 2023). The file holds the whole method, without its storage.
 
-GT sampling pastes labelled objects into other scenes. On features it is safe where flips and rotations are not: an object keeps
-its place, so its cells need no resampling, and the sparse convolutions spread an object by less than one cell. The objects are cut
-from labelled scenes encoded by the same frozen encoder, so they are what the vehicle would have sent, and their boxes are exact.
+GT sampling pastes labeled objects into other scenes. On features it is safe where flips and rotations are not: an object keeps
+its place, so its cells need no resampling, and the strided convolutions spread an object by less than one cell. The objects are cut
+from labeled scenes encoded by the same frozen encoder, so they are what the vehicle would have sent, and their boxes are exact.
+Only the abstract of the paper was available to us, so the details below are ours; most follow GT sampling on points in OpenPCDet.
 
-    cut    cells of a labelled scene whose centre lies in an object's footprint, one cell wider on each side;
-           of PV-RCNN also the keypoints in its box, 0.2 m larger in each full dimension
-    paste  the same cells and keypoints of an unlabelled scene are removed, then the object's are written; never added.
-           Keypoints beyond the number that the scene had are taken from its background at random
+    cut     the cells of a labeled scene whose center lies in an object's footprint, one cell wider on each side;
+            for PV-RCNN also the keypoints in its box, which is made 0.2 m larger in each full dimension
+    sample  objects for an unlabeled scene that touch nothing the teacher sees, up to a number per class
+    paste   remove the same cells and keypoints of the unlabeled scene, then write those of the object; features are never added up.
+            The scene keeps its number of keypoints: the surplus is taken from its background at random
+
+Read next: `feature_object_database.py`, which keeps cut objects on disk; `unlabeled_half.py`, which samples and pastes.
 """
 
 from __future__ import annotations
@@ -30,8 +34,16 @@ from .upcycle_config import FeatureGtConfig
 
 
 def footprint(boxes: Tensor, spec: CutSpec, margin_cells: float = 1.0) -> Tensor:
-    """(N, H, W) bool: cells whose centre (``CutSpec.position``) lies in each box (N, 7) seen from above, widened by ``margin_cells``
-    on each side."""
+    """Find the cells that belong to each box in BEV.
+
+    Args:
+        boxes: (N, 7) boxes.
+        spec: The cut, whose `position` says where the center of a cell lies.
+        margin_cells: Cells by which each box is widened on each side.
+
+    Returns:
+        (N, H, W) bool, True where the center of a cell lies in the widened box.
+    """
     _, height, width = spec.shape
     x, y = spec.position(torch.arange(height, device=boxes.device), torch.arange(width, device=boxes.device))
     dx = x[None, None, :] - boxes[:, 0, None, None]
@@ -45,22 +57,35 @@ def footprint(boxes: Tensor, spec: CutSpec, margin_cells: float = 1.0) -> Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureObject:
-    """One labelled object's features at their own place: box (7,), coords (K, 3) int32 z y x of the cut, features (K, C), and its
-    keypoints (a batch of one; None where the cut has none)."""
+    """Features of one labeled object, at the place where it was."""
 
     box: Tensor
+    """(7,) its box."""
+
     class_index: int
+    """Its class, from 0."""
+
     num_points: int
+    """Number of LiDAR points in it."""
+
     coords: Tensor
+    """(K, 3) int32 z, y, x of its cells at the cut."""
+
     features: Tensor
+    """(K, C) features of its cells."""
+
     keypoints: Keypoints | None = None
+    """Its keypoints as a batch of one; None where the cut has none."""
 
 
 class ObjectDatabase(Protocol):
-    """What sampling asks of a database of objects; `FeatureObjectDatabase` has it on disk."""
+    """Labeled objects by position. `FeatureObjectDatabase` has them on disk."""
 
     boxes: Tensor
+    """(M, 7) boxes of all objects, on the CPU."""
+
     classes: Tensor
+    """(M,) int64 classes of all objects, on the CPU."""
 
     def __len__(self) -> int: ...
 
@@ -70,10 +95,17 @@ class ObjectDatabase(Protocol):
 def sample_objects(
     database: ObjectDatabase, labels: Labels, obstacles: Boxes3D, config: FeatureGtConfig, rng: np.random.Generator
 ) -> list[FeatureObject]:
-    """Objects for one scene, at their own places, touching no label, no obstacle and no other pasted object.
+    """Choose objects to paste into one scene. They keep their places and overlap nothing, not even each other.
 
-    obstacles: every box the teacher sees at all; what it half believes in may be a real object. Each class is filled up to its
-    maximum, counting the labels already there.
+    Args:
+        database: Labeled objects.
+        labels: Labels of the scene so far. They count towards the maximum of their class.
+        obstacles: Boxes to keep clear of: every box that the teacher sees at all. What it half believes in may be a real object.
+        config: `max_objects` is the number of objects per class up to which the scene is filled.
+        rng: Draws the objects.
+
+    Returns:
+        The chosen objects, ordered by class. They may be fewer than asked for, because some that were drawn collide.
     """
     blocked = torch.cat([labels.boxes.data, obstacles.data]).cpu()  # the database is on the CPU
     chosen: list[int] = []
@@ -82,7 +114,7 @@ def sample_objects(
         candidates = (database.classes == class_index).nonzero().squeeze(1).numpy()
         if wanted <= 0 or len(candidates) == 0:
             continue
-        # Three times as many as wanted: some will collide. Chosen one by one, so that no two pasted objects meet.
+        # Three times the wanted number is drawn, because some will collide. They are chosen one by one, so that no two of them meet.
         drawn = rng.permutation(candidates)[: 3 * wanted]
         free = (iou_bev(database.boxes[drawn], blocked).sum(1) == 0).numpy() if len(blocked) else np.ones(len(drawn), bool)
         for index in drawn[free]:
@@ -95,13 +127,27 @@ def sample_objects(
     return [database[i] for i in chosen]
 
 
-def cut_objects(split: CutFeatures, labels: Labels, config: FeatureGtConfig) -> list[FeatureObject]:
-    """The learnable objects of one encoded labelled scene (a batch of one) that have cells and enough points."""
-    if split.batch_size != 1:
-        raise InvalidInput(f"objects are cut from one scene at a time, found a batch of {split.batch_size}")
-    coords = split.voxels.coords[:, 1:]
-    masks = footprint(labels.boxes.data, split.spec, config.margin_cells)
-    owned = None if split.keypoints is None else keypoints_near(split.keypoints, labels.boxes.data, config)
+def cut_objects(scene: CutFeatures, labels: Labels, config: FeatureGtConfig) -> list[FeatureObject]:
+    """Cut the objects out of one labeled scene that can be pasted elsewhere.
+
+    Args:
+        scene: Features of the labeled scene, a batch of one.
+        labels: Its labels, with numbers of points.
+        config: Margins, and the minimum number of points.
+
+    Returns:
+        The objects that are not ignored (weight above 0), have enough points and own at least one cell.
+
+    Raises:
+        InvalidInput: `scene` is a batch of several.
+    """
+    if scene.batch_size != 1:
+        raise InvalidInput(
+            f"objects are cut from one scene at a time, found a batch of {scene.batch_size}; use scene(i) of the batch"
+        )
+    coords = scene.voxels.coords[:, 1:]
+    masks = footprint(labels.boxes.data, scene.spec, config.margin_cells)
+    owned = None if scene.keypoints is None else keypoints_near(scene.keypoints, labels.boxes.data, config)
     objects = []
     for i in range(len(labels)):
         rows = masks[i, coords[:, 1].long(), coords[:, 2].long()].nonzero().squeeze(1)
@@ -112,52 +158,69 @@ def cut_objects(split: CutFeatures, labels: Labels, config: FeatureGtConfig) -> 
                     class_index=int(labels.classes[i]),
                     num_points=int(labels.num_points[i]),
                     coords=coords[rows],
-                    features=split.voxels.features[rows],
-                    keypoints=None if owned is None or split.keypoints is None else split.keypoints.select(owned[i]),
+                    features=scene.voxels.features[rows],
+                    keypoints=None if owned is None or scene.keypoints is None else scene.keypoints.select(owned[i]),
                 )
             )
     return objects
 
 
 def keypoints_near(keypoints: Keypoints, boxes: Tensor, config: FeatureGtConfig) -> Tensor:
-    """(N, K) bool: which keypoints lie in each box (N, 7) enlarged by the keypoint margin."""
+    """Find the keypoints that belong to each box.
+
+    Args:
+        keypoints: K keypoints of one scene.
+        boxes: (N, 7) boxes.
+        config: `keypoint_margin` is added to each full size of a box.
+
+    Returns:
+        (N, K) bool, True where a keypoint lies in the enlarged box.
+    """
     margin = config.keypoint_margin
     return points_in_boxes_mask(keypoints.xyz, boxes + boxes.new_tensor([0, 0, 0, margin, margin, margin, 0]))
 
 
 def paste_objects(
-    split: CutFeatures,
+    scene: CutFeatures,
     labels: Labels,
     objects: Sequence[FeatureObject],
     config: FeatureGtConfig,
     rng: np.random.Generator,
 ) -> tuple[CutFeatures, Labels]:
-    """Write ``objects`` into one scene (a batch of one): their places are cleared first, other cells stay as they are.
+    """Write objects into one scene. Their places are cleared first; all other cells stay as they are.
 
-    The pasted boxes join the labels as exact ones. rng: which background keypoints make room, if there would be too many.
+    Args:
+        scene: Features of the scene, a batch of one.
+        labels: Labels of the scene so far.
+        objects: Objects of the same cut, for example from `sample_objects`. Their boxes must not overlap.
+        config: Margins, the same as the objects were cut with.
+        rng: Draws the background keypoints that make room, if there would be too many.
+
+    Returns:
+        The new scene, and its labels with those of the pasted objects after them, which are exact.
     """
     if not objects:
-        return split, labels
+        return scene, labels
     boxes = torch.stack([o.box for o in objects]).to(labels.boxes.data)
-    coords, features = split.voxels.coords, split.voxels.features
-    owner = footprint(boxes, split.spec, config.margin_cells)
+    coords, features = scene.voxels.coords, scene.voxels.features
+    owner = footprint(boxes, scene.spec, config.margin_cells)
     keep = ~owner.any(0)[coords[:, 2].long(), coords[:, 3].long()]
     parts_c, parts_f = [coords[keep]], [features[keep]]
-    taken = torch.zeros(split.spec.shape[1:], dtype=torch.bool, device=coords.device)
+    taken = torch.zeros(scene.spec.shape[1:], dtype=torch.bool, device=coords.device)
     for index, item in enumerate(objects):
         c, f = item.coords.to(coords.device), item.features.to(features)
-        free = ~taken[c[:, 1].long(), c[:, 2].long()]  # two neighbours' margins may meet: the first one keeps the cell
+        free = ~taken[c[:, 1].long(), c[:, 2].long()]  # margins of two neighbors may meet: the first one keeps the cell
         parts_c.append(torch.nn.functional.pad(c[free], (1, 0)))
         parts_f.append(f[free])
         taken |= owner[index]
-    voxels = replace(split.voxels, coords=torch.cat(parts_c), features=torch.cat(parts_f))
+    voxels = replace(scene.voxels, coords=torch.cat(parts_c), features=torch.cat(parts_f))
     pasted = Labels.make(
         boxes,
         torch.tensor([o.class_index for o in objects], device=boxes.device),
         num_points=torch.tensor([o.num_points for o in objects], device=boxes.device),
     )
-    keypoints = None if split.keypoints is None else _paste_keypoints(split.keypoints, boxes, objects, config, rng)
-    return replace(split, voxels=voxels, keypoints=keypoints), Labels.concatenate([labels, pasted])
+    keypoints = None if scene.keypoints is None else _paste_keypoints(scene.keypoints, boxes, objects, config, rng)
+    return replace(scene, voxels=voxels, keypoints=keypoints), Labels.concatenate([labels, pasted])
 
 
 def _paste_keypoints(
@@ -165,10 +228,10 @@ def _paste_keypoints(
 ) -> Keypoints:
     pasted: list[Keypoints] = []
     for index, item in enumerate(objects):
-        if item.keypoints is not None:  # two neighbours' rims may meet: the first one keeps what lies in both
+        if item.keypoints is not None:  # margins of two neighbors may meet: the first one keeps what lies in both
             own = item.keypoints.to(scene.xyz.device)
             pasted.append(own.select(~keypoints_near(own, boxes[:index], config).any(0)))
-    # First, so that the first n of a ball around a pasted object are its own.
+    # Pasted keypoints come first, so that the first n in a ball around a pasted object are its own.
     xyz = torch.cat([k.xyz for k in pasted])[: len(scene.xyz)]
     features = torch.cat([k.features for k in pasted])[: len(scene.xyz)]
     background = (~keypoints_near(scene, boxes, config).any(0)).nonzero().squeeze(1)

@@ -1,8 +1,10 @@
-"""F-RoT, in our reading: objects pasted by F-GT, each turned about its own centre.
+"""F-RoT, in our reading: objects pasted by F-GT, each turned about its own center.
 
-Of F-RoT only the name is known to us, and that the first version of UpCycling's paper called it safe (upcycling.md 3.5); this is an
-ablation, no part of the method. Features are not equivariant to rotation, so a turned crop holds vectors that the encoder would not make;
-a small angle changes little.
+Of F-RoT we know only the name, and that the first version of UpCycling's paper called it safe. This is an ablation and not a part of
+the method. Features are not equivariant to rotation, so a turned object holds vectors that the encoder would not make; a small angle
+changes little.
+
+Read next: `feature_gt.py`, which cuts and pastes the objects.
 """
 
 from __future__ import annotations
@@ -24,21 +26,28 @@ from .upcycle_config import FeatureGtConfig
 
 
 def rotate_object(item: FeatureObject, angle: float, spec: CutSpec, config: FeatureGtConfig) -> FeatureObject:
-    """``item`` turned by ``angle`` rad, counter-clockwise from above: cells bilinearly, keypoints and box exactly.
+    """Turn an object about its center: box and keypoints exactly, cells by bilinear interpolation.
 
-    Only cells in the footprint of the turned box stay. The object may lose all of them near the border of the map.
+    Args:
+        item: The object.
+        angle: Angle in rad, counter-clockwise in BEV.
+        spec: The cut at which it was made.
+        config: `margin_cells` decides which cells belong to the turned box.
+
+    Returns:
+        The turned object. Near the border of the map it may have lost all its cells.
     """
     box = torch.cat([item.box[:6], wrap_angle(item.box[6:] + angle)])
     low = item.coords[:, 1:].amin(0) if len(item.coords) else torch.zeros(2)
     high = item.coords[:, 1:].amax(0) if len(item.coords) else torch.zeros(2)
-    reach = math.ceil(float((high - low).float().norm())) + 2  # cells; wherever it turns to, the object stays in this window
+    reach = math.ceil(float((high - low).float().norm())) + 2  # cells; whatever the angle, the object stays in this window
     y0, x0 = (int(v) - reach for v in low)
     size = [int(h) - int(v) + 2 * reach + 1 for h, v in zip(high, low, strict=True)]
     window = torch.zeros(spec.shape[0], *size, item.features.shape[1])
     c = item.coords.long()
     window[c[:, 0], c[:, 1] - y0, c[:, 2] - x0] = item.features.float()
 
-    # Each cell of the turned object looks back to where it came from, in metres about the box's centre.
+    # Each cell of the turned object takes its value from where it came from, computed in meters about the center of the box.
     rows, columns = torch.meshgrid(torch.arange(size[0]) + y0, torch.arange(size[1]) + x0, indexing="ij")
     x, y = spec.position(rows, columns)
     offset = torch.stack([x - box[0], y - box[1], torch.zeros_like(x)], -1)
@@ -72,7 +81,19 @@ def rotate_objects(
     limit: float,
     rng: np.random.Generator,
 ) -> list[FeatureObject]:
-    """Each object turned by an angle drawn from [-limit, limit] rad; one that would meet ``blocked`` (N, 7) or another stays as it is."""
+    """Turn each object by a random angle, unless it would then overlap something.
+
+    Args:
+        objects: Objects that do not overlap.
+        blocked: (N, 7) boxes to keep clear of, on any device.
+        spec: The cut at which the objects were made.
+        config: `margin_cells` decides which cells belong to a turned box.
+        limit: Largest angle in rad, either way.
+        rng: Draws one angle per object.
+
+    Returns:
+        The objects in the same order, turned or as they were.
+    """
     result = list(objects)
     for k, item in enumerate(objects):
         turned = rotate_object(item, float(rng.uniform(-limit, limit)), spec, config)
