@@ -1,12 +1,13 @@
-"""The server's smashed scenes: a catalogue over shards, read at random, checked at every read.
+"""The server's smashed scenes: a catalog over shards, read in any order, checked at every read.
 
     store/shards/<hash>.tar, .json   verified shards, as the vehicles wrote them
-    store/catalogue.parquet          one row a scene: shard, member, offset, length, SHA-256, voxels, keypoints, codec,
-                             fingerprint
+    store/catalogue.parquet          one row per scene: shard, member, offset, length, SHA-256, voxels, keypoints, codec, fingerprint
     store/quarantine/                what failed, with the reason
 
-One store holds the scenes of one encoder and one cut. ``ingest`` fills it; this file reads it and, alone in the package, turns
-a scene at rest back into live features.
+One store holds the scenes of one encoder and one cut. `ingest.py` fills it. This file reads it and is the only one that turns a scene
+at rest back into live features. A scene holds no raw point, yet much of a scan can be rebuilt from it: protect a store like raw scans.
+
+Read next: `unlabeled_half.py`, which trains on the scenes; `wire/codec.py`, which decodes and checks them.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ from ...core.strict_json import canonical_json, strict_json
 from ..wire.codec import decode_scene, round_trip
 from ..wire.cut_json import CorruptScene, cut_from_json, cut_to_json
 from ..wire.manifest import open_regular
+from ..wire.shards import SceneKind
 
 CATALOG = "catalogue.parquet"
+"""File name of the catalog in a store."""
 SHARDS = "shards"
+"""Folder of the verified shards in a store."""
 QUARANTINE = "quarantine"
+"""Folder of what failed in a store."""
 
 _HEADER_KEY = b"upcycle3d.smashed_catalogue"  # the spelling in the files of version 0.1
 _VERSION = 2  # 2: keypoints
@@ -55,42 +60,85 @@ _SCHEMA = pa.schema(
 
 
 class BrokenStore(UpcycleError):
-    """A store whose catalogue or shards are missing, damaged or of another version."""
+    """The catalog or the shards of a store are missing, damaged or of another version."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Catalog:
-    """All scenes of a store. rows: one a scene, columns as at the top of this file. spec, fingerprint: of all of them."""
+    """All scenes of a store, without their features."""
 
     spec: CutSpec
+    """The cut at which all scenes were made."""
+
     fingerprint: str
+    """Fingerprint of the encoder that made them."""
+
     rows: pa.Table
+    """One row per scene; the columns are listed at the top of this file."""
 
     @staticmethod
     def empty(spec: CutSpec, fingerprint: str) -> Catalog:
+        """Make a catalog without scenes.
+
+        Args:
+            spec: The cut of the scenes to come.
+            fingerprint: Fingerprint of their encoder.
+
+        Returns:
+            The catalog.
+        """
         return Catalog(spec=spec, fingerprint=fingerprint, rows=_SCHEMA.empty_table())
 
     def shards(self) -> set[str]:
-        """Stems of the shards that have scenes here."""
+        """Return the stems of the shards that have scenes here."""
         return set(self.rows["shard"].unique().to_pylist())
 
     def without(self, stems: set[str]) -> Catalog:
-        """The catalogue without the scenes of these shards."""
+        """Leave out the scenes of some shards.
+
+        Args:
+            stems: Stems of these shards.
+
+        Returns:
+            The other scenes, in the same order.
+        """
         keep = [stem not in stems for stem in self.rows["shard"].to_pylist()]
         return Catalog(spec=self.spec, fingerprint=self.fingerprint, rows=self.rows.filter(pa.array(keep, pa.bool_())))
 
     def extended(self, rows: pa.Table) -> Catalog:
-        """The catalogue with ``rows`` behind its own."""
+        """Append scenes.
+
+        Args:
+            rows: One row per scene (`catalog_rows`).
+
+        Returns:
+            The scenes of this catalog, then the new ones.
+        """
         return Catalog(spec=self.spec, fingerprint=self.fingerprint, rows=pa.concat_tables([self.rows, rows]))
 
 
 def catalog_rows(columns: dict[str, list[str] | list[int]]) -> pa.Table:
-    """A table of catalogue rows from equally long columns."""
+    """Make rows of a catalog.
+
+    Args:
+        columns: Values by column, all of one length.
+
+    Returns:
+        A table with one row per scene.
+    """
     return pa.table(columns, schema=_SCHEMA)
 
 
 def write_catalog(store: Path, catalog: Catalog) -> None:
-    """Replace the store's catalogue at once. Raises ``OSError``."""
+    """Replace the catalog of a store, atomically.
+
+    Args:
+        store: Folder of the store.
+        catalog: The new catalog.
+
+    Raises:
+        OSError: The store cannot be written.
+    """
     header = {"version": _VERSION, "split": cut_to_json(catalog.spec), "encoder_fingerprint": catalog.fingerprint}
     table = catalog.rows.combine_chunks().replace_schema_metadata({_HEADER_KEY: canonical_json(header)})
     sink = pa.BufferOutputStream()
@@ -99,7 +147,17 @@ def write_catalog(store: Path, catalog: Catalog) -> None:
 
 
 def read_catalog(store: Path) -> Catalog | None:
-    """The store's catalogue, or None before the first ingest. Raises ``BrokenStore`` if it cannot be trusted."""
+    """Read the catalog of a store.
+
+    Args:
+        store: Folder of the store.
+
+    Returns:
+        The catalog, or None before the first ingest.
+
+    Raises:
+        BrokenStore: The catalog is damaged or of another version.
+    """
     path = store / CATALOG
     if not path.exists():
         return None
@@ -107,27 +165,45 @@ def read_catalog(store: Path) -> Catalog | None:
     try:
         table = pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise BrokenStore(f"the catalogue {path} cannot be read: {error}; {remedy}") from error
+        raise BrokenStore(f"the catalog {path} cannot be read: {error}; {remedy}") from error
     text = (table.schema.metadata or {}).get(_HEADER_KEY, b"null")
-    header = strict_json(text, f"the catalogue {path}", CorruptScene)
+    header = strict_json(text, f"the catalog {path}", CorruptScene)
     if not isinstance(header, dict) or header.get("version") != _VERSION:
-        raise BrokenStore(f"the catalogue {path} is not of version {_VERSION}; {remedy}")
+        raise BrokenStore(f"the catalog {path} is not of version {_VERSION}; {remedy}")
     if not table.schema.remove_metadata().equals(_SCHEMA):
-        raise BrokenStore(f"the catalogue {path} has the columns {table.schema.names}, expected {_SCHEMA.names}; {remedy}")
-    spec = cut_from_json(header.get("split"), f"the catalogue {path}")
+        raise BrokenStore(f"the catalog {path} has the columns {table.schema.names}, expected {_SCHEMA.names}; {remedy}")
+    spec = cut_from_json(header.get("split"), f"the catalog {path}")
     return Catalog(spec=spec, fingerprint=str(header.get("encoder_fingerprint")), rows=table.replace_schema_metadata(None))
 
 
 class SmashedStore:
-    """Random access to the scenes of a store. ``store[i]`` reads, checks and decodes scene ``i``.
+    """The scenes of a store by position: `store[i]` reads, checks and decodes scene `i`.
 
-    Holds flat arrays only, no open file: it can be shared with forked or spawned data workers and threads. A scene costs one
-    ``pread`` of its bytes. ``spec`` and ``fingerprint`` hold for every scene; ``voxels`` and ``keypoints``
-    (len,) int32 are their sizes, ``codecs`` the codecs that occur.
-    Raises ``BrokenStore`` where there is no catalogue.
+    It holds flat arrays and no open file, so it can be shared with forked or spawned data workers and with threads. A scene costs one
+    `pread` of its bytes.
+
+    Attributes:
+        spec: The cut at which all scenes were made.
+        fingerprint: Fingerprint of the encoder that made them.
+        codecs: Names of the codecs that occur, sorted.
+        voxels: (len,) int32 number of voxels of each scene.
+        keypoints: (len,) int32 number of keypoints of each scene.
+
+    Example:
+        >>> store = SmashedStore("runs/store")
+        >>> features = collate_scenes([store[0], store[1]])
+        >>> predictions = detector.predict(detector.decode(features))
     """
 
     def __init__(self, store: str | Path) -> None:
+        """Open a store.
+
+        Args:
+            store: Folder of the store.
+
+        Raises:
+            BrokenStore: There is no catalog, or it is damaged.
+        """
         store = Path(store)
         catalog = read_catalog(store)
         if catalog is None:
@@ -151,7 +227,19 @@ class SmashedStore:
         return len(self._offset)
 
     def __getitem__(self, index: int) -> SmashedScene:
-        """Scene ``index`` (0..len-1). Raises ``IndexError``, or ``CorruptScene`` if the shard changed since ingest."""
+        """Read one scene.
+
+        Args:
+            index: 0 to the number of scenes minus one.
+
+        Returns:
+            The scene, its features after the codec's round trip.
+
+        Raises:
+            IndexError: There is no such scene.
+            CorruptScene: Its bytes changed since ingest.
+            BrokenStore: Its shard cannot be read.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"the store holds {len(self)} scenes, asked for {index}")
         tar = self._folder / f"{self._shards[self._shard[index]]}.tar"
@@ -173,17 +261,27 @@ class SmashedStore:
 
 
 def collate_scenes(scenes: Sequence[SmashedScene]) -> CutFeatures:
-    """One batch of live features, scenes in order, on the CPU. Raises ``InvalidInput`` if encoders or cuts differ, or without scenes."""
+    """Make one batch of live features from scenes at rest.
+
+    Args:
+        scenes: At least one scene, all of one encoder and one cut.
+
+    Returns:
+        Features of the scenes in order, on the CPU. A keypoint lies at the center of its cell.
+
+    Raises:
+        InvalidInput: There is no scene, or encoders or cuts differ.
+    """
     if not scenes:
         raise InvalidInput("collate_scenes needs at least one scene")
-    kinds = {(s.spec, s.encoder_fingerprint) for s in scenes}
-    if len(kinds) != 1:
-        raise InvalidInput(f"scenes of different encoders or cuts do not mix in a batch; found {len(kinds)}: {kinds}")
+    first, *others = (SceneKind(spec=s.spec, encoder_fingerprint=s.encoder_fingerprint, codec="") for s in scenes)
+    for other in others:
+        if other != first:
+            raise InvalidInput(f"scenes of different encoders or cuts do not mix in a batch: {other.differences(first)}")
     return CutFeatures.collate([_live(scene) for scene in scenes])
 
 
 def _live(scene: SmashedScene) -> CutFeatures:
-    """A batch of one."""
     coords = torch.nn.functional.pad(scene.coords, (1, 0))
     voxels = SparseVoxels(features=scene.features, coords=coords, shape=scene.spec.shape, batch_size=1)
     if scene.spec.keypoints is None:
@@ -196,10 +294,18 @@ def _live(scene: SmashedScene) -> CutFeatures:
     return CutFeatures(voxels=voxels, spec=scene.spec, keypoints=keypoints)
 
 
-def quantize_features(split: CutFeatures, codec: str) -> CutFeatures:
-    """Live features after the codec's quantisation, scene by scene, without gradient: as if they came out of a store."""
+def quantize_features(features: CutFeatures, codec: str) -> CutFeatures:
+    """Round live features to what a codec can store, scene by scene: bit for bit what they would be if they came out of a store.
+
+    Args:
+        features: Features of a batch.
+        codec: "fp16" or "int8".
+
+    Returns:
+        The rounded features, without gradient.
+    """
     scenes = []
-    for scene in map(split.scene, range(split.batch_size)):
+    for scene in map(features.scene, range(features.batch_size)):
         voxels = replace(scene.voxels, features=round_trip(scene.voxels.features, codec))
         keypoints = scene.keypoints and replace(scene.keypoints, features=round_trip(scene.keypoints.features, codec))
         scenes.append(replace(scene, voxels=voxels, keypoints=keypoints))

@@ -342,13 +342,13 @@ def test_a_missing_broken_or_newer_database_is_refused(tmp_path):
     def open_it():
         return FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
 
-    with pytest.raises(InvalidInput, match="no readable feature database"):
+    with pytest.raises(InvalidInput, match="no readable object database"):
         open_it()
     write(tmp_path / "db", [])
     meta = tmp_path / "db" / "database.json"
     text = meta.read_text()
     meta.write_text(text[:20])
-    with pytest.raises(InvalidInput, match="no readable feature database"):
+    with pytest.raises(InvalidInput, match="no readable object database"):
         open_it()
     meta.write_text(json.dumps(json.loads(text) | {"version": 99}))
     with pytest.raises(InvalidInput, match="version 99"):

@@ -158,7 +158,7 @@ def test_what_is_no_upload_is_left_alone_and_named(incoming, store, tmp_path):
     (incoming / f"{'1' * 32}.tar").mkdir()
     (incoming / f"{'2' * 32}.json").symlink_to(secret)
     report = ingest_all(incoming, store)
-    assert report.unrecognised == (f"{'1' * 32}.tar", f"{'2' * 32}.json", "notes.txt")
+    assert report.unrecognized == (f"{'1' * 32}.tar", f"{'2' * 32}.json", "notes.txt")
     assert (report.quarantined, report.waiting) == ((), ())
     assert secret.read_text() == "s"
     assert len(names(incoming)) == 3
