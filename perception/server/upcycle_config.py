@@ -42,23 +42,25 @@ class FeatureGtConfig:
     """Which objects F-GT cuts out of labeled scenes, and how many it pastes into unlabeled ones (`feature_gt.py`)."""
 
     max_objects: tuple[int, ...]
-    """How many objects F-GT pastes: one number per class. Each unlabeled scene is filled up to this number of objects of the class,
-    pseudo labels included; 0 pastes none. Objects that would overlap another box are left out, so scenes may hold fewer."""
+    """How many objects F-GT pastes: one number per class, in the detector's order of classes; 0 pastes none.
+    Each unlabeled scene is filled up to this number of objects of the class, pseudo labels included.
+    Objects that would overlap another box are left out, so a scene may hold fewer."""
 
     min_points: int = 5
     """Minimum number of LiDAR points in a labeled object that may be pasted. Raise it when pasted objects are too faint."""
 
     margin_cells: float = 1.0
-    """Cells added on each side of the box when an object's cells are cut out and replaced. The strided convolutions spread an object
-    by less than one cell, so 1 takes all of it."""
+    """Cells added on each side of the box when an object's cells are cut out and replaced.
+    The strided convolutions spread an object by less than one cell, so 1 takes all of it."""
 
     keypoint_margin: float = 0.2
-    """Meters added to each full size of the box (half on each side) when an object's keypoints are cut out and replaced; used by
-    PV-RCNN only. The default is the margin with which its keypoint head decides what lies in an object."""
+    """Meters added to each full size of the box (half on each side) when an object's keypoints are cut out and replaced.
+    Only PV-RCNN has keypoints. The default is the margin with which its keypoint head decides what lies in an object."""
 
     size_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Meters added to length, width and height of labeled objects before they are encoded and cut out; the labeled half of a batch
-    is resized too. Set it when the fleet's objects are known to have another mean size (statistical normalization)."""
+    """Meters added to length, width and height of labeled objects before they are encoded and cut out.
+    The labeled half of a batch is resized too.
+    Set it when the fleet's objects are known to have another mean size (statistical normalization)."""
 
     def cutting(self) -> dict[str, float | list[float]]:
         """Return the settings that decide which features a database of objects holds, as JSON values; its file records them."""
@@ -122,15 +124,15 @@ class UpcycleConfig:
     """F-GT: the number of pasted objects (`max_objects`) and how they are cut out."""
 
     teacher_box_weight: float = 1.0
-    """Weight of the box regression losses on the teacher's boxes with hybrid labels. Lower it, down to 0, when the teacher finds
-    objects but places their boxes badly; pasted objects then teach the boxes."""
+    """Weight of the box regression losses on the teacher's boxes with hybrid labels.
+    Lower it, down to 0, when the teacher finds objects but places their boxes badly; pasted objects then teach the boxes."""
 
     obstacle_score: float = 0.1
-    """Predicted IoU from which a teacher's box keeps its place free of pasted objects, even if it is no label: there may be an
-    object. Raise it when too few objects are pasted."""
+    """Predicted IoU from which a teacher's box keeps its place free of pasted objects, even if it is no label.
+    There may be an object. Raise it when too few objects are pasted."""
 
     ema_decay: float = 0.999
-    """Upper limit of the EMA decay of the teacher; the decay rises to it as 1 - 1 / (step + 1). Short trainings need less, as 0.99."""
+    """Upper limit of the EMA decay of the teacher; the decay rises to it as 1 - 1 / (step + 1). Use about 0.99 for a few hundred steps."""
 
     round_steps: int = 50
     """Steps between two summaries of the pseudo labels in the log."""

@@ -52,7 +52,7 @@ class Fixed(np.random.Generator):
         return self.drawn
 
 
-def split_of(coords: torch.Tensor, features: torch.Tensor, spec: CutSpec = SPEC) -> CutFeatures:
+def scene_of(coords: torch.Tensor, features: torch.Tensor, spec: CutSpec = SPEC) -> CutFeatures:
     voxels = SparseVoxels(features=features, coords=coords.int(), shape=spec.shape, batch_size=1)
     return CutFeatures(voxels=voxels, spec=spec)
 
@@ -67,7 +67,7 @@ def block(rows: range, columns: range) -> tuple[CutFeatures, Labels]:
     cells = [[0, z, y, x] for z in range(2) for y in rows for x in columns]
     x, y = position((rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2)
     box = torch.tensor([[x, y, 0.5, float(len(columns)), float(len(rows)), 2.0, 0.2]])
-    return split_of(torch.tensor(cells), torch.ones(len(cells), 2)), Labels.make(box, torch.zeros(1))
+    return scene_of(torch.tensor(cells), torch.ones(len(cells), 2)), Labels.make(box, torch.zeros(1))
 
 
 def random_scene(seed: int, cells: int = 60) -> tuple[CutFeatures, Labels]:
@@ -77,16 +77,16 @@ def random_scene(seed: int, cells: int = 60) -> tuple[CutFeatures, Labels]:
     boxes = torch.rand(5, 7, generator=generator) * torch.tensor([20.0, 20, 1, 3, 3, 3, 6]) + torch.tensor(
         [2, -10, 0, 1, 1, 1, -3.0]
     )
-    return split_of(coords, torch.randn(cells, 2, generator=generator)), Labels.make(boxes, torch.arange(5))
+    return scene_of(coords, torch.randn(cells, 2, generator=generator)), Labels.make(boxes, torch.arange(5))
 
 
 def empty_scene() -> tuple[CutFeatures, Labels]:
-    return split_of(torch.zeros(0, 4), torch.zeros(0, 2)), Labels.empty()
+    return scene_of(torch.zeros(0, 4), torch.zeros(0, 2)), Labels.empty()
 
 
-def center_of_mass(split: CutFeatures) -> tuple[float, float]:
-    weight = split.voxels.features[:, 0]
-    row, column = ((split.voxels.coords[:, axis] * weight).sum() / weight.sum() for axis in (2, 3))
+def center_of_mass(scene: CutFeatures) -> tuple[float, float]:
+    weight = scene.voxels.features[:, 0]
+    row, column = ((scene.voxels.coords[:, axis] * weight).sum() / weight.sum() for axis in (2, 3))
     return position(float(row), float(column))
 
 
@@ -118,12 +118,12 @@ def same_boxes(a: Labels, b: Labels) -> bool:
 )
 @pytest.mark.parametrize(("rows", "columns"), [(range(5, 8), range(13, 18)), (range(14, 16), range(7, 11))])
 def test_a_box_stays_on_its_cells(move, rng, tolerance, yaw, rows, columns):
-    split, labels = block(rows, columns)
-    moved, boxes = move(split, labels, rng)
+    scene, labels = block(rows, columns)
+    moved, boxes = move(scene, labels, rng)
     assert len(boxes) == 1
     x, y = center_of_mass(moved)
     assert math.hypot(x - boxes.boxes.data[0, 0], y - boxes.boxes.data[0, 1]) < tolerance
-    before = center_of_mass(split)
+    before = center_of_mass(scene)
     assert math.hypot(x - before[0], y - before[1]) > 0.3 * CELL  # it did move
     assert boxes.boxes.data[0, 6].item() == pytest.approx(yaw, abs=1e-5)
     assert boxes.classes.tolist() == [0]
@@ -132,8 +132,8 @@ def test_a_box_stays_on_its_cells(move, rng, tolerance, yaw, rows, columns):
 
 def test_quarter_turns_are_counter_clockwise():
     """An object ahead and to the right of the middle comes to lie ahead and to the left."""
-    split, labels = block(range(5, 8), range(17, 20))
-    _, boxes = rotate_quarter(split, labels, Fixed(integer=1))
+    scene, labels = block(range(5, 8), range(17, 20))
+    _, boxes = rotate_quarter(scene, labels, Fixed(integer=1))
     middle = position(11.5, 11.5)
     before, after = labels.boxes.data[0, :2] - torch.tensor(middle), boxes.boxes.data[0, :2] - torch.tensor(middle)
     assert torch.allclose(after, torch.stack([-before[1], before[0]]), atol=1e-5)
@@ -167,53 +167,53 @@ def test_cut_mix_takes_each_side_whole(row):
 
 @pytest.mark.parametrize("flip", [flip_x, flip_y])
 def test_flipping_twice_changes_nothing(flip):
-    split, labels = random_scene(3)
-    once, boxes = flip(split, labels, Fixed())
-    assert not same_cells(once, split)
+    scene, labels = random_scene(3)
+    once, boxes = flip(scene, labels, Fixed())
+    assert not same_cells(once, scene)
     twice, again = flip(once, boxes, Fixed())
-    assert same_cells(twice, split)
-    assert torch.equal(twice.voxels.features, split.voxels.features)
+    assert same_cells(twice, scene)
+    assert torch.equal(twice.voxels.features, scene.voxels.features)
     assert same_boxes(again, labels)
 
 
 def test_four_quarter_turns_are_none_and_two_are_both_flips():
-    split, labels = random_scene(4)
-    step, boxes = split, labels
+    scene, labels = random_scene(4)
+    step, boxes = scene, labels
     for count in range(4):
         step, boxes = rotate_quarter(step, boxes, Fixed(integer=1))
-        at_once, boxes_at_once = rotate_quarter(split, labels, Fixed(integer=(count + 1) % 4))
+        at_once, boxes_at_once = rotate_quarter(scene, labels, Fixed(integer=(count + 1) % 4))
         assert same_cells(step, at_once)
         assert same_boxes(boxes, boxes_at_once)
-    assert torch.equal(step.voxels.coords, split.voxels.coords)
+    assert torch.equal(step.voxels.coords, scene.voxels.coords)
     assert same_boxes(boxes, labels)
-    half, half_boxes = rotate_quarter(split, labels, Fixed(integer=2))
-    flipped, flipped_boxes = flip_x(*flip_y(split, labels, Fixed()), Fixed())
+    half, half_boxes = rotate_quarter(scene, labels, Fixed(integer=2))
+    flipped, flipped_boxes = flip_x(*flip_y(scene, labels, Fixed()), Fixed())
     assert same_cells(half, flipped)
     assert same_boxes(half_boxes, flipped_boxes)
 
 
 def test_a_free_quarter_turn_and_no_scaling_agree_with_the_exact_ones():
-    split, labels = random_scene(5)
-    exact, boxes = rotate_quarter(split, labels, Fixed(integer=1))
-    free, free_boxes = rotate_free(split, labels, Fixed(uniform=math.pi / 2))
+    scene, labels = random_scene(5)
+    exact, boxes = rotate_quarter(scene, labels, Fixed(integer=1))
+    free, free_boxes = rotate_free(scene, labels, Fixed(uniform=math.pi / 2))
     assert torch.allclose(free.voxels.dense(), exact.voxels.dense(), atol=1e-4)
     assert same_boxes(free_boxes, boxes)
-    scaled, scaled_boxes = scale_map(split, labels, Fixed(uniform=1.0))
-    assert torch.allclose(scaled.voxels.dense(), split.voxels.dense(), atol=1e-5)
+    scaled, scaled_boxes = scale_map(scene, labels, Fixed(uniform=1.0))
+    assert torch.allclose(scaled.voxels.dense(), scene.voxels.dense(), atol=1e-5)
     assert same_boxes(scaled_boxes, labels)
 
 
 def test_scaling_scales_boxes_in_every_size():
-    split, labels = block(range(10, 13), range(9, 14))
-    _, boxes = scale_map(split, labels, Fixed(uniform=1.05))
+    scene, labels = block(range(10, 13), range(9, 14))
+    _, boxes = scale_map(scene, labels, Fixed(uniform=1.05))
     assert torch.allclose(boxes.boxes.data[:, 3:6], labels.boxes.data[:, 3:6] * 1.05)
 
 
 @pytest.mark.parametrize("flip", [flip_x, flip_y])
 def test_half_of_the_scenes_are_not_flipped(flip):
-    split, labels = random_scene(3)
-    assert flip(split, labels, Fixed(coin=0.4)) == (split, labels)
-    flips = sum(flip(split, labels, np.random.default_rng(seed))[0] is not split for seed in range(40))
+    scene, labels = random_scene(3)
+    assert flip(scene, labels, Fixed(coin=0.4)) == (scene, labels)
+    flips = sum(flip(scene, labels, np.random.default_rng(seed))[0] is not scene for seed in range(40))
     assert 10 < flips < 30
 
 
@@ -221,69 +221,69 @@ def test_quarter_turns_need_a_square_map():
     grid = VoxelGrid(range=(0.0, -12.0, -1.0, 16.0, 12.0, 3.0), voxel_size=(0.125, 0.125, 0.125))
     spec = replace(SPEC, grid=grid, shape=(2, 24, 16))
     with pytest.raises(InvalidInput, match="24 x 16 cells"):
-        rotate_quarter(split_of(torch.zeros(1, 4), torch.ones(1, 2), spec), Labels.empty(), Fixed())
+        rotate_quarter(scene_of(torch.zeros(1, 4), torch.ones(1, 2), spec), Labels.empty(), Fixed())
 
 
 def test_boxes_that_leave_the_map_are_dropped():
     _, labels = block(range(1, 3), range(1, 3))
-    split = empty_scene()[0]
-    assert len(rotate_free(split, labels, Fixed(uniform=math.pi / 4))[1]) == 0
-    assert len(rotate_quarter(split, labels, Fixed(integer=1))[1]) == 1
+    scene = empty_scene()[0]
+    assert len(rotate_free(scene, labels, Fixed(uniform=math.pi / 4))[1]) == 0
+    assert len(rotate_quarter(scene, labels, Fixed(integer=1))[1]) == 1
 
 
 # ---- values
 
 
 def test_noise_keeps_cells_and_boxes_and_follows_each_channel():
-    split, labels = random_scene(6, cells=800)
-    split = replace(split, voxels=replace(split.voxels, features=split.voxels.features * torch.tensor([1.0, 20.0])))
-    noisy, same = add_noise(split, labels, np.random.default_rng(0), sigma=0.1)
+    scene, labels = random_scene(6, cells=800)
+    scene = replace(scene, voxels=replace(scene.voxels, features=scene.voxels.features * torch.tensor([1.0, 20.0])))
+    noisy, same = add_noise(scene, labels, np.random.default_rng(0), sigma=0.1)
     assert same is labels
-    assert torch.equal(noisy.voxels.coords, split.voxels.coords)
-    ratio = (noisy.voxels.features - split.voxels.features).std(0) / split.voxels.features.std(0)
+    assert torch.equal(noisy.voxels.coords, scene.voxels.coords)
+    ratio = (noisy.voxels.features - scene.voxels.features).std(0) / scene.voxels.features.std(0)
     assert torch.allclose(ratio, torch.full((2,), 0.1), atol=0.01)
 
 
 def test_dropped_channels_are_zero_everywhere_and_the_others_scaled_up():
     generator = torch.Generator().manual_seed(0)
     spec = replace(SPEC, channels=200)
-    split = split_of(random_scene(7)[0].voxels.coords, torch.rand(60, 200, generator=generator) + 1, spec)
-    dropped, _ = drop_channels(split, Labels.empty(), np.random.default_rng(0), share=0.25)
+    scene = scene_of(random_scene(7)[0].voxels.coords, torch.rand(60, 200, generator=generator) + 1, spec)
+    dropped, _ = drop_channels(scene, Labels.empty(), np.random.default_rng(0), share=0.25)
     silent = (dropped.voxels.features == 0).all(0)
     assert 30 < int(silent.sum()) < 70
-    assert torch.allclose(dropped.voxels.features[:, ~silent], split.voxels.features[:, ~silent] / 0.75)
-    assert torch.equal(dropped.voxels.coords, split.voxels.coords)
+    assert torch.allclose(dropped.voxels.features[:, ~silent], scene.voxels.features[:, ~silent] / 0.75)
+    assert torch.equal(dropped.voxels.coords, scene.voxels.coords)
 
 
 def test_dropped_cells_are_gone_and_the_others_untouched():
-    split, labels = random_scene(8, cells=1000)
-    fewer, same = drop_cells(split, labels, np.random.default_rng(0), share=0.2)
+    scene, labels = random_scene(8, cells=1000)
+    fewer, same = drop_cells(scene, labels, np.random.default_rng(0), share=0.2)
     assert same is labels
     assert 750 < len(fewer.voxels.coords) < 850
-    before = {tuple(c): f for c, f in zip(split.voxels.coords.tolist(), split.voxels.features.tolist(), strict=True)}
+    before = {tuple(c): f for c, f in zip(scene.voxels.coords.tolist(), scene.voxels.features.tolist(), strict=True)}
     assert all(before[tuple(c)] == f for c, f in zip(fewer.voxels.coords.tolist(), fewer.voxels.features.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("change", [*MOVES, add_noise, drop_channels, drop_cells])
 def test_an_empty_scene_stays_one(change):
     for seed in range(3):
-        split, labels = change(*empty_scene(), np.random.default_rng(seed))
-        assert split.voxels.features.shape == (0, 2)
-        assert split.voxels.coords.shape == (0, 4)
-        assert split.voxels.coords.dtype == torch.int32
+        scene, labels = change(*empty_scene(), np.random.default_rng(seed))
+        assert scene.voxels.features.shape == (0, 2)
+        assert scene.voxels.coords.shape == (0, 4)
+        assert scene.voxels.coords.dtype == torch.int32
         assert len(labels) == 0
         assert cut_mix(*empty_scene(), *empty_scene(), np.random.default_rng(seed))[0].voxels.features.shape == (0, 2)
 
 
 @pytest.mark.parametrize("change", [*MOVES, add_noise, drop_channels, drop_cells])
 def test_a_change_is_a_function_of_the_generator_and_leaves_its_argument_alone(change):
-    split, labels = random_scene(9)
-    before = split.voxels.dense().clone(), labels.boxes.data.clone()
-    (a, labels_a), (b, labels_b) = (change(split, labels, np.random.default_rng(3)) for _ in range(2))
+    scene, labels = random_scene(9)
+    before = scene.voxels.dense().clone(), labels.boxes.data.clone()
+    (a, labels_a), (b, labels_b) = (change(scene, labels, np.random.default_rng(3)) for _ in range(2))
     assert torch.equal(a.voxels.features, b.voxels.features)
     assert torch.equal(a.voxels.coords, b.voxels.coords)
     assert torch.equal(labels_a.boxes.data, labels_b.boxes.data)
-    assert torch.equal(split.voxels.dense(), before[0])
+    assert torch.equal(scene.voxels.dense(), before[0])
     assert torch.equal(labels.boxes.data, before[1])
     assert len(a.voxels.coords.unique(dim=0)) == len(a.voxels.coords)
 
@@ -293,15 +293,15 @@ def test_a_change_is_a_function_of_the_generator_and_leaves_its_argument_alone(c
 KEYPOINT_SPEC = replace(SPEC, keypoints=KeypointSpec(count=600, channels=2))
 
 
-def with_keypoints(split: CutFeatures, xyz: torch.Tensor, seed: int = 0) -> CutFeatures:
+def with_keypoints(scene: CutFeatures, xyz: torch.Tensor, seed: int = 0) -> CutFeatures:
     features = torch.randn(len(xyz), 2, generator=torch.Generator().manual_seed(seed))
     keypoints = Keypoints(xyz=xyz, features=features, starts=(0, len(xyz)))
-    return CutFeatures(voxels=split.voxels, spec=KEYPOINT_SPEC, keypoints=keypoints)
+    return CutFeatures(voxels=scene.voxels, spec=KEYPOINT_SPEC, keypoints=keypoints)
 
 
-def centers_of_cells(split: CutFeatures) -> torch.Tensor:
+def centers_of_cells(scene: CutFeatures) -> torch.Tensor:
     """(M, 3) the middle of every cell, at a height of its slice."""
-    _, z, y, x = split.voxels.coords.unbind(1)
+    _, z, y, x = scene.voxels.coords.unbind(1)
     return torch.stack([x * CELL + 0.0625, y * CELL - 12 + 0.0625, z.float()], 1)
 
 
@@ -310,11 +310,11 @@ def centers_of_cells(split: CutFeatures) -> torch.Tensor:
 )
 def test_a_keypoint_in_the_middle_of_a_cell_stays_there_under_exact_moves(move, rng):
     plain, labels = random_scene(1)
-    split = with_keypoints(plain, centers_of_cells(plain))
-    moved, _ = move(split, labels, rng)
+    scene = with_keypoints(plain, centers_of_cells(plain))
+    moved, _ = move(scene, labels, rng)
     assert len(moved.keypoints.xyz) == 60
     assert torch.allclose(moved.keypoints.xyz, centers_of_cells(moved), atol=1e-4)
-    assert torch.equal(moved.keypoints.features, split.keypoints.features)
+    assert torch.equal(moved.keypoints.features, scene.keypoints.features)
     assert moved.keypoints.starts == (0, 60)
 
 
@@ -324,8 +324,8 @@ def test_a_keypoint_in_the_middle_of_a_cell_stays_there_under_exact_moves(move, 
 )
 def test_a_keypoint_in_the_middle_of_a_box_stays_there_and_without_keypoints_all_else_is_the_same(move, rng):
     plain, labels = random_scene(2)
-    split = with_keypoints(plain, labels.boxes.data[:, :3])
-    moved, boxes = move(split, labels, rng)
+    scene = with_keypoints(plain, labels.boxes.data[:, :3])
+    moved, boxes = move(scene, labels, rng)
     assert torch.allclose(moved.keypoints.xyz[:, :2], boxes.boxes.data[:, :2], atol=1e-4)
     assert torch.equal(moved.keypoints.xyz[:, 2], boxes.boxes.data[:, 2])
     bare, bare_boxes = move(plain, labels, rng)
@@ -336,28 +336,28 @@ def test_a_keypoint_in_the_middle_of_a_box_stays_there_and_without_keypoints_all
 
 def test_keypoints_that_leave_the_map_are_dropped_with_their_features():
     x, y = position(11.5, 11.5)
-    split = with_keypoints(empty_scene()[0], torch.tensor([[1.0, -11, 0], [x, y, 0], [23, 11, 0]]))
-    moved, _ = rotate_free(split, Labels.empty(), Fixed(uniform=math.pi / 4))
+    scene = with_keypoints(empty_scene()[0], torch.tensor([[1.0, -11, 0], [x, y, 0], [23, 11, 0]]))
+    moved, _ = rotate_free(scene, Labels.empty(), Fixed(uniform=math.pi / 4))
     assert torch.allclose(moved.keypoints.xyz, torch.tensor([[x, y, 0.0]]), atol=1e-4)
-    assert torch.equal(moved.keypoints.features, split.keypoints.features[1:2])
+    assert torch.equal(moved.keypoints.features, scene.keypoints.features[1:2])
 
 
 def test_noise_and_dropout_change_the_features_of_keypoints_too():
     plain, labels = random_scene(6)
     xyz = torch.rand(600, 3, generator=torch.Generator().manual_seed(1)) * 10
-    split = with_keypoints(plain, xyz)
-    noisy, _ = add_noise(split, labels, np.random.default_rng(0), sigma=0.1)
+    scene = with_keypoints(plain, xyz)
+    noisy, _ = add_noise(scene, labels, np.random.default_rng(0), sigma=0.1)
     assert torch.equal(noisy.keypoints.xyz, xyz)
-    ratio = (noisy.keypoints.features - split.keypoints.features).std(0) / split.keypoints.features.std(0)
+    ratio = (noisy.keypoints.features - scene.keypoints.features).std(0) / scene.keypoints.features.std(0)
     assert torch.allclose(ratio, torch.full((2,), 0.1), atol=0.02)
     silent = {
-        tuple((drop_channels(split, labels, np.random.default_rng(seed), share=0.5)[0].keypoints.features == 0).all(0).tolist())
+        tuple((drop_channels(scene, labels, np.random.default_rng(seed), share=0.5)[0].keypoints.features == 0).all(0).tolist())
         for seed in range(20)
     }
     assert silent == {(a, b) for a in (True, False) for b in (True, False)}
-    fewer, _ = drop_cells(split, labels, np.random.default_rng(0), share=0.2)
+    fewer, _ = drop_cells(scene, labels, np.random.default_rng(0), share=0.2)
     assert 450 < len(fewer.keypoints.xyz) < 510
-    before = dict(zip(map(tuple, xyz.tolist()), split.keypoints.features.tolist(), strict=True))
+    before = dict(zip(map(tuple, xyz.tolist()), scene.keypoints.features.tolist(), strict=True))
     kept = zip(map(tuple, fewer.keypoints.xyz.tolist()), fewer.keypoints.features.tolist(), strict=True)
     assert all(before[place] == features for place, features in kept)
 
@@ -385,13 +385,13 @@ def test_cut_mix_of_two_crowded_halves_holds_no_more_keypoints_than_the_cut_allo
 @pytest.mark.parametrize("change", [*MOVES, add_noise, drop_channels, drop_cells])
 @pytest.mark.parametrize("count", [0, 1])
 def test_scenes_with_hardly_any_keypoint_are_legal(change, count):
-    split = with_keypoints(empty_scene()[0], torch.tensor([[12.0, 0, 0]])[:count])
-    before = split.keypoints.xyz.clone(), split.keypoints.features.clone()
+    scene = with_keypoints(empty_scene()[0], torch.tensor([[12.0, 0, 0]])[:count])
+    before = scene.keypoints.xyz.clone(), scene.keypoints.features.clone()
     for seed in range(3):
-        changed, _ = change(split, Labels.empty(), np.random.default_rng(seed))
+        changed, _ = change(scene, Labels.empty(), np.random.default_rng(seed))
         assert len(changed.keypoints.xyz) <= count
         assert torch.isfinite(changed.keypoints.features).all()
-        mixed, _ = cut_mix(split, Labels.empty(), split, Labels.empty(), np.random.default_rng(seed))
+        mixed, _ = cut_mix(scene, Labels.empty(), scene, Labels.empty(), np.random.default_rng(seed))
         assert len(mixed.keypoints.xyz) == count  # each keypoint is on one side of the line
-    assert torch.equal(split.keypoints.xyz, before[0])
-    assert torch.equal(split.keypoints.features, before[1])
+    assert torch.equal(scene.keypoints.xyz, before[0])
+    assert torch.equal(scene.keypoints.features, before[1])

@@ -1,20 +1,19 @@
-"""F-GT: which cells an object owns, that pasting touches nothing else, that no two objects meet, and that no label can leak."""
+"""F-GT: which cells an object owns, that pasting touches nothing else, and that no two objects meet."""
 
-import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from feature_scenes import CONFIG, SPEC, box, cut, full_scene, labels, spread, with_keypoints
 
 import tiny
-from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid
+from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.features import CutFeatures, Keypoints, SparseVoxels
-from upcycle3d.core.structures import Boxes3D, Frame, Labels, PointCloud
+from upcycle3d.core.features import CutFeatures
+from upcycle3d.core.structures import Boxes3D, Labels, PointCloud
 from upcycle3d.ops.iou3d import iou_bev
-from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
 from upcycle3d.perception.server.feature_gt import (
     FeatureObject,
@@ -24,40 +23,12 @@ from upcycle3d.perception.server.feature_gt import (
     paste_objects,
     sample_objects,
 )
-from upcycle3d.perception.server.feature_object_database import FeatureObjectDatabase, build_feature_object_database
 from upcycle3d.perception.server.upcycle_config import FeatureGtConfig
-from upcycle3d.perception.wire.codec import round_trip
-
-GRID = VoxelGrid(range=(0.0, -8.0, -1.0, 16.0, 8.0, 3.0), voxel_size=(0.125, 0.125, 0.125))
-SPEC = CutSpec(layer="cut", channels=3, stride=(16, 8, 8), shape=(2, 16, 16), grid=GRID)  # cells of 1 m, centres at i + 1/16
-SPLIT, ENCODER = "ab" * 32, "cd" * 32
-CONFIG = FeatureGtConfig(max_objects=(5,))
 
 
-def box(x: float, y: float, yaw: float = 0.0, size: tuple[float, float, float] = (4.0, 2.0, 1.5)) -> list[float]:
-    return [x, y, 0.0, *size, yaw]
-
-
-def labels(*boxes: list[float], points: int = 50, **options) -> Labels:
-    data = torch.tensor(boxes).view(-1, 7)
-    counts = torch.full((len(data),), points, dtype=torch.int64)
-    return Labels.make(data, torch.zeros(len(data), dtype=torch.int64), num_points=counts, **options)
-
-
-def full_scene(seed: int, share: float = 1.0, batch_size: int = 1) -> CutFeatures:
-    """A scene whose cells are active with probability ``share``, in a random order."""
-    generator = torch.Generator().manual_seed(seed)
-    cells = torch.randperm(512, generator=generator)[: int(512 * share)]
-    coords = torch.stack([cells * 0, cells // 256, cells // 16 % 16, cells % 16], 1).int()
-    voxels = SparseVoxels(
-        features=torch.randn(len(cells), 3, generator=generator), coords=coords, shape=SPEC.shape, batch_size=batch_size
-    )
-    return CutFeatures(voxels=voxels, spec=SPEC)
-
-
-def cells_of(split: CutFeatures) -> dict[tuple[int, int, int], list[float]]:
-    coords = map(tuple, split.voxels.coords[:, 1:].tolist())
-    return dict(zip(coords, split.voxels.features.tolist(), strict=True))
+def cells_of(scene: CutFeatures) -> dict[tuple[int, int, int], list[float]]:
+    coords = map(tuple, scene.voxels.coords[:, 1:].tolist())
+    return dict(zip(coords, scene.voxels.features.tolist(), strict=True))
 
 
 def owned(*boxes: list[float], margin: float = 1.0) -> set[tuple[int, int]]:
@@ -72,7 +43,7 @@ def owned(*boxes: list[float], margin: float = 1.0) -> set[tuple[int, int]]:
 def test_footprint_of_a_straight_box():
     mask = footprint(torch.tensor([box(6.0, 1.0)]), SPEC, 0.0)[0]
     assert mask.shape == (16, 16)
-    # x in [4, 8], cell centres at i + 0.0625: 4 .. 7. y in [0, 2], centres at -8 + i + 0.0625: rows 8 and 9.
+    # x in [4, 8], cell centers at i + 0.0625: 4 .. 7. y in [0, 2], centers at -8 + i + 0.0625: rows 8 and 9.
     assert mask.any(0).nonzero().squeeze(1).tolist() == [4, 5, 6, 7]
     assert mask.any(1).nonzero().squeeze(1).tolist() == [8, 9]
     wider = footprint(torch.tensor([box(6.0, 1.0)]), SPEC, 1.0)[0]
@@ -107,7 +78,7 @@ def test_footprint_is_every_cell_whose_center_is_inside():
 
 
 def test_a_cell_of_the_real_encoder_lies_in_the_middle_of_what_it_sees():
-    """The footprint's cell centres, (8 i + 1/2) voxels, are those of the receptive field, 8 i - 7 to 8 i + 7."""
+    """The footprint's cell centers, (8 i + 1/2) voxels, are those of the receptive field, 8 i - 7 to 8 i + 7."""
     grid = VoxelGrid(range=(0.0, -3.2, -1.0, 6.4, 3.2, 3.0), voxel_size=(0.1, 0.1, 0.1))
     encoder = SecondEncoder(SecondEncoderConfig(grid=grid, point_features=(), channels=(2, 2, 2, 2, 2))).eval()
     for voxel in range(16, 33):
@@ -148,10 +119,6 @@ def test_an_object_without_cells_is_not_cut_and_a_batch_is_refused():
 
 
 # ---- paste
-
-
-def cut(seed: int, *boxes: list[float], share: float = 1.0) -> list[FeatureObject]:
-    return cut_objects(full_scene(seed, share), labels(*boxes), CONFIG)
 
 
 def test_pasting_replaces_the_footprint_and_touches_no_other_cell():
@@ -201,21 +168,6 @@ def test_pasting_nothing_and_pasting_into_nothing():
 
 
 # ---- keypoints
-
-
-KEYPOINT_SPEC = replace(SPEC, keypoints=KeypointSpec(count=40, channels=2))
-
-
-def with_keypoints(scene: CutFeatures, xyz: torch.Tensor, seed: int = 0) -> CutFeatures:
-    features = torch.randn(len(xyz), 2, generator=torch.Generator().manual_seed(seed))
-    keypoints = Keypoints(xyz=xyz, features=features, starts=(0, len(xyz)))
-    return CutFeatures(voxels=scene.voxels, spec=KEYPOINT_SPEC, keypoints=keypoints)
-
-
-def spread(count: int, seed: int) -> torch.Tensor:
-    return torch.rand(count, 3, generator=torch.Generator().manual_seed(seed)) * torch.tensor([16.0, 16, 1]) - torch.tensor(
-        [0, 8, 0.5]
-    )
 
 
 def test_keypoints_are_cut_with_a_box_that_is_a_fifth_of_a_metre_larger():
@@ -275,185 +227,23 @@ def test_a_scene_with_few_keypoints_gets_no_more_than_it_had():
         assert len(joined) == 1
 
 
-def test_a_database_keeps_keypoints_and_objects_without_any(tmp_path):
-    places = [box(6.0, 1.0), box(11.0, -4.0)]
-    scene = with_keypoints(full_scene(0), torch.tensor([[6.0, 1.0, 0.0], [6.2, 1.0, 0.1]]))
-    objects = cut_objects(scene, labels(*places), CONFIG)
-    assert [len(o.keypoints.xyz) for o in objects] == [2, 0]
-    for order, name in ((objects, "db"), (objects[::-1], "reversed"), (objects[1:], "none")):
-        written = FeatureObjectDatabase.write(
-            tmp_path / name, order, spec=KEYPOINT_SPEC, config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER
-        )
-        opened = FeatureObjectDatabase.open(tmp_path / name, config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
-        for database in (written, opened):
-            for found, expected in zip(map(database.__getitem__, range(len(order))), order, strict=True):
-                assert torch.equal(found.keypoints.xyz, expected.keypoints.xyz)
-                assert torch.equal(found.keypoints.features, expected.keypoints.features)
-                assert torch.equal(found.features, expected.features)
-    (tmp_path / "db" / "keypoint_features.f32").write_bytes(b"")
-    with pytest.raises(InvalidInput, match=r"keypoint_features\.f32 holds 0 bytes"):
-        FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
-
-
-# ---- database
-
-
-def write(folder, objects: list[FeatureObject]) -> FeatureObjectDatabase:
-    return FeatureObjectDatabase.write(
-        folder, objects, spec=SPEC, config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER
-    )
-
-
-def test_a_database_gives_back_what_was_written(tmp_path):
-    objects = [*cut(1, box(5.0, 4.0)), replace(cut(2, box(11.0, -4.0, 1.2), share=0.5)[0], class_index=2, num_points=7)]
-    written = write(tmp_path / "db", objects)
-    opened = FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
-    assert len(written) == len(opened) == 2
-    for database in (written, opened):
-        for index, expected in enumerate(objects):
-            found = database[index]
-            assert torch.equal(found.box, expected.box)
-            assert (found.class_index, found.num_points) == (expected.class_index, expected.num_points)
-            assert torch.equal(found.coords, expected.coords)
-            assert torch.equal(found.features, expected.features)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["db"]  # nothing temporary is left
-
-
-def test_a_database_of_another_split_or_encoder_is_refused(tmp_path):
-    write(tmp_path / "db", cut(1, box(5.0, 4.0)))
-    with pytest.raises(InvalidInput, match="leak labels"):
-        FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint="00" * 32, encoder_fingerprint=ENCODER)
-    with pytest.raises(InvalidInput, match="another encoder"):
-        FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint="00" * 32)
-
-
-def test_a_database_that_was_cut_otherwise_is_refused(tmp_path):
-    write(tmp_path / "db", cut(1, box(5.0, 4.0)))
-    for other in (replace(CONFIG, margin_cells=2.0), replace(CONFIG, size_shift=(-0.9, -0.5, -0.3))):
-        with pytest.raises(InvalidInput, match="was cut with"):
-            FeatureObjectDatabase.open(tmp_path / "db", config=other, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
-    more = replace(CONFIG, max_objects=(9,))  # how many are pasted is no matter of the database
-    assert (
-        len(FeatureObjectDatabase.open(tmp_path / "db", config=more, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)) == 1
-    )
-
-
-def test_a_missing_broken_or_newer_database_is_refused(tmp_path):
-    def open_it():
-        return FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
-
-    with pytest.raises(InvalidInput, match="no readable object database"):
-        open_it()
-    write(tmp_path / "db", [])
-    meta = tmp_path / "db" / "database.json"
-    text = meta.read_text()
-    meta.write_text(text[:20])
-    with pytest.raises(InvalidInput, match="no readable object database"):
-        open_it()
-    meta.write_text(json.dumps(json.loads(text) | {"version": 99}))
-    with pytest.raises(InvalidInput, match="version 99"):
-        open_it()
-
-
-def test_a_database_is_never_overwritten_and_remains_of_a_crash_do_no_harm(tmp_path):
-    leftovers = tmp_path / "db.tmp"
-    leftovers.mkdir()
-    (leftovers / "features.f32").write_bytes(b"half a fea")
-    write(tmp_path / "db", cut(1, box(5.0, 4.0)))
-    with pytest.raises(InvalidInput, match="already exists"):
-        write(tmp_path / "db", [])
-    assert (
-        len(FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)) == 1
-    )
-
-
-def test_an_empty_database_is_legal(tmp_path):
-    write(tmp_path / "db", [])
-    opened = FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
-    assert len(opened) == 0
-    config = FeatureGtConfig(max_objects=(5,))
-    assert sample_objects(opened, Labels.empty(), Boxes3D.empty(), config, np.random.default_rng(0)) == []
-
-
-def test_one_object_reads_only_its_own_part_of_the_files(tmp_path, monkeypatch):
-    objects = [replace(item, num_points=i) for i in range(20) for item in cut(i, box(5.0, 4.0))]
-    database = write(tmp_path / "db", objects)
-    copied: list[int] = []
-    real = np.array
-    monkeypatch.setattr(np, "array", lambda a, *rest, **options: copied.append(a.nbytes) or real(a, *rest, **options))
-    item = database[13]
-    assert item.num_points == 13
-    assert sum(copied) == len(item.coords) * (3 + 3) * 4
-    assert not any(isinstance(v, torch.Tensor) and v.numel() > 20 * 7 for v in vars(database).values())  # no feature is held
-
-
-class GridEncoder(torch.nn.Module):
-    """The mean position of the points of each cell, at the cut of SPEC."""
-
-    spec = SPEC
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor([1.0, 0.3, 0.7]))
-
-    def forward(self, points: list[PointCloud]) -> CutFeatures:
-        xyz = points[0].xyz
-        cell = torch.stack([xyz[:, 0] * 0, xyz[:, 1] + 8, xyz[:, 0]], 1).floor().int()
-        cells, owner = cell.unique(dim=0, return_inverse=True)
-        mean = torch.zeros(len(cells), 3).index_add_(0, owner, xyz) / torch.bincount(owner)[:, None]
-        coords = torch.nn.functional.pad(cells, (1, 0))
-        voxels = SparseVoxels(features=mean * self.weight, coords=coords, shape=SPEC.shape, batch_size=1)
-        return CutFeatures(voxels=voxels, spec=SPEC)
-
-
-def test_building_passes_the_codec_and_skips_frames_that_nobody_labeled(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    cloud = PointCloud(xyz=torch.rand(300, 3, generator=generator) * torch.tensor([16.0, 16, 1]) - torch.tensor([0.0, 8, 0]),
-                       features=torch.zeros(300, 1))  # fmt: skip
-    frames = [
-        Frame(id="a", points=cloud, labels=labels(box(6.0, 1.0))),
-        Frame(id="b", points=cloud),
-        Frame(id="c", points=cloud, labels=Labels.empty()),
-    ]
-    detector = Detector(GridEncoder(), torch.nn.Identity(), ("Car",)).train()
-
-    def build():
-        return build_feature_object_database(
-            tmp_path / "db", frames, detector, codec="int8", config=FeatureGtConfig(max_objects=(5,)),
-            split_fingerprint=SPLIT, encoder_fingerprint=ENCODER,
-        )  # fmt: skip
-
-    database = build()
-    assert len(database) == 1
-    with torch.no_grad():
-        whole = detector.encode([cloud])
-    stored = replace(whole, voxels=replace(whole.voxels, features=round_trip(whole.voxels.features, "int8")))
-    [expected] = cut_objects(stored, labels(box(6.0, 1.0)), CONFIG)
-    assert torch.equal(database[0].features, expected.features)
-    assert not torch.equal(database[0].features, cut_objects(whole, labels(box(6.0, 1.0)), CONFIG)[0].features)
-    with pytest.raises(InvalidInput, match="already exists"):
-        build()
-
-
-def test_objects_of_another_size_are_resized_before_they_are_encoded(tmp_path):
-    cloud = PointCloud(xyz=torch.rand(600, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([16.0, 16, 1]) - torch.tensor([0.0, 8, 0]),
-                       features=torch.zeros(600, 1))  # fmt: skip
-    frames = [Frame(id="a", points=cloud, labels=labels(box(6.0, 1.0)))]
-    detector = Detector(GridEncoder(), torch.nn.Identity(), ("Car",))
-    config = replace(CONFIG, size_shift=(-1.0, -0.5, -0.25))
-    database = build_feature_object_database(
-        tmp_path / "db", frames, detector, codec="fp16", config=config, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER
-    )
-    assert torch.allclose(database[0].box, torch.tensor([6.0, 1.0, -0.125, 3.0, 1.5, 1.25, 0.0]))  # its bottom stays at -0.75
-    mean_x = database[0].features[:, 0]
-    assert mean_x.max() <= 16  # features are positions here: those of moved points, none of a point outside the scan
-
-
 # ---- sampling
 
 
-@pytest.fixture
-def database(tmp_path) -> FeatureObjectDatabase:
+class ObjectList(list[FeatureObject]):
+    """An object database in memory: all that sampling asks for."""
+
+    @property
+    def boxes(self) -> torch.Tensor:
+        return torch.stack([o.box for o in self])
+
+    @property
+    def classes(self) -> torch.Tensor:
+        return torch.tensor([o.class_index for o in self])
+
+
+@pytest.fixture(scope="module")
+def database() -> ObjectList:
     """60 objects of two classes at random places."""
     generator = torch.Generator().manual_seed(4)
     objects = []
@@ -471,7 +261,7 @@ def database(tmp_path) -> FeatureObjectDatabase:
                 features=torch.zeros(1, 3),
             )
         )
-    return write(tmp_path / "db", objects)
+    return ObjectList(objects)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -509,26 +299,3 @@ def test_sampling_is_a_function_of_the_generator(database):
     assert places(1) == places(1)
     assert places(1) != places(2)
     assert len(set(map(tuple, places(1)))) == len(places(1))
-
-
-def test_a_database_cut_short_is_refused(tmp_path):
-    item = FeatureObject(
-        box=torch.tensor([5.0, 0.0, 0.8, 4.0, 2.0, 1.6, 0.0]),
-        class_index=0,
-        num_points=9,
-        coords=torch.tensor([[0, 1, 2], [0, 1, 3]], dtype=torch.int32),
-        features=torch.ones(2, 4),
-    )
-    FeatureObjectDatabase.write(
-        tmp_path / "db",
-        [item, item],
-        spec=replace(SPEC, channels=4),
-        config=CONFIG,
-        split_fingerprint="s",
-        encoder_fingerprint="e",
-    )
-    assert len(FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint="s", encoder_fingerprint="e")) == 2
-    path = tmp_path / "db" / "features.f32"
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(InvalidInput, match="build it again"):
-        FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint="s", encoder_fingerprint="e")

@@ -15,7 +15,7 @@ from upcycle3d.perception.server.feature_rotation import rotate_object, rotate_o
 from upcycle3d.perception.server.upcycle_config import FeatureGtConfig
 
 GRID = VoxelGrid(range=(0.0, -8.0, -1.0, 16.0, 8.0, 3.0), voxel_size=(0.125, 0.125, 0.125))
-SPEC = CutSpec(layer="cut", channels=2, stride=(16, 8, 8), shape=(2, 16, 16), grid=GRID)  # cells of 1 m, centres at i + 1/16
+SPEC = CutSpec(layer="cut", channels=2, stride=(16, 8, 8), shape=(2, 16, 16), grid=GRID)  # cells of 1 m, centers at i + 1/16
 CONFIG = FeatureGtConfig(max_objects=(5,))
 
 

@@ -72,7 +72,7 @@ def assert_refused(report: IngestReport, incoming: Path, store: Path, stem: str,
 
 
 def in_fork(body: Callable[[], object]) -> int:
-    """Exit status of a child that runs ``body``: 1 if it raises."""
+    """Exit status of a child that runs `body`: 1 if it raises."""
     child = os.fork()
     if child == 0:
         status = 1
