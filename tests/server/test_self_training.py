@@ -21,7 +21,6 @@ from upcycle3d.perception.server.self_training import (
     widened_ranges,
 )
 from upcycle3d.perception.server.upcycle_config import ScoreThresholds, SelfTrainingConfig
-from upcycle3d.perception.training import loop as loop_module
 from upcycle3d.perception.training.ema import make_teacher
 from upcycle3d.perception.training.run_folder import RunFolder
 
@@ -115,9 +114,9 @@ SCANS = UnlabeledBatches(
 SETTINGS = tiny.upcycle_config(steps=6, labeled_batch=1, unlabeled_batch=1, self_training=SelfTrainingConfig(relabel_steps=3))
 
 
-def train(run: RunFolder | None = None) -> tuple[Detector, Detector]:
+def train(run: RunFolder | None = None, **options) -> tuple[Detector, Detector]:
     student = tiny.source_model()
-    return student, self_train(student, SCANS, config=SETTINGS, run=run, progress=False)
+    return student, self_train(student, SCANS, config=SETTINGS, run=run, progress=False, **options)
 
 
 def test_a_step_reads_as_many_scans_as_both_halves_of_other_methods_and_their_labels_of_the_round():
@@ -149,24 +148,17 @@ def test_labels_are_made_each_round_and_everything_is_trained(tmp_path):
     assert all(np.isfinite(v.numpy()).all() for v in student.state_dict().values())
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch):
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path):
+    def cut_off(step: int, student: Detector) -> None:
+        if step == 4:
+            raise RuntimeError("power cut")
+
     whole, _ = train(RunFolder.create(tmp_path / "whole", CONFIG, seed=0, tensorboard=False))
-    monkeypatch.setattr(loop_module, "set_schedule", stop_at(5, loop_module.set_schedule))
     with (
         pytest.raises(RuntimeError, match="power cut"),
         RunFolder.create(tmp_path / "cut", CONFIG, seed=0, tensorboard=False) as run,
     ):
-        train(run)
-    monkeypatch.undo()
+        train(run, after_step=cut_off)
     resumed, _ = train(RunFolder.create(tmp_path / "cut", CONFIG, seed=0, resume=True, tensorboard=False))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-
-
-def stop_at(step: int, schedule):
-    def stopping(optimizer, config, now):
-        if now == step:
-            raise RuntimeError("power cut")
-        schedule(optimizer, config, now)
-
-    return stopping
