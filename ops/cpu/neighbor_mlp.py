@@ -34,7 +34,7 @@ def pool(
         out: (Q, C2), receives the results, 0 for a center without neighbors.
     """
     channels, wide = second.shape
-    # Two neighbours and four products a pass over the sums, so that these and the weights are loaded less often.
+    # Two neighbors and four products per pass over the sums, so that these and the weights are loaded less often.
     a, b = np.empty((2, channels), np.float32)
     sum_a, sum_b = np.empty((2, wide), np.float32)
     for q in range(task * CENTERS_PER_TASK, min(len(centers), (task + 1) * CENTERS_PER_TASK)):
