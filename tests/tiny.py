@@ -10,7 +10,6 @@
     config = tiny.upcycle_config(steps=3)           # settings of a training of `tiny.source_model()`, the smallest detector
     path = tiny.shared("data/kitti", "the reader gives the numbers of the real KITTI files")  # skips without the files
     arrays = tiny.golden("pv_rcnn_kitti.npz", "our picks are those of OpenPCDet")  # likewise
-
     one, two = tiny.for_thread_counts(lambda: iou_bev(a, b))  # the same call with 1 and with 2 torch threads
 
 All scans lie in `tiny.GRID`: 12.8 m ahead, 6.4 m to each side. Tests that train add

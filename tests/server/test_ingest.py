@@ -14,7 +14,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from uploads import ENCODER, KEYPOINT_SPEC, OTHER_ENCODER, OTHER_SPEC, SPEC, ingest_all, keypoint_scene, scene, upload
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.strict_json import canonical_json
@@ -23,6 +22,7 @@ from upcycle3d.perception.server.ingest import IngestReport, StoreWriteError, in
 from upcycle3d.perception.server.store import SmashedStore
 from upcycle3d.perception.wire.codec import round_trip
 from upcycle3d.perception.wire.manifest import read_manifest
+from uploads import ENCODER, KEYPOINT_SPEC, OTHER_ENCODER, OTHER_SPEC, SPEC, ingest_all, keypoint_scene, scene, upload
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from uploads import ENCODER, GRID, KEYPOINT_SPEC, OTHER_ENCODER, SPEC, ingest_all, keypoint_scene, scene, upload
 
 import tiny
 from upcycle3d.core.cut import cells_of_centers
@@ -19,6 +18,7 @@ from upcycle3d.perception.vehicle.extractor import Extractor
 from upcycle3d.perception.wire.codec import CODECS, decode_scene, encode_scene, round_trip
 from upcycle3d.perception.wire.cut_json import CorruptScene
 from upcycle3d.perception.wire.manifest import read_manifest
+from uploads import ENCODER, GRID, KEYPOINT_SPEC, OTHER_ENCODER, SPEC, ingest_all, keypoint_scene, scene, upload
 
 
 @pytest.fixture
