@@ -1,4 +1,4 @@
-"""What the comparisons with OpenPCDet's golden outputs share (../shared/reference/golden): weights made by a rule."""
+"""What the comparisons with OpenPCDet's golden outputs share: weights made by a rule, so that they need not be stored."""
 
 import zlib
 from collections.abc import Callable
@@ -12,7 +12,11 @@ RuleWeights = Callable[[list[dict]], dict[str, torch.Tensor]]
 
 @pytest.fixture(scope="session")
 def rule_weights() -> RuleWeights:
-    """Section 2 of the golden README: entries of a state dict -> the state dict."""
+    """Makes the weights that the golden outputs were computed with.
+
+    Each entry of a state dict is drawn from a generator seeded with the CRC-32 of its name: kernels from a normal distribution scaled by
+    their fan-in, biases and running means from one with deviation 0.1, the rest uniform in 0.5..1.5; counters are 0.
+    """
     return _rule_weights
 
 

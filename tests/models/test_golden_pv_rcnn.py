@@ -1,18 +1,18 @@
-"""PV-RCNN equals OpenPCDet stage by stage, on a real KITTI frame with weights made by a rule (../shared/reference/golden).
+"""PV-RCNN equals OpenPCDet stage by stage, on a real KITTI frame with weights made by a rule (`conftest.py`).
 
-The reference takes its keypoints from the raw points, and so does the encoder here. A neighbour on the edge of a ball may be in or
+OpenPCDet takes its keypoints from the raw points, and so does the encoder here. A neighbor on the edge of a ball may be in or
 out by float rounding: the golden file flags the keypoints and regions near such an edge, and these are left out. The sparse backbone,
-the anchor head and the proposals are SECOND-IoU's (test_golden_second_iou.py); the balls are tested with ``ball_query``.
+the anchor head and the proposals are the same as in SECOND-IoU (test_golden_second_iou.py); the balls are tested with `ball_query`.
 """
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import tiny
 from upcycle3d.core.features import CutFeatures, Keypoints
 from upcycle3d.core.structures import PointCloud, Predictions
 from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnOutputs
@@ -21,17 +21,16 @@ from upcycle3d.perception.models.openpcdet import load_openpcdet
 from upcycle3d.perception.models.post_processing import decode_regions
 from upcycle3d.perception.recipes.architectures import KITTI_PV_RCNN_DETECTOR
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
-GOLDEN = SHARED / "reference" / "golden"
-SCAN = SHARED / "data" / "kitti" / "training" / "velodyne_reduced" / "000003.bin"
-pytestmark = pytest.mark.skipif(not (GOLDEN.is_dir() and SCAN.is_file()), reason="golden outputs are not on this machine")
+LABEL = "stage by stage, on a real KITTI frame, the numbers of OpenPCDet"
+GOLDEN = tiny.shared("reference/golden", LABEL)
+SCAN = tiny.shared("data/kitti/training/velodyne_reduced/000003.bin", LABEL)
 Golden = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Run:
     detector: Detector
-    split: CutFeatures
+    features: CutFeatures
     outputs: PvRcnnOutputs
     predictions: Predictions
 
@@ -51,9 +50,9 @@ def run(rule_weights) -> Run:
     detector.eval()
     scan = torch.from_numpy(np.fromfile(SCAN, np.float32).reshape(-1, 4))
     with torch.no_grad():
-        split = detector.encode([PointCloud(xyz=scan[:, :3], features=scan[:, 3:])])
-        outputs = detector.decode(split)
-        return Run(detector=detector, split=split, outputs=outputs, predictions=detector.predict(outputs)[0])
+        features = detector.encode([PointCloud(xyz=scan[:, :3], features=scan[:, 3:])])
+        outputs = detector.decode(features)
+        return Run(detector=detector, features=features, outputs=outputs, predictions=detector.predict(outputs)[0])
 
 
 def close(found: torch.Tensor, expected: np.ndarray, atol: float) -> None:
@@ -62,7 +61,7 @@ def close(found: torch.Tensor, expected: np.ndarray, atol: float) -> None:
 
 @pytest.fixture(scope="module")
 def safe(golden) -> np.ndarray:
-    """(2048,) keypoints without a neighbour on the edge of a ball."""
+    """(2048,) keypoints without a neighbor on the edge of a ball."""
     flagged = golden["keypoint_near_ball_boundary"]
     assert flagged.mean() < 0.1
     return ~flagged
@@ -70,7 +69,7 @@ def safe(golden) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def safe_regions(golden) -> np.ndarray:
-    """(100,) regions whose own balls have no such neighbour, nor the keypoints that they gather: a tenth, they gather many."""
+    """(100,) regions whose own balls have no such neighbor, nor the keypoints that they gather: a tenth, they gather many."""
     flagged = golden["roi_near_ball_boundary"]
     assert flagged.sum() == 90
     return ~flagged
@@ -106,19 +105,19 @@ def test_voxels_come_in_the_order_of_the_reference_and_keypoints_are_its_points(
     voxels = run.detector.encoder.voxelize([PointCloud(xyz=scan[:, :3], features=scan[:, 3:])])
     order = np.lexsort(golden["voxel_coords_zyx"].T[::-1])
     assert np.array_equal(voxels.coords[:, 1:].numpy(), golden["voxel_coords_zyx"][order])
-    assert np.array_equal(run.split.keypoints.xyz.numpy(), golden["keypoints"])
+    assert np.array_equal(run.features.keypoints.xyz.numpy(), golden["keypoints"])
     assert np.array_equal(golden["points"][golden["keypoint_index"], :3], golden["keypoints"])
 
 
 def test_features_of_keypoints_before_and_after_fusion(run, golden, safe):
-    features, rows = run.split.keypoints.features, golden["before_fusion_rows"]
-    close(features[rows][safe[rows]], golden["point_features_before_fusion"][safe[rows]], 3e-4)
+    before, rows = run.features.keypoints.features, golden["before_fusion_rows"]
+    close(before[rows][safe[rows]], golden["point_features_before_fusion"][safe[rows]], 3e-4)
     # The map at the cut (the first 256) has no balls.
-    close(features[rows, :256], golden["point_features_before_fusion"][:, :256], 3e-4)
-    close(features.double().mean(0), golden["before_fusion_channel_mean"], 3e-4)
-    close(features.double().std(0, correction=0), golden["before_fusion_channel_std"], 1e-3)
+    close(before[rows, :256], golden["point_features_before_fusion"][:, :256], 3e-4)
+    close(before.double().mean(0), golden["before_fusion_channel_mean"], 3e-4)
+    close(before.double().std(0, correction=0), golden["before_fusion_channel_std"], 1e-3)
     with torch.no_grad():
-        close(run.detector.decoder.fusion(features)[safe], golden["point_features"][safe], 3e-4)
+        close(run.detector.decoder.fusion(before)[safe], golden["point_features"][safe], 3e-4)
 
 
 def test_scores_of_keypoints(run, golden, safe):
@@ -160,7 +159,7 @@ def test_quality_and_refined_boxes_end_to_end(run, golden, safe_regions):
     close(outputs.box_codes[0][safe_regions], golden["rcnn_reg"][safe_regions], 2e-5)
     boxes = decode_regions(outputs.box_codes[0], outputs.proposals.boxes[0])
     close(boxes[safe_regions], golden["rcnn_boxes"][safe_regions], 1e-4)
-    # A flipped neighbour moves a quality logit by about 0.01.
+    # A flipped neighbor moves a quality logit by about 0.01.
     close(outputs.quality_logits[0], golden["rcnn_cls"], 0.05)
 
 

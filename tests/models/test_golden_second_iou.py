@@ -1,12 +1,12 @@
-"""SECOND-IoU equals OpenPCDet stage by stage, on a real KITTI frame with weights made by a rule (../shared/reference/golden)."""
+"""SECOND-IoU equals OpenPCDet stage by stage, on a real KITTI frame with weights made by a rule (`conftest.py`)."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import tiny
 from upcycle3d.core.structures import PointCloud
 from upcycle3d.ops.iou3d import iou_bev
 from upcycle3d.ops.nms import nms_rotated
@@ -15,10 +15,9 @@ from upcycle3d.perception.models.openpcdet import load_openpcdet
 from upcycle3d.perception.models.post_processing import decode_boxes
 from upcycle3d.perception.recipes.presets import KITTI_SECOND_IOU
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
-GOLDEN = SHARED / "reference" / "golden"
-SCAN = SHARED / "data" / "kitti" / "training" / "velodyne_reduced" / "000003.bin"
-pytestmark = pytest.mark.skipif(not (GOLDEN.is_dir() and SCAN.is_file()), reason="golden outputs are not on this machine")
+LABEL = "stage by stage, on a real KITTI frame, the numbers of OpenPCDet"
+GOLDEN = tiny.shared("reference/golden", LABEL)
+SCAN = tiny.shared("data/kitti/training/velodyne_reduced/000003.bin", LABEL)
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import tiny
 from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
@@ -24,10 +24,9 @@ from upcycle3d.perception.recipes.architectures import (
     WAYMO_PV_RCNN_DETECTOR,
 )
 
-GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "golden"
 Shapes = dict[str, tuple[int, ...]]
 
-# ---- the layer tables of OpenPCDet (upcycling.md section 5), in its names; nothing here looks at our modules
+# ---- the layer tables of OpenPCDet's kitti_models and waymo_models, in its names; nothing here looks at our modules
 
 
 def norm(name: str, channels: int) -> Shapes:
@@ -126,12 +125,12 @@ def test_second_is_second_iou_without_its_head():
     assert second() == {n: shape for n, shape in second_iou().items() if not n.startswith("roi_head.")}
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="lists of OpenPCDet's own weights are not on this machine")
 @pytest.mark.parametrize(
     ("name", "table"), [("second", second()), ("second_iou", second_iou()), ("pv_rcnn", KITTI_PV_RCNN_TABLE)]
 )
 def test_the_tables_of_this_test_are_those_of_openpcdets_own_modules(name, table):
-    entries = json.loads((GOLDEN / f"state_dict_{name}.json").read_text())["entries"]
+    golden = tiny.shared("reference/golden", "the names and shapes of the weights of OpenPCDet's own modules")
+    entries = json.loads((golden / f"state_dict_{name}.json").read_text())["entries"]
     assert {e["name"]: tuple(e["shape"]) for e in entries} == table
 
 

@@ -1,92 +1,35 @@
 """PV-RCNN as a whole: where its keypoints lie, the frames of its regions, poor scenes, that every part learns, and its files."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from upcycle3d.core.boxes import rotate_z, wrap_angle
-from upcycle3d.core.cut import VoxelGrid, cells_of_centers
+from tiny import BALLS, CAR, CAR_LABEL, GRID, cloud, pv_rcnn, pv_rcnn_config, second_iou_config
+from tiny import NO_POINTS as NOTHING
+from tiny import scan_with_car as scan
+from upcycle3d.core.boxes import wrap_angle
+from upcycle3d.core.cut import cells_of_centers
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import CutFeatures, Keypoints
 from upcycle3d.core.structures import Labels, LossTerms, PointCloud
 from upcycle3d.ops.iou3d import iou_3d
-from upcycle3d.perception.models.anchors import AnchorClass
-from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
-from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnConfig, PvRcnnDecoder
+from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnDecoder
 from upcycle3d.perception.models.decoders.regions import region_grid
 from upcycle3d.perception.models.detector import Detector
-from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder, PvRcnnEncoderConfig
-from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
-from upcycle3d.perception.models.encoders.set_abstraction import SetAbstractionConfig
-from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms, decode_regions
-from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig
-from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
-from upcycle3d.perception.models.targets import RoiSampling, encode_regions
+from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder
+from upcycle3d.perception.models.encoders.second import SecondEncoder
+from upcycle3d.perception.models.post_processing import ProposalNms, decode_regions
+from upcycle3d.perception.models.targets import encode_regions
 from upcycle3d.perception.training.detector_files import load_detector, save_detector, save_run_detector
 from upcycle3d.perception.wire.encoder_file import load_encoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT = 96
-GRID = VoxelGrid(range=(0.0, -6.4, -1.0, 12.8, 6.4, 3.0), voxel_size=(0.1, 0.1, 0.1))
-BALLS = SetAbstractionConfig(channels=(4, 4), radii=(0.6, 1.2), limits=(4, 8))
-TINY = PvRcnnDetectorConfig(
-    encoder=PvRcnnEncoderConfig(
-        voxels=SecondEncoderConfig(grid=GRID, point_features=(), channels=(4, 8, 8, 8, 16)),
-        keypoints=COUNT, raw_points=BALLS, conv1=BALLS, conv2=None, conv3=BALLS, conv4=BALLS,
-    ),
-    decoder=PvRcnnConfig(
-        anchors=(AnchorClass(name="Car", size=(4.0, 2.0, 1.6), bottom_z=0.0, matched=0.55, unmatched=0.40),),
-        bev=BevBackboneConfig(layers=(1, 1), channels=(16, 16), up_channels=(16, 16)),
-        fused_channels=16,
-        keypoint_channels=16,
-        grid_size=3,
-        grid_pooling=SetAbstractionConfig(channels=(8, 8), radii=(0.8, 1.6), limits=(8, 8)),
-        head_channels=16,
-        dropout=0.0,
-        train_proposals=ProposalNms(pre=256, iou=0.8, post=64),
-        test_proposals=ProposalNms(pre=128, iou=0.7, post=32),
-        roi_sampling=RoiSampling(count=32),
-        quality_target=(0.0, 1.0),
-        final=FinalNms(score=0.0, iou=0.1),
-    ),
-)  # fmt: skip
-CAR = torch.tensor([[6.3, 1.1, 0.8, 4.2, 1.9, 1.6, 0.4]])
-CAR_LABEL = Labels.make(CAR, torch.zeros(1, dtype=torch.int64))
+TINY = pv_rcnn_config()
 GUESS = Labels.make(CAR, torch.zeros(1, dtype=torch.int64), exact=False, complete=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """For toy networks a second thread costs more than it brings, and on a busy machine the two wait for each other for minutes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def detector(config: PvRcnnDetectorConfig = TINY, seed: int = 0) -> Detector:
-    torch.manual_seed(seed)
-    return config.build()
-
-
-def cloud(xyz: Tensor) -> PointCloud:
-    return PointCloud(xyz=xyz, features=torch.zeros(len(xyz), 1))
-
-
-def scan(seed: int = 0, road: int = 150) -> PointCloud:
-    """Points on the sides of the car, and a sparse road."""
-    generator = torch.Generator().manual_seed(seed)
-    ground = torch.rand(road, 3, generator=generator) * torch.tensor([12.8, 12.8, 0.05]) - torch.tensor([0.0, 6.4, 0.0])
-    side = torch.rand(400, 3, generator=generator) - 0.5
-    axis = torch.randint(2, (400,), generator=generator)
-    side[torch.arange(400), axis] = 0.5 * torch.sign(side[torch.arange(400), axis])
-    return cloud(torch.cat([ground, rotate_z(side * CAR[0, 3:6], CAR[0, 6]) + CAR[0, :3]]))
-
-
-NOTHING = cloud(torch.zeros(0, 3))
 FEW = cloud(torch.tensor([[5.05, 0.05, 0.55], [5.05, 0.05, 0.56], [6.05, 0.35, 0.75]]))  # two voxels
 
 
@@ -98,13 +41,13 @@ def losses(model: Detector, clouds: list[PointCloud], labels: list[Labels]) -> L
 
 
 def test_shapes_from_points_to_boxes():
-    model = detector().eval()
+    model = pv_rcnn().eval()
     with torch.no_grad():
-        split = model.encode([scan(), scan(1)])
-        outputs = model.decode(split)
+        features = model.encode([scan(), scan(1)])
+        outputs = model.decode(features)
     spec = model.spec
-    assert spec.keypoints.channels == 16 * 2 + 4 * BALLS.out_channels == split.keypoints.features.shape[1]
-    assert split.keypoints.starts == (0, COUNT, 2 * COUNT)
+    assert spec.keypoints.channels == 16 * 2 + 4 * BALLS.out_channels == features.keypoints.features.shape[1]
+    assert features.keypoints.starts == (0, COUNT, 2 * COUNT)
     assert outputs.keypoint_logits.shape == (2 * COUNT,)
     assert outputs.quality_logits.shape == outputs.proposals.valid.shape == (2, 32)
     assert outputs.box_codes.shape == (2, 32, 7)
@@ -122,7 +65,7 @@ def test_a_decoder_without_keypoints_to_read_says_so():
 
 
 def test_a_batch_is_detected_like_its_scenes_alone():
-    model = detector().eval()
+    model = pv_rcnn().eval()
     clouds = [scan(), NOTHING, scan(2), FEW]
     batch = model.detect(clouds)
     for one, found in zip(clouds, batch, strict=True):
@@ -133,7 +76,7 @@ def test_a_batch_is_detected_like_its_scenes_alone():
 
 
 def test_features_at_the_cut_of_a_batch_are_those_of_its_scenes():
-    encoder = detector().encoder.eval()
+    encoder = pv_rcnn().encoder.eval()
     clouds = [scan(), NOTHING, FEW, scan(2)]
     with torch.no_grad():
         batch = encoder(clouds)
@@ -147,14 +90,14 @@ def test_features_at_the_cut_of_a_batch_are_those_of_its_scenes():
 
 
 def test_keypoints_are_centers_of_occupied_voxels_whatever_the_order_of_the_points():
-    encoder = detector().encoder.eval()
+    encoder = pv_rcnn().encoder.eval()
     points = scan().xyz
     shuffled = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(5))]
     with torch.no_grad():
         a, b = (encoder([cloud(p)]).keypoints.xyz for p in (points, shuffled))
     assert torch.equal(a, b)
     assert len(a) == COUNT
-    cells = cells_of_centers(a, GRID)  # raises for a point that is no centre
+    cells = cells_of_centers(a, GRID)  # raises for a point that is no center
     assert len(cells.unique(dim=0)) == COUNT
     occupied = encoder.voxelize([cloud(points)]).coords[:, 1:]
     assert set(map(tuple, cells.tolist())) <= set(map(tuple, occupied.tolist()))
@@ -164,7 +107,7 @@ def test_keypoints_are_centers_of_occupied_voxels_whatever_the_order_of_the_poin
 
 def test_a_scene_with_fewer_voxels_than_keypoints_has_fewer_keypoints():
     with torch.no_grad():
-        keypoints = detector().encoder.eval()([FEW, NOTHING, scan()]).keypoints
+        keypoints = pv_rcnn().encoder.eval()([FEW, NOTHING, scan()]).keypoints
     assert keypoints.starts == (0, 2, 2, 2 + COUNT)
     assert sorted(keypoints.xyz[:2].tolist()) == [pytest.approx(x, abs=1e-5) for x in ([5.05, 0.05, 0.55], [6.05, 0.35, 0.75])]
 
@@ -186,8 +129,8 @@ def test_a_source_can_be_left_out(source):
     config = replace(TINY.encoder, **{source: None})
     encoder = PvRcnnEncoder(config).eval()
     with torch.no_grad():
-        split = encoder([scan()])
-    assert split.keypoints.features.shape[1] == encoder.spec.keypoints.channels == 32 + 3 * BALLS.out_channels
+        features = encoder([scan()])
+    assert features.keypoints.features.shape[1] == encoder.spec.keypoints.channels == 32 + 3 * BALLS.out_channels
 
 
 # ---- poor scenes
@@ -197,7 +140,7 @@ def test_a_source_can_be_left_out(source):
 @pytest.mark.parametrize("labels", [CAR_LABEL, Labels.empty(), Labels.empty(complete=False), GUESS])
 @pytest.mark.parametrize("clouds", [[NOTHING, NOTHING], [NOTHING, scan(), FEW], [FEW]], ids=["nothing", "mixed", "few"])
 def test_scenes_with_few_or_no_points_are_legal(training, labels, clouds):
-    model = detector().train(training)
+    model = pv_rcnn().train(training)
     terms = losses(model, clouds, [labels] * len(clouds))
     assert terms.first_non_finite() is None
     terms.total().backward()
@@ -208,7 +151,7 @@ def test_scenes_with_few_or_no_points_are_legal(training, labels, clouds):
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_step_with_hardly_any_region_is_legal(count):
-    model = detector().train()
+    model = pv_rcnn().train()
     keypoints = model.encode([scan()]).keypoints
     fused = replace(keypoints, features=torch.randn(COUNT, 16, requires_grad=True))
     quality, codes = model.decoder.roi_head(CAR[:count], [0, count], fused)
@@ -258,7 +201,7 @@ def test_a_region_that_fits_has_code_zero_and_offsets_are_measured_along_the_reg
     regions, _ = some_regions(5)
     assert torch.allclose(encode_regions(regions, regions), torch.zeros(5, 7), atol=1e-5)
     region = torch.tensor([[10.0, 5, 0, 4, 3, 2, math.pi / 2]])  # looks left
-    # One metre of a diagonal of five.
+    # One meter of a diagonal of five.
     ahead = region + torch.tensor([[0, 1.0, 0, 0, 0, 0, 0]])
     assert torch.allclose(encode_regions(ahead, region)[0], torch.tensor([0.2, 0, 0, 0, 0, 0, 0]), atol=1e-5)
 
@@ -283,7 +226,7 @@ def test_the_grid_of_a_region_is_the_centers_of_its_cells():
 
 
 def test_the_head_pools_keypoints_of_its_own_scene_only():
-    head = detector().decoder.roi_head.eval()
+    head = pv_rcnn().decoder.roi_head.eval()
     xyz = CAR[:, :3] + torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) * 0.5
     features = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
     regions = CAR.repeat(2, 1)
@@ -302,7 +245,7 @@ def test_the_head_pools_keypoints_of_its_own_scene_only():
 def test_every_weight_learns():
     # Let proposals be the anchors, all of them, and the car like an anchor: then some region is on the car.
     everything = ProposalNms(pre=512, iou=0.99, post=512)
-    model = detector(replace(TINY, decoder=replace(TINY.decoder, train_proposals=everything))).train()
+    model = pv_rcnn(replace(TINY, decoder=replace(TINY.decoder, train_proposals=everything))).train()
     torch.nn.init.zeros_(model.decoder.anchor_head.conv_box.bias)
     straight = Labels.make(CAR * torch.tensor([1.0, 1, 1, 1, 1, 1, 0]), torch.zeros(1, dtype=torch.int64))
     terms = losses(model, [scan(), scan(1)], [straight, straight])
@@ -316,7 +259,7 @@ def test_every_weight_learns():
 
 
 def test_the_regions_losses_reach_back_into_the_encoder_past_the_proposals():
-    model = detector().train()
+    model = pv_rcnn().train()
     terms = losses(model, [scan()], [CAR_LABEL]).terms
     (terms["roi_quality"] + terms["roi_corner"] + terms["roi_box"]).backward()
     decoder, encoder = model.decoder, model.encoder
@@ -326,22 +269,22 @@ def test_the_regions_losses_reach_back_into_the_encoder_past_the_proposals():
 
 
 def test_a_frozen_encoder_gives_no_gradient_and_keeps_its_statistics():
-    model = detector().train().freeze_encoder()
+    model = pv_rcnn().train().freeze_encoder()
     before = {n: v.clone() for n, v in model.encoder.state_dict().items()}
-    split = model.encode([scan(), scan(1)])
-    assert not split.keypoints.features.requires_grad
+    features = model.encode([scan(), scan(1)])
+    assert not features.keypoints.features.requires_grad
     labels = [CAR_LABEL, GUESS]
-    model.loss(model.decode(split, labels), labels).total().backward()
+    model.loss(model.decode(features, labels), labels).total().backward()
     assert all(p.grad is None for p in model.encoder.parameters())
     assert all(torch.equal(v, before[n]) for n, v in model.encoder.state_dict().items())
     assert all(p.grad is not None for p in model.decoder.parameters())
 
 
 def test_features_of_the_vehicle_keep_their_gradient_for_the_server():
-    model = detector().eval()
-    split = model.encode([scan()])
-    leaf = split.keypoints.features.detach().requires_grad_()
-    live = CutFeatures(voxels=split.voxels, spec=split.spec, keypoints=replace(split.keypoints, features=leaf))
+    model = pv_rcnn().eval()
+    features = model.encode([scan()])
+    leaf = features.keypoints.features.detach().requires_grad_()
+    live = CutFeatures(voxels=features.voxels, spec=features.spec, keypoints=replace(features.keypoints, features=leaf))
     model.loss(model.decode(live, [CAR_LABEL]), [CAR_LABEL]).total().backward()
     assert leaf.grad.any()
 
@@ -349,7 +292,7 @@ def test_features_of_the_vehicle_keep_their_gradient_for_the_server():
 @pytest.mark.parametrize("clouds", [[scan(), scan(1)], [NOTHING, FEW]], ids=["cars", "nothing"])
 def test_a_step_in_half_precision_is_close_to_one_in_full(clouds):
     labels = [CAR_LABEL, GUESS]
-    full, half = detector().train(), detector().train()
+    full, half = pv_rcnn().train(), pv_rcnn().train()
     torch.manual_seed(1)
     expected = losses(full, clouds, labels).floats()
     torch.manual_seed(1)
@@ -365,7 +308,7 @@ def test_a_step_in_half_precision_is_close_to_one_in_full(clouds):
 
 
 def test_it_learns_two_scenes_by_heart():
-    model = detector().train()
+    model = pv_rcnn().train()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     history = []
     for _ in range(60):
@@ -396,15 +339,7 @@ def test_it_learns_two_scenes_by_heart():
 # ---- files
 
 
-SECOND = SecondIouDetectorConfig(encoder=TINY.encoder.voxels)
-
-
-def small_second() -> SecondIouDetectorConfig:
-    d = SECOND.decoder
-    return replace(SECOND, decoder=replace(d, anchors=TINY.decoder.anchors, bev=TINY.decoder.bev, head_channels=8, pool_size=3))
-
-
-@pytest.mark.parametrize("config", [TINY, small_second()], ids=["pv_rcnn", "second_iou"])
+@pytest.mark.parametrize("config", [TINY, second_iou_config()], ids=["pv_rcnn", "second_iou"])
 def test_a_detector_and_its_vehicle_half_come_back_from_their_files(tmp_path, config):
     torch.manual_seed(3)
     model = config.build().train()
@@ -426,12 +361,12 @@ def test_a_detector_and_its_vehicle_half_come_back_from_their_files(tmp_path, co
 
 
 def test_another_file_is_no_detector_and_no_encoder(tmp_path):
-    model = detector()
+    model = pv_rcnn()
     save_run_detector(tmp_path, model)
     with pytest.raises(InvalidInput, match="not a vehicle encoder"):
         load_encoder(tmp_path / "detector.safetensors")
     with pytest.raises(InvalidInput, match="not a detector of this program"):
         load_detector(tmp_path / "encoder.safetensors")
     raw = replace(TINY, encoder=replace(TINY.encoder, keypoint_source="raw_points", raw_points=None))
-    save_detector(tmp_path / "raw.safetensors", detector(raw))
+    save_detector(tmp_path / "raw.safetensors", pv_rcnn(raw))
     assert load_detector(tmp_path / "raw.safetensors").config == raw

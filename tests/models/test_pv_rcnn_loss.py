@@ -156,7 +156,7 @@ def test_box_weight_says_how_much_a_box_is_worth_to_the_box_branch():
 def test_a_pasted_object_teaches_quality_and_box_in_an_incomplete_scene():
     terms, quality, codes = region_terms([label(STRAIGHT, exact=True, complete=False)])
     assert all(v > 0 for v in terms.values())
-    assert (quality[0] != 0).tolist() == [True, True, True, False]  # where nobody labelled is no background
+    assert (quality[0] != 0).tolist() == [True, True, True, False]  # where nobody labeled is no background
     assert (codes[0] != 0).any(1).tolist() == [True, True, False, False]
 
 

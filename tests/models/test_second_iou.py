@@ -2,81 +2,27 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
+from tiny import CAR, CAR_LABEL, second_iou, second_iou_config
+from tiny import NO_POINTS as NOTHING
+from tiny import scan_with_car as scan
 from upcycle3d.core.cut import VoxelGrid
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import CutFeatures
 from upcycle3d.core.structures import Labels, PointCloud, Predictions
 from upcycle3d.ops.iou3d import iou_3d
-from upcycle3d.perception.models.anchors import AnchorClass
-from upcycle3d.perception.models.decoders.bev import BevBackboneConfig, height_compression
-from upcycle3d.perception.models.decoders.second_iou import SecondIouConfig
+from upcycle3d.perception.models.decoders.bev import height_compression
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
-from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms
-from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
-from upcycle3d.perception.models.targets import RoiSampling
+from upcycle3d.perception.models.post_processing import FinalNms
 from upcycle3d.perception.recipes.presets import KITTI_SECOND_IOU
 
-TINY = SecondIouDetectorConfig(
-    encoder=SecondEncoderConfig(
-        grid=VoxelGrid(range=(0.0, -6.4, -1.0, 12.8, 6.4, 3.0), voxel_size=(0.1, 0.1, 0.1)),
-        point_features=(),
-        channels=(4, 8, 8, 8, 16),
-    ),
-    decoder=SecondIouConfig(
-        anchors=(AnchorClass(name="Car", size=(4.0, 2.0, 1.6), bottom_z=0.0, matched=0.55, unmatched=0.40),),
-        bev=BevBackboneConfig(layers=(1, 1), channels=(16, 16), up_channels=(16, 16)),
-        head_channels=16,
-        pool_size=3,
-        dropout=0.0,
-        train_proposals=ProposalNms(pre=256, iou=0.8, post=64),
-        test_proposals=ProposalNms(pre=128, iou=0.7, post=32),
-        roi_sampling=RoiSampling(count=32),
-        iou_target=(0.0, 1.0),
-        final=FinalNms(score=0.0),
-    ),
-)
-CAR = torch.tensor([[6.3, 1.1, 0.8, 4.2, 1.9, 1.6, 0.4]])
-CAR_LABEL = Labels.make(CAR, torch.zeros(1, dtype=torch.int64))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """For toy networks a second thread costs more than it brings, and on a busy machine the two wait for each other for minutes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def detector(seed: int = 0, config: SecondIouDetectorConfig = TINY) -> Detector:
-    torch.manual_seed(seed)
-    return config.build()
-
-
-def scan(box: torch.Tensor | None = CAR, seed: int = 0) -> PointCloud:
-    """Points on the sides of a box, and a sparse road."""
-    generator = torch.Generator().manual_seed(seed)
-    road = torch.rand(150, 3, generator=generator) * torch.tensor([12.8, 12.8, 0.05]) - torch.tensor([0.0, 6.4, 0.0])
-    parts = [road]
-    for x, y, z, dx, dy, dz, yaw in [] if box is None else box.tolist():
-        side = torch.rand(400, 3, generator=generator) - 0.5
-        axis = torch.randint(2, (400,), generator=generator)
-        side[torch.arange(400), axis] = 0.5 * torch.sign(side[torch.arange(400), axis])
-        side *= torch.tensor([dx, dy, dz])
-        turn = torch.tensor([[math.cos(yaw), -math.sin(yaw), 0], [math.sin(yaw), math.cos(yaw), 0], [0, 0, 1]])
-        parts.append(side @ turn.T + torch.tensor([x, y, z]))
-    xyz = torch.cat(parts)
-    return PointCloud(xyz=xyz, features=torch.zeros(len(xyz), 1))
-
-
-NOTHING = PointCloud(xyz=torch.zeros(0, 3), features=torch.zeros(0, 1))
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY = second_iou_config()
 
 
 def same(a: Predictions, b: Predictions) -> bool:
@@ -103,11 +49,11 @@ def test_parameter_counts_of_the_reference():
 
 
 def test_the_two_halves_are_the_whole():
-    model = detector().eval()
+    model = second_iou().eval()
     clouds = [scan(), scan(seed=1), NOTHING]
     with torch.no_grad():
-        split = model.encode(clouds)
-        halves = model.predict(model.decode(split))
+        features = model.encode(clouds)
+        halves = model.predict(model.decode(features))
     whole = model(clouds)
     assert len(halves) == len(whole) == 3
     assert all(len(p) for p in whole)
@@ -115,7 +61,7 @@ def test_the_two_halves_are_the_whole():
 
 
 def test_a_scene_is_detected_alike_alone_and_in_a_batch():
-    model = detector().eval()
+    model = second_iou().eval()
     clouds = [scan(), NOTHING, scan(seed=2), NOTHING]
     batch = model.detect(clouds)
     assert len(batch) == 4
@@ -124,15 +70,15 @@ def test_a_scene_is_detected_alike_alone_and_in_a_batch():
         assert len(found) == len(alone)
         assert torch.allclose(found.scores, alone.scores, atol=1e-5)
     with torch.no_grad():
-        split = model.encode(clouds)
-    assert split.batch_size == 4
-    assert split.scene(3).voxels.features.shape == (0, 16)
+        features = model.encode(clouds)
+    assert features.batch_size == 4
+    assert features.scene(3).voxels.features.shape == (0, 16)
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("labels", [CAR_LABEL, Labels.empty(), Labels.empty(complete=False)], ids=["car", "none", "unknown"])
 def test_scenes_without_any_point_are_legal(training, labels):
-    model = detector().train(training)
+    model = second_iou().train(training)
     terms = losses(model, [NOTHING, NOTHING], [labels, labels])
     assert terms.first_non_finite() is None
     terms.total().backward()
@@ -143,9 +89,9 @@ def test_scenes_without_any_point_are_legal(training, labels):
 
 
 def test_detections_lie_above_the_final_threshold():
-    strict = detector(config=replace(TINY, decoder=replace(TINY.decoder, final=FinalNms(score=0.999)))).eval()
+    strict = second_iou(replace(TINY, decoder=replace(TINY.decoder, final=FinalNms(score=0.999)))).eval()
     assert [len(p) for p in strict.detect([scan()])] == [0]
-    found = detector().eval().detect([scan()])[0]
+    found = second_iou().eval().detect([scan()])[0]
     assert bool((found.scores.diff() <= 0).all())
     assert bool((found.boxes.data[:, 6].abs() <= math.pi + 1e-6).all())
 
@@ -162,16 +108,16 @@ def test_a_grid_too_shallow_for_the_cut_is_refused_where_the_encoder_is_made():
 def test_missing_point_features_are_named():
     wants = replace(TINY, encoder=replace(TINY.encoder, point_features=("intensity", "elongation")))
     with pytest.raises(InvalidInput, match="elongation"):
-        detector(config=wants).encode([scan()])
+        second_iou(wants).encode([scan()])
     with pytest.raises(InvalidInput, match="at least one point cloud"):
-        detector().encode([])
+        second_iou().encode([])
 
 
 # ---- gradients
 
 
 def test_every_part_learns():
-    model = detector().train()
+    model = second_iou().train()
     losses(model, [scan(), scan(seed=1)], [CAR_LABEL, CAR_LABEL]).total().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -181,14 +127,14 @@ def test_every_part_learns():
 
 
 def test_the_iou_loss_reaches_its_own_head_only():
-    model = detector().train()
+    model = second_iou().train()
     losses(model, [scan(), scan(seed=1)], [CAR_LABEL, CAR_LABEL]).terms["iou"].backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.decoder.roi_head.parameters())
     assert all(p.grad is None for n, p in model.named_parameters() if "roi_head" not in n)
 
 
 def test_in_a_pseudo_labeled_scene_the_iou_head_learns_nothing_and_the_rest_does():
-    model = detector().train()
+    model = second_iou().train()
     guess = Labels.make(CAR, torch.zeros(1, dtype=torch.int64), exact=False, complete=False)
     terms = losses(model, [scan()], [guess])
     assert terms.terms["iou"] == 0
@@ -198,17 +144,17 @@ def test_in_a_pseudo_labeled_scene_the_iou_head_learns_nothing_and_the_rest_does
 
 
 def test_an_ignored_object_costs_less_than_a_missed_one():
-    model = detector().eval()  # no batch statistics: the outputs are the same each time
+    model = second_iou().eval()  # no batch statistics: the outputs are the same each time
     ignored = replace(CAR_LABEL, weight=torch.zeros(1))
-    split = model.encode([scan()])
-    outputs = model.decode(split, [ignored])
+    features = model.encode([scan()])
+    outputs = model.decode(features, [ignored])
     with_ignored, without = (model.loss(outputs, [x]).terms for x in (ignored, Labels.empty()))
     assert with_ignored["box"] == without["box"] == 0
     assert with_ignored["class"] < without["class"]  # fewer anchors are background
 
 
 def test_a_frozen_encoder_keeps_weights_statistics_and_gives_no_gradient():
-    model = detector().train()
+    model = second_iou().train()
     model.freeze_encoder()
     before = copy.deepcopy(model.encoder.state_dict())
     for _ in range(2):
@@ -216,8 +162,8 @@ def test_a_frozen_encoder_keeps_weights_statistics_and_gives_no_gradient():
         model.train()  # the trainer and the loop switch modes; the encoder must not follow
         assert not any(m.training for m in model.encoder.modules())
         assert model.decoder.training
-        split = model.encode([scan(), scan(seed=1)])
-        assert not split.voxels.features.requires_grad
+        features = model.encode([scan(), scan(seed=1)])
+        assert not features.voxels.features.requires_grad
         losses(model, [scan(), scan(seed=1)], [CAR_LABEL, CAR_LABEL]).total().backward()
     assert all(p.grad is None for p in model.encoder.parameters())
     assert all(torch.equal(v, before[n]) for n, v in model.encoder.state_dict().items())
@@ -227,10 +173,10 @@ def test_a_frozen_encoder_keeps_weights_statistics_and_gives_no_gradient():
 
 def test_features_of_the_vehicle_keep_their_gradient_for_the_server():
     """An inversion attack or joint training differentiates through the decoder to the features at the cut."""
-    model = detector().eval()
-    split = model.encode([scan()])
-    leaf = split.voxels.features.detach().requires_grad_()
-    live = CutFeatures(voxels=replace(split.voxels, features=leaf), spec=split.spec)
+    model = second_iou().eval()
+    features = model.encode([scan()])
+    leaf = features.voxels.features.detach().requires_grad_()
+    live = CutFeatures(voxels=replace(features.voxels, features=leaf), spec=features.spec)
     model.loss(model.decode(live, [CAR_LABEL]), [CAR_LABEL]).total().backward()
     assert leaf.grad is not None
     assert leaf.grad.abs().sum() > 0
@@ -241,7 +187,7 @@ def test_features_of_the_vehicle_keep_their_gradient_for_the_server():
 
 def test_it_learns_one_scene_by_heart():
     torch.manual_seed(0)
-    model = detector().train()
+    model = second_iou().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=80)
     for _ in range(80):
@@ -275,7 +221,7 @@ class BevHalf(torch.nn.Module):
 
 
 def test_the_dense_half_exports():
-    model = detector().eval()
+    model = second_iou().eval()
     with torch.no_grad():
         bev = height_compression(model.encode([scan(), scan(seed=1)]).voxels)
         half = BevHalf(model).eval()
@@ -287,13 +233,13 @@ def test_the_dense_half_exports():
 
 def test_a_map_with_an_odd_number_of_cells_keeps_its_size():
     grid = VoxelGrid(range=(0.0, -6.0, -1.0, 12.0, 6.0, 3.0), voxel_size=(0.1, 0.1, 0.1))  # 15 x 15 cells
-    model = detector(config=replace(TINY, encoder=replace(TINY.encoder, grid=grid))).eval()
+    model = second_iou(replace(TINY, encoder=replace(TINY.encoder, grid=grid))).eval()
     assert model.encoder.spec.shape[1:] == (15, 15)
     assert len(model.detect([scan()])) == 1
 
 
 def test_boxes_can_be_kept_out_of_box_regression():
-    model = detector()
+    model = second_iou()
     outputs = model.decode(model.encode([scan()]), [CAR_LABEL])
     trusted = model.loss(outputs, [CAR_LABEL]).floats()
     half, none = (
@@ -308,7 +254,7 @@ def test_boxes_can_be_kept_out_of_box_regression():
 
 @pytest.mark.slow
 def test_one_training_step_of_the_full_reference_preset():
-    model = detector(config=KITTI_SECOND_IOU.detector)
+    model = second_iou(KITTI_SECOND_IOU.detector)
     generator = torch.Generator().manual_seed(0)
     xyz = torch.rand(30_000, 3, generator=generator) * torch.tensor([70.0, 79.0, 0.4]) - torch.tensor([0.0, 39.5, 1.9])
     cloud = PointCloud(xyz=xyz, features=torch.rand(30_000, 1, generator=generator))

@@ -1,7 +1,7 @@
-"""Set abstraction against OpenPCDet's padded arithmetic (``StackSAModuleMSG``), written here with its modules in float64.
+"""Set abstraction against OpenPCDet's padded arithmetic (`StackSAModuleMSG`), written here with its modules in float64.
 
-There every ball has exactly n slots: too few neighbours repeat the first one, an empty ball is n rows of zeros. Values, batch
-statistics, running statistics and gradients must be equal, although ours lists every neighbour once.
+There every ball has exactly n slots: too few neighbors repeat the first one, an empty ball is n rows of zeros. Values, batch
+statistics, running statistics and gradients must be equal, although ours lists every neighbor once.
 """
 
 from itertools import pairwise
@@ -55,7 +55,7 @@ Case = tuple[Tensor, list[int], Tensor, list[int], Tensor]
 
 
 def case(center_counts: tuple[int, ...], point_counts: tuple[int, ...], seed: int = 0) -> Case:
-    """Points in a box of 4 m, tens of metres away from the origin; centres there too, some of them alone."""
+    """Points in a box of 4 m, tens of meters away from the origin; centers there too, some of them alone."""
     generator = torch.Generator().manual_seed(seed)
     place = torch.tensor([50.0, -20.0, 1.0])
     centers, points = (torch.rand(sum(n), 3, generator=generator) * 4 + place for n in (center_counts, point_counts))
@@ -69,10 +69,10 @@ CASES = pytest.mark.parametrize(
     "inputs",
     [
         pytest.param(case((30, 20), (200, 150)), id="two scenes"),
-        pytest.param(case((7, 5, 0, 6), (150, 0, 0, 150)), id="scenes without points or centres"),
+        pytest.param(case((7, 5, 0, 6), (150, 0, 0, 150)), id="scenes without points or centers"),
         pytest.param(case((4, 3), (0, 0)), id="no points at all"),
         pytest.param(case((9,), (3000,)), id="full balls"),
-        pytest.param(case((40,), (25,)), id="hardly any neighbour"),
+        pytest.param(case((40,), (25,)), id="hardly any neighbor"),
     ],
 )
 
@@ -119,13 +119,13 @@ def test_evaluation_is_that_of_the_padded_reference(inputs, gradient):
 @CASES
 def test_training_has_the_batch_and_running_statistics_and_gradients_of_the_padded_reference(inputs):
     ours, theirs = (m.train() for m in pair(1))
-    grown = []
+    results = []
     for module in (ours, theirs):
         features = inputs[4].clone().requires_grad_()
         out = module(*inputs[:4], features)
         (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
-        grown.append((out, features.grad))
-    (found, found_grad), (expected, expected_grad) = grown
+        results.append((out, features.grad))
+    (found, found_grad), (expected, expected_grad) = results
     close(found, expected)
     if len(inputs[2]):
         scale = float(expected_grad.abs().max())
@@ -137,7 +137,7 @@ def test_training_has_the_batch_and_running_statistics_and_gradients_of_the_padd
         )
     for (name, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
         torch.testing.assert_close(a.double(), b.double(), atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    # What was learnt from the step is also what evaluation uses afterwards.
+    # What was learned from the step is also what evaluation uses afterwards.
     close(ours.eval()(*inputs), theirs.eval()(*inputs))
 
 
@@ -164,8 +164,8 @@ def test_one_ball_with_one_slot_does_not_divide_by_its_missing_variance():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_half_precision_does_not_lose_offsets_of_centimetres(training):
-    """bfloat16 has steps of half a metre at 70 m."""
+def test_half_precision_does_not_lose_offsets_of_centimeters(training):
+    """bfloat16 has steps of half a meter at 70 m."""
     inputs = case((30,), (300,))
     module, _ = pair()
     module.train(training)

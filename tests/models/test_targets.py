@@ -90,11 +90,11 @@ def test_an_ignored_object_is_neither_object_nor_background():
     targets = assign_anchors(anchors_at(SAME, NEAR, BETWEEN, FAR, 20.0), (CAR,), labels_of(box(0.0), weight=(0.0,)))
     assert not targets.positive.any()
     assert along(targets.class_weight) == [0, 0, 0, 1, 1]
-    # Its best anchor, which a learnt object would force to be positive, is not background either.
+    # Its best anchor, which a learned object would force to be positive, is not background either.
     assert along(assign_anchors(anchors_at(FAR, 20.0), (CAR,), labels_of(box(0.0), weight=(0.0,))).class_weight) == [0, 1]
 
 
-def test_an_ignored_object_leaves_a_distant_learnt_one_alone():
+def test_an_ignored_object_leaves_a_distant_learned_one_alone():
     scene = labels_of(box(0.0), box(30.0), weight=(0.0, 1.0))
     targets = assign_anchors(anchors_at(SAME, 30.0), (CAR,), scene)
     assert along(targets.positive) == [False, True]
@@ -169,7 +169,7 @@ def test_in_an_incomplete_scene_only_exact_boxes_teach():
     )
     rois = torch.tensor([box(0.0), box(50.5), box(52.0), box(80.0), box(30.0)])
     found = match_rois(rois, torch.zeros(5, dtype=torch.int64), scene)
-    # On the teacher's box, and where nobody labelled: nothing. On the pasted object: yes. On an ignored one: no.
+    # On the teacher's box, and where nobody labeled: nothing. On the pasted object: yes. On an ignored one: no.
     assert found.weight.tolist() == [0, 1, 1, 0, 0]
 
 

@@ -1,4 +1,4 @@
-"""``import openpcdet``: a checkpoint becomes a run folder, nothing in it is executed, and what the user must know is said."""
+"""`import openpcdet`: a checkpoint becomes a run folder, nothing in it is executed, and what the user must know is said."""
 
 import json
 import pathlib
