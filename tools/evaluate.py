@@ -1,4 +1,7 @@
-"""``upcycle3d evaluate``: AP by the protocols of KITTI, Waymo, Lyft and ST3D, of detection files or of a trained detector."""
+"""`upcycle3d evaluate`: AP by the protocols of KITTI, Waymo, Lyft and ST3D, of detection files or of a trained detector.
+
+Read next: `perception/evaluation/score.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from torch import Tensor
 
 from ..core.errors import InvalidInput
 from ..core.files import write_atomically
-from ..core.structures import Predictions
 from ..datasets.kitti import read_ids
 from ..datasets.kitti_text import write_objects
-from ..datasets.prepared import PreparedDataset
-from ..perception.evaluation.detect import evaluate_detector
-from ..perception.evaluation.headline import Protocol, kitti_truths, own_protocol
 from ..perception.evaluation.kitti import LOOSE, OFFICIAL, KittiResult, MinOverlap, evaluate_kitti_folders
 from ..perception.evaluation.lyft import LyftResult, evaluate_lyft, read_lyft_boxes
-from ..perception.evaluation.protocols import LabeledDetections, detect_labeled, score_cross_dataset, score_lyft, score_waymo
-from ..perception.evaluation.waymo import OFFICIAL as WAYMO_OVERLAPS
-from ..perception.evaluation.waymo import WAYMO_NAMES, WaymoResult, evaluate_waymo, overlaps_zones
-from ..perception.evaluation.waymo_json import WaymoLabelFile, read_waymo_detections, read_waymo_labels
-from ..perception.evaluation.waymo_objects import WaymoDetections, write_waymo_objects
+from ..perception.evaluation.protocols import waymo_objects
+from ..perception.evaluation.score import EvaluationReport, Protocol, own_protocol, score_detector
+from ..perception.evaluation.waymo import WAYMO_MIN_OVERLAPS, WaymoResult
+from ..perception.evaluation.waymo_json import read_waymo_folders
+from ..perception.evaluation.waymo_objects import write_waymo_objects
 from ..perception.training.detector_files import load_detector
 from .console import console, device, print_table, run_command, write_json
 from .data_option import DataOption
@@ -36,98 +34,102 @@ OVERLAPS: Mapping[str, Mapping[str, MinOverlap]] = {"official": OFFICIAL, "loose
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kitti:
-    """Detections in KITTI's text format against KITTI labels. An empty file means no detections; a missing one is an error."""
+class KittiFiles:
+    """Score detections in KITTI's text format against KITTI labels. An empty file means no detections; a missing one is an error."""
 
     labels: Path
-    """folder of label files ID.txt"""
+    """Folder of label files ID.txt."""
     detections: Path
-    """folder of detection files ID.txt"""
+    """Folder of detection files ID.txt."""
     ids: Path
-    """file of frame ids, one a line"""
+    """File with one frame id per line."""
     classes: tuple[str, ...] = ("Car", "Pedestrian", "Cyclist")
-    """classes to score"""
+    """Classes to score."""
     overlaps: Literal["official", "loose"] = "official"
-    """official: 0.7 for cars, 0.5 for others; loose: 0.5 and 0.25 for 3D and BEV"""
+    """Minimum overlaps. `official`: 0.7 for cars, 0.5 for others; `loose`: 0.5 for cars and 0.25 for others in 3D and BEV."""
     json: Path | None = None
-    """also write the result for machines"""
+    """Also write the result to this file as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Waymo:
-    """Detections against labels by Waymo's protocol, one JSON file a frame, as `predict` writes them.
+class WaymoFiles:
+    """Score detections against labels by Waymo's protocol. Each frame is one JSON file, as `predict` writes them.
 
-    A label has "level" (1 or 2) or "num_points" in place of "score". A label file may also be {"objects": [..],
+    A label has "level" (1 or 2) or "num_points" instead of "score". A label file may also be {"objects": [..],
     "no_label_zones": [polygon, ..], "context_name": "..", "timestamp_micros": ..}.
     """
 
     labels: Path
-    """folder of label files ID.json"""
+    """Folder of label files ID.json."""
     detections: Path
-    """folder of detection files ID.json; [] means no detections, a missing file is an error"""
+    """Folder of detection files ID.json. `[]` means no detections; a missing file is an error."""
     ids: Path | None = None
-    """file of frame ids, one a line; all label files by default"""
+    """File with one frame id per line; all label files by default."""
     classes: tuple[str, ...] = ("Vehicle", "Pedestrian", "Cyclist")
-    """classes to score"""
+    """Classes to score."""
     objects: Path | None = None
-    """also write the detections for Waymo's own programs; the label files must name context and time"""
+    """Also write the detections for Waymo's own programs. The label files must name context and time."""
     json: Path | None = None
-    """also write the result for machines"""
+    """Also write the result to this file as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lyft:
-    """Detections against objects by the mAP of Lyft's challenge, both in the JSON form of Lyft's SDK."""
+class LyftFiles:
+    """Score detections against objects by the mAP of Lyft's challenge. Both are JSON files of Lyft's SDK."""
 
     labels: Path
-    """JSON file of the objects"""
+    """JSON file of the objects."""
     detections: Path
-    """JSON file of the detections"""
+    """JSON file of the detections."""
     classes: tuple[str, ...] = ()
-    """classes to score; those of the objects by default"""
+    """Classes to score; those of the objects by default."""
     json: Path | None = None
-    """also write the result for machines"""
+    """Also write the result to this file as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A trained detector on a split of a prepared dataset."""
+    """Score a trained detector on a split of a prepared dataset."""
 
     detector: Path
-    """run folder, or a detector.safetensors or teacher.safetensors"""
+    """Run folder, `detector.safetensors` or `teacher.safetensors`."""
     data: DataOption
     """Prepared dataset to score on, `DIR[:SPLIT]`; `val` where no split is named."""
     protocol: Protocol | None = None
-    """the dataset's own by default; cross_dataset is ST3D's: KITTI's AP without a camera"""
+    """Rules; the dataset's own by default. `cross_dataset` is ST3D's: KITTI's AP without a camera."""
     detections: Path | None = None
-    """also write the detections here, in KITTI's text format, or as JSON if the protocol is not kitti"""
+    """Also write the detections to this folder, in KITTI's text format, or as JSON for other protocols."""
     objects: Path | None = None
-    """with Waymo's protocol: also write the detections for Waymo's own programs"""
+    """Waymo's protocol: also write the detections for Waymo's own programs."""
     overlaps: Literal["official", "loose"] = "official"
-    """of KITTI's AP. official: 0.7 for cars, 0.5 for others; loose: 0.5 and 0.25 for 3D and BEV"""
+    """Minimum overlaps of KITTI's AP. `official`: 0.7 for cars, 0.5 for others; `loose`: 0.5 and 0.25 in 3D and BEV."""
     device: str = "cpu"
-    """cpu or cuda"""
+    """`cpu`, `cuda` or `cuda:N`."""
     json: Path | None = None
-    """also write the result for machines"""
+    """Also write the result to this file as JSON."""
 
 
 def command(
-    what: Annotated[Kitti, tyro.conf.subcommand("kitti")]
-    | Annotated[Waymo, tyro.conf.subcommand("waymo")]
-    | Annotated[Lyft, tyro.conf.subcommand("lyft")]
+    what: Annotated[KittiFiles, tyro.conf.subcommand("kitti")]
+    | Annotated[WaymoFiles, tyro.conf.subcommand("waymo")]
+    | Annotated[LyftFiles, tyro.conf.subcommand("lyft")]
     | Annotated[Run, tyro.conf.subcommand("run")],
 ) -> None:
-    """AP on the CPU by the protocols of KITTI (2D, BEV, 3D, orientation), Waymo (AP, APH), Lyft (mAP) and ST3D (cross-dataset)."""
-    if isinstance(what, Kitti):
+    """Compute AP on the CPU by the protocols of KITTI (2D, BEV, 3D, orientation), Waymo (AP, APH), Lyft (mAP) and ST3D (cross-dataset)."""
+    if isinstance(what, KittiFiles):
         ids, overlaps = read_ids(what.ids), OVERLAPS[what.overlaps]
         kitti = evaluate_kitti_folders(what.labels, what.detections, ids, classes=what.classes, min_overlaps=overlaps)
         print_result(kitti, overlaps)
         write_json(what.json, kitti.to_json())
-    elif isinstance(what, Waymo):
-        waymo = _evaluate_waymo(what)
+    elif isinstance(what, WaymoFiles):
+        named = None if what.ids is None else read_ids(what.ids)
+        folders = read_waymo_folders(what.labels, what.detections, classes=what.classes, ids=named)
+        waymo = folders.evaluate()
+        if what.objects is not None:
+            write_waymo_objects(what.objects, folders.as_objects(), classes=what.classes)
         print_waymo(waymo)
         write_json(what.json, waymo.to_json())
-    elif isinstance(what, Lyft):
+    elif isinstance(what, LyftFiles):
         truths, found = read_lyft_boxes(what.labels, scored=False), read_lyft_boxes(what.detections, scored=True)
         lyft = evaluate_lyft(truths, found, classes=what.classes or None)
         print_lyft(lyft)
@@ -136,92 +138,47 @@ def command(
         _evaluate_run(what)
 
 
-def _evaluate_waymo(what: Waymo) -> WaymoResult:
-    ids = tuple(sorted(p.stem for p in what.labels.glob("*.json"))) if what.ids is None else read_ids(what.ids)
-    if not ids:
-        raise InvalidInput(f"no label files ID.json in {what.labels}; check the folder")
-    labels = [read_waymo_labels(what.labels / f"{i}.json", classes=what.classes) for i in ids]
-    found = [read_waymo_detections(what.detections / f"{i}.json", classes=what.classes) for i in ids]
-    zones = [overlaps_zones(f.boxes.data, frame.zones) for f, frame in zip(found, labels)]
-    result = evaluate_waymo([frame.truth for frame in labels], found, classes=what.classes, ignored=zones)
-    if what.objects is not None:
-        frames = [_named(i, frame, f, in_zone) for i, frame, f, in_zone in zip(ids, labels, found, zones)]
-        write_waymo_objects(what.objects, frames, classes=what.classes)
-    return result
-
-
-def _named(frame_id: str, frame: WaymoLabelFile, found: Predictions, in_zone: Tensor) -> WaymoDetections:
-    if frame.context_name is None or frame.timestamp_micros is None:
-        raise InvalidInput(f"the label file of frame {frame_id} has no context_name and timestamp_micros; --objects needs them")
-    return WaymoDetections(
-        context_name=frame.context_name, timestamp_micros=frame.timestamp_micros, predictions=found, in_zone=in_zone
-    )
-
-
 def _evaluate_run(what: Run) -> None:
     frames = what.data.or_split("val").open()
-    overlaps = OVERLAPS[what.overlaps]
     protocol = what.protocol or own_protocol(frames)
     if what.objects is not None and protocol != "waymo":
-        raise InvalidInput(f"--objects is the form of Waymo's programs; the protocol here is {protocol}")
-    if protocol == "kitti":
-        kitti = _run_on_kitti(what, frames, overlaps)
-        print_result(kitti, overlaps)
-        write_json(what.json, kitti.to_json())
-        return
-    detector = load_detector(what.detector).to(device(what.device))
-    found = detect_labeled(detector, frames, label_classes=frames.classes)
-    _write_detections(what.detections, found)
-    if protocol == "waymo":
-        waymo = score_waymo(found, difficulty_is_level=frames.origin.layout == "waymo")
-        _write_objects(what.objects, found)
-        print_waymo(waymo)
-        write_json(what.json, waymo.to_json())
-    elif protocol == "lyft":
-        lyft = score_lyft(found)
-        print_lyft(lyft)
-        write_json(what.json, lyft.to_json())
-    else:
-        result = score_cross_dataset(found, min_overlaps=overlaps)
-        print_result(result, overlaps, metrics=("3d", "bev"))
-        write_json(what.json, result.to_json())
-
-
-def _run_on_kitti(what: Run, frames: PreparedDataset, overlaps: Mapping[str, MinOverlap]) -> KittiResult:
-    truths = kitti_truths(frames)
-    target = device(what.device)
-    detector = load_detector(what.detector)
-    result, detections = evaluate_detector(detector.to(target), frames, truths, min_overlaps=overlaps)
+        raise InvalidInput(f"--objects writes files for Waymo's programs, but the protocol here is {protocol}; leave it out")
+    report = score_detector(load_detector(what.detector).to(device(what.device)), frames, protocol)
+    result = report.loose if what.overlaps == "loose" and report.loose is not None else report.result
     if what.detections is not None:
-        for frame_id, objects in detections.items():
-            write_objects(what.detections / f"{frame_id}.txt", objects)
-    return result
+        _write_detections(what.detections, report)
+    if what.objects is not None and report.detections is not None:
+        named, classes = waymo_objects(report.detections)
+        write_waymo_objects(what.objects, named, classes=classes)
+    if isinstance(result, WaymoResult):
+        print_waymo(result)
+    elif isinstance(result, LyftResult):
+        print_lyft(result)
+    else:
+        metrics = ("3d", "bev", "bbox", "aos") if protocol == "kitti" else ("3d", "bev")
+        print_result(result, OVERLAPS[what.overlaps], metrics=metrics)
+    write_json(what.json, result.to_json())
 
 
-def _write_detections(folder: Path | None, found: LabeledDetections) -> None:
-    if folder is None:
-        return
-    for frame_id, boxes in zip(found.ids, found.predictions):
-        text = json.dumps(boxes_json(boxes, found.detector_classes), indent=1) + "\n"
-        write_atomically(folder / f"{frame_id}.json", text.encode())
-
-
-def _write_objects(path: Path | None, found: LabeledDetections) -> None:
-    if path is None:
-        return
-    frames = []
-    for frame_id, boxes in zip(found.ids, found.predictions):
-        context, _, time = frame_id.rpartition("_")
-        if not (context and time.isdecimal()):
-            raise InvalidInput(f"--objects needs frame ids CONTEXT_TIMESTAMP, as `prepare waymo` makes them; found {frame_id!r}")
-        frames.append(WaymoDetections(context_name=context, timestamp_micros=int(time), predictions=boxes))
-    write_waymo_objects(path, frames, classes=tuple(WAYMO_NAMES.get(c, c) for c in found.detector_classes))
+def _write_detections(folder: Path, report: EvaluationReport) -> None:
+    for frame_id, objects in report.kitti_files.items():
+        write_objects(folder / f"{frame_id}.txt", objects)
+    if report.detections is not None:
+        for frame_id, boxes in zip(report.detections.ids, report.detections.predictions, strict=True):
+            text = json.dumps(boxes_json(boxes, report.detections.detector_classes), indent=1) + "\n"
+            write_atomically(folder / f"{frame_id}.json", text.encode())
 
 
 def print_result(
     result: KittiResult, overlaps: Mapping[str, MinOverlap], *, metrics: tuple[str, ...] = ("3d", "bev", "bbox", "aos")
 ) -> None:
-    """One row per class and metric: R40 and R11, easy, moderate, hard."""
+    """Print one row per class and metric: R40 and R11, easy, moderate, hard.
+
+    Args:
+        result: Result of KITTI's or ST3D's protocol.
+        overlaps: The minimum overlaps that were used.
+        metrics: Metrics to print.
+    """
     rows = []
     for name, scores in result.classes.items():
         for metric, value in (("3d", scores.box_3d), ("bev", scores.bev), ("bbox", scores.bbox), ("aos", scores.aos)):
@@ -233,11 +190,15 @@ def print_result(
         f"{n}: {c.ground_truths[0]} / {c.ground_truths[1]} / {c.ground_truths[2]}" for n, c in result.classes.items()
     )
     limits = ", ".join(f"{n} {overlaps[n].box_3d}" for n in result.classes)
-    console.print(f"{result.frames} frames; ground truths easy / moderate / hard: {counts}; 3D overlap needed: {limits}")
+    console.print(f"{result.frames} frames; ground truths easy / moderate / hard: {counts}; minimum 3D overlap: {limits}")
 
 
 def print_waymo(result: WaymoResult) -> None:
-    """One row per class and range: AP, APH and ground truths at LEVEL_1 and LEVEL_2."""
+    """Print one row per class and range: AP, APH and number of objects at LEVEL_1 and LEVEL_2.
+
+    Args:
+        result: Result of Waymo's protocol.
+    """
     rows = []
     for name, ranges in result.classes.items():
         for label, levels in ranges.items():
@@ -246,12 +207,16 @@ def print_waymo(result: WaymoResult) -> None:
             rows.append((name, label, *scores, first.ground_truths, second.ground_truths))
     header = ("class", "range m", "L1 AP", "L1 APH", "L2 AP", "L2 APH", "L1 objects", "L2 objects")
     print_table("Waymo AP and APH in percent", header, rows)
-    limits = ", ".join(f"{n} {WAYMO_OVERLAPS[n]}" for n in result.classes)
-    console.print(f"{result.frames} frames; 3D overlap needed: {limits}")
+    limits = ", ".join(f"{n} {WAYMO_MIN_OVERLAPS[n]}" for n in result.classes)
+    console.print(f"{result.frames} frames; minimum 3D overlap: {limits}")
 
 
 def print_lyft(result: LyftResult) -> None:
-    """One row per class: AP at the least and the largest overlap and the mean of all; then the mean of the classes."""
+    """Print one row per class: AP at the smallest and the largest minimum overlap and the mean of all; then the mean of the classes.
+
+    Args:
+        result: Result of Lyft's protocol.
+    """
     low, high = result.min_overlaps[0], result.min_overlaps[-1]
     rows: list[tuple[object, ...]] = []
     for name, values in result.classes.items():

@@ -11,7 +11,7 @@ from typing import Literal
 import tyro
 
 from ..core.errors import InvalidInput
-from ..perception.evaluation.headline import Protocol
+from ..perception.evaluation.score import Protocol
 from ..perception.recipes.experiment_data import (
     ExperimentData,
     SimulationSize,

@@ -37,7 +37,14 @@ class Train:
 
 
 def preset_choices(make: type) -> dict[str, object]:
-    """One subcommand per preset, its fields as defaults."""
+    """One subcommand per preset, with its fields as defaults.
+
+    Args:
+        make: The options class of a command that has `preset`, `data` and `out`.
+
+    Returns:
+        An instance by name of the preset.
+    """
     return {name: make(preset=preset, data=tyro.MISSING, out=tyro.MISSING) for name, preset in PRESETS.items()}
 
 

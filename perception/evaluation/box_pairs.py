@@ -1,7 +1,7 @@
 """Which detection overlaps which object, over all frames at once: the first step of every protocol that matches boxes in space.
 
-Frames hold few boxes and most are far apart, so only pairs whose circles seen from above meet are ever stored, detection by
-detection (compressed rows): memory follows the number of overlaps, not of all pairs, and whole validation splits fit.
+Frames hold few boxes and most are far apart. Only pairs whose circles in BEV meet are stored, detection by detection (compressed rows), so
+memory follows the number of overlaps and not of all pairs, and whole validation splits fit. Read next: `waymo.py`, `lyft.py`.
 """
 
 from __future__ import annotations
@@ -16,32 +16,49 @@ from numpy.typing import NDArray
 from ...core.errors import InvalidInput
 from ...ops.iou3d import iou_3d_aligned
 
-Floats = NDArray[np.float64]
-Indices = NDArray[np.int64]
+_Floats = NDArray[np.float64]
+_Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoxPairs:
-    """Overlapping pairs. Those of detection i are start[i]:start[i + 1]; start (N + 1,) int64.
+    """Overlapping pairs of detections and objects."""
 
-    truth: (P,) int64, the object, ascending within a detection. iou: (P,) float32 of the volumes, above 0.
-    """
-
-    start: Indices
-    truth: Indices
+    start: _Indices
+    """(N + 1,) int64; the pairs of detection i are start[i]:start[i + 1]."""
+    truth: _Indices
+    """(P,) int64, the object, ascending within a detection."""
     iou: NDArray[np.float32]
+    """(P,) float32 IoU of the volumes, above 0."""
 
     def at_least(self, minimum: float) -> BoxPairs:
-        """The pairs with iou >= minimum, compared as float32."""
+        """The pairs with enough overlap.
+
+        Args:
+            minimum: Smallest IoU, compared as float32.
+
+        Returns:
+            Those pairs.
+        """
         keep = self.iou >= np.float32(minimum)
         start = np.concatenate([[0], np.cumsum(keep)])[self.start].astype(np.int64)
         return BoxPairs(start=start, truth=self.truth[keep], iou=self.iou[keep])
 
 
-def box_pairs(detections: Floats, detection_frames: Indices, truths: Floats, truth_frames: Indices) -> BoxPairs:
-    """The overlapping pairs of boxes (N, 7) and (M, 7) of the same frame, centre, sizes, yaw; see ``core/boxes.py``.
+def box_pairs(detections: _Floats, detection_frames: _Indices, truths: _Floats, truth_frames: _Indices) -> BoxPairs:
+    """Find the overlapping pairs of boxes of the same frame.
 
-    detection_frames (N,), truth_frames (M,): frame numbers from 0, in any order. Raises InvalidInput for NaN or infinity.
+    Args:
+        detections: (N, 7) boxes, float64; see `core/boxes.py`.
+        detection_frames: (N,) frame numbers from 0, in any order.
+        truths: (M, 7) boxes, float64.
+        truth_frames: (M,) frame numbers.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        InvalidInput: A box holds NaN or infinity.
     """
     for what, boxes in (("detection", detections), ("ground-truth", truths)):
         bad = int((~np.isfinite(boxes).all(axis=1)).sum())
@@ -58,8 +75,8 @@ def box_pairs(detections: Floats, detection_frames: Indices, truths: Floats, tru
     return pairs.at_least(float(np.finfo(np.float32).tiny))
 
 
-def _discs(boxes: Floats) -> Floats:
-    """(N, 3): centre x, y and radius of the circle around a box seen from above."""
+def _discs(boxes: _Floats) -> _Floats:
+    """(N, 3): center x, y and radius of the circle around a box in BEV."""
     return np.stack([boxes[:, 0], boxes[:, 1], np.hypot(boxes[:, 3], boxes[:, 4]) / 2], axis=1)
 
 

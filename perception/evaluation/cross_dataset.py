@@ -1,13 +1,13 @@
 """KITTI's metric on datasets that are not KITTI's: the protocol of ST3D and its successors for Waymo and Lyft as targets.
 
 Papers on domain adaptation report one number on every target, KITTI's AP, so that targets can be compared (ST3D,
-``pcdet/datasets/lyft/lyft_dataset.py``, ``kitti_eval``; ``tools/cfgs/dataset_configs/da_lyft_dataset.yaml``). KITTI's rules ask for
-a camera; here each box gets the same 2D box of 50 px, occlusion 0 and truncation 0, so that every object counts as easy and the
-three difficulties are equal. Objects and detections without a corner within 75.2 m to each side and 10 m in height are dropped,
-and classes carry KITTI's names. Everything else is ``evaluate_kitti``. The metrics bbox and aos mean nothing here.
+`pcdet/datasets/lyft/lyft_dataset.py`, `kitti_eval`; `tools/cfgs/dataset_configs/da_lyft_dataset.yaml`). KITTI's rules need a camera. Here each box
+gets the same 2D box of 50 px, occlusion 0 and truncation 0, so that every object counts as easy and the three difficulties are equal. Objects and
+detections without a corner within 75.2 m to each side and 10 m in height are dropped, and classes carry KITTI's names. Everything else is
+`evaluate_kitti`. The metrics bbox and aos mean nothing here.
 
-ST3D drops by range on Lyft only; its Waymo evaluation keeps everything. It turns other classes into Person_sitting, which only
-matters to pedestrians; we drop them.
+ST3D drops by range on Lyft only; its Waymo evaluation keeps everything. It turns other classes into Person_sitting, which only matters to pedestrians;
+we drop them.
 """
 
 from __future__ import annotations
@@ -51,12 +51,22 @@ def evaluate_cross_dataset(
     limits: tuple[float, ...] | None = RANGE,
     min_overlaps: Mapping[str, MinOverlap] = OFFICIAL,
 ) -> KittiResult:
-    """KITTI's AP of ``predictions[i]`` against ``labels[i]``, LiDAR frame; scored are the classes that the detector knows.
+    """Compute KITTI's AP for the classes that the detector knows.
 
-    label_classes, detector_classes: the names of class 0, 1, .. of each. names: their names in KITTI. limits: low x y z, high x y z
-    in m; None keeps everything. A label of weight 0 is neither right nor wrong.
+    Args:
+        labels: Labels per frame, in the LiDAR frame. A label of weight 0 counts neither as correct nor as wrong.
+        predictions: Detections of the same frames.
+        label_classes: Names of the class numbers of the labels.
+        detector_classes: Names of the class numbers of the detections.
+        names: KITTI's name of each class name.
+        limits: Low x y z and high x y z in m; None keeps everything.
+        min_overlaps: Minimum overlap by class.
 
-    Raises InvalidInput: different numbers of frames, no class with a minimum overlap that both sides know.
+    Returns:
+        KITTI's result, of which BEV and 3D mean something.
+
+    Raises:
+        InvalidInput: The numbers of frames differ, or no class with a minimum overlap is known to both sides.
     """
     known = {names[c] for c in label_classes if c in names}
     shared = dict.fromkeys(names[c] for c in detector_classes if c in names)
@@ -85,9 +95,17 @@ def cross_dataset_objects(
     ignored: Tensor | None = None,
     limits: tuple[float, ...] | None = RANGE,
 ) -> KittiObjects:
-    """Boxes (N, 7) in the LiDAR frame as KITTI's objects before a camera that does not exist; those of type None are left out.
+    """Boxes as KITTI's objects in front of a camera that does not exist.
 
-    ignored: (N,) bool, objects beyond all difficulties: finding them is neither right nor wrong.
+    Args:
+        boxes: (N, 7) boxes in the LiDAR frame.
+        types: KITTI's name per box; None leaves the box out.
+        scores: (N,) scores of detections.
+        ignored: (N,) bool, objects beyond all difficulties: finding them is neither correct nor wrong.
+        limits: Low x y z and high x y z in m; None keeps everything.
+
+    Returns:
+        The objects that are kept.
     """
     location, dimensions, rotation_y = lidar_to_kitti_camera(boxes, _LOOKING_AHEAD)
     keep = torch.tensor([t is not None for t in types], dtype=torch.bool)

@@ -1,6 +1,6 @@
-"""KITTI's average precision on the CPU, by the rules of the benchmark's own program (devkit, ``cpp/evaluate_object.cpp``, 2017).
+"""KITTI's average precision on the CPU, by the rules of the benchmark's own program (devkit, `cpp/evaluate_object.cpp`, 2017).
 
-Where the program and its Python descendants (kitti-object-eval-python, OpenPCDet's ``eval.py``) differ or surprise, this was chosen:
+Where the program and its Python descendants (kitti-object-eval-python, OpenPCDet's `eval.py`) differ or surprise, this was chosen:
 
 - Four metrics: overlap of 2D boxes (bbox), on the ground (bev), in space (3d), and bbox weighted by orientation (aos). An overlap
   must be *above* the minimum: 0.7 for Car, 0.5 for Pedestrian and Cyclist, in all metrics. All in double precision.
@@ -9,7 +9,7 @@ Where the program and its Python descendants (kitti-object-eval-python, OpenPCDe
   (easy/moderate/hard). Copies of the program from before 2017 also count an object of exactly that height.
 - A detection lower than that limit (height cut to whole pixels) is ignored, in all metrics, *whatever its class*: a small
   Pedestrian may take a Car's place, and neither is then right or wrong.
-- Other objects of the class, and neighbours (Van for Car, Person_sitting for Pedestrian), may take a detection without reward.
+- Other objects of the class, and neighbors (Van for Car, Person_sitting for Pedestrian), may take a detection without reward.
 - Detections in DontCare regions (intersection over the *detection's* area above the minimum) are not wrong. That concerns 2D
   only: DontCare has no 3D box, in bev and 3d nothing overlaps it. (A DontCare line of KITTI's *tracking* labels has sizes of
   -1000; the program would draw a square kilometre for it and forgive everything in bev.)
@@ -18,7 +18,7 @@ Where the program and its Python descendants (kitti-object-eval-python, OpenPCDe
   for each threshold, with the best *overlapping* detection. Precision is made monotone by the maximum to the right.
 - R40 is the mean of samples 1..40 (the benchmark since 2019-10), R11 of every fourth of the 41 (before).
 - aos only if no detection of any class has alpha -10 (the Python versions look at the first one only); else None.
-- A class without ground truth or without detections has AP 0: look at ``ground_truths``. Where a threshold leaves neither a true
+- A class without ground truth or without detections has AP 0: look at `ground_truths`. Where a threshold leaves neither a true
   nor a false positive, precision is 0; the program divides by zero.
 """
 
@@ -44,13 +44,24 @@ METRICS = ("3d", "bev", "bbox")
 
 @dataclass(frozen=True, kw_only=True)
 class MinOverlap:
-    """The overlap, 0..1, above which a detection is right."""
+    """The overlap, 0 to 1, above which a detection is correct."""
 
     bbox: float
+    """For 2D boxes in the picture."""
     bev: float
+    """For boxes in BEV."""
     box_3d: float
+    """For boxes in space."""
 
     def of(self, metric: str) -> float:
+        """Minimum overlap of a metric.
+
+        Args:
+            metric: `bbox`, `bev` or `3d`.
+
+        Returns:
+            The overlap.
+        """
         return {"bbox": self.bbox, "bev": self.bev, "3d": self.box_3d}[metric]
 
 
@@ -69,9 +80,10 @@ LOOSE: Mapping[str, MinOverlap] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionSamples:
-    """Monotone precision (or orientation similarity) at the 41 recall positions: (3, 41) in 0..1, easy, moderate, hard."""
+    """Monotone precision (or orientation similarity) at the 41 recall positions."""
 
     samples: Tensor
+    """(3, 41) in 0 to 1, rows easy, moderate, hard."""
 
     @property
     def r40(self) -> tuple[float, float, float]:
@@ -86,26 +98,34 @@ class PrecisionSamples:
         return easy, moderate, hard
 
     def to_json(self) -> dict[str, dict[str, float]]:
+        """AP in percent by recall positions and difficulty."""
         return {"R40": dict(zip(DIFFICULTIES, self.r40)), "R11": dict(zip(DIFFICULTIES, self.r11))}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassResult:
-    """The metrics of one class. ground_truths: how many objects counted, easy, moderate, hard. aos: None without orientation."""
+    """The metrics of one class."""
 
     box_3d: PrecisionSamples
+    """Overlap in space."""
     bev: PrecisionSamples
+    """Overlap in BEV."""
     bbox: PrecisionSamples
+    """Overlap of 2D boxes."""
     aos: PrecisionSamples | None
+    """2D boxes weighted by orientation; None without orientation."""
     ground_truths: tuple[int, int, int]
+    """How many objects counted: easy, moderate, hard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KittiResult:
-    """The result of ``evaluate_kitti``: class name -> metrics, in the order asked for."""
+    """The result of KITTI's protocol."""
 
     classes: Mapping[str, ClassResult]
+    """Metrics by class name, in the order that was asked for."""
     frames: int
+    """Number of frames."""
 
     def to_json(self) -> dict[str, dict[str, dict[str, dict[str, float]] | None]]:
         """{class: {"3d" | "bev" | "bbox" | "aos": {"R40" | "R11": {"easy" | "moderate" | "hard": percent}}}}; "aos" may be None."""
@@ -127,9 +147,23 @@ def evaluate_kitti(
     classes: tuple[str, ...] = ("Car", "Pedestrian", "Cyclist"),
     min_overlaps: Mapping[str, MinOverlap] = OFFICIAL,
 ) -> KittiResult:
-    """AP of ``detections[i]`` against the label file ``ground_truths[i]``, DontCare lines included.
+    """Compute KITTI's AP.
 
-    Raises InvalidInput: different numbers of frames, detections without scores, a class without a minimum overlap.
+    Args:
+        ground_truths: Content of each frame's label file, DontCare lines included.
+        detections: Detections of the same frames.
+        classes: Classes to score.
+        min_overlaps: Minimum overlap by class: `OFFICIAL`, `LOOSE` or your own.
+
+    Returns:
+        The metrics per class.
+
+    Raises:
+        InvalidInput: The numbers of frames differ, detections have no scores, or a class has no minimum overlap.
+
+    Example:
+        result = evaluate_kitti(labels, detections, classes=("Car",))
+        print(result.classes["Car"].box_3d.r40)  # easy, moderate, hard in percent
     """
     if len(ground_truths) != len(detections):
         raise InvalidInput(
@@ -157,9 +191,23 @@ def evaluate_kitti_folders(
     classes: tuple[str, ...] = ("Car", "Pedestrian", "Cyclist"),
     min_overlaps: Mapping[str, MinOverlap] = OFFICIAL,
 ) -> KittiResult:
-    """``evaluate_kitti`` of the files ``<id>.txt`` of two folders. An empty file means no detections.
+    """Compute KITTI's AP of the files `ID.txt` of two folders. An empty file means no detections.
 
-    Raises InvalidInput naming the frame if a file is missing, and file and line if one is broken.
+    Args:
+        labels_dir: Folder of label files.
+        detections_dir: Folder of detection files.
+        ids: Frame ids.
+        classes: Classes to score.
+        min_overlaps: Minimum overlap by class.
+
+    Returns:
+        The metrics per class.
+
+    Raises:
+        InvalidInput: A file is missing (the message names the frame) or broken (the message names file and line).
+
+    Example:
+        result = evaluate_kitti_folders("KITTI/training/label_2", "boxes", ["000008"], classes=("Car",))
     """
     loaded: list[list[KittiObjects]] = []
     for what, folder, hint in (
@@ -303,7 +351,7 @@ def _box_overlaps(a: NDArray[np.float64], b: NDArray[np.float64]) -> dict[str, N
 
 
 def _in_dont_care(dont_care: _Objects, det: _Objects, frames: int, minimum: float) -> NDArray[np.bool_]:
-    """(N,): detections covered by a DontCare region by more than ``minimum`` of their own area."""
+    """(N,): detections covered by a DontCare region by more than `minimum` of their own area."""
     i, j, _ = _pairs(dont_care.starts(frames), det.starts(frames))
     inside = np.zeros(len(det.scores), dtype=np.bool_)
     inside[j[_bbox_overlap(dont_care.bbox[i], det.bbox[j], over_second=True) > minimum]] = True

@@ -1,8 +1,8 @@
 """The inner loops of the KITTI protocol: which detection is matched to which object, and the counts that follow.
 
-The objects of all frames lie one after the other. Frame f owns the ground truths ``gt_start[f]:gt_start[f + 1]``, the detections
-``det_start[f]:det_start[f + 1]``, and, from ``pair_start[f]`` on, the overlaps of each of its ground truths with each of its
-detections, row by row. ``ignored`` is 0 counts, 1 neither right nor wrong; -1 (detections) does not take part.
+The objects of all frames lie one after the other. Frame f owns the ground truths `gt_start[f]:gt_start[f + 1]`, the detections
+`det_start[f]:det_start[f + 1]`, and, from `pair_start[f]` on, the overlaps of each of its ground truths with each of its
+detections, row by row. `ignored` is 0 counts, 1 neither right nor wrong; -1 (detections) does not take part.
 File order decides ties, here as in the official program.
 """
 
@@ -18,7 +18,21 @@ SAMPLES = 41  # recall positions 0, 1/40, .., 1
 
 @numba.njit(cache=True, nogil=True)
 def true_positive_scores(gt_start, det_start, pair_start, overlap, min_overlap, score, gt_ignored, det_ignored):  # type: ignore[no-untyped-def]
-    """Pass 1: the scores of all true positives when every detection counts; an object takes the *best scored* overlapping one."""
+    """Pass 1: the scores of all true positives when every detection counts. An object takes the *best scored* overlapping detection.
+
+    Args:
+        gt_start: (F + 1,) where the objects of each frame begin.
+        det_start: (F + 1,) where its detections begin.
+        pair_start: (F + 1,) where its overlaps begin.
+        overlap: (P,) overlaps.
+        min_overlap: An overlap must be above it.
+        score: (N,) scores of the detections.
+        gt_ignored: (M,) 0 counts, 1 ignored.
+        det_ignored: (N,) 0 counts, 1 ignored, -1 takes no part.
+
+    Returns:
+        The scores, in the order of the objects.
+    """
     found = np.empty(len(gt_ignored))
     count = 0
     taken = np.zeros(len(score), np.bool_)
@@ -55,10 +69,27 @@ def count_matches(  # type: ignore[no-untyped-def]
     det_alpha,
     thresholds,
 ):
-    """Pass 2: (T, 3) true positives, false positives and summed orientation similarity of the detections at or above each threshold.
+    """Pass 2: counts of the detections at or above each threshold.
 
-    Here an object takes the *best overlapping* detection that counts; one that is ignored only if there is no other.
-    A detection left over is wrong, unless it is ignored or lies in a DontCare region.
+    Here an object takes the *best overlapping* detection that counts, and an ignored one only if there is no other. A detection that is left over is
+    a false positive unless it is ignored or lies in a DontCare region.
+
+    Args:
+        gt_start: As in pass 1.
+        det_start: As in pass 1.
+        pair_start: As in pass 1.
+        overlap: As in pass 1.
+        min_overlap: As in pass 1.
+        score: As in pass 1.
+        gt_ignored: As in pass 1.
+        det_ignored: As in pass 1.
+        in_dont_care: (N,) bool, detections in a DontCare region.
+        gt_alpha: (M,) observation angles in rad.
+        det_alpha: (N,) observation angles in rad.
+        thresholds: (T,) score thresholds.
+
+    Returns:
+        (T, 3) true positives, false positives and summed orientation similarity.
     """
     counts = np.zeros((len(thresholds), 3))
     taken = np.zeros(len(score), np.bool_)
@@ -91,10 +122,17 @@ def count_matches(  # type: ignore[no-untyped-def]
 
 
 def recall_thresholds(scores: np.ndarray, ground_truths: int) -> np.ndarray:
-    """The score thresholds, at most 41, at which recall comes nearest to 0, 1/40, 2/40, ..: from the true positives' scores.
+    """Find the score thresholds, at most 41, at which recall comes nearest to 0, 1/40, 2/40 and so on.
 
-    With fewer than 40 true positives each score is a threshold of its own, so the curve ends early and the rest counts as 0,
-    as in the official program: AP needs some 40 objects to mean anything.
+    With fewer than 40 true positives each score is a threshold of its own, so the curve ends early and the rest counts as 0. The official program does
+    the same: AP needs about 40 objects to mean anything.
+
+    Args:
+        scores: Scores of the true positives.
+        ground_truths: Number of objects that count.
+
+    Returns:
+        Thresholds, descending.
     """
     thresholds = []
     recall = 0.0

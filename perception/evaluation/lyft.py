@@ -1,6 +1,6 @@
-"""The mAP of Lyft's 3D detection challenge on the CPU, as Lyft's SDK computes it (``eval/detection/mAP_evaluation.py``, 2019-11).
+"""The mAP of Lyft's 3D detection challenge on the CPU, as Lyft's SDK computes it (`eval/detection/mAP_evaluation.py`, 2019-11).
 
-For each class and each of the ten least overlaps 0.5, 0.55, .., 0.95: detections of all frames, best scored first, file order among
+For each class and each of the ten minimum overlaps 0.5, 0.55, .., 0.95: detections of all frames, best scored first, file order among
 equals; each looks at the object of its frame and class with the largest 3D overlap, and is right if that overlap is *above* the
 minimum and no better scored detection has taken the object; it never tries the second best. AP is the area under the precision
 made monotone, over all recall values. The result is the mean over classes with objects; a class without detections has AP 0.
@@ -41,16 +41,16 @@ LYFT_NAMES: Mapping[str, str] = {name: name for name in LYFT_CLASSES} | {
 
 @dataclass(frozen=True, kw_only=True)
 class LyftBoxes:
-    """The objects or detections of all frames, in file order.
-
-    frames: N frame ids (Lyft: sample tokens). names: N class names. boxes: (N, 7), see ``core/boxes.py``; float64 where
-    coordinates are the world's, kilometres from its origin. scores: (N,), None for objects.
-    """
+    """The objects or detections of all frames, in file order."""
 
     frames: tuple[str, ...]
+    """N frame ids (Lyft's sample tokens)."""
     names: tuple[str, ...]
+    """N class names."""
     boxes: Tensor
+    """(N, 7), see `core/boxes.py`; float64 where the coordinates are the world's, kilometers from its origin."""
     scores: Tensor | None = None
+    """(N,) scores; None for objects."""
 
     def __post_init__(self) -> None:
         n = len(self.frames)
@@ -64,24 +64,35 @@ class LyftBoxes:
 
 @dataclass(frozen=True, kw_only=True)
 class LyftResult:
-    """Percent. classes: class -> AP at each least overlap, None without an object of the class. ground_truths: objects counted."""
+    """AP in percent."""
 
     classes: Mapping[str, tuple[float, ...] | None]
+    """AP at each minimum overlap by class; None for a class without an object."""
     ground_truths: Mapping[str, int]
+    """Number of objects by class."""
     min_overlaps: tuple[float, ...]
+    """The minimum overlaps."""
 
     def class_ap(self, name: str) -> float | None:
-        """The mean over the least overlaps, None without an object."""
+        """Mean over the minimum overlaps.
+
+        Args:
+            name: Class name.
+
+        Returns:
+            Percent, or None without an object.
+        """
         values = self.classes[name]
         return None if values is None else sum(values) / len(values)
 
     @property
     def mean_ap(self) -> float | None:
-        """The challenge's number: the mean over least overlaps and classes; None if no class has an object."""
+        """The challenge's number: the mean over minimum overlaps and classes; None if no class has an object."""
         known = [ap for ap in map(self.class_ap, self.classes) if ap is not None]
         return sum(known) / len(known) if known else None
 
     def to_json(self) -> dict[str, object]:
+        """All values as JSON."""
         return {
             "mAP": self.mean_ap,
             "min_overlaps": list(self.min_overlaps),
@@ -99,14 +110,24 @@ def evaluate_lyft(
     classes: Sequence[str] | None = None,
     min_overlaps: tuple[float, ...] = MIN_OVERLAPS,
 ) -> LyftResult:
-    """AP of all detections, per class and least overlap. classes: None takes those of the objects, sorted, as the SDK does.
+    """Compute AP per class and minimum overlap.
 
-    Raises InvalidInput: detections without scores, a score or box that is not finite.
+    Args:
+        truths: The objects of all frames.
+        detections: The detections, with scores.
+        classes: Classes to score; those of the objects, sorted, by default, as in the SDK.
+        min_overlaps: An overlap must be above it.
+
+    Returns:
+        AP in percent.
+
+    Raises:
+        InvalidInput: Detections have no scores, or a score or box is not finite.
     """
     if detections.scores is None:
         raise InvalidInput("the detections have no scores; every record needs one")
     if not bool(torch.isfinite(detections.scores).all()):
-        raise InvalidInput("some detections have a score that is no finite number; remove them first")
+        raise InvalidInput("some detections have a score that is not a finite number; remove them first")
     numbers = {frame: i for i, frame in enumerate(dict.fromkeys(truths.frames + detections.frames))}
     truth_frames, found_frames = (np.array([numbers[f] for f in b.frames], dtype=np.int64) for b in (truths, detections))
     truth_names, found_names = np.array(truths.names, dtype=np.str_), np.array(detections.names, dtype=np.str_)
@@ -125,17 +146,26 @@ def evaluate_lyft(
 
 
 def read_lyft_boxes(path: Path | str, *, scored: bool) -> LyftBoxes:
-    """A JSON file in the SDK's form: a list of records with sample_token, translation, size (width, length, height), rotation
-    (w, x, y, z), name and, if ``scored``, score.
+    """Read a JSON file of Lyft's SDK.
 
-    Raises InvalidInput naming the file and the record: no JSON, a field missing or of the wrong form, a size that is not positive.
+    It is a list of records with sample_token, translation, size (width, length, height), rotation (w, x, y, z), name and, for detections, score.
+
+    Args:
+        path: The file.
+        scored: Whether every record needs a score.
+
+    Returns:
+        The boxes.
+
+    Raises:
+        InvalidInput: The file is not JSON, or a record lacks a field or has one of the wrong form; the message names both.
     """
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidInput(f"cannot read the boxes of {path}: {error.strerror}") from error
     except ValueError as error:
-        raise InvalidInput(f"{path} is no JSON file: {error}") from error
+        raise InvalidInput(f"{path} is not a JSON file: {error}") from error
     if not isinstance(records, list):
         raise InvalidInput(f"{path} must hold a list of boxes, found {type(records).__name__}")
     rows: list[list[float]] = []

@@ -1,7 +1,7 @@
-"""A detector on labelled frames, scored by the protocol of choice: the detections once, then Waymo's, Lyft's or ST3D's rules.
+"""A detector on labeled frames, scored by the rules of Waymo, Lyft or ST3D: detections are made once, then translated.
 
-Protocols have their own class names; a detector's and a dataset's are translated to them, and classes a protocol does not know
-take no part. KITTI's own protocol needs label files and a camera and lives in ``detect.py``.
+Protocols have their own class names. Those of a detector and of a dataset are translated to them, and classes that a protocol does not know take
+no part. KITTI's own protocol needs label files and a camera and is in `detect.py`. Read next: `score.py`, which chooses a protocol.
 """
 
 from __future__ import annotations
@@ -21,28 +21,43 @@ from .detect import detect_frames
 from .kitti import OFFICIAL, KittiResult, MinOverlap
 from .lyft import LYFT_NAMES, LyftBoxes, LyftResult, evaluate_lyft
 from .waymo import WAYMO_NAMES, WaymoResult, WaymoTruth, evaluate_waymo
+from .waymo_objects import WaymoDetections
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledDetections:
-    """Frames with labels and detections in the sensor's frame. Class k of the labels is label_classes[k], and so for detections."""
+    """Frames with labels and detections, boxes in the sensor frame."""
 
     ids: tuple[str, ...]
+    """Frame ids."""
     labels: tuple[Labels, ...]
+    """Labels per frame."""
     predictions: tuple[Predictions, ...]
+    """Detections per frame."""
     label_classes: tuple[str, ...]
+    """Names of the class numbers of the labels."""
     detector_classes: tuple[str, ...]
+    """Names of the class numbers of the detections."""
 
 
 def detect_labeled(detector: Detector, frames: FrameSource, *, label_classes: tuple[str, ...]) -> LabeledDetections:
-    """Run ``detector`` over ``frames``. Each frame's rig brings its boxes back to the sensor's frame.
+    """Run a detector over labeled frames. Each frame's rig brings its boxes back to the sensor frame.
 
-    Raises InvalidInput naming a frame without labels.
+    Args:
+        detector: The detector, on its device.
+        frames: The frames.
+        label_classes: Names of the class numbers of the labels.
+
+    Returns:
+        Labels and detections.
+
+    Raises:
+        InvalidInput: A frame has no labels; the message names it.
     """
     ids, labels, predictions = [], [], []
     for frame, found in detect_frames(detector, frames):
         if frame.labels is None:
-            raise InvalidInput(f"frame {frame.id} has no labels to score against; choose a labelled split")
+            raise InvalidInput(f"frame {frame.id} has no labels to score against; choose a labeled split")
         ids.append(frame.id)
         labels.append(replace(frame.labels, boxes=frame.rig.to_sensor(frame.labels.boxes)))
         predictions.append(replace(found, boxes=frame.rig.to_sensor(found.boxes)))
@@ -56,7 +71,18 @@ def detect_labeled(detector: Detector, frames: FrameSource, *, label_classes: tu
 
 
 def score_waymo(detections: LabeledDetections, *, difficulty_is_level: bool) -> WaymoResult:
-    """``evaluate_waymo`` of the detector's classes; see ``WaymoTruth.from_labels``. Labels of weight 0 are dropped: Waymo has none."""
+    """Score the detector's classes by Waymo's protocol. Labels of weight 0 are dropped, because Waymo has none.
+
+    Args:
+        detections: Labels and detections.
+        difficulty_is_level: Whether the labels' difficulty holds Waymo's level; see `WaymoTruth.from_labels`.
+
+    Returns:
+        AP and APH.
+
+    Raises:
+        InvalidInput: Waymo knows none of the detector's classes.
+    """
     classes = _known(detections.detector_classes, WAYMO_NAMES, "Waymo")
     truths = []
     for labels in detections.labels:
@@ -70,7 +96,17 @@ def score_waymo(detections: LabeledDetections, *, difficulty_is_level: bool) -> 
 
 
 def score_lyft(detections: LabeledDetections) -> LyftResult:
-    """``evaluate_lyft`` of the detector's classes. Labels of weight 0 are dropped: Lyft has none."""
+    """Score the detector's classes by Lyft's mAP. Labels of weight 0 are dropped, because Lyft has none.
+
+    Args:
+        detections: Labels and detections.
+
+    Returns:
+        AP by class and minimum overlap.
+
+    Raises:
+        InvalidInput: Lyft knows none of the detector's classes.
+    """
     classes = _known(detections.detector_classes, LYFT_NAMES, "Lyft")
     labels = [f.select(f.weight > 0) for f in detections.labels]
     truths = _lyft_boxes(detections.ids, labels, detections.label_classes)
@@ -80,7 +116,18 @@ def score_lyft(detections: LabeledDetections) -> LyftResult:
 
 
 def score_cross_dataset(detections: LabeledDetections, *, min_overlaps: Mapping[str, MinOverlap] = OFFICIAL) -> KittiResult:
-    """``evaluate_cross_dataset`` of the detector's classes."""
+    """Score the detector's classes by ST3D's protocol.
+
+    Args:
+        detections: Labels and detections.
+        min_overlaps: Minimum overlap by class.
+
+    Returns:
+        KITTI's AP in BEV and 3D.
+
+    Raises:
+        InvalidInput: Both sides share no class with a minimum overlap.
+    """
     return evaluate_cross_dataset(
         detections.labels,
         detections.predictions,
@@ -88,6 +135,29 @@ def score_cross_dataset(detections: LabeledDetections, *, min_overlaps: Mapping[
         detector_classes=detections.detector_classes,
         min_overlaps=min_overlaps,
     )
+
+
+def waymo_objects(detections: LabeledDetections) -> tuple[list[WaymoDetections], tuple[str, ...]]:
+    """Name the detections of a prepared Waymo dataset for Waymo's own programs.
+
+    Args:
+        detections: Detections whose frame ids are CONTEXT_TIMESTAMP, as `prepare waymo` makes them.
+
+    Returns:
+        The detections per frame, and Waymo's names of the detector's classes.
+
+    Raises:
+        InvalidInput: A frame has another kind of id.
+    """
+    frames = []
+    for frame_id, boxes in zip(detections.ids, detections.predictions, strict=True):
+        context, _, time = frame_id.rpartition("_")
+        if not (context and time.isdecimal()):
+            raise InvalidInput(
+                f"Waymo's programs need frame ids CONTEXT_TIMESTAMP, as `prepare waymo` makes them; found {frame_id!r}"
+            )
+        frames.append(WaymoDetections(context_name=context, timestamp_micros=int(time), predictions=boxes))
+    return frames, tuple(WAYMO_NAMES.get(c, c) for c in detections.detector_classes)
 
 
 def _known(own: tuple[str, ...], names: Mapping[str, str], protocol: str) -> tuple[str, ...]:
@@ -98,7 +168,7 @@ def _known(own: tuple[str, ...], names: Mapping[str, str], protocol: str) -> tup
 
 
 def _renumbered(numbers: Tensor, own: tuple[str, ...], names: Mapping[str, str], classes: tuple[str, ...]) -> Tensor:
-    """Class numbers among ``classes`` of numbers among ``own``, -1 for those not there."""
+    """Class numbers among `classes` of numbers among `own`, -1 for those not there."""
     table = [classes.index(names[c]) if c in names and names[c] in classes else -1 for c in own]
     return torch.tensor(table, dtype=torch.int64)[numbers]
 

@@ -1,12 +1,12 @@
 """Waymo's 3D detection metrics on the CPU: AP and APH at LEVEL_1 and LEVEL_2, per class and range, without TensorFlow.
 
-By the rules of the official program (waymo-open-dataset, ``metrics/``: ``compute_detection_metrics_main.cc`` sets what counts,
-``detection_metrics.cc``, ``matcher.cc`` and ``metrics_utils.cc`` count). What it does, surprises included:
+By the rules of the official program (waymo-open-dataset, `metrics/`: `compute_detection_metrics_main.cc` sets what counts,
+`detection_metrics.cc`, `matcher.cc` and `metrics_utils.cc` count). What it does, surprises included:
 
 - 3D overlap of upright boxes *at least* 0.7 for Vehicle, 0.5 for the others, as float32; a side of at most 1 cm overlaps nothing.
 - 101 score cutoffs 0, 0.01, .., 1; a detection takes part at a cutoff if its score is not below. For each cutoff, frame and
   class anew, the matching with the largest summed overlap (Hungarian, in steps of a millionth), not the best scored first.
-- Range, [0, 30), [30, 50), [50, inf) m, is the distance of the box centre from the vehicle's origin, height included. Objects and
+- Range, [0, 30), [30, 50), [50, inf) m, is the distance of the box center from the vehicle's origin, height included. Objects and
   detections are both sorted into ranges before matching: a detection at 30.1 m cannot find an object at 29.9 m.
 - An object without LiDAR points does not exist; up to 5 points make it LEVEL_2, unless the labels say which level it has.
 - LEVEL_1 and LEVEL_2 share one matching. At LEVEL_1 a LEVEL_2 object that is missed does not count, but one that is *found* is a
@@ -36,24 +36,24 @@ from torch import Tensor
 from ...core.errors import InvalidInput, require
 from ...core.structures import Boxes3D, Labels, Predictions
 from ...core.tensor_value import TensorValue, shape_of
+from ...datasets.waymo import MOST_POINTS_LEVEL_2
 from .box_pairs import box_pairs
 from .waymo_matching import FP, HEADING, TP, TP_LEVEL_1, count_by_cutoff
 
-OFFICIAL: Mapping[str, float] = {"Vehicle": 0.7, "Pedestrian": 0.5, "Sign": 0.5, "Cyclist": 0.5}  # least 3D overlap
+WAYMO_MIN_OVERLAPS: Mapping[str, float] = {"Vehicle": 0.7, "Pedestrian": 0.5, "Sign": 0.5, "Cyclist": 0.5}  # minimum 3D overlap
 # To Waymo's names, those of other datasets where they mean the same.
-WAYMO_NAMES: Mapping[str, str] = {name: name for name in OFFICIAL} | {
+WAYMO_NAMES: Mapping[str, str] = {name: name for name in WAYMO_MIN_OVERLAPS} | {
     "Car": "Vehicle",
     "car": "Vehicle",
     "pedestrian": "Pedestrian",
 }
-RANGES: Mapping[str, tuple[float, float]] = {
+WAYMO_RANGES: Mapping[str, tuple[float, float]] = {
     "all": (0.0, math.inf),
     "[0, 30)": (0.0, 30.0),
     "[30, 50)": (30.0, 50.0),
     "[50, inf)": (50.0, math.inf),
 }
 LEVELS = ("LEVEL_1", "LEVEL_2")
-MOST_POINTS_LEVEL_2 = 5
 SCORE_CUTOFFS = np.array([i * 0.01 for i in range(100)] + [1.0], dtype=np.float32)
 
 _Number = TypeVar("_Number", bound=np.generic)
@@ -63,11 +63,14 @@ _RECALL_STEP = 0.05
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class WaymoTruth(TensorValue):
-    """The labelled objects of one frame. boxes: (N, 7), vehicle frame. classes: (N,) int64. levels: (N,) int64, 1 or 2."""
+    """The labeled objects of one frame, in Waymo's vehicle frame."""
 
     boxes: Boxes3D
+    """(N, 7) boxes."""
     classes: Tensor
+    """(N,) int64 class numbers; a negative one takes no part."""
     levels: Tensor
+    """(N,) int64, 1 or 2."""
 
     def __post_init__(self) -> None:
         for name in ("classes", "levels"):
@@ -79,10 +82,17 @@ class WaymoTruth(TensorValue):
 
     @classmethod
     def from_labels(cls, labels: Labels, *, difficulty_is_level: bool = False) -> Self:
-        """The objects of ``labels`` with at least one LiDAR point, LEVEL_2 with at most five.
+        """The objects with at least one LiDAR point; those with at most five are LEVEL_2.
 
-        difficulty_is_level: ``labels.difficulty`` holds Waymo's own level, 1 or 2, where the labeller gave one. Raises InvalidInput
-        where the number of points is unknown.
+        Args:
+            labels: Labels with point counts.
+            difficulty_is_level: Whether `labels.difficulty` holds Waymo's own level, 1 or 2, where the labeler gave one.
+
+        Returns:
+            The objects.
+
+        Raises:
+            InvalidInput: The number of points of an object is unknown.
         """
         if bool((labels.num_points < 0).any()):
             raise InvalidInput(
@@ -98,21 +108,27 @@ class WaymoTruth(TensorValue):
 
 @dataclass(frozen=True, kw_only=True)
 class WaymoScore:
-    """AP and APH in percent; None without an object. ground_truths: objects at or below the level."""
+    """AP and APH of one class, range and level."""
 
     ap: float | None
+    """AP in percent; None without an object."""
     aph: float | None
+    """APH in percent; None without an object."""
     ground_truths: int
+    """Objects at or below the level."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WaymoResult:
-    """The result of ``evaluate_waymo``: class -> range ("all", "[0, 30)", ..) -> level ("LEVEL_1", "LEVEL_2")."""
+    """The result of Waymo's protocol."""
 
     classes: Mapping[str, Mapping[str, Mapping[str, WaymoScore]]]
+    """Scores by class, range ("all", "[0, 30)", ..) and level ("LEVEL_1", "LEVEL_2")."""
     frames: int
+    """Number of frames."""
 
     def to_json(self) -> dict[str, dict[str, dict[str, dict[str, float | int | None]]]]:
+        """All values as JSON."""
         return {
             name: {r: {level: dict(vars(score)) for level, score in levels.items()} for r, levels in ranges.items()}
             for name, ranges in self.classes.items()
@@ -124,16 +140,23 @@ def evaluate_waymo(
     predictions: Sequence[Predictions],
     *,
     classes: tuple[str, ...],
-    min_overlaps: Mapping[str, float] = OFFICIAL,
+    min_overlaps: Mapping[str, float] = WAYMO_MIN_OVERLAPS,
     ignored: Sequence[Tensor] | None = None,
 ) -> WaymoResult:
-    """AP and APH of ``predictions[i]`` against ``truths[i]``, boxes in Waymo's vehicle frame.
+    """Compute AP and APH. Boxes are in Waymo's vehicle frame.
 
-    classes: the names of class 0, 1, .. of both; boxes of other numbers take no part. ignored: for each frame (N,) bool, detections in a no-label zone
-    (``overlaps_zones``).
+    Args:
+        truths: Objects per frame.
+        predictions: Detections of the same frames.
+        classes: Names of the class numbers of both; boxes with other numbers take no part.
+        min_overlaps: Minimum 3D overlap by class.
+        ignored: (N,) bool per frame, detections in a no-label zone (`overlaps_zones`).
 
-    Raises InvalidInput: different numbers of frames or detections, a class without a least overlap, a box or score that is
-    not finite.
+    Returns:
+        Scores per class, range and level.
+
+    Raises:
+        InvalidInput: Numbers of frames or detections differ, a class has no minimum overlap, or a box or score is not finite.
     """
     zones = [torch.zeros(len(p), dtype=torch.bool) for p in predictions] if ignored is None else ignored
     if not len(truths) == len(predictions) == len(zones):
@@ -149,7 +172,7 @@ def evaluate_waymo(
     missing = [c for c in classes if c not in min_overlaps]
     if missing or not classes:
         raise InvalidInput(
-            f"no least overlap for {missing or 'no class'}; Waymo's classes are {', '.join(min_overlaps)}; give your own min_overlaps"
+            f"no minimum overlap for {missing or 'no class'}; Waymo's classes are {', '.join(min_overlaps)}; give your own min_overlaps"
         )
     truth = _Boxes.flatten([t.boxes for t in truths], [t.classes for t in truths])
     found = _Boxes.flatten([p.boxes for p in predictions], [p.classes for p in predictions])
@@ -157,12 +180,12 @@ def evaluate_waymo(
     scores = _joined([p.scores for p in predictions], np.float32)
     in_zone = _joined(zones, np.bool_)
     if not bool(np.isfinite(scores).all()):
-        raise InvalidInput("some detections have a score that is no finite number; remove them first")
+        raise InvalidInput("some detections have a score that is not a finite number; remove them first")
     best_first = np.lexsort((-scores, found.frame))  # stable: file order decides among equals
     results: dict[str, dict[str, dict[str, WaymoScore]]] = {}
     for number, name in enumerate(classes):
         results[name] = {}
-        for label, (nearest, farthest) in RANGES.items():
+        for label, (nearest, farthest) in WAYMO_RANGES.items():
             t = np.flatnonzero((truth.kind == number) & (truth.distance >= nearest) & (truth.distance < farthest))
             here = (found.kind == number) & (found.distance >= nearest) & (found.distance < farthest)
             d = best_first[here[best_first]]
@@ -172,7 +195,15 @@ def evaluate_waymo(
 
 
 def average_precision(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> float:
-    """The area, 0..1, under the points (recall, precision) as Waymo's program integrates it; see the top."""
+    """Area under the precision curve, by Waymo's rules.
+
+    Args:
+        recall: (K,) recall at each cutoff, 0 to 1.
+        precision: (K,) precision at each cutoff.
+
+    Returns:
+        AP, 0 to 1.
+    """
     best = {0.0: 1.0}
     for r, p in zip(recall.tolist(), precision.tolist()):
         best[r] = max(best.get(r, 0.0), p)
@@ -190,9 +221,14 @@ def average_precision(recall: NDArray[np.float64], precision: NDArray[np.float64
 
 
 def overlaps_zones(boxes: Tensor, zones: Sequence[Tensor]) -> Tensor:
-    """(N,) bool: whether a box (N, 7), seen from above, shares a point with a no-label zone, a polygon (K, 2) x, y, m.
+    """Find the boxes that overlap a no-label zone in BEV.
 
-    The polygons need not be convex. A box does if an edge of the polygon passes through it, or if it lies inside altogether.
+    Args:
+        boxes: (N, 7) boxes.
+        zones: Polygons (K, 2) in m.
+
+    Returns:
+        (N,) bool.
     """
     b = boxes.double().numpy()
     inside = np.zeros(len(b), dtype=np.bool_)
@@ -253,7 +289,7 @@ def _counts(
     levels: NDArray[np.int64],
     minimum: float,
 ) -> NDArray[np.float64]:
-    """(101, 4): ``count_by_cutoff`` of detections that come best first within each frame."""
+    """(101, 4): `count_by_cutoff` of detections that come best first within each frame."""
     pairs = box_pairs(found.boxes, found.frame, truth.boxes, truth.frame).at_least(minimum)
     row = np.repeat(np.arange(len(scores)), np.diff(pairs.start))
     turn = np.abs(found.boxes[row, 6] - truth.boxes[pairs.truth, 6]) % (2 * math.pi)

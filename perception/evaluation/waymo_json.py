@@ -1,11 +1,13 @@
-"""Waymo evaluation from plain files: one JSON file a frame, detections as ``upcycle3d predict`` writes them.
+"""Waymo evaluation from plain files: one JSON file per frame, with detections as `upcycle3d predict` writes them.
 
-A detection file is a list of records {"class", "score", "x", "y", "z", "dx", "dy", "dz", "yaw"}, metres and radians, vehicle frame,
-centre of the box. A label file is a list of the same without "score" but with "level" (1 or 2) or "num_points" (LiDAR points
-inside, from which the level follows), or an object that holds that list as "objects" and may add
+A detection file is a list of records {"class", "score", "x", "y", "z", "dx", "dy", "dz", "yaw"} in meters and radians, in the vehicle frame, with the
+center of the box. A label file is a list of the same without "score" but with "level" (1 or 2) or "num_points" (LiDAR points inside, from which
+the level follows), or an object that holds that list as "objects" and may add
 
     "no_label_zones": [[[x, y], [x, y], ..], ..]    polygons, m
-    "context_name": "1024..", "timestamp_micros": 1550083467346370    Waymo's names of the frame, for ``waymo_objects``
+    "context_name": "1024..", "timestamp_micros": 1550083467346370    Waymo's names of the frame, for `waymo_objects.py`
+
+Read next: `waymo.py` for the rules.
 """
 
 from __future__ import annotations
@@ -22,25 +24,38 @@ from torch import Tensor
 
 from ...core.errors import InvalidInput
 from ...core.structures import Boxes3D, Labels, Predictions
-from .waymo import WAYMO_NAMES, WaymoTruth
+from .waymo import WAYMO_NAMES, WaymoResult, WaymoTruth, evaluate_waymo, overlaps_zones
+from .waymo_objects import WaymoDetections
 
 _BOX = ("x", "y", "z", "dx", "dy", "dz", "yaw")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WaymoLabelFile:
-    """What a label file holds. zones: polygons (K, 2) m. context_name, timestamp_micros: None where the file does not say."""
+    """Content of a label file."""
 
     truth: WaymoTruth
+    """The objects."""
     zones: tuple[Tensor, ...]
+    """No-label zones, polygons (K, 2) in m."""
     context_name: str | None
+    """Waymo's name of the segment; None where the file does not say."""
     timestamp_micros: int | None
+    """Waymo's time of the frame; None where the file does not say."""
 
 
 def read_waymo_labels(path: Path | str, *, classes: tuple[str, ...]) -> WaymoLabelFile:
-    """A label file; objects of Waymo's other classes get the number -1 and take no part.
+    """Read a label file. Objects of Waymo's other classes get the number -1 and take no part.
 
-    Raises InvalidInput naming the file and the record: no JSON, a field missing or of the wrong form, an unknown class.
+    Args:
+        path: The file.
+        classes: Names of the class numbers.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InvalidInput: The file is not JSON, a field is missing or has the wrong form, or a class is unknown; the message names file and record.
     """
     content = _read(path)
     header: Mapping[str, Any] = content if isinstance(content, dict) else {"objects": content}
@@ -65,7 +80,18 @@ def read_waymo_labels(path: Path | str, *, classes: tuple[str, ...]) -> WaymoLab
 
 
 def read_waymo_detections(path: Path | str, *, classes: tuple[str, ...]) -> Predictions:
-    """A detection file; those of Waymo's other classes are left out. Raises InvalidInput like ``read_waymo_labels``."""
+    """Read a detection file. Detections of Waymo's other classes are left out.
+
+    Args:
+        path: The file.
+        classes: Names of the class numbers.
+
+    Returns:
+        The detections.
+
+    Raises:
+        InvalidInput: As for `read_waymo_labels`.
+    """
     boxes, numbers, records = _records(path, _read(path), classes)
     scores = []
     for i, record in enumerate(records):
@@ -80,13 +106,82 @@ def read_waymo_detections(path: Path | str, *, classes: tuple[str, ...]) -> Pred
     return found.select(numbers >= 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class WaymoFolders:
+    """Labels and detections of several frames, read from two folders of JSON files."""
+
+    ids: tuple[str, ...]
+    """Frame ids, the names of the files."""
+    labels: tuple[WaymoLabelFile, ...]
+    """Content of the label files."""
+    detections: tuple[Predictions, ...]
+    """Content of the detection files."""
+    in_zone: tuple[Tensor, ...]
+    """(N,) bool per frame: detections that overlap a no-label zone."""
+    classes: tuple[str, ...]
+    """Classes to score."""
+
+    def evaluate(self) -> WaymoResult:
+        """Score the detections by Waymo's protocol."""
+        return evaluate_waymo([f.truth for f in self.labels], self.detections, classes=self.classes, ignored=self.in_zone)
+
+    def as_objects(self) -> list[WaymoDetections]:
+        """The detections with Waymo's names of their frames, for Waymo's own programs.
+
+        Raises:
+            InvalidInput: A label file does not name its context and time.
+        """
+        found = []
+        for frame_id, frame, boxes, in_zone in zip(self.ids, self.labels, self.detections, self.in_zone, strict=True):
+            if frame.context_name is None or frame.timestamp_micros is None:
+                raise InvalidInput(
+                    f"the label file of frame {frame_id} has no context_name and timestamp_micros, which Waymo's programs need; add them"
+                )
+            found.append(
+                WaymoDetections(
+                    context_name=frame.context_name,
+                    timestamp_micros=frame.timestamp_micros,
+                    predictions=boxes,
+                    in_zone=in_zone,
+                )
+            )
+        return found
+
+
+def read_waymo_folders(
+    labels: Path | str, detections: Path | str, *, classes: tuple[str, ...], ids: tuple[str, ...] | None = None
+) -> WaymoFolders:
+    """Read the files `ID.json` of two folders.
+
+    Args:
+        labels: Folder of label files.
+        detections: Folder of detection files; `[]` in a file means no detections, and a missing file is an error.
+        classes: Classes to score.
+        ids: Frame ids; all label files by default.
+
+    Returns:
+        What the files hold.
+
+    Raises:
+        InvalidInput: There are no label files, or a file is missing or broken; the message names it.
+    """
+    labels, detections = Path(labels), Path(detections)
+    ids = tuple(sorted(p.stem for p in labels.glob("*.json"))) if ids is None else ids
+    if not ids:
+        raise InvalidInput(f"no label files ID.json in {labels}; check the folder")
+    files = tuple(read_waymo_labels(labels / f"{i}.json", classes=classes) for i in ids)
+    found = tuple(read_waymo_detections(detections / f"{i}.json", classes=classes) for i in ids)
+    zones = tuple(overlaps_zones(f.boxes.data, frame.zones) for f, frame in zip(found, files, strict=True))
+    return WaymoFolders(ids=ids, labels=files, detections=found, in_zone=zones, classes=classes)
+
+
 def _read(path: Path | str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidInput(f"cannot read the boxes of {path}: {error.strerror}; write [] for a frame without any") from error
     except ValueError as error:
-        raise InvalidInput(f"{path} is no JSON file: {error}") from error
+        raise InvalidInput(f"{path} is not a JSON file: {error}") from error
 
 
 def _records(path: Path | str, content: object, classes: tuple[str, ...]) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:

@@ -17,10 +17,20 @@ TP, HEADING, TP_LEVEL_1, FP = range(4)
 
 @numba.njit(cache=True, nogil=True)
 def count_by_cutoff(last_cutoff, cutoffs, start, truth, weight, accuracy, easy, ignored):  # type: ignore[no-untyped-def]
-    """(cutoffs, 4): true positives, their summed heading accuracy, those on LEVEL_1 objects, and false positives.
+    """Count matches for every score cutoff. Detections come best first.
 
-    Detections come best first. last_cutoff (N,): the highest cutoff a detection passes, -1 none. start, truth: ``BoxPairs`` of
-    those that may match, with weight (P,) int64 and accuracy (P,) float64. easy (M,): LEVEL_1. ignored (N,): never wrong.
+    Args:
+        last_cutoff: (N,) the highest cutoff that a detection passes, -1 for none.
+        cutoffs: Number of cutoffs.
+        start: (N + 1,) where the pairs of each detection begin; see `BoxPairs`.
+        truth: (P,) the object of each pair.
+        weight: (P,) int64, the gain of each pair.
+        accuracy: (P,) float64, heading accuracy of each pair.
+        easy: (M,) bool, objects of LEVEL_1.
+        ignored: (N,) bool, detections that are never wrong.
+
+    Returns:
+        (cutoffs, 4): true positives, their summed heading accuracy, those on LEVEL_1 objects, and false positives.
     """
     counts = np.zeros((cutoffs, 4))
     owner = np.full(len(easy), -1)  # of an object: the detection that has it

@@ -1,8 +1,8 @@
-"""Detections as Waymo's own programs read them: a file holding one ``Objects`` message (waymo-open-dataset, ``protos/metrics.proto``).
+"""Detections as Waymo's own programs read them: a file with one `Objects` message (waymo-open-dataset, `protos/metrics.proto`).
 
-``compute_detection_metrics_main DETECTIONS GROUND_TRUTHS`` scores such a file, ``create_submission`` packs it for the leaderboard.
-The message is small, so its bytes are written here without protobuf: a field is its number and wire type (0 varint, 1 eight
-bytes, 2 length and bytes, 5 four bytes), then its value (protobuf.dev, "Encoding").
+`compute_detection_metrics_main DETECTIONS GROUND_TRUTHS` scores such a file, and `create_submission` packs it for the leaderboard. The message is
+small, so its bytes are written here without protobuf: a field is its number and wire type (0 varint, 1 eight bytes, 2 length and bytes, 5
+four bytes), then its value (protobuf.dev, "Encoding").
 """
 
 from __future__ import annotations
@@ -19,33 +19,50 @@ from ...core.files import write_atomically
 from ...core.structures import Predictions
 
 LABEL_TYPES = {"Vehicle": 1, "Pedestrian": 2, "Sign": 3, "Cyclist": 4}  # label.proto, Label.Type
-_BOX_COLUMNS = (0, 1, 2, 4, 3, 5, 6)  # fields 1..7 of Label.Box: centre, then width before length, height, heading
+_BOX_COLUMNS = (0, 1, 2, 4, 3, 5, 6)  # fields 1..7 of Label.Box: center, then width before length, height, heading
 
 
 @dataclass(frozen=True, kw_only=True)
 class WaymoDetections:
-    """The detections of one frame, boxes in the vehicle frame.
-
-    context_name: Waymo's name of the segment. timestamp_micros: Waymo's time of the frame. in_zone: (N,) bool or None, those in a
-    no-label zone; the leaderboard finds that out itself.
-    """
+    """The detections of one frame, boxes in the vehicle frame."""
 
     context_name: str
+    """Waymo's name of the segment."""
     timestamp_micros: int
+    """Waymo's time of the frame."""
     predictions: Predictions
+    """The detections."""
     in_zone: Tensor | None = None
+    """(N,) bool, those in a no-label zone; None leaves it to the leaderboard, which finds them itself."""
 
 
 def write_waymo_objects(path: Path | str, frames: Sequence[WaymoDetections], *, classes: tuple[str, ...]) -> None:
-    """Write ``encode_waymo_objects`` to ``path``, atomically, a frame at a time."""
+    """Write detections for Waymo's programs, atomically, one frame at a time.
+
+    Args:
+        path: File to write.
+        frames: Detections per frame.
+        classes: Names of the class numbers.
+
+    Raises:
+        InvalidInput: Waymo has no such class, or a time is negative.
+    """
     _check_classes(classes)
     write_atomically(Path(path), (encode_waymo_objects([f], classes=classes) for f in frames))
 
 
 def encode_waymo_objects(frames: Sequence[WaymoDetections], *, classes: tuple[str, ...]) -> bytes:
-    """The ``Objects`` message. classes: the names of class 0, 1, ..
+    """Encode detections as an `Objects` message. Messages with repeated fields may be joined end to end.
 
-    Messages with repeated fields may be joined end to end. Raises InvalidInput for a class Waymo does not have, or a negative time.
+    Args:
+        frames: Detections per frame.
+        classes: Names of the class numbers.
+
+    Returns:
+        Bytes of the message.
+
+    Raises:
+        InvalidInput: Waymo has no such class, or a time is negative.
     """
     _check_classes(classes)
     return b"".join(_bytes(1, message) for frame in frames for message in _objects(frame, classes))
@@ -58,7 +75,7 @@ def _check_classes(classes: tuple[str, ...]) -> None:
 
 
 def _objects(frame: WaymoDetections, classes: tuple[str, ...]) -> Iterator[bytes]:
-    """One ``Object`` message a detection."""
+    """One `Object` message a detection."""
     if frame.timestamp_micros < 0:
         raise InvalidInput(f"the frame of {frame.context_name!r} has the time {frame.timestamp_micros}; it must not be negative")
     found = frame.predictions

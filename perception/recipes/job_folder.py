@@ -29,7 +29,7 @@ from ...core.errors import InvalidInput
 from ...core.files import write_atomically
 from ...core.rig import RigSpec
 from ...datasets.data_split import DataSplit
-from ..evaluation.headline import Protocol
+from ..evaluation.score import Protocol
 from ..models.detector import Detector
 from ..server.feature_object_database import FeatureObjectDatabase
 from ..server.store import SmashedStore

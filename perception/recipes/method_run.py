@@ -21,7 +21,7 @@ from ...core.files import write_atomically
 from ...core.structures import Labels
 from ...datasets.batches import LabeledBatches
 from ...datasets.data_split import DataSplit
-from ..evaluation.headline import Scores, headline
+from ..evaluation.score import Scores, score_detector
 from ..models.detector import Detector
 from ..server.methods import METHODS, Method
 from ..server.trainer import upcycle
@@ -189,7 +189,7 @@ def _truth(job: JobFolder, method: Method) -> dict[str, Labels] | None:
 
 
 def _score(job: JobFolder, detector: Detector) -> Scores:
-    return headline(detector, job.config.validation.open(), job.config.protocol)
+    return score_detector(detector, job.config.validation.open(), job.config.protocol).headline()
 
 
 def _prepare_shared(job: JobFolder, runs: Collection[MethodRun]) -> None:

@@ -21,7 +21,7 @@ from ...core.config_json import config_to_json
 from ...core.errors import InvalidInput
 from ...datasets.prepared import PreparedDataset
 from ...datasets.simulation.places import Triple
-from ..evaluation.headline import Protocol, own_protocol
+from ..evaluation.score import Protocol, own_protocol
 from ..server.methods import METHODS
 from .experiment_data import DatasetName, ExperimentData, SimulationSize
 from .job_folder import PipelineConfig, RunOptions

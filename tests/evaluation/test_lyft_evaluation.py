@@ -104,7 +104,7 @@ def test_unscored_or_broken_detections_are_refused() -> None:
     truths = _boxes(("a", "car", 0, 0), scored=False)
     with pytest.raises(InvalidInput, match="no scores"):
         evaluate_lyft(truths, truths)
-    with pytest.raises(InvalidInput, match="no finite number"):
+    with pytest.raises(InvalidInput, match="not a finite number"):
         evaluate_lyft(truths, _boxes(("a", "car", 0, math.nan)))
     with pytest.raises(InvalidInput, match="1 of 1 ground-truth boxes"):
         evaluate_lyft(_boxes(("a", "car", math.inf, 0), scored=False), _boxes(("a", "car", 0, 0.5)))
@@ -151,7 +151,7 @@ def test_a_broken_record_is_named(tmp_path: Path, change: dict[str, object]) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[", "no JSON"), ("{}", "a list of boxes"), ("[3]", "record 0"), (None, "cannot read")]
+    ("text", "message"), [("[", "not a JSON"), ("{}", "a list of boxes"), ("[3]", "record 0"), (None, "cannot read")]
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:

@@ -11,7 +11,7 @@ from shapely.geometry import Polygon
 
 from upcycle3d.core.boxes import corners_bev
 from upcycle3d.core.structures import Boxes3D, Predictions
-from upcycle3d.perception.evaluation.waymo import OFFICIAL, RANGES, WaymoTruth, evaluate_waymo
+from upcycle3d.perception.evaluation.waymo import WAYMO_MIN_OVERLAPS, WAYMO_RANGES, WaymoTruth, evaluate_waymo
 
 CLASSES = ("Vehicle", "Pedestrian", "Sign", "Cyclist")
 SIZES = {0: (4.5, 2.0, 1.6), 1: (0.8, 0.8, 1.7), 3: (1.8, 0.8, 1.7)}
@@ -143,10 +143,10 @@ def test_random_frames_score_as_the_rules_say(seed: int) -> None:
     truths, predictions, zones = scene
     result = evaluate_waymo(truths, predictions, classes=CLASSES, ignored=zones)
     for kind, name in enumerate(CLASSES):
-        for label, (nearest, farthest) in RANGES.items():
+        for label, (nearest, farthest) in WAYMO_RANGES.items():
             for level in (1, 2):
                 score = result.classes[name][label][f"LEVEL_{level}"]
-                expected = _reference(scene, kind, nearest, farthest, OFFICIAL[name], level)
+                expected = _reference(scene, kind, nearest, farthest, WAYMO_MIN_OVERLAPS[name], level)
                 if expected is None:
                     assert score.ap is None
                 else:

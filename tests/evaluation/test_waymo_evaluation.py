@@ -228,13 +228,13 @@ def test_what_cannot_be_scored_is_refused() -> None:
     truth, found = _truth((_box(5), 1)), _found((_box(5), 0.9))
     with pytest.raises(InvalidInput, match="1 frames of labels, 2 of detections"):
         evaluate_waymo([truth], [found, found], classes=CLASSES)
-    with pytest.raises(InvalidInput, match=r"no least overlap for \['Car'\]; Waymo's classes are Vehicle"):
+    with pytest.raises(InvalidInput, match=r"no minimum overlap for \['Car'\]; Waymo's classes are Vehicle"):
         evaluate_waymo([truth], [found], classes=("Car",))
     with pytest.raises(InvalidInput, match="frame number 0 has 1 detections"):
         evaluate_waymo([truth], [found], classes=CLASSES, ignored=[torch.zeros(2, dtype=torch.bool)])
     with pytest.raises(InvalidInput, match="1 of 1 detection boxes have a NaN"):
         evaluate_waymo([truth], [_found((_box(5, yaw=math.nan), 0.9))], classes=CLASSES)
-    with pytest.raises(InvalidInput, match="a score that is no finite number"):
+    with pytest.raises(InvalidInput, match="a score that is not a finite number"):
         evaluate_waymo([truth], [_found((_box(5), math.nan))], classes=CLASSES)
     with pytest.raises(InvalidInput, match="levels must be 1 or 2"):
         _truth((_box(5), 3))

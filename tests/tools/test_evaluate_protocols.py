@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from upcycle3d.core.structures import Boxes3D, Labels, PointCloud, Predictions
-from upcycle3d.perception.evaluation.protocols import LabeledDetections, score_lyft, score_waymo
+from upcycle3d.perception.evaluation.protocols import LabeledDetections, score_lyft, score_waymo, waymo_objects
+from upcycle3d.perception.evaluation.waymo_objects import write_waymo_objects
 from upcycle3d.tools import evaluate, prepare
 from upcycle3d.tools.console import run_command
 from upcycle3d.tools.predict import boxes_json
@@ -55,7 +56,7 @@ def test_waymo_scores_a_folder_of_json_files(
     assert result["Cyclist"]["all"]["LEVEL_1"]["ap"] is None
     printed = capsys.readouterr().out
     assert "Waymo AP and APH" in printed
-    assert "2 frames; 3D overlap needed: Vehicle 0.7" in printed
+    assert "2 frames; minimum 3D overlap: Vehicle 0.7" in printed
 
 
 def test_waymo_scores_the_frames_and_classes_asked_for(waymo: tuple[object, ...], tmp_path: Path) -> None:
@@ -249,7 +250,8 @@ def test_a_run_writes_the_official_message_of_frames_that_say_their_time(
         label_classes=(),
         detector_classes=("Pedestrian", "Car"),
     )
-    evaluate._write_objects(tmp_path / "objects.bin", named)
+    frames, classes = waymo_objects(named)
+    write_waymo_objects(tmp_path / "objects.bin", frames, classes=classes)
     assert (tmp_path / "objects.bin").read_bytes().endswith(b"\x22\x0510_24\x28\x07")
 
 

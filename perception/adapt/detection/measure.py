@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ....datasets.prepared import PreparedDataset
-from ...evaluation.headline import Scores
+from ...evaluation.score import Scores
 from ...models.detector import Detector
 from .adaptation import AdaptedProposals
 from .class_map import ClassMap

@@ -20,8 +20,8 @@ from torch import Tensor
 from ....core.errors import InvalidInput
 from ....core.structures import Labels
 from ...evaluation.cross_dataset import evaluate_cross_dataset
-from ...evaluation.headline import Scores, kitti_scores
 from ...evaluation.kitti import LOOSE, OFFICIAL
+from ...evaluation.score import Scores, kitti_scores
 from ...models.detector import Detector
 from ..glc.metrics import accuracy, auroc, class_accuracy, fpr_at_tpr, novel_category_accuracy, open_set_scores
 from .class_map import ClassMap
