@@ -8,8 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from ..perception.recipes.result_summary import summarize
-from ..perception.recipes.upcycling_report import difference_table, read_csv, result_tables
+from ..perception.recipes.published_results import published_tables
 from .console import print_table, run_command
 
 
@@ -27,11 +26,7 @@ class ExperimentReport:
 
 def command(config: ExperimentReport) -> None:
     """Print mean, spread, closed gap and best step of each method, as in docs/results.md."""
-    results = read_csv(config.folder)
-    tables = result_tables(summarize(results))
-    if config.minus:
-        tables.append(difference_table(results, config.of, config.minus))
-    for table in tables:
+    for table in published_tables(config.folder, of=config.of, minus=config.minus):
         print_table(table.caption, table.header, table.rows)
 
 

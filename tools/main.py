@@ -29,6 +29,7 @@ COMMANDS = {
     "ingest": ("ingest", "server: verify shards, quarantine bad ones, add the rest to a store"),
     "upcycle": ("upcycle", "train on labeled frames and smashed scenes, by UpCycling or a baseline (--method)"),
     "experiment upcycling": ("experiment_upcycling", "compare UpCycling with its baselines over seeds; resumable"),
+    "experiment category-shift": ("experiment_category_shift", "compare decisions on unknown classes (GLC) over seeds; resumable"),
     "experiment report": ("experiment_report", "print the tables of an experiment from its results.csv"),
     "adapt features": ("adapt", "GLC: label target features when the classes differ too"),
     "adapt detector": ("adapt_detector", "GLC on a detector's proposals: labels and unknown scores on another domain"),
