@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import nn
 
@@ -29,9 +29,7 @@ from .optim import OneCycle, learning_rate
 from .prefetch import prefetch
 from .progress import StopRequest, TrainingProgress
 from .run_folder import RunFolder, State
-from .step import OptimizerStep
-
-Batch = TypeVar("Batch")
+from .step import Batch, OptimizerStep
 
 
 class NonFiniteLoss(UpcycleError):
