@@ -59,8 +59,8 @@ class FeatureObjectDatabase:
     `build_feature_object_database`.
 
     Example:
-        >>> database = FeatureObjectDatabase.open(folder, config=config.f_gt, split_fingerprint=split, encoder_fingerprint=encoder)
-        >>> database[0].features.shape  # (cells of the object, channels)
+        database = FeatureObjectDatabase.open(folder, config=config.f_gt, split_fingerprint=split, encoder_fingerprint=encoder)
+        database[0].features.shape  # (cells of the object, channels)
     """
 
     def __init__(self, folder: Path, table: pa.Table, channels: int, keypoint_channels: int) -> None:

@@ -214,7 +214,7 @@ def _only_ingest(store: Path) -> Iterator[None]:
 def ingest(incoming: str | Path, store: str | Path, *, expected_fingerprint: str, expected_spec: CutSpec) -> IngestReport:
     """Take every shard of a folder into a store. Running this again, or after a crash, is safe.
 
-    A bad shard is quarantined and does not stop the others. Several runs at once wait for nothing: the second is refused.
+    A bad shard is quarantined and does not stop the others. A second run on the same store at the same time is refused.
 
     Args:
         incoming: Folder with uploaded shards, `<hash>.tar` and `<hash>.json`. Names with a leading dot are unfinished and ignored.
@@ -231,11 +231,11 @@ def ingest(incoming: str | Path, store: str | Path, *, expected_fingerprint: str
         StoreWriteError: The store cannot be written, or another ingest is filling it.
 
     Example:
-        >>> encoder = load_encoder("runs/source")
-        >>> report = ingest(
-        ...     "incoming", "store", expected_fingerprint=encoder_fingerprint(encoder, rig), expected_spec=encoder.spec
-        ... )
-        >>> report.quarantined  # shards that were refused, with reasons
+        encoder = load_encoder("runs/source")
+        report = ingest(
+            "incoming", "store", expected_fingerprint=encoder_fingerprint(encoder, rig), expected_spec=encoder.spec
+        )
+        report.quarantined  # shards that were refused, with reasons
     """
     incoming, store = Path(incoming), Path(store)
     if not incoming.is_dir():

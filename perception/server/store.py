@@ -190,9 +190,9 @@ class SmashedStore:
         keypoints: (len,) int32 number of keypoints of each scene.
 
     Example:
-        >>> store = SmashedStore("runs/store")
-        >>> features = collate_scenes([store[0], store[1]])
-        >>> predictions = detector.predict(detector.decode(features))
+        store = SmashedStore("runs/store")
+        features = collate_scenes([store[0], store[1]])
+        predictions = detector.predict(detector.decode(features))
     """
 
     def __init__(self, store: str | Path) -> None:

@@ -69,8 +69,8 @@ class UpcyclingStep:
     """One training step in three methods: `batch`, `loss` and `finish`. `upcycle` gives them to the training loop.
 
     Example:
-        >>> step = UpcyclingStep(student, teacher, method=method, config=config, labeled=labeled, unlabeled=unlabeled, monitor=monitor)
-        >>> step.loss(step.batch(0), 0).total().backward()
+        step = UpcyclingStep(student, teacher, method=method, config=config, labeled=labeled, unlabeled=unlabeled, monitor=monitor)
+        step.loss(step.batch(0), 0).total().backward()
     """
 
     def __init__(
@@ -267,11 +267,11 @@ def upcycle(
         NonFiniteLoss: A loss became NaN or infinite; the run folder keeps the last good weights.
 
     Example:
-        >>> teacher = upcycle(
-        ...     detector, method=METHODS["upcycling"], labeled=labeled_batches, store=SmashedStore("runs/store"),
-        ...     pasted_objects=database, config=PRESETS["small"].upcycle,
-        ... )
-        >>> mine = replace(METHODS["upcycling"], augmentation=my_augmentation)  # (scene, labels, rng) -> (scene, labels)
+        teacher = upcycle(
+            detector, method=METHODS["upcycling"], labeled=labeled_batches, store=SmashedStore("runs/store"),
+            pasted_objects=database, config=PRESETS["small"].upcycle,
+        )
+        mine = replace(METHODS["upcycling"], augmentation=my_augmentation)  # (scene, labels, rng) -> (scene, labels)
     """
     unlabeled = unlabeled_reader(method, config, store=store, scans=scans)
     if method.f_gt:

@@ -70,11 +70,11 @@ def smashed_half(
         Features on the teacher's device, with labels.
 
     Example:
-        >>> scenes = collate_scenes([store[0], store[1]])
-        >>> half = smashed_half(
-        ...     scenes, teacher, method=METHODS["hybrid"], config=config, pasted_objects=None, rng=np.random.default_rng(0)
-        ... )
-        >>> half.labels[0].boxes.data  # (N, 7): what the teacher says about the first scene
+        scenes = collate_scenes([store[0], store[1]])
+        half = smashed_half(
+            scenes, teacher, method=METHODS["hybrid"], config=config, pasted_objects=None, rng=np.random.default_rng(0)
+        )
+        half.labels[0].boxes.data  # (N, 7): what the teacher says about the first scene
     """
     with torch.no_grad():
         features = features.to(next(teacher.parameters()).device)
