@@ -3,7 +3,7 @@
     out[q] = max over neighbors j of  second @ relu(points[j] - centers[q])
 
 Points and centers are what a linear first layer makes of them. Written as gathering, subtraction, product and maximum, the pairs
-pass through memory five times: the arithmetic is a sixth of the time (`benchmarks/set_abstraction.py`). In the kernel a pair never
+pass through memory five times: the arithmetic is a sixth of the time (`benchmarks/speed/set_abstraction.py`). In the kernel a pair never
 leaves the first cache.
 """
 

@@ -96,7 +96,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
 }
 ALLOWED["tools"] = tuple(ALLOWED)  # everything below, but no benchmark
-ALLOWED["benchmarks"] = tuple(ALLOWED)
+ALLOWED["benchmarks"] = ALLOWED["benchmarks.speed"] = ALLOWED["benchmarks.studies"] = tuple(ALLOWED)
 
 
 def room_of(module: str) -> str:

@@ -1,6 +1,6 @@
 """How fast Waymo frames become points, from v2 tables of the real size, on one core.
 
-python benchmarks/waymo_reader.py [--frames 12]
+python benchmarks/speed/waymo_reader.py [--frames 12]
 
 Prints CPU milliseconds a frame for reading the tables and for making points, and frames a second of both, in order of time:
 "TOP": simulated frames of 64 x 2650 pixels with pixel poses and two returns, the second filled to an eighth, as in real data;

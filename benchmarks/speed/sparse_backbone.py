@@ -5,7 +5,7 @@ Each runs in a child process and they take turns, so that a busy machine slows b
 torch's idle threads spin and, on a shared machine, take the cores from the working ones. The forward includes building the rulebooks;
 batch norm is in training mode. The scan is simulated: 64 beams over a ground plane, cars, walls and poles.
 
-    python benchmarks/sparse_backbone.py [--json FILE]
+    python benchmarks/speed/sparse_backbone.py [--json FILE]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What labelling costs: CPU seconds on one thread at N = 20,000, D = 256, C = 10, and memory against C.
 
-    python benchmarks/glc_labeling.py [--repeats 5] [--json FILE]
+    python benchmarks/studies/glc_labeling.py [--repeats 5] [--json FILE]
 
 First epoch: class number and labels. Later epochs: labels. Process CPU time, the median of the repeats after one to warm up. The
 set is the N = 20,000 draw of the Gaussian generator. Memory: the largest of what torch holds above its inputs during labelling, by

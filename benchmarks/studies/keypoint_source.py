@@ -1,6 +1,6 @@
 """What it costs PV-RCNN that its keypoints are voxel centres instead of raw points: AP where it was trained, over seeds.
 
-    python benchmarks/keypoint_source.py --domain waymo --seeds 0 1 2 --out runs/keypoints
+    python benchmarks/studies/keypoint_source.py --domain waymo --seeds 0 1 2 --out runs/keypoints
 
 Both kinds are trained on the same labelled frames from the same initial weights and scored on frames of the same domain. A detector
 trained with raw points is also scored with voxel centres: what becomes of imported weights in a fleet that may not send points.

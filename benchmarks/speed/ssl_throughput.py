@@ -1,6 +1,6 @@
 """Unlabelled scenes a second that the server learns from: UpCycling beside raw-level semi-supervised learning.
 
-    python benchmarks/ssl_throughput.py [--preset small] [--threads 1] [--rounds 3] [--steps 8] [--json FILE]
+    python benchmarks/speed/ssl_throughput.py [--preset small] [--threads 1] [--rounds 3] [--steps 8] [--json FILE]
 
 The trainer itself on a simulated fleet: every method takes the same labelled half and as many unlabelled scenes a step, read from disk.
 Methods take turns; the first two steps of each turn are left out. Scenes a second count the whole step, the labelled half included; the
@@ -100,7 +100,7 @@ def main() -> None:
     header = ("method", "s a step", "unlabelled scenes/s", "of iou_match's", "ms a scene above source_continued")
     print_table(f"{arguments.preset}: {preset.upcycle.labeled_batch} labelled + {batch} unlabelled a step", header, rows)
     print(f"source_continued: {base:.3f} s a step; {arguments.threads} threads, load {os.getloadavg()[0]:.1f}")
-    environment = describe_environment(command=["benchmarks/ssl_throughput.py"], seed=0)
+    environment = describe_environment(command=["benchmarks/speed/ssl_throughput.py"], seed=0)
     write_json(arguments.json, {"seconds": median, "scenes_per_s": rate, "cost": cost, "environment": environment})
 
 

@@ -1,6 +1,6 @@
 """The partial-label scenario on the real KITTI sample, by the commands a user would type: few labelled frames, many smashed ones.
 
-    python benchmarks/kitti_partial_label.py --root ../shared/data/kitti --out runs/kitti --seeds 0 1 2
+    python benchmarks/studies/kitti_partial_label.py --root ../shared/data/kitti --out runs/kitti --seeds 0 1 2
 
 For each list of splits (as given, and with the fleet's four drives taken out of train and val) and each seed: train on the
 labelled frames, extract smashed scenes from the unlabelled ones, upcycle, score on val. The fleet's labels are read for one thing:

@@ -1,6 +1,6 @@
 """The gap between two simulated domains by cause: a detector trained on the source, scored on hybrids of source and target.
 
-    python benchmarks/domain_gap.py --source waymo --target kitti --detectors runs/waymo_kitti/seed10/plain/source_run … --out runs/gap
+    python benchmarks/studies/domain_gap.py --source waymo --target kitti --detectors runs/waymo_kitti/seed10/plain/source_run … --out runs/gap
 
 Each hybrid takes one thing from the target: its beams, its object sizes, its noise, its whole sensor, its whole place.
 """

@@ -1,6 +1,6 @@
 """GLC from end to end on warped digits, from the stored source weights, last epoch, beside the released code's results.
 
-    python benchmarks/glc_digits.py --options paper|ours [--seeds 2021 1 2 3 4] [--reference FOLDER] [--json FILE]
+    python benchmarks/studies/glc_digits.py --options paper|ours [--seeds 2021 1 2 3 4] [--reference FOLDER] [--json FILE]
 
 A seed decides the order of the batches, the class number's sample and nothing else of importance. "paper" takes the class number that
 the released code found (its own repetitions over seeds force it too); "ours" estimates it. OPDA and OSDA give H, PDA and CLDA accuracy

@@ -1,6 +1,6 @@
 """How fast the simulated LiDAR makes frames, and how like real ones they are.
 
-python benchmarks/simulation.py [--frames 40]; with --compare KITTI_ROOT it prints instead the median number of points on a fully
+python benchmarks/speed/simulation.py [--frames 40]; with --compare KITTI_ROOT it prints instead the median number of points on a fully
 visible car by range, simulated and real (the table of docs/simulation.md).
 
 Prints, per domain and view, the CPU time of a frame in one process (which a busy machine does not change), and frames per

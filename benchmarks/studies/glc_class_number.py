@@ -1,6 +1,6 @@
 """How well the number of target classes is guessed on Gaussian sets: with and without a floor, with and without smoothing.
 
-    python benchmarks/glc_class_number.py
+    python benchmarks/studies/glc_class_number.py
 
 The two stored sets of ``../shared/reference/glc_data`` where they are, and 24 drawn ones: four splits, three distances between the
 classes, two draws, features of the digits' network with batch norm refreshed on the target. Mean absolute log error, 0 is perfect;

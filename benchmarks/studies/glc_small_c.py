@@ -1,6 +1,6 @@
 """Three source classes, as a LiDAR detector has them: where the released GLC calls every sample known (H = 0).
 
-    python benchmarks/glc_small_c.py [--seeds 10] [--json FILE]
+    python benchmarks/studies/glc_small_c.py [--seeds 10] [--json FILE]
 
 Two kinds of seeds: k-means and estimate seeds on the stored set ``gauss_lidar3_n6000`` (drawn anew here, bit for bit), and other draws
 of the same generator. Beside our labels stand those of the paper's options without its fault, and the source model with a

@@ -1,6 +1,6 @@
 """Our labelling with the paper's options beside the released code's stored outputs: labels, class number, priors.
 
-    python benchmarks/glc_parity.py [--reference ../shared/reference/glc_data] [--json FILE]
+    python benchmarks/studies/glc_parity.py [--reference ../shared/reference/glc_data] [--json FILE]
 
 ``gauss_n4000``: everything. Digits: the labels of the first epoch, for the class number the released code chose (its t-SNE is not
 ours, so our estimate stands beside it). The three-class set has no parity: the released code labels no sample unknown there.

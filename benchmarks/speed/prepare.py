@@ -1,6 +1,6 @@
 """Preparing simulated Waymo tables: frames a second by workers, what a second start reuses, and memory while reading back.
 
-    python benchmarks/prepare.py [--frames 40] [--json FILE]
+    python benchmarks/speed/prepare.py [--frames 40] [--json FILE]
 
 Memory is the growth of resident memory while every frame of a prepared dataset of random points (160,000 a frame) is read once, after
 the first eight, for a dataset and for one four times as large.
@@ -93,7 +93,7 @@ def main() -> None:
             rows.append((f"reading {frames} frames ({disk:.0f} MB)", f"{grown:.0f} MB more resident memory"))
     print_table("preparing", ("what", "result"), rows)
     print(f"load {os.getloadavg()[0]:.1f}")
-    environment = describe_environment(command=["benchmarks/prepare.py"], seed=0)
+    environment = describe_environment(command=["benchmarks/speed/prepare.py"], seed=0)
     write_json(arguments.json, {"rows": rows, "environment": environment})
 
 

@@ -1,6 +1,6 @@
 """What PV-RCNN's keypoints cost on a vehicle's CPU: sampling, and set abstraction from all sources beside its matrix products alone.
 
-    python benchmarks/set_abstraction.py [--threads 2] [--repeats 15] [--json FILE]
+    python benchmarks/speed/set_abstraction.py [--threads 2] [--repeats 15] [--json FILE]
 
 A simulated KITTI scan (camera view), the reference encoder with 2,048 keypoints, random weights, evaluation. "Matrix products" are the
 perceptrons' multiplications at the sizes that occur, and at those of the reference's padding (every ball filled up to its limit);
@@ -99,7 +99,7 @@ def main() -> None:
     ratios = {name: found["set abstraction"] / found[name] for name in list(found)[-2:]}
     for name, ratio in ratios.items():
         print(f"set abstraction is {ratio:.2f} times the {name}")
-    environment = describe_environment(command=["benchmarks/set_abstraction.py"], seed=0)
+    environment = describe_environment(command=["benchmarks/speed/set_abstraction.py"], seed=0)
     print(f"{len(points[0])} points, {len(voxels.coords)} voxels, {arguments.threads} threads, load {os.getloadavg()[0]:.1f}")
     write_json(arguments.json, {"ms": found, "ratio": ratios, "environment": environment})
 

@@ -1,6 +1,6 @@
 """How good a detector's boxes are as pseudo labels, by class, range and score, and where they are off.
 
-    python benchmarks/pseudo_labels.py --detector runs/waymo_kitti/seed10/plain/source_run --data runs/waymo_kitti/seed10/data/target/prepared --split train
+    python benchmarks/studies/pseudo_labels.py --detector runs/waymo_kitti/seed10/plain/source_run --data runs/waymo_kitti/seed10/data/target/prepared --split train
 
 Precision: share of boxes that meet a true object of their class by 3D IoU 0.5 and 0.7. Recall: share of true objects (5 points or
 more) met by a box that reaches the preset's thresholds. Offset: box minus truth, for boxes with IoU above 0.3.

@@ -1,6 +1,6 @@
 """How the default options of adaptation were chosen: end to end on Gaussian domains, one option changed at a time.
 
-    python benchmarks/glc_defaults.py [--rows paper ours ...] [--draws 2] [--json FILE]
+    python benchmarks/studies/glc_defaults.py [--rows paper ours ...] [--draws 2] [--json FILE]
 
 Four splits (shared / source-private / target-private): OPDA 5/2/3, OSDA 6/0/4, PDA 5/5/0, CLDA 10/0/0; four families of shifts,
 ``draws`` draws each, 1,500 target samples, d = 64, the digits' network trained on 6,000 source samples. H of the last epoch for the
