@@ -38,11 +38,12 @@ class Detector(nn.Module):
     """A network that finds objects in scans; `decode(encode(points))` is the whole of it.
 
     Example:
-        >>> from upcycle3d.perception.recipes.presets import PRESETS
-        >>> detector = PRESETS["small"].detector.build().eval()
-        >>> found = detector.detect(cloud)  # Predictions of one PointCloud
-        >>> features = detector.encode([cloud])  # what a vehicle hands over
-        >>> found = detector.predict(detector.decode(features))[0]  # what the server makes of it
+        ```python
+        detector = PRESETS["small"].detector.build().eval()
+        found = detector.detect(scan)  # Predictions of one PointCloud
+        features = detector.encode([scan])  # what a vehicle hands over
+        found = detector.predict(detector.decode(features))[0]  # what the server makes of it
+        ```
     """
 
     encoder: Encoder
