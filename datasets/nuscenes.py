@@ -1,24 +1,26 @@
-"""nuScenes and Lyft Level 5 as frames, from their tables and sweeps, without either SDK.
+"""Frames from nuScenes and Lyft Level 5, from their tables and sweeps, without either SDK.
 
-    root/<version>/*.json                     the tables (``nuscenes_tables.py``)
+    root/<version>/*.json                     the tables (`nuscenes_tables.py`)
     root/samples, sweeps/LIDAR_TOP/*.pcd.bin  nuScenes' sweeps, or
     root/lidar/*.bin                          Lyft's: float32 rows x y z intensity ring
     root/ImageSets/<split>.txt                yours: one scene name per line (scenes, not frames: neighbours in time look alike)
 
 The frame that points and boxes come in is the vehicle's, moved to the sensor: axes of the ego frame, origin of the LiDAR.
 
-       nuScenes' file     Lyft's file (host-a101)     what comes out, for both                      seen from above
+       nuScenes' file     Lyft's file (host-a101)     what comes out, for both                      (in BEV)
            ^ y forward          o--> y                     ^ x forward
            |                    |                          |          z_shift lifts z by the mounting height,
            o--> x               v x backward      y <------o          so that the road is near 0
 
-It is ``calibrated_sensor.rotation`` in full, roll and pitch too (these LiDARs lean by 1 to 3 degrees), but not its translation. A
-vehicle knows that rotation, so its extractor can do the same; its pose in the world it need not know, so the ego pose serves boxes
-and earlier sweeps only. A box that leans in this frame (labels of nuScenes and Lyft are upright in the world, the vehicle on a
-slope is not) keeps its centre, its sizes and the heading of its long axis.
-OpenPCDet and ST3D leave nuScenes' points as they are, x to the right; our detectors want x forward.
+Points are turned by the whole `calibrated_sensor.rotation`, roll and pitch included (these LiDARs lean by 1 to 3 degrees), but not
+moved by its translation. A vehicle knows that rotation, so its extractor can do the same. It need not know its pose in the world, so
+the ego pose serves boxes and earlier sweeps only. A box that leans in this frame (labels of nuScenes and Lyft are upright in the
+world, the vehicle on a slope is not) keeps its center, its sizes and the heading of its long axis.
+OpenPCDet and ST3D leave nuScenes' points unchanged, with x to the right; our detectors need x forward.
 
-nuScenes counts intensity to 255; Lyft published none and writes 100 everywhere. Both are divided by 255.
+nuScenes counts intensity to 255. Lyft published no intensity and writes 100 everywhere. Both are divided by 255.
+
+Read next: `drive_tables.py`, `nuscenes_tables.py`; `raw.py` for the splits.
 """
 
 from __future__ import annotations
@@ -37,22 +39,25 @@ from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
 from ..core.rig import RigSpec
 from ..core.structures import Frame, Labels, PointCloud
+from .drive_tables import DriveTables, Sweep
 from .frame_source import DatasetOrigin, described_origin
 from .kitti import with_point_counts
-from .nuscenes_tables import DriveTables, Sweep
 
 _COLUMNS = 5  # x y z intensity ring
 _INTENSITY_MAX = 255.0
-_EGO_RADIUS = 1.0  # m; what an earlier sweep holds within this square is the vehicle itself, and would be smeared along its way
+_EGO_RADIUS = 1.0  # m; points of an earlier sweep within this square are the vehicle itself and would be smeared along its path
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
-    """What differs between the datasets: the usual version of the tables, and which class each category is by default."""
+    """What differs between nuScenes and Lyft."""
 
     name: Literal["lyft", "nuscenes"]
+    """Name of the layout."""
     version: str
+    """The usual folder of the tables."""
     class_map: Mapping[str, str]
+    """Category of the tables -> class, by default."""
 
 
 LYFT_DIALECT = Dialect(
@@ -70,7 +75,7 @@ LYFT_DIALECT = Dialect(
         "animal": "Animal",
     },
 )
-# The grouping of nuScenes' detection benchmark; what it leaves out (strollers, wheelchairs, debris, ...) has no class.
+"""Lyft Level 5: every category is a class."""
 NUSCENES_DIALECT = Dialect(
     name="nuscenes",
     version="v1.0-trainval",
@@ -91,36 +96,43 @@ NUSCENES_DIALECT = Dialect(
         "movable_object.trafficcone": "TrafficCone",
     },
 )
+"""nuScenes, grouped as in its detection benchmark; what the benchmark leaves out (strollers, wheelchairs, debris, ...) has no class."""
 
 
 @dataclass(frozen=True)
 class NuScenesDataset:
-    """The keyframes ``ids`` (sample tokens) of a nuScenes or Lyft folder: a length, and frame i.
+    """Keyframes of a nuScenes or Lyft folder.
 
-    classes: names of the labels' classes, counted in this order. class_map: category of the tables -> class; None takes the
-        dialect's. A category that leads to none of ``classes`` is background.
-    neighbors: category -> the class that it looks like: its boxes are kept with weight 0, as KITTI's vans are for cars.
-    z_shift: m, the mounting height of the LiDAR, added to z of points and boxes so that the road lies near 0.
-    sweeps: how many turns a frame holds, the keyframe's and those before it, moved along with the vehicle's own motion; beyond 1
-        a feature "time" says how old a point is, in s. A scene's first frames hold fewer. The tables must be read with
-        ``keyframes_only=False``.
-    max_length: m, longer boxes are left out of the labels (ST3D drops buses and trucks from a source's vehicles so, at 10 m).
-    with_labels: False leaves ``labels`` None.
+    `num_points` of a label is the table's where the table knows it (nuScenes), else counted. In both cases it counts the keyframe's
+    own turn. Options that contradict each other and names that do not exist raise `InvalidInput`.
 
-    ``num_points`` of a label is the table's where it knows (nuScenes), else counted; of the keyframe's turn in both cases.
-    Raises InvalidInput for options that contradict each other, names that do not exist, and ids that are no sample.
+    Example:
+        tables = read_tables("nuscenes", "v1.0-mini")
+        frames = NuScenesDataset(tables, tables.samples, NUSCENES_DIALECT, classes=("Car",), z_shift=1.84)
     """
 
     tables: DriveTables
+    """The tables, from `read_tables`."""
     ids: tuple[str, ...] | list[str]
+    """Which frames, in this order: sample tokens. See `split_by_scene`."""
     dialect: Dialect
+    """`NUSCENES_DIALECT` or `LYFT_DIALECT`."""
     classes: tuple[str, ...] = ("Car", "Pedestrian", "Cyclist")
+    """Names of the classes to keep; their order gives the class numbers."""
     class_map: Mapping[str, str] | None = None
+    """Category of the tables -> class; None takes the dialect's. A category that leads to none of `classes` is background."""
     neighbors: Mapping[str, str] = field(default_factory=dict)
+    """Category -> the class that it looks like. Its boxes are kept with weight 0, as KITTI's vans are for cars."""
     z_shift: float = 0.0
+    """Mounting height of the LiDAR in m, added to z of points and boxes so that the road lies near 0: nuScenes 1.84, Lyft 1.83."""
     sweeps: int = 1
+    """Turns of the LiDAR per frame: the keyframe's and those before it, moved by the vehicle's own motion. With more than 1, a feature
+    "time" gives the age of each point in s, and the tables must be read with `keyframes_only=False`. A scene's first frames hold
+    fewer turns."""
     max_length: float | None = None
+    """Boxes longer than this, in m, are left out of the labels. ST3D drops buses and trucks from a source's vehicles with 10 m."""
     with_labels: bool = True
+    """False leaves `labels` None."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", tuple(self.ids))
@@ -128,7 +140,7 @@ class NuScenesDataset:
         if self.class_map is None:
             object.__setattr__(self, "class_map", self.dialect.class_map)
         if self.sweeps < 1 or (self.max_length is not None and self.max_length <= 0):
-            raise InvalidInput(f"need sweeps >= 1 and max_length > 0, found {self.sweeps} and {self.max_length}")
+            raise InvalidInput(f"sweeps must be at least 1 and max_length above 0, found {self.sweeps} and {self.max_length}")
         if self.with_labels:
             self._check_classes()
 
@@ -141,7 +153,9 @@ class NuScenesDataset:
         known = tuple(dict.fromkeys((*self.tables.categories, *self.dialect.class_map)))
         for category in (*class_map, *self.neighbors):
             if category not in known:
-                raise InvalidInput(f"no category {category!r} in {self.dialect.name}'s tables{_nearest(category, known)}")
+                raise InvalidInput(
+                    f"there is no category {category!r} in {self.dialect.name}'s tables{_nearest(category, known)}"
+                )
         for name in self.classes:
             if name not in class_map.values():
                 raise InvalidInput(
@@ -157,7 +171,7 @@ class NuScenesDataset:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Frame:
-        """Frame ``index``. Raises InvalidInput naming the sample and the file or row that is missing or broken."""
+        """Read frame `index`. Raises `InvalidInput` with the sample and the file or row that is missing or broken."""
         sample = self.ids[index]
         keyframe = self.tables.keyframe(sample)
         try:
@@ -176,7 +190,7 @@ class NuScenesDataset:
 
     @property
     def rig(self) -> RigSpec:
-        """What the reader does to scans and boxes; `read_sweep` has brought the intensity to 0..1 already."""
+        """What this reader does to scans and boxes; `read_sweep` brings the intensity to 0..1 already."""
         return RigSpec(z_shift=self.z_shift)
 
     @property
@@ -194,7 +208,17 @@ class NuScenesDataset:
         return described_origin(self.dialect.name, self.tables.root, options)
 
     def labels(self, sample: str) -> Labels:
-        """The labels of a keyframe without opening its sweep; ``num_points`` is -1 where the table does not know."""
+        """Read the labels of a keyframe without opening its sweep.
+
+        Args:
+            sample: Token of the sample.
+
+        Returns:
+            The labels; `num_points` is -1 where the table does not know it.
+
+        Raises:
+            InvalidInput: The sample does not exist, or a box is broken.
+        """
         keyframe, found = self.tables.keyframe(sample), self.tables.annotations(sample)
         class_map = {**{c: n for c, n in (self.class_map or {}).items() if n in self.classes}, **self.neighbors}
         kept = [
@@ -215,7 +239,7 @@ class NuScenesDataset:
         )
 
     def _accumulate(self, points: PointCloud, keyframe: Sweep) -> PointCloud:
-        """The keyframe's points and those of the sweeps before it, with their age."""
+        """Add the sweeps before the keyframe, every point with its age."""
         clouds, sweep = [_with_age(points, 0.0)], keyframe
         while len(clouds) < self.sweeps and sweep.previous:
             sweep = self.tables.sweep(sweep.previous)
@@ -225,9 +249,9 @@ class NuScenesDataset:
         return PointCloud.concatenate(clouds)
 
     def _in_frame(self, cloud: PointCloud, sweep: Sweep, keyframe: Sweep) -> PointCloud:
-        """Points of a sweep's own frame, in the keyframe's as drawn above."""
+        """Bring points of a sweep's own frame to the keyframe's frame as drawn above."""
         xyz = cloud.xyz.double()
-        if sweep is keyframe:  # no way through the world: metres from a map's origin would cost digits
+        if sweep is keyframe:  # not through the world frame: the distance to a map's origin would cost digits
             return replace(cloud, xyz=self._shifted(xyz @ sweep.sensor.rotation.T).float())
         moved = keyframe.vehicle.to_inner(sweep.vehicle.to_outer(sweep.sensor.to_outer(xyz)))
         return replace(cloud, xyz=self._shifted(moved - keyframe.sensor.translation).float())
@@ -237,14 +261,21 @@ class NuScenesDataset:
 
 
 def read_sweep(path: Path | str) -> PointCloud:
-    """One sweep in the sensor's own frame: float32 rows x y z intensity ring; intensity / 255, the ring is left out.
+    """Read one sweep: float32 rows of x y z intensity ring.
 
-    Raises InvalidInput: no such file, a length that is no whole number of rows, NaN or inf, no point.
+    Args:
+        path: The file.
+
+    Returns:
+        The points in the sensor's own frame, intensity divided by 255. The ring is left out.
+
+    Raises:
+        InvalidInput: The file is missing, empty or cut off, or holds NaN or inf.
     """
     path = Path(path)
     if not path.is_file():
         raise InvalidInput(
-            f"no sweep {path}; unpack the LiDAR archive (earlier sweeps are in one of their own), or leave the frame out"
+            f"there is no sweep {path}; unpack the LiDAR archive (earlier sweeps are in one of their own), or leave the frame out"
         )
     size = path.stat().st_size
     if size % (4 * _COLUMNS) or not size:
@@ -262,9 +293,17 @@ def read_sweep(path: Path | str) -> PointCloud:
 
 
 def split_by_scene(tables: DriveTables, scenes: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Split name -> the sample tokens of its scenes, scene by scene in order of time.
+    """List the frames of splits that name scenes.
 
-    scenes: split name -> scene names. Raises InvalidInput for a scene that does not exist (with the nearest name).
+    Args:
+        tables: The tables.
+        scenes: Name of a split -> names of its scenes.
+
+    Returns:
+        Name of a split -> sample tokens, scene by scene in order of time.
+
+    Raises:
+        InvalidInput: A scene does not exist; the message suggests the nearest name.
     """
     splits: dict[str, tuple[str, ...]] = {}
     for split, names in scenes.items():
@@ -272,22 +311,31 @@ def split_by_scene(tables: DriveTables, scenes: Mapping[str, Sequence[str]]) -> 
             if name not in tables.scenes:
                 near = _nearest(name, tuple(tables.scenes))
                 raise InvalidInput(
-                    f"split {split!r}: no scene {name!r} in {tables.version}/scene.json{near}; a split lists scene names"
+                    f"split {split!r}: there is no scene {name!r} in {tables.version}/scene.json{near}; a split lists scene names"
                 )
         splits[split] = tuple(token for name in dict.fromkeys(names) for token in tables.scenes[name])
     return splits
 
 
 def draw_scenes(tables: DriveTables, *, val_share: float, seed: int = 0) -> dict[str, tuple[str, ...]]:
-    """Scene names of a "train" and a "val" split: whole logs are drawn until "val" holds ``val_share`` of the frames.
+    """Draw a "train" and a "val" split by whole logs. Scenes of one log are one drive with the same street and cars, so they never part.
 
-    Scenes of one log are one drive: the same street and cars, so they never part. Raises InvalidInput if there are not two logs.
+    Args:
+        tables: The tables.
+        val_share: Logs are drawn until "val" holds this share of the frames.
+        seed: Seed of the draw.
+
+    Returns:
+        Name of the split -> names of its scenes.
+
+    Raises:
+        InvalidInput: The share is not between 0 and 1, or there are fewer than two logs.
     """
     logs = sorted({tables.logs[name] for name in tables.scenes})
     if not 0 < val_share < 1 or len(logs) < 2:
         raise InvalidInput(f"a val split needs 0 < val_share < 1 and at least two logs, found {val_share} and {len(logs)}")
     wanted, taken, val = val_share * len(tables.sample_order), 0, set()
-    for i in np.random.default_rng(seed).permutation(len(logs))[:-1]:  # one log at least is left for training
+    for i in np.random.default_rng(seed).permutation(len(logs))[:-1]:  # at least one log is left for training
         if taken >= wanted:
             break
         val.add(logs[i])

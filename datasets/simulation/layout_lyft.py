@@ -26,7 +26,7 @@ import torch
 
 from ...core.errors import InvalidInput
 from ...core.files import write_atomically
-from ..nuscenes_tables import Pose, quaternion_matrix
+from ..drive_tables import Pose, quaternion_matrix
 from .places import Domain
 from .simulate import SimulatedFrame, View, simulate_frame
 from .writing import claim_folder, run_jobs, split_members

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.datasets.drive_tables import quaternion_matrix
 from upcycle3d.datasets.json_table import JsonTable
 from upcycle3d.datasets.nuscenes import LYFT_DIALECT, NUSCENES_DIALECT, NuScenesDataset, draw_scenes, read_sweep, split_by_scene
-from upcycle3d.datasets.nuscenes_tables import quaternion_matrix, read_tables
+from upcycle3d.datasets.nuscenes_tables import read_tables
 
 VERSION = "v1.0-mini"
 LEFT = [math.cos(math.pi / 4), 0.0, 0.0, math.sin(math.pi / 4)]  # a quarter turn to the left
@@ -168,8 +169,8 @@ def test_without_labels_the_boxes_tables_are_never_opened(root):
         ({"class_map": {"vehicle.cat": "Car"}, "classes": ("Car",)}, "no category 'vehicle.cat'.*did you mean 'vehicle.car'"),
         ({"neighbors": {"vehicle.truck": "Car"}}, "neighbors: 'vehicle.truck' -> 'Car'.*none of them itself"),
         ({"neighbors": {"vehicle.trailer": "Cat"}}, "the class must be one of Car, Truck, Pedestrian"),
-        ({"sweeps": 0}, "sweeps >= 1"),
-        ({"max_length": 0.0}, "max_length > 0"),
+        ({"sweeps": 0}, "sweeps must be at least 1"),
+        ({"max_length": 0.0}, "max_length above 0"),
     ],
 )
 def test_options_that_contradict_are_refused(root, options, message):
@@ -232,7 +233,7 @@ def _set(table: str, row: int, field: str, value):
         ),
         (_set("sample_data", 2, "sample_token", "first"), "sample later: no keyframe of LIDAR_TOP"),
         (_set("sample_data", 1, "is_key_frame", True), "sample later: sample_data holds two keyframes of it, d1 and d2"),
-        (_set("sample_data", 2, "filename", "samples/gone.bin"), "sample later: no sweep .*gone.bin; unpack the LiDAR archive"),
+        (_set("sample_data", 2, "filename", "samples/gone.bin"), "sample later: there is no sweep .*gone.bin; unpack the LiDAR archive"),
         (_set("sample_data", 2, "filename", "../../etc/passwd"), "leads out of the dataset's folder"),
         (_set("sample_annotation", 0, "instance_token", "gone"), "sample later, its box 0 .*: its instance.* not in the tables"),
         (_set("instance", 0, "category_token", "gone"), "sample later, its box 0 .*: its instance.* not in the tables"),
@@ -240,9 +241,9 @@ def _set(table: str, row: int, field: str, value):
         (_set("sample_annotation", 1, "size", [2.5, math.nan, 3.0]), "sample later, its box 1 .*all numbers finite"),
         (
             _set("sample_annotation", 0, "rotation", [1, 0, 0, 1]),
-            r"box 0 .*no unit quaternion \(w x y z\), its length is 1.41421",
+            r"box 0 .*not a unit quaternion \(w x y z\), its length is 1.41421",
         ),
-        (_set("ego_pose", 2, "rotation", [0, 0, 0, 0]), "ego_pose.json, row pd2: .* no unit quaternion"),
+        (_set("ego_pose", 2, "rotation", [0, 0, 0, 0]), "ego_pose.json, row pd2: .* not a unit quaternion"),
         (_set("ego_pose", 2, "translation", [math.inf, 0, 0]), "ego_pose.json, row pd2: .*must be finite"),
     ],
 )
@@ -259,8 +260,8 @@ def test_what_is_wrong_with_one_frame_is_said_when_it_is_asked_for_and_spares_th
     ("change", "message"),
     [
         (_set("sample", 0, "scene_token", "gone"), "sample.json, row later: scene_token gone is not in scene.json"),
-        (_set("sample", 0, "token", "first"), "'first' stands there twice"),
-        (_set("sample", 0, "token", "../x"), "no token of letters and digits"),
+        (_set("sample", 0, "token", "first"), "'first' occurs twice"),
+        (_set("sample", 0, "token", "../x"), "not a token of letters and digits"),
         (_set("scene", 0, "log_token", "gone"), "log_token gone is not in log.json"),
         (_set("scene", 0, "name", "two"), "two scenes are called 'two'"),
         (_set("calibrated_sensor", 0, "sensor_token", "gone"), "sensor_token gone is not in sensor.json"),
@@ -309,7 +310,7 @@ def test_ids_and_earlier_sweeps_that_do_not_exist_are_named(root):
         dataset(root, ("nobody",))[0]
     (root / "samples" / "d1.pcd.bin").unlink()
     assert len(dataset(root)[0].points) == 2
-    with pytest.raises(InvalidInput, match=r"sample later: no sweep .*d1.pcd.bin"):
+    with pytest.raises(InvalidInput, match=r"sample later: there is no sweep .*d1.pcd.bin"):
         dataset(root, sweeps=2)[0]
     with pytest.raises(InvalidInput, match=r"sample later: .*no row d1 of LIDAR_TOP .*keyframes_only"):
         NuScenesDataset(read_tables(root, VERSION), ("later",), NUSCENES_DIALECT, classes=("Car",), sweeps=2)[0]

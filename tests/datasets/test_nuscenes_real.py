@@ -8,8 +8,9 @@ import torch
 
 from upcycle3d.core.boxes import rotate_z
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.datasets.drive_tables import DriveTables
 from upcycle3d.datasets.nuscenes import LYFT_DIALECT, NUSCENES_DIALECT, NuScenesDataset, read_sweep
-from upcycle3d.datasets.nuscenes_tables import DriveTables, read_tables
+from upcycle3d.datasets.nuscenes_tables import read_tables
 from upcycle3d.ops.points_in_boxes import count_points_in_boxes
 from upcycle3d.tools import prepare
 from upcycle3d.tools.console import run_command
