@@ -29,7 +29,7 @@ from ..core.structures import Calibration, Labels, Predictions
 KITTI_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare")
 """Names of all types that label files use."""
 NEIGHBORS: Mapping[str, tuple[str, ...]] = {"Car": ("Van",), "Pedestrian": ("Person_sitting",)}
-"""Types that look so much alike that finding one is neither right nor wrong (KITTI devkit, evaluate_object.cpp, cleanData)."""
+"""Types that look alike, so finding one is neither right nor wrong (KITTI devkit, evaluate_object.cpp, cleanData)."""
 MIN_HEIGHT = (40.0, 25.0, 25.0)
 """Easy, moderate, hard: the 2D box is taller than this, in pixels."""
 MAX_OCCLUSION = (0, 1, 2)

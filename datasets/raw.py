@@ -26,7 +26,8 @@ from .nuscenes import Dialect, NuScenesDataset, draw_scenes, split_by_scene
 from .nuscenes_tables import read_tables
 from .prepare import PrepareReport, ProgressCallback, prepare
 from .prepared import PreparedDataset
-from .waymo import WAYMO_CLASSES, WaymoDataset, find_waymo_frames, find_waymo_splits, segment_of
+from .waymo import WAYMO_CLASSES, WaymoDataset
+from .waymo_places import find_waymo_frames, find_waymo_splits, segment_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +295,7 @@ def open_waymo(
     source = WaymoDataset(
         tuple(places.values()),
         classes=classes,
-        class_map=class_map or {},
+        class_map=class_map,
         second_return=second_return,
         drop_no_label_zones=drop_no_label_zones,
         z_shift=z_shift,

@@ -1,13 +1,16 @@
-"""One Waymo frame as both of its file formats give it, and its range images turned into points.
+"""One Waymo frame as both file formats give it, and the way from its range images to points.
 
-A range image has a row per beam, from the highest down, and a column per azimuth, from behind the vehicle clockwise: column j of W
-looks along pi (1 - (2 j + 1) / W) in the vehicle's frame. A pixel is (range m, intensity, elongation, no-label-zone flag); a range of
-zero or less is empty. The vehicle moves while the TOP laser turns, so each of its pixels has the vehicle's pose at its own moment:
+A range image has a row per beam, from the highest down, and a column per azimuth, clockwise from behind the vehicle: column j of W
+looks along pi (1 - (2 j + 1) / W) in the vehicle's frame. A pixel is (range in m, intensity, elongation, no-label-zone flag); a pixel
+with a range of zero or less is empty. The vehicle moves while the TOP laser turns, so each of its pixels has the vehicle's pose at
+its own moment:
 
     laser --extrinsic--> vehicle at the pixel's moment --pixel pose--> world --inverse frame pose--> vehicle of the frame
 
 The last is the frame of points and labels: x forward, y left, z up, origin on the ground below the rear axle. The other lasers
-have no pixel poses; their images are already given for the frame's pose (waymo-open-dataset, ``dataset.proto``).
+have no pixel poses; their images are already given for the frame's pose (waymo-open-dataset, `dataset.proto`).
+
+Read next: `waymo_proto.py` (v1) and `waymo_parquet.py` (v2), which read such frames; `waymo.py`, which makes ours of them.
 """
 
 from __future__ import annotations
@@ -21,69 +24,88 @@ from numpy.typing import NDArray
 from ..core.errors import InvalidInput
 from ..core.structures import PointCloud
 
-LASERS = {1: "TOP", 2: "FRONT", 3: "SIDE_LEFT", 4: "SIDE_RIGHT", 5: "REAR"}  # LaserName
+LASERS = {1: "TOP", 2: "FRONT", 3: "SIDE_LEFT", 4: "SIDE_RIGHT", 5: "REAR"}
+"""Waymo's LaserName."""
 TOP = 1
-TYPES = {1: "Vehicle", 2: "Pedestrian", 3: "Sign", 4: "Cyclist"}  # Label.Type
+"""Number of the laser on the roof, the only one with pixel poses."""
+TYPES = {1: "Vehicle", 2: "Pedestrian", 3: "Sign", 4: "Cyclist"}
+"""Waymo's Label.Type."""
+MOST_POINTS_LEVEL_2 = 5
+"""An object with at most this number of points is LEVEL_2, unless its label says something else."""
 FEATURE_NAMES = ("intensity", "elongation")
+"""Point features of every Waymo frame."""
 
 Matrix = NDArray[np.float64]
+"""A transform (4, 4), or another float64 table."""
 Image = NDArray[np.float32]
+"""A range image (H, W, C)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaserScan:
-    """One turn of one laser. name: key of ``LASERS``.
-
-    returns: range images (H, W, 4) float32 of the first and, if there is one, the second return. pixel_poses: (H, W, 6) float32
-    roll, pitch, yaw rad and x, y, z m, vehicle to world, or None. extrinsic: (4, 4), laser to vehicle.
-    inclinations: (H,) rad from the lowest beam up, or None: evenly between inclination_range (lowest, highest), half a step inside.
-    """
+    """One turn of one laser."""
 
     name: int
+    """Key of `LASERS`."""
     returns: tuple[Image, ...]
+    """Range images (H, W, 4) of the first and, if there is one, the second return."""
     pixel_poses: Image | None
+    """(H, W, 6) roll, pitch, yaw in radians and x, y, z in m, vehicle to world; None for all lasers but TOP."""
     extrinsic: Matrix
+    """(4, 4), laser to vehicle."""
     inclinations: Matrix | None
+    """(H,) radians from the lowest beam up; None for beams at even distances, see `beam_inclinations`."""
     inclination_range: tuple[float, float]
+    """Lowest and highest inclination in radians, the borders of the beams at even distances."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WaymoObjects:
-    """The labelled objects of a frame, of every type.
-
-    boxes: (N, 7) float64, centre, length, width, height, heading, vehicle frame. types: (N,) int64, keys of ``TYPES``.
-    num_points: (N,) int64, LiDAR points inside as the label says, -1 if it does not. levels: (N,) int64, 1 or 2, 0 if not said.
-    names: Waymo's object ids, for messages.
-    """
+    """The labeled objects of a frame, of every type."""
 
     boxes: Matrix
+    """(N, 7) float64 center, length, width, height, heading in the vehicle's frame."""
     types: NDArray[np.int64]
+    """(N,) keys of `TYPES`."""
     num_points: NDArray[np.int64]
+    """(N,) LiDAR points inside as the label says, -1 where it does not say."""
     levels: NDArray[np.int64]
+    """(N,) 1 or 2 as the label says, 0 where it does not say."""
     names: tuple[str, ...]
+    """Waymo's ids of the objects, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WaymoFrame:
-    """One frame. segment: the sequence's context name. timestamp: us. pose: (4, 4), vehicle to world, or None if not given.
-
-    objects: None where the labels were not read.
-    """
+    """One frame as it is stored."""
 
     segment: str
+    """Context name of the sequence."""
     timestamp: int
+    """Time in microseconds."""
     pose: Matrix | None
+    """(4, 4), vehicle to world; None if it is not given."""
     lasers: tuple[LaserScan, ...]
+    """The scans of the lasers; empty where they were not read."""
     objects: WaymoObjects | None
+    """The labels; None where they were not read."""
 
 
 def frame_points(frame: WaymoFrame, *, second_return: bool = True, drop_no_label_zones: bool = True) -> PointCloud:
-    """All points of a frame, vehicle frame, laser by laser, first return before second; none if every pixel is empty.
+    """Turn the range images of a frame into points.
 
-    Features: "intensity", tanh of Waymo's unbounded value as OpenPCDet does, so that it lies in 0..1; "elongation", as it is.
-    second_return: also take the second echoes. drop_no_label_zones: leave out points whose flag is not -1: nobody labelled there, so
-    an object would count as background (OpenPCDet, ``waymo_dataset.get_lidar``).
-    Raises InvalidInput for images, angles and poses that do not fit together, or that give NaN.
+    Args:
+        frame: The frame.
+        second_return: Also take the second echoes.
+        drop_no_label_zones: Leave out points whose flag is not -1. Nobody labeled there, so an object would count as background
+            (OpenPCDet, `waymo_dataset.get_lidar`).
+
+    Returns:
+        The points in the vehicle's frame, laser by laser, first return before second; no point if every pixel is empty. The features
+        are "intensity", tanh of Waymo's unbounded value as in OpenPCDet, so that it lies in 0..1, and "elongation", unchanged.
+
+    Raises:
+        InvalidInput: Images, angles and poses do not fit together, or give NaN.
     """
     rows = [np.zeros((0, 5), np.float32)]
     for scan in frame.lasers:
@@ -94,7 +116,18 @@ def frame_points(frame: WaymoFrame, *, second_return: bool = True, drop_no_label
 
 
 def beam_inclinations(scan: LaserScan, height: int) -> Matrix:
-    """(height,) rad, of each row of the image from the top row down. Raises InvalidInput if the listed ones are of another count."""
+    """Find the inclination of each row of a range image.
+
+    Args:
+        scan: The scan.
+        height: Number of rows.
+
+    Returns:
+        (height,) radians from the top row down: the listed ones, or even steps within `inclination_range`, half a step from its ends.
+
+    Raises:
+        InvalidInput: The scan lists another number of inclinations.
+    """
     if scan.inclinations is not None and len(scan.inclinations):
         if len(scan.inclinations) != height:
             raise InvalidInput(
@@ -118,8 +151,8 @@ def _points(frame: WaymoFrame, scan: LaserScan, image: Image, drop_no_label_zone
     row, column = np.divmod(pixels, width)
     values = image.reshape(-1, 4)[pixels]
 
-    # Columns look along fixed directions of the vehicle, whatever way round the laser is mounted: its own yaw is taken off here
-    # and comes back with the extrinsic.
+    # Columns look along fixed directions of the vehicle, whatever way the laser is mounted: its own yaw is subtracted here and
+    # comes back with the extrinsic.
     azimuth = np.pi * (1 - (2 * np.arange(width) + 1) / width) - np.arctan2(scan.extrinsic[1, 0], scan.extrinsic[0, 0])
     inclination = beam_inclinations(scan, height)
     distance = values[:, 0].astype(np.float64)
@@ -162,13 +195,14 @@ def _to_frame(frame: WaymoFrame, scan: LaserScan, xyz: Matrix, pixels: NDArray[n
 
 
 def _rotation(transform: Matrix, what: str) -> Matrix:
-    """The (3, 3) rotation of a (4, 4) transform. Raises InvalidInput if it is none: damaged numbers would bend the scene silently."""
+    """The (3, 3) rotation of a (4, 4) transform. Raises InvalidInput if it is not a rotation: damaged numbers would distort the scene
+    silently."""
     rotation = transform[:3, :3]
     if not np.abs(rotation @ rotation.T - np.eye(3)).max() < 1e-3:
-        raise InvalidInput(f"{what} does not turn but distort: {rotation.round(3).tolist()}; the file is damaged")
+        raise InvalidInput(f"{what} is not a rotation but a distortion: {rotation.round(3).tolist()}; the file is damaged")
     return rotation
 
 
 def _rotate(matrix: Matrix, xyz: Matrix) -> Matrix:
-    """(3, 3) times (3, N), not by BLAS: its threads cost more than so narrow a product, twice over in forked workers."""
+    """(3, 3) times (3, N) without BLAS, whose threads cost more than such a narrow product, above all in forked workers."""
     return np.einsum("ij,jn->in", matrix, xyz)

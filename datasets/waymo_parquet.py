@@ -1,14 +1,16 @@
-"""Waymo's v2 files: one Parquet table a segment and component, joined here by segment, time and laser.
+"""Waymo's v2 files: one Parquet table per segment and component, joined here by segment, time and laser.
 
     root/lidar/<segment>.parquet               range images: a row per frame and laser
     root/lidar_pose/<segment>.parquet          pixel poses of the TOP laser: a row per frame
     root/lidar_calibration/<segment>.parquet   a row per laser
     root/vehicle_pose/<segment>.parquet        a row per frame
-    root/lidar_box/<segment>.parquet           a row per labelled object (not in the testing set)
+    root/lidar_box/<segment>.parquet           a row per labeled object (not in the testing set)
 
-Columns are named ``[LiDARComponent].range_image_return1.values`` and the like (waymo-open-dataset, ``v2/perception``). A real file of
-range images packs some fifty frames into a row group of a gigabyte, so rows are streamed and the place in the stream is kept: frames
-asked for in order cost one pass, while a step back starts the row group again.
+Columns have names such as `[LiDARComponent].range_image_return1.values` (waymo-open-dataset, `v2/perception`). A real file of range
+images packs about fifty frames into a row group of a gigabyte, so rows are streamed and the position in the stream is kept: frames
+that are asked for in order cost one pass, while a step back starts the row group again.
+
+Read next: `waymo_geometry.py` for what a frame holds, `waymo_places.py` for the list of frames.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from numpy.typing import NDArray
 from ..core.errors import InvalidInput
 from .waymo_geometry import Image, LaserScan, Matrix, WaymoFrame, WaymoObjects
 
+# Names of the columns.
 SEGMENT, TIME, LASER, OBJECT = (
     "key.segment_context_name",
     "key.frame_timestamp_micros",
@@ -48,27 +51,62 @@ TYPE, BOX_POINTS, LEVEL = (
 
 @dataclass(frozen=True, kw_only=True)
 class TablePlace:
-    """Where a frame lies: the folder that holds the components, the segment, the time in us."""
+    """Where a frame lies."""
 
     root: Path
+    """Folder that holds the components."""
     segment: str
+    """Context name of the sequence."""
     timestamp: int
+    """Time in microseconds."""
 
 
 def find_frames(root: Path, segment: str) -> tuple[TablePlace, ...]:
-    """All frames of a segment that have range images, by time. Raises InvalidInput if its table cannot be read."""
+    """List the frames of a segment that have range images.
+
+    Args:
+        root: Folder that holds the components.
+        segment: Context name of the sequence.
+
+    Returns:
+        The frames in order of time.
+
+    Raises:
+        InvalidInput: The table of range images cannot be read.
+    """
     times = _Component(root, "lidar", segment, (TIME,)).times
     return tuple(TablePlace(root=root, segment=segment, timestamp=t) for t in sorted(set(times.tolist())))
 
 
 class SegmentReader:
-    """The frames of one segment; fastest in order of time. Keeps tables open and labels, not images. Not for two threads at once."""
+    """Reads the frames of one segment, fastest in order of time.
+
+    It keeps the tables open and the labels in memory, but no images. Two threads must not share it.
+    """
 
     def __init__(self, root: Path, segment: str) -> None:
+        """Set up a reader; a table is opened when it is needed.
+
+        Args:
+            root: Folder that holds the components.
+            segment: Context name of the sequence.
+        """
         self.root, self.segment = root, segment
 
     def frame(self, timestamp: int, *, with_points: bool = True, with_objects: bool = True) -> WaymoFrame:
-        """The frame of time ``timestamp`` us. Raises InvalidInput naming table and time for what is missing or damaged."""
+        """Read one frame.
+
+        Args:
+            timestamp: Time in microseconds.
+            with_points: Read the range images, poses and calibrations.
+            with_objects: Read the labels.
+
+        Returns:
+            The frame.
+
+        Raises:
+            InvalidInput: With table and time: something is missing or damaged.
+        """
         return WaymoFrame(
             segment=self.segment,
             timestamp=timestamp,
@@ -105,7 +143,7 @@ class SegmentReader:
             name = row[LASER].as_py()
             where = f"{self._lidar.path}, time {timestamp}, laser {name}"
             if name not in self._calibrations:
-                raise InvalidInput(f"{where}: no row of this laser in lidar_calibration; its points cannot be placed")
+                raise InvalidInput(f"{where}: lidar_calibration has no row of this laser; its points cannot be placed")
             calibration = self._calibrations[name]
             images = [_image(row, column, where) for column in RETURNS]
             listed = calibration[f"{INCLINATION}.values"]
@@ -142,13 +180,15 @@ class SegmentReader:
 
 
 class _Component:
-    """One component of one segment. ``table``: all of it, for small ones; ``rows``: one time's, streamed, for range images."""
+    """One component of one segment: `table` reads all of a small one; `rows` streams the rows of one time, for range images."""
 
     def __init__(self, root: Path, component: str, segment: str, columns: Sequence[str]) -> None:
         self.path = root / component / f"{segment}.parquet"
         if not self.path.is_file():
             advice = "; or read without labels, if this is a testing set" if component == "lidar_box" else ""
-            raise InvalidInput(f"segment {segment}: no table {self.path}; download the component {component} into {root}{advice}")
+            raise InvalidInput(
+                f"segment {segment}: there is no table {self.path}; download the component {component} into {root}{advice}"
+            )
         self._columns = list(columns)
         with self._readable():
             self._file = pq.ParquetFile(self.path, page_checksum_verification=True)
@@ -156,12 +196,12 @@ class _Component:
             missing = [name for name in (SEGMENT, *columns) if name not in names]
             if missing:
                 raise InvalidInput(
-                    f"{self.path}: no column {', '.join(missing)}; it has {', '.join(names)}; is it the component {component} of v2?"
+                    f"{self.path}: there is no column {', '.join(missing)}; it has {', '.join(names)}; is it the component {component} of v2?"
                 )
             keys = self._file.read([SEGMENT, *({TIME} & set(columns))], use_threads=False)
         strangers = {str(name) for name in keys[SEGMENT].unique().to_pylist()} - {segment}
         if strangers:
-            raise InvalidInput(f"{self.path}: holds rows of segment {min(strangers)}; the file's name and content disagree")
+            raise InvalidInput(f"{self.path} holds rows of segment {min(strangers)}; the file's name and content disagree")
         self.times = keys[TIME].to_numpy() if TIME in columns else np.zeros(0, np.int64)
         metadata = self._file.metadata
         self._ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
@@ -174,11 +214,11 @@ class _Component:
             return self._file.read(self._columns, use_threads=False)
 
     def at(self, timestamp: int) -> pa.Table:
-        """The rows of one time of ``table``."""
+        """The rows of one time of `table`."""
         return self.table.take(np.flatnonzero(self.times == timestamp))
 
     def rows(self, timestamp: int) -> Iterator[dict[str, Any]]:
-        """The rows of one time, as scalars by column, reading no row group without one."""
+        """Stream the rows of one time, as scalars by column. Row groups without such a row are not read."""
         for index in np.flatnonzero(self.times == timestamp).tolist():
             group = int(np.searchsorted(self._ends, index, "right"))
             with self._readable():

@@ -1,9 +1,11 @@
-"""Waymo's v1 ``Frame`` message, read straight from its bytes.
+"""Waymo's v1 `Frame` message, read directly from its bytes.
 
 A message is a row of fields, each a key (number << 3 | wire type) and a value: 0 varint, 1 eight bytes, 2 a length and bytes, 5 four
-bytes (protobuf.dev, "Encoding"). Sixty lines read that, and they read it lazily: the camera pictures, nine tenths of a record, are
-skipped, and the numbers of a range image are one view of the bytes. The protobuf library decodes all of it and hands out floats one
-by one. Field numbers: waymo-open-dataset, ``dataset.proto`` and ``label.proto``.
+bytes (protobuf.dev, "Encoding"). Sixty lines read that, and only what is needed: the camera pictures, nine tenths of a record, are
+skipped, and the numbers of a range image are one view of the bytes. The protobuf library would decode everything and return floats
+one by one. Field numbers: waymo-open-dataset, `dataset.proto` and `label.proto`.
+
+Read next: `waymo_geometry.py` for what a frame holds, `waymo_records.py` for the file around the messages.
 """
 
 from __future__ import annotations
@@ -26,12 +28,22 @@ _BOX_FIELDS = (1, 2, 3, 5, 4, 6, 7)  # x, y, z, length, width, height, heading: 
 _MOST_IMAGE_BYTES = 64 << 20  # the largest real one, poses of 64 x 2650 pixels, has 4 MB
 _HEAD_BYTES = 1 << 16
 
-Value = int | memoryview
-Fields = dict[int, list[Value]]
+_FieldValue = int | memoryview
+_Fields = dict[int, list[_FieldValue]]
 
 
 def read_frame(place: RecordPlace) -> WaymoFrame:
-    """The frame in a record. Raises InvalidInput naming the record: a wrong checksum, bytes that are no ``Frame``, a damaged image."""
+    """Read the frame in a record.
+
+    Args:
+        place: The record.
+
+    Returns:
+        The frame, labels included.
+
+    Raises:
+        InvalidInput: With the record: its checksum is wrong, its bytes are not a `Frame`, or an image is damaged.
+    """
     try:
         return parse_frame(read_record(place))
     except InvalidInput as error:
@@ -39,8 +51,18 @@ def read_frame(place: RecordPlace) -> WaymoFrame:
 
 
 def read_identity(place: RecordPlace) -> tuple[str, int]:
-    """(segment, timestamp us) of the frame in a record, from its first bytes: the data is neither read as a whole nor verified."""
-    found: Fields = {}
+    """Read which frame a record holds, from its first bytes: the data is neither read as a whole nor verified.
+
+    Args:
+        place: The record.
+
+    Returns:
+        Context name of the segment, and the time in microseconds.
+
+    Raises:
+        InvalidInput: The bytes are not a `Frame`.
+    """
+    found: _Fields = {}
     head = memoryview(read_head(place, _HEAD_BYTES))
     try:
         for field, value in _walk(head):
@@ -55,7 +77,17 @@ def read_identity(place: RecordPlace) -> tuple[str, int]:
 
 
 def parse_frame(data: bytes) -> WaymoFrame:
-    """The frame of a serialised ``Frame`` message; fields that are not needed are skipped. Raises InvalidInput if it is none."""
+    """Read a serialized `Frame` message. Fields that are not needed are skipped.
+
+    Args:
+        data: The message.
+
+    Returns:
+        The frame, labels included.
+
+    Raises:
+        InvalidInput: The bytes are not a `Frame`, or an image is damaged.
+    """
     message = _fields(memoryview(data))
     segment, timestamp = _identity(message)
     calibrations = {_int(f, 1): f for f in map(_fields, _messages(_fields(_message(message, 1)), 3))}
@@ -76,14 +108,14 @@ def parse_frame(data: bytes) -> WaymoFrame:
     )
 
 
-def _identity(message: Fields) -> tuple[str, int]:
+def _identity(message: _Fields) -> tuple[str, int]:
     segment = _text(_fields(_message(message, 1)), 1)
     if not segment or 2 not in message:
         raise InvalidInput("the message has no context name or no timestamp; is it a Frame of the Perception dataset?")
     return segment, _int(message, 2)
 
 
-def _laser(laser: Fields, calibrations: dict[int, Fields]) -> LaserScan:
+def _laser(laser: _Fields, calibrations: dict[int, _Fields]) -> LaserScan:
     name = _int(laser, 1)
     first = _fields(_message(laser, 2))
     images = [_image(_message(_fields(_message(laser, field)), 2), 4) for field in (2, 3)]
@@ -102,14 +134,14 @@ def _laser(laser: Fields, calibrations: dict[int, Fields]) -> LaserScan:
 
 
 def _image(compressed: memoryview, channels: int) -> Image | None:
-    """(H, W, channels) of a zlib-compressed MatrixFloat; None of no bytes, which says that the image was left out."""
+    """(H, W, channels) of a zlib-compressed MatrixFloat; None for no bytes, which means that the image was left out."""
     if not compressed:
         return None
     decoder = zlib.decompressobj()
     try:
         data = decoder.decompress(compressed, _MOST_IMAGE_BYTES)
     except zlib.error as error:
-        raise InvalidInput(f"a range image is no zlib data ({error}); the file is damaged") from error
+        raise InvalidInput(f"a range image is not zlib data ({error}); the file is damaged") from error
     if not decoder.eof:
         raise InvalidInput(f"a range image is cut off or larger than {_MOST_IMAGE_BYTES} bytes; the file is damaged")
     matrix = _fields(memoryview(data))
@@ -122,11 +154,11 @@ def _image(compressed: memoryview, channels: int) -> Image | None:
     return values.reshape(shape)
 
 
-def _box(box: Fields) -> list[float]:
+def _box(box: _Fields) -> list[float]:
     missing = [field for field in _BOX_FIELDS if field not in box]
     if missing:
         raise InvalidInput(
-            f"a laser label's box lacks the fields {missing} of Label.Box; a 3D box needs centre, size and heading"
+            f"a laser label's box lacks the fields {missing} of Label.Box; a 3D box needs center, size and heading"
         )
     return [_double(box, field) for field in _BOX_FIELDS]
 
@@ -141,13 +173,13 @@ def _transform(message: memoryview) -> Matrix:
 # ---- the wire format
 
 
-def _walk(data: memoryview) -> Iterator[tuple[int, Value]]:
-    """(field number, value) one after the other. Raises InvalidInput where the bytes are no message."""
+def _walk(data: memoryview) -> Iterator[tuple[int, _FieldValue]]:
+    """Yield (field number, value) in order. Raises InvalidInput where the bytes are not a message."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
         field, kind = key >> 3, key & 7
-        value: Value
+        value: _FieldValue
         if kind == 0:
             value, position = _varint(data, position)
         else:
@@ -156,7 +188,7 @@ def _walk(data: memoryview) -> Iterator[tuple[int, Value]]:
             elif kind in (1, 5):
                 size = 8 if kind == 1 else 4
             else:
-                raise InvalidInput(f"byte {position} of a message has the wire type {kind}; this is no protobuf message")
+                raise InvalidInput(f"byte {position} of a message has the wire type {kind}; this is not a protobuf message")
             if position + size > len(data):
                 raise InvalidInput(f"field {field} of a message declares {size} bytes, {len(data) - position} are left")
             value = data[position : position + size]
@@ -165,23 +197,23 @@ def _walk(data: memoryview) -> Iterator[tuple[int, Value]]:
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    """(value, next position): seven bits a byte, lowest first, the eighth bit set on all but the last."""
+    """(value, next position). A byte has seven bits, lowest first; the eighth bit is set on all but the last byte."""
     value = 0
     for i, byte in enumerate(data[position : position + 10]):
         value |= (byte & 127) << 7 * i
         if byte < 128:
             return value & (1 << 64) - 1, position + i + 1
-    raise InvalidInput(f"a number at byte {position} of a message does not end; this is no protobuf message")
+    raise InvalidInput(f"a number at byte {position} of a message does not end; this is not a protobuf message")
 
 
-def _fields(data: memoryview) -> Fields:
-    found: Fields = {}
+def _fields(data: memoryview) -> _Fields:
+    found: _Fields = {}
     for field, value in _walk(data):
         found.setdefault(field, []).append(value)
     return found
 
 
-def _messages(fields: Fields, number: int) -> list[memoryview]:
+def _messages(fields: _Fields, number: int) -> list[memoryview]:
     values = fields.get(number, [])
     good = [v for v in values if isinstance(v, memoryview)]
     if len(good) != len(values):
@@ -189,27 +221,27 @@ def _messages(fields: Fields, number: int) -> list[memoryview]:
     return good
 
 
-def _message(fields: Fields, number: int) -> memoryview:
-    """The bytes of a field, empty if it is not there."""
+def _message(fields: _Fields, number: int) -> memoryview:
+    """The bytes of a field; empty if the message lacks it."""
     return (_messages(fields, number) or [memoryview(b"")])[-1]
 
 
-def _text(fields: Fields, number: int) -> str:
+def _text(fields: _Fields, number: int) -> str:
     try:
         return bytes(_message(fields, number)).decode()
     except UnicodeDecodeError as error:
         raise InvalidInput(f"field {number} should hold text: {error}") from error
 
 
-def _int(fields: Fields, number: int, default: int = 0) -> int:
+def _int(fields: _Fields, number: int, default: int = 0) -> int:
     return (_integers(fields.get(number, [])) or [default])[-1]
 
 
-def _double(fields: Fields, number: int) -> float:
+def _double(fields: _Fields, number: int) -> float:
     return float(_numbers(fields[number], "<f8")[-1]) if number in fields else 0.0
 
 
-def _integers(values: list[Value]) -> list[int]:
+def _integers(values: list[_FieldValue]) -> list[int]:
     """Varints, one by one or packed; ours are int32 and int64, negative ones as 64-bit complement."""
     found: list[int] = []
     for value in values:
@@ -223,7 +255,7 @@ def _integers(values: list[Value]) -> list[int]:
     return [n - (1 << 64) if n >= 1 << 63 else n for n in found]
 
 
-def _numbers(values: list[Value], dtype: str) -> NDArray:
+def _numbers(values: list[_FieldValue], dtype: str) -> NDArray:
     """Floats of one width, one by one or packed."""
     width = np.dtype(dtype).itemsize
     if any(isinstance(v, int) or len(v) % width for v in values):

@@ -1,20 +1,20 @@
-"""TFRecord files without TensorFlow: one record after the other, each with two checksums.
+"""TFRecord files without TensorFlow: records in order, each with two checksums.
 
     8 bytes  length of the data, little-endian      4 bytes  masked CRC-32C of those 8 bytes
     length   the data                               4 bytes  masked CRC-32C of the data
 
-(tensorflow, ``lib/io/record_writer.h``.) A checksum is stored turned by 15 bits plus a constant, so that a CRC over data that holds CRCs stays
-meaningful. Nothing marks the start of a record: behind a broken length the rest of a file is lost, while a record whose data is broken
-costs only itself.
+(tensorflow, `lib/io/record_writer.h`.) A checksum is stored turned by 15 bits plus a constant, so that a CRC over data that holds
+CRCs stays meaningful. Nothing marks the start of a record: after a broken length the rest of the file is lost, while broken data of a
+record costs only that record.
+
+Read next: `waymo_proto.py`, which reads the data of a record.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numba
 import numpy as np
@@ -28,25 +28,36 @@ _MASK_DELTA = 0xA282EAD8
 
 @dataclass(frozen=True, kw_only=True)
 class RecordPlace:
-    """Where a record lies: its number in the file from 0, the byte offset of its length field, the bytes of its data."""
+    """Where a record lies."""
 
     path: Path
+    """The file."""
     index: int
+    """Number of the record in the file, from 0."""
     offset: int
+    """Byte at which its length field begins."""
     length: int
+    """Bytes of its data."""
 
     def __str__(self) -> str:
         return f"{self.path}, record {self.index} at byte {self.offset}"
 
 
 def find_records(path: Path | str) -> tuple[tuple[RecordPlace, ...], str | None]:
-    """All records of a file whose lengths are right, and why the rest of the file is lost, None if nothing is.
+    """List the records of a file. Only the length fields are read.
 
-    Only the length fields are read. Raises InvalidInput if there is no such file.
+    Args:
+        path: The file.
+
+    Returns:
+        All records up to the first broken length, and why the rest of the file is lost; None if nothing is lost.
+
+    Raises:
+        InvalidInput: There is no such file.
     """
     path = Path(path)
     if not path.is_file():
-        raise InvalidInput(f"no TFRecord file {path}; check the root folder and the segment")
+        raise InvalidInput(f"there is no TFRecord file {path}; check the root folder and the segment")
     places: list[RecordPlace] = []
     size, offset = path.stat().st_size, 0
     with open(path, "rb") as file:
@@ -70,42 +81,53 @@ def find_records(path: Path | str) -> tuple[tuple[RecordPlace, ...], str | None]
 
 
 def read_record(place: RecordPlace) -> bytes:
-    """The data of a record. Raises InvalidInput naming file, record and offset if its checksum is wrong or the file became shorter."""
+    """Read and verify the data of a record.
+
+    Args:
+        place: The record.
+
+    Returns:
+        Its data.
+
+    Raises:
+        InvalidInput: With file, record and offset: the checksum is wrong, or the file became shorter.
+    """
     with open(place.path, "rb") as file:
-        return _data(file, place)
-
-
-def read_records(path: Path | str) -> Iterator[bytes]:
-    """The data of every record in order. Raises InvalidInput, as ``read_record``, at the first that is broken or cut off."""
-    places, problem = find_records(path)
-    with open(path, "rb") as file:
-        for place in places:
-            yield _data(file, place)
-    if problem is not None:
-        raise InvalidInput(problem)
+        file.seek(place.offset + 12)
+        data, stored = file.read(place.length), file.read(4)
+    if len(stored) < 4:
+        raise InvalidInput(f"{place}: the file ends inside the data; it was cut off: copy it again")
+    if masked_crc32c(data) != struct.unpack("<I", stored)[0]:
+        raise InvalidInput(f"{place}: the checksum of its {place.length} bytes of data is wrong; copy the file again")
+    return data
 
 
 def read_head(place: RecordPlace, size: int) -> bytes:
-    """The first ``size`` bytes of a record's data, or all of a shorter one, not verified: the checksum covers the whole."""
+    """Read the beginning of a record's data, unverified, because the checksum covers the whole.
+
+    Args:
+        place: The record.
+        size: Number of bytes.
+
+    Returns:
+        The first `size` bytes, or all of a shorter record.
+    """
     with open(place.path, "rb") as file:
         file.seek(place.offset + 12)
         return file.read(min(size, place.length))
 
 
 def masked_crc32c(data: bytes) -> int:
-    """CRC-32C of ``data`` as TFRecord stores it."""
+    """Compute CRC-32C as TFRecord stores it.
+
+    Args:
+        data: Any bytes.
+
+    Returns:
+        The masked checksum.
+    """
     crc = int(_crc32c(np.frombuffer(data, np.uint8), _TABLES))
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
-
-
-def _data(file: BinaryIO, place: RecordPlace) -> bytes:
-    file.seek(place.offset + 12)
-    data, stored = file.read(place.length), file.read(4)
-    if len(stored) < 4:
-        raise InvalidInput(f"{place}: the file ends inside the data; it was cut off: copy it again")
-    if masked_crc32c(data) != struct.unpack("<I", stored)[0]:
-        raise InvalidInput(f"{place}: the checksum of its {place.length} bytes of data is wrong; copy the file again")
-    return data
 
 
 def _make_tables() -> NDArray[np.uint32]:

@@ -22,7 +22,8 @@ from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout
 from upcycle3d.datasets.simulation.places import WAYMO
-from upcycle3d.datasets.waymo import WaymoDataset, find_waymo_frames, find_waymo_splits
+from upcycle3d.datasets.waymo import WaymoDataset
+from upcycle3d.datasets.waymo_places import find_waymo_frames, find_waymo_splits
 from upcycle3d.perception.training.environment import describe_environment
 from upcycle3d.tools.console import print_table, write_json
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from ...core.errors import InvalidInput, require
 from ...core.structures import Boxes3D, Labels, Predictions
 from ...core.tensor_value import TensorValue, shape_of
-from ...datasets.waymo import MOST_POINTS_LEVEL_2
+from ...datasets.waymo_geometry import MOST_POINTS_LEVEL_2
 from .box_pairs import box_pairs
 from .waymo_matching import FP, HEADING, TP, TP_LEVEL_1, count_by_cutoff
 

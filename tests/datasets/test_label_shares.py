@@ -4,7 +4,7 @@ import pytest
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.label_shares import DRAWS, draw_labeled, label_share_splits, labeled_split
-from upcycle3d.datasets.waymo import segment_of
+from upcycle3d.datasets.waymo_places import segment_of
 
 IDS = [f"{segment:03d}_{10 * frame}" for segment in range(150) for frame in range(3)]
 

@@ -15,9 +15,10 @@ from upcycle3d.datasets.kitti import with_point_counts
 from upcycle3d.datasets.simulation.layout_waymo import waymo_frame, write_segment, write_waymo_layout
 from upcycle3d.datasets.simulation.places import CLASS_NAMES, WAYMO
 from upcycle3d.datasets.simulation.simulate import simulate_frame
-from upcycle3d.datasets.waymo import WaymoDataset, find_waymo_frames, labels_from_waymo
+from upcycle3d.datasets.waymo import WaymoDataset, labels_from_waymo
 from upcycle3d.datasets.waymo_geometry import WaymoObjects
 from upcycle3d.datasets.waymo_parquet import SegmentReader
+from upcycle3d.datasets.waymo_places import find_waymo_frames
 from upcycle3d.perception.evaluation.waymo import WaymoTruth
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "waymo" / "points_unlabelled"
@@ -229,7 +230,7 @@ def test_a_missing_component_file_is_named(root, component):
     data = WaymoDataset(places(root))
     assert len(data[0].points) > 0
     with pytest.raises(
-        InvalidInput, match=rf"frame {SEGMENTS[1]}_\d+: segment .*: no table .*; download the component {component}"
+        InvalidInput, match=rf"frame {SEGMENTS[1]}_\d+: segment .*: there is no table .*; download the component {component}"
     ):
         data[6]
     if component == "lidar_box":
@@ -262,7 +263,7 @@ def test_a_missing_column_is_named(root, component, column):
             "no pose for each pixel of the TOP laser: its points would lie in other coordinates",
         ),
         ("vehicle_pose", lambda t: t.slice(1), "no vehicle pose: its points would lie in other coordinates"),
-        ("lidar_calibration", lambda t: t.slice(1), "laser 1: no row of this laser in lidar_calibration"),
+        ("lidar_calibration", lambda t: t.slice(1), "laser 1: lidar_calibration has no row of this laser"),
         ("vehicle_pose", lambda t: t.set_column(0, t.column_names[0], pa.array(["other"] * len(t))), "rows of segment other"),
         (
             "lidar",
@@ -291,7 +292,7 @@ def test_a_file_that_is_no_parquet_or_a_segment_without_files_keeps_a_place(root
     with pytest.raises(InvalidInput, match="not a readable Parquet file"):
         data[0]
     with pytest.raises(
-        InvalidInput, match=r"segment simulated_000005_00007: no file of it .*; did you mean simulated_000005_000007?"
+        InvalidInput, match=r"segment simulated_000005_00007: there is no file of it .*; did you mean simulated_000005_000007?"
     ):
         data[3]
     assert len(data[1].points) > 0

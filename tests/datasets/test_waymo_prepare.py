@@ -14,7 +14,8 @@ from upcycle3d.core.point_files import read_points
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout
 from upcycle3d.datasets.simulation.places import WAYMO, domain
-from upcycle3d.datasets.waymo import WaymoDataset, find_waymo_frames, find_waymo_splits
+from upcycle3d.datasets.waymo import WaymoDataset
+from upcycle3d.datasets.waymo_places import find_waymo_frames, find_waymo_splits
 from upcycle3d.tools import prepare, simulate
 from upcycle3d.tools.console import run_command
 

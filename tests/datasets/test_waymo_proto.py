@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.datasets.waymo import WaymoDataset, find_waymo_frames, labels_from_waymo
+from upcycle3d.datasets.waymo import WaymoDataset, labels_from_waymo
 from upcycle3d.datasets.waymo_geometry import frame_points
+from upcycle3d.datasets.waymo_places import find_waymo_frames
 from upcycle3d.datasets.waymo_proto import parse_frame, read_frame, read_identity
 from upcycle3d.datasets.waymo_records import RecordPlace, find_records, masked_crc32c
 
@@ -183,7 +184,7 @@ def test_bytes_that_are_no_frame_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: setattr(f.lasers[0].ri_return1, "range_image_compressed", b"nonsense"), "no zlib data"),
+        (lambda f: setattr(f.lasers[0].ri_return1, "range_image_compressed", b"nonsense"), "not zlib data"),
         (lambda f: setattr(f.lasers[0].ri_return1, "range_image_compressed", compressed(FIRST)[:-9]), "cut off or larger"),
         (
             lambda f: setattr(f.lasers[0].ri_return1, "range_image_compressed", compressed(POSES)),

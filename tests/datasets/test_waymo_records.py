@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.datasets.waymo_records import find_records, masked_crc32c, read_head, read_record, read_records
+from upcycle3d.datasets.waymo_records import find_records, masked_crc32c, read_head, read_record
 
 
 def crc32c(data: bytes) -> int:
@@ -49,7 +49,6 @@ def test_the_checksum_is_crc32c_of_the_rfc_and_of_the_definition():
 
 
 def test_records_come_back_in_order_and_one_by_one(file):
-    assert list(read_records(file)) == RECORDS
     places, problem = find_records(file)
     assert problem is None
     assert [p.length for p in places] == [5, 0, 256, 8]
@@ -74,10 +73,6 @@ def test_wrong_data_costs_one_record_and_names_it(file):
         InvalidInput, match=r"some\.tfrecord, record 2 at byte 37: the checksum of its 256 bytes of data is wrong"
     ):
         read_record(places[2])
-    reader = read_records(file)
-    assert [next(reader), next(reader)] == RECORDS[:2]
-    with pytest.raises(InvalidInput, match="record 2 at byte 37"):
-        next(reader)
 
 
 def test_a_wrong_length_loses_the_rest_and_says_so(file):
@@ -105,10 +100,7 @@ def test_a_file_that_is_cut_off_gives_what_is_before(file, size, message):
     good, problem = find_records(file)
     assert good == places[:2]
     assert message in problem
-    reader = read_records(file)
-    assert [next(reader), next(reader)] == RECORDS[:2]
-    with pytest.raises(InvalidInput, match="cut off"):
-        next(reader)
+    assert [read_record(p) for p in good] == RECORDS[:2]
     with pytest.raises(InvalidInput, match="record 2 at byte 37: the file ends inside the data"):
         read_record(places[2])  # found before the file became shorter
 
