@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny
 from upcycle3d.core.boxes import kitti_camera_to_lidar
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.structures import Boxes3D, Calibration, PointCloud, Predictions
@@ -28,9 +29,6 @@ from upcycle3d.datasets.kitti_text import (
     read_objects,
     write_objects,
 )
-
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "kitti"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real KITTI samples are not there")
 
 P2 = [[700.0, 0, 600, 45], [0, 700, 180, -0.3], [0, 0, 1, 0.005]]
 R0 = [[0.9999, 0.01, -0.0085], [-0.0101, 0.99994, -0.004], [0.0085, 0.0041, 0.99996]]
@@ -281,25 +279,23 @@ def test_split_files_are_checked(tmp_path: Path, text: str, message: str) -> Non
         read_ids(tmp_path / "val.txt")
 
 
-@needs_shared
 def test_real_full_scans_crop_to_the_reduced_ones() -> None:
+    root = tiny.shared("data/kitti", "cropping real KITTI scans to the picture gives KITTI's own reduced scans")
     frame_ids = sorted(
-        p.stem
-        for p in (SHARED / "training" / "velodyne").glob("*.bin")
-        if (SHARED / "training/image_2" / f"{p.stem}.png").is_file()
+        p.stem for p in (root / "training" / "velodyne").glob("*.bin") if (root / "training/image_2" / f"{p.stem}.png").is_file()
     )
     for frame_id in frame_ids:
-        reduced = KittiDataset(SHARED, [frame_id])[0]
-        full = KittiDataset(SHARED, [frame_id], points_folder="velodyne")[0]
+        reduced = KittiDataset(root, [frame_id])[0]
+        full = KittiDataset(root, [frame_id], points_folder="velodyne")[0]
         assert len(full.points) == len(reduced.points)
         assert full.labels is not None
         assert reduced.labels is not None
         assert torch.equal(full.labels.num_points, reduced.labels.num_points)
 
 
-@needs_shared
 def test_real_labels_project_onto_their_2d_boxes() -> None:
-    dataset = KittiDataset(SHARED, read_ids(SHARED / "ImageSets" / "val.txt"), with_labels=False)
+    root = tiny.shared("data/kitti", "boxes of real KITTI labels project onto their 2D boxes")
+    dataset = KittiDataset(root, read_ids(root / "ImageSets" / "val.txt"), with_labels=False)
     worst = []
     for i, frame_id in enumerate(dataset.ids):
         objects = dataset.kitti_objects(frame_id)

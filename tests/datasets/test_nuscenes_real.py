@@ -1,11 +1,11 @@
 """Real nuScenes and Lyft samples: the frame conversion must put the points into the boxes that people drew around them."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+import tiny
 from upcycle3d.core.boxes import rotate_z
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.drive_tables import DriveTables
@@ -15,13 +15,12 @@ from upcycle3d.ops.points_in_boxes import count_points_in_boxes
 from upcycle3d.tools import prepare
 from upcycle3d.tools.console import run_command
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-pytestmark = pytest.mark.skipif(not (SHARED / "nuscenes").is_dir(), reason="the real samples are not there")
+SAMPLES = tiny.shared("data/nuscenes", "points of real nuScenes and Lyft samples lie in their labeled boxes").parent
 
 
 @pytest.fixture(scope="module")
 def nuscenes() -> DriveTables:
-    return read_tables(SHARED / "nuscenes", "v1.0-mini")
+    return read_tables(SAMPLES / "nuscenes", "v1.0-mini")
 
 
 def everything(tables: DriveTables, scene: str) -> NuScenesDataset:
@@ -84,7 +83,7 @@ def test_prepare_reads_nuscenes_and_parts_its_drives(tmp_path):
     report = tmp_path / "report.json"
     arguments = [
         "nuscenes",
-        str(SHARED / "nuscenes"),
+        str(SAMPLES / "nuscenes"),
         "--version",
         "v1.0-mini",
         "--out",
@@ -100,7 +99,7 @@ def test_prepare_reads_nuscenes_and_parts_its_drives(tmp_path):
 
 
 def test_lyft_s_sample_gives_its_boxes_on_the_road(tmp_path):
-    tables = read_tables(SHARED / "lyft", "v1.01-train")
+    tables = read_tables(SAMPLES / "lyft", "v1.01-train")
     (sample,) = tables.samples
     data = NuScenesDataset(tables, tables.samples, LYFT_DIALECT, classes=("Car",), z_shift=1.83)
     labels = data.labels(sample)
@@ -117,9 +116,9 @@ def test_lyft_s_sample_gives_its_boxes_on_the_road(tmp_path):
 
 def test_lyft_s_cut_sweeps_are_read_as_they_are_and_counted_in(tmp_path):
     """Cut to five whole rows they are legal sweeps; one stands in for the sample's own, which is not there."""
-    cut = sorted((SHARED / "lyft" / "lidar_truncated").glob("*.bin"))
+    cut = sorted((SAMPLES / "lyft" / "lidar_truncated").glob("*.bin"))
     assert [len(read_sweep(path)) for path in cut] == [5, 5, 5]
-    (tmp_path / "v1.01-train").symlink_to(SHARED / "lyft" / "v1.01-train")
+    (tmp_path / "v1.01-train").symlink_to(SAMPLES / "lyft" / "v1.01-train")
     (tmp_path / "lidar").mkdir()
     (tmp_path / "lidar" / "host-a101_lidar1_1240710385903083166.bin").symlink_to(cut[0])
     tables = read_tables(tmp_path, "v1.01-train")
@@ -129,7 +128,7 @@ def test_lyft_s_cut_sweeps_are_read_as_they_are_and_counted_in(tmp_path):
 
 
 def test_lyft_s_full_sweep_is_whole_and_tells_no_intensity():
-    (path,) = (SHARED / "lyft" / "lidar").glob("*.bin")
+    (path,) = (SAMPLES / "lyft" / "lidar").glob("*.bin")
     points = read_sweep(path)
     assert len(points) == 53_146
     torch.testing.assert_close(points.features, torch.full((53_146, 1), 100 / 255))

@@ -21,7 +21,6 @@ from upcycle3d.datasets.waymo_parquet import SegmentReader
 from upcycle3d.datasets.waymo_places import find_waymo_frames
 from upcycle3d.perception.evaluation.waymo import WaymoTruth
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "waymo" / "points_unlabelled"
 SENSOR = replace(
     WAYMO.sensor, elevations=WAYMO.sensor.elevations[4::5], azimuths=300, jitter=0.0
 )  # every fifth beam, every ninth column

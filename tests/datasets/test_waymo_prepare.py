@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import tiny
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.point_files import read_points
 from upcycle3d.datasets.prepared import PreparedDataset
@@ -19,7 +20,6 @@ from upcycle3d.datasets.waymo_places import find_waymo_frames, find_waymo_splits
 from upcycle3d.tools import prepare, simulate
 from upcycle3d.tools.console import run_command
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "waymo" / "points_unlabelled"
 SENSOR = replace(WAYMO.sensor, elevations=WAYMO.sensor.elevations[4::5], azimuths=300)  # every fifth beam, every ninth column
 SMALL = replace(WAYMO, sensor=SENSOR)
 FRAMES = 7
@@ -158,15 +158,15 @@ def test_two_workers_write_the_same_bytes(written, tmp_path):
 # ---- real points
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 def test_a_real_frame_goes_through_the_cross_dataset_encoder():
     from upcycle3d.core.rig import RigSpec
     from upcycle3d.perception.models.encoders.second import SecondEncoder
     from upcycle3d.perception.recipes.architectures import CROSS_DATASET_SECOND_IOU_DETECTOR
     from upcycle3d.perception.vehicle.extractor import Extractor
 
+    scan = tiny.shared("data/waymo/points_unlabelled/seq_0_frame_100.bin", "a real Waymo scan becomes a smashed scene")
     columns = ("x", "y", "z", "intensity", "elongation")
-    cloud = read_points(SHARED / "seq_0_frame_100.bin", columns=columns, intensity_scale=None)
+    cloud = read_points(scan, columns=columns, intensity_scale=None)
     assert len(cloud) == 177_125
     assert cloud.feature_names == ("intensity", "elongation")
     assert cloud.xyz[:, :2].abs().max() < 80

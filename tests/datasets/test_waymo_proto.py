@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tiny
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.waymo import WaymoDataset, labels_from_waymo
 from upcycle3d.datasets.waymo_geometry import frame_points
 from upcycle3d.datasets.waymo_places import find_waymo_frames
 from upcycle3d.datasets.waymo_proto import parse_frame, read_frame, read_identity
 from upcycle3d.datasets.waymo_records import RecordPlace, find_records, masked_crc32c
-
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "waymo" / "frames"
 
 # message -> (number, name, type, repeated); a capitalised type is a message. From dataset.proto and label.proto.
 MESSAGES = {
@@ -245,16 +244,16 @@ def test_a_damaged_file_gives_its_good_frames_and_a_reason_for_each_other(tmp_pa
     assert [p.id for p in sampled] == ["a_segment_1", "a_segment_3", f"{last}5"]  # what is lost is never sampled away
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 def test_real_records_give_their_labels_and_say_that_they_hold_no_point():
-    found = find_waymo_frames(SHARED)
+    root = tiny.shared("data/waymo/frames", "records of real Waymo segments are read")
+    found = find_waymo_frames(root)
     places = tuple(place for part in found.values() for place in part)
     assert [p.id for p in places] == [
         "1071392229495085036_1844_790_1864_790_1507315488219118",
         "1024360143612057520_3580_000_3600_000_1553735853462203",
     ]
     data = WaymoDataset(places)
-    frames = [read_frame(find_records(path)[0][0]) for path in sorted(SHARED.glob("*.tfrecord"))]
+    frames = [read_frame(find_records(path)[0][0]) for path in sorted(root.glob("*.tfrecord"))]
     assert [len(f.objects.boxes) for f in frames] == [18, 75]
     assert [len(frame_points(f)) for f in frames] == [0, 0]
     town = data.labels(1)

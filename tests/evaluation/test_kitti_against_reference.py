@@ -1,18 +1,16 @@
 """The KITTI protocol against a slow reference that follows the rules one by one, in plain Python with shapely."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from shapely.geometry import Polygon
 
+import tiny
 from upcycle3d.datasets.kitti import read_ids
 from upcycle3d.datasets.kitti_text import KittiObjects, parse_objects, read_objects
 from upcycle3d.perception.evaluation.kitti import LOOSE, OFFICIAL, evaluate_kitti
-
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "kitti"
 
 
 def _ground_polygon(o: KittiObjects, i: int) -> Polygon:
@@ -200,10 +198,10 @@ def test_random_datasets_agree_with_the_slow_reference(seed: int) -> None:
     assert any(0 < v < 100 for v in result.classes["Car"].box_3d.r40)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real KITTI samples are not there")
 def test_real_labels_with_noise_agree_with_the_slow_reference() -> None:
+    root = tiny.shared("data/kitti", "real KITTI labels with noise are scored like a slow reference scores them")
     rng = np.random.default_rng(0)
-    gts = [read_objects(SHARED / "training" / "label_2" / f"{i}.txt") for i in read_ids(SHARED / "ImageSets" / "train.txt")[:45]]
+    gts = [read_objects(root / "training" / "label_2" / f"{i}.txt") for i in read_ids(root / "ImageSets" / "train.txt")[:45]]
     dets = []
     for g in gts:
         kept = g.select(torch.tensor([t not in ("DontCare", "Misc") for t in g.types], dtype=torch.bool))

@@ -9,10 +9,11 @@ import pytest
 import torch
 from shapely.geometry import Polygon
 
+import tiny
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.evaluation.lyft import MIN_OVERLAPS, LyftBoxes, LyftResult, evaluate_lyft, read_lyft_boxes
 
-SAMPLES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "lyft" / "map_test_jsons"
+SAMPLES = "data/lyft/map_test_jsons"
 Item = tuple[str, str, float, float]  # frame, class, x, score
 
 
@@ -215,27 +216,27 @@ def test_random_boxes_score_as_the_rules_say(seed: int) -> None:
     assert 1 < result.mean_ap < 99  # type: ignore[operator]
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason="no sample files beside the checkout")
 @pytest.mark.parametrize(
     ("truths", "found"),
     [("true_gt", "test_file_for_true_result"), ("all_class_gt", "test_file_with_all_classes")],
 )
 def test_the_sdks_sample_files_score_100(truths: str, found: str) -> None:
     """The SDK's tests expect mAP 1 for each pair of files at every overlap from 0.05 to 0.95."""
-    objects = read_lyft_boxes(SAMPLES / f"{truths}.json", scored=False)
+    samples = tiny.shared(SAMPLES, "the sample files of Lyft's SDK get the scores that its tests expect")
+    objects = read_lyft_boxes(samples / f"{truths}.json", scored=False)
     result = evaluate_lyft(
         objects,
-        read_lyft_boxes(SAMPLES / f"{found}.json", scored=True),
+        read_lyft_boxes(samples / f"{found}.json", scored=True),
         min_overlaps=tuple(0.05 * i for i in range(1, 20)),
     )
     assert set(result.classes) == set(objects.names)
     assert all(values == (100.0,) * 19 for values in result.classes.values())
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason="no sample files beside the checkout")
 def test_the_sdks_merged_samples_against_themselves_and_worse() -> None:
     """Against themselves the SDK's tests expect AP 1. Moved, thinned out and renamed, the reference says what to expect."""
-    truths = read_lyft_boxes(SAMPLES / "samples_merged.json", scored=False)
+    samples = tiny.shared(SAMPLES, "the merged samples of Lyft's SDK get the scores that its tests expect")
+    truths = read_lyft_boxes(samples / "samples_merged.json", scored=False)
     n = len(truths.frames)
     itself = LyftBoxes(frames=truths.frames, names=truths.names, boxes=truths.boxes, scores=torch.ones(n))
     assert evaluate_lyft(truths, itself).mean_ap == 100

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+import tiny
 from upcycle3d.core.structures import Boxes3D, Labels, PointCloud, Predictions
 from upcycle3d.perception.evaluation.protocols import LabeledDetections, score_lyft, score_waymo, waymo_objects
 from upcycle3d.perception.evaluation.waymo_objects import write_waymo_objects
 from upcycle3d.tools import evaluate, prepare
 from upcycle3d.tools.console import run_command
 from upcycle3d.tools.predict import boxes_json
-
-SAMPLES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "lyft" / "map_test_jsons"
 
 
 def run(*arguments: object) -> int:
@@ -133,9 +132,9 @@ def test_lyft_scores_two_json_files(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert json.loads((tmp_path / "result.json").read_text())["mAP"] == pytest.approx(50)
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason="no sample files beside the checkout")
 def test_lyft_reads_the_sdks_own_files(tmp_path: Path) -> None:
-    files = ("--labels", SAMPLES / "all_class_gt.json", "--detections", SAMPLES / "test_file_with_all_classes.json")
+    samples = tiny.shared("data/lyft/map_test_jsons", "the command scores the sample files of Lyft's SDK")
+    files = ("--labels", samples / "all_class_gt.json", "--detections", samples / "test_file_with_all_classes.json")
     assert run("lyft", *files, "--json", tmp_path / "result.json") == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["mAP"], len(result["classes"])) == (100, 9)
