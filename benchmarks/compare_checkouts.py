@@ -7,13 +7,13 @@ job on them with the small presets: prepare, 20 steps of training, predict, extr
 does each of these steps again from OLD's result of the step before, so that a difference shows in the line of the step that made it.
 One line a comparison; the exit code is 1 if anything differs. Both run on the CPU with the same seeds and one thread a command; the
 two detectors are done side by side. ``--threads 2`` also takes the parallel paths of the operators, but PV-RCNN's training does not
-repeat itself there: torch adds up the gradient of ``points[index]`` in whatever order threads come.
+repeat itself there: torch adds up gradients of indexing (``points[index]``) in whatever order threads come.
 
 What is random by design is compared without it: scenes have random identifiers and lie in random order in shards of random names, so
 they are put in the order of their content; upcycling visits scenes in the order of the store, so both upcycle from OLD's store.
 
 OLD's results stay in ``--work`` under a name made of its source, and another NEW is compared without running OLD again. The order of
-folders and of the command line that a checkout has are found out by ``module`` and ``Checkout.options``, and only there.
+folders, the command line and the names that a checkout has are found out in ``module``, ``Checkout.options`` and ``probe_detections``.
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ class Checkout:
         fields = re.findall(r"^    (\w+): ", (self.root / "tools" / f"{command}.py").read_text(), re.MULTILINE)
         found: list[str] = []
         if detector is not None:
-            found += ["--" + next(name for name in ("encoder", "checkpoint", "detector") if name in fields), str(detector)]
+            found += [
+                "--" + next((name for name in ("detector", "encoder", "checkpoint") if name in fields), "detector"),
+                str(detector),
+            ]
         if data is not None and split is not None and "split" not in fields:
             found += ["--data", f"{data}:{split}"]
         elif data is not None:
@@ -146,14 +149,14 @@ def checkout(root: Path, work: Path, threads: int, *, old: bool) -> Checkout:
 
 
 def source_key(root: Path, threads: int) -> str:
-    """A name for the results of a checkout: its source, this script, and what else decides the bits."""
-    digest = hashlib.sha256()
-    for path in [root / "__init__.py", *sorted(p for part in SOURCE for p in (root / part).rglob("*.py")), Path(__file__)]:
-        digest.update(f"{path.relative_to(root) if path.is_relative_to(root) else path.name}\0".encode() + path.read_bytes())
+    """A name for the results of a checkout: its source, the settings above, and what else decides the bits."""
     import torch  # takes seconds
 
+    settings = (Z_SHIFT, SPLITS, STEPS, CODECS, STORED, PRESETS, THRESHOLDS)
     machine = (torch.__version__, torch.backends.cpu.get_cpu_capability(), np.__version__, sys.version, threads)
-    digest.update(repr(machine).encode())
+    digest = hashlib.sha256(repr((settings, machine)).encode())
+    for path in [root / "__init__.py", *sorted(p for part in SOURCE for p in (root / part).rglob("*.py"))]:
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
@@ -202,12 +205,14 @@ def probe_fingerprint(run: str) -> Values:
 
 def probe_detections(run: str, scans: str) -> Values:
     """What the detector finds in scans, before anything is rounded for a file."""
-    from upcycle3d.core.point_files import read_points
     from upcycle3d.perception.training.detector_files import load_detector
 
-    detector, values = load_detector(Path(run))[0], {}
+    read_points, rig = module("core.point_files", "datasets.point_files").read_points, _rig()
+    shifted = rig.from_sensor if hasattr(rig, "from_sensor") else rig.apply
+    loaded, values = load_detector(Path(run)), {}
+    detector = loaded[0] if isinstance(loaded, tuple) else loaded  # the old layout gives its configuration too
     for path in sorted(Path(scans).glob("*.bin")):
-        (found,) = detector.detect([_rig().apply(read_points(path))])
+        (found,) = detector.detect([shifted(read_points(path))])
         values[f"{path.stem}/boxes"] = found.boxes.data
         for column in ("classes", "scores", "class_scores", "iou_scores"):
             values[f"{path.stem}/{column}"] = getattr(found, column)
