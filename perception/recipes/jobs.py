@@ -18,12 +18,13 @@ from ...core.errors import InvalidInput
 from ...core.rig import RigSpec
 from ...core.structures import Labels
 from ...datasets.data_split import DataSplit
+from ..evaluation.score import EvaluationReport, Protocol, score_detector
 from ..models.detector import Detector
 from ..server.methods import METHODS, Method
 from ..server.store import SmashedStore
 from ..server.trainer import upcycle
 from ..training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
-from ..training.distributed import init_distributed, per_rank
+from ..training.distributed import DistributedContext, init_distributed, per_rank
 from ..training.loop import create_run
 from ..training.run_folder import RunFolder
 from ..training.supervised import train_supervised
@@ -180,8 +181,10 @@ def train_preset(
     optim = preset.train.loop.optim
     loop = replace(preset.train.loop, seed=seed, optim=replace(optim, total_steps=steps or optim.total_steps))
     preset = replace(preset, train=replace(preset.train, loop=loop))
-    labeled = labeled_batches(preset, split, batch_size=preset.train.batch_size, seed=seed)
     context = init_distributed()
+    if preset.train.gt_sampling:
+        _ensure_gt_database(split, context)
+    labeled = labeled_batches(preset, split, batch_size=preset.train.batch_size, seed=seed)
     torch.manual_seed(seed)
     detector = preset.detector.build().to(context.device if context.world_size > 1 else device)
     record = TrainingRecord(preset=preset, data=split.resolved(), seed=seed)
@@ -263,6 +266,8 @@ def upcycle_preset(
         raise InvalidInput(f"{detector} holds another detector than the preset; give the preset that it was trained with")
     # F-GT's size shift is also right for the labeled half, but the oracles' labels have the target's sizes already.
     shift = settings.f_gt.size_shift if chosen.labeled == "source" else (0.0, 0.0, 0.0)
+    if preset.train.gt_sampling:
+        split.ensure_gt_database()
     labeled = labeled_batches(preset, split, batch_size=settings.labeled_batch, seed=seed, size_shift=shift)
     if chosen.unlabeled == "raw" and raw is None:
         raise InvalidInput(f"the method {name} learns from raw unlabeled scans; give them with --raw DIR[:SPLIT]")
@@ -314,6 +319,28 @@ def upcycle_preset(
     )
 
 
+def evaluate_on(detector: Detector | str | Path, data: Data, *, protocol: Protocol | None = None) -> EvaluationReport:
+    """Score a detector on labeled frames of a prepared dataset.
+
+    Args:
+        detector: A detector in memory, the run folder of one, or its detector file.
+        data: Labeled split, `DIR[:SPLIT]`; `val` where no split is named.
+        protocol: `kitti`, `waymo`, `lyft` or `cross_dataset` (ST3D's); the dataset's own by default.
+
+    Returns:
+        All metrics; `headline()` gives the few numbers by which methods are compared.
+
+    Raises:
+        InvalidInput: The dataset has no protocol of its own, or lacks what the protocol needs.
+
+    Example:
+        report = upcycle3d.evaluate("runs/source", "data/kitti:val")
+        print(report.headline())  # {"Car 3D 0.7": 43.1, ...}
+    """
+    loaded = detector if isinstance(detector, Detector) else load_detector(detector)
+    return score_detector(loaded, find_data(data, "val").open(), protocol)
+
+
 def find_method(name: str) -> Method:
     """Look up a method by name.
 
@@ -358,6 +385,19 @@ def read_truth(receipts: str | Path, data: Data) -> dict[str, Labels]:
             f"{len(found) - len(known)} of {len(found)} scans in {receipts} have no labels in {data}; prepare those frames too"
         )
     return known
+
+
+def _ensure_gt_database(split: DataSplit, context: DistributedContext) -> None:
+    """Let the first process build the object database while the others wait; an error reaches all of them."""
+    message = ""
+    if context.is_main:
+        try:
+            split.ensure_gt_database()
+        except InvalidInput as error:
+            message = str(error)
+    failed = [m for m in context.gather(message) if m]
+    if failed:
+        raise InvalidInput(failed[0])
 
 
 def _codec_of(store: SmashedStore | None) -> str:
