@@ -1,10 +1,12 @@
-"""``upcycle3d doctor``: what is installed here, and which backend each operator uses."""
+"""`upcycle3d doctor`: what is installed here, which backends run, and how long imports take."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import statistics
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +17,32 @@ from ..ops.sparse_conv import SubmanifoldConv3d, sparse_conv_reference, submanif
 from .console import console, print_table, run_command, write_json
 
 CORE = ("torch", "numpy", "scipy", "numba", "safetensors", "zstandard", "pyarrow", "tyro", "rich", "tensorboard", "matplotlib")
-OPTIONAL = {"spconv": "spconv", "rerun-sdk": "viz", "open3d-cpu": "viz", "mmengine": "mmdet3d", "ray": "ray"}
+OPTIONAL = {"spconv": "spconv"}  # package: extra that installs it
+
+# What is timed: a statement in a fresh interpreter.
+VEHICLE_SET = "import upcycle3d.perception.vehicle.extractor"
+FULL_PROGRAM = "import upcycle3d.perception.recipes.pipeline, upcycle3d.perception.recipes.jobs, upcycle3d.tools.demo, upcycle3d.tools.evaluate"
+IMPORTS = {
+    "import upcycle3d": "import upcycle3d",
+    "upcycle3d --help": "import sys; sys.argv = ['upcycle3d', '--version']; from upcycle3d.tools.main import main; main()",
+    "torch alone": "import torch",
+    "the vehicle's set": VEHICLE_SET,
+    "the full program": FULL_PROGRAM,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Print versions, devices and backends, and run the sparse convolution against its reference."""
+    """Print versions, devices and import times, and compare the sparse convolution with its reference."""
 
+    repeats: int = 3
+    """How often each import is timed; the median is printed. 0 skips the timing."""
     json: Path | None = None
-    """also write the result for machines"""
+    """Also write the result to this file as JSON."""
 
 
 def command(config: Doctor) -> None:
-    """What is installed here and which backends run."""
+    """Say what is installed, which backends run, and how long imports take."""
     versions = {name: _version(name) for name in CORE} | {
         n: _version(n) or f"not installed (extra [{e}])" for n, e in OPTIONAL.items()
     }
@@ -39,9 +54,30 @@ def command(config: Doctor) -> None:
     print_table("machine", ("what", "value"), list(machine.items()))
     print_table("packages", ("package", "version"), list(versions.items()))
     print_table("checks", ("what", "result"), list(checks.items()))
+    times = {name: import_seconds(code, config.repeats) for name, code in IMPORTS.items()} if config.repeats else {}
+    if times:
+        share = times["the vehicle's set"] / times["the full program"]
+        rows = [(name, f"{seconds:.2f}") for name, seconds in times.items()]
+        print_table("seconds to import, in a fresh interpreter", ("what", "median"), rows)
+        console.print(f"the vehicle's set takes {100 * share:.0f} % of the time of the full program")
     if versions["torch"] is None or any(versions[name] is None for name in CORE):
         console.print("a core package is missing: pip install -c constraints.txt -e .")
-    write_json(config.json, {"machine": machine, "packages": versions, "checks": checks})
+    write_json(config.json, {"machine": machine, "packages": versions, "checks": checks, "import_seconds": times})
+
+
+def import_seconds(code: str, repeats: int) -> float:
+    """Time a statement in fresh interpreters.
+
+    Args:
+        code: The statement.
+        repeats: How often it is timed.
+
+    Returns:
+        The median time in seconds, without the start of the interpreter.
+    """
+    command = f"import time; start = time.perf_counter(); {code}; print(time.perf_counter() - start)"
+    runs = (subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True) for _ in range(repeats))
+    return statistics.median(float(run.stdout.split()[-1]) for run in runs)
 
 
 def _version(name: str) -> str | None:

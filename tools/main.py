@@ -32,7 +32,10 @@ COMMANDS = {
     "bench step": ("bench_step", "measure a training step of a detector"),
     "bench extract": ("bench_extract", "measure an extraction: milliseconds and bytes per scan"),
     "experiment upcycling": ("experiment_upcycling", "compare UpCycling with its baselines over seeds; resumable"),
-    "experiment category-shift": ("experiment_category_shift", "compare decisions on unknown classes (GLC) over seeds; resumable"),
+    "experiment category-shift": (
+        "experiment_category_shift",
+        "compare decisions on unknown classes (GLC) over seeds; resumable",
+    ),
     "experiment report": ("experiment_report", "print the tables of an experiment from its results.csv"),
     "adapt features": ("adapt", "GLC: label target features when the classes differ too"),
     "adapt detector": ("adapt_detector", "GLC on a detector's proposals: labels and unknown scores on another domain"),

@@ -1,0 +1,43 @@
+"""The scripts of `examples/` run from another folder, end, and say what they found."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import upcycle3d
+
+EXAMPLES = Path(upcycle3d.__file__).resolve().parent / "examples"
+RUNS = {  # script: (arguments, what it prints, what it writes)
+    "detect.py": ((), "objects with a score of at least 0.3", "detect.png"),
+    "smash.py": (("out",), "cells, features", "out/store"),
+    "own_dataset.py": (("out", "2"), "2 steps on 10 frames", "out/parking_lot.png"),
+    "own_method.py": (("out", "2"), "2 steps on 5 labeled frames and 5 scenes", "out/run/detector.safetensors"),
+    "evaluate_files.py": ((), "Car, official, IoU 0.7: 3D AP", None),
+    "adapt_classes.py": ((), "of the new class are called unknown", None),
+}
+
+
+def test_every_script_is_run_here_and_is_short():
+    scripts = {path.name: path for path in EXAMPLES.glob("*.py")}
+    assert set(scripts) == set(RUNS)
+    assert all(len(path.read_text().splitlines()) <= 60 for path in scripts.values())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_example_runs(name, tmp_path):
+    arguments, printed, written = RUNS[name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert printed in done.stdout
+    assert written is None or (tmp_path / written).exists()
+
+
+def test_the_small_detector_of_the_examples_finds_most_cars_of_simulated_streets(tmp_path):
+    """A detector file that no longer fits the code would still run and find nothing."""
+    done = subprocess.run([sys.executable, str(EXAMPLES / "detect.py")], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert len([line for line in done.stdout.splitlines() if line.startswith("Car 0.")]) >= 8
