@@ -278,6 +278,32 @@ def test_files_and_folders_that_pages_name_exist(page):
     assert not faults, "\n".join(faults)
 
 
+OF_OTHERS = {"train_data", "train_lidar", "da_waymo_dataset", "gauss_lidar3"}
+"""Names in the data and code of others, which our code does not contain."""
+
+
+@cache
+def words_of_the_code() -> frozenset[str]:
+    """All words in the Python files of the repository."""
+    sources = [ROOT / name for name in repository_files() if name.endswith(".py")]
+    return frozenset(word for path in sources if path.is_file() for word in re.findall(r"\w+", path.read_text()))
+
+
+@each_page
+def test_names_in_code_font_occur_in_the_code(page):
+    """`SmashedScene`, `METHODS`, `box_weight`, `round_trip(features, codec)`: a name that was changed must change in the pages too."""
+    faults = []
+    for place in spans(page):
+        if re.fullmatch(r"[A-Za-z_][\w.]*(\(.*\))?", place.text):
+            known = words_of_the_code() | OF_OTHERS
+            faults += [
+                f"{place}: {word} is not in the code"
+                for word in re.findall(r"[A-Za-z_]\w+", place.text)
+                if word not in known and not re.search("[A-Z]{4}", word)
+            ]
+    assert not faults, "\n".join(faults)
+
+
 @pytest.mark.parametrize("page", ALL_PAGES, ids=_name)
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
