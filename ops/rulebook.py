@@ -27,8 +27,8 @@ from ..core.tensor_value import shape_of
 from .cpu.rulebook import list_meetings, merge, rank, restore_rows
 from .dispatch import dispatch
 
-Triple = tuple[int, int, int]
-"""One number for each of z, y, x."""
+ZYX = tuple[int, int, int]
+"""A whole number for each of z, y, x."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Rulebook:
     starts: tuple[int, ...]
     """K + 1 bounds of the offsets in the two lists, K = kz * ky * kx."""
 
-    kernel_size: Triple
+    kernel_size: ZYX
     """Kernel along z, y, x."""
 
     num_in: int
@@ -53,7 +53,7 @@ class Rulebook:
     out_coords: Tensor
     """(M_out, 4) int32 batch, z, y, x of the output rows."""
 
-    out_shape: Triple
+    out_shape: ZYX
     """Output cells along z, y, x."""
 
     batch_size: int
@@ -65,7 +65,7 @@ class Rulebook:
         return len(self.out_coords)
 
 
-def submanifold_rulebook(coords: Tensor, shape: Triple, batch_size: int, kernel_size: Triple = (3, 3, 3)) -> Rulebook:
+def submanifold_rulebook(coords: Tensor, shape: ZYX, batch_size: int, kernel_size: ZYX = (3, 3, 3)) -> Rulebook:
     """Find the pairs of a submanifold convolution: the output sites are the input sites, in the same row order.
 
     Args:
@@ -84,7 +84,7 @@ def submanifold_rulebook(coords: Tensor, shape: Triple, batch_size: int, kernel_
     return _submanifold(coords, shape, batch_size, kernel_size, build)
 
 
-def submanifold_rulebook_reference(coords: Tensor, shape: Triple, batch_size: int, kernel_size: Triple = (3, 3, 3)) -> Rulebook:
+def submanifold_rulebook_reference(coords: Tensor, shape: ZYX, batch_size: int, kernel_size: ZYX = (3, 3, 3)) -> Rulebook:
     """Compute `submanifold_rulebook` in plain torch (sort and binary search), on any device.
 
     Args:
@@ -99,9 +99,7 @@ def submanifold_rulebook_reference(coords: Tensor, shape: Triple, batch_size: in
     return _submanifold(coords, shape, batch_size, kernel_size, _submanifold_pairs_reference)
 
 
-def strided_rulebook(
-    coords: Tensor, shape: Triple, batch_size: int, kernel_size: Triple, stride: Triple, padding: Triple
-) -> Rulebook:
+def strided_rulebook(coords: Tensor, shape: ZYX, batch_size: int, kernel_size: ZYX, stride: ZYX, padding: ZYX) -> Rulebook:
     """Find the pairs of a strided convolution: an output site is occupied where its window holds at least one input voxel.
 
     Args:
@@ -123,7 +121,7 @@ def strided_rulebook(
 
 
 def strided_rulebook_reference(
-    coords: Tensor, shape: Triple, batch_size: int, kernel_size: Triple, stride: Triple, padding: Triple
+    coords: Tensor, shape: ZYX, batch_size: int, kernel_size: ZYX, stride: ZYX, padding: ZYX
 ) -> Rulebook:
     """Compute `strided_rulebook` in plain torch (sort and binary search), on any device.
 
@@ -145,7 +143,7 @@ def strided_rulebook_reference(
 
 
 def _submanifold(
-    coords: Tensor, shape: Triple, batch_size: int, kernel_size: Triple, build: Callable[..., tuple[Tensor, Tensor, list[int]]]
+    coords: Tensor, shape: ZYX, batch_size: int, kernel_size: ZYX, build: Callable[..., tuple[Tensor, Tensor, list[int]]]
 ) -> Rulebook:
     _check_coords(coords, shape, batch_size)
     if any(size < 1 or size % 2 == 0 for size in kernel_size):
@@ -209,11 +207,11 @@ def _submanifold_pairs(keys: Tensor, order: Tensor | None, deltas: list[int]) ->
 
 def _strided(
     coords: Tensor,
-    shape: Triple,
+    shape: ZYX,
     batch_size: int,
-    kernel_size: Triple,
-    stride: Triple,
-    padding: Triple,
+    kernel_size: ZYX,
+    stride: ZYX,
+    padding: ZYX,
     build: Callable[..., tuple[Tensor, Tensor, Tensor, list[int]]],
 ) -> Rulebook:
     _check_coords(coords, shape, batch_size)
@@ -242,7 +240,7 @@ def _strided(
 
 
 def _strided_pairs_reference(
-    coords: Tensor, order: Tensor | None, out_shape: Triple, kernel_size: Triple, stride: Triple, padding: Triple
+    coords: Tensor, order: Tensor | None, out_shape: ZYX, kernel_size: ZYX, stride: ZYX, padding: ZYX
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     rows = torch.arange(len(coords), device=coords.device) if order is None else order
     batch, zyx = coords[rows, 0].long(), coords[rows, 1:].long()
@@ -260,7 +258,7 @@ def _strided_pairs_reference(
 
 
 def _strided_pairs(
-    coords: Tensor, order: Tensor | None, out_shape: Triple, kernel_size: Triple, stride: Triple, padding: Triple
+    coords: Tensor, order: Tensor | None, out_shape: ZYX, kernel_size: ZYX, stride: ZYX, padding: ZYX
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     rows = np.arange(len(coords)) if order is None else order.numpy()
     geometry = (coords.contiguous().numpy(), rows, out_shape, kernel_size, stride, padding)
@@ -282,7 +280,7 @@ def _strided_pairs(
 # ---- shared
 
 
-def _check_coords(coords: Tensor, shape: Triple, batch_size: int) -> None:
+def _check_coords(coords: Tensor, shape: ZYX, batch_size: int) -> None:
     if coords.dim() != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
         raise InvalidInput(f"a rulebook expects coords as int32 (M, 4) of batch, z, y, x, found {shape_of(coords)}")
     outside = ((coords < 0) | (coords >= coords.new_tensor([batch_size, *shape]))).any(dim=1)

@@ -25,7 +25,7 @@ from ..core.errors import InvalidInput
 from ..core.tensor_value import shape_of
 from .cpu.sparse_conv import ROWS_PER_TASK, convolve_range, weight_gradient
 from .dispatch import dispatch
-from .rulebook import Rulebook, Triple, strided_rulebook, submanifold_rulebook
+from .rulebook import ZYX, Rulebook, strided_rulebook, submanifold_rulebook
 from .spconv_backend import sparse_conv_spconv, spconv_runs_on_cuda
 from .threads import in_threads
 
@@ -83,12 +83,12 @@ def sparse_conv_reference(features: Tensor, weight: Tensor, rulebook: Rulebook) 
 class SubmanifoldConv3d(nn.Module):
     """Convolution whose output sites are its input sites (spconv's `SubMConv3d` without bias); its kernel is odd and centered."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: Triple = (3, 3, 3)) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: ZYX = (3, 3, 3)) -> None:
         super().__init__()
         self.kernel_size = kernel_size
         self.weight = _initial_weight(in_channels, out_channels, kernel_size)
 
-    def rulebook(self, coords: Tensor, shape: Triple, batch_size: int) -> Rulebook:
+    def rulebook(self, coords: Tensor, shape: ZYX, batch_size: int) -> Rulebook:
         """Build the rulebook of this layer. Layers of equal kernel size on the same sites share one.
 
         Args:
@@ -125,15 +125,15 @@ class StridedConv3d(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Triple = (3, 3, 3),
-        stride: Triple = (2, 2, 2),
-        padding: Triple = (1, 1, 1),
+        kernel_size: ZYX = (3, 3, 3),
+        stride: ZYX = (2, 2, 2),
+        padding: ZYX = (1, 1, 1),
     ) -> None:
         super().__init__()
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.weight = _initial_weight(in_channels, out_channels, kernel_size)
 
-    def rulebook(self, coords: Tensor, shape: Triple, batch_size: int) -> Rulebook:
+    def rulebook(self, coords: Tensor, shape: ZYX, batch_size: int) -> Rulebook:
         """Build the rulebook of this layer.
 
         Args:
@@ -164,7 +164,7 @@ class StridedConv3d(nn.Module):
         return f"{sizes}, stride={self.stride}, padding={self.padding}"
 
 
-def _initial_weight(in_channels: int, out_channels: int, kernel_size: Triple) -> nn.Parameter:
+def _initial_weight(in_channels: int, out_channels: int, kernel_size: ZYX) -> nn.Parameter:
     """Uniform in +-1 / sqrt(fan_in), fan_in = kz * ky * kx * in: the initialization of torch's and spconv's convolutions."""
     bound = 1 / math.sqrt(math.prod(kernel_size) * in_channels)
     return nn.Parameter(torch.empty(out_channels, *kernel_size, in_channels).uniform_(-bound, bound))

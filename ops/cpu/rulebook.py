@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-_Triple = tuple[int, int, int]
+_ZYX = tuple[int, int, int]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -61,10 +61,10 @@ def restore_rows(
 def list_meetings(
     coords: NDArray[Any],
     rows: NDArray[Any],
-    out_shape: _Triple,
-    kernel_size: _Triple,
-    stride: _Triple,
-    padding: _Triple,
+    out_shape: _ZYX,
+    kernel_size: _ZYX,
+    stride: _ZYX,
+    padding: _ZYX,
     cursor: NDArray[Any],
     pairs_in: NDArray[Any],
     keys: NDArray[Any],

@@ -252,12 +252,5 @@ def test_three_source_classes_leave_room_for_the_unknown():
 
 def test_the_same_labels_from_one_and_two_threads():
     features, probabilities, _ = target(500)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = one_vs_all_labels(features, probabilities, 6, OneVsAllConfig())
-        torch.set_num_threads(2)
-        two = one_vs_all_labels(features, probabilities, 6, replace(OneVsAllConfig(), kmeans=KMeansConfig()))
-    finally:
-        torch.set_num_threads(before)
+    one, two = tiny.for_thread_counts(lambda: one_vs_all_labels(features, probabilities, 6, OneVsAllConfig()))
     assert torch.equal(one.hard, two.hard)
