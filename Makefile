@@ -21,7 +21,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p .typecheck && ln -sfn .. .typecheck/upcycle3d
-	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -p upcycle3d
+	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -m upcycle3d -p upcycle3d.core -p upcycle3d.ops -p upcycle3d.datasets -p upcycle3d.perception -p upcycle3d.tools
 
 # constraints.txt pins torch 2.13.0. For another build (CUDA) make the environment yourself, without the constraints: see README.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -14,7 +14,7 @@ from .data_option import DataOption
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class DrawFrames:
     """Draw frames of a prepared dataset in BEV, as PNG files. This needs no screen."""
 
     data: DataOption
@@ -33,7 +33,7 @@ class View:
     """Also write the list of pictures to this file as JSON."""
 
 
-def command(config: View) -> None:
+def command(config: DrawFrames) -> None:
     """Draw frames, labels and detections in BEV."""
     frames = config.data.open()
     detector = load_detector(config.detector) if config.detector else None
