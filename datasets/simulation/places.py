@@ -20,16 +20,16 @@ CLASS_NAMES = ("Car", "Pedestrian", "Cyclist", "Van", "Truck")
 ALL_CLASS_NAMES = (*CLASS_NAMES, "Tram", "Animal", "Trailer")  # the last three only where an `OpenPlace` asks for them
 CAR, PEDESTRIAN, CYCLIST, VAN, TRUCK, TRAM, ANIMAL, TRAILER = range(8)
 
-_Triple = tuple[float, float, float]
+Sizes3 = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SizeDistribution:
     """Sizes of one class: normal, each clipped to mean ± 2.5 standard deviations, and correlated in pairs."""
 
-    mean: _Triple
+    mean: Sizes3
     """Mean length, width, height in m."""
-    std: _Triple
+    std: Sizes3
     """Standard deviation of length, width, height in m."""
     correlation: float = 0.5
     """Correlation of each pair of sizes, 0 to 1."""
@@ -58,7 +58,7 @@ class Place:
     """One distribution per name in `CLASS_NAMES`."""
     car_styles: tuple[float, float, float, float]
     """Weights of hatchback, sedan, SUV and pickup."""
-    vehicle_mix: _Triple
+    vehicle_mix: Sizes3
     """Weights of car, van and truck among vehicles."""
     lanes: int
     """Lanes per direction."""
@@ -122,7 +122,7 @@ class OpenPlace(Place):
         SizeDistribution(mean=(2.05, 0.62, 1.95), std=(0.06, 0.03, 0.10)),
     )
     """Sizes of dogs, deer and horses."""
-    animal_mix: _Triple = (0.4, 0.3, 0.3)
+    animal_mix: Sizes3 = (0.4, 0.3, 0.3)
     """Weights of dogs, deer and horses."""
 
     def __post_init__(self) -> None:

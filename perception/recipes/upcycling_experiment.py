@@ -20,7 +20,7 @@ from typing import Literal, get_args
 from ...core.config_json import config_to_json
 from ...core.errors import InvalidInput
 from ...datasets.prepared import PreparedDataset
-from ...datasets.simulation.places import Triple
+from ...datasets.simulation.places import Sizes3
 from ..evaluation.score import Protocol, own_protocol
 from ..server.methods import METHODS
 from .experiment_data import DatasetName, ExperimentData, SimulationSize
@@ -43,7 +43,7 @@ class Scenario:
     """Source domain, with labels."""
     target: DatasetName
     """Target domain, where the fleet drives. If it is the source domain, a share of the training frames has labels."""
-    size_shift: Triple = (0.0, 0.0, 0.0)
+    size_shift: Sizes3 = (0.0, 0.0, 0.0)
     """Mean car of the target minus mean car of the source: length, width, height in meters. The methods with size normalization are
     given it. ST3D's numbers for the real datasets; the simulated domains differ by the same."""
     development: bool = False

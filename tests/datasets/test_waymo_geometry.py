@@ -168,7 +168,10 @@ def damaged() -> LaserScan:
         (replace(FRAME, lasers=(replace(TOP, inclinations=INCLINATIONS[1:]),)), "TOP: 4 beam inclinations for .* 5 rows"),
         (replace(FRAME, lasers=(replace(SIDE, returns=(image(1)[..., :3],)),)), r"must be \(rows, columns, 4\)"),
         (replace(FRAME, pose=np.zeros((4, 4))), "the vehicle pose is not a rotation"),
-        (replace(FRAME, lasers=(replace(SIDE, extrinsic=np.full((4, 4), np.nan)),)), "SIDE_LEFT: the extrinsic is not a rotation"),
+        (
+            replace(FRAME, lasers=(replace(SIDE, extrinsic=np.full((4, 4), np.nan)),)),
+            "SIDE_LEFT: the extrinsic is not a rotation",
+        ),
         (replace(FRAME, lasers=(damaged(),)), "laser TOP: .* points hold NaN or inf"),
     ],
 )
