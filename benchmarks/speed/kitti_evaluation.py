@@ -1,8 +1,8 @@
-"""How long KITTI's evaluation takes: 3,769 frames as in the val split, about 4 cars and 10 to 30 detections in each.
+"""How long KITTI's evaluation takes: 3,769 frames as in the val split, with about 4 cars and 10 to 30 detections in each.
 
     python benchmarks/speed/kitti_evaluation.py [--frames 3769]
 
-Prints the first run, which includes numba's compilation unless a cache is there, the second, and reading the same from text files.
+Prints the first run, which includes numba's compilation unless a cache is there, the second run, and the same with text files to read.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Preparing simulated Waymo tables: frames a second by workers, what a second start reuses, and memory while reading back.
+"""How fast simulated Waymo tables are prepared, what a second start reuses, and whether memory grows while reading back.
 
     python benchmarks/speed/prepare.py [--frames 40] [--json FILE]
 
-Memory is the growth of resident memory while every frame of a prepared dataset of random points (160,000 a frame) is read once, after
-the first eight, for a dataset and for one four times as large.
+Memory is the growth of resident memory while every frame of a prepared dataset of random points (160,000 per frame) is read once, after
+the first eight frames, for a dataset and for one that is four times as large.
 """
 
 from __future__ import annotations

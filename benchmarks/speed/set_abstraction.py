@@ -1,19 +1,17 @@
-"""What PV-RCNN's keypoints cost on a vehicle's CPU: sampling, and set abstraction from all sources beside its matrix products alone.
+"""What PV-RCNN's keypoints cost on a vehicle's CPU: sampling, and set abstraction compared with its matrix products alone.
 
     python benchmarks/speed/set_abstraction.py [--threads 2] [--repeats 15] [--json FILE]
 
-A simulated KITTI scan (camera view), the reference encoder with 2,048 keypoints, random weights, evaluation. "Matrix products" are the
-perceptrons' multiplications at the sizes that occur, and at those of the reference's padding (every ball filled up to its limit);
-the three are timed in turn. Set abstraction here is all that comes after sampling: ball queries, gathering, perceptrons,
-maxima, and the interpolation of the bird's-eye-view map.
+The scan is a simulated KITTI scan in a front camera's view; the encoder has the reference size with 2,048 keypoints and random weights, in
+evaluation mode. "Matrix products" are the multiplications of the perceptrons, once with the numbers of neighbors that occur and once with
+the padding of OpenPCDet, where every ball is filled up to its limit. Set abstraction is everything after sampling: ball queries, gathering,
+perceptrons, maxima, and the interpolation of the BEV map. The calls take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,20 +27,8 @@ from upcycle3d.ops.ball_query import ball_query
 from upcycle3d.ops.farthest_point import farthest_point_sample
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder
 from upcycle3d.perception.recipes.architectures import KITTI_PV_RCNN_DETECTOR
-from upcycle3d.perception.training.environment import describe_environment
+from upcycle3d.perception.recipes.speed import machine, measure_in_turns
 from upcycle3d.tools.console import print_table, write_json
-
-
-def measure(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each call, taken in turn, after two rounds that compile and warm up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for k in range(repeats + 2):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if k >= 2:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def main() -> None:
@@ -81,7 +67,7 @@ def main() -> None:
 
             return run
 
-        found = measure(
+        times = measure_in_turns(
             {
                 "farthest point sampling": lambda: farthest_point_sample(centers, starts, encoder.config.keypoints),
                 "sparse backbone": lambda: encoder.second.sparse_backbone.stages(voxels),
@@ -94,14 +80,14 @@ def main() -> None:
             },
             arguments.repeats,
         )
-    print_table("sources of 2,048 keypoints", ("points", "neighbours, small ball", "large ball"), rows)
+    found = {name: time.median_ms for name, time in times.items()}
+    print_table("sources of 2,048 keypoints", ("points", "neighbors, small ball", "large ball"), rows)
     print_table("milliseconds, median", ("what", "ms"), [(name, f"{ms:.1f}") for name, ms in found.items()])
     ratios = {name: found["set abstraction"] / found[name] for name in list(found)[-2:]}
     for name, ratio in ratios.items():
         print(f"set abstraction is {ratio:.2f} times the {name}")
-    environment = describe_environment(command=["benchmarks/speed/set_abstraction.py"], seed=0)
     print(f"{len(points[0])} points, {len(voxels.coords)} voxels, {arguments.threads} threads, load {os.getloadavg()[0]:.1f}")
-    write_json(arguments.json, {"ms": found, "ratio": ratios, "environment": environment})
+    write_json(arguments.json, {"ms": found, "ratio": ratios, "environment": machine()})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""How fast the simulated LiDAR makes frames, and how like real ones they are.
+"""How fast the simulated LiDAR makes frames, and how similar they are to real ones.
 
-python benchmarks/speed/simulation.py [--frames 40]; with --compare KITTI_ROOT it prints instead the median number of points on a fully
-visible car by range, simulated and real (the table of docs/simulation.md).
+    python benchmarks/speed/simulation.py [--frames 40]
+    python benchmarks/speed/simulation.py --compare KITTI [--frames 200]
 
-Prints, per domain and view, the CPU time of a frame in one process (which a busy machine does not change), and frames per
-second written to disk by one and by two workers, the start of the processes included; and, before that, the wall time of the
-very first frame with an empty numba cache.
+The first command prints, per domain and view, the CPU time per frame in one process (a busy machine does not change it) and the frames per
+second that one and two workers write to disk, including the start of the processes; before that, the wall time of the very first frame
+with an empty numba cache. The second command prints the median number of points on a fully visible car by range, simulated and real: the
+table of docs/simulation.md.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
-"""Speed of SECOND's sparse backbone on the CPU: our operators on all threads against spconv's CPU wheel on one.
-
-spconv gets one thread because its CPU code gives wrong results with more; its backward needs a stub for the CUDA stream it asks for.
-Each runs in a child process and they take turns, so that a busy machine slows both; ours with OMP_WAIT_POLICY=passive, without which
-torch's idle threads spin and, on a shared machine, take the cores from the working ones. The forward includes building the rulebooks;
-batch norm is in training mode. The scan is simulated: 64 beams over a ground plane, cars, walls and poles.
+"""Speed of SECOND's sparse backbone on the CPU: our operators with all threads compared with spconv's CPU wheel with one.
 
     python benchmarks/speed/sparse_backbone.py [--json FILE]
+
+spconv gets one thread because its CPU code gives wrong results with more. Its backward needs a stub for the CUDA stream that it asks for.
+Each side runs in a child process and they take turns, so that a busy machine slows both. Ours runs with OMP_WAIT_POLICY=passive; without
+it torch's idle threads spin and, on a shared machine, take the cores from the working ones. The forward includes building the
+rulebooks; batch norm is in training mode. The scan is simulated: 64 beams over a ground plane with cars, walls and poles.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from upcycle3d.ops.sparse_conv import StridedConv3d, SubmanifoldConv3d
+from upcycle3d.perception.recipes.speed import cpu_name
 
 SHAPE = (41, 1600, 1408)  # KITTI: 0.1 x 0.05 x 0.05 m, one more cell in z
 LOW, VOXEL = np.array([0.0, -40.0, -3.0]), np.array([0.05, 0.05, 0.1])
@@ -208,14 +208,6 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     if not torch.equal(theirs["coords"][order], ours["coords"]):
         raise SystemExit("spconv and we disagree on the occupied sites")
     return float((theirs["features"][order] - ours["features"]).abs().max())
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    )
-    return names[0] if names else platform.machine()
 
 
 def main() -> None:

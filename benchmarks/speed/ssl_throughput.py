@@ -1,10 +1,10 @@
-"""Unlabelled scenes a second that the server learns from: UpCycling beside raw-level semi-supervised learning.
+"""How many unlabeled scenes per second the server trains on: UpCycling compared with methods that train on raw scans.
 
-    python benchmarks/speed/ssl_throughput.py [--preset small] [--threads 1] [--rounds 3] [--steps 8] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/speed/ssl_throughput.py [--preset small] [--rounds 3] [--steps 8] [--json FILE]
 
-The trainer itself on a simulated fleet: every method takes the same labelled half and as many unlabelled scenes a step, read from disk.
-Methods take turns; the first two steps of each turn are left out. Scenes a second count the whole step, the labelled half included; the
-cost of a scene is what a step takes longer than one of source_continued, which has the labelled half alone.
+The methods take turns with the same source model, labeled batches and batch sizes, so that a busy machine slows all of them. The labeled
+half of a step is the same for all methods and included. The last column is what an unlabeled scene costs beyond it: the difference to
+`source_continued`, which has no unlabeled half.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def main() -> None:
         (name, f"{median[name]:.3f}", f"{rate[name]:.2f}", f"{rate[name] / rate['iou_match']:.2f}", f"{1e3 * cost[name]:.0f}")
         for name in COMPARED[1:]
     ]
-    header = ("method", "s a step", "unlabelled scenes/s", "of iou_match's", "ms a scene above source_continued")
-    print_table(f"{arguments.preset}: {preset.upcycle.labeled_batch} labelled + {batch} unlabelled a step", header, rows)
-    print(f"source_continued: {base:.3f} s a step; {arguments.threads} threads, load {os.getloadavg()[0]:.1f}")
+    header = ("method", "s per step", "unlabeled scenes/s", "of iou_match's", "ms per scene above source_continued")
+    print_table(f"{arguments.preset}: {preset.upcycle.labeled_batch} labeled + {batch} unlabeled per step", header, rows)
+    print(f"source_continued: {base:.3f} s per step; {arguments.threads} threads, load {os.getloadavg()[0]:.1f}")
     environment = describe_environment(command=["benchmarks/speed/ssl_throughput.py"], seed=0)
     write_json(arguments.json, {"seconds": median, "scenes_per_s": rate, "cost": cost, "environment": environment})
 

@@ -1,11 +1,11 @@
 """How fast Waymo frames become points, from v2 tables of the real size, on one core.
 
-python benchmarks/speed/waymo_reader.py [--frames 12]
+    OMP_NUM_THREADS=1 python benchmarks/speed/waymo_reader.py [--frames 12]
 
-Prints CPU milliseconds a frame for reading the tables and for making points, and frames a second of both, in order of time:
-"TOP": simulated frames of 64 x 2650 pixels with pixel poses and two returns, the second filled to an eighth, as in real data;
-a frame a row group. "five lasers": with four short-range ones of 200 x 600 pixels, a tenth filled. "large groups": the same in row
-groups of 256 rows, as Waymo's own files have them.
+Prints CPU milliseconds per frame for reading the tables and for making points, and frames per second of both. In order of time: "TOP",
+simulated frames of 64 x 2650 pixels with pixel poses and two returns, the second filled to an eighth, as in real data, with one frame per
+row group; "five lasers", the same with four short-range lasers of 200 x 600 pixels, a tenth filled; "large groups", the same in row groups
+of 256 rows, like Waymo's own files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The gap between two simulated domains by cause: a detector trained on the source, scored on hybrids of source and target.
+"""The gap between two simulated domains by cause: source models are scored on hybrids of source and target.
 
-    python benchmarks/studies/domain_gap.py --source waymo --target kitti --detectors runs/waymo_kitti/seed10/plain/source_run … --out runs/gap
+    python benchmarks/studies/domain_gap.py --source waymo --target kitti --detectors RUN RUN --frames 60 --out runs/gap
 
-Each hybrid takes one thing from the target: its beams, its object sizes, its noise, its whole sensor, its whole place.
+Each hybrid takes one property from the target: its beams, its object sizes, its noise, its whole sensor, or its whole place.
 """
 
 from __future__ import annotations

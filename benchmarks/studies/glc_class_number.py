@@ -1,10 +1,10 @@
-"""How well the number of target classes is guessed on Gaussian sets: with and without a floor, with and without smoothing.
+"""How well the number of target classes is estimated on Gaussian sets: with and without a lower limit, with and without smoothing.
 
-    python benchmarks/studies/glc_class_number.py
+    python benchmarks/studies/glc_class_number.py [--reference DIR]
 
-The two stored sets of ``../shared/reference/glc_data`` where they are, and 24 drawn ones: four splits, three distances between the
-classes, two draws, features of the digits' network with batch norm refreshed on the target. Mean absolute log error, 0 is perfect;
-"floor" keeps candidates of at least half the source's classes, as the default does.
+The sets are 24 drawn ones: four splits, three distances between the classes, two draws, features of the digits' network with batch norm
+refreshed on the target; and with --reference also the stored sets `gauss_n4000` and `gauss_lidar3_n6000` of that folder. The table shows the
+mean absolute log error; 0 is perfect. "floor" keeps only candidates of at least half the number of source classes, like the default.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ from upcycle3d.perception.adapt.glc.class_number import ClassNumberConfig, class
 from upcycle3d.perception.adapt.glc.networks import features_and_probabilities, refresh_batch_norm
 from upcycle3d.tools.console import print_table
 
-STORED = Path(__file__).resolve().parents[1].parent / "shared" / "reference" / "glc_data"
 
-
-def sets() -> Iterator[tuple[Tensor, int, int]]:
+def sets(stored_sets: Path | None) -> Iterator[tuple[Tensor, int, int]]:
     """Features (N, D), source classes, true number of target classes."""
     for name in ("gauss_n4000", "gauss_lidar3_n6000"):
-        if (STORED / f"{name}.npz").exists():
-            stored = np.load(STORED / f"{name}.npz")
+        if stored_sets is not None:
+            stored = np.load(stored_sets / f"{name}.npz")
             yield torch.from_numpy(stored["feat"]), int(stored["n_class"]), int(stored["shared"] + stored["tpriv"])
     for sep in (1.4, 1.8, 2.4):
         for shared, source_private, target_private in SPLITS.values():
@@ -48,11 +46,13 @@ def sets() -> Iterator[tuple[Tensor, int, int]]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, help="folder with the stored Gaussian sets, which are not in this repository")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     ways = {f"{floor}, {r} rounds": (floor, r) for floor in ("no floor", "floor") for r in (0, 5)}
     errors: dict[str, list[float]] = {way: [] for way in ways}
-    for features, classes, true in sets():
+    for features, classes, true in sets(arguments.reference):
         floored = class_number_candidates(classes, "dense")
         free = tuple(range(2, floored[0])) + floored
         for way, (floor, rounds) in ways.items():

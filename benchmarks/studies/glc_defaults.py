@@ -1,10 +1,11 @@
-"""How the default options of adaptation were chosen: end to end on Gaussian domains, one option changed at a time.
+"""How the default options of adaptation were chosen: end to end on Gaussian domains, with one option changed at a time.
 
     python benchmarks/studies/glc_defaults.py [--rows paper ours ...] [--draws 2] [--json FILE]
 
-Four splits (shared / source-private / target-private): OPDA 5/2/3, OSDA 6/0/4, PDA 5/5/0, CLDA 10/0/0; four families of shifts,
-``draws`` draws each, 1,500 target samples, d = 64, the digits' network trained on 6,000 source samples. H of the last epoch for the
-first two, accuracy for the others. No digit, no image and no scan was looked at. About a minute per row and two draws; docs/adapt.md has the table.
+Four splits (shared / source-private / target-private classes): OPDA 5/2/3, OSDA 6/0/4, PDA 5/5/0, CLDA 10/0/0; four families of shifts,
+`draws` draws each, 1,500 target samples, d = 64, the digits' network trained on 6,000 source samples. The score is H of the last epoch for
+the first two splits and accuracy for the others. No digit, no image and no scan was looked at. A row takes about a minute with two draws;
+docs/adapt.md has the table.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from upcycle3d.tools.console import print_table, write_json
 SPLITS = {"OPDA": (5, 2, 3), "OSDA": (6, 0, 4), "PDA": (5, 5, 0), "CLDA": (10, 0, 0)}
 FAMILIES = (
     {"rot": 1.0, "shift": 2.0, "sep": 2.2},
-    {"rot": 0.8, "shift": 1.2, "sep": 1.6},  # classes that overlap, as in glc.md: without these the affinity term looks harmless
+    {"rot": 0.8, "shift": 1.2, "sep": 1.6},  # classes overlap; without such sets the affinity term looks harmless
     {"rot": 1.0, "shift": 2.0, "sep": 1.6},
     {"rot": 0.8, "shift": 1.2, "sep": 1.3},
 )
@@ -40,8 +41,8 @@ ROWS: Mapping[str, AdaptConfig] = {
     "paper": AdaptConfig.paper(),
     "ours": OURS,
     "no affinity term": replace(OURS, affinity_weight=0.0),
-    "4 neighbours": replace(OURS, neighbors=4),
-    "16 neighbours": replace(OURS, neighbors=16),
+    "4 neighbors": replace(OURS, neighbors=4),
+    "16 neighbors": replace(OURS, neighbors=16),
     "uniform positives": replace(OURS, labeling=replace(LABELS, positives="uniform")),
     "affinity term 0.3": replace(OURS, affinity_weight=0.3),
     "K negatives": replace(OURS, labeling=replace(LABELS, negatives=(1.0,))),

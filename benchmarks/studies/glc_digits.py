@@ -1,11 +1,12 @@
-"""GLC from end to end on warped digits, from the stored source weights, last epoch, beside the released code's results.
+"""GLC end to end on warped digits, from stored source weights, last epoch, compared with the released code's results.
 
-    python benchmarks/studies/glc_digits.py --options paper|ours [--seeds 2021 1 2 3 4] [--reference FOLDER] [--json FILE]
+    python benchmarks/studies/glc_digits.py --options paper|ours --reference DIR [--seeds 2021 1 2 3 4] [--json FILE]
 
-A seed decides the order of the batches, the class number's sample and nothing else of importance. "paper" takes the class number that
-the released code found (its own repetitions over seeds force it too); "ours" estimates it. OPDA and OSDA give H, PDA and CLDA accuracy
-without rejection. Target labels are read after adaptation, to score it. The official means over five shuffles are those of
-``../shared/reference/glc.md`` section 5.3; for PDA and CLDA there is one official run.
+DIR holds `e2e_SPLIT.npz` (target inputs, labels and outputs of the released code) and `e2e_SPLIT_source.pt` (its source weights) of each
+split; they are not in this repository. A seed decides the order of the batches and the sample for the class number, and nothing else of
+importance. "paper" takes the class number that the released code found; "ours" estimates it. OPDA and OSDA give H, PDA and CLDA accuracy
+without rejection. Target labels are read after adaptation, to score it. The official numbers are means of the released code over five
+orders of the samples for OPDA and OSDA, and a single run for PDA and CLDA.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from upcycle3d.perception.adapt.glc.adapter import AdaptConfig, AdaptedModel, Ad
 from upcycle3d.perception.adapt.glc.metrics import accuracy, auroc, open_set_scores
 from upcycle3d.tools.console import print_table, write_json
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "reference" / "glc_data"
 OFFICIAL = {"OPDA": 0.684, "OSDA": 0.577, "PDA": 0.705, "CLDA": 0.512}
 SHARED_CLASSES = {"OPDA": 5, "OSDA": 6}
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--options", choices=("paper", "ours"), required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[2021, 1, 2, 3, 4])
-    parser.add_argument("--reference", type=Path, default=SHARED)
+    parser.add_argument("--reference", type=Path, required=True, help="folder with the released code's files")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

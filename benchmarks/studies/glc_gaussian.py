@@ -1,8 +1,8 @@
-"""Gaussian domains with shared, source-private and target-private classes: on these, and on nothing else, our defaults were chosen.
+"""Gaussian domains with shared, source-private and target-private classes: our defaults were chosen on these and on nothing else.
 
-``gaussian_domains`` draws the generator of ``../shared/reference/glc.md`` section 5.1; with its values it gives the stored
-``gauss_n4000`` and ``gauss_lidar3_n6000`` back. The rows of ``SETS`` name those and the N = 20,000 set. ``train_source`` trains the
-small network that the end-to-end runs adapt; a linear classifier on fixed features is ``train_linear``.
+`gaussian_domains` draws a set. With the values of `SETS` it gives, bit for bit, the sets `gauss_n4000` and `gauss_lidar3_n6000` on which the
+released GLC code was run, and a set of 20,000 samples. `train_source` trains the small network that the end-to-end runs adapt;
+`train_linear` trains a linear classifier on fixed features. The other glc_*.py scripts import this file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Domains:
-    """source: (6000, d) and labels. target: (n, d), labels with private = C (``y``) and with each private class apart (``y_full``)."""
+    """source: (6000, d) and labels. target: (n, d), labels with private = C (`y`) and with each private class apart (`y_full`)."""
 
     x_source: np.ndarray
     y_source: np.ndarray
@@ -101,7 +101,7 @@ def _train(model: nn.Module, domains: Domains, lr: float, *, epochs: int = 20) -
 
 
 def train_linear(domains: Domains, classes: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (n, d), softmax (n, C) of the target and the effective weight (C, d) of a weight-normalised linear classifier."""
+    """Features (n, d), softmax (n, C) of the target and the effective weight (C, d) of a weight-normalized linear classifier."""
     torch.manual_seed(seed)
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(domains.x.shape[1], classes))
     _train(layer, domains, 0.05)

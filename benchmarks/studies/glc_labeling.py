@@ -1,10 +1,10 @@
-"""What labelling costs: CPU seconds on one thread at N = 20,000, D = 256, C = 10, and memory against C.
+"""What labeling costs: CPU seconds on one thread at N = 20,000, D = 256, C = 10, and memory by the number of classes C.
 
     python benchmarks/studies/glc_labeling.py [--repeats 5] [--json FILE]
 
-First epoch: class number and labels. Later epochs: labels. Process CPU time, the median of the repeats after one to warm up. The
-set is the N = 20,000 draw of the Gaussian generator. Memory: the largest of what torch holds above its inputs during labelling, by
-its own profiler, for random features (20,000, 256) and C classes.
+The first epoch estimates the class number and makes labels; later epochs make labels only. The time is process CPU time, the median of
+the repeats after one to warm up, on the N = 20,000 draw of the Gaussian generator. Memory is the maximum that torch holds above its inputs
+during labeling, by its own profiler, for random features (20,000, 256) and C classes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OFFICIAL = {"first": 156.4, "later": 0.293}
 
 
 def cpu_seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median process CPU time of ``call`` after one call to warm up."""
+    """Median process CPU time of `call` after one call to warm up."""
     times = []
     for _ in range(repeats + 1):
         start = time.process_time()
@@ -38,7 +38,7 @@ def cpu_seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Most bytes that torch's CPU allocator held at once during ``call``, above where it began."""
+    """Most bytes that torch's CPU allocator held at once during `call`, above where it began."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
     held = peak = 0

@@ -1,9 +1,11 @@
-"""Our labelling with the paper's options beside the released code's stored outputs: labels, class number, priors.
+"""Our labeling with the paper's options compared with stored outputs of the released code: labels, class number, priors.
 
-    python benchmarks/studies/glc_parity.py [--reference ../shared/reference/glc_data] [--json FILE]
+    python benchmarks/studies/glc_parity.py --reference DIR [--json FILE]
 
-``gauss_n4000``: everything. Digits: the labels of the first epoch, for the class number the released code chose (its t-SNE is not
-ours, so our estimate stands beside it). The three-class set has no parity: the released code labels no sample unknown there.
+DIR holds `gauss_n4000.npz`, `glc_ref_n4000.npz` and `e2e_SPLIT.npz`; they are not in this repository. On `gauss_n4000` everything is
+compared. On the digits the labels of the first epoch are compared for the class number that the released code chose; its t-SNE differs
+from ours, so our estimate is shown in a column of its own. There is no parity on the set with three classes, because the released code
+calls no sample unknown there.
 """
 
 from __future__ import annotations
@@ -20,12 +22,10 @@ from upcycle3d.perception.adapt.glc.metrics import open_set_scores
 from upcycle3d.perception.adapt.glc.one_vs_all import OneVsAllConfig, one_vs_all_labels
 from upcycle3d.tools.console import print_table, write_json
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "reference" / "glc_data"
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", type=Path, default=SHARED)
+    parser.add_argument("--reference", type=Path, required=True, help="folder with the released code's files")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

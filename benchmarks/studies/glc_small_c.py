@@ -1,10 +1,10 @@
-"""Three source classes, as a LiDAR detector has them: where the released GLC calls every sample known (H = 0).
+"""Three source classes, as a LiDAR detector has them. There the released GLC code calls every sample known (H = 0).
 
     python benchmarks/studies/glc_small_c.py [--seeds 10] [--json FILE]
 
-Two kinds of seeds: k-means and estimate seeds on the stored set ``gauss_lidar3_n6000`` (drawn anew here, bit for bit), and other draws
-of the same generator. Beside our labels stand those of the paper's options without its fault, and the source model with a
-threshold on its entropy: the paper's 0.55, and Otsu's.
+There are two kinds of seeds: seeds of k-means and of the estimate on the set `gauss_lidar3_n6000` (drawn anew here, bit for bit), and
+other draws of the same generator. Our labels are compared with those of the paper's options without its fault, and with a threshold on the
+entropy of the source model: the paper's 0.55, and Otsu's.
 """
 
 from __future__ import annotations

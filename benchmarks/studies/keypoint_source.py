@@ -1,10 +1,10 @@
-"""What it costs PV-RCNN that its keypoints are voxel centres instead of raw points: AP where it was trained, over seeds.
+"""What it costs PV-RCNN that its keypoints are voxel centers instead of raw points: AP in the domain of the training, over seeds.
 
     python benchmarks/studies/keypoint_source.py --domain waymo --seeds 0 1 2 --out runs/keypoints
 
-Both kinds are trained on the same labelled frames from the same initial weights and scored on frames of the same domain. A detector
-trained with raw points is also scored with voxel centres: what becomes of imported weights in a fleet that may not send points.
-Two trainings run at a time with one thread each; a finished one is not repeated.
+Both kinds are trained on the same labeled frames from the same initial weights and scored on frames of the same domain. A detector trained
+with raw points is also scored with voxel centers, because that is how imported weights run in a fleet that may not send points. Two
+trainings run at a time with one thread each; a finished one is not repeated.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def with_keypoints(kind: Kind) -> PvRcnnDetectorConfig:
 
 
 def data(folder: Path, name: str, seed: int, train: int, validation: int) -> None:
-    """Simulate and prepare ``train`` labelled and ``validation`` scored frames."""
+    """Simulate and prepare `train` labeled and `validation` scored frames."""
     where, raw = domain(name), folder / "raw"
     write_kitti_layout(
         raw, where, num_frames=train + validation, seed=2000 + seed, view="camera", splits={"train": train, "val": validation}

@@ -1,11 +1,13 @@
-"""The partial-label scenario on the real KITTI sample, by the commands a user would type: few labelled frames, many smashed ones.
+"""UpCycling on a sample of real KITTI frames, by the commands that a user would type: few labeled frames, many smashed ones.
 
-    python benchmarks/studies/kitti_partial_label.py --root ../shared/data/kitti --out runs/kitti --seeds 0 1 2
+    python benchmarks/studies/kitti_partial_label.py --root KITTI_SAMPLE --out runs/kitti --seeds 0 1 2
 
-For each list of splits (as given, and with the fleet's four drives taken out of train and val) and each seed: train on the
-labelled frames, extract smashed scenes from the unlabelled ones, upcycle, score on val. The fleet's labels are read for one thing:
-to log how good pseudo labels are. Finished steps are skipped, so it can be stopped and started again. Two jobs run at a time with
-one thread each.
+For each list of splits and each seed: train on the labeled frames, extract smashed scenes from the unlabeled ones, upcycle, score on
+val. The list `all` takes the splits as they are; `disjoint` leaves the drives of the fleet out of train and val. The fleet's labels only
+measure the pseudo labels. Finished steps are skipped, so the script can be stopped and started again. Two jobs run at a time with one
+thread each.
+
+KITTI_SAMPLE is a folder in KITTI's layout with ImageSets/{train,val}{,_disjoint}.txt and unlabelled.txt, and with `velodyne_reduced`.
 """
 
 from __future__ import annotations
@@ -17,20 +19,27 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from upcycle3d.datasets.kitti import KittiDataset
+from upcycle3d.core.config_json import Json
+from upcycle3d.datasets.data_split import DataSplit
+from upcycle3d.datasets.kitti import KittiDataset, read_ids
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.perception.evaluation.detect import detect_frames, kitti_detections
 from upcycle3d.perception.evaluation.kitti import evaluate_kitti
+from upcycle3d.perception.recipes.result_cache import ResultCache
+from upcycle3d.perception.recipes.result_summary import spread
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.tools.console import print_table, write_json
 
-METHODS = ("source_continued", "pseudo_label", "upcycling")
+METHODS = ("source_only", "source_continued", "pseudo_label", "upcycling")
 LISTS = {"all": "", "disjoint": "_disjoint"}
+OVERLAPS = ("official", "loose")
+METRICS = ("3d", "bev")
 
 
 def run(*arguments: object) -> None:
@@ -42,74 +51,60 @@ def run(*arguments: object) -> None:
         raise SystemExit(f"{' '.join(map(str, arguments))}\n{done.stdout}{done.stderr}")
 
 
-def one_job(preset: str, root: Path, out: Path, name: str, suffix: str, seed: int) -> dict[str, dict[str, object]]:
-    """AP of every method for one list of splits and one seed."""
-    data, job = out / f"data_{name}", out / f"{name}_seed{seed}"
-    source, store = job / "source_only", job / "store"
-    if not (source / "detector.safetensors").exists():
-        run(
-            "train",
-            preset,
-            "--data",
-            f"{data}:train{suffix}",
-            "--out",
-            source,
-            "--seed",
-            seed,
-            "--workers",
-            0,
-            "--resume",
-        )
-    if not (store / "catalogue.parquet").exists():
-        shutil.rmtree(job / "shards", ignore_errors=True)  # of a run that was stopped
-        scans, ids = root / "training" / "velodyne_reduced", root / "ImageSets" / "unlabelled.txt"
-        run(
-            "extract",
-            "--detector",
-            source,
-            "--scans",
-            scans,
-            "--ids",
-            ids,
-            "--out",
-            job / "shards",
-            "--receipts",
-            job / "receipts.json",
-            "--json",
-            job / "extract.json",
-        )
-        run("ingest", job / "shards", "--store", store, "--detector", source)
-    results = {}
-    for method in ("source_only", *METHODS):
-        folder = job / method
+class Job:
+    """One list of splits with one seed."""
+
+    def __init__(self, preset: str, root: Path, out: Path, name: str, seed: int) -> None:
+        self.preset, self.root, self.name, self.seed = preset, root, name, seed
+        self.data, self.folder = out / f"data_{name}", out / f"{name}_seed{seed}"
+        self.train_split, self.val_split = (f"{self.data}:{split}{LISTS[name]}" for split in ("train", "val"))
+
+    def results(self, cache: ResultCache) -> dict[str, Json]:
+        """Scores of every method."""
+        found = {}
+        for method in METHODS:
+            found[method] = cache.read_or_make(method, self.seed, lambda m=method: self.score(m))  # type: ignore[misc]
+            shown = {m: round(found[method]["official"][m], 1) for m in METRICS}
+            print(self.name, "seed", self.seed, method, shown, flush=True)
+        return found
+
+    def score(self, method: str) -> dict[str, dict[str, float]]:
+        """Car AP, moderate, R40, of a method: by minimum overlaps, 3D and BEV."""
+        folder, found = self.upcycle(method), {}
+        with tempfile.TemporaryDirectory() as scratch:
+            for overlaps in OVERLAPS:
+                file = Path(scratch) / f"{overlaps}.json"
+                run("evaluate", "run", "--detector", folder, "--data", self.val_split, "--overlaps", overlaps, "--json", file)
+                car = json.loads(file.read_text())["Car"]
+                found[overlaps] = {metric: car[metric]["R40"]["moderate"] for metric in METRICS}
+        return found
+
+    def upcycle(self, method: str) -> Path:
+        """The run folder of a method."""
+        folder, store = self.folder / method, self.fleet()
+        if method != "source_only" and not (folder / "detector.safetensors").exists():
+            inputs = ("--data", self.train_split, "--detector", self.source_model(), "--store", store, "--method", method)
+            truth = ("--truth", self.folder / "receipts.json", self.data)
+            run("upcycle", self.preset, *inputs, *truth, "--out", folder, "--seed", self.seed, "--workers", 0, "--resume")
+        return folder
+
+    def source_model(self) -> Path:
+        """The run folder of the source model, which is also the method `source_only`."""
+        folder = self.folder / "source_only"
         if not (folder / "detector.safetensors").exists():
-            run("upcycle", preset, "--data", f"{data}:train{suffix}", "--detector", source, "--store", store, "--method", method,
-                "--truth", job / "receipts.json", data, "--out", folder, "--seed", seed, "--workers", 0, "--resume")  # fmt: skip
-        for overlaps in ("official", "loose"):
-            result = folder / f"{overlaps}.json"
-            if not result.exists():
-                run(
-                    "evaluate",
-                    "run",
-                    "--detector",
-                    folder,
-                    "--data",
-                    f"{data}:val{suffix}",
-                    "--overlaps",
-                    overlaps,
-                    "--json",
-                    result,
-                )
-        results[method] = {o: json.loads((folder / f"{o}.json").read_text()) for o in ("official", "loose")}
-        print(
-            name,
-            "seed",
-            seed,
-            method,
-            {m: round(results[method]["official"]["Car"][m]["R40"]["moderate"], 1) for m in ("3d", "bev")},
-            flush=True,
-        )
-    return results
+            inputs = ("--data", self.train_split, "--out", folder, "--seed", self.seed)
+            run("train", self.preset, *inputs, "--workers", 0, "--resume")
+        return folder
+
+    def fleet(self) -> Path:
+        """The store of the fleet's scenes."""
+        store, shards, source = self.folder / "store", self.folder / "shards", self.source_model()
+        if not (store / "catalogue.parquet").exists():
+            shutil.rmtree(shards, ignore_errors=True)  # of a run that was stopped
+            scans = ("--scans", self.root / "training" / "velodyne_reduced", "--ids", self.root / "ImageSets" / "unlabelled.txt")
+            run("extract", "--detector", source, *scans, "--out", shards, "--receipts", self.folder / "receipts.json")
+            run("ingest", shards, "--store", store, "--detector", source)
+        return store
 
 
 def bootstrap(out: Path, name: str, seeds: list[int], *, rounds: int = 500) -> dict[str, tuple[float, float, float]]:
@@ -140,69 +135,58 @@ def bootstrap(out: Path, name: str, seeds: list[int], *, rounds: int = 500) -> d
     all_rows = list(range(len(truths)))
     drawn = np.array([gain(rng.choice(all_rows, len(all_rows)).tolist()) for _ in range(rounds)])
     whole = gain(all_rows)
-    return {m: (whole[k], *(float(q) for q in np.quantile(drawn[:, k], (0.05, 0.95)))) for k, m in enumerate(("3d", "bev"))}
+    return {m: (whole[k], *(float(q) for q in np.quantile(drawn[:, k], (0.05, 0.95)))) for k, m in enumerate(METRICS)}
+
+
+def prepare(root: Path, out: Path, name: str) -> None:
+    """Prepare the splits of a list and print how many cars are scored."""
+    train, val = f"train{LISTS[name]}", f"val{LISTS[name]}"
+    splits = ("--splits", train, val, "unlabelled", "--labeled", train)
+    run("prepare", "kitti", root, "--out", out / f"data_{name}", *splits, "--classes", "Car")
+    ids = read_ids(root / "ImageSets" / f"{val}.txt")
+    raw = KittiDataset(root, ids)
+    frames = [raw.kitti_objects(i) for i in ids]
+    levels = [int(o.difficulty()[k]) for o in frames for k, kind in enumerate(o.types) if kind == "Car"]
+    print(f"{name} lists: {len(ids)} validation frames, {sum(0 <= level <= 1 for level in levels)} moderate cars")
+
+
+def results_of(out: Path, name: str, preset: str) -> ResultCache:
+    """The stored results of a list of splits."""
+    splits = (f"train{LISTS[name]}", f"val{LISTS[name]}", "unlabelled")
+    frames = {split: DataSplit(root=out / f"data_{name}", name=split).summary() for split in splits}
+    return ResultCache(out / f"results_{name}", {"preset": preset, **frames})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--root", type=Path, required=True, help="folder in KITTI's layout")
+    parser.add_argument("--out", type=Path, required=True, help="folder for data, runs and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--preset", default="kitti_small", help="kitti_small (SECOND-IoU) or kitti_small_pv_rcnn")
     parser.add_argument("--lists", nargs="+", default=list(LISTS), choices=LISTS)
     arguments = parser.parse_args()
     for name in arguments.lists:
-        train, val = f"train{LISTS[name]}", f"val{LISTS[name]}"
-        run(
-            "prepare",
-            "kitti",
-            arguments.root,
-            "--out",
-            arguments.out / f"data_{name}",
-            "--splits",
-            train,
-            val,
-            "unlabelled",
-            "--labeled",
-            train,
-            "--classes",
-            "Car",
-        )
-        ids = (arguments.root / "ImageSets" / f"{val}.txt").read_text().split()
-        cars = [KittiDataset(arguments.root, ids).kitti_objects(i) for i in ids]
-        moderate = sum(
-            int(((o.difficulty() >= 0) & (o.difficulty() <= 1))[k]) for o in cars for k, t in enumerate(o.types) if t == "Car"
-        )
-        print(f"{name} lists: {len(ids)} validation frames, {moderate} moderate cars")
-    jobs = [(name, LISTS[name], seed) for seed in arguments.seeds for name in arguments.lists]
+        prepare(arguments.root, arguments.out, name)
+    caches = {name: results_of(arguments.out, name, arguments.preset) for name in arguments.lists}
+    jobs = [
+        Job(arguments.preset, arguments.root, arguments.out, name, seed) for seed in arguments.seeds for name in arguments.lists
+    ]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda job: one_job(arguments.preset, arguments.root, arguments.out, *job), jobs))
+        found = list(pool.map(lambda job: job.results(caches[job.name]), jobs))
     summary: dict[str, object] = {}
     for name in arguments.lists:
+        of_list = [results for job, results in zip(jobs, found, strict=True) if job.name == name]
         rows = []
-        for method in ("source_only", *METHODS):
-            cells = []
-            for overlaps in ("official", "loose"):
-                for metric in ("3d", "bev"):
-                    values = [
-                        r[method][overlaps]["Car"][metric]["R40"]["moderate"]
-                        for (n, _, _), r in zip(jobs, found, strict=True)
-                        if n == name
-                    ]  # type: ignore[index]
-                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                    cells.append(f"{statistics.fmean(values):.1f} ± {spread:.1f}")
-                    summary[f"{name}/{method}/{overlaps}/{metric}"] = values
-            rows.append((method, *cells))
-        print_table(
-            f"KITTI sample, {name} lists, Car, moderate, R40, {len(arguments.seeds)} seeds",
-            ("method", "3D 0.7", "BEV 0.7", "3D 0.5", "BEV 0.5"),
-            rows,
-        )
+        for method in METHODS:
+            scores = {f"{o}/{m}": [results[method][o][m] for results in of_list] for o in OVERLAPS for m in METRICS}
+            summary |= {f"{name}/{method}/{key}": values for key, values in scores.items()}
+            rows.append((method, *(f"{statistics.fmean(v):.1f} ± {spread(v):.1f}" for v in scores.values())))
+        title = f"KITTI sample, {name} lists, Car, moderate, R40, {len(arguments.seeds)} seeds"
+        print_table(title, ("method", "3D 0.7", "BEV 0.7", "3D 0.5", "BEV 0.5"), rows)
         for metric, (mean, low, high) in bootstrap(arguments.out, name, arguments.seeds).items():
             summary[f"{name}/bootstrap/{metric}"] = (mean, low, high)
-            print(
-                f"{name}: UpCycling minus source_continued, {metric}: {mean:+.1f}, bootstrap by frame 90 %: {low:+.1f} to {high:+.1f}"
-            )
+            interval = f"90 % of a bootstrap over frames: {low:+.1f} to {high:+.1f}"
+            print(f"{name}: UpCycling minus source_continued, {metric}: {mean:+.1f}, {interval}")
     write_json(arguments.out / "summary.json", summary)
 
 

@@ -1,9 +1,9 @@
-"""How good a detector's boxes are as pseudo labels, by class, range and score, and where they are off.
+"""How good a detector's boxes are as pseudo labels, by class, range and score, and in which direction they are wrong.
 
-    python benchmarks/studies/pseudo_labels.py --detector runs/waymo_kitti/seed10/plain/source_run --data runs/waymo_kitti/seed10/data/target/prepared --split train
+    python benchmarks/studies/pseudo_labels.py --detector RUN --data DIR:SPLIT [--preset small] [--json FILE]
 
-Precision: share of boxes that meet a true object of their class by 3D IoU 0.5 and 0.7. Recall: share of true objects (5 points or
-more) met by a box that reaches the preset's thresholds. Offset: box minus truth, for boxes with IoU above 0.3.
+Precision is the share of boxes that match a true object of their class with a 3D IoU of 0.5 and 0.7. Recall is the share of true objects
+(5 points or more) that are matched by a box which reaches the preset's thresholds. Offset is box minus truth, for boxes with IoU above 0.3.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def best(a: Tensor, a_classes: Tensor, b: Tensor, b_classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest same-class IoU of each box of ``a`` with ``b``, and with which."""
+    """Largest same-class IoU of each box of `a` with `b`, and with which."""
     if len(a) == 0 or len(b) == 0:
         return torch.zeros(len(a)), torch.zeros(len(a), dtype=torch.int64)
     return (iou_3d(a, b) * (a_classes[:, None] == b_classes[None])).max(1)
