@@ -94,6 +94,6 @@ def test_a_path_that_leads_nowhere_is_refused_by_name(name, kind, tmp_path):
 def test_a_mistyped_preset_or_method_suggests_the_nearest(tmp_path):
     with pytest.raises(InvalidInput, match="did you mean 'small'"):
         upcycle3d.train("smal", tmp_path, tmp_path / "run")
-    jobs = importlib.import_module("upcycle3d.perception.recipes.jobs")
+    inputs = importlib.import_module("upcycle3d.perception.recipes.job_inputs")
     with pytest.raises(InvalidInput, match="did you mean 'upcycling'"):
-        jobs.find_method("upcyclin")
+        inputs.find_method("upcyclin")

@@ -8,7 +8,8 @@
 
 matplotlib draws them through its objects only (no pyplot, no global figure), and the same input gives the same bytes. Points and feature
 cells are painted pixel by pixel: crisp, quick for 100 000 points, small as a PNG. The ground is gray to green, truth is blue and filled, detections
-are orange and hollow; people with color blindness can tell them apart. Read next: `draw_bev`, which writes one picture.
+are orange and hollow; people with color blindness can tell them apart. Read next: `draw_bev`, which writes one picture, and `bev_ground.py`, which
+paints what lies under the boxes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon, Rectangle
@@ -35,13 +35,10 @@ from ...core.features import CutFeatures
 from ...core.files import write_atomically
 from ...core.smashed_scene import SmashedScene
 from ...core.structures import Labels, PointCloud, Predictions
-
-Ground = PointCloud | SmashedScene | CutFeatures | None  # what lies under the boxes
+from .bev_ground import HEIGHT_COLORS, NORM_COLORS, Ground, ground_image, height_range
 
 TRUTH, DETECTION = "#0072B2", "#D55E00"  # Okabe and Ito's blue and vermilion
 _INK, _QUIET, _PAPER, _GRID = "#1B2228", "#5B6670", "#FBFBF9", "#E4E7E9"
-_HEIGHT = LinearSegmentedColormap.from_list("height", ["#C9CED2", "#97A4A5", "#5D7A70", "#2F4F3E"])
-_NORM = LinearSegmentedColormap.from_list("norm", ["#E6EDE4", "#A9C4AE", "#63907A", "#1F4A3C"])
 _DPI = 100
 _LEFT, _RIGHT, _TOP, _BOTTOM, _LEGEND = 46, 12, 30, 38, 26  # px around a panel, and below all panels
 _LABELED = 12  # boxes that carry a text, the best first
@@ -226,14 +223,14 @@ def bev_panels_png(
     full_w, full_h = in_row * (_LEFT + wide + _RIGHT), rows * (_TOP + high + _BOTTOM) + foot
     figure = Figure(figsize=(full_w / _DPI, full_h / _DPI), dpi=_DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    heights = _height_range(shown, view_range)
+    heights = height_range([panel.ground for panel in shown], view_range)
     for index, panel in enumerate(shown):
         row, column = divmod(index, in_row)
         left = column * (_LEFT + wide + _RIGHT) + _LEFT
         bottom = full_h - row * (_TOP + high + _BOTTOM) - _TOP - high
         axes = figure.add_axes((left / full_w, bottom / full_h, wide / full_w, high / full_h), facecolor=_PAPER)
         _frame(axes, view_range, panel.title, wide)
-        image = _ground_image(panel.ground, view_range, (high, wide), heights)
+        image = ground_image(panel.ground, view_range, (high, wide), heights)
         if image is not None:
             axes.imshow(image, extent=(y1, y0, x0, x1), origin="upper", interpolation="nearest", zorder=1, aspect="auto")
         _draw_boxes(axes, panel, view_range, class_names, min_score, px_per_m)
@@ -244,83 +241,6 @@ def bev_panels_png(
     out = io.BytesIO()
     canvas.print_png(out, metadata={"Software": None})  # no version in the file: the same picture, the same bytes
     return out.getvalue()
-
-
-# ---- what lies under the boxes -------------------------------------------------------------------------------------------
-
-
-def _ground_image(
-    ground: Ground, view: tuple[float, float, float, float], size: tuple[int, int], heights: tuple[float, float]
-) -> np.ndarray | None:
-    """(rows, columns, 4) uint8 with row 0 farthest ahead and column 0 farthest left; transparent where nothing is."""
-    if ground is None:
-        return None
-    if isinstance(ground, PointCloud):
-        return _points_image(ground, view, size, heights)
-    if isinstance(ground, SmashedScene):
-        return _features_image(ground.coords[:, 1:], ground.features, ground, view, size)
-    if ground.batch_size != 1:
-        raise InvalidInput(f"a picture shows one scene, found a batch of {ground.batch_size}; take features.scene(index)")
-    return _features_image(ground.voxels.coords[:, 2:], ground.voxels.features, ground, view, size)
-
-
-def _points_image(
-    points: PointCloud, view: tuple[float, float, float, float], size: tuple[int, int], heights: tuple[float, float]
-) -> np.ndarray:
-    """Each point a dot of two by two pixels, the highest on top."""
-    xyz = _visible(points, view)
-    xyz = xyz[np.argsort(xyz[:, 2], kind="stable")]
-    image = np.zeros((*size, 4), dtype=np.uint8)
-    row = ((view[2] - xyz[:, 0]) / (view[2] - view[0]) * size[0]).astype(np.int64)
-    column = ((view[3] - xyz[:, 1]) / (view[3] - view[1]) * size[1]).astype(np.int64)
-    shade = (xyz[:, 2] - heights[0]) / max(heights[1] - heights[0], 1e-6)
-    colors = _HEIGHT(np.round(np.clip(shade, 0, 1) * 15) / 15, bytes=True)  # 16 shades are enough and compress well
-    for down in (0, 1):
-        for right in (0, 1):
-            image[np.clip(row + down, 0, size[0] - 1), np.clip(column + right, 0, size[1] - 1)] = colors
-    return image
-
-
-def _features_image(
-    cells: Tensor,
-    features: Tensor,
-    source: SmashedScene | CutFeatures,
-    view: tuple[float, float, float, float],
-    size: tuple[int, int],
-) -> np.ndarray:
-    """cells: (M, 2) y, x at the cut. features: (M, C). The largest norm of a column of cells gives its shade."""
-    spec = source.spec
-    _, ny, nx = spec.shape
-    cell = cells.detach().cpu().long()
-    norm = features.detach().cpu().float().norm(dim=1)
-    grid = torch.full((ny * nx,), -1.0).scatter_reduce(0, cell[:, 0] * nx + cell[:, 1], norm, "amax").view(ny, nx).numpy()
-    size_x, size_y = spec.cell_size()
-    # the cell under the middle of each pixel; outside the grid nothing is drawn
-    x = view[2] - (np.arange(size[0]) + 0.5) / size[0] * (view[2] - view[0])
-    y = view[3] - (np.arange(size[1]) + 0.5) / size[1] * (view[3] - view[1])
-    at_x = np.floor((x - spec.grid.range[0]) / size_x).astype(np.int64)
-    at_y = np.floor((y - spec.grid.range[1]) / size_y).astype(np.int64)
-    inside = ((at_x >= 0) & (at_x < nx))[:, None] & ((at_y >= 0) & (at_y < ny))[None, :]
-    value = grid[np.clip(at_y, 0, ny - 1)[None, :], np.clip(at_x, 0, nx - 1)[:, None]]
-    image = _NORM(np.clip(value / max(float(grid.max()), 1e-12), 0, 1), bytes=True)
-    image[~inside | (value < 0)] = 0
-    return image
-
-
-def _visible(points: PointCloud, view: tuple[float, float, float, float]) -> np.ndarray:
-    """(N, 3) float32, the finite points inside the view."""
-    xyz = points.xyz.detach().cpu().numpy()
-    x, y = xyz[:, 0], xyz[:, 1]
-    return xyz[np.isfinite(xyz).all(1) & (x >= view[0]) & (x < view[2]) & (y >= view[1]) & (y < view[3])]
-
-
-def _height_range(panels: Sequence[Panel], view: tuple[float, float, float, float]) -> tuple[float, float]:
-    """Where the shades of height begin and end, one pair for all panels: all but the lowest and highest hundredth."""
-    z = np.concatenate([np.zeros(0), *(_visible(p.ground, view)[:, 2] for p in panels if isinstance(p.ground, PointCloud))])
-    return (float(np.quantile(z, 0.01)), float(np.quantile(z, 0.99))) if len(z) else (0.0, 1.0)
-
-
-# ---- boxes and frame -----------------------------------------------------------------------------------------------------
 
 
 def _frame(axes: Axes, view: tuple[float, float, float, float], title: str, wide_px: int) -> None:
@@ -434,10 +354,10 @@ def _legend(panels: Sequence[Panel], min_score: float) -> list[Patch | Line2D]:
         entries.append(Patch(fill=False, edgecolor=DETECTION, linewidth=1.4, label=f"detection, score \u2265 {min_score:g}"))
     if any(isinstance(p.ground, PointCloud) for p in panels):
         for shade, name in ((0.0, "low point"), (1.0, "high point")):
-            entries.append(Line2D([], [], linestyle="", marker="s", markersize=5, color=_HEIGHT(shade), label=name))
+            entries.append(Line2D([], [], linestyle="", marker="s", markersize=5, color=HEIGHT_COLORS(shade), label=name))
     if any(isinstance(p.ground, SmashedScene | CutFeatures) for p in panels):
         for shade, name in ((0.1, "weak feature"), (1.0, "strong feature")):
-            entries.append(Patch(facecolor=_NORM(shade), label=name))
+            entries.append(Patch(facecolor=NORM_COLORS(shade), label=name))
     entries.append(Line2D([], [], linestyle="", marker="^", markersize=6, color=_INK, label="sensor"))
     return entries
 
