@@ -14,7 +14,6 @@ from ...core.structures import PointCloud
 from ..server.ingest import ingest
 from ..training.detector_files import load_detector
 from ..vehicle.extractor import ExtractionReport, Extractor, extract
-from ..wire.shards import ShardWriter
 from .job_folder import JobFolder
 
 
@@ -52,8 +51,7 @@ def _extract_and_ingest(job: JobFolder) -> dict[str, float]:
         receipts[scene_id] = frames.ids[index]
 
     shards, store = job.folder / "shards", job.folder / "store"
-    shard_options = {"spec": extractor.spec, "fingerprint": extractor.fingerprint, "codec": codec}
-    with job.timed("extract"), ShardWriter(shards, **shard_options) as writer:
+    with job.timed("extract"), extractor.shard_writer(shards) as writer:
         report = extract([scan(i) for i in range(len(frames))], extractor, writer, on_scene=on_scene)
     with job.timed("ingest"):
         ingest(shards, store, expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)

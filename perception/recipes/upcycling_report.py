@@ -27,7 +27,7 @@ class TextTable(NamedTuple):
 
     caption: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 # ---- one row of results.csv per result
