@@ -1,6 +1,6 @@
-"""A split of a prepared dataset, as commands name it: ``DIR[:SPLIT]``.
+"""A split of a prepared dataset, as commands name it: `DIR[:SPLIT]`.
 
-Read next: ``prepared.py``, which reads the frames of a split, and ``gt_database.py``, whose objects are pasted into them.
+Read next: `prepared.py`, which reads the frames of a split, and `gt_database.py`, whose objects are pasted into them.
 """
 
 from __future__ import annotations

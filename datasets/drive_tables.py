@@ -185,7 +185,8 @@ class DriveTables:
         """
         if token not in self.sweeps:
             raise InvalidInput(
-                f"{self.version}/sample_data.json: there is no row {token} of {self.channel}; were the tables cut, or read with keyframes_only?"
+                f"{self.version}/sample_data.json: there is no row {token} of {self.channel}; were the tables cut, or read with "
+                "keyframes_only?"
             )
         row = self.sweeps[token]
         where = f"{self.version}/sample_data.json, row {token}"

@@ -126,7 +126,8 @@ class GtDatabase:
             ) from None
         if header["schema_version"] != GT_DATABASE_VERSION:
             raise InvalidInput(
-                f"the GT database in {path} has schema version {header['schema_version']}, this program reads {GT_DATABASE_VERSION}; build it again"
+                f"the GT database in {path} has schema version {header['schema_version']}, this program reads "
+                f"{GT_DATABASE_VERSION}; build it again"
             )
         self.class_names: tuple[str, ...] = tuple(header["class_names"])
         self.feature_names: tuple[str, ...] = tuple(header["feature_names"])

@@ -102,7 +102,7 @@ class KittiDataset:
         return described_origin("kitti", self.root, options | {"with_labels": self.with_labels})
 
     def kitti_objects(self, frame_id: str) -> KittiObjects:
-        """Read a frame's label file as it is: what evaluation compares detections with.
+        """Read a frame's label file unchanged: what evaluation compares detections with.
 
         Args:
             frame_id: Id of the frame.
@@ -222,7 +222,8 @@ def read_calibration(path: Path | str, *, image_size: tuple[int, int] = DEFAULT_
     def matrix(name: str, shape: tuple[int, int]) -> Tensor:
         if name not in rows:
             raise InvalidInput(
-                f"{path}: there is no row {name}; KITTI's calibration needs P2, R0_rect and Tr_velo_to_cam, found {', '.join(rows) or 'none'}"
+                f"{path}: there is no row {name}; KITTI's calibration needs P2, R0_rect and Tr_velo_to_cam, found "
+                f"{', '.join(rows) or 'none'}"
             )
         try:
             return torch.tensor([float(n) for n in rows[name]], dtype=torch.float64).reshape(shape)

@@ -3,7 +3,7 @@
     root/<version>/*.json                     the tables (`nuscenes_tables.py`)
     root/samples, sweeps/LIDAR_TOP/*.pcd.bin  nuScenes' sweeps, or
     root/lidar/*.bin                          Lyft's: float32 rows x y z intensity ring
-    root/ImageSets/<split>.txt                yours: one scene name per line (scenes, not frames: neighbours in time look alike)
+    root/ImageSets/<split>.txt                yours: one scene name per line (scenes, not frames: neighbors in time look alike)
 
 The frame that points and boxes come in is the vehicle's, moved to the sensor: axes of the ego frame, origin of the LiDAR.
 
@@ -164,7 +164,8 @@ class NuScenesDataset:
         for category, name in self.neighbors.items():
             if name not in self.classes or class_map.get(category) in self.classes:
                 raise InvalidInput(
-                    f"neighbors: {category!r} -> {name!r}: the class must be one of {', '.join(self.classes)}, and the category none of them itself"
+                    f"neighbors: {category!r} -> {name!r}: the class must be one of {', '.join(self.classes)}, and the category must not "
+                    "become one of them itself"
                 )
 
     def __len__(self) -> int:
@@ -280,7 +281,7 @@ def read_sweep(path: Path | str) -> PointCloud:
     size = path.stat().st_size
     if size % (4 * _COLUMNS) or not size:
         raise InvalidInput(
-            f"{path}: {size} bytes are no whole number of rows of {_COLUMNS} float32 (x y z intensity ring), or none: the sweep is cut off. "
+            f"{path}: {size} bytes are not a whole number of rows of {_COLUMNS} float32 (x y z intensity ring): the sweep is cut off. "
             "Download it again (Lyft's host-a011_lidar1_1233090652702363606.bin is cut off in v1.01 and whole in v1.02), or leave the frame out"
         )
     rows = np.fromfile(path, dtype="<f4").reshape(-1, _COLUMNS)

@@ -32,7 +32,7 @@ from .frame_source import DatasetOrigin, Layout
 from .kitti_text import KittiObjects
 
 PREPARED_VERSION = 2
-"""Version 2 added the rig of each frame and KITTI's label files. Version 1 is still read, and scored except by KITTI's protocol."""
+"""Version 2 added the rig of each frame and KITTI's label files. Version 1 is still read, and scored by every protocol but KITTI's."""
 
 # One row per frame. Boxes, matrices and the like are flat lists; null means "not known" (no labels, no calibration).
 _COLUMNS = [

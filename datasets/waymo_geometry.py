@@ -173,7 +173,7 @@ def _points(frame: WaymoFrame, scan: LaserScan, image: Image, drop_no_label_zone
 
 
 def _to_frame(frame: WaymoFrame, scan: LaserScan, xyz: Matrix, pixels: NDArray[np.int64], shape: tuple[int, int]) -> Matrix:
-    """(3, N) from the vehicle at each pixel's moment to the vehicle of the frame, in float64: world coordinates are kilometres."""
+    """(3, N) from the vehicle at each pixel's moment to the vehicle of the frame, in float64: world coordinates are kilometers."""
     if scan.pixel_poses is None or frame.pose is None:
         missing = "pose for each pixel of the TOP laser" if scan.pixel_poses is None else "vehicle pose"
         raise InvalidInput(

@@ -196,7 +196,8 @@ class _Component:
             missing = [name for name in (SEGMENT, *columns) if name not in names]
             if missing:
                 raise InvalidInput(
-                    f"{self.path}: there is no column {', '.join(missing)}; it has {', '.join(names)}; is it the component {component} of v2?"
+                    f"{self.path}: there is no column {', '.join(missing)}; it has {', '.join(names)}; is it the component {component} "
+                    "of v2?"
                 )
             keys = self._file.read([SEGMENT, *({TIME} & set(columns))], use_threads=False)
         strangers = {str(name) for name in keys[SEGMENT].unique().to_pylist()} - {segment}

@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from ..core.cut import CutSpec
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, UpcycleError
 from ..core.rig import RigSpec
 from ..core.tensor_file import read_tensors
 from ..datasets.prepared import PreparedDataset
@@ -28,6 +28,8 @@ class Inspect:
 
     path: tyro.conf.Positional[Path]
     """The file or folder to look at."""
+    verify: bool = False
+    """Also read every point of a prepared dataset and compare checksums, to find a failing disk or a bad copy."""
     json: Path | None = None
     """Also write the result to this file as JSON."""
 
@@ -38,8 +40,16 @@ def command(config: Inspect) -> None:
     if not path.exists():
         raise InvalidInput(f"there is nothing at {path}")
     kind, facts = facts_of(path)
+    damaged: tuple[str, ...] = ()
+    if config.verify:
+        if kind != "prepared dataset":
+            raise InvalidInput(f"--verify reads the points of a prepared dataset, and {path} is a {kind}; drop the option")
+        damaged = PreparedDataset(path).verify()
+        facts["damaged frames"] = ", ".join(damaged) or "none"
     print_table(f"{kind}: {path}", ("what", "value"), list(facts.items()))
     write_json(config.json, {"kind": kind, **facts})
+    if damaged:
+        raise UpcycleError(f"the points of {len(damaged)} frames in {path} have another checksum; copy the dataset again")
 
 
 def facts_of(path: Path) -> tuple[str, dict[str, object]]:
