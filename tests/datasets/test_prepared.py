@@ -183,6 +183,10 @@ BROKEN: dict[int, tuple[Callable[[Frame], Frame], str]] = {
     8: (lambda f: replace(f, points=replace(f.points, features=f.points.features * 255)), "intensity must be in 0..1"),
     9: (_two_features, "point features are ('intensity', 'time')"),
     10: (lambda f: replace(f, id="000099"), "calls itself '000099'"),
+    11: (
+        lambda f: replace(f, rig=RigSpec(z_shift=2)),
+        "its rig (z_shift, intensity_scale) is (2.0, 1.0), that of most frames is (0.0, 1.0)",
+    ),
 }
 
 
@@ -203,6 +207,17 @@ def test_bad_frames_are_reported_and_left_out_and_tried_again_once_repaired(tmp_
     assert (repaired.frames, repaired.failures) == (14, ())
     run(Source(14), tmp_path / "fresh")
     assert contents(tmp_path / "d") == contents(tmp_path / "fresh")
+
+
+def test_the_rig_of_the_frames_and_the_origin_of_the_source_are_kept(tmp_path: Path) -> None:
+    class Described(Source):
+        origin = DatasetOrigin(layout="folder", root=Path("/my/data"), options=(("z_shift", "1.6"), ("columns", "x y z")))
+
+    rig = RigSpec(z_shift=1.6, intensity_scale=0.25)
+    source = Described(4, {i: lambda f: replace(f, rig=rig) for i in range(4)})
+    run(source, tmp_path / "d")
+    data = PreparedDataset(str(tmp_path / "d"))
+    assert (data.rig, data[1].rig, data.origin) == (rig, rig, source.origin)
 
 
 def test_an_empty_split_is_refused_before_and_after_reading(tmp_path: Path) -> None:
@@ -233,6 +248,8 @@ def test_other_settings_are_refused_but_other_splits_are_welcome(tmp_path: Path)
     run(source, tmp_path / "d")
     with pytest.raises(InvalidInput, match=r"other settings \(classes: .*'Pedestrian'\] -> \['Car', 'Cyclist'\]"):
         run(source, tmp_path / "d", classes=("Car", "Cyclist"))
+    with pytest.raises(InvalidInput, match=r"other settings \(z_shift: None -> '1.6'\)"):
+        run(source, tmp_path / "d", origin=DatasetOrigin(options=(("z_shift", "1.6"),)))
     report = run(source, tmp_path / "d", splits={"one": ["000002"]})
     assert report.reused_frames == 6
     assert PreparedDataset(tmp_path / "d", "one").ids == ("000002",)

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_waymo import FRAMES, SEGMENTS, SENSOR, SMALL, places
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.kitti import with_point_counts
-from upcycle3d.datasets.simulation.layout_waymo import waymo_frame, write_segment, write_waymo_layout
+from upcycle3d.datasets.simulation.layout_waymo import waymo_frame, write_segment
 from upcycle3d.datasets.simulation.places import CLASS_NAMES, WAYMO
 from upcycle3d.datasets.simulation.simulate import simulate_frame
 from upcycle3d.datasets.waymo import WaymoDataset, labels_from_waymo
@@ -20,32 +21,6 @@ from upcycle3d.datasets.waymo_geometry import WaymoObjects
 from upcycle3d.datasets.waymo_parquet import SegmentReader
 from upcycle3d.datasets.waymo_places import find_waymo_frames
 from upcycle3d.perception.evaluation.waymo import WaymoTruth
-
-SENSOR = replace(
-    WAYMO.sensor, elevations=WAYMO.sensor.elevations[4::5], azimuths=300, jitter=0.0
-)  # every fifth beam, every ninth column
-SMALL = replace(WAYMO, sensor=SENSOR)
-FRAMES = 7  # segments of 5 and 2
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("waymo")
-    assert write_waymo_layout(root, SMALL, num_frames=FRAMES, seed=4, workers=1, splits={"train": 5, "val": 2}) == FRAMES
-    return root
-
-
-@pytest.fixture
-def root(written: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
-    return Path(shutil.copytree(written, tmp_path / "waymo"))
-
-
-SEGMENTS = ("simulated_000000_000005", "simulated_000005_000007")
-
-
-def places(root: Path, **options):
-    return tuple(place for part in find_waymo_frames(root, **options).values() for place in part)
 
 
 def rewrite(path: Path, change) -> None:
@@ -168,12 +143,12 @@ def test_levels_follow_the_label_then_the_points_and_boxes_without_points_are_ig
         assert len(labels_from_waymo(replace(objects, boxes=boxes), ("Vehicle",))) == 4  # not asked for, not judged
 
 
-def test_a_label_without_a_point_count_is_counted(root):
-    path = root / "lidar_box" / f"{SEGMENTS[0]}.parquet"
-    before = WaymoDataset(places(root))[2].labels
+def test_a_label_without_a_point_count_is_counted(waymo_copy):
+    path = waymo_copy / "lidar_box" / f"{SEGMENTS[0]}.parquet"
+    before = WaymoDataset(places(waymo_copy))[2].labels
     column = "[LiDARBoxComponent].num_lidar_points_in_box"
     rewrite(path, lambda t: t.set_column(t.column_names.index(column), column, pa.nulls(len(t), pa.int64())))
-    data = WaymoDataset(places(root))
+    data = WaymoDataset(places(waymo_copy))
     after = data[2].labels
     for name in ("num_points", "weight", "difficulty"):
         assert (getattr(after, name) == getattr(before, name)).all()
@@ -224,16 +199,16 @@ def test_every_nth_frame_of_each_segment_is_taken(written):
 
 
 @pytest.mark.parametrize("component", ["lidar_pose", "lidar_calibration", "vehicle_pose", "lidar_box"])
-def test_a_missing_component_file_is_named(root, component):
-    (root / component / f"{SEGMENTS[1]}.parquet").unlink()
-    data = WaymoDataset(places(root))
+def test_a_missing_component_file_is_named(waymo_copy, component):
+    (waymo_copy / component / f"{SEGMENTS[1]}.parquet").unlink()
+    data = WaymoDataset(places(waymo_copy))
     assert len(data[0].points) > 0
     with pytest.raises(
         InvalidInput, match=rf"frame {SEGMENTS[1]}_\d+: segment .*: there is no table .*; download the component {component}"
     ):
         data[6]
     if component == "lidar_box":
-        assert len(WaymoDataset(places(root), with_labels=False)[6].points) > 0
+        assert len(WaymoDataset(places(waymo_copy), with_labels=False)[6].points) > 0
 
 
 @pytest.mark.parametrize(
@@ -246,10 +221,10 @@ def test_a_missing_component_file_is_named(root, component):
         ("vehicle_pose", "key.frame_timestamp_micros"),
     ],
 )
-def test_a_missing_column_is_named(root, component, column):
-    rewrite(root / component / f"{SEGMENTS[0]}.parquet", lambda t: t.drop_columns([column]))
+def test_a_missing_column_is_named(waymo_copy, component, column):
+    rewrite(waymo_copy / component / f"{SEGMENTS[0]}.parquet", lambda t: t.drop_columns([column]))
     with pytest.raises(InvalidInput) as caught:
-        WaymoDataset(places(root))[0]
+        WaymoDataset(places(waymo_copy))[0]
     assert f"no column {column}; it has key.segment_context_name" in str(caught.value)
 
 
@@ -271,21 +246,21 @@ def test_a_missing_column_is_named(root, component, column):
         ),
     ],
 )
-def test_tables_that_do_not_belong_together_are_refused(root, component, change, message):
-    rewrite(root / component / f"{SEGMENTS[0]}.parquet", change)
+def test_tables_that_do_not_belong_together_are_refused(waymo_copy, component, change, message):
+    rewrite(waymo_copy / component / f"{SEGMENTS[0]}.parquet", change)
     with pytest.raises(InvalidInput, match=message):
-        WaymoDataset(places(root))[0]
+        WaymoDataset(places(waymo_copy))[0]
 
 
-def test_a_frame_without_a_labeled_object_has_empty_labels(root):
-    rewrite(root / "lidar_box" / f"{SEGMENTS[0]}.parquet", lambda t: t.slice(0, 0))
-    labels = WaymoDataset(places(root))[0].labels
+def test_a_frame_without_a_labeled_object_has_empty_labels(waymo_copy):
+    rewrite(waymo_copy / "lidar_box" / f"{SEGMENTS[0]}.parquet", lambda t: t.slice(0, 0))
+    labels = WaymoDataset(places(waymo_copy))[0].labels
     assert (len(labels), labels.complete) == (0, True)
 
 
-def test_a_file_that_is_no_parquet_or_a_segment_without_files_keeps_a_place(root):
-    (root / "lidar" / f"{SEGMENTS[0]}.parquet").write_bytes(b"PAR1 not at all")
-    found = find_waymo_frames(root, [*SEGMENTS, "simulated_000005_00007"])
+def test_a_file_that_is_no_parquet_or_a_segment_without_files_keeps_a_place(waymo_copy):
+    (waymo_copy / "lidar" / f"{SEGMENTS[0]}.parquet").write_bytes(b"PAR1 not at all")
+    found = find_waymo_frames(waymo_copy, [*SEGMENTS, "simulated_000005_00007"])
     data = WaymoDataset([place for part in found.values() for place in part])
     assert data.ids[:1] == (SEGMENTS[0],)
     with pytest.raises(InvalidInput, match="not a readable Parquet file"):
@@ -296,7 +271,7 @@ def test_a_file_that_is_no_parquet_or_a_segment_without_files_keeps_a_place(root
         data[3]
     assert len(data[1].points) > 0
     with pytest.raises(InvalidInput, match="no lidar/<segment>"):
-        find_waymo_frames(root / "ImageSets")
+        find_waymo_frames(waymo_copy / "ImageSets")
 
 
 def test_frames_of_a_time_or_reader_that_do_not_exist(written):

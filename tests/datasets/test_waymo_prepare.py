@@ -3,45 +3,22 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_waymo import FRAMES, SEGMENTS, SMALL, places
 
 import tiny
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.point_files import read_points
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout
-from upcycle3d.datasets.simulation.places import WAYMO, domain
+from upcycle3d.datasets.simulation.places import domain
 from upcycle3d.datasets.waymo import WaymoDataset
-from upcycle3d.datasets.waymo_places import find_waymo_frames, find_waymo_splits
+from upcycle3d.datasets.waymo_places import find_waymo_splits
 from upcycle3d.tools import prepare, simulate
 from upcycle3d.tools.console import run_command
-
-SENSOR = replace(WAYMO.sensor, elevations=WAYMO.sensor.elevations[4::5], azimuths=300)  # every fifth beam, every ninth column
-SMALL = replace(WAYMO, sensor=SENSOR)
-FRAMES = 7
-SEGMENTS = ("simulated_000000_000005", "simulated_000005_000007")
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("waymo")
-    write_waymo_layout(root, SMALL, num_frames=FRAMES, seed=4, workers=1, splits={"train": 5, "val": 2})
-    return root
-
-
-@pytest.fixture
-def root(written: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
-    return Path(shutil.copytree(written, tmp_path / "waymo"))
-
-
-def places(root: Path):
-    return tuple(place for part in find_waymo_frames(root).values() for place in part)
-
 
 # ---- splits
 
@@ -70,14 +47,14 @@ def run(module, *arguments: object) -> int:
     return run_command(module.command, [str(a) for a in arguments])
 
 
-def test_prepare_goes_on_past_what_is_broken_and_lists_it(root, tmp_path, capsys):
-    poses = root / "lidar_pose" / f"{SEGMENTS[0]}.parquet"
+def test_prepare_goes_on_past_what_is_broken_and_lists_it(waymo_copy, tmp_path, capsys):
+    poses = waymo_copy / "lidar_pose" / f"{SEGMENTS[0]}.parquet"
     pq.write_table(pq.read_table(poses).slice(1), poses)
-    (root / "ImageSets" / "train.txt").write_text(f"{SEGMENTS[0]}\nlost_segment\n")
+    (waymo_copy / "ImageSets" / "train.txt").write_text(f"{SEGMENTS[0]}\nlost_segment\n")
     report, out = tmp_path / "report.json", tmp_path / "prepared"
     arguments = (
         "waymo",
-        root,
+        waymo_copy,
         "--out",
         out,
         "--classes",
@@ -99,7 +76,7 @@ def test_prepare_goes_on_past_what_is_broken_and_lists_it(root, tmp_path, capsys
     data = PreparedDataset(out, "train")
     assert data.classes == ("Car",)
     assert data.feature_names == ("intensity", "elongation")
-    original = WaymoDataset(places(root), classes=("Car",), class_map={"Vehicle": "Car"})[1]
+    original = WaymoDataset(places(waymo_copy), classes=("Car",), class_map={"Vehicle": "Car"})[1]
     frame = data[0]
     assert frame.id == original.id
     assert torch.equal(frame.points.xyz, original.points.xyz)
@@ -107,7 +84,7 @@ def test_prepare_goes_on_past_what_is_broken_and_lists_it(root, tmp_path, capsys
     assert run(prepare, *arguments) == 0
     assert json.loads(report.read_text())["splits"] == {"train": 4, "val": 2}
     assert run(prepare, *arguments, "--no-second-return") == 2
-    assert run(prepare, "waymo", root, "--out", tmp_path / "other", "--splits", "vall") == 2
+    assert run(prepare, "waymo", waymo_copy, "--out", tmp_path / "other", "--splits", "vall") == 2
     assert "no split vall" in capsys.readouterr().err
 
 
