@@ -23,7 +23,7 @@ __version__ = "0.2.0"
 _PUBLIC = {
     "Boxes3D": ("core.structures", "Boxes3D"),
     "Extractor": ("perception.vehicle.extractor", "Extractor"),
-    "Frame": ("core.structures", "Frame"),
+    "Frame": ("core.frame", "Frame"),
     "Labels": ("core.structures", "Labels"),
     "PointCloud": ("core.structures", "PointCloud"),
     "Predictions": ("core.structures", "Predictions"),
@@ -62,8 +62,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` loads a name when it is used
+    from .core.frame import Frame
     from .core.smashed_scene import SmashedScene
-    from .core.structures import Boxes3D, Frame, Labels, PointCloud, Predictions
+    from .core.structures import Boxes3D, Labels, PointCloud, Predictions
     from .datasets.prepare import prepare
     from .datasets.prepared import PreparedDataset
     from .perception.adapt.detection.adapt_detector import adapt_detector as adapt

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 from torch import Tensor
 
 from .errors import InvalidInput
-
-if TYPE_CHECKING:  # `structures.py` imports this module, because a frame names its rig; hence the two imports inside methods
-    from .structures import Boxes3D, PointCloud
+from .structures import Boxes3D, PointCloud
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +66,6 @@ class RigSpec:
         Raises:
             InvalidInput: The scaled intensity leaves 0..1. A wrong scale gives features that look right and are not.
         """
-        from .structures import Boxes3D
-
         if isinstance(value, Tensor):
             return value + self._offset(value)
         if isinstance(value, Boxes3D):
@@ -105,8 +101,6 @@ class RigSpec:
         Returns:
             The same kind of value in the sensor frame; the intensity of a scan in the sensor's own unit.
         """
-        from .structures import Boxes3D
-
         if isinstance(value, Tensor):
             return value - self._offset(value)
         if isinstance(value, Boxes3D):

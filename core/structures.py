@@ -1,4 +1,4 @@
-"""The values that flow through the toolkit: scans, boxes, labels, frames, predictions and losses.
+"""The values that flow through the toolkit: scans, boxes, labels, predictions and losses.
 
 Every function of this project takes and returns these values or plain tensors; there is no dictionary of everything. All of them
 are frozen, hold torch tensors, check types and shapes where they are made, and move with `to(device)`. Boxes and points may be
@@ -13,7 +13,7 @@ stands in it, with the documentation of its fields.
 
     raw scan ── PointCloud ── encoder ── features at the cut (`features.py`) ── decoder ── Predictions
 
-Read next: `boxes.py` for the geometry of a box, `cut.py` and `features.py` for what an encoder returns.
+Read next: `frame.py`, which joins a scan and its labels, `boxes.py` for the geometry of a box, `cut.py` and `features.py` for what an encoder returns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import InvalidInput, require
-from .rig import RigSpec
 from .tensor_value import TensorValue, float32_table, float32_tensor, shape_of
 
 _XYZI = ("x", "y", "z", "intensity")
@@ -346,76 +345,6 @@ class Labels(TensorValue):
             complete=all(p.complete for p in parts),
             **{n: torch.cat([getattr(p, n) for p in parts]) for n in _LABEL_COLUMNS},
         )
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Calibration(TensorValue):
-    """The way from the LiDAR frame to a camera picture (KITTI's rectified left color camera)."""
-
-    lidar_to_camera: Tensor
-    """(4, 4) float64, into the camera frame x right, y down, z forward, in meters."""
-
-    projection: Tensor
-    """(3, 4) float64, camera frame to pixels."""
-
-    image_size: tuple[int, int]
-    """Width and height in pixels."""
-
-    def __post_init__(self) -> None:
-        for name, shape in (("lidar_to_camera", (4, 4)), ("projection", (3, 4))):
-            matrix = getattr(self, name)
-            if not isinstance(matrix, Tensor) or matrix.shape != shape:
-                raise InvalidInput(f"Calibration.{name} must be a tensor {shape}, found {shape_of(matrix)}")
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Frame(TensorValue):
-    """A scan with its id and what is known about it."""
-
-    id: str
-    """Name of the frame, unique in its dataset."""
-
-    points: PointCloud
-    """The scan."""
-
-    labels: Labels | None = None
-    """The objects. None where nobody labeled the frame, which is not the same as no object."""
-
-    calibration: Calibration | None = None
-    """The camera, where the dataset has one."""
-
-    rig: RigSpec = RigSpec()
-    """What was done to points and labels: `rig.to_sensor` brings them back to the sensor frame. The default did nothing."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.points, PointCloud):
-            raise InvalidInput(
-                f"Frame.points must be a PointCloud, found {shape_of(self.points)}; make one with PointCloud.from_array"
-            )
-        if self.labels is not None and not isinstance(self.labels, Labels):
-            raise InvalidInput(f"Frame.labels must be Labels or None, found {shape_of(self.labels)}; make them with Labels.make")
-
-
-def labels_of(frames: Sequence[Frame]) -> list[Labels]:
-    """Take the labels out of labeled frames, so that they stay beside the frames' scans.
-
-    Args:
-        frames: Frames of a batch, all labeled.
-
-    Returns:
-        The labels of each frame, in the same order.
-
-    Raises:
-        InvalidInput: Frames have no labels. Leaving them out would give the labels of one frame to the scan of another.
-    """
-    labels = [frame.labels for frame in frames if frame.labels is not None]
-    if len(labels) != len(frames):
-        names = [frame.id for frame in frames if frame.labels is None]
-        raise InvalidInput(
-            f"{len(names)} of {len(frames)} frames have no labels ({', '.join(names[:5])}); "
-            "a loss with labels needs labeled frames only"
-        )
-    return labels
 
 
 _PREDICTION_COLUMNS = ("classes", "scores", "class_scores", "iou_scores")

@@ -21,7 +21,8 @@ from typing_extensions import override  # comes with torch; `typing` has it from
 
 from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
-from ..core.structures import Boxes3D, Frame, labels_of
+from ..core.frame import Frame, labels_of
+from ..core.structures import Boxes3D
 from .gt_sampling import GtSampler, paste
 from .object_sizes import scale_sizes, shift_sizes
 

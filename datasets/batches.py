@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..core.errors import InvalidInput
-from ..core.structures import Frame
+from ..core.frame import Frame
 from .augment import AugmentationRanges, Compose, labeled_example, sample_augmentation
 from .frame_source import FrameSource
 from .gt_sampling import GtSampler

@@ -20,9 +20,10 @@ import torch
 
 from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
+from ..core.frame import Frame
 from ..core.point_files import POINT_SUFFIXES, read_points
 from ..core.rig import RigSpec
-from ..core.structures import Frame, Labels
+from ..core.structures import Labels
 from .frame_source import DatasetOrigin, described_origin
 from .kitti import read_ids, with_point_counts
 from .kitti_text import unknown_class

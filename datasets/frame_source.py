@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-from ..core.structures import Frame
+from ..core.frame import Frame
 from .kitti_text import KittiObjects
 
 Layout = Literal["kitti", "folder", "lyft", "nuscenes", "waymo", "own"]

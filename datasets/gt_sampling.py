@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from ..core.errors import InvalidInput
-from ..core.structures import Frame, Labels, PointCloud
+from ..core.frame import Frame
+from ..core.structures import Labels, PointCloud
 from ..ops.iou3d import iou_bev
 from ..ops.points_in_boxes import points_in_boxes
 from .gt_database import GtDatabase, GtObject

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.frame import Calibration, Frame
 from ..core.point_files import read_points
 from ..core.rig import RigSpec
-from ..core.structures import Calibration, Frame, Labels, PointCloud
+from ..core.structures import Labels, PointCloud
 from ..ops.points_in_boxes import count_points_in_boxes
 from .frame_source import DatasetOrigin, described_origin
 from .kitti_text import KittiObjects, labels_from_kitti, read_objects

@@ -24,7 +24,8 @@ from torch import Tensor
 from ..core.boxes import corners_bev, kitti_camera_to_lidar, lidar_to_kitti_camera, wrap_angle
 from ..core.errors import InvalidInput
 from ..core.files import write_atomically
-from ..core.structures import Calibration, Labels, Predictions
+from ..core.frame import Calibration
+from ..core.structures import Labels, Predictions
 
 KITTI_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare")
 """Names of all types that label files use."""

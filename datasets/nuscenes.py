@@ -37,8 +37,9 @@ from torch import Tensor
 
 from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
+from ..core.frame import Frame
 from ..core.rig import RigSpec
-from ..core.structures import Frame, Labels, PointCloud
+from ..core.structures import Labels, PointCloud
 from .drive_tables import DriveTables, Sweep
 from .frame_source import DatasetOrigin, described_origin
 from .kitti import with_point_counts

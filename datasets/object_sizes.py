@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..core.boxes import rotate_z
 from ..core.errors import InvalidInput
-from ..core.structures import Boxes3D, Frame, Labels
+from ..core.frame import Frame
+from ..core.structures import Boxes3D, Labels
 from ..ops.points_in_boxes import points_in_boxes
 
 SMALLEST_SIDE = 0.1  # m; a shift that would make a side shorter leaves that object unchanged

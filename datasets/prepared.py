@@ -20,8 +20,9 @@ import pyarrow.compute as pc
 import torch
 
 from ..core.errors import InvalidInput
+from ..core.frame import Frame
 from ..core.rig import RigSpec
-from ..core.structures import Frame, Labels, PointCloud
+from ..core.structures import Labels, PointCloud
 from .fingerprint import split_fingerprint
 from .frame_source import DatasetOrigin
 from .kitti_text import KittiObjects

@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 import torch
 
 from ..core.errors import InvalidInput
+from ..core.frame import Calibration, Frame
 from ..core.rig import RigSpec
-from ..core.structures import Calibration, Frame, Labels
+from ..core.structures import Labels
 from ..ops.points_in_boxes import count_points_in_boxes
 from .frame_source import DatasetOrigin, Layout
 from .kitti_text import KittiObjects

@@ -26,7 +26,7 @@ import torch
 
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import atomic_file
-from ..core.structures import Frame
+from ..core.frame import Frame
 from .frame_source import FrameSource, KittiLabelSource
 from .prepared_format import INDEX_SCHEMA, frame_row, read_index
 

@@ -16,8 +16,9 @@ import torch
 
 from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
+from ..core.frame import Frame
 from ..core.rig import RigSpec
-from ..core.structures import Frame, Labels
+from ..core.structures import Labels
 from .frame_source import DatasetOrigin, described_origin
 from .kitti import with_point_counts
 from .waymo_geometry import MOST_POINTS_LEVEL_2, TYPES, WaymoFrame, WaymoObjects, frame_points

@@ -29,8 +29,9 @@ from torch import Tensor
 from upcycle3d.core.boxes import rotate_z
 from upcycle3d.core.cut import CutSpec, VoxelGrid
 from upcycle3d.core.features import SparseVoxels
+from upcycle3d.core.frame import Frame
 from upcycle3d.core.rig import RigSpec
-from upcycle3d.core.structures import Frame, Labels, PointCloud
+from upcycle3d.core.structures import Labels, PointCloud
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnConfig

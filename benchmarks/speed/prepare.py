@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from upcycle3d.core.structures import Frame, Labels, PointCloud
+from upcycle3d.core.frame import Frame
+from upcycle3d.core.structures import Labels, PointCloud
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout

@@ -18,8 +18,8 @@ import torch
 
 from ...core.errors import InvalidInput
 from ...core.files import write_atomically
+from ...core.frame import Calibration
 from ...core.point_files import write_bin
-from ...core.structures import Calibration
 from ..kitti_text import write_objects
 from .places import Domain
 from .simulate import SimulatedFrame, View, simulate_frame, virtual_camera

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...core.boxes import lidar_to_kitti_camera, wrap_angle
 from ...core.errors import InvalidInput
-from ...core.structures import Calibration, Frame, Labels, PointCloud
+from ...core.frame import Calibration, Frame
+from ...core.structures import Labels, PointCloud
 from ..kitti import KITTI_CLASSES, with_point_counts
 from ..kitti_text import KittiObjects, labels_from_kitti, project_boxes
 from .places import ALL_CLASS_NAMES, Domain

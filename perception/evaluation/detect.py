@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from ...core.errors import InvalidInput
-from ...core.structures import Frame, Predictions
+from ...core.frame import Frame
+from ...core.structures import Predictions
 from ...datasets.frame_source import FrameSource
 from ...datasets.kitti_text import KittiObjects, predictions_to_kitti
 from ..models.detector import Detector

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from ...core.config_json import Json
+from ...core.frame import Frame, labels_of
 from ...core.rig import RigSpec
-from ...core.structures import Frame, PointCloud, labels_of
+from ...core.structures import PointCloud
 from ...datasets.simulation.places import domain
 from ...datasets.simulation.simulate import SimulatedDataset, View, simulate_frame
 from ..models.detector import Detector

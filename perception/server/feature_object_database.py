@@ -29,7 +29,7 @@ from ...core.cut import CutSpec
 from ...core.errors import InvalidInput
 from ...core.features import Keypoints
 from ...core.files import atomic_file, sync_folder, write_atomically
-from ...core.structures import labels_of
+from ...core.frame import labels_of
 from ...datasets.frame_source import FrameSource
 from ...datasets.object_sizes import shift_sizes
 from ..models.detector import Detector

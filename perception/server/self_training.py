@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.structures import Frame, Labels, LossTerms, Predictions, labels_of
+from ...core.frame import Frame, labels_of
+from ...core.structures import Labels, LossTerms, Predictions
 from ...core.tensor_file import read_tensors, write_tensors
 from ...datasets.augment import AugmentationRanges, labeled_example
 from ...datasets.batches import UnlabeledBatches, epoch_indices

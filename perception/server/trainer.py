@@ -22,7 +22,8 @@ import numpy as np
 
 from ...core.errors import InvalidInput
 from ...core.features import CutFeatures
-from ...core.structures import Frame, Labels, LossTerms, labels_of
+from ...core.frame import Frame, labels_of
+from ...core.structures import Labels, LossTerms
 from ...datasets.batches import UnlabeledBatches, UnlabeledScan, epoch_indices
 from ..models.detector import Detector
 from ..training.ema import make_teacher, update_ema

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...core.structures import Frame, LossTerms, labels_of
+from ...core.frame import Frame, labels_of
+from ...core.structures import LossTerms
 from ...datasets.augment import AugmentationRanges
 from ..models.detector import Detector
 from .distributed import DistributedContext

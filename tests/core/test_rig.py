@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.frame import Frame
 from upcycle3d.core.rig import RigSpec
-from upcycle3d.core.structures import Boxes3D, Frame, PointCloud
+from upcycle3d.core.structures import Boxes3D, PointCloud
 
 RIG = RigSpec(z_shift=1.75, intensity_scale=1 / 256)
 SCAN = PointCloud(

@@ -10,9 +10,10 @@ import torch
 from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid, cell_centers, cells_of_centers
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import CutFeatures, Keypoints, SparseVoxels
+from upcycle3d.core.frame import Calibration, Frame, labels_of
 from upcycle3d.core.point_files import write_bin
 from upcycle3d.core.smashed_scene import SmashedScene
-from upcycle3d.core.structures import Boxes3D, Calibration, Frame, Labels, LossTerms, PointCloud, Predictions, labels_of
+from upcycle3d.core.structures import Boxes3D, Labels, LossTerms, PointCloud, Predictions
 
 GRID = VoxelGrid(range=(0.0, -2.0, -1.0, 4.0, 2.0, 3.0), voxel_size=(0.5, 0.5, 0.5))
 SPEC = CutSpec(layer="cut", channels=3, stride=(4, 2, 2), shape=(2, 4, 4), grid=GRID)

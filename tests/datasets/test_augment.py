@@ -12,7 +12,8 @@ import torch
 
 from upcycle3d.core.boxes import corners_3d
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.structures import Calibration, Frame, Labels, PointCloud
+from upcycle3d.core.frame import Calibration, Frame
+from upcycle3d.core.structures import Labels, PointCloud
 from upcycle3d.datasets.augment import (
     AugmentationRanges,
     Compose,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.structures import Frame, Labels, PointCloud
+from upcycle3d.core.frame import Frame
+from upcycle3d.core.structures import Labels, PointCloud
 from upcycle3d.datasets.fingerprint import split_fingerprint
 from upcycle3d.datasets.gt_database import MIN_POINTS, GtDatabase, build_gt_database
 from upcycle3d.datasets.gt_sampling import GtSampler, paste
@@ -167,7 +168,8 @@ from pathlib import Path
 import torch
 from upcycle3d.datasets.fingerprint import split_fingerprint
 from upcycle3d.datasets.gt_database import build_gt_database
-from upcycle3d.core.structures import Frame, Labels, PointCloud
+from upcycle3d.core.frame import Frame
+from upcycle3d.core.structures import Labels, PointCloud
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

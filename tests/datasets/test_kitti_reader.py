@@ -11,7 +11,8 @@ import torch
 import tiny
 from upcycle3d.core.boxes import kitti_camera_to_lidar
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.structures import Boxes3D, Calibration, PointCloud, Predictions
+from upcycle3d.core.frame import Calibration
+from upcycle3d.core.structures import Boxes3D, PointCloud, Predictions
 from upcycle3d.datasets.kitti import (
     KittiDataset,
     crop_to_camera,

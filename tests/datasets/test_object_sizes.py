@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.structures import Frame, Labels, PointCloud
+from upcycle3d.core.frame import Frame
+from upcycle3d.core.structures import Labels, PointCloud
 from upcycle3d.datasets.object_sizes import resize_objects, scale_sizes, shift_sizes
 from upcycle3d.ops.points_in_boxes import points_in_boxes
 

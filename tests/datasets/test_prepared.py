@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 
 from upcycle3d.core.errors import InvalidInput, UpcycleError
 from upcycle3d.core.files import atomic_file
+from upcycle3d.core.frame import Calibration, Frame
 from upcycle3d.core.rig import RigSpec
-from upcycle3d.core.structures import Calibration, Frame, Labels, PointCloud
+from upcycle3d.core.structures import Labels, PointCloud
 from upcycle3d.datasets.fingerprint import split_fingerprint
 from upcycle3d.datasets.frame_source import DatasetOrigin
 from upcycle3d.datasets.prepare import PrepareReport, prepare

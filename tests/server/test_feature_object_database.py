@@ -10,7 +10,8 @@ from feature_scenes import CONFIG, KEYPOINT_SPEC, SPEC, box, cut, full_scene, la
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import CutFeatures, SparseVoxels
-from upcycle3d.core.structures import Boxes3D, Frame, Labels, PointCloud
+from upcycle3d.core.frame import Frame
+from upcycle3d.core.structures import Boxes3D, Labels, PointCloud
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.server.feature_gt import FeatureObject, cut_objects, sample_objects
 from upcycle3d.perception.server.feature_object_database import FeatureObjectDatabase, build_feature_object_database

@@ -11,7 +11,8 @@ import torch
 import tiny
 from upcycle3d.core.errors import InvalidInput, UpcycleError
 from upcycle3d.core.features import CutFeatures
-from upcycle3d.core.structures import Frame, Labels, Predictions
+from upcycle3d.core.frame import Frame
+from upcycle3d.core.structures import Labels, Predictions
 from upcycle3d.datasets.augment import AugmentationRanges
 from upcycle3d.datasets.batches import UnlabeledBatches
 from upcycle3d.perception.models.detector import Detector

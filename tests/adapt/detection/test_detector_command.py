@@ -12,8 +12,9 @@ import torch
 import tiny
 import upcycle3d
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.frame import Frame
 from upcycle3d.core.rig import RigSpec
-from upcycle3d.core.structures import Frame, Labels
+from upcycle3d.core.structures import Labels
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.perception.adapt.detection.class_map import map_by_name

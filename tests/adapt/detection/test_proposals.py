@@ -11,8 +11,8 @@ from safetensors.torch import load, save
 
 import tiny
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.frame import Frame
 from upcycle3d.core.rig import RigSpec
-from upcycle3d.core.structures import Frame
 from upcycle3d.perception.adapt.detection.proposal_cache import cached_proposals
 from upcycle3d.perception.adapt.detection.proposal_collection import collect_from_frames, collect_from_store, detector_digest
 from upcycle3d.perception.adapt.detection.proposal_file import load_proposals, save_proposals, with_rounded_features
