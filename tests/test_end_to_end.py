@@ -205,6 +205,16 @@ def test_inspect_reads_a_shard_in_the_store(chain):
     assert json.loads((chain / "shard.json").read_text())["scenes"] == 3
 
 
+def test_speed_of_a_trained_detector_is_measured(chain):
+    upcycle3d(
+        "bench_extract", "--detector", chain / "source", "--frames", 1, "--threads", 1, "--json", chain / "extract_speed.json"
+    )
+    found = json.loads((chain / "extract_speed.json").read_text())["extraction"]
+    assert set(found) == {f"{chain / 'source'}/{codec}" for codec in ("fp16", "int8")}
+    upcycle3d("bench_step", "--detector", chain / "source", "--repeats", 1, "--threads", 1, "--json", chain / "step_speed.json")
+    assert json.loads((chain / "step_speed.json").read_text())["steps"][str(chain / "source")]["median_ms"] > 0
+
+
 def test_view_draws_frames_with_detections(chain):
     upcycle3d("view", "--data", f"{chain / 'data'}:val", "--detector", chain / "upcycled", "--out", chain / "pictures")
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (chain / "pictures").iterdir())
@@ -226,6 +236,14 @@ def test_doctor_checks_the_sparse_convolution(chain):
         ("ingest", ("{0}/nowhere", "--store", "{0}/store", "--detector", "{0}/source"), "nowhere"),
         ("ingest", ("{0}/store/shards", "--store", "{0}/other", "--detector", "{0}/nowhere"), "encoder"),
         ("evaluate", ("run", "--detector", "{0}/source", "--data", "{0}/data:vla"), "val"),
+        ("bench_step", (), "give --preset NAME or --detector RUN"),
+        ("bench_extract", (), "give --preset NAME or --detector RUN"),
+        ("experiment_report", ("{0}/raw",), "there is no {0}/raw/results.csv"),
+        (
+            "experiment_upcycling",
+            ("small", "--scenario", "waymo_kitti", "--data", "{0}/data", "--out", "{0}/x"),
+            "takes two prepared datasets",
+        ),
         ("inspect", ("{0}/raw",), "not a shard"),
         ("evaluate", ("run", "--detector", "{0}/source", "--data", "{0}/extract.json"), "Not a directory: {0}/extract.json"),
         ("evaluate", ("run", "--detector", "{0}/source", "--data", "{0}/data", "--device", "cuda:99"), "no device 'cuda:99'"),
@@ -273,6 +291,7 @@ def test_mistakes_become_one_sentence_and_exit_code_2(chain, capsys, command, ar
         ("upcycle", ("--checkpoint", "runs/x"), "write --detector"),
         ("upcycle", ("--checkpoint=runs/x",), "write --detector"),
         ("upcycle", ("--raw", "data", "fleet", "--seed", "1"), "write --raw DIR:SPLIT"),
+        ("experiment_upcycling", ("--variants", "upcycling"), "write --methods"),
         ("train", ("--split", "train"), "write --data DIR:SPLIT"),
     ],
 )
