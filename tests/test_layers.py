@@ -107,7 +107,7 @@ def room_of(module: str) -> str:
 
 def test_the_graph_is_read():
     assert "ops.nms" in GRAPH["perception.models.post_processing"]
-    assert "core.structures" in GRAPH["datasets.batches"]
+    assert "core.frame" in GRAPH["datasets.batches"]
     assert "core.boxes" in GRAPH["perception.models.targets"]
 
 
