@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from ..perception.recipes.category_shift import SHIFTS, CategoryShiftComparison, run_category_shift
-from ..perception.recipes.category_shift_report import csv_rows, read_results, result_tables
+from ..perception.recipes.category_shift_report import category_shift_results, category_shift_rows, category_shift_tables
 from ..perception.recipes.experiment_data import DatasetName
 from ..perception.recipes.job_folder import RunOptions
 from ..perception.recipes.presets import SMALL_THREE_CLASSES
@@ -65,9 +65,9 @@ def command(config: CategoryShiftExperiment) -> None:
             comparison, config.scenarios, seed, jobs=config.out, results=results, options=options, data_workers=config.workers
         )
     cache = comparison.cache(results)
-    for table in result_tables(read_results(cache)):
+    for table in category_shift_tables(category_shift_results(cache)):
         print_table(table.caption, table.header, table.rows)
-    console.print(f"results: {publish(config.out, cache, csv_rows)}")
+    console.print(f"results: {publish(config.out, cache, category_shift_rows)}")
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ from ..perception.recipes.upcycling_experiment import (
     SCENARIOS,
     Comparison,
     SourceModel,
-    read_results,
     run_comparison,
+    upcycling_results,
 )
-from ..perception.recipes.upcycling_report import csv_rows, report_sections, result_tables
+from ..perception.recipes.upcycling_report import report_sections, upcycling_rows, upcycling_tables
 from ..perception.training.environment import describe_environment
 from ..perception.viz.html import page, write_html
 from .console import console, device, print_table, run_command, write_json
@@ -127,14 +127,14 @@ def command(config: UpcyclingExperiment) -> None:
             ),
         )
     cache = comparison.cache(results)
-    rows = summarize(read_results(cache))
+    rows = summarize(upcycling_results(cache))
     if not rows:
         raise InvalidInput(f"there is no finished result in {results}; give --methods and --seeds")
     title = _title(config)
-    for table in result_tables(rows):
+    for table in upcycling_tables(rows):
         print_table(f"{table.caption}; {title}", table.header, table.rows)
     write_html(config.out / "report.html", page(f"upcycle3d: {title}", report_sections(rows)))
-    published = publish(config.out, cache, csv_rows)
+    published = publish(config.out, cache, upcycling_rows)
     console.print(f"report: {config.out / 'report.html'}; results: {published}")
     environment = describe_environment(command=sys.orig_argv, seed=config.seeds[0])
     write_json(config.json, {"rows": {name: asdict(row) for name, row in rows.items()}, "environment": environment})

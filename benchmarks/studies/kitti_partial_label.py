@@ -32,7 +32,7 @@ from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.perception.evaluation.detect import detect_frames, kitti_detections
 from upcycle3d.perception.evaluation.kitti import evaluate_kitti
 from upcycle3d.perception.recipes.result_cache import ResultCache
-from upcycle3d.perception.recipes.result_summary import spread
+from upcycle3d.perception.recipes.result_summary import standard_deviation
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.tools.console import print_table, write_json
 
@@ -180,7 +180,7 @@ def main() -> None:
         for method in METHODS:
             scores = {f"{o}/{m}": [results[method][o][m] for results in of_list] for o in OVERLAPS for m in METRICS}
             summary |= {f"{name}/{method}/{key}": values for key, values in scores.items()}
-            rows.append((method, *(f"{statistics.fmean(v):.1f} ± {spread(v):.1f}" for v in scores.values())))
+            rows.append((method, *(f"{statistics.fmean(v):.1f} ± {standard_deviation(v):.1f}" for v in scores.values())))
         title = f"KITTI sample, {name} lists, Car, moderate, R40, {len(arguments.seeds)} seeds"
         print_table(title, ("method", "3D 0.7", "BEV 0.7", "3D 0.5", "BEV 0.5"), rows)
         for metric, (mean, low, high) in bootstrap(arguments.out, name, arguments.seeds).items():

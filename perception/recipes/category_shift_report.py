@@ -59,7 +59,7 @@ def _flat(values: Mapping[str, Json], prefix: str = "") -> Iterable[tuple[str, f
             yield f"{prefix}{name}", value
 
 
-def csv_rows(scenario: str, seed: int, result: Json) -> list[CsvRow]:
+def category_shift_rows(scenario: str, seed: int, result: Json) -> list[CsvRow]:
     """A result as rows of `results.csv`.
 
     Args:
@@ -74,7 +74,7 @@ def csv_rows(scenario: str, seed: int, result: Json) -> list[CsvRow]:
     return [{"scenario": scenario, "seed": seed, "classified_by": name, **values} for name, values in found.items()]
 
 
-def read_csv(path: Path) -> Measurements:
+def read_category_shift_csv(path: Path) -> Measurements:
     """Read measurements back from `results.csv`.
 
     Args:
@@ -90,7 +90,7 @@ def read_csv(path: Path) -> Measurements:
     return _ordered(found)
 
 
-def read_results(cache: ResultCache) -> Measurements:
+def category_shift_results(cache: ResultCache) -> Measurements:
     """Read every finished result.
 
     Args:
@@ -109,7 +109,7 @@ def _ordered(found: Measurements) -> Measurements:
 # ---- tables
 
 
-def result_tables(found: Measurements) -> list[TextTable]:
+def category_shift_tables(found: Measurements) -> list[TextTable]:
     """Means and spreads over seeds, and the values of each seed.
 
     Args:

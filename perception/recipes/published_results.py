@@ -32,10 +32,10 @@ def published_tables(folder: Path, *, of: str = "upcycling", minus: Sequence[str
     if "classified_by" in read_rows(folder)[0]:
         if minus:
             raise InvalidInput(f"{folder} holds a category-shift experiment, which has no methods to subtract; leave --minus out")
-        return category_shift_report.result_tables(category_shift_report.read_csv(folder))
-    results = upcycling_report.read_csv(folder)
+        return category_shift_report.category_shift_tables(category_shift_report.read_category_shift_csv(folder))
+    results = upcycling_report.read_upcycling_csv(folder)
     unknown = [name for name in (of, *minus) if minus and name not in results]
     if unknown:
         raise InvalidInput(f"{folder} has no result of {', '.join(unknown)}; it has {', '.join(results)}")
-    tables = upcycling_report.result_tables(summarize(results))
+    tables = upcycling_report.upcycling_tables(summarize(results))
     return [*tables, upcycling_report.difference_table(results, of, minus)] if minus else tables

@@ -59,7 +59,7 @@ def _row(results: Results, name: str, metrics: Sequence[str]) -> ResultRow:
     return ResultRow(
         seeds=len(by_seed),
         mean={m: statistics.fmean(v) for m, v in values.items()},
-        spread={m: spread(v) for m, v in values.items()},
+        spread={m: standard_deviation(v) for m, v in values.items()},
         best={m: statistics.fmean(r.best().get(m, 0.0) for r in by_seed.values()) for m in metrics},
         along={s: {m: statistics.fmean(h[s].get(m, 0.0) for h in along) for m in metrics} for s in sorted(steps)},
         closed={oracle: {m: _closed_gap_over_seeds(results, name, oracle, m) for m in metrics} for oracle in ORACLES},
@@ -76,7 +76,9 @@ def _closed_gap_over_seeds(results: Results, name: str, oracle: str, metric: str
     if not seeds:
         return None
     source, own, best = (_scores(results, n, metric, seeds) for n in ("source_only", name, oracle))
-    return closed_gap(*map(statistics.fmean, (source, own, best)), noise=max(spread(source), spread(best)))
+    return closed_gap(
+        *map(statistics.fmean, (source, own, best)), noise=max(standard_deviation(source), standard_deviation(best))
+    )
 
 
 def closed_gap(source: float, method: float, oracle: float, *, noise: float = 0.0) -> float | None:
@@ -95,7 +97,7 @@ def closed_gap(source: float, method: float, oracle: float, *, noise: float = 0.
     return None if gap < max(2.0, noise) else 100.0 * (method - source) / gap
 
 
-def spread(values: Sequence[float]) -> float:
+def standard_deviation(values: Sequence[float]) -> float:
     """Standard deviation over seeds.
 
     Args:

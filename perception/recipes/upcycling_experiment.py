@@ -241,7 +241,7 @@ def _check_methods(methods: Sequence[str], scenario: Scenario) -> None:
         raise InvalidInput(f"{', '.join(useless)}: within one domain object sizes do not differ; leave these methods out")
 
 
-def read_results(cache: ResultCache) -> dict[str, dict[int, MethodResult]]:
+def upcycling_results(cache: ResultCache) -> dict[str, dict[int, MethodResult]]:
     """Read every finished result.
 
     Args:

@@ -33,7 +33,7 @@ class TextTable(NamedTuple):
 # ---- one row of results.csv per result
 
 
-def csv_rows(name: str, seed: int, result: Json) -> list[CsvRow]:
+def upcycling_rows(name: str, seed: int, result: Json) -> list[CsvRow]:
     """A result as one row of `results.csv`.
 
     Args:
@@ -50,7 +50,7 @@ def csv_rows(name: str, seed: int, result: Json) -> list[CsvRow]:
     return [{"method": name, "seed": seed, "seconds": found.seconds, **scores}]
 
 
-def read_csv(path: Path) -> Results:
+def read_upcycling_csv(path: Path) -> Results:
     """Read results back from `results.csv`.
 
     Args:
@@ -85,7 +85,7 @@ def _metrics(rows: Mapping[str, ResultRow]) -> list[list[str]]:
     return [names[i : i + 4] for i in range(0, len(names), 4)]
 
 
-def result_tables(rows: Mapping[str, ResultRow]) -> list[TextTable]:
+def upcycling_tables(rows: Mapping[str, ResultRow]) -> list[TextTable]:
     """The scores, then the closed gaps and the best steps.
 
     Args:
@@ -185,5 +185,5 @@ def report_sections(rows: Mapping[str, ResultRow]) -> list[Section]:
         "target labels, so it is not a reportable result; it is shown because some papers report it. Minutes are the duration of training "
         "and scoring for one seed."
     )
-    tables = [table(t.header, t.rows, t.caption) for t in result_tables(rows)]
+    tables = [table(t.header, t.rows, t.caption) for t in upcycling_tables(rows)]
     return [Section("Tables", [paragraph(text), *tables]), Section("Charts", [*bars, *curves])]

@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 
 from upcycle3d.perception.recipes.category_shift import CategoryShiftComparison, run_category_shift
-from upcycle3d.perception.recipes.category_shift_report import csv_rows, measurements, read_csv, read_results, result_tables
+from upcycle3d.perception.recipes.category_shift_report import (
+    category_shift_results,
+    category_shift_rows,
+    category_shift_tables,
+    measurements,
+    read_category_shift_csv,
+)
 from upcycle3d.perception.recipes.job_folder import RunOptions
 from upcycle3d.perception.recipes.presets import SMALL_THREE_CLASSES
 from upcycle3d.perception.recipes.result_csv import publish
@@ -36,17 +42,24 @@ def test_measurements_survive_the_csv_file(tmp_path):
     for scenario, h in (("open", 0.7), ("closed", None)):
         for seed in (0, 10, 2):
             cache.write(scenario, seed, a_result(h and h + 0.01 * seed, 50.0 + seed))
-    publish(tmp_path, cache, csv_rows)
-    assert read_csv(tmp_path) == read_results(cache)
-    assert list(read_csv(tmp_path)) == [("closed", 0), ("closed", 2), ("closed", 10), ("open", 0), ("open", 2), ("open", 10)]
-    assert "matched/h" not in read_csv(tmp_path)["closed", 0]["adapted"]
+    publish(tmp_path, cache, category_shift_rows)
+    assert read_category_shift_csv(tmp_path) == category_shift_results(cache)
+    assert list(read_category_shift_csv(tmp_path)) == [
+        ("closed", 0),
+        ("closed", 2),
+        ("closed", 10),
+        ("open", 0),
+        ("open", 2),
+        ("open", 10),
+    ]
+    assert "matched/h" not in read_category_shift_csv(tmp_path)["closed", 0]["adapted"]
 
 
 def test_tables_hold_what_there_is(tmp_path):
     cache = COMPARISON.cache(tmp_path)
     cache.write("open", 0, a_result(0.7, 50.0))
     cache.write("closed", 0, a_result(None, 60.0))
-    open_set, known_ap, by_seed, private = result_tables(read_results(cache))
+    open_set, known_ap, by_seed, private = category_shift_tables(category_shift_results(cache))
     rows = {row[:2]: dict(zip(open_set.header, row, strict=True)) for row in open_set.rows}
     assert rows["open", "adapted"]["H"] == "0.700"
     assert rows["open", "adapted"]["known AP"] == "-1.0"
@@ -71,9 +84,9 @@ def test_a_small_run_goes_from_data_to_tables_and_is_not_repeated(tmp_path):
     comparison = replace(COMPARISON, source_frames=FRAMES, target_frames=6, preset=replace(SMALL_THREE_CLASSES, train=short))
     folders = {"jobs": tmp_path / "jobs", "results": tmp_path / "results", "options": RunOptions(say=lambda text: None)}
     run_category_shift(comparison, ["open_partial", "closed"], 0, **folders)
-    found = read_results(comparison.cache(tmp_path / "results"))
+    found = category_shift_results(comparison.cache(tmp_path / "results"))
     assert list(found) == [("closed", 0), ("open_partial", 0)]
-    assert len(result_tables(found)) == 4
+    assert len(category_shift_tables(found)) == 4
     before = comparison.cache(tmp_path / "results").stored()
     run_category_shift(comparison, ["open_partial", "closed"], 0, **folders)
     assert comparison.cache(tmp_path / "results").stored() == before

@@ -12,7 +12,7 @@ from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.recipes import category_shift_report
 from upcycle3d.perception.recipes.published_results import published_tables
 from upcycle3d.perception.recipes.result_summary import differences, summarize
-from upcycle3d.perception.recipes.upcycling_report import read_csv
+from upcycle3d.perception.recipes.upcycling_report import read_upcycling_csv
 
 DOCS = Path(upcycle3d.__file__).parent / "docs"
 EXPECTED = json.loads((Path(__file__).parent / "published_tables.json").read_text())
@@ -42,7 +42,7 @@ def test_the_tables_are_the_ones_that_the_stored_results_gave(experiment):
 
 @pytest.mark.parametrize(("experiment", "methods"), [("waymo_kitti_small", 28), ("waymo_kitti_small_pv_rcnn", 4)])
 def test_means_and_spreads_of_every_method_stand_in_the_results(experiment, methods):
-    rows, checked = summarize(read_csv(DOCS / "experiments" / experiment)), set()
+    rows, checked = summarize(read_upcycling_csv(DOCS / "experiments" / experiment)), set()
     for cells in rows_of(section_of(experiment)):
         name, values = cells[0].split(" ")[0], [cell for cell in cells if "±" in cell]
         if name not in rows or len(values) != len(METRICS):
@@ -55,13 +55,18 @@ def test_means_and_spreads_of_every_method_stand_in_the_results(experiment, meth
 
 
 def test_differences_by_seed_stand_in_the_results():
-    found = differences(read_csv(DOCS / "experiments" / "waymo_kitti_small"), "upcycling", ("cell_dropout", "mean_teacher"))
+    found = differences(
+        read_upcycling_csv(DOCS / "experiments" / "waymo_kitti_small"), "upcycling", ("cell_dropout", "mean_teacher")
+    )
     rows = {cells[0]: cells[1:] for cells in rows_of(section_of("waymo_kitti_small")) if re.match(r"[+-]\d", cells[1])}
     assert rows == {other: [" ".join(f"{v:+.1f}" for v in by_metric[m]) for m in METRICS] for other, by_metric in found.items()}
 
 
 def test_the_closed_gap_and_the_gain_of_f_gt_stand_in_the_results():
-    results, text = read_csv(DOCS / "experiments" / "waymo_kitti_small"), " ".join(section_of("waymo_kitti_small").split())
+    results, text = (
+        read_upcycling_csv(DOCS / "experiments" / "waymo_kitti_small"),
+        " ".join(section_of("waymo_kitti_small").split()),
+    )
     closed = summarize(results)["upcycling"].closed["oracle_frozen"]
     assert f"closes {closed['Car 3D 0.7']:.0f} % (3D) and {closed['Car BEV 0.7']:.0f} % (BEV) of the gap to oracle_frozen" in text
     gain = {m: statistics.fmean(v) for m, v in differences(results, "upcycling", ["hybrid"])["hybrid"].items()}
@@ -96,7 +101,7 @@ def test_scores_of_every_category_shift_stand_in_the_results():
 
 
 def test_the_gain_of_adaptation_by_seed_stands_in_the_results():
-    found = category_shift_report.read_csv(DOCS / "experiments" / "category_shift_kitti")
+    found = category_shift_report.read_upcycling_csv(DOCS / "experiments" / "category_shift_kitti")
     by_seed = [values for (scenario, _), values in found.items() if scenario == "open_partial"]
     gain = statistics.fmean(v["adapted"]["matched/h"] - v["source, entropy > 0.55"]["matched/h"] for v in by_seed)
     assert f"H rises by {short(f'{gain:.3f}')} " in section_of("category_shift_kitti")

@@ -23,7 +23,13 @@ from upcycle3d.perception.recipes.upcycling_experiment import (
     run_comparison,
     source_preset,
 )
-from upcycle3d.perception.recipes.upcycling_report import csv_rows, difference_table, read_csv, report_sections, result_tables
+from upcycle3d.perception.recipes.upcycling_report import (
+    difference_table,
+    read_upcycling_csv,
+    report_sections,
+    upcycling_rows,
+    upcycling_tables,
+)
 from upcycle3d.perception.server.methods import METHODS
 
 QUIET = RunOptions(say=lambda text: None, processes=1, scores_along=2)
@@ -121,17 +127,17 @@ def test_published_results_are_read_back_with_all_digits_and_name_no_folder(tmp_
     for name, by_seed in found.items():
         for seed, result in by_seed.items():
             cache.write(name, seed, result.to_json())
-    publish(tmp_path / "out", cache, csv_rows)
-    assert read_csv(tmp_path / "out") == read_results(cache) == found
-    assert list(read_csv(tmp_path / "out")) == ["source_only", "upcycling", "oracle_frozen"]
+    publish(tmp_path / "out", cache, upcycling_rows)
+    assert read_upcycling_csv(tmp_path / "out") == read_results(cache) == found
+    assert list(read_upcycling_csv(tmp_path / "out")) == ["source_only", "upcycling", "oracle_frozen"]
     for path in (tmp_path / "out").iterdir():
         assert str(tmp_path) not in path.read_text()
 
 
 def test_the_report_has_a_table_and_a_chart_of_every_metric():
     rows = summarize(three_methods())
-    assert [t.header[0] for t in result_tables(rows)] == ["method", "method"]
-    assert result_tables(rows)[1].rows[1][1:3] == ("35 %", "null")
+    assert [t.header[0] for t in upcycling_tables(rows)] == ["method", "method"]
+    assert upcycling_tables(rows)[1].rows[1][1:3] == ("35 %", "null")
     tables, charts = report_sections(rows)
     assert len(charts.blocks) == 4  # bars and curves of both metrics
     assert len(tables.blocks) == 3
