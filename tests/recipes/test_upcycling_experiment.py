@@ -19,9 +19,9 @@ from upcycle3d.perception.recipes.upcycling_experiment import (
     ComparedMethod,
     Comparison,
     method_run,
-    read_results,
     run_comparison,
     source_preset,
+    upcycling_results,
 )
 from upcycle3d.perception.recipes.upcycling_report import (
     difference_table,
@@ -128,7 +128,7 @@ def test_published_results_are_read_back_with_all_digits_and_name_no_folder(tmp_
         for seed, result in by_seed.items():
             cache.write(name, seed, result.to_json())
     publish(tmp_path / "out", cache, upcycling_rows)
-    assert read_upcycling_csv(tmp_path / "out") == read_results(cache) == found
+    assert read_upcycling_csv(tmp_path / "out") == upcycling_results(cache) == found
     assert list(read_upcycling_csv(tmp_path / "out")) == ["source_only", "upcycling", "oracle_frozen"]
     for path in (tmp_path / "out").iterdir():
         assert str(tmp_path) not in path.read_text()
@@ -166,7 +166,7 @@ def test_a_small_comparison_runs_from_data_to_results(tmp_path):
 
     comparison, results = Comparison(scenario=SCENARIOS["waymo_kitti"], preset=short(SMALL), size=SIZE), tmp_path / "results"
     run_comparison(comparison, data, methods, 0, jobs=tmp_path / "jobs", results=results, options=QUIET)
-    found = read_results(comparison.cache(results))
+    found = upcycling_results(comparison.cache(results))
     assert set(found) == set(methods)
     assert [step for step, _ in found["upcycling"][0].history] == [1, 2]
     assert [step for step, _ in found["st3d"][0].history] == [1, 2]
@@ -183,4 +183,4 @@ def test_partial_labels_run_with_the_draw_of_the_seed(tmp_path):
     comparison: Comparison = Comparison(scenario=SCENARIOS["kitti_partial"], preset=short(SMALL), share=0.5, size=SIZE)
     results: Path = tmp_path / "results"
     run_comparison(comparison, data, ["upcycling"], 4, jobs=tmp_path / "jobs", results=results, options=QUIET)
-    assert set(read_results(comparison.cache(results))) == {"upcycling"}
+    assert set(upcycling_results(comparison.cache(results))) == {"upcycling"}
