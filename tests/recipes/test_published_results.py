@@ -101,7 +101,7 @@ def test_scores_of_every_category_shift_stand_in_the_results():
 
 
 def test_the_gain_of_adaptation_by_seed_stands_in_the_results():
-    found = category_shift_report.read_upcycling_csv(DOCS / "experiments" / "category_shift_kitti")
+    found = category_shift_report.read_category_shift_csv(DOCS / "experiments" / "category_shift_kitti")
     by_seed = [values for (scenario, _), values in found.items() if scenario == "open_partial"]
     gain = statistics.fmean(v["adapted"]["matched/h"] - v["source, entropy > 0.55"]["matched/h"] for v in by_seed)
     assert f"H rises by {short(f'{gain:.3f}')} " in section_of("category_shift_kitti")
