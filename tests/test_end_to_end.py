@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from upcycle3d.perception.wire.codec import decode_scene
 from upcycle3d.perception.wire.encoder_file import load_encoder
 from upcycle3d.perception.wire.manifest import read_manifest
 from upcycle3d.perception.wire.shards import read_members
-from upcycle3d.tools import extract
+from upcycle3d.tools import doctor, extract
 from upcycle3d.tools.console import run_command
 
 RIG = RigSpec(z_shift=1.73)
@@ -221,8 +222,14 @@ def test_view_draws_frames_with_detections(chain):
 
 
 def test_doctor_checks_the_sparse_convolution(chain):
-    upcycle3d("doctor", "--json", chain / "doctor.json")
+    upcycle3d("doctor", "--repeats", 0, "--json", chain / "doctor.json")
     assert "agrees" in json.loads((chain / "doctor.json").read_text())["checks"]["sparse convolution, CPU"]
+
+
+def test_doctor_times_imports_in_fresh_interpreters():
+    assert 0 <= doctor.import_seconds("import upcycle3d", repeats=1) < 5
+    with pytest.raises(subprocess.CalledProcessError):
+        doctor.import_seconds("import upcycle3d.nothing", repeats=1)
 
 
 @pytest.mark.parametrize(
