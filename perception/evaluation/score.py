@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from ...core.errors import InvalidInput
 from ...datasets.kitti_text import KittiObjects
@@ -107,6 +107,8 @@ def score_detector(detector: Detector, frames: PreparedDataset, protocol: Protoc
         print(report.headline()["Car 3D 0.7"])
     """
     protocol = protocol or own_protocol(frames)
+    if protocol not in get_args(Protocol):
+        raise InvalidInput(f"there is no protocol {protocol!r}; choose one of {', '.join(get_args(Protocol))}")
     if protocol == "kitti":
         return _score_kitti(detector, frames)
     found = detect_labeled(detector, frames, label_classes=frames.classes)

@@ -100,6 +100,8 @@ def test_a_moved_dataset_scores_the_same_without_the_raw_data(raw, tmp_path):
     for frame_id, objects in zip(moved.ids, files, strict=True):
         assert objects.types[0] == "DontCare"
         assert_equal(moved.kitti_objects(frame_id), objects)
+    with pytest.raises(InvalidInput, match="there is no protocol 'coco'; choose one of kitti, waymo, lyft, cross_dataset"):
+        score_detector(detector, moved, "coco")  # type: ignore[arg-type]
     report = score_detector(detector, moved)
     assert report.protocol == "kitti"
     assert report.result.to_json() == expected.to_json()
