@@ -167,7 +167,8 @@ def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
     if before.get("schema_version") != PREPARED_VERSION:
         raise InvalidInput(
             f"{path.parent} was begun by another version of this program (schema version {before.get('schema_version')}, this one "
-            f"writes {PREPARED_VERSION}); prepare into another folder, or delete this one to start over"
+            f"writes {PREPARED_VERSION}), and nothing finished is carried over, neither its frames nor the results of an experiment on "
+            "them; use another folder, or delete this one to start over"
         )
     old, new = _flat(before), _flat(settings)
     changed = [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in old | new if old.get(name) != new.get(name)]

@@ -22,16 +22,34 @@ from ..core.errors import InvalidInput, UpcycleError
 console = Console(stderr=False, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
+_RENAMED_PRESET_OPTIONS = {
+    "--preset.upcycle.labelled-batch": "--preset.upcycle.labeled-batch",
+    "--preset.upcycle.unlabelled-batch": "--preset.upcycle.unlabeled-batch",
+}
 # By command (its module's name): an option of version 0.1 and what to write now. Several words name an option with its values.
 RENAMED_OPTIONS: Mapping[str, Mapping[str, str]] = {
-    "experiment_upcycling": {"--variants": "--methods", "--cells": "--results", "--checkpoints": "--source-models"},
+    "adapt": {"--labeller": "--labeler"},
+    "adapt_detector": {"--source DIR SPLIT": "--source DIR:SPLIT", "--target DIR SPLIT": "--target DIR:SPLIT"},
+    "demo": {"--labelled": "--labeled"},
+    "experiment_upcycling": {
+        "--variants": "--methods",
+        "--cells": "--results",
+        "--checkpoints": "--source-models",
+        "--size.labelled": "--size.labeled",
+        **_RENAMED_PRESET_OPTIONS,
+    },
     "extract": {"--encoder": "--detector", "--split": "--data DIR:SPLIT"},
     "ingest": {"--encoder": "--detector"},
     "view": {"--split": "--data DIR:SPLIT"},
     "evaluate": {"--split": "--data DIR:SPLIT"},
     "prepare": {"--labelled": "--labeled", "--neighbours": "--neighbors"},
-    "train": {"--split": "--data DIR:SPLIT"},
-    "upcycle": {"--checkpoint": "--detector", "--split": "--data DIR:SPLIT", "--raw DIR SPLIT": "--raw DIR:SPLIT"},
+    "train": {"--split": "--data DIR:SPLIT", **_RENAMED_PRESET_OPTIONS},
+    "upcycle": {
+        "--checkpoint": "--detector",
+        "--split": "--data DIR:SPLIT",
+        "--raw DIR SPLIT": "--raw DIR:SPLIT",
+        **_RENAMED_PRESET_OPTIONS,
+    },
 }
 
 

@@ -1,17 +1,20 @@
 """The program's front door: mistakes become sentences, results become tables and JSON."""
 
 import errno
+import importlib
 import json
 import os
 import subprocess
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.tools.console import device, print_table, progress_bar, run_command, write_json
+from upcycle3d.tools.console import RENAMED_OPTIONS, _refuse_renamed, device, print_table, progress_bar, run_command, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,3 +112,43 @@ def test_the_program_knows_its_commands(arguments, code, text):
 def test_a_command_can_be_run_as_a_module():
     done = subprocess.run([sys.executable, "-m", "upcycle3d.tools.inspect", "/nowhere"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: there is nothing at /nowhere\n")
+
+
+OLD_OPTIONS = [(module, old, new) for module, options in RENAMED_OPTIONS.items() for old, new in options.items()]
+
+
+@pytest.mark.parametrize(("module", "old", "new"), OLD_OPTIONS, ids=[f"{module} {old}" for module, old, _ in OLD_OPTIONS])
+def test_an_option_of_version_0_1_is_answered_with_what_to_write_now(module, old, new, capsys):
+    command = importlib.import_module(f"upcycle3d.tools.{module}").command
+    name, *values = old.split()
+    words = [[name, *values]] if values else [[name, "7"], [f"{name}=7"], [name.replace("-", "_").replace("__", "--", 1), "7"]]
+    for arguments in words:
+        assert run_command(command, arguments) == 2
+        assert f"has no option {old} any more; write {new}" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("demo", ["second_iou"]),
+        ("adapt", ["features.npz", "--out", "x"]),
+        ("adapt_detector", ["--source", "a:train", "--target", "b:val"]),
+        ("adapt_detector", ["--source=a:train", "--target", "b:val", "--out", "x"]),
+    ],
+)
+def test_what_is_written_now_is_not_taken_for_an_old_option(module, arguments):
+    _refuse_renamed(module, arguments)
+
+
+@pytest.mark.parametrize("new", sorted({new.split()[0] for _, _, new in OLD_OPTIONS}))
+def test_the_new_name_of_an_option_exists(new):
+    """The named option is a field of its command, or of a dataclass below it."""
+    for module, options in RENAMED_OPTIONS.items():
+        if not any(new == written.split()[0] for written in options.values()):
+            continue
+        found = importlib.import_module(f"upcycle3d.tools.{module}")
+        (kind,) = [t for n, t in get_type_hints(found.command).items() if n != "return"]
+        kinds = typing.get_args(kind) or (kind,)
+        for part in new.removeprefix("--").replace("-", "_").split("."):
+            kinds = [get_type_hints(k)[part] for k in kinds if part in get_type_hints(k)]
+            assert kinds, (module, new)
