@@ -9,6 +9,7 @@ Read next: `raw.py`, which adds these splits to a dataset.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..core.errors import InvalidInput
@@ -57,6 +58,23 @@ def labeled_split(share: float, draw: int) -> str:
         For example `train-0.01-0`.
     """
     return f"train-{share:g}-{draw}"
+
+
+def label_share_of(split: str) -> float | None:
+    """Read the share back from the name of a split.
+
+    Args:
+        split: Name of a split.
+
+    Returns:
+        The share, or None where `labeled_split` gives no such name.
+    """
+    match = re.fullmatch(r"train-([0-9.e-]+)-[0-9]+", split)
+    try:
+        share = float(match[1]) if match else None
+    except ValueError:
+        return None
+    return share if share is not None and any(split == labeled_split(share, draw) for draw in DRAWS) else None
 
 
 def label_share_splits(

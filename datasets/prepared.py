@@ -9,6 +9,7 @@ Read next: `prepared_format.py` for the files, `prepare.py` for how they are mad
 from __future__ import annotations
 
 import re
+import shlex
 import zlib
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..core.structures import Labels, PointCloud
 from .fingerprint import split_fingerprint
 from .frame_source import DatasetOrigin
 from .kitti_text import KittiObjects
+from .label_shares import label_share_of
 from .prepared_format import KITTI_COLUMNS, read_header, read_index, row_calibration, row_kitti_objects, row_labels
 
 
@@ -124,12 +126,29 @@ class PreparedDataset:
         if self.origin.layout == "kitti":
             raise InvalidInput(
                 f"{self.root} holds no label file of frame {frame_id}: it was prepared without labels, or by an earlier version of "
-                f"this program. Prepare it again with `upcycle3d prepare kitti {self.origin.root or 'ROOT'} --out NEW_FOLDER`"
+                f"this program. Prepare it again with `{self._kitti_command()}`"
             )
         raise InvalidInput(
             f"{self.root} was not prepared from a KITTI-layout folder, so it has no label files for KITTI's protocol; "
             "--protocol cross_dataset is KITTI's AP without them"
         )
+
+    def _kitti_command(self) -> str:
+        """The command that prepares the same frames, classes and rig again from KITTI's files. Other options give other scores."""
+        options = dict(self.origin.options)
+        words = ["upcycle3d", "prepare", "kitti", str(self.origin.root or "ROOT"), "--out", "NEW_FOLDER"]
+        words += ["--classes", *self.classes, "--z-shift", repr(self.rig.z_shift)]
+        if options.get("points", "auto") != "auto":
+            words += ["--points", options["points"]]
+        if options.get("crop_to_camera") == "False":
+            words.append("--no-crop-to-camera")
+        # A split of label shares may be drawn or be a published list in ImageSets. All lists are taken then, so that both come back.
+        shares = [share for share in map(label_share_of, self.splits) if share is not None]
+        if shares:
+            words += ["--label-shares", *(f"{share:g}" for share in dict.fromkeys(shares))]
+        else:
+            words += ["--splits", *self.splits]
+        return shlex.join(words)
 
     @cached_property
     def _position(self) -> dict[str, int]:

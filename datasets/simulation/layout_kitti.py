@@ -110,7 +110,7 @@ def write_kitti_layout(
     if num_frames < 1 or workers < 1:
         raise InvalidInput(f"need num_frames >= 1 and workers >= 1, found {num_frames} and {workers}")
     members = split_members(num_frames, splits if splits is not None else {"train": num_frames})
-    claim_folder(root, domain, seed, view, contents=("training",))
+    claim_folder(root, domain, seed, view)
 
     missing = [i for i in range(num_frames) if not _complete(root, i, view)]
     done = num_frames - len(missing)

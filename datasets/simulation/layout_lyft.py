@@ -206,7 +206,7 @@ def write_lyft_layout(
     if num_frames < 1 or workers < 1:
         raise InvalidInput(f"need num_frames >= 1 and workers >= 1, found {num_frames} and {workers}")
     members = split_members(num_frames, splits if splits is not None else {"train": num_frames})
-    claim_folder(root, domain, seed, view, layout="lyft", contents=(VERSION, "lidar"))
+    claim_folder(root, domain, seed, view, layout="lyft")
     jobs = [(root, domain, seed, i, view) for i in range(num_frames) if not _rows_file(root, i).is_file()]
     done = num_frames - len(jobs)
     if progress is not None and done:

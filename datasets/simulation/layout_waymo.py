@@ -183,7 +183,7 @@ def write_waymo_layout(
         raise InvalidInput(
             f"need num_frames and workers of at least 1 and splits within them, found {num_frames}, {workers}, {dict(splits)}"
         )
-    claim_folder(root, domain, seed, view, layout="waymo", contents=("lidar",))
+    claim_folder(root, domain, seed, view, layout="waymo")
     members: dict[str, list[str]] = {}
     segments: dict[str, range] = {}
     start = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,10 +25,8 @@ Job = TypeVar("Job")
 Done = TypeVar("Done")
 
 
-def claim_folder(
-    root: Path, domain: Domain, seed: int, view: View, *, layout: str | None = None, contents: Sequence[str]
-) -> None:
-    """Record what is simulated in a folder, in simulation.json.
+def claim_folder(root: Path, domain: Domain, seed: int, view: View, *, layout: str | None = None) -> None:
+    """Record what is simulated in a folder, in simulation.json, before anything else is written there.
 
     Args:
         root: The folder.
@@ -35,10 +34,9 @@ def claim_folder(
         seed: Seed of the dataset.
         view: `camera` or `full`.
         layout: Recorded too; None for KITTI's layout, which came first.
-        contents: Names that only a simulated dataset may have there.
 
     Raises:
-        InvalidInput: The folder holds another simulation, or data that is not simulated.
+        InvalidInput: The folder holds another simulation, or anything that is not simulated.
     """
     path = root / "simulation.json"
     settings = {"version": SIMULATOR_VERSION, "seed": seed, "view": view, "domain": asdict(domain)}
@@ -50,9 +48,15 @@ def claim_folder(
                 f"version {SIMULATOR_VERSION}; use another folder, or remove that one"
             )
         return
-    for name in contents:
-        if (root / name).exists():
-            raise InvalidInput(f"{root / name} exists but {path} does not: it is no simulated dataset; use another folder")
+    if root.exists() and not root.is_dir():
+        raise InvalidInput(f"{root} is a file; give a folder to simulate into")
+    # A process that was killed while it wrote simulation.json leaves a temporary file (see `core/files.py`).
+    others = sorted(p.name for p in root.iterdir() if not re.fullmatch(r"\..*\.tmp", p.name)) if root.exists() else []
+    if others:
+        raise InvalidInput(
+            f"{root} is not empty ({others[0]}{' and more' if len(others) > 1 else ''}) and holds no simulation.json: it is no "
+            "simulated dataset; use another folder"
+        )
     write_atomically(path, wanted.encode())
 
 

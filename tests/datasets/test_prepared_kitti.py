@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Boxes3D, PointCloud, Predictions
 from upcycle3d.datasets.gt_database import GtDatabase
 from upcycle3d.datasets.kitti_text import KittiObjects, parse_objects, read_objects, write_objects
+from upcycle3d.datasets.label_shares import label_share_splits
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.raw import open_kitti, prepare_raw
@@ -23,6 +25,7 @@ from upcycle3d.perception.evaluation.detect import kitti_detections
 from upcycle3d.perception.evaluation.kitti import evaluate_kitti
 from upcycle3d.perception.evaluation.score import score_detector
 from upcycle3d.tools import inspect
+from upcycle3d.tools import prepare as prepare_tool
 from upcycle3d.tools.console import run_command
 
 CLASSES = ("Car", "Pedestrian")
@@ -119,7 +122,7 @@ def test_an_empty_label_file_is_kept_apart_from_none(raw, tmp_path):
 def test_a_dataset_without_label_files_says_how_to_get_them_or_what_to_use_instead(raw, tmp_path):
     source = replace(open_kitti(raw).source, with_labels=False)
     prepare(source, source.ids, tmp_path / "unlabeled", splits={}, classes=CLASSES, workers=0)
-    with pytest.raises(InvalidInput, match=rf"Prepare it again with `upcycle3d prepare kitti {raw} --out NEW_FOLDER`"):
+    with pytest.raises(InvalidInput, match=rf"Prepare it again with `upcycle3d prepare kitti {raw} --out NEW_FOLDER"):
         PreparedDataset(tmp_path / "unlabeled").kitti_objects("000000")
     frames = [replace(source[i], id=f"{i}") for i in range(2)]
     prepare(frames, ["0", "1"], tmp_path / "own", splits={}, classes=CLASSES, workers=0)
@@ -175,10 +178,39 @@ def test_version_1_is_read_bit_by_bit(split):
 def test_version_1_serves_its_objects_but_has_no_label_files():
     train = PreparedDataset(VERSION_1, "train")
     assert len(GtDatabase.open(VERSION_1 / "gt_database" / "train", expected_fingerprint=train.split_fingerprint())) == 3
-    with pytest.raises(
-        InvalidInput, match=r"earlier version of this program\. Prepare it again with `upcycle3d prepare kitti /tmp/kitti"
-    ):
+    with pytest.raises(InvalidInput, match="earlier version of this program") as refused:
         train.kitti_objects("000000")
+    # Everything that the scores depend on and that differs from the defaults of the command.
+    command = "upcycle3d prepare kitti /tmp/kitti --out NEW_FOLDER --classes Car --z-shift 1.73 --splits train val"
+    assert f"Prepare it again with `{command}`" in str(refused.value)
+
+
+@pytest.mark.parametrize("shares", [(), (0.5,)])
+def test_the_command_that_is_advised_prepares_the_same_data(shares, raw, tmp_path):
+    shutil.copytree(raw, tmp_path / "the raw data")
+    opened = open_kitti(
+        tmp_path / "the raw data",
+        classes=("Cyclist", "Car"),
+        z_shift=1.7345678901234567,
+        crop_to_camera=False,
+        points_folder="velodyne_reduced",
+    )
+    # Prepared without labels, as a dataset that lacks the label files; its splits and options are those of any other.
+    source = replace(opened.source, with_labels=False)
+    splits = {**opened.splits, **label_share_splits(opened.splits["train"], shares, given=opened.splits)}
+    prepare(source, source.ids, tmp_path / "old", splits=splits, classes=opened.classes, workers=0)
+    with pytest.raises(InvalidInput) as refused:
+        PreparedDataset(tmp_path / "old", "val").kitti_objects("000001")
+    program, name, *arguments = shlex.split(str(refused.value).split("`")[1])
+    assert (program, name) == ("upcycle3d", "prepare")
+    arguments[arguments.index("NEW_FOLDER")] = str(tmp_path / "new")
+    assert run_command(prepare_tool.command, arguments) == 0
+    old, new = PreparedDataset(tmp_path / "old"), PreparedDataset(tmp_path / "new")
+    assert (new.classes, new.rig, new.splits, new.ids) == (old.classes, old.rig, old.splits, old.ids)
+    assert [o for o in new.origin.options if o[0] != "with_labels"] == [o for o in old.origin.options if o[0] != "with_labels"]
+    for i in range(len(old)):
+        assert torch.equal(new[i].points.xyz, old[i].points.xyz)
+    assert len(new.kitti_objects("000001"))
 
 
 def test_preparation_never_goes_on_in_a_folder_of_version_1(raw, tmp_path):

@@ -16,6 +16,8 @@ from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.kitti import KittiDataset, crop_to_camera, read_ids
 from upcycle3d.datasets.simulation.bodies import block, body, part
 from upcycle3d.datasets.simulation.layout_kitti import write_kitti_layout
+from upcycle3d.datasets.simulation.layout_lyft import write_lyft_layout
+from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout
 from upcycle3d.datasets.simulation.places import CAR, DOMAINS, KITTI, LYFT, WAYMO, Domain, domain
 from upcycle3d.datasets.simulation.raycast import (
     BOX,
@@ -41,6 +43,7 @@ from upcycle3d.datasets.simulation.raycast import (
 from upcycle3d.datasets.simulation.sensors import Sensor
 from upcycle3d.datasets.simulation.simulate import SimulatedDataset, SimulatedFrame, simulate_frame
 from upcycle3d.datasets.simulation.world import build_world
+from upcycle3d.datasets.simulation.writing import claim_folder
 
 FLAT = np.zeros((1, 4))
 # Answers every pulse, without noise, on an even grid of 0.2 degrees.
@@ -313,6 +316,25 @@ def test_a_folder_of_another_simulation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "real" / "training").mkdir(parents=True)
     with pytest.raises(InvalidInput, match="no simulated dataset"):
         write_kitti_layout(tmp_path / "real", KITTI, num_frames=1, seed=1)
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "parts", ".git", "points.tmp"])
+@pytest.mark.parametrize("layout", ["kitti", "waymo", "lyft"])
+def test_a_folder_that_holds_anything_else_is_refused_before_anything_is_written(tmp_path: Path, name: str, layout: str) -> None:
+    (tmp_path / name).write_text("not simulated")
+    before = files_of(tmp_path)
+    write = {"kitti": write_kitti_layout, "waymo": write_waymo_layout, "lyft": write_lyft_layout}[layout]
+    with pytest.raises(InvalidInput, match=rf"is not empty \({name}\) and holds no simulation.json"):
+        write(tmp_path, KITTI, num_frames=1, seed=1, workers=1)
+    assert files_of(tmp_path) == before
+    with pytest.raises(InvalidInput, match="is a file"):
+        write(tmp_path / name, KITTI, num_frames=1, seed=1, workers=1)
+
+
+def test_what_a_killed_run_leaves_does_not_stop_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / ".0123456789abcdef.tmp").write_text('{"half":')
+    claim_folder(tmp_path, KITTI, 1, "camera")
+    claim_folder(tmp_path, KITTI, 1, "camera")
 
 
 @pytest.mark.parametrize("splits", [{"train": 3}, {"train": 1, "val": 2}, {"val": [5]}, {"val": [0, 0]}, {"val": 0}])
