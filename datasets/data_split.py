@@ -34,6 +34,8 @@ class DataSplit:
     def parse(cls, text: str) -> Self:
         """Read `DIR` or `DIR:SPLIT`. What follows the last colon is the split, unless it contains a slash.
 
+        A folder that exists under the whole text is taken whole, so its name may hold a colon.
+
         Args:
             text: A folder, a colon and the name of a split; or a folder alone.
 
@@ -44,12 +46,14 @@ class DataSplit:
             InvalidInput: The folder or the split is empty.
         """
         root, colon, name = text.rpartition(":")
-        if not colon or "/" in name:
+        if not colon or "/" in name or Path(text).is_dir():
             root, name = text, ""
         elif not name:
             root = ""  # "DIR:" promises a split and names none
         if not root:
-            raise InvalidInput(f"a split of a prepared dataset is written {cls.SYNTAX}, found {text!r}")
+            raise InvalidInput(
+                f"a split of a prepared dataset is written {cls.SYNTAX}, found {text!r}; end a folder with a colon in its name with /"
+            )
         return cls(root=Path(root), name=name or None)
 
     def __str__(self) -> str:

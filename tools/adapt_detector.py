@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..core.device import find_device
 from ..core.errors import InvalidInput
 from ..core.rig import RigSpec
 from ..datasets.data_split import DataSplit
@@ -25,7 +26,7 @@ from ..perception.models.detector import Detector
 from ..perception.recipes.assembly import fleet_store
 from ..perception.server.store import SmashedStore
 from ..perception.training.detector_files import load_detector
-from .console import console, device, print_table, progress_bar, run_command
+from .console import console, print_table, progress_bar, run_command
 from .data_option import DataOption
 
 DEFAULTS = DetectorAdaptConfig()
@@ -86,7 +87,7 @@ def command(config: AdaptDetector) -> None:
         raise InvalidInput("give the source either as --source DIR[:SPLIT] or, where its data are not at hand, as --trained FILE")
     if config.target_labels_for_metrics and config.target is None:
         raise InvalidInput("smashed scenes have no labels to measure against; give --target DIR[:SPLIT]")
-    detector = load_detector(config.detector).to(device(config.device))
+    detector = load_detector(config.detector).to(find_device(config.device))
     target: DataSplit | SmashedStore
     if config.target is not None and config.target_store is None:
         target = config.target.or_split("train")

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from ..core.device import find_device
 from ..core.errors import InvalidInput
 from ..core.point_files import read_points, scan_files
 from ..core.rig import RigSpec
@@ -16,7 +17,7 @@ from ..perception.recipes.presets import PRESETS
 from ..perception.recipes.speed import detectors_to_measure, extraction_speed, machine, rig_for, simulated_scans
 from ..perception.wire.codec import CODECS
 from .bench_ops import print_machine
-from .console import device, print_table, run_command, write_json
+from .console import print_table, run_command, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def command(config: BenchExtract) -> None:
     scans = given or simulated_scans(config.domain, config.frames, view=config.view)
     found = {
         (name, codec): extraction_speed(
-            network.to(device(config.device)),
+            network.to(find_device(config.device)),
             scans,
             config.rig if given else rig_for(network, config.domain),
             codec,

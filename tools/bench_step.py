@@ -9,11 +9,12 @@ from typing import Literal
 
 import torch
 
+from ..core.device import find_device
 from ..core.errors import InvalidInput
 from ..perception.recipes.presets import PRESETS
 from ..perception.recipes.speed import detectors_to_measure, machine, measure_in_turns, training_frames, training_step
 from .bench_ops import print_machine
-from .console import device, print_table, run_command, write_json
+from .console import print_table, run_command, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ def command(config: BenchStep) -> None:
     torch.set_num_threads(config.threads)
     where = machine()
     calls = {
-        name: training_step(network.to(device(config.device)), training_frames(network, config.domain, config.batch))
+        name: training_step(network.to(find_device(config.device)), training_frames(network, config.domain, config.batch))
         for name, network in detectors_to_measure(config.detector, config.preset).items()
     }
     found = measure_in_turns(calls, config.repeats)

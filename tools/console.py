@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -102,32 +101,6 @@ def run_command(
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def device(name: str) -> torch.device:
-    """Find a device.
-
-    Args:
-        name: `cpu`, `cuda` or `cuda:N`.
-
-    Returns:
-        The device.
-
-    Raises:
-        InvalidInput: This machine has no such device.
-    """
-    try:
-        found = torch.device(name)
-    except RuntimeError as error:
-        raise InvalidInput(f"{name!r} is not a device; give cpu, cuda or cuda:N") from error
-    if found.type not in ("cpu", "cuda"):
-        raise InvalidInput(f"this program runs on cpu and cuda, found {name!r}")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise InvalidInput(
-            f"there is no device {name!r} here: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
-            "give --device cpu, or install a CUDA build of torch"
-        )
-    return found
 
 
 def _print_error(text: str) -> None:

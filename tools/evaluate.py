@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..core.device import find_device
 from ..core.errors import InvalidInput
 from ..core.files import write_atomically
 from ..datasets.kitti import read_ids
@@ -26,7 +27,7 @@ from ..perception.evaluation.waymo import WAYMO_MIN_OVERLAPS, WaymoResult
 from ..perception.evaluation.waymo_json import read_waymo_folders
 from ..perception.evaluation.waymo_objects import write_waymo_objects
 from ..perception.training.detector_files import load_detector
-from .console import console, device, print_table, run_command, write_json
+from .console import console, print_table, run_command, write_json
 from .data_option import DataOption
 from .predict import boxes_json
 
@@ -143,7 +144,7 @@ def _evaluate_run(what: Run) -> None:
     protocol = what.protocol or own_protocol(frames)
     if what.objects is not None and protocol != "waymo":
         raise InvalidInput(f"--objects writes files for Waymo's programs, but the protocol here is {protocol}; leave it out")
-    report = score_detector(load_detector(what.detector).to(device(what.device)), frames, protocol)
+    report = score_detector(load_detector(what.detector).to(find_device(what.device)), frames, protocol)
     result = report.loose if what.overlaps == "loose" and report.loose is not None else report.result
     if what.detections is not None:
         _write_detections(what.detections, report)

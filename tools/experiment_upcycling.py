@@ -10,6 +10,7 @@ from typing import Literal
 
 import tyro
 
+from ..core.device import find_device
 from ..core.errors import InvalidInput
 from ..perception.evaluation.score import Protocol
 from ..perception.recipes.experiment_data import (
@@ -35,7 +36,7 @@ from ..perception.recipes.upcycling_experiment import (
 from ..perception.recipes.upcycling_report import report_sections, upcycling_rows, upcycling_tables
 from ..perception.training.environment import describe_environment
 from ..perception.viz.html import page, write_html
-from .console import console, device, print_table, run_command, write_json
+from .console import console, print_table, run_command, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ def command(config: UpcyclingExperiment) -> None:
             options=RunOptions(
                 say=say,
                 scores_along=config.scores_along,
-                device=device(config.device),
+                device=find_device(config.device),
                 workers=config.workers,
                 processes=config.processes,
             ),

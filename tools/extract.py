@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from ..core.device import find_device
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import write_atomically
 from ..core.point_files import read_points, scan_files
 from ..core.rig import RigSpec
 from ..core.structures import PointCloud
 from ..perception.vehicle.extractor import ExtractionReport, Extractor, extract
-from .console import console, device, print_table, progress_bar, run_command, write_json
+from .console import console, print_table, progress_bar, run_command, write_json
 
 Scans = Mapping[str, Callable[[], PointCloud]]
 """Name of a scan to the function that reads it."""
@@ -77,7 +78,7 @@ def command(config: Extract) -> None:
     if config.calib is not None:
         scans = {name: partial(_camera_view, read, config.calib / f"{name}.txt") for name, read in scans.items()}
     names = tuple(scans)
-    extractor = Extractor.from_file(config.detector, rig=rig, codec=config.codec, device=device(config.device))
+    extractor = Extractor.from_file(config.detector, rig=rig, codec=config.codec, device=find_device(config.device))
     receipts = _earlier_receipts(config.receipts) if config.append and config.receipts is not None else {}
     writer = extractor.shard_writer(config.out, scenes_per_shard=config.scenes_per_shard)
     with progress_bar("extract", len(scans)) as advance, writer:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from ..core.device import find_device
 from ..core.errors import InvalidInput
 from ..core.files import write_atomically
 from ..core.point_files import read_points, scan_files
@@ -16,7 +17,7 @@ from ..core.structures import Predictions
 from ..datasets.kitti import read_calibration, shift_calibration
 from ..datasets.kitti_text import predictions_to_kitti, write_objects
 from ..perception.training.detector_files import load_detector
-from .console import console, device, print_table, progress_bar, run_command, write_json
+from .console import console, print_table, progress_bar, run_command, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def command(config: Predict) -> None:
     """Find objects in a scan or in a folder of scans."""
     if config.format == "kitti" and config.calib is None:
         raise InvalidInput("KITTI's text format is in the camera frame, so it needs --calib; or use --format json")
-    target = device(config.device)
+    target = find_device(config.device)
     detector = load_detector(config.detector).to(target)
     scans = scan_files(config.scans)
     counts: dict[str, int] = {}

@@ -10,7 +10,7 @@ import tyro
 
 from ..perception.recipes.jobs import train_preset
 from ..perception.recipes.presets import PRESETS, Preset
-from .console import console, device, print_table, run_command, write_json
+from .console import console, print_table, run_command, write_json
 from .data_option import DataOption
 
 
@@ -60,7 +60,7 @@ def command(config: Train) -> None:
         seed=config.seed,
         resume=config.resume,
         workers=config.workers,
-        device=device(config.device),
+        device=config.device,
     )
     if not outcome.is_main:  # torchrun: one process of several reports
         return

@@ -13,7 +13,7 @@ from ..core.rig import RigSpec
 from ..perception.recipes.jobs import upcycle_preset
 from ..perception.recipes.presets import Preset
 from ..perception.server.methods import METHODS
-from .console import console, device, print_table, run_command, write_json
+from .console import console, print_table, run_command, write_json
 from .data_option import DataOption
 from .train import preset_choices
 
@@ -73,7 +73,7 @@ def command(config: Upcycle) -> None:
         seed=config.seed,
         resume=config.resume,
         workers=config.workers,
-        device=device(config.device),
+        device=config.device,
     )
     print_table(
         "upcycled",

@@ -17,7 +17,7 @@ from ...core.rig import RigSpec
 from ...datasets.data_split import DataSplit
 from ..evaluation.score import EvaluationReport, Protocol, score_detector
 from ..models.detector import Detector
-from ..server.methods import Method
+from ..server.methods import Method, method_record
 from ..server.store import SmashedStore
 from ..server.trainer import upcycle
 from ..training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
@@ -25,8 +25,9 @@ from ..training.distributed import DistributedContext, init_distributed, per_ran
 from ..training.loop import create_run
 from ..training.run_folder import RunFolder
 from ..training.supervised import train_supervised
+from ..wire.codec import check_codec
 from .assembly import feature_object_database, fleet_store, labeled_batches, unlabeled_batches
-from .job_inputs import Data, find_data, find_method, find_preset, read_truth
+from .job_inputs import Data, check_run_options, find_data, find_method, find_preset, read_truth
 from .presets import Preset
 
 
@@ -66,8 +67,8 @@ class UpcyclingRecord:
 
     preset: Preset
     """Detector and upcycling settings."""
-    method: str
-    """Name of the method, or the summary of the caller's own method."""
+    method: str | Mapping[str, str | float | bool | None]
+    """Name of the method, or the fields of the caller's own method (`method_record`)."""
     data: DataSplit
     """Labeled split, with an absolute folder."""
     detector: Path
@@ -131,16 +132,17 @@ def train_preset(
         The detector and what the training did.
 
     Raises:
-        InvalidInput: The dataset has other classes than the preset, or `out` holds another run.
+        InvalidInput: An argument cannot be used, the dataset has other classes than the preset, or `out` holds another run.
         NonFiniteLoss: A loss became NaN or infinite; the message names the term and the frames.
 
     Example:
         outcome = upcycle3d.train("kitti_small", "data/kitti:train", "runs/source")
         found = outcome.detector.detect(scan)
     """
+    device = check_run_options(seed=seed, steps=steps, workers=workers, device=device)
     preset, split, out = find_preset(preset), find_data(data, "train"), Path(out)
     optim = preset.train.loop.optim
-    loop = replace(preset.train.loop, seed=seed, optim=replace(optim, total_steps=steps or optim.total_steps))
+    loop = replace(preset.train.loop, seed=seed, optim=replace(optim, total_steps=optim.total_steps if steps is None else steps))
     preset = replace(preset, train=replace(preset.train, loop=loop))
     context = init_distributed()
     if preset.train.gt_sampling:
@@ -208,18 +210,24 @@ def upcycle_preset(
         Student, teacher and what they learned from.
 
     Raises:
-        InvalidInput: The preset, the store and the source model do not fit, or the method lacks the data it learns from.
+        InvalidInput: An argument cannot be used; preset, store and source model do not fit; or the method lacks the data it learns from.
         NonFiniteLoss: A loss became NaN or infinite; the message names the term and the frames.
 
     Example:
         outcome = upcycle3d.upcycle("kitti_small", "data/kitti:train", "runs/source", "runs/upcycled", store="store")
         found = outcome.student.detect(scan)
     """
+    device = check_run_options(seed=seed, steps=steps, workers=workers, device=device)
+    if codec is not None:
+        check_codec(codec)
     preset, split, out, detector = find_preset(preset), find_data(data, "train"), Path(out), Path(detector)
     rig = rig or RigSpec()
-    name, chosen = (method, find_method(method)) if isinstance(method, str) else (method.summary, method)
+    chosen = find_method(method)
+    name = method if isinstance(method, str) else chosen.summary
     optim = preset.upcycle.loop.optim
-    loop = replace(preset.upcycle.loop, seed=seed, optim=replace(optim, total_steps=steps or optim.total_steps))
+    loop = replace(
+        preset.upcycle.loop, seed=seed, optim=replace(optim, total_steps=optim.total_steps if steps is None else steps)
+    )
     settings = replace(preset.upcycle, loop=loop)
     preset = replace(preset, upcycle=settings)
     student = load_detector(detector)
@@ -241,7 +249,7 @@ def upcycle_preset(
     scans = None if fleet is None else unlabeled_batches(preset, fleet, batch_size=settings.unlabeled_batch, seed=seed)
     record = UpcyclingRecord(
         preset=preset,
-        method=name,
+        method=method if isinstance(method, str) else method_record(chosen),
         data=split.resolved(),
         detector=detector.resolve(),
         store=None if store is None else Path(store).resolve(),
@@ -250,6 +258,8 @@ def upcycle_preset(
         codec=codec,
         seed=seed,
     )
+    truth_labels = None if truth is None else read_truth(*truth)
+    # The folder is taken last: what is wrong with the arguments must not leave a folder that refuses the corrected ones.
     run = RunFolder.create(out, record, seed=seed, resume=resume)
     pasted_objects = None
     if chosen.f_gt:
@@ -263,7 +273,7 @@ def upcycle_preset(
         config=settings,
         scans=scans,
         codec=codec_used,
-        truth=None if truth is None else read_truth(*truth),
+        truth=truth_labels,
         run=run,
         workers=workers,
         progress=progress,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...core.config_json import Json
+from ...core.errors import InvalidInput
 from ..viz.charts import Series, bar_chart, line_chart
 from ..viz.html import Section, figure_svg, paragraph, table
 from .method_run import MethodResult
@@ -58,22 +59,41 @@ def read_upcycling_csv(path: Path) -> Results:
 
     Returns:
         Results by method and seed; methods in the order of `COMPARED_METHODS`.
+
+    Raises:
+        InvalidInput: The file is missing or empty, a row is not one that `upcycling_rows` makes, or two rows are of one method and seed.
     """
     found: dict[str, dict[int, MethodResult]] = {}
-    for row in read_rows(path):
-        parts: dict[str, dict[str, float]] = {}
-        for column, text in row.items():
-            part, slash, metric = column.partition("/")
-            if slash:
-                parts.setdefault(part, {})[metric] = float(text)
-        steps = sorted(int(part.removeprefix("step ")) for part in parts if part.startswith("step "))
-        found.setdefault(row["method"], {})[int(row["seed"])] = MethodResult(
-            student=parts["student"],
-            teacher=parts["teacher"],
-            history=tuple((step, parts[f"step {step}"]) for step in steps),
-            seconds=float(row["seconds"]),
-        )
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            name, seed, result = row["method"], int(row["seed"]), _result_of(row)
+        except (KeyError, ValueError, AttributeError) as error:
+            raise InvalidInput(
+                f"row {number} of the results in {path} cannot be read ({type(error).__name__}: {error}); was the file edited? "
+                "Take it from the experiment again"
+            ) from error
+        if seed in found.setdefault(name, {}):
+            raise InvalidInput(
+                f"row {number} of the results in {path} is a second result of the method {name} with seed {seed}; leave one of them"
+            )
+        found[name][seed] = result
     return {name: found[name] for name in COMPARED_METHODS if name in found}
+
+
+def _result_of(row: Mapping[str, str]) -> MethodResult:
+    """The result in one row; KeyError, ValueError or AttributeError (a cell too many) where it is none."""
+    parts: dict[str, dict[str, float]] = {}
+    for column, text in row.items():
+        part, slash, metric = column.partition("/")
+        if slash:
+            parts.setdefault(part, {})[metric] = float(text)
+    steps = sorted(int(part.removeprefix("step ")) for part in parts if part.startswith("step "))
+    return MethodResult(
+        student=parts["student"],
+        teacher=parts["teacher"],
+        history=tuple((step, parts[f"step {step}"]) for step in steps),
+        seconds=float(row["seconds"]),
+    )
 
 
 # ---- tables
@@ -132,7 +152,7 @@ def difference_table(results: Results, name: str, others: Sequence[str]) -> Text
 
 
 def _percent(value: float | None) -> str:
-    return "null" if value is None else f"{value:.0f} %"
+    return "-" if value is None else f"{value:.0f} %"
 
 
 # ---- page
@@ -180,7 +200,7 @@ def report_sections(rows: Mapping[str, ResultRow]) -> list[Section]:
     ]
     text = (
         "Scores are those of the student after the last step, on target frames that no training saw. The closed gap is the share of the "
-        "distance from source_only to an oracle that a method covers, computed from means over seeds; it is null where there is no such "
+        "distance from source_only to an oracle that a method covers, computed from means over seeds; it is - where there is no such "
         "distance or no result of the oracle. The best step is the mean over seeds of the best score along the way. It is selected with "
         "target labels, so it is not a reportable result; it is shown because some papers report it. Minutes are the duration of training "
         "and scoring for one seed."

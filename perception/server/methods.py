@@ -12,7 +12,9 @@ Read next: `pseudo_labels.py` (label rules), `feature_augmentation.py` (augmenta
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Literal
 
 from ...core.errors import InvalidInput
@@ -82,6 +84,34 @@ class Method:
             raise InvalidInput("max_paste_rotation turns objects that F-GT pastes; set f_gt=True too")
         if self.self_training and (self.unlabeled, self.trains) != ("raw", "all"):
             raise InvalidInput('self_training needs unlabeled="raw" and trains="all": it trains the whole detector on raw scans')
+
+
+def method_record(method: Method) -> dict[str, str | float | bool | None]:
+    """Describe a method for the record of a run, so that a run is not resumed with another one.
+
+    Args:
+        method: The method, usually a caller's own.
+
+    Returns:
+        Its fields by name. A function is named by its module and qualified name, a `partial` with its arguments too. Two functions of
+        one name (two lambdas of one module) cannot be told apart.
+    """
+    values = {f.name: getattr(method, f.name) for f in fields(method)}
+    return {name: _function_name(value) if callable(value) else value for name, value in values.items()}
+
+
+def _function_name(function: Callable[..., object]) -> str:
+    if isinstance(function, partial):
+        given = [*map(_argument, function.args), *(f"{n}={_argument(v)}" for n, v in function.keywords.items())]
+        return f"{_function_name(function.func)}({', '.join(given)})"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _argument(value: object) -> str:
+    """A plain value as it is written. Of anything else only the type: its text may hold an address of this process."""
+    plain = isinstance(value, bool | int | float | str | None)
+    return repr(value) if plain else f"<{type(value).__name__}>"
 
 
 METHODS: dict[str, Method] = {

@@ -28,6 +28,15 @@ def test_a_missing_folder_or_split_is_refused(text):
         DataSplit.parse(text)
 
 
+def test_an_existing_folder_with_a_colon_is_taken_whole(tmp_path):
+    folder = tmp_path / "day:1"
+    assert DataSplit.parse(str(folder)) == DataSplit(root=tmp_path / "day", name="1")
+    assert DataSplit.parse(f"{folder}/") == DataSplit(root=folder)
+    folder.mkdir()
+    assert DataSplit.parse(str(folder)) == DataSplit(root=folder)
+    assert DataSplit.parse(f"{folder}:val") == DataSplit(root=folder, name="val")
+
+
 def test_a_command_fills_in_its_default_split():
     assert DataSplit.parse("data").or_split("train") == DataSplit.parse("data:train")
     assert DataSplit.parse("data:val").or_split("train") == DataSplit.parse("data:val")

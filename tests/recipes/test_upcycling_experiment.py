@@ -11,7 +11,7 @@ from upcycle3d.perception.recipes.experiment_data import SimulationSize, simulat
 from upcycle3d.perception.recipes.job_folder import RunOptions
 from upcycle3d.perception.recipes.method_run import MethodResult
 from upcycle3d.perception.recipes.presets import SMALL, Preset
-from upcycle3d.perception.recipes.result_csv import publish
+from upcycle3d.perception.recipes.result_csv import publish, write_rows
 from upcycle3d.perception.recipes.result_summary import closed_gap, differences, summarize
 from upcycle3d.perception.recipes.upcycling_experiment import (
     COMPARED_METHODS,
@@ -134,10 +134,27 @@ def test_published_results_are_read_back_with_all_digits_and_name_no_folder(tmp_
         assert str(tmp_path) not in path.read_text()
 
 
+def test_a_result_that_stands_twice_or_was_edited_is_refused_by_its_row(tmp_path):
+    rows = [row for seed in (0, 1) for row in upcycling_rows("upcycling", seed, a_result(30.0).to_json())]
+    write_rows(tmp_path / "twice.csv", [*rows, rows[0]])
+    with pytest.raises(InvalidInput, match=r"row 3 .*twice.csv is a second result of the method upcycling with seed 0"):
+        read_upcycling_csv(tmp_path / "twice.csv")
+    without_student = {name: value for name, value in rows[1].items() if not name.startswith("student/")}
+    for number, edited in enumerate([without_student, {**rows[1], "seed": "one"}, {**rows[1], "student/Car 3D 0.7": "high"}]):
+        path = tmp_path / f"{number}.csv"
+        write_rows(path, [rows[0], edited])
+        with pytest.raises(InvalidInput, match=rf"row 2 .*{number}.csv cannot be read"):
+            read_upcycling_csv(path)
+    write_rows(tmp_path / "wide.csv", rows)
+    (tmp_path / "wide.csv").write_text((tmp_path / "wide.csv").read_text().rstrip() + ",5\n")
+    with pytest.raises(InvalidInput, match=r"row 2 .*wide.csv cannot be read"):
+        read_upcycling_csv(tmp_path / "wide.csv")
+
+
 def test_the_report_has_a_table_and_a_chart_of_every_metric():
     rows = summarize(three_methods())
     assert [t.header[0] for t in upcycling_tables(rows)] == ["method", "method"]
-    assert upcycling_tables(rows)[1].rows[1][1:3] == ("35 %", "null")
+    assert upcycling_tables(rows)[1].rows[1][1:3] == ("35 %", "-")
     tables, charts = report_sections(rows)
     assert len(charts.blocks) == 4  # bars and curves of both metrics
     assert len(tables.blocks) == 3

@@ -14,7 +14,7 @@ from typing import get_type_hints
 import pytest
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.tools.console import RENAMED_OPTIONS, _refuse_renamed, device, print_table, progress_bar, run_command, write_json
+from upcycle3d.tools.console import RENAMED_OPTIONS, _refuse_renamed, print_table, progress_bar, run_command, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,6 @@ def test_a_full_disk_or_path_is_named_and_nothing_else_is_hidden(capsys):
     assert capsys.readouterr().err == "error: no such file: /data/[y]\n"
     with pytest.raises(OSError, match="something else"):
         run_command(nameless, [])
-
-
-@pytest.mark.parametrize(("name", "message"), [("cuda:99", "sees"), ("gpu", "is not a device"), ("meta", "cpu and cuda")])
-def test_a_device_that_is_not_there_is_refused(name, message):
-    assert device("cpu").type == "cpu"
-    with pytest.raises(InvalidInput, match=message):
-        device(name)
 
 
 def test_brackets_in_a_message_survive(capsys):

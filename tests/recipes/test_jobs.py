@@ -1,0 +1,121 @@
+"""The jobs that users start: what is wrong with their arguments is said before a run folder is taken."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.datasets.data_split import DataSplit
+from upcycle3d.perception.recipes import jobs
+from upcycle3d.perception.recipes.experiment_data import SimulationSize, simulated_adaptation
+from upcycle3d.perception.recipes.job_inputs import find_data
+from upcycle3d.perception.recipes.presets import SMALL
+from upcycle3d.perception.server.methods import METHODS, method_record
+from upcycle3d.perception.server.pseudo_labels import hybrid_labels, trusted_labels
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WRONG = [
+    ({"seed": -1}, "seed must be a whole number of at least 0, found -1"),
+    ({"workers": -2}, "workers must be a whole number of at least 0, found -2"),
+    ({"steps": 0}, "steps must be a whole number of at least 1, found 0"),
+    ({"steps": "3"}, "steps must be a whole number of at least 1, found '3'"),
+    ({"device": "cuda:99"}, "no device 'cuda:99'"),
+    ({"device": "foo"}, "'foo' is not a device"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> DataSplit:
+    size = SimulationSize(labeled=2, fleet=1, validation=1)
+    folder = tmp_path_factory.mktemp("data")
+    return simulated_adaptation(folder, "waymo", "lyft", size=size, seed=0, classes=("Car",), workers=1).labeled
+
+
+@pytest.fixture(scope="module")
+def source(data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "source"
+    jobs.train_preset(SMALL, data, folder, steps=1, progress=False)
+    return folder
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG)
+def test_training_refuses_wrong_options_and_leaves_the_folder_free(data, tmp_path, wrong, message):
+    with pytest.raises(InvalidInput, match=message):
+        jobs.train_preset(SMALL, data, tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        *WRONG,
+        ({"codec": "fp9"}, "unknown codec 'fp9'"),
+        ({"method": None}, "a method is given by its name or as a Method"),
+        ({"truth": ("nowhere.json", "nowhere")}, "nowhere"),
+    ],
+)
+def test_upcycling_refuses_wrong_options_and_leaves_the_folder_free(data, source, tmp_path, wrong, message):
+    with pytest.raises(InvalidInput, match=message):
+        jobs.upcycle_preset(SMALL, data, source, tmp_path / "run", **{"method": "source_only", **wrong})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_an_own_method_is_resumed_with_the_same_functions_only(data, source, tmp_path):
+    def upcycle(method, *, resume=False):
+        jobs.upcycle_preset(SMALL, data, source, tmp_path, method=method, steps=1, resume=resume, progress=False)
+
+    own = replace(METHODS["source_continued"], summary="mine", label_rule=hybrid_labels)
+    upcycle(own)
+    upcycle(own, resume=True)
+    with pytest.raises(InvalidInput, match=r"method\.label_rule: stored .*hybrid_labels', now .*trusted_labels'"):
+        upcycle(replace(own, label_rule=trusted_labels), resume=True)
+    with pytest.raises(InvalidInput, match=r"method\.trains: stored 'decoder', now 'all'"):
+        upcycle(replace(own, trains="all"), resume=True)
+
+
+def test_the_record_of_a_method_names_functions_and_the_arguments_of_partial_ones():
+    @dataclass
+    class Rule:
+        share: float
+
+        def __call__(self, predictions, config):
+            return hybrid_labels(predictions, config)
+
+    rule = partial(hybrid_labels, config=METHODS, limit=0.5)
+    found = method_record(replace(METHODS["f_rot"], label_rule=rule, augmentation=Rule(1.0)))
+    assert found["label_rule"] == "upcycle3d.perception.server.pseudo_labels.hybrid_labels(config=<dict>, limit=0.5)"
+    assert found["augmentation"].endswith("<locals>.Rule")
+    assert found["mixing"] is None
+    assert found["max_paste_rotation"] == METHODS["f_rot"].max_paste_rotation
+
+
+class Stopped(Exception):
+    """The test has seen enough."""
+
+
+@pytest.mark.parametrize(("method", "shifted"), [("source_continued", True), ("oracle_frozen", False), ("oracle_full", False)])
+def test_only_source_labels_get_the_size_shift_of_f_gt(data, source, tmp_path, monkeypatch, method, shifted):
+    """The oracles' labels come from the target, so their boxes have the target's sizes already."""
+    shift = (0.9, 0.2, 0.1)
+    preset = replace(SMALL, upcycle=replace(SMALL.upcycle, f_gt=replace(SMALL.upcycle.f_gt, size_shift=shift)))
+    seen = []
+
+    def stop(*arguments, size_shift, **rest):
+        seen.append(size_shift)
+        raise Stopped
+
+    monkeypatch.setattr(jobs, "labeled_batches", stop)
+    with pytest.raises(Stopped):
+        jobs.upcycle_preset(preset, data, source, tmp_path, method=method)
+    assert seen == [shift if shifted else (0.0, 0.0, 0.0)]
+
+
+def test_a_folder_given_as_a_path_is_not_searched_for_a_colon():
+    assert find_data(Path("day:1"), "train") == DataSplit(root=Path("day:1"), name="train")
+    assert find_data("day:1", "train") == DataSplit(root=Path("day"), name="1")
+    with pytest.raises(InvalidInput, match="data is a text DIR"):
+        find_data(torch.zeros(1), "train")
