@@ -28,7 +28,7 @@ from .fingerprint import split_fingerprint
 from .frame_source import DatasetOrigin
 from .kitti_text import KittiObjects
 from .label_shares import label_share_of
-from .prepared_format import KITTI_COLUMNS, read_header, read_index, row_calibration, row_kitti_objects, row_labels
+from .prepared_format import KITTI_COLUMNS, check_rows, read_header, read_index, row_calibration, row_kitti_objects, row_labels
 
 
 class PreparedDataset:
@@ -59,7 +59,7 @@ class PreparedDataset:
             split: Name of a split; None takes every frame.
 
         Raises:
-            InvalidInput: The folder is not a finished prepared dataset, was cut off, or lacks the split.
+            InvalidInput: The folder is not a finished prepared dataset, is damaged or was edited, or lacks the split.
         """
         self.root = Path(root)
         header = read_header(self.root)
@@ -71,11 +71,17 @@ class PreparedDataset:
         if split is not None and split not in header.splits:
             raise InvalidInput(f"{self.root} has no split {split!r}; it has {sorted(header.splits)}")
         table = read_index(self.root / header.index, header.version)
+        check_rows(table, header, self.root / header.index)
         position = {frame_id: i for i, frame_id in enumerate(table["id"].to_pylist())}
         self.ids: tuple[str, ...] = tuple(position if split is None else header.splits[split])
         unknown = [frame_id for frame_id in self.ids if frame_id not in position]
         if unknown or not self.ids:
             raise InvalidInput(f"{len(unknown)} of {len(self.ids)} frames asked of {self.root} are not in it: {unknown[:3]}")
+        twice = len(self.ids) - len(set(self.ids)) + (len(table) - len(position))
+        if twice:
+            raise InvalidInput(
+                f"{self.root} names {twice} frames twice, which training would see twice; its files were edited: prepare the dataset again"
+            )
         table = table.take([position[frame_id] for frame_id in self.ids])
         self._table: pa.Table = table.drop_columns(list(KITTI_COLUMNS[1:])).combine_chunks()
         self._kitti: pa.Table = table.select(list(KITTI_COLUMNS)).combine_chunks()

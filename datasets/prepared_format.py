@@ -15,15 +15,19 @@ Read next: `prepare.py` writes these files, `prepared.py` reads them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from ..core.config_json import config_from_json
 from ..core.errors import InvalidInput
 from ..core.frame import Calibration, Frame
 from ..core.rig import RigSpec
@@ -125,6 +129,28 @@ def origin_to_json(origin: DatasetOrigin) -> dict[str, Any]:
     return {"layout": origin.layout, "root": root, "options": dict(origin.options)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _StoredOrigin:
+    """The origin as the header has it. A layout of a later program, and none at all (version 1), count as "own"."""
+
+    layout: str | None = None
+    root: Path | None = None
+    options: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StoredHeader:
+    """What a header must have and of which type, whatever the version; `config_from_json` refuses everything else."""
+
+    classes: tuple[str, ...]
+    feature_names: tuple[str, ...]
+    rig: RigSpec
+    origin: _StoredOrigin
+    index: str
+    splits: Mapping[str, tuple[str, ...]]
+    failures: tuple[FrameFailure, ...]
+
+
 def read_header(root: Path) -> PreparedHeader:
     """Read `dataset.json` of a prepared dataset, of this version or of version 1.
 
@@ -135,48 +161,52 @@ def read_header(root: Path) -> PreparedHeader:
         The header; a header of version 1 in the words of version 2.
 
     Raises:
-        InvalidInput: The folder holds no finished prepared dataset, or one of an unknown version.
+        InvalidInput: The folder holds no finished prepared dataset, one of an unknown version, or one whose header is damaged.
     """
     path = root / "dataset.json"
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise InvalidInput(f"{root} holds no dataset.json; run `upcycle3d prepare` (again) to finish it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path} is not JSON ({error}); copy it again, or prepare the dataset again") from error
     version: Any = values.get("schema_version") if isinstance(values, dict) else None
-    if version not in _SCHEMAS:
+    if type(version) is not int or version not in _SCHEMAS:
         raise InvalidInput(
             f"{root} has schema version {version}, this program reads versions {', '.join(map(str, _SCHEMAS))}; prepare it again "
             "with this program, or use the program that wrote it"
         )
-    if version == 1:
-        rig, origin = _origin_of_version_1(values["notes"])
-    else:
-        rig, origin = RigSpec(**values["rig"]), _origin_from_json(values["origin"])
+    try:
+        if version == 1:
+            values |= _origin_of_version_1(values.get("notes"))
+        known = {name: values[name] for name in _StoredHeader.__dataclass_fields__ if name in values}
+        header = config_from_json(_StoredHeader, known)
+        if not re.fullmatch(r"index-[0-9a-f]{8}\.parquet", header.index):
+            raise InvalidInput(f"{header.index!r} cannot be the name of the index")
+    except InvalidInput as error:
+        raise InvalidInput(f"{path} is damaged or was edited: {error}; copy it again, or prepare the dataset again") from error
+    layout = header.origin.layout if header.origin.layout in get_args(Layout) else "own"
     return PreparedHeader(
         version=version,
-        classes=tuple(values["classes"]),
-        feature_names=tuple(values["feature_names"]),
-        rig=rig,
-        origin=origin,
-        index=Path(values["index"]).name,
-        splits={name: tuple(ids) for name, ids in values["splits"].items()},
-        failures=tuple(FrameFailure(**failure) for failure in values["failures"]),
+        classes=header.classes,
+        feature_names=header.feature_names,
+        rig=header.rig,
+        origin=DatasetOrigin(layout=cast(Layout, layout), root=header.origin.root, options=tuple(header.origin.options.items())),
+        index=header.index,
+        splits=header.splits,
+        failures=header.failures,
     )
 
 
-def _origin_from_json(values: dict[str, Any]) -> DatasetOrigin:
-    layout = values["layout"] if values["layout"] in get_args(Layout) else "own"
-    root = None if values["root"] is None else Path(values["root"])
-    return DatasetOrigin(layout=cast(Layout, layout), root=root, options=tuple(values["options"].items()))
-
-
-def _origin_of_version_1(notes: dict[str, Any]) -> tuple[RigSpec, DatasetOrigin]:
-    """Rig and origin from the loose notes of version 1."""
-    rig = RigSpec(z_shift=float(notes.get("z_shift", 0.0)), intensity_scale=float(notes.get("intensity_scale", 1.0)))
+def _origin_of_version_1(notes: Any) -> dict[str, Any]:
+    """Rig and origin, in the words of version 2, from the loose notes of version 1."""
+    if not isinstance(notes, dict):
+        raise InvalidInput("the `notes` are missing")
     options = {name: str(value) for name, value in notes.items() if name not in ("layout", "root")}
-    return rig, _origin_from_json({"layout": notes.get("layout"), "root": notes.get("root"), "options": options})
+    return {
+        "rig": {name: notes[name] for name in ("z_shift", "intensity_scale") if name in notes},
+        "origin": {"layout": notes.get("layout"), "root": notes.get("root"), "options": options},
+    }
 
 
 def read_index(path: Path, version: int = PREPARED_VERSION) -> pa.Table:
@@ -190,14 +220,74 @@ def read_index(path: Path, version: int = PREPARED_VERSION) -> pa.Table:
         A table with the columns of `INDEX_SCHEMA`; columns that an older version lacks are null.
 
     Raises:
-        InvalidInput: The file has other columns than its version.
+        InvalidInput: The file is missing or damaged, or has other columns than its version.
     """
-    table = pq.read_table(path, use_threads=False)
+    try:
+        table = pq.read_table(path, use_threads=False)
+    except FileNotFoundError as error:
+        raise InvalidInput(f"{path} is missing; copy the dataset again, or prepare it again") from error
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidInput(f"{path} is damaged ({error}); copy the dataset again, or prepare it again") from error
     if not table.schema.equals(_SCHEMAS[version]):
         raise InvalidInput(f"{path} has other columns than schema version {version}; prepare the dataset again")
     for name, kind in _SINCE_VERSION_2 if version == 1 else []:
         table = table.append_column(name, pa.nulls(len(table), kind))
     return table
+
+
+def check_rows(table: pa.Table, header: PreparedHeader, path: Path) -> None:
+    """Check that every row of an index can be turned into a frame, without turning any into one.
+
+    Args:
+        table: Rows of good frames.
+        header: The header that they must agree with.
+        path: The file that they were read from, for messages.
+
+    Raises:
+        InvalidInput: A row lacks a value, its lists do not fit together, or it contradicts the header; the message names the column.
+    """
+
+    def refuse(fault: str) -> None:
+        raise InvalidInput(
+            f"{path} does not fit its dataset.json or is damaged: {fault}; copy the dataset again, or prepare it again"
+        )
+
+    def lengths(column: str) -> np.ndarray:
+        """(N,) number of values in each list of a column, -1 for null."""
+        return pc.list_value_length(table[column]).fill_null(-1).to_numpy()
+
+    for column in ("id", "part", "offset", "num_points", "crc32"):
+        if table[column].null_count:
+            refuse(f"{column} is empty in {table[column].null_count} rows")
+    for column, limit in (("offset", 1 << 60), ("num_points", 1 << 32)):  # limits keep later products in 64 bits
+        smallest, largest = (pc.min_max(table[column])[name].as_py() or 0 for name in ("min", "max"))
+        if smallest < 0 or largest >= limit:
+            refuse(f"{column} must be in 0..{limit - 1}, found {smallest} to {largest}")
+    if any(tuple(names or ()) != header.feature_names for names in table["feature_names"].to_pylist()):
+        refuse(f"frames have other point features than {header.feature_names}")
+    boxes, calibrations, files = lengths("classes"), lengths("lidar_to_camera"), lengths("kitti_types")
+    unlabeled = boxes < 0
+    counts: list[tuple[str, Any, np.ndarray]] = [  # column, number of values, rows that have none
+        ("boxes", 7 * boxes, unlabeled),
+        *((name, boxes, unlabeled) for name in ("box_points", "difficulty", "weight", "exact")),
+        ("lidar_to_camera", 16, calibrations < 0),
+        ("projection", 12, calibrations < 0),
+        ("image_size", 2, calibrations < 0),
+        ("kitti_numbers", 14 * files, files < 0),
+    ]
+    for column, expected, absent in counts:
+        wrong = lengths(column) != np.where(absent, -1, expected)
+        if wrong.any():
+            refuse(f"{column} has the wrong number of values in {wrong.sum()} rows")
+    for column in (name for name, kind in _COLUMNS + _SINCE_VERSION_2 if pa.types.is_list(kind)):
+        if pc.list_flatten(table[column]).null_count:
+            refuse(f"{column} has empty places in its lists")
+    if (pc.is_null(table["complete"]).to_numpy() & ~unlabeled).any():
+        refuse("complete is empty in rows with labels")
+    found = pc.list_flatten(table["classes"]).to_numpy()
+    outside = ((found < 0) | (found >= len(header.classes))).sum()
+    if outside:
+        refuse(f"{outside} labels have a class outside 0..{len(header.classes) - 1}, the classes {', '.join(header.classes)}")
 
 
 # ---- a frame and its row

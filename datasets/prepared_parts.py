@@ -130,12 +130,15 @@ def finished(parts: Path, chunk: Chunk) -> bool:
         chunk: The chunk.
 
     Returns:
-        True if the chunk need not be read again.
+        True if the chunk need not be read again. A chunk whose index is damaged is read and written again.
     """
     index = parts / f"{chunk.key}.parquet"
     if not index.exists():
         return False
-    table = read_index(index)
+    try:
+        table = read_index(index)
+    except InvalidInput:
+        return False
     return table["error"].null_count == len(table) and all((parts / name).exists() for name in table["part"].unique().to_pylist())
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...core.boxes import encode_residuals, rotate_z
+from ...core.errors import InvalidInput
 from ...core.structures import Labels
 from ...ops.iou3d import iou_3d, iou_bev_nearest
 from .anchors import AnchorClass
@@ -67,6 +68,9 @@ def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: La
 
     Returns:
         Targets of the A = H * W * 2 * classes anchors.
+
+    Raises:
+        InvalidInput: A label has a class without an anchor. An object that takes no part has the weight 0, not another class.
     """
     shape = anchors.shape[:3]
     positive = torch.zeros(shape, dtype=torch.bool, device=anchors.device)
@@ -74,9 +78,11 @@ def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: La
     codes = torch.zeros(anchors.shape, device=anchors.device)
     direction = torch.zeros(shape, dtype=torch.int64, device=anchors.device)
     box_weight = torch.zeros(shape, device=anchors.device)
+    known = 0
     for index, anchor_class in enumerate(classes):
         slots = slice(2 * index, 2 * index + 2)
         own = labels.select(labels.classes == index)
+        known += len(own)
         if len(own) == 0:
             continue
         flat = anchors[:, :, slots].reshape(-1, 7)
@@ -100,6 +106,11 @@ def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: La
         bins = torch.zeros(flat.shape[0], dtype=torch.int64, device=flat.device)
         bins[rows] = direction_bin(target[:, 6])
         direction[:, :, slots] = bins.view(*shape[:2], 2)
+    if known != len(labels):  # counted on the way, because asking a GPU for the largest class would make every step wait
+        raise InvalidInput(
+            f"{len(labels) - known} of {len(labels)} labels have a class outside 0..{len(classes) - 1}, the classes of the detector "
+            f"({', '.join(c.name for c in classes)}); train with a dataset that was prepared with these classes"
+        )
     return AnchorTargets(
         class_weight=weight.flatten(),
         positive=positive.flatten(),

@@ -61,6 +61,17 @@ def test_weights_round_trip_with_metadata_and_tied_tensors(tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["w.safetensors"]
 
 
+def test_whole_numbers_are_not_taken_for_floats_and_floats_may_be_shorter():
+    module = nn.BatchNorm1d(2)
+    good = {name: t.clone() for name, t in module.state_dict().items()}
+    for name, wrong in (("weight", torch.tensor([3, 4])), ("num_batches_tracked", torch.tensor(0.5))):
+        with pytest.raises(InvalidInput, match=rf"type of {name}: the module has torch.\w+, the file {wrong.dtype}"):
+            fill_module(module, good | {name: wrong}, "w.safetensors")
+        assert all(torch.equal(t, good[n]) for n, t in module.state_dict().items())
+    fill_module(module, good | {"weight": torch.tensor([3.0, 4.0], dtype=torch.float16)}, "w.safetensors")
+    assert module.weight.tolist() == [3.0, 4.0]
+
+
 def test_a_flipped_bit_in_a_weight_file_is_found(tmp_path):
     write(tmp_path / "w.safetensors", _network(0))
     _flip_a_bit(tmp_path / "w.safetensors", -5)

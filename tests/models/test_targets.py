@@ -8,6 +8,7 @@ from torch import Tensor
 
 from upcycle3d.core.boxes import decode_residuals
 from upcycle3d.core.cut import CutSpec, VoxelGrid
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.structures import Labels
 from upcycle3d.perception.models.anchors import ANCHOR_YAWS, AnchorClass, make_anchors
 from upcycle3d.perception.models.targets import (
@@ -108,6 +109,15 @@ def test_classes_do_not_see_each_other():
     assert weight[:, 0].tolist() == [[1, 1], [1, 1]]
     assert positive[:, 1, 0].tolist() == [True, False]
     assert weight[:, 1, 0].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("class_number", [2, -1, -2])
+def test_a_label_whose_class_has_no_anchor_is_refused(class_number):
+    scene = labels_of(box(0.0), box(8.0), classes=(1, class_number))
+    with pytest.raises(
+        InvalidInput, match=rf"1 of 2 labels have a class outside 0\.\.1, .* \({CAR.name}, {VAN.name}\); train with"
+    ):
+        assign_anchors(anchors_at(0.0, 4.0, classes=2), (CAR, VAN), scene)
 
 
 def test_without_labels_everything_is_background():

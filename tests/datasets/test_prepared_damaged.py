@@ -1,0 +1,208 @@
+"""A prepared dataset that was cut off, edited or mixed up is refused with a sentence, never read wrongly and never a traceback."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.rig import RigSpec
+from upcycle3d.datasets.prepare import prepare
+from upcycle3d.datasets.prepared import PreparedDataset
+from upcycle3d.datasets.prepared_format import INDEX_SCHEMA, read_index
+from upcycle3d.datasets.simulation.places import KITTI
+from upcycle3d.datasets.simulation.simulate import SimulatedDataset
+
+CLASSES = ("Car", "Pedestrian")
+SMALL = replace(KITTI, sensor=replace(KITTI.sensor, elevations=KITTI.sensor.elevations[::4], azimuths=720))
+VERSION_1 = Path(__file__).parents[1] / "data" / "version_0_1" / "prepared"
+
+
+def prepare_three(root: Path) -> Path:
+    source = SimulatedDataset(domain=SMALL, num_frames=3, seed=0, classes=CLASSES)
+    ids = [source[i].id for i in range(3)]
+    prepare(source, ids, root, splits={"train": ids[:2], "val": ids[2:]}, classes=CLASSES, workers=0, chunk_frames=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return prepare_three(tmp_path_factory.mktemp("prepared") / "data")
+
+
+@pytest.fixture
+def root(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "data"))
+
+
+def edit(root: Path, **changes: object) -> None:
+    """Change entries of the header; None takes one out."""
+    path = root / "dataset.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+def index_of(root: Path) -> Path:
+    return root / json.loads((root / "dataset.json").read_text())["index"]
+
+
+def set_column(root: Path, name: str, values: list) -> None:
+    table = read_index(index_of(root))
+    column = pa.array(values, INDEX_SCHEMA.field(name).type)
+    pq.write_table(table.set_column(table.schema.get_field_index(name), INDEX_SCHEMA.field(name), column), index_of(root))
+
+
+def refused(root: Path, words: str, split: str | None = None) -> None:
+    with pytest.raises(InvalidInput, match=words) as error:
+        PreparedDataset(root, split)
+    assert str(root) in str(error.value)
+
+
+def test_the_whole_dataset_is_read(root):
+    assert len(PreparedDataset(root, "train")) == 2
+
+
+@pytest.mark.parametrize("name", ["classes", "feature_names", "rig", "origin", "index", "splits", "failures"])
+def test_a_header_that_lacks_an_entry_is_refused(root, name):
+    edit(root, **{name: None})
+    refused(root, f"dataset.json is damaged or was edited: the option `{name}` .* is missing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rig": {"z_shift": "1"}}, "rig.z_shift must be float, found '1'"),
+        ({"rig": {"intensity_scale": 0}}, "a positive intensity_scale, found 0"),
+        ({"rig": {"height": 1.7}}, "unknown option `rig.height`"),
+        ({"classes": "Car"}, "classes must be .*, found 'Car'"),
+        ({"splits": {"train": "000000"}}, "splits.train must be"),
+        ({"splits": []}, "splits must be"),
+        ({"failures": [{"id": "a"}]}, "`failures.0.reason` .* is missing"),
+        ({"origin": {"layout": "kitti"}}, "`origin.options` .* is missing"),
+        ({"index": ""}, "'' cannot be the name of the index"),
+        ({"index": "../index-00000000.parquet"}, "cannot be the name of the index"),
+        ({"schema_version": [2]}, r"schema version \[2\]"),
+        ({"schema_version": True}, "schema version True"),
+        ({"feature_names": ["intensity", "time"]}, "frames have other point features than"),
+    ],
+)
+def test_a_header_with_wrong_entries_is_refused(root, changes, words):
+    edit(root, **changes)
+    refused(root, words)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"schema_version": '])
+def test_a_header_that_is_no_json_is_refused(root, text):
+    (root / "dataset.json").write_text(text)
+    refused(root, "dataset.json is not JSON")
+
+
+def test_a_missing_or_cut_index_is_refused(root):
+    path = index_of(root)
+    data = path.read_bytes()
+    for cut in (data[:-1], data[: len(data) // 2], b""):
+        path.write_bytes(cut)
+        refused(root, r"index-\w+.parquet is damaged")
+    path.unlink()
+    refused(root, r"index-\w+.parquet is missing; copy the dataset again")
+
+
+def test_an_index_with_other_columns_than_its_version_is_refused(root):
+    table = read_index(index_of(root))
+    for other in (
+        table.drop_columns(["crc32"]),
+        table.append_column("more", pa.nulls(len(table))),
+        table.set_column(3, "offset", table["offset"].cast(pa.int32())),
+    ):
+        pq.write_table(other, index_of(root))
+        refused(root, "has other columns than schema version 2")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("offset", [-4, 0, 0], "offset must be in 0.*, found -4"),
+        ("num_points", [-1, 0, 0], "num_points must be in 0.*, found -1"),
+        ("num_points", [1 << 62, 0, 0], "num_points must be in 0"),
+        ("num_points", [1 << 31, 0, 0], "shorter than the index says"),
+        ("part", [None, None, None], "part is empty in 3 rows"),
+        ("id", [None, "a", "b"], "id is empty in 1 rows"),
+        ("boxes", [[1.0] * 6, [], []], "boxes has the wrong number of values"),
+        ("weight", [None, None, None], "weight has the wrong number of values in 3 rows"),
+        ("complete", [True, None, True], "complete is empty"),
+        ("image_size", [[1242], [1242, 375], [1242, 375]], "image_size has the wrong number of values"),
+        ("kitti_numbers", [[1.0] * 14, None, None], "kitti_numbers has the wrong number of values"),
+    ],
+)
+def test_an_index_whose_rows_make_no_frame_is_refused(root, column, values, words):
+    set_column(root, column, values)
+    refused(root, words)
+
+
+def test_empty_places_in_lists_are_refused(root):
+    lists = read_index(index_of(root))["boxes"].to_pylist()
+    assert lists[0]
+    set_column(root, "boxes", [[None, *lists[0][1:]], *lists[1:]])
+    refused(root, "boxes has empty places in its lists")
+
+
+def test_labels_outside_the_classes_of_the_header_are_refused(root):
+    found = pc.list_flatten(read_index(index_of(root))["classes"]).to_pylist()
+    assert found.count(1) > 0
+    edit(root, classes=["Car"])
+    refused(root, rf"{found.count(1)} labels have a class outside 0\.\.0, the classes Car")
+
+
+def test_a_frame_that_a_split_or_the_index_names_twice_is_refused(root):
+    first, *rest = read_index(index_of(root))["id"].to_pylist()
+    edit(root, splits={"train": [first, first]})
+    refused(root, "names 1 frames twice", "train")
+    set_column(root, "id", [first, first, rest[1]])
+    refused(root, "names 1 frames twice")
+
+
+def test_preparation_writes_a_chunk_anew_whose_index_is_damaged(whole, root):
+    damaged = min((root / "parts").glob("*.parquet"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    prepare_three(root)
+    assert damaged.read_bytes() == (whole / "parts" / damaged.name).read_bytes()
+
+
+# ---- version 1
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    return Path(shutil.copytree(VERSION_1, tmp_path / "old"))
+
+
+def test_the_rig_of_version_1_is_taken_from_its_notes(old):
+    edit(old, notes={"layout": "folder", "root": "/my/data", "z_shift": 1.5, "intensity_scale": 0.25, "points": "auto"})
+    frames = PreparedDataset(old)
+    assert frames.rig == frames[0].rig == RigSpec(z_shift=1.5, intensity_scale=0.25)
+    assert (frames.origin.layout, frames.origin.root) == ("folder", Path("/my/data"))
+    assert frames.origin.options == (("z_shift", "1.5"), ("intensity_scale", "0.25"), ("points", "auto"))
+    edit(old, notes={})
+    frames = PreparedDataset(old)
+    assert (frames.rig, frames.origin.layout, frames.origin.root) == (RigSpec(), "own", None)
+
+
+@pytest.mark.parametrize(
+    ("notes", "words"),
+    [(None, "`notes` are missing"), ([], "`notes` are missing"), ({"z_shift": "1"}, "rig.z_shift must be float")],
+)
+def test_version_1_without_notes_is_refused(old, notes, words):
+    edit(old, notes=notes)
+    refused(old, words)
+
+
+def test_an_index_of_version_2_in_a_folder_of_version_1_is_refused(old):
+    table = read_index(index_of(old), 1)
+    assert table.schema.equals(INDEX_SCHEMA)
+    pq.write_table(table, index_of(old))
+    refused(old, "has other columns than schema version 1")
