@@ -3,7 +3,7 @@
 python examples/own_dataset.py [OUT] [STEPS]
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +41,14 @@ class ParkingLot:
         )
 
 
-out = Path(sys.argv[1] if len(sys.argv) > 1 else "parking_lot")
-steps = int(sys.argv[2]) if len(sys.argv) > 2 else 200
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("out", nargs="?", type=Path, default=Path("parking_lot"), help="folder to write")
+parser.add_argument("steps", nargs="?", type=int, default=200, help="training steps")
+options = parser.parse_args()
+out = options.out
 frames = ParkingLot()
 upcycle3d.prepare(frames, frames.ids, out / "data", classes=("Car",), splits={"train": frames.ids[:10], "val": frames.ids[10:]})
-outcome = upcycle3d.train("small", f"{out / 'data'}:train", out / "run", steps=steps, progress=False)
+outcome = upcycle3d.train("small", f"{out / 'data'}:train", out / "run", steps=options.steps, progress=False)
 print(f"{outcome.steps} steps on {outcome.frames} frames in {outcome.seconds:.0f} s; loss {sum(outcome.loss.values()):.2f}")
 
 last = frames[len(frames) - 1]

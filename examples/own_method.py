@@ -3,7 +3,7 @@
 python examples/own_method.py [OUT] [STEPS]
 """
 
-import sys
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,11 @@ from upcycle3d.perception.server.methods import METHODS
 from upcycle3d.perception.server.upcycle_config import UpcycleConfig
 from upcycle3d.perception.vehicle.extractor import extract
 
-out, steps = Path(sys.argv[1] if len(sys.argv) > 1 else "own_method"), int(sys.argv[2]) if len(sys.argv) > 2 else 20
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("out", nargs="?", type=Path, default=Path("own_method"), help="folder to write")
+parser.add_argument("steps", nargs="?", type=int, default=20, help="training steps")
+options = parser.parse_args()
+out = options.out
 source = Path(__file__).parent / "detector.safetensors"
 
 
@@ -47,6 +51,6 @@ ingest(out / "shards", out / "store", expected_fingerprint=extractor.fingerprint
 
 mine = replace(METHODS["upcycling"], summary="brighter features, ten boxes", augmentation=brighter, label_rule=nearest_ten)
 outcome = upcycle3d.upcycle(
-    "kitti_small", out / "data", source, out / "run", method=mine, store=out / "store", steps=steps, progress=False
+    "kitti_small", out / "data", source, out / "run", method=mine, store=out / "store", steps=options.steps, progress=False
 )
 print(f"{outcome.steps} steps on {outcome.frames} labeled frames and {outcome.scenes} scenes; student: {out / 'run'}")

@@ -3,7 +3,7 @@
 python examples/smash.py [OUT]
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import upcycle3d
@@ -13,7 +13,9 @@ from upcycle3d.datasets.simulation.simulate import simulate_frame
 from upcycle3d.perception.server.ingest import ingest
 from upcycle3d.perception.vehicle.extractor import extract
 
-out = Path(sys.argv[1] if len(sys.argv) > 1 else "smashed")
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("out", nargs="?", type=Path, default=Path("smashed"), help="folder to write")
+out = parser.parse_args().out
 
 # On the vehicle. A real vehicle has only the encoder file: Extractor.from_file("encoder.safetensors", ...).
 encoder = upcycle3d.load_detector(Path(__file__).parent / "detector.safetensors").encoder
