@@ -6,7 +6,6 @@ the size of the file before memory is taken, no pickle, no NaN, no empty scan. T
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from .errors import InvalidInput
 from .files import write_atomically
-from .structures import PointCloud
+from .structures import PointCloud, column_names, scan_of_table, warn_of_intensity
 
 XYZI = ("x", "y", "z", "intensity")
 """Columns of a `.bin` or `.npy` file that names none, those of KITTI."""
@@ -61,6 +60,7 @@ def read_points(
     path = Path(path)
     if not path.is_file():
         raise InvalidInput(f"there is no scan at {path}; check the root folder and the frame id")
+    columns = None if columns is None else column_names(columns, f"{path}: columns")
     if path.suffix == ".pcd":
         names, values = _read_pcd(path, columns)
     elif path.suffix in (".bin", ".npy"):
@@ -117,7 +117,7 @@ def _to_cloud(
     path: Path, names: tuple[str, ...], values: NDArray[np.float32], intensity_scale: float | None, drop_non_finite: bool
 ) -> PointCloud:
     try:
-        cloud = PointCloud.from_array(torch.from_numpy(values), names, drop_non_finite=drop_non_finite)
+        cloud = scan_of_table(torch.from_numpy(values), names, drop_non_finite=drop_non_finite)
     except InvalidInput as error:
         raise InvalidInput(f"{path}: {error}") from error
     if len(cloud) == 0:
@@ -125,12 +125,8 @@ def _to_cloud(
     if "intensity" in cloud.feature_names and intensity_scale is not None:
         column = cloud.features[:, cloud.feature_names.index("intensity")]
         column *= intensity_scale
-        if float(column.max()) > 1.0:
-            warnings.warn(
-                f"{path}: intensity reaches {float(column.max()):g}, expected 0..1; give intensity_scale, 1/255 = 0.0039216 if the "
-                "sensor counts to 255 (option --intensity-scale of prepare folder)",
-                stacklevel=3,
-            )
+        # It names the line that called `read_points`.
+        warn_of_intensity(cloud, str(path), "give intensity_scale (option --intensity-scale of prepare folder)", stacklevel=4)
     return cloud
 
 

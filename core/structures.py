@@ -4,9 +4,10 @@ Every function of this project takes and returns these values or plain tensors; 
 are frozen, hold torch tensors, check types and shapes where they are made, and move with `to(device)`. Boxes and points may be
 given as numpy arrays or in other precisions; they become float32 tensors.
 
-Numbers are checked where they come from outside: by `PointCloud.from_array`, `PointCloud.from_file` and `Boxes3D.from_array`. The
-constructors do not check them. They run inside the network, where a box may be infinite before training has begun (the training
-loop then names the loss that is not finite), and where a look at the numbers would make the program wait for the GPU.
+Numbers are checked where they come from outside: by `PointCloud.from_array`, `PointCloud.from_file`, `Boxes3D.from_array` and
+`Labels.make`. The constructors do not check them. They run inside the network, where a box may be infinite before training has
+begun (the training loop then names the loss that is not finite), and where a look at the numbers would make the program wait for
+the GPU.
 
 Coordinates are x forward, y left, z up, in meters. Classes count from 0. The file is long because every value that users meet
 stands in it, with the documentation of its fields.
@@ -19,11 +20,13 @@ Read next: `frame.py`, which joins a scan and its labels, `boxes.py` for the geo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -55,7 +58,7 @@ class PointCloud(TensorValue):
 
     def __post_init__(self) -> None:
         _set(self, xyz=float32_tensor(self.xyz, "PointCloud.xyz"), features=float32_tensor(self.features, "PointCloud.features"))
-        _set(self, feature_names=tuple(self.feature_names))
+        _set(self, feature_names=column_names(self.feature_names, "PointCloud.feature_names"))
         require(self.xyz.ndim == 2 and self.xyz.shape[1] == 3, f"PointCloud.xyz must be (N, 3), found {shape_of(self.xyz)}")
         require(
             self.features.shape == (self.xyz.shape[0], len(self.feature_names)),
@@ -86,26 +89,14 @@ class PointCloud(TensorValue):
             The scan, in the order of the rows.
 
         Raises:
-            InvalidInput: Another shape, columns without x, y or z, or non-finite values.
+            InvalidInput: Another shape, columns without x, y or z or with a name twice, or non-finite values.
+
+        Warns:
+            UserWarning: Intensity leaves 0..1. The values are kept as they are.
         """
-        names = tuple(columns)
-        rows = float32_table(array, len(names), "the array of points")
-        require(
-            rows.ndim == 2 and rows.shape[1] == len(names),
-            f"the points must be (N, {len(names)}) for the columns {names}, found {shape_of(array)}",
-        )
-        require(all(names.count(axis) == 1 for axis in "xyz"), f"the columns must hold x, y and z once each, found {names}")
-        feature_names = tuple(n for n in names if n not in ("x", "y", "z", "_"))
-        rows = rows[:, [names.index(n) for n in ("x", "y", "z", *feature_names)]]
-        finite = torch.isfinite(rows).all(1)
-        if not finite.all():
-            require(
-                drop_non_finite,
-                f"{int((~finite).sum())} of {len(rows)} points hold NaN or inf; repair them, or leave those points out with "
-                "drop_non_finite (option --drop-non-finite of the commands)",
-            )
-            rows = rows[finite]
-        return PointCloud(xyz=rows[:, :3].contiguous(), features=rows[:, 3:].contiguous(), feature_names=feature_names)
+        scan = scan_of_table(array, columns, drop_non_finite=drop_non_finite)
+        warn_of_intensity(scan, "the array of points", "multiply the column by the factor that brings it there", stacklevel=3)
+        return scan
 
     @staticmethod
     def from_file(
@@ -159,6 +150,83 @@ class PointCloud(TensorValue):
         return replace(clouds[0], xyz=torch.cat([c.xyz for c in clouds]), features=torch.cat([c.features for c in clouds]))
 
 
+def scan_of_table(array: object, columns: Sequence[str], *, drop_non_finite: bool) -> PointCloud:
+    """Make a scan of a table whose intensity may be in the sensor's own unit, for a caller that scales it.
+
+    Args:
+        array: (N, C) numpy array, tensor or list of rows.
+        columns: What the columns are, as for `PointCloud.from_array`.
+        drop_non_finite: As for `PointCloud.from_array`.
+
+    Returns:
+        The scan, in the order of the rows.
+
+    Raises:
+        InvalidInput: As for `PointCloud.from_array`.
+    """
+    names = column_names(columns, "columns")
+    rows = float32_table(array, len(names), "the array of points")
+    require(
+        rows.ndim == 2 and rows.shape[1] == len(names),
+        f"the points must be (N, {len(names)}) for the columns {names}, found {shape_of(array)}",
+    )
+    require(all(axis in names for axis in "xyz"), f"the columns must hold x, y and z, found {names}")
+    feature_names = tuple(n for n in names if n not in ("x", "y", "z", "_"))
+    rows = rows[:, [names.index(n) for n in ("x", "y", "z", *feature_names)]]
+    finite = torch.isfinite(rows).all(1)
+    if not finite.all():
+        require(
+            drop_non_finite,
+            f"{int((~finite).sum())} of {len(rows)} points hold NaN or inf; repair them, or leave those points out with "
+            "drop_non_finite (option --drop-non-finite of the commands)",
+        )
+        rows = rows[finite]
+    return PointCloud(xyz=rows[:, :3].contiguous(), features=rows[:, 3:].contiguous(), feature_names=feature_names)
+
+
+def warn_of_intensity(scan: PointCloud, what: str, advice: str, *, stacklevel: int) -> None:
+    """Warn where intensity leaves 0..1, because a network trained on the other unit finds nothing and gives no error.
+
+    Args:
+        scan: The scan.
+        what: What it was made from, for the message.
+        advice: How the user gives the factor.
+        stacklevel: Whose line the warning names, as for `warnings.warn`; 2 is the caller of this function.
+    """
+    if "intensity" not in scan.feature_names or not len(scan):
+        return
+    column = scan.features[:, scan.feature_names.index("intensity")]
+    low, high = float(column.min()), float(column.max())
+    if low < 0 or high > 1:
+        warnings.warn(
+            f"{what}: intensity reaches {high if high > 1 else low:g}, expected 0..1; {advice}, 1/255 = 0.0039216 if the sensor counts "
+            "to 255",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def column_names(names: Sequence[str], what: str) -> tuple[str, ...]:
+    """Check names of columns.
+
+    Args:
+        names: The names. "_", which leaves a column out, may occur several times.
+        what: What they are called, for the message.
+
+    Returns:
+        The names.
+
+    Raises:
+        InvalidInput: One text instead of several names, or a name that occurs twice.
+    """
+    if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise InvalidInput(f'{what} must be a sequence of names, such as ("x", "y", "z", "intensity"), found {str(names)[:60]!r}')
+    names = tuple(names)
+    twice = sorted({name for name in names if name != "_" and names.count(name) > 1})
+    require(not twice, f"{what} must hold each name once, found {', '.join(twice)} more than once in {names}")
+    return names
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Boxes3D(TensorValue):
     """Oriented boxes; `boxes.py` draws the convention.
@@ -210,7 +278,11 @@ class Boxes3D(TensorValue):
         return Boxes3D(data=torch.zeros(0, 7))
 
 
-_LABEL_COLUMNS = ("classes", "num_points", "difficulty", "weight", "exact", "box_weight")
+_WHOLE, _REAL, _TRUE = "whole numbers (int64)", "numbers (float32)", "True and False (bool)"
+_DTYPES = {_WHOLE: torch.int64, _REAL: torch.float32, _TRUE: torch.bool}
+_LABEL_COLUMNS = {
+    "classes": _WHOLE, "num_points": _WHOLE, "difficulty": _WHOLE, "weight": _REAL, "exact": _TRUE, "box_weight": _REAL
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -260,18 +332,22 @@ class Labels(TensorValue):
         boxes: Boxes3D | Tensor | NDArray[Any],
         classes: Tensor | NDArray[Any] | Sequence[int],
         *,
-        num_points: Tensor | None = None,
-        difficulty: Tensor | None = None,
-        weight: Tensor | None = None,
-        exact: Tensor | bool = True,
-        box_weight: Tensor | None = None,
+        num_points: Tensor | NDArray[Any] | Sequence[int] | None = None,
+        difficulty: Tensor | NDArray[Any] | Sequence[int] | None = None,
+        weight: Tensor | NDArray[Any] | Sequence[float] | None = None,
+        exact: Tensor | NDArray[Any] | Sequence[bool] | bool = True,
+        box_weight: Tensor | NDArray[Any] | Sequence[float] | None = None,
         complete: bool = True,
     ) -> Labels:
         """Make labels with the usual values for what is not given.
 
+        Columns may be tensors, arrays or lists. A tensor of whole numbers for a column of whole numbers, or of floats for a column of
+        floats, is taken without a look at its values, because that would make training wait for the GPU. The values of everything
+        else are checked.
+
         Args:
             boxes: (N, 7) boxes. Their numbers are not checked; `Boxes3D.from_array` checks them.
-            classes: (N,) classes, counted from 0.
+            classes: (N,) classes, counted from 0. Evaluation marks classes that are not asked for with -1.
             num_points: (N,) number of points in each box. None: unknown.
             difficulty: (N,) level of each object. None: no level.
             weight: (N,) weight of each object. None: 1.
@@ -283,19 +359,20 @@ class Labels(TensorValue):
             The labels.
 
         Raises:
-            InvalidInput: A wrong type, or columns that do not fit the boxes.
+            InvalidInput: A wrong type, columns that do not fit the boxes, whole numbers that are not whole or below -1, or weights
+                that are negative or not finite.
         """
         solid = boxes if isinstance(boxes, Boxes3D) else Boxes3D(data=float32_tensor(boxes, "the boxes of labels"))
         n, device = len(solid), solid.data.device
         unknown = torch.full((n,), -1, dtype=torch.int64, device=device)
         return Labels(
             boxes=solid,
-            classes=torch.as_tensor(classes, device=device).to(torch.int64),
-            num_points=unknown if num_points is None else num_points,
-            difficulty=unknown if difficulty is None else difficulty,
-            weight=torch.ones(n, device=device) if weight is None else weight,
-            exact=torch.full((n,), exact, device=device) if isinstance(exact, bool) else exact,
-            box_weight=torch.ones(n, device=device) if box_weight is None else box_weight,
+            classes=_label_column(classes, "classes", device),
+            num_points=unknown if num_points is None else _label_column(num_points, "num_points", device),
+            difficulty=unknown if difficulty is None else _label_column(difficulty, "difficulty", device),
+            weight=torch.ones(n, device=device) if weight is None else _label_column(weight, "weight", device),
+            exact=torch.full((n,), exact, device=device) if isinstance(exact, bool) else _label_column(exact, "exact", device),
+            box_weight=torch.ones(n, device=device) if box_weight is None else _label_column(box_weight, "box_weight", device),
             complete=complete,
         )
 
@@ -347,12 +424,13 @@ class Labels(TensorValue):
         )
 
 
-_PREDICTION_COLUMNS = ("classes", "scores", "class_scores", "iou_scores")
+_ANY_REAL = "numbers of a float type"  # a network in half precision gives scores in half precision
+_PREDICTION_COLUMNS = {"classes": _WHOLE, "scores": _ANY_REAL, "class_scores": _ANY_REAL, "iou_scores": _ANY_REAL}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Predictions(TensorValue):
-    """The detections of one scan, best first."""
+    """The detections of one scan, best first. Types and shapes are checked, numbers are as the network gives them."""
 
     boxes: Boxes3D
     """The N boxes, in the frame of the points."""
@@ -361,13 +439,13 @@ class Predictions(TensorValue):
     """(N,) int64, counted from 0."""
 
     scores: Tensor
-    """(N,) in 0..1, by which the detections are ranked."""
+    """(N,) float in 0..1, by which the detections are ranked."""
 
     class_scores: Tensor
-    """(N,) in 0..1, the classifier's own score."""
+    """(N,) float in 0..1, the classifier's own score."""
 
     iou_scores: Tensor
-    """(N,) in 0..1, the predicted overlap with the object."""
+    """(N,) float in 0..1, the predicted overlap with the object."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.boxes, Boxes3D):
@@ -442,11 +520,41 @@ def _set(value: TensorValue, **converted: object) -> None:
         object.__setattr__(value, name, new)
 
 
-def _check_columns(value: Labels | Predictions, names: tuple[str, ...], hint: str = "") -> None:
-    """Refuse columns that are no tensors with one number per box."""
+def _check_columns(value: Labels | Predictions, columns: Mapping[str, str], hint: str = "") -> None:
+    """Refuse columns that are no tensors with one number of the right type per box. Values are not looked at: see the module."""
     n = len(value.boxes)
-    for name in names:
+    for name, kind in columns.items():
         column = getattr(value, name)
         if not isinstance(column, Tensor) or column.shape != (n,):
-            kind = type(value).__name__
-            raise InvalidInput(f"{kind}.{name} must be a tensor ({n},) like the boxes, found {shape_of(column)}{hint}")
+            raise InvalidInput(
+                f"{type(value).__name__}.{name} must be a tensor ({n},) like the boxes, found {shape_of(column)}{hint}"
+            )
+        if not column.is_floating_point() if kind == _ANY_REAL else column.dtype != _DTYPES[kind]:
+            raise InvalidInput(f"{type(value).__name__}.{name} must hold {kind}, found {shape_of(column)}{hint}")
+
+
+def _label_column(value: object, name: str, device: torch.device) -> Tensor:
+    """A column of labels in its type; what `Labels.make` says about values."""
+    kind = _LABEL_COLUMNS[name]
+    dtype = _DTYPES[kind]
+    if isinstance(value, Tensor) and value.dtype == dtype:
+        return value.to(device)
+    try:
+        # A numpy array is copied, because the caller may change it afterwards.
+        column = torch.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        hint = "; the number of a class is its position among the class names" if name == "classes" else ""
+        raise InvalidInput(f"labels: {name} must be {kind}, one for each box, found {str(value)[:60]}{hint}") from error
+    found = column.dtype
+    if column.numel() and (found.is_complex or (found == torch.bool) != (dtype == torch.bool)):
+        raise InvalidInput(f"labels: {name} must be {kind}, one for each box, found {shape_of(column)}")
+    if not (isinstance(value, Tensor) and found.is_floating_point == dtype.is_floating_point):
+        numbers = column.double()
+        if kind == _WHOLE:
+            # From 2 ** 53 on not every whole number is a float64.
+            good, rule = (numbers == numbers.floor()) & (numbers >= -1) & (numbers < 2**53), "whole numbers, not below -1"
+        else:
+            good, rule = torch.isfinite(numbers) & (numbers >= 0), "finite numbers, not below 0"
+        if not good.all():
+            raise InvalidInput(f"labels: {name} must be {rule}, found {column[~good].flatten()[0].item()}")
+    return column.to(dtype)

@@ -90,8 +90,11 @@ def test_wrong_byte_count_names_size_width_and_fitting_widths(tmp_path: Path) ->
 
 def test_intensity_beyond_one_is_said(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.bin", (ROWS * [1, 1, 1, 255]).astype(np.float32).tobytes())
-    with pytest.warns(UserWarning, match="intensity reaches 255, expected 0..1"):
+    with pytest.warns(
+        UserWarning, match=r"a.*: intensity reaches 255, expected 0..1; give intensity_scale .*1/255 = 0.0039216"
+    ) as caught:
         read_points(path)
+    assert caught[0].filename == __file__  # the warning names the line of the caller
     _check(read_points(path, intensity_scale=1 / 255))
 
 
@@ -158,3 +161,15 @@ def test_pickled_truncated_and_misshapen_arrays_are_refused(tmp_path: Path) -> N
 def test_broken_pcd_files_are_refused_with_the_reason(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         read_points(_write(tmp_path / "a.pcd", data))
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.npy", "a.pcd"])
+@pytest.mark.parametrize("columns", ["xyzi", ("x", "y", "z", "z")])
+def test_columns_are_names_and_each_is_there_once(name, columns, tmp_path):
+    path = tmp_path / name
+    if name == "a.npy":
+        np.save(path, ROWS)
+    else:
+        _write(path, ROWS.tobytes() if name == "a.bin" else _pcd("x y z intensity", "F F F F", "4 4 4 4", ROWS.tobytes()))
+    with pytest.raises(InvalidInput, match=rf"{name}: columns must "):
+        read_points(path, columns=columns)

@@ -1,6 +1,7 @@
 """The values that flow: what they convert and refuse, what collation keeps, and what their messages and `repr` say."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -184,7 +185,12 @@ def test_points_that_are_not_finite_are_counted_or_left_out():
     ("table", "columns", "message"),
     [
         (ROWS, ("x", "y", "z"), r"\(N, 3\) for the columns"),
-        (ROWS, ("x", "y", "z", "y", "_"), "x, y and z once each"),
+        (ROWS, ("x", "y", "a", "b", "_"), "the columns must hold x, y and z"),
+        (ROWS, ("x", "y", "z", "y", "_"), "columns must hold each name once, found y more than once"),
+        (ROWS, ("x", "y", "z", "ring", "ring"), "columns must hold each name once, found ring more than once"),
+        (ROWS, "xyzir", r"columns must be a sequence of names, such as \(\"x\", .* found 'xyzir'"),
+        (ROWS, None, "columns must be a sequence of names"),
+        (ROWS, (0, 1, 2, 3, 4), "columns must be a sequence of names"),
         ([[1.0, 2, 3], [1.0, 2]], ("x", "y", "z"), "rows of 3 numbers each"),
         ([["a", "b", "c"]], ("x", "y", "z"), "rows of 3 numbers each"),
         (np.array([["a", "b", "c"]]), ("x", "y", "z"), "must be a tensor or numpy array of numbers, found .* <U1 numpy array"),
@@ -194,6 +200,29 @@ def test_points_that_are_not_finite_are_counted_or_left_out():
 def test_what_is_no_scan_is_refused_with_the_type_found(table, columns, message):
     with pytest.raises(InvalidInput, match=message):
         PointCloud.from_array(table, columns)
+
+
+@pytest.mark.parametrize("names", ["i", ("a", "a")])
+def test_names_of_point_features_are_checked_where_a_scan_is_made(names):
+    with pytest.raises(InvalidInput, match=r"PointCloud.feature_names must "):
+        PointCloud(xyz=torch.zeros(1, 3), features=torch.zeros(1, len(names)), feature_names=names)
+
+
+@pytest.mark.parametrize("value", [255.0, -0.5])
+def test_intensity_outside_0_to_1_is_kept_with_a_warning_that_names_the_factor(value):
+    rows = [[1.0, 2.0, 0.5, 0.25], [1.0, 2.0, 0.5, value]]
+    with pytest.warns(UserWarning, match=rf"intensity reaches {value:g}, expected 0..1; .*1/255 = 0.0039216") as caught:
+        cloud = PointCloud.from_array(rows)
+    assert caught[0].filename == __file__  # the warning names the line of the caller
+    assert cloud.features.tolist() == [[0.25], [value]]
+
+
+def test_only_intensity_outside_0_to_1_gives_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PointCloud.from_array([[1.0, 2.0, 0.5, 0.0], [1.0, 2.0, 0.5, 1.0]])
+        PointCloud.from_array([[1.0, 2.0, 0.5, 255.0]], columns=("x", "y", "z", "ring"))
+        PointCloud.from_array(np.zeros((0, 4)))
 
 
 def test_a_scan_comes_from_a_file_by_its_name(tmp_path):
@@ -329,6 +358,92 @@ def test_grid_and_cell_sizes():
 
 
 # ---- labels, predictions, points
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"classes": [0.7]}, r"classes must be whole numbers, not below -1, found 0\.69"),
+        ({"classes": torch.tensor([0.5])}, "classes must be whole numbers"),
+        ({"classes": np.array([np.nan])}, "classes must be whole numbers"),
+        ({"classes": [1e30]}, "classes must be whole numbers"),
+        ({"classes": [-2]}, "classes must be whole numbers, not below -1, found -2"),
+        ({"classes": ["Car"]}, r"classes must be whole numbers \(int64\), .*\['Car'\]; the number of a class is its position"),
+        ({"classes": None}, "classes must be whole numbers .* found None"),
+        ({"classes": [True]}, r"classes must be whole numbers .* found \(1,\) bool"),
+        ({"num_points": [0.5]}, "num_points must be whole numbers"),
+        ({"difficulty": np.array([1.5])}, "difficulty must be whole numbers"),
+        ({"weight": [math.nan]}, "weight must be finite numbers, not below 0, found nan"),
+        ({"weight": [-1]}, "weight must be finite numbers"),
+        ({"box_weight": np.array([np.inf])}, "box_weight must be finite numbers"),
+        ({"box_weight": torch.tensor([-1])}, "box_weight must be finite numbers"),
+        ({"exact": [0.5]}, r"exact must be True and False \(bool\)"),
+        ({"exact": torch.ones(1)}, r"exact must be True and False \(bool\)"),
+    ],
+)
+def test_labels_from_outside_are_refused_where_their_numbers_cannot_be(columns, message):
+    with pytest.raises(InvalidInput, match=message):
+        Labels.make(np.array(ROAD_USERS[:1]), **{"classes": [0], **columns})
+
+
+def test_labels_become_columns_of_the_types_that_are_documented():
+    labels = Labels.make(
+        np.array(ROAD_USERS),
+        np.array([1.0, 0.0]),
+        num_points=[3, -1],
+        difficulty=np.array([2, 200], np.uint8),
+        weight=[1, 0],
+        exact=[True, False],
+        box_weight=torch.tensor([1, 0]),
+    )
+    found = {
+        name: getattr(labels, name).dtype for name in ("classes", "num_points", "difficulty", "weight", "exact", "box_weight")
+    }
+    assert list(found.values()) == [torch.int64] * 3 + [torch.float32, torch.bool, torch.float32]
+    assert labels.difficulty.tolist() == [2, 200]
+    assert Labels.make(np.array(ROAD_USERS), [-1, 0]).classes.tolist() == [-1, 0]  # evaluation: a class that is not asked for
+    assert len(Labels.make(Boxes3D.empty(), [], weight=[], exact=[])) == 0
+    rows = np.array([1, 0])
+    labels = Labels.make(np.array(ROAD_USERS), rows)
+    rows[:] = 7
+    assert labels.classes.tolist() == [1, 0]
+
+
+def test_tensors_of_the_right_type_are_taken_as_they_are():
+    """Labels are made inside training, which must not wait for the GPU, so a look at the values would be wrong here."""
+    classes, weight = torch.tensor([0, 1]), torch.tensor([math.nan, 1.0])
+    labels = Labels.make(torch.tensor(ROAD_USERS), classes, weight=weight)
+    assert labels.classes is classes
+    assert labels.weight is weight
+    values = Labels.make(
+        torch.zeros(2, 7, device="meta"), torch.zeros(2, device="meta", dtype=torch.int32), weight=torch.ones(2).half()
+    )
+    assert (values.classes.dtype, values.weight.dtype) == (torch.int64, torch.float32)  # no value was read: "meta" has none
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("classes", torch.float32, r"Labels\.classes must hold whole numbers \(int64\), found \(2,\) float32; use Labels\.make"),
+        ("num_points", torch.int32, r"Labels\.num_points must hold whole numbers"),
+        ("difficulty", torch.float32, r"Labels\.difficulty must hold whole numbers"),
+        ("weight", torch.int64, r"Labels\.weight must hold numbers \(float32\)"),
+        ("exact", torch.float32, r"Labels\.exact must hold True and False \(bool\)"),
+        ("box_weight", torch.int64, r"Labels\.box_weight must hold numbers \(float32\)"),
+    ],
+)
+def test_a_column_of_labels_has_one_type(name, wrong, message):
+    with pytest.raises(InvalidInput, match=message):
+        replace(Labels.make(np.array(ROAD_USERS), [0, 1]), **{name: torch.ones(2, dtype=wrong)})
+
+
+def test_columns_of_predictions_have_a_type():
+    for name in ("scores", "class_scores", "iou_scores"):
+        assert len(replace(Predictions.empty(), **{name: torch.zeros(0).half()})) == 0  # of a network in half precision
+        with pytest.raises(InvalidInput, match=rf"Predictions\.{name} must hold numbers of a float type, found \(0,\) int64"):
+            replace(Predictions.empty(), **{name: torch.zeros(0, dtype=torch.int64)})
+    with pytest.raises(InvalidInput, match=r"Predictions\.classes must hold whole numbers \(int64\), found \(0,\) float32"):
+        replace(Predictions.empty(), classes=torch.zeros(0))
 
 
 def test_labels_keep_their_columns_together():
