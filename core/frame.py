@@ -53,6 +53,12 @@ class Frame(TensorValue):
     """What was done to points and labels: `rig.to_sensor` brings them back to the sensor frame. The default did nothing."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.id, str):
+            raise InvalidInput(f"Frame.id must be a text, found {self.id!r}; give the frame a name")
+        if not isinstance(self.rig, RigSpec):
+            raise InvalidInput(
+                f"Frame.rig must be a RigSpec, found {shape_of(self.rig)}; write RigSpec(z_shift=..., intensity_scale=...)"
+            )
         if not isinstance(self.points, PointCloud):
             raise InvalidInput(
                 f"Frame.points must be a PointCloud, found {shape_of(self.points)}; make one with PointCloud.from_array"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import overload
 
 from torch import Tensor
@@ -38,6 +39,11 @@ class RigSpec:
     """Factor that brings the sensor's intensity to 0..1: 1/255 = 0.0039216 for a sensor that counts to 255."""
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.z_shift, Real) and isinstance(self.intensity_scale, Real)):
+            raise InvalidInput(
+                f"a rig needs numbers, found z_shift {self.z_shift!r} and intensity_scale {self.intensity_scale!r}; "
+                "write RigSpec(z_shift=1.73)"
+            )
         if not (math.isfinite(self.z_shift) and math.isfinite(self.intensity_scale) and self.intensity_scale > 0):
             raise InvalidInput(
                 f"a rig needs a finite z_shift and a positive intensity_scale, found {self.z_shift} and {self.intensity_scale}"

@@ -97,13 +97,21 @@ def method_record(method: Method) -> dict[str, str | float | bool | None]:
         one name (two lambdas of one module) cannot be told apart.
     """
     values = {f.name: getattr(method, f.name) for f in fields(method)}
-    return {name: _function_name(value) if callable(value) else value for name, value in values.items()}
+    return {name: function_name(value) if callable(value) else value for name, value in values.items()}
 
 
-def _function_name(function: Callable[..., object]) -> str:
+def function_name(function: Callable[..., object]) -> str:
+    """Name a function for a record or a message.
+
+    Args:
+        function: A function, a `partial` or a callable object.
+
+    Returns:
+        Module and qualified name, with the arguments of a `partial`.
+    """
     if isinstance(function, partial):
         given = [*map(_argument, function.args), *(f"{n}={_argument(v)}" for n, v in function.keywords.items())]
-        return f"{_function_name(function.func)}({', '.join(given)})"
+        return f"{function_name(function.func)}({', '.join(given)})"
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"
 

@@ -6,26 +6,31 @@
     raw scans ─┬─ as they came ─ teacher ─ detections ─ label rule ─ boxes moved ─> labels      (raw_half)
                └─ moved ──────── student's encoder ───────────────────────────────> features
 
-Both are plain functions of their arguments: labels and pasted objects can be looked at without a training.
+Both are plain functions of their arguments: labels and pasted objects can be looked at without a training. What the functions of a
+method return is checked, because a caller's own function would otherwise train silently on wrong labels or cells.
 Read next: `pseudo_labels.py` (the label rule), `feature_gt.py` (F-GT), `trainer.py`, which puts this half beside the labeled one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ...core.cut import cell_index
+from ...core.errors import InvalidInput
 from ...core.features import CutFeatures
 from ...core.structures import Boxes3D, Labels, Predictions
+from ...core.tensor_value import shape_of
 from ...datasets.augment import Movement
 from ...datasets.batches import UnlabeledScan
 from ..models.detector import Detector
 from .feature_gt import FeatureObject, ObjectDatabase, paste_objects, sample_objects
 from .feature_rotation import rotate_objects
-from .methods import Method
+from .methods import Method, function_name
 from .pseudo_labels import labels_in_range
 from .upcycle_config import UpcycleConfig
 
@@ -69,6 +74,9 @@ def smashed_half(
     Returns:
         Features on the teacher's device, with labels.
 
+    Raises:
+        InvalidInput: A function of the method returned labels or features that cannot be right; the message names it.
+
     Example:
         scenes = collate_scenes([store[0], store[1]])
         half = smashed_half(
@@ -79,7 +87,7 @@ def smashed_half(
     with torch.no_grad():
         features = features.to(next(teacher.parameters()).device)
         predictions = teacher.predict(teacher.decode(features))
-        found = [method.label_rule(p, config) for p in predictions]
+        found = [_pseudo_labels(p, teacher, method, config) for p in predictions]
     scenes, pasted = [], 0
     for index, (labels, prediction) in enumerate(zip(found, predictions, strict=True)):
         scene = features.scene(index)
@@ -88,12 +96,15 @@ def smashed_half(
             scene, labels = paste_objects(scene, labels, objects, config.f_gt, rng)
             pasted += len(objects)
         if method.augmentation is not None:
-            scene, labels = method.augmentation(scene, labels, rng)
+            changed = method.augmentation(scene, labels, rng)
+            scene, labels = _checked_scene(changed, method.augmentation, "augmentation", teacher, (scene, labels))
         scenes.append((scene, labels))
     if method.mixing is not None:
         partners = [scenes[i] for i in rng.permutation(len(scenes))]
-        pairs = zip(scenes, partners, strict=True)
-        scenes = [method.mixing(scene, labels, other, others, rng) for (scene, labels), (other, others) in pairs]
+        scenes = [
+            _checked_scene(method.mixing(*own, *partner, rng), method.mixing, "mixing", teacher, own, partner)
+            for own, partner in zip(scenes, partners, strict=True)
+        ]
     return UnlabeledHalf(
         features=CutFeatures.collate([scene for scene, _ in scenes]),
         labels=tuple(labels for _, labels in scenes),
@@ -134,13 +145,114 @@ def raw_half(
 
     Returns:
         Features of the moved scans, with the moved labels that are still in the detector's range.
+
+    Raises:
+        InvalidInput: The label rule returned labels that cannot be right; the message names it.
     """
     with torch.no_grad():
         clean = teacher.encode([scan.frame.points for scan in scans])
-        found = [method.label_rule(p, config) for p in teacher.predict(teacher.decode(clean))]
+        found = [_pseudo_labels(p, teacher, method, config) for p in teacher.predict(teacher.decode(clean))]
     labels = [labels_in_range(_moved(labels, scan.movement), clean.spec.grid) for labels, scan in zip(found, scans, strict=True)]
     features = student.encode([scan.moved().points for scan in scans])
     return UnlabeledHalf(features=features, labels=tuple(labels), found=tuple(found))
+
+
+def _pseudo_labels(predictions: Predictions, teacher: Detector, method: Method, config: UpcycleConfig) -> Labels:
+    labels = method.label_rule(predictions, config)
+    return _checked_labels(labels, method.label_rule, "label rule", teacher, predictions.boxes)
+
+
+def _checked_labels(labels: object, function: Callable[..., object], role: str, teacher: Detector, *given: Boxes3D) -> Labels:
+    """Labels as `function` returned them, unless they would train something wrong.
+
+    Boxes outside the grid are legal. Odd boxes are not blamed on a function that was `given` such boxes: an untrained teacher may find
+    infinite ones.
+    """
+    who = f"the {role} {function_name(function)}"
+    if not isinstance(labels, Labels):
+        raise InvalidInput(f"{who} must return Labels, found {shape_of(labels)}; make them with Labels.make")
+    if not len(labels):
+        return labels
+    device, count = given[0].data.device, len(teacher.class_names)
+    columns = (labels.boxes.data, labels.classes, labels.weight, labels.exact, labels.box_weight)
+    if labels.classes.dtype != torch.int64 or labels.exact.dtype != torch.bool or any(c.device != device for c in columns):
+        raise InvalidInput(
+            f"{who} must return labels on {device} with int64 classes and bool exact, found classes {shape_of(labels.classes)}, exact "
+            f"{shape_of(labels.exact)} on {', '.join(sorted({str(c.device) for c in columns}))}; make them with Labels.make"
+        )
+    odd = _odd_boxes(labels.boxes)
+    faults = {
+        f"a class outside 0 to {count - 1}": (labels.classes < 0) | (labels.classes >= count),
+        "a weight that is negative or not finite": ~(labels.weight >= 0) | labels.weight.isinf(),
+        "a box_weight that is negative or not finite": ~(labels.box_weight >= 0) | labels.box_weight.isinf(),
+        "a box with a value that is not finite or a size that is zero or negative": odd,
+    }
+    if not torch.stack(list(faults.values())).any():
+        return labels
+    for fault, rows in faults.items():
+        if rows.any() and not (rows is odd and any(_odd_boxes(boxes).any() for boxes in given)):
+            raise InvalidInput(f"{who} returned {fault} (label {int(rows.nonzero()[0])} of {len(labels)}); correct the function")
+    return labels
+
+
+def _odd_boxes(boxes: Boxes3D) -> Tensor:
+    """(N,) bool, boxes with a value that is not finite or a size that is not positive."""
+    return ~(boxes.data.isfinite().all(1) & (boxes.data[:, 3:6] > 0).all(1))
+
+
+def _checked_scene(
+    result: object,
+    function: Callable[..., object],
+    role: str,
+    teacher: Detector,
+    *given: tuple[CutFeatures, Labels],
+) -> tuple[CutFeatures, Labels]:
+    """Scene and labels as `function` made them of the scenes `given`, unless the scene is none that a decoder can read."""
+    who = f"the {role} {function_name(function)}"
+    if not isinstance(result, tuple | list) or len(result) != 2 or not isinstance(result[0], CutFeatures):
+        kinds = [type(part).__name__ for part in result] if isinstance(result, tuple | list) else type(result).__name__
+        raise InvalidInput(f"{who} must return a pair of CutFeatures and Labels, found {kinds}")
+    scene, old = result[0], given[0][0]
+    if scene is not old:
+        fault = _fault_of_scene(scene, old)
+        if fault is None and not _finite(scene) and all(_finite(before) for before, _ in given):
+            fault = "features or keypoints that are not finite"
+        if fault is not None:
+            raise InvalidInput(f"{who} returned {fault}; correct the function")
+    return scene, _checked_labels(result[1], function, role, teacher, *(labels.boxes for _, labels in given))
+
+
+def _fault_of_scene(scene: CutFeatures, old: CutFeatures) -> str | None:
+    """What is wrong with the form and the cells of a scene that was made of `old`; None where nothing is."""
+    if scene.spec != old.spec:
+        return f"features of another cut ({scene.spec.layer!r}) than it was given"
+    if scene.batch_size != 1:
+        return f"a batch of {scene.batch_size} scenes instead of one scene"
+    for what, new, before in (("the cells", scene.voxels, old.voxels), ("the keypoints", scene.keypoints, old.keypoints)):
+        if new is None or before is None:
+            continue
+        a, b = new.features, before.features
+        if (a.dtype, a.device) != (b.dtype, b.device):
+            return f"features of {what} of type {a.dtype} on {a.device} instead of {b.dtype} on {b.device}"
+    coords = scene.voxels.coords
+    if coords.device != old.voxels.coords.device:
+        return f"cells on {coords.device} instead of {old.voxels.coords.device}"
+    limits = coords.new_tensor([1, *scene.voxels.shape])
+    outside = ((coords < 0) | (coords >= limits)).any(1)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        return f"a cell outside the grid: (batch, z, y, x) = {coords[row].tolist()}, in a grid of {limits.tolist()}"
+    if len(cell_index(coords[:, 1:], scene.voxels.shape).unique()) < len(coords):
+        return "the same cell more than once"
+    return None
+
+
+def _finite(scene: CutFeatures) -> bool:
+    """Whether all features and keypoints of a scene are finite."""
+    tensors = [scene.voxels.features]
+    if scene.keypoints is not None:
+        tensors += [scene.keypoints.features, scene.keypoints.xyz]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _moved(labels: Labels, movement: Movement) -> Labels:

@@ -74,6 +74,10 @@ def load_detector(path: str | Path) -> Detector:
         found = detector.detect(scan)
         ```
     """
+    if not isinstance(path, str | Path):
+        raise InvalidInput(
+            f"a detector is loaded from a run folder or a detector file, found {type(path).__name__}; give its path"
+        )
     path = Path(path)
     file = read_tensors(path / DETECTOR_FILE if path.is_dir() else path, _KIND)
     described = file.described("config")

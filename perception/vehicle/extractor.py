@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ...core.cut import cells_of_centers
+from ...core.device import find_device
 from ...core.errors import InvalidInput
 from ...core.features import Keypoints
 from ...core.rig import RigSpec
@@ -67,7 +68,8 @@ class Extractor:
         codec: "fp16" or "int8".
 
     Raises:
-        InvalidInput: The module is not an encoder, its keypoints are raw points of the scan, or the codec is unknown.
+        InvalidInput: The module is not an encoder, its keypoints are raw points of the scan, the rig is no `RigSpec`, or the codec is
+            unknown.
 
     Example:
         ```python
@@ -81,6 +83,8 @@ class Extractor:
         missing = [name for name in ("spec", "voxelize", "features") if not hasattr(encoder, name)]
         if missing:
             raise InvalidInput(f"{type(encoder).__name__} cannot run on a vehicle: it has no {', '.join(missing)}")
+        if not isinstance(rig, RigSpec):
+            raise InvalidInput(f"an extractor needs the rig of the vehicle, found {type(rig).__name__}; give a RigSpec")
         spec = encoder.spec
         if spec.keypoints is not None and spec.keypoints.source == "raw_points":
             raise InvalidInput(
@@ -110,9 +114,10 @@ class Extractor:
             The extractor.
 
         Raises:
-            InvalidInput: The file is missing, damaged or of another kind, or the encoder cannot run on a vehicle.
+            InvalidInput: The file is missing, damaged or of another kind, the encoder cannot run on a vehicle, or this machine has no
+                such device.
         """
-        return cls(load_encoder(path).to(device), rig, codec)
+        return cls(load_encoder(path).to(find_device(device)), rig, codec)
 
     @property
     def kind(self) -> SceneKind:

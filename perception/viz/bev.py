@@ -35,6 +35,7 @@ from ...core.features import CutFeatures
 from ...core.files import write_atomically
 from ...core.smashed_scene import SmashedScene
 from ...core.structures import Labels, PointCloud, Predictions
+from ...core.tensor_value import shape_of
 from .bev_ground import HEIGHT_COLORS, NORM_COLORS, Ground, ground_image, height_range
 
 TRUTH, DETECTION = "#0072B2", "#D55E00"  # Okabe and Ito's blue and vermilion
@@ -120,11 +121,18 @@ def draw_bev(
         The path of the picture.
 
     Raises:
-        InvalidInput: The range is empty, or a class has no name.
+        InvalidInput: An argument is of another type, `path` is a folder, the range is empty, or a class has no name.
 
     Example:
         upcycle3d.draw_bev("scan.png", scan, predictions=detector.detect(scan), class_names=detector.class_names)
     """
+    if not isinstance(points, PointCloud):
+        raise InvalidInput(f"draw_bev draws a PointCloud, found {shape_of(points)}; make one with PointCloud.from_array")
+    for name, value, kind in (("labels", labels, Labels), ("predictions", predictions, Predictions)):
+        if value is not None and not isinstance(value, kind):
+            raise InvalidInput(f"{name} of draw_bev must be {kind.__name__} or None, found {shape_of(value)}")
+    if Path(path).is_dir():
+        raise InvalidInput(f"the picture cannot be written to {path}, which is a folder; name a file in it")
     found = [value.classes for value in (labels, predictions) if value is not None and len(value)]
     names = class_names or [str(number) for number in range(1 + max((int(classes.max()) for classes in found), default=0))]
     view = view_range or _view_of(points)

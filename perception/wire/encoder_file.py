@@ -72,6 +72,10 @@ def load_encoder(path: str | Path) -> Encoder:
         extractor = Extractor(encoder, RigSpec(z_shift=1.73), "fp16")
         ```
     """
+    if not isinstance(path, str | Path):
+        raise InvalidInput(
+            f"an encoder is loaded from a run folder or an encoder file, found {type(path).__name__}; give its path"
+        )
     path = Path(path)
     file = read_tensors(path / ENCODER_FILE if path.is_dir() else path, _KIND)
     described = file.described("config")

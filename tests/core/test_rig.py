@@ -61,6 +61,15 @@ def test_the_fields_are_what_the_encoder_fingerprint_hashes():
     assert asdict(RigSpec()) == {"z_shift": 0.0, "intensity_scale": 1.0}
 
 
+def test_a_rig_is_of_numbers_and_a_frame_needs_a_rig_and_a_name():
+    with pytest.raises(InvalidInput, match=r"a rig needs numbers, found z_shift '1'"):
+        RigSpec(z_shift="1")
+    with pytest.raises(InvalidInput, match=r"Frame.rig must be a RigSpec, found a value of type tuple"):
+        Frame(id="a", points=SCAN, rig=(1, 2))
+    with pytest.raises(InvalidInput, match=r"Frame.id must be a text, found 3"):
+        Frame(id=3, points=SCAN)
+
+
 def test_a_frame_names_its_rig():
     assert Frame(id="a", points=SCAN).rig == RigSpec()
     assert Frame(id="a", points=SCAN, rig=RIG).to("cpu").rig == RIG

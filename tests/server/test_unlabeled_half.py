@@ -1,13 +1,15 @@
 """The unlabeled half of a batch, without a training: what the labels of two scenes are, and what pasting and mixing change."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import tiny
-from upcycle3d.core.structures import Boxes3D, Predictions
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.structures import Boxes3D, Labels, Predictions
 from upcycle3d.datasets.augment import AugmentationRanges
 from upcycle3d.datasets.batches import UnlabeledBatches
 from upcycle3d.perception.server import unlabeled_half as module
@@ -137,6 +139,115 @@ def test_the_half_is_a_function_of_the_generator_and_leaves_the_scenes_alone(sce
     assert a.pasted + c.pasted > 0
     assert [x.boxes.data.tolist() for x in a.labels] != [x.boxes.data.tolist() for x in c.labels]
     assert torch.equal(scenes.voxels.dense(), before)
+
+
+# ---- own functions that return something wrong
+
+
+def labels_with(**changed):
+    """A label rule that changes columns of the hybrid labels; a value is put into row 1."""
+
+    def rule(predictions, config):
+        labels = hybrid_labels(predictions, config)
+        columns = {name: getattr(labels, name).clone() for name in changed}
+        for name, value in changed.items():
+            columns[name][1] = value
+        return replace(labels, **columns)
+
+    return rule
+
+
+def boxes_with(column, value):
+    def rule(predictions, config):
+        labels = hybrid_labels(predictions, config)
+        boxes = labels.boxes.data.clone()
+        boxes[1, column] = value
+        return replace(labels, boxes=Boxes3D(data=boxes))
+
+    return rule
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (labels_with(classes=7), r"labels_with.<locals>.rule returned a class outside 0 to 0 \(label 1 of"),
+        (labels_with(classes=-1), "a class outside 0 to 0"),
+        (labels_with(weight=float("nan")), "a weight that is negative or not finite"),
+        (labels_with(weight=-1.0), "a weight that is negative or not finite"),
+        (labels_with(box_weight=float("inf")), "a box_weight that is negative or not finite"),
+        (boxes_with(3, -4.0), "a size that is zero or negative"),
+        (boxes_with(0, float("nan")), "a value that is not finite"),
+        (lambda predictions, config: None, "must return Labels, found a value of type NoneType"),
+        (lambda predictions, config: predictions, "must return Labels, found a value of type Predictions"),
+        (lambda predictions, config: [], "must return Labels, found a value of type list"),
+        (lambda p, c: replace(hybrid_labels(p, c), classes=p.scores), "with int64 classes and bool exact"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["smashed", "raw"])
+def test_a_label_rule_that_returns_wrong_labels_is_named(scenes, teacher, kind, rule, message):
+    def of_raw_scans(method):
+        return raw_half(RAW(0), teacher, tiny.source_model().eval(), method=method, config=tiny.upcycle_config())
+
+    call, name = (partial(half, scenes, teacher), "hybrid") if kind == "smashed" else (of_raw_scans, "iou_match")
+    with pytest.raises(InvalidInput, match=f"the label rule .*{message}"):
+        call(method=replace(METHODS[name], label_rule=rule))
+
+
+def test_boxes_outside_the_grid_and_no_boxes_are_legal_labels(scenes, teacher):
+    far = half(scenes, teacher, replace(METHODS["hybrid"], label_rule=boxes_with(0, 500.0)))
+    assert all(labels.boxes.data[1, 0] == 500 for labels in far.labels)
+    none = half(scenes, teacher, replace(METHODS["hybrid"], label_rule=lambda predictions, config: Labels.empty(complete=False)))
+    assert all(len(labels) == 0 for labels in none.labels)
+
+
+def test_odd_boxes_of_an_untrained_teacher_are_not_blamed_on_the_label_rule(scenes, teacher, monkeypatch):
+    real = teacher.predict
+
+    def infinite(decoded):
+        found = real(decoded)
+        for predictions in found:
+            predictions.boxes.data[0, 3] = float("inf")
+        return found
+
+    monkeypatch.setattr(teacher, "predict", infinite)
+    assert all(labels.boxes.data[0, 3].isinf() for labels in half(scenes, teacher).labels)
+
+
+def scene_with(**changed):
+    """An augmentation that replaces fields of the cells, each by a function of the cells."""
+
+    def augmentation(scene, labels, rng):
+        return replace(scene, voxels=replace(scene.voxels, **{n: f(scene.voxels) for n, f in changed.items()})), labels
+
+    return augmentation
+
+
+def moved_cells(*shift):
+    return scene_with(coords=lambda voxels: voxels.coords + torch.tensor(shift, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (moved_cells(0, 0, -90, 0), r"a cell outside the grid: \(batch, z, y, x\) = \[0, \d+, -\d+"),
+        (moved_cells(0, 0, 0, 90), "a cell outside the grid"),
+        (moved_cells(1, 0, 0, 0), "a cell outside the grid"),
+        (scene_with(coords=lambda voxels: voxels.coords[:1].repeat(len(voxels.coords), 1)), "the same cell more than once"),
+        (scene_with(features=lambda voxels: voxels.features.double()), "of type torch.float64 on cpu instead of torch.float32"),
+        (scene_with(features=lambda voxels: voxels.features * float("nan")), "that are not finite"),
+        (scene_with(batch_size=lambda voxels: 2), "a batch of 2 scenes"),
+        (lambda scene, labels, rng: scene, "must return a pair of CutFeatures and Labels, found CutFeatures"),
+        (lambda scene, labels, rng: (labels, scene), r"must return a pair .*found \['Labels', 'CutFeatures'\]"),
+        (lambda scene, labels, rng: None, "must return a pair .*found NoneType"),
+        (lambda scene, labels, rng: (scene, None), "must return Labels, found a value of type NoneType"),
+        (lambda scene, labels, rng: (scene, replace(labels, weight=-labels.weight)), "a weight that is negative"),
+    ],
+)
+def test_an_augmentation_or_mixing_that_returns_something_wrong_is_named(scenes, teacher, function, message):
+    with pytest.raises(InvalidInput, match=f"the augmentation .*{message}"):
+        half(scenes, teacher, replace(METHODS["hybrid"], augmentation=function))
+    with pytest.raises(InvalidInput, match=f"the mixing .*{message}"):
+        half(scenes, teacher, replace(METHODS["hybrid"], mixing=lambda a, b, c, d, rng: function(a, b, rng)))
 
 
 # ---- raw scans

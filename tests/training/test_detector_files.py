@@ -51,3 +51,9 @@ def test_weights_and_configuration_that_do_not_fit_are_named(path):
     write_tensors(path, file.tensors, meta | {"config": '{"detector": {"kind": "Unknown"}}'})
     with pytest.raises(InvalidInput, match=r"the configuration in .*detector.safetensors cannot be used: .*Unknown"):
         load_detector(path)
+
+
+@pytest.mark.parametrize("load", [load_detector, load_encoder])
+def test_what_is_no_path_is_refused(load):
+    with pytest.raises(InvalidInput, match="found NoneType; give its path"):
+        load(None)

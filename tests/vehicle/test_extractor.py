@@ -14,6 +14,7 @@ import torch
 import zstandard
 from torch import nn
 
+import tiny
 from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid, cell_centers, cells_of_centers
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import CutFeatures, Keypoints, SparseVoxels
@@ -24,6 +25,7 @@ from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder, PvRcnnEn
 from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
 from upcycle3d.perception.wire.codec import decode_scene, encode_scene, round_trip
+from upcycle3d.perception.wire.encoder_file import save_encoder
 from upcycle3d.perception.wire.manifest import read_manifest
 from upcycle3d.perception.wire.shards import ShardWriteError, ShardWriter, read_members
 
@@ -175,6 +177,14 @@ def test_a_module_that_is_no_vehicle_encoder_is_refused():
         Extractor(nn.Linear(1, 1), RigSpec(), "fp16")
     with pytest.raises(InvalidInput, match="fp16"):
         Extractor(encoder(), RigSpec(), "fp8")
+
+
+def test_what_is_no_rig_and_a_device_that_is_not_there_are_refused(tmp_path):
+    with pytest.raises(InvalidInput, match="needs the rig of the vehicle, found NoneType"):
+        Extractor(encoder(), None, "fp16")
+    save_encoder(tmp_path / "encoder.safetensors", tiny.source_model().encoder)
+    with pytest.raises(InvalidInput, match="'foo' is not a device"):
+        Extractor.from_file(tmp_path, rig=RigSpec(), codec="fp16", device="foo")
 
 
 def test_keypoints_leave_as_cells_in_the_encoders_order(tmp_path):

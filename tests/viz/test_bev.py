@@ -12,7 +12,7 @@ from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import CutFeatures, SparseVoxels
 from upcycle3d.core.smashed_scene import SmashedScene
 from upcycle3d.core.structures import Boxes3D, Labels, PointCloud, Predictions
-from upcycle3d.perception.viz.bev import DETECTION, TRUTH, Panel, bev_features_png, bev_panels_png, bev_png
+from upcycle3d.perception.viz.bev import DETECTION, TRUTH, Panel, bev_features_png, bev_panels_png, bev_png, draw_bev
 
 VIEW = (0.0, -20.0, 40.0, 20.0)
 NAMES = ("Car", "Pedestrian")
@@ -154,3 +154,16 @@ def test_a_class_without_a_name_and_an_empty_view_are_refused() -> None:
         bev_png(None, truth=labels((20, 0, 0, 4, 2, 1.5, 0)), class_names=(), view_range=VIEW)
     with pytest.raises(InvalidInput, match="x1 > x0"):
         bev_png(None, class_names=(), view_range=(10, 0, 10, 5))
+
+
+def test_draw_bev_names_the_argument_of_a_wrong_type_and_a_folder_given_as_file(tmp_path) -> None:
+    scan, boxes = PointCloud.from_array([[1.0, 2.0, 0.0, 0.5]]), Boxes3D.empty()
+    for arguments, options, message in (
+        ((tmp_path / "x.png", np.zeros((3, 4))), {}, "draws a PointCloud, found .*numpy array"),
+        ((tmp_path, scan), {}, "which is a folder"),
+        ((tmp_path / "x.png", scan), {"labels": boxes}, "labels of draw_bev must be Labels or None"),
+        ((tmp_path / "x.png", scan), {"predictions": boxes}, "predictions of draw_bev must be Predictions or None"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            draw_bev(*arguments, **options)
+    assert list(tmp_path.iterdir()) == []
