@@ -72,6 +72,8 @@ def read_upcycling_csv(path: Path) -> Results:
                 f"row {number} of the results in {path} cannot be read ({type(error).__name__}: {error}); was the file edited? "
                 "Take it from the experiment again"
             ) from error
+        if name not in COMPARED_METHODS:
+            raise InvalidInput(f"row {number} of the results in {path} is of the method {name!r}, which no experiment compares")
         if seed in found.setdefault(name, {}):
             raise InvalidInput(
                 f"row {number} of the results in {path} is a second result of the method {name} with seed {seed}; leave one of them"

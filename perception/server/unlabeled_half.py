@@ -102,8 +102,8 @@ def smashed_half(
     if method.mixing is not None:
         partners = [scenes[i] for i in rng.permutation(len(scenes))]
         scenes = [
-            _checked_scene(method.mixing(*own, *partner, rng), method.mixing, "mixing", teacher, own, partner)
-            for own, partner in zip(scenes, partners, strict=True)
+            _checked_scene(method.mixing(*a, b[0], b[1], rng), method.mixing, "mixing", teacher, a, b)
+            for a, b in zip(scenes, partners, strict=True)
         ]
     return UnlabeledHalf(
         features=CutFeatures.collate([scene for scene, _ in scenes]),
@@ -173,7 +173,7 @@ def _checked_labels(labels: object, function: Callable[..., object], role: str, 
         raise InvalidInput(f"{who} must return Labels, found {shape_of(labels)}; make them with Labels.make")
     if not len(labels):
         return labels
-    device, count = given[0].data.device, len(teacher.class_names)
+    device, count = next(teacher.parameters()).device, len(teacher.class_names)
     columns = (labels.boxes.data, labels.classes, labels.weight, labels.exact, labels.box_weight)
     if labels.classes.dtype != torch.int64 or labels.exact.dtype != torch.bool or any(c.device != device for c in columns):
         raise InvalidInput(

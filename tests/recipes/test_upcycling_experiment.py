@@ -145,6 +145,9 @@ def test_a_result_that_stands_twice_or_was_edited_is_refused_by_its_row(tmp_path
         write_rows(path, [rows[0], edited])
         with pytest.raises(InvalidInput, match=rf"row 2 .*{number}.csv cannot be read"):
             read_upcycling_csv(path)
+    write_rows(tmp_path / "other.csv", [{**rows[0], "method": "upcyclin"}])
+    with pytest.raises(InvalidInput, match=r"row 1 .*other.csv is of the method 'upcyclin'"):
+        read_upcycling_csv(tmp_path / "other.csv")
     write_rows(tmp_path / "wide.csv", rows)
     (tmp_path / "wide.csv").write_text((tmp_path / "wide.csv").read_text().rstrip() + ",5\n")
     with pytest.raises(InvalidInput, match=r"row 2 .*wide.csv cannot be read"):
