@@ -175,11 +175,9 @@ def _checked_labels(labels: object, function: Callable[..., object], role: str, 
         return labels
     device, count = next(teacher.parameters()).device, len(teacher.class_names)
     columns = (labels.boxes.data, labels.classes, labels.weight, labels.exact, labels.box_weight)
-    if labels.classes.dtype != torch.int64 or labels.exact.dtype != torch.bool or any(c.device != device for c in columns):
-        raise InvalidInput(
-            f"{who} must return labels on {device} with int64 classes and bool exact, found classes {shape_of(labels.classes)}, exact "
-            f"{shape_of(labels.exact)} on {', '.join(sorted({str(c.device) for c in columns}))}; make them with Labels.make"
-        )
+    wrong = sorted({str(column.device) for column in columns if column.device != device})
+    if wrong:
+        raise InvalidInput(f"{who} must return labels on {device}, where its input lies, found some on {', '.join(wrong)}")
     odd = _odd_boxes(labels.boxes)
     faults = {
         f"a class outside 0 to {count - 1}": (labels.classes < 0) | (labels.classes >= count),
