@@ -3,8 +3,8 @@
 The public names below load their module on first use, so `import upcycle3d` is fast and a vehicle never loads server code.
 
     detect       load_detector, PointCloud, Predictions, Boxes3D, draw_bev
-    vehicle      load_encoder, Extractor, SmashedScene
-    server       SmashedStore, train, upcycle, evaluate, adapt
+    vehicle      load_encoder, RigSpec, Extractor, extract, SmashedScene
+    server       ingest, SmashedStore, train, upcycle, evaluate, adapt
     own data     PreparedDataset, prepare, Frame, Labels
 
 Example:
@@ -28,11 +28,14 @@ _PUBLIC = {
     "PointCloud": ("core.structures", "PointCloud"),
     "Predictions": ("core.structures", "Predictions"),
     "PreparedDataset": ("datasets.prepared", "PreparedDataset"),
+    "RigSpec": ("core.rig", "RigSpec"),
     "SmashedScene": ("core.smashed_scene", "SmashedScene"),
     "SmashedStore": ("perception.server.store", "SmashedStore"),
     "adapt": ("perception.adapt.detection.adapt_detector", "adapt_detector"),
     "draw_bev": ("perception.viz.bev", "draw_bev"),
     "evaluate": ("perception.recipes.jobs", "evaluate_on"),
+    "extract": ("perception.vehicle.extractor", "extract"),
+    "ingest": ("perception.server.ingest", "ingest"),
     "load_detector": ("perception.training.detector_files", "load_detector"),
     "load_encoder": ("perception.wire.encoder_file", "load_encoder"),
     "prepare": ("datasets.prepare", "prepare"),
@@ -48,12 +51,15 @@ __all__ = [
     "PointCloud",
     "Predictions",
     "PreparedDataset",
+    "RigSpec",
     "SmashedScene",
     "SmashedStore",
     "__version__",
     "adapt",
     "draw_bev",
     "evaluate",
+    "extract",
+    "ingest",
     "load_detector",
     "load_encoder",
     "prepare",
@@ -63,6 +69,7 @@ __all__ = [
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` loads a name when it is used
     from .core.frame import Frame
+    from .core.rig import RigSpec
     from .core.smashed_scene import SmashedScene
     from .core.structures import Boxes3D, Labels, PointCloud, Predictions
     from .datasets.prepare import prepare
@@ -71,9 +78,10 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` lo
     from .perception.recipes.jobs import evaluate_on as evaluate
     from .perception.recipes.jobs import train_preset as train
     from .perception.recipes.jobs import upcycle_preset as upcycle
+    from .perception.server.ingest import ingest
     from .perception.server.store import SmashedStore
     from .perception.training.detector_files import load_detector
-    from .perception.vehicle.extractor import Extractor
+    from .perception.vehicle.extractor import Extractor, extract
     from .perception.viz.bev import draw_bev
     from .perception.wire.encoder_file import load_encoder
 

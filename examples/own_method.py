@@ -12,13 +12,10 @@ import torch
 
 import upcycle3d
 from upcycle3d.core.features import CutFeatures
-from upcycle3d.core.rig import RigSpec
 from upcycle3d.datasets.simulation.places import KITTI
 from upcycle3d.datasets.simulation.simulate import SimulatedDataset
-from upcycle3d.perception.server.ingest import ingest
 from upcycle3d.perception.server.methods import METHODS
 from upcycle3d.perception.server.upcycle_config import UpcycleConfig
-from upcycle3d.perception.vehicle.extractor import extract
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("out", nargs="?", type=Path, default=Path("own_method"), help="folder to write")
@@ -44,10 +41,10 @@ frames = SimulatedDataset(domain=KITTI, seed=7, num_frames=10, classes=("Car",))
 ids = [f"{index:06d}" for index in range(len(frames))]
 upcycle3d.prepare(frames, ids, out / "data", splits={"train": ids[:5], "fleet": ids[5:]}, classes=("Car",), workers=1)
 
-extractor = upcycle3d.Extractor(upcycle3d.load_detector(source).encoder, RigSpec(), "fp16")
+extractor = upcycle3d.Extractor(upcycle3d.load_detector(source).encoder, upcycle3d.RigSpec(), "fp16")
 with extractor.shard_writer(out / "shards") as writer:
-    extract([frames[index].points for index in range(5, 10)], extractor, writer)
-ingest(out / "shards", out / "store", expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
+    upcycle3d.extract([frames[index].points for index in range(5, 10)], extractor, writer)
+upcycle3d.ingest(out / "shards", out / "store", expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
 
 mine = replace(METHODS["upcycling"], summary="brighter features, ten boxes", augmentation=brighter, label_rule=nearest_ten)
 outcome = upcycle3d.upcycle(

@@ -22,6 +22,7 @@ import tyro
 import tiny
 from upcycle3d.core.point_files import write_bin
 from upcycle3d.datasets.prepared import PreparedDataset
+from upcycle3d.perception.recipes.presets import PRESETS
 from upcycle3d.perception.training.detector_files import save_detector
 from upcycle3d.tools.main import COMMANDS
 
@@ -374,3 +375,21 @@ def test_lines_of_sentences_have_at_most_140_characters(page):
     assert [
         f"{_name(page)}:{n}" for n, line in enumerate(text.splitlines(), 1) if len(line) > 140 and not line.startswith("|")
     ] == []
+
+
+def test_the_page_of_presets_lists_every_preset_with_its_classes_and_steps():
+    rows = {
+        r[0]: r
+        for r in re.findall(
+            r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|.*\| ([\d,]+), ([\d,]+) \|$",
+            (ROOT / "docs" / "presets.md").read_text(),
+            re.MULTILINE,
+        )
+    }
+    assert set(rows) == set(PRESETS)
+    for name, (_, label, classes, train, upcycle) in rows.items():
+        preset = PRESETS[name]
+        assert label == preset.detector.label
+        assert tuple(classes.split(", ")) == preset.detector.class_names
+        steps = (preset.train.loop.optim.total_steps, preset.upcycle.loop.optim.total_steps)
+        assert (int(train.replace(",", "")), int(upcycle.replace(",", ""))) == steps

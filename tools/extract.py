@@ -171,7 +171,7 @@ def _print(report: ExtractionReport, names: Sequence[str]) -> None:
     print_table("milliseconds per frame", ("stage", "median", "p95"), rows)
     ratio = report.smashed_bytes_per_frame / max(report.raw_bytes_per_frame, 1)
     console.print(
-        f"{report.frames} frames in {len(report.shards)} shards; {report.smashed_bytes_per_frame:,.0f} bytes per frame; the raw scan has "
+        f"{report.frames} frames; shards: {len(report.shards)}; {report.smashed_bytes_per_frame:,.0f} bytes per frame; the raw scan has "
         f"{report.raw_bytes_per_frame:,.0f} ({ratio:.2f} of it)"
     )
     if report.failures:

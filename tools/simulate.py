@@ -60,7 +60,12 @@ def command(config: Simulate) -> None:
     options = {"kitti": "", "waymo": " --class-map Vehicle Car", "lyft": " --neighbors other_vehicle Car"}[config.layout]
     next_step = f"prepare {config.layout} {config.out} --out PREPARED --classes Car --z-shift {height:g}{options}"
     console.print(f"next: upcycle3d {next_step}", soft_wrap=True)
-    console.print(f"for extract, ingest, upcycle and predict on these scans: --rig.z-shift {height:g}")
+    if height:
+        console.print(
+            f"for presets that expect the road at z = 0, such as small (docs/presets.md): --rig.z-shift {height:g} in extract, ingest, "
+            "upcycle and predict; for presets that expect unshifted scans, such as kitti_small: prepare without --z-shift",
+            soft_wrap=True,
+        )
     write_json(config.json, {"domain": config.domain, "frames": config.frames, "seed": config.seed, "splits": sizes})
 
 

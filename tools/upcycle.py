@@ -39,9 +39,10 @@ class Upcycle:
     method: Literal[tuple(METHODS)] = "upcycling"  # type: ignore[valid-type]
     """Training method. docs/methods.md describes all of them."""
     codec: Literal["fp16", "int8"] | None = None
-    """Codec round trip of labeled features, so that they look like stored ones. By default the store's own."""
+    """Codec that labeled features pass through, so that they have the rounding errors of stored scenes. By default the store's own."""
     truth: tuple[Path, DataOption] | None = None
-    """Receipts of `extract` and the prepared frames that were extracted: their labels measure the pseudo labels and never train."""
+    """Two values: the file of `extract --receipts`, then the prepared frames that were extracted, `DIR[:SPLIT]`. Their labels measure
+    the pseudo labels and never train."""
     seed: int = 0
     """Decides the order of frames and scenes, augmentation and pasting."""
     resume: bool = False

@@ -53,7 +53,12 @@ def command(config: DrawFrames) -> None:
         path = config.out / f"{frame.id}.png"
         write_atomically(path, picture)
         written.append(
-            (frame.id, "-" if frame.labels is None else len(frame.labels), "-" if found is None else len(found), str(path))
+            (
+                frame.id,
+                "-" if frame.labels is None else len(frame.labels),
+                "-" if found is None else int((found.scores >= config.min_score).sum()),
+                str(path),
+            )
         )
     print_table("pictures", ("frame", "labels", "detections", "file"), written)
     write_json(config.json, [row[3] for row in written])

@@ -24,7 +24,7 @@ class AnchorClass:
     size: tuple[float, float, float]
     """Length, width and height in meters: the mean of the class in the source domain."""
     bottom_z: float
-    """Height in meters of the anchor's lower face in the shifted frame: 0 on the road if the rig shifts z, about -1.7 if it does not."""
+    """Height in meters of the anchor's lower face: about -1.7 for unshifted scans of a car's roof, 0 for scans whose road is at z = 0."""
     matched: float
     """IoU with an object, axis-aligned in BEV, from which an anchor is positive. Lower it if cells are large for the class."""
     unmatched: float

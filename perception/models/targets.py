@@ -127,7 +127,7 @@ class RoiSampling:
     count: int = 128
     """Number of proposals per scene. Lower it to save time and memory."""
     foreground_share: float = 0.5
-    """Maximum share of them that lie on objects, unless there is no background."""
+    """Maximum share of the sampled proposals that lie on objects; it does not count where all proposals do."""
     foreground_iou: float = 0.55
     """3D IoU with an object from which a proposal lies on it."""
     easy_background_iou: float = 0.1

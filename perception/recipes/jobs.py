@@ -328,6 +328,10 @@ def _ensure_gt_database(split: DataSplit, context: DistributedContext) -> None:
 def _codec_of(store: SmashedStore | None) -> str:
     if store is None:
         return "fp16"
+    if not store.codecs:
+        raise InvalidInput(
+            "the store holds no scene; look for reasons in its quarantine folder, then run `extract` and `ingest` again"
+        )
     if len(store.codecs) > 1:
         raise InvalidInput(f"the store holds scenes of several codecs ({', '.join(store.codecs)}); choose one with --codec")
     return store.codecs[0]

@@ -1,13 +1,13 @@
 """Augmentations of features at the cut: the baselines that UpCycling is compared with.
 
-On raw points these are the bread and butter of semi-supervised detection. On features they are not: sparse convolutions are not
+On raw points these are the standard tools of semi-supervised detection. On features they are not: sparse convolutions are not
 equivariant to flips, rotations or scales, so a transformed map holds vectors that the encoder never makes. The labels move with the
 cells.
 
 Every augmentation is a function of one scene (a batch of one), its labels and a generator; to use your own, pass it as
 `Method.augmentation`. Flips, rotations and scales keep the middle of the map where it is, so that the square stays filled. A cell lies
 at the center of its receptive field, (i * stride + 1/2) voxels from the start of the range (see `CutSpec.position`). The middle of the
-map is therefore not the middle of the range, and moving the boxes about the latter would leave them 7/8 of a cell away from their cells.
+map is therefore not the middle of the range, and boxes that were flipped about the latter would be 7/8 of a cell away from their cells.
 
 Read next: `unlabeled_half.py`, which applies them; `feature_gt.py` for pasting, which moves nothing.
 """

@@ -1,4 +1,4 @@
-"""F-GT: ground-truth sampling on features (UpCycling, Hwang et al., ICCV 2023). The file holds the whole method, without its storage.
+"""F-GT: ground-truth sampling on features (UpCycling, Hwang et al., ICCV 2023). The whole method is in this file; its database is in `feature_object_database.py`.
 
 GT sampling pastes labeled objects into other scenes. On features it is safe where flips and rotations are not: an object keeps
 its place, so its cells need no resampling, and the strided convolutions spread an object by less than one cell. The objects are cut

@@ -4,7 +4,7 @@ All methods start from one source model. They share steps, labeled batches, teac
 is a difference of the method. A `Method` holds functions where methods differ in what they compute, so your own method is a value:
 
     mine = replace(METHODS["upcycling"], augmentation=my_augmentation, label_rule=my_label_rule)
-    teacher = upcycle(detector, method=mine, ...)
+    outcome = upcycle3d.upcycle("small", data, "runs/source", "runs/mine", method=mine, store="store")
 
 Read next: `pseudo_labels.py` (label rules), `feature_augmentation.py` (augmentations and mixing), `unlabeled_half.py`, which applies both.
 """
@@ -56,7 +56,7 @@ class Method:
     """The unlabeled half of a batch: none, smashed scenes of the store, or raw scans, which a fleet would have to upload."""
 
     label_rule: LabelRule = hybrid_labels
-    """Makes pseudo labels of the teacher's detections in a scene. ST3D (`self_training`) does not use it; it has rounds of labels."""
+    """Makes pseudo labels of the teacher's detections in a scene. ST3D (`self_training`) does not use it; it makes its own labels, in rounds."""
 
     f_gt: bool = False
     """Whether F-GT pastes labeled objects into smashed scenes; `UpcycleConfig.f_gt` says how many."""

@@ -1,7 +1,7 @@
 """The rule that turns a teacher's detections into pseudo labels. To try a rule of your own, write a `LabelRule` like those below.
 
 UpCycling's *hybrid* pseudo labels, in our reading (the body of the paper was not available to us, only its abstract): each kind of
-label goes where its quality allows. Teacher boxes supervise dense classification and direction, and box regression as far as
+label trains only the heads that it is good enough for. Teacher boxes supervise dense classification and direction, and box regression as far as
 `UpcycleConfig.teacher_box_weight` says. They are marked inexact and the scene incomplete, so that the head that predicts the IoU
 does not take them for the truth. Objects pasted by F-GT are exact and supervise every head. Detections that are too weak for a label
 but too strong for background are ignored. 3DIoUMatch (Wang et al., CVPR 2021) routes its losses in the same way: its unlabeled

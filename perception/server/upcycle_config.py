@@ -128,7 +128,7 @@ class UpcycleConfig:
     Lower it, down to 0, when the teacher finds objects but places their boxes badly; pasted objects then teach the boxes."""
 
     obstacle_score: float = 0.1
-    """Predicted IoU from which a teacher's box keeps its place free of pasted objects, even if it is no label.
+    """No object is pasted over a teacher's box whose predicted IoU is at least this, even if the box is no label.
     There may be an object. Raise it when too few objects are pasted."""
 
     ema_decay: float = 0.999

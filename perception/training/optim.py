@@ -46,7 +46,7 @@ class OneCycle:
     """The last learning rate is lr / div / final_div."""
 
     momentum: tuple[float, float] = (0.95, 0.85)
-    """beta1 of Adam: at both ends, and where the learning rate is highest."""
+    """beta1 of Adam: its first and last value, then its value where the learning rate is highest."""
 
     beta2: float = 0.99
     """beta2 of Adam, constant."""

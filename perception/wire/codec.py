@@ -1,4 +1,4 @@
-"""One smashed scene as bytes: how features are quantized and packed, and how bytes from a stranger are read.
+"""One smashed scene as bytes: how features are quantized and packed, and how untrusted bytes are read.
 
     SmashedScene ─ quantize features, pack coordinates ─ safetensors ─ zstd (level 1, content checksum) ─ bytes
 
