@@ -97,6 +97,8 @@ def prepare(
         report = prepare(source, ids, "data/kitti", splits={"train": ids}, classes=source.classes)
         frames = PreparedDataset("data/kitti", "train")
     """
+    if isinstance(classes, str):
+        raise InvalidInput(f"classes must be a tuple of names, found the text {classes!r}; write ({classes!r},)")
     ids = tuple(ids)
     _check_arguments(source, ids, splits, chunk_frames)
     out = Path(out)

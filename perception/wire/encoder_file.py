@@ -23,7 +23,7 @@ ENCODER_FILE = "encoder.safetensors"
 _KIND = TensorFileKind(
     name="vehicle encoder",
     format="upcycle3d encoder 2",
-    advice="get the file again from where the server exported it",
+    advice="give the encoder.safetensors of a run folder; a whole detector is read by load_detector, and has an `encoder`",
     max_bytes=1 << 30,
 )
 

@@ -427,3 +427,9 @@ def test_reading_does_not_make_memory_grow(tmp_path: Path) -> None:
         for i in range(8):
             data[i]
     assert resident_bytes() - before < 20e6  # all frames are 64 MB
+
+
+def test_classes_given_as_one_text_are_refused(tmp_path):
+    """A text is a sequence of letters, and "Car" would become the classes C, a and r."""
+    with pytest.raises(InvalidInput, match=r"write \('Car',\)"):
+        prepare([], [], tmp_path, splits={}, classes="Car")  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.vehicle.extractor import Extractor
 from upcycle3d.perception.wire.encoder_file import load_encoder, save_encoder
 
-ADVICE = "get the file again from where the server exported it"
+ADVICE = "give the encoder.safetensors of a run folder; a whole detector is read by load_detector"
 
 
 @pytest.fixture
