@@ -9,6 +9,7 @@ Read next: `features.py` for features in a network, `smashed_scene.py` for featu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -16,6 +17,10 @@ import torch
 from torch import Tensor
 
 from .errors import require
+
+MAX_VOXELS_PER_AXIS = 1 << 20
+MAX_VOXELS = 1 << 40
+"""Cells are numbered with 64 bits, the scenes of a batch among them; no LiDAR sees a millionth of this."""
 
 _Cells = TypeVar("_Cells", float, Tensor)
 
@@ -37,14 +42,23 @@ class VoxelGrid:
     """x, y, z size of a voxel in meters. Smaller voxels see smaller objects and cost more time."""
 
     def __post_init__(self) -> None:
+        require(
+            all(map(math.isfinite, (*self.range, *self.voxel_size))),
+            f"VoxelGrid needs finite numbers, found the range {self.range} and the voxel size {self.voxel_size}",
+        )
         require(all(v > 0 for v in self.voxel_size), f"VoxelGrid.voxel_size must be positive, found {self.voxel_size}")
         for axis in range(3):
             extent = (self.range[axis + 3] - self.range[axis]) / self.voxel_size[axis]
             require(
-                extent > 0.5 and abs(extent - round(extent)) < 1e-3,
+                0.5 < extent < math.inf and abs(extent - round(extent)) < 1e-3,
                 f"VoxelGrid.range {self.range} must be a positive whole number of voxels of {self.voxel_size} along {'xyz'[axis]}, "
                 f"found {extent:.3f}; change the range or the voxel size",
             )
+        require(
+            max(self.shape) <= MAX_VOXELS_PER_AXIS and math.prod(self.shape) <= MAX_VOXELS,
+            f"VoxelGrid.range {self.range} has {self.shape} voxels (z, y, x), more than {MAX_VOXELS_PER_AXIS} along an axis or "
+            f"{MAX_VOXELS} in all; use a smaller range or larger voxels",
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:

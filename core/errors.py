@@ -5,6 +5,8 @@ Read next: `structures.py`, whose values check themselves with `require`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UpcycleError(Exception):
     """An error whose message says what was tried, what was found and what to do. Commands print it without a traceback."""
@@ -26,3 +28,24 @@ def require(condition: bool, message: str) -> None:
     """
     if not condition:
         raise InvalidInput(message)
+
+
+def require_counts(owner: str, *, least: int = 1, most: int = 65_536, **counts: int | Sequence[int]) -> None:
+    """Raise `InvalidInput` unless fields of a configuration are whole numbers within limits.
+
+    Configurations come from files of others, and their numbers decide how much memory is taken: no network of this kind has 65,536
+    channels, and a product of a few such numbers still fits into 64 bits.
+
+    Args:
+        owner: Class of the configuration, for the message.
+        least: Smallest number that is allowed.
+        most: Largest number that is allowed.
+        **counts: Fields by name: a number, or several.
+
+    Raises:
+        InvalidInput: A field has another value; the message names it.
+    """
+    for name, value in counts.items():
+        for count in value if isinstance(value, Sequence) else (value,):
+            if not least <= count <= most:
+                raise InvalidInput(f"{owner}.{name} must be in {least}..{most}, found {str(value)[:80]}")

@@ -4,7 +4,8 @@ A file holds named tensors and a few strings of metadata: a format name, a descr
 Detectors, encoders, proposals, classifiers and rounds of pseudo labels are all kept this way. Nothing is pickled.
 
 `read_tensors` checks in this order: the size of the file, the size of its header, the format name, and only then the tensors
-themselves, so a wrong file cannot fill the memory. `fill_module` copies tensors into a module, all or none.
+themselves, so a wrong file cannot fill the memory. `fill_module` copies tensors into a module, all or none; `build_module` first
+makes the module with the configuration that the same file holds.
 
 Read next: `perception/training/detector_files.py` and `perception/wire/encoder_file.py`, the two kinds that users meet.
 """
@@ -13,16 +14,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import InvalidInput
 from .files import write_atomically
@@ -32,6 +35,10 @@ DIGEST_KEY = "content_sha256"
 FORMAT_KEY = "format"
 MAX_HEADER_BYTES = 64 << 20  # safetensors itself stops at 100 MB
 MAX_FILE_BYTES = 16 << 30
+SPARE_NUMBERS = 1 << 27
+"""Numbers that a module may make besides those in its file: anchors and the like, 0.5e9 bytes at most."""
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class CorruptFile(InvalidInput):
@@ -140,6 +147,8 @@ def read_tensors(path: str | Path, kind: TensorFileKind | None = None) -> Tensor
             limit = kind.max_bytes if kind is not None else MAX_FILE_BYTES
             if size > limit:
                 raise InvalidInput(f"{path} has {size} bytes, and at most {limit} are read; {advice}")
+            if size > (memory := _memory_bytes()):
+                raise InvalidInput(f"{path} has {size} bytes, more than the memory of this machine ({memory}); {advice}")
             start = stream.read(8)
             header = int.from_bytes(start, "little")
             if len(start) < 8 or not 2 <= header <= min(MAX_HEADER_BYTES, size - 8):
@@ -151,6 +160,10 @@ def read_tensors(path: str | Path, kind: TensorFileKind | None = None) -> Tensor
                 )
             stream.seek(0)
             tensors = _tensors(stream.read(), path, advice)
+    except MemoryError as error:
+        raise InvalidInput(
+            f"{path} has {size} bytes, which do not fit into the free memory; end other programs, or {advice}"
+        ) from error
     except FileNotFoundError as error:
         what = f"{kind.name} at" if kind is not None else "file"
         raise InvalidInput(f"there is no {what} {path}; {kind.advice if kind is not None else 'is the path right?'}") from error
@@ -162,6 +175,10 @@ def read_tensors(path: str | Path, kind: TensorFileKind | None = None) -> Tensor
     if recorded is not None and recorded != content_digest(tensors):
         raise CorruptFile(f"the tensors of {path} do not have the recorded SHA-256; {advice}")
     return TensorFile(path=path, tensors=tensors, meta=meta)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def decode_tensors(data: bytes, path: str | Path) -> dict[str, Tensor]:
@@ -230,6 +247,58 @@ def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
     with torch.no_grad():
         for name, target in own.items():
             target.copy_(tensors[name])
+
+
+def build_module(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:
+    """Build a module as a file's configuration says, and fill it with the file's tensors.
+
+    A configuration of a few bytes can describe a network that fills any memory, so building stops as soon as the module has made
+    more numbers than the file holds (and `SPARE_NUMBERS` for what is not stored). The weights are compared after that.
+
+    Args:
+        build: What makes the module with its fresh weights: `config.build`.
+        tensors: The tensors of the file.
+        source: The file, for messages.
+
+    Returns:
+        The filled module, in training mode.
+
+    Raises:
+        InvalidInput: The configuration cannot be built, the tensors do not fit it, or they hold NaN or inf.
+    """
+    held = sum(tensor.numel() for tensor in tensors.values())
+    try:
+        with _NumberLimit(held + SPARE_NUMBERS):
+            module = build()
+    except (InvalidInput, RuntimeError, OverflowError) as error:  # torch's words for a size that it cannot make
+        raise InvalidInput(f"the configuration in {source} cannot be used: {error}") from error
+    fill_module(module, tensors, source)
+    bad = [name for name, t in module.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
+    if bad:
+        raise InvalidInput(
+            f"the weights of {source} hold NaN or inf in {', '.join(bad[:3])}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''}; "
+            "its training went wrong or the file was changed: use another file"
+        )
+    return module
+
+
+class _NumberLimit(TorchFunctionMode):
+    """Refuses to make tensors once they have more numbers together than allowed, before torch takes the memory."""
+
+    _MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit, self.made = limit, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._MAKERS:
+            size = kwargs.get("size", args[0] if args and isinstance(args[0], Sequence) else args)
+            self.made += math.prod(size)
+            if self.made > self.limit:
+                raise InvalidInput(f"it describes a network of more than {self.limit} numbers, far more than the file holds")
+        return func(*args, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------------------------------- writing

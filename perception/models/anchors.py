@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...core.cut import CutSpec
+from ...core.errors import InvalidInput, require
 
+MAX_CLASSES = 1000
+MAX_ANCHORS = 1 << 24
+"""Most anchors of a detector, 0.5e9 bytes; OpenPCDet's PV-RCNN for KITTI has 211,200."""
 ANCHOR_YAWS = (0.0, 1.57)  # OpenPCDet's 1.57, not pi / 2: its weights were trained with it
 
 
@@ -30,6 +35,16 @@ class AnchorClass:
     unmatched: float
     """IoU below which an anchor is background; between the two it is ignored."""
 
+    def __post_init__(self) -> None:
+        require(
+            all(0 < side < math.inf for side in self.size) and math.isfinite(self.bottom_z),
+            f"the anchor of {self.name} needs a positive size and a finite bottom_z, found {self.size} and {self.bottom_z}",
+        )
+        require(
+            0 <= self.unmatched <= self.matched <= 1,
+            f"the anchor of {self.name} needs 0 <= unmatched <= matched <= 1, found {self.unmatched} and {self.matched}",
+        )
+
 
 KITTI_ANCHORS = (
     AnchorClass(name="Car", size=(3.9, 1.6, 1.56), bottom_z=-1.78, matched=0.60, unmatched=0.45),
@@ -44,6 +59,19 @@ WAYMO_ANCHORS = (
 )
 
 
+def check_anchors(owner: str, classes: tuple[AnchorClass, ...]) -> None:
+    """Check the number of classes of a decoder.
+
+    Args:
+        owner: Class of the decoder's configuration, for the message.
+        classes: The anchor of each class.
+
+    Raises:
+        InvalidInput: There is no class, or there are more than `MAX_CLASSES`.
+    """
+    require(1 <= len(classes) <= MAX_CLASSES, f"{owner}.anchors must be 1..{MAX_CLASSES} classes, found {len(classes)}")
+
+
 def make_anchors(spec: CutSpec, classes: tuple[AnchorClass, ...]) -> Tensor:
     """Place the anchors on the BEV cells of a cut.
 
@@ -56,8 +84,16 @@ def make_anchors(spec: CutSpec, classes: tuple[AnchorClass, ...]) -> Tensor:
 
     Returns:
         (H, W, 2 * classes, 7) boxes in the shifted frame; the third index is 2 * class + yaw.
+
+    Raises:
+        InvalidInput: The grid has so many cells that the anchors would fill the memory.
     """
     _, height, width = spec.shape
+    if height * width * 2 * len(classes) > MAX_ANCHORS:
+        raise InvalidInput(
+            f"{len(classes)} classes on a cut of {height} x {width} cells make more than {MAX_ANCHORS} anchors; use a smaller range, "
+            "larger voxels or fewer classes"
+        )
     x0, y0, _, x1, y1, _ = spec.grid.range
     xs = x0 + torch.arange(width) * ((x1 - x0) / max(width - 1, 1))
     ys = y0 + torch.arange(height) * ((y1 - y0) / max(height - 1, 1))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.boxes import decode_residuals, rotate_z, wrap_angle
+from ...core.errors import require_counts
 from ...core.structures import Boxes3D, Predictions
 from ...ops.nms import nms_rotated
 from .targets import DIRECTION_OFFSET, at_origin
@@ -28,6 +29,9 @@ class ProposalNms:
     post: int
     """Maximum number of proposals per scene; the second stage computes features for each."""
 
+    def __post_init__(self) -> None:
+        require_counts("ProposalNms", most=1_000_000, pre=self.pre, post=self.post)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinalNms:
@@ -41,6 +45,9 @@ class FinalNms:
     """Maximum number of boxes that enter NMS."""
     post: int = 500
     """Maximum number of detections per scene."""
+
+    def __post_init__(self) -> None:
+        require_counts("FinalNms", most=1_000_000, pre=self.pre, post=self.post)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...core.config_json import config_from_json, config_to_json
 from ...core.errors import InvalidInput
-from ...core.tensor_file import TensorFileKind, fill_module, read_tensors, write_tensors
+from ...core.tensor_file import TensorFileKind, build_module, read_tensors, write_tensors
 from ..models.detector import Detector
 from ..models.detectors import DetectorConfig
 from ..wire.encoder_file import ENCODER_FILE, save_encoder
@@ -65,7 +65,7 @@ def load_detector(path: str | Path) -> Detector:
         The detector in evaluation mode, on the CPU, with its configuration as `config`.
 
     Raises:
-        InvalidInput: The file is missing or of another kind, or its weights do not fit its configuration.
+        InvalidInput: The file is missing or of another kind, or its weights do not fit its configuration or hold NaN.
         CorruptFile: The file is damaged.
 
     Example:
@@ -85,9 +85,7 @@ def load_detector(path: str | Path) -> Detector:
         config = config_from_json(_Stored, described).detector
     except InvalidInput as error:
         raise InvalidInput(f"the configuration in {file.path} cannot be used: {error}") from error
-    detector = config.build()
-    fill_module(detector, file.tensors, file.path)
-    return detector.eval()
+    return build_module(config.build, file.tensors, file.path).eval()
 
 
 def save_run_detector(folder: str | Path, detector: Detector) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ...core.config_json import config_from_json, config_to_json
 from ...core.errors import InvalidInput
-from ...core.tensor_file import TensorFileKind, fill_module, read_tensors, write_tensors
+from ...core.tensor_file import TensorFileKind, build_module, read_tensors, write_tensors
 from ..models.encoders.encoder import Encoder
 from ..models.encoders.table import EncoderConfig
 
@@ -64,7 +64,7 @@ def load_encoder(path: str | Path) -> Encoder:
         The encoder in evaluation mode, on the CPU.
 
     Raises:
-        InvalidInput: The file is missing, damaged, incomplete or of another kind; nothing is loaded then.
+        InvalidInput: The file is missing, damaged, incomplete or of another kind, or holds NaN; nothing is loaded then.
 
     Example:
         ```python
@@ -83,6 +83,5 @@ def load_encoder(path: str | Path) -> Encoder:
         config = config_from_json(_Stored, described).encoder
     except InvalidInput as error:
         raise InvalidInput(f"the configuration in {file.path} cannot be used: {error}; {_KIND.advice}") from error
-    encoder: Encoder = config.build()
-    fill_module(encoder, file.tensors, file.path)
+    encoder: Encoder = build_module(config.build, file.tensors, file.path)
     return encoder.eval()

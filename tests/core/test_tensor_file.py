@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from upcycle3d.core import tensor_file
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.tensor_file import CorruptFile, TensorFileKind, content_digest, fill_module, read_tensors, write_tensors
 
@@ -128,6 +129,35 @@ def test_a_file_that_is_too_large_or_declares_a_huge_header_is_refused_before_it
     path.write_bytes((1 << 40).to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(CorruptFile, match="no valid header"):
         read_tensors(path, KIND)
+
+
+def test_a_file_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "n.safetensors"
+    write_tensors(path, {"a": torch.arange(300)}, None, KIND)
+    size = path.stat().st_size
+    monkeypatch.setattr(tensor_file, "_memory_bytes", lambda: size - 1)
+    with pytest.raises(
+        InvalidInput, match=rf"n.safetensors has {size} bytes, more than the memory of this machine .*; count again"
+    ):
+        read_tensors(path, KIND)
+    monkeypatch.setattr(tensor_file, "_memory_bytes", lambda: size)
+    assert len(read_tensors(path, KIND).tensors["a"]) == 300
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(tensor_file, "_tensors", full)
+    with pytest.raises(InvalidInput, match="do not fit into the free memory; end other programs, or count again"):
+        read_tensors(path, KIND)
+
+
+def test_a_module_may_make_a_little_more_than_its_file_holds(monkeypatch):
+    tensors = nn.Linear(10, 10).state_dict()
+    monkeypatch.setattr(tensor_file, "SPARE_NUMBERS", 0)
+    made = tensor_file.build_module(lambda: nn.Linear(10, 10), tensors, "w.safetensors")
+    assert torch.equal(made.weight, tensors["weight"])
+    with pytest.raises(InvalidInput, match=r"the configuration in w.safetensors cannot be used: .* more than 110 numbers"):
+        tensor_file.build_module(lambda: nn.Linear(10, 11), tensors, "w.safetensors")
 
 
 def test_a_kind_that_is_always_hashed_refuses_a_file_without_hash(tmp_path):

@@ -1,5 +1,9 @@
 """A detector comes back from its file with its configuration; whatever is wrong with a file is a sentence with its name."""
 
+import json
+import resource
+from typing import Any
+
 import pytest
 import torch
 
@@ -57,3 +61,95 @@ def test_weights_and_configuration_that_do_not_fit_are_named(path):
 def test_what_is_no_path_is_refused(load):
     with pytest.raises(InvalidInput, match="found NoneType; give its path"):
         load(None)
+
+
+# ---- forged files
+
+
+def forge(path, changes: dict[str, Any]) -> None:
+    """Change values in the configuration of a file; a key is the way to the value, with dots."""
+    file = read_tensors(path)
+    config = json.loads(file.meta["config"])
+    for way, value in changes.items():
+        *folders, last = way.split(".")
+        inner = config
+        for name in folders:
+            inner = inner[name]
+        assert last in inner
+        inner[last] = value
+    write_tensors(path, file.tensors, {"format": file.meta["format"], "config": json.dumps(config)})
+
+
+BAD = {
+    "detector.decoder.bev.layers": [[10**6, 1], [-1, 1]],
+    "detector.decoder.bev.channels": [[65_536, 65_536], [0, 4], [10**30, 4]],
+    "detector.decoder.bev.up_channels": [[0, 4]],
+    "detector.encoder.channels": [[100_000] * 5, [65_536] * 5, [-1] * 5, [0] * 5, [10**30] * 5],
+    "detector.decoder.head_channels": [10**7, 65_536, 0, -1, 10**30],
+    "detector.decoder.pool_size": [10**5, 0, -1],
+    "detector.decoder.dropout": [2.0, "nan"],
+    "detector.decoder.anchors": [[]],
+    "detector.encoder.max_voxels": [0, 10**30],
+    "detector.encoder.grid.range": [
+        [0.0, -5e6, -1.0, 5e6, 5e6, 3.0],
+        [0.0, -51_200.0, -1.0, 102_400.0, 51_200.0, 3.0],
+        [0.0, 0.0, 0.0, "inf", "inf", "inf"],
+        ["-inf", 0.0, 0.0, 1.0, 1.0, 1.0],
+        [-1e308, -1e308, -1e308, 1e308, 1e308, 1e308],
+        [0.0, 0.0, 0.0, 0.1, 0.1, 0.1],
+    ],
+    "detector.encoder.grid.voxel_size": [["nan", 0.1, 0.1], [1e-300, 0.1, 0.1], [0.0, 0.1, 0.1]],
+}
+
+
+@pytest.mark.parametrize(("way", "value"), [(way, value) for way, values in BAD.items() for value in values])
+def test_a_forged_configuration_is_refused_with_a_sentence_before_it_takes_memory(path, way, value):
+    forge(path, {way: value})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InvalidInput, match=r"the configuration in .*detector.safetensors cannot be used: .*\w") as error:
+        load_detector(path)
+    assert len(str(error.value)) < 700
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000  # KiB
+
+
+def test_a_forged_encoder_is_refused_with_a_sentence(tmp_path):
+    save_run_detector(tmp_path, tiny.pv_rcnn())
+    path = tmp_path / "encoder.safetensors"
+    good = path.read_bytes()
+    for way, value in (
+        ("encoder.voxels.channels", [65_536] * 5),
+        ("encoder.voxels.channels", [0] * 5),
+        ("encoder.conv3.channels", [4, 10**30]),
+        ("encoder.conv3.radii", [0.5] * 100),
+        ("encoder.conv3.radii", [0.5, "inf"]),
+        ("encoder.conv3.limits", [4, 0]),
+        ("encoder.keypoints", -1),
+        ("encoder.voxels.grid.range", [0.0, 0.0, 0.0, "inf", 1.0, 1.0]),
+    ):
+        path.write_bytes(good)
+        forge(path, {way: value})
+        with pytest.raises(InvalidInput, match=r"the configuration in .*encoder.safetensors cannot be used: "):
+            load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_with_nan_or_inf_are_refused_and_named(tmp_path, value):
+    detector = tiny.second_iou()
+    name = next(iter(detector.encoder.state_dict()))
+    with torch.no_grad():
+        detector.encoder.state_dict()[name].view(-1)[1] = value
+    save_run_detector(tmp_path, detector)
+    with pytest.raises(InvalidInput, match=rf"weights of .*detector.safetensors hold NaN or inf in encoder.{name}; "):
+        load_detector(tmp_path)
+    with pytest.raises(InvalidInput, match=rf"weights of .*encoder.safetensors hold NaN or inf in {name}; "):
+        load_encoder(tmp_path)
+
+
+def test_loading_draws_as_many_random_numbers_as_building_does(path):
+    config = load_detector(path).config
+    torch.manual_seed(0)
+    config.build()
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    load_detector(path)
+    assert torch.equal(torch.rand(3), expected)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ....core.errors import require_counts
 from ....core.features import SparseVoxels
 from ....core.structures import Labels, LossTerms
 from ..anchors import AnchorClass
@@ -44,6 +45,10 @@ class BevBackboneConfig:
     """Channels of each block. Most of a decoder's parameters and time are here."""
     up_channels: tuple[int, int] = (256, 256)
     """Channels of each block after up-sampling to stride 1; their sum goes to the heads."""
+
+    def __post_init__(self) -> None:
+        require_counts("BevBackboneConfig", least=0, most=1000, layers=self.layers)
+        require_counts("BevBackboneConfig", channels=self.channels, up_channels=self.up_channels)
 
 
 class BevBackbone(nn.Module):

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ....core.cut import CutSpec
-from ....core.errors import InvalidInput
+from ....core.errors import InvalidInput, require, require_counts
 from ....core.features import CutFeatures, Keypoints
 from ....core.structures import Labels, LossTerms, Predictions
-from ..anchors import KITTI_ANCHORS, AnchorClass, make_anchors
+from ..anchors import KITTI_ANCHORS, AnchorClass, check_anchors, make_anchors
 from ..encoders.norm import RowBatchNorm
 from ..encoders.set_abstraction import SetAbstraction, SetAbstractionConfig
 from ..post_processing import FinalNms, ProposalNms, Proposals, decode_regions, propose, select_detections
@@ -65,6 +65,17 @@ class PvRcnnConfig:
     """How refined proposals become detections."""
     dense_weights: DenseLossWeights = DenseLossWeights()
     """Weights of the anchor head's losses."""
+
+    def __post_init__(self) -> None:
+        check_anchors("PvRcnnConfig", self.anchors)
+        require_counts(
+            "PvRcnnConfig",
+            fused_channels=self.fused_channels,
+            keypoint_channels=self.keypoint_channels,
+            head_channels=self.head_channels,
+        )
+        require_counts("PvRcnnConfig", most=64, grid_size=self.grid_size)
+        require(0 <= self.dropout <= 1, f"PvRcnnConfig.dropout must be in 0..1, found {self.dropout}")
 
 
 @dataclass(frozen=True, kw_only=True)

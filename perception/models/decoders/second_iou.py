@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....core.cut import CutSpec
+from ....core.errors import require, require_counts
 from ....core.features import CutFeatures
 from ....core.structures import Labels, LossTerms, Predictions
 from ....ops.roi_grid import roi_grid_sample
-from ..anchors import KITTI_ANCHORS, AnchorClass, make_anchors
+from ..anchors import KITTI_ANCHORS, AnchorClass, check_anchors, make_anchors
 from ..post_processing import FinalNms, ProposalNms, Proposals, propose, select_detections
 from ..targets import RoiSampling, iou_quality_target, match_rois
 from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
@@ -57,6 +58,12 @@ class SecondIouConfig:
     """Weights of the anchor head's losses."""
     iou_weight: float = 1.0
     """Weight of the IoU head's loss."""
+
+    def __post_init__(self) -> None:
+        check_anchors("SecondIouConfig", self.anchors)
+        require_counts("SecondIouConfig", head_channels=self.head_channels)
+        require_counts("SecondIouConfig", most=256, pool_size=self.pool_size)
+        require(0 <= self.dropout <= 1, f"SecondIouConfig.dropout must be in 0..1, found {self.dropout}")
 
 
 @dataclass(frozen=True, kw_only=True)

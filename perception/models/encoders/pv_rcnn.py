@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ....core.cut import KeypointSpec, VoxelGrid, cell_centers
+from ....core.errors import require_counts
 from ....core.features import CutFeatures, Keypoints, SparseVoxels
 from ....core.structures import PointCloud
 from ....ops.bev_interpolate import bev_interpolate
@@ -53,6 +54,9 @@ class PvRcnnEncoderConfig:
     """The same after conv3 (stride 4)."""
     conv4: SetAbstractionConfig | None = SetAbstractionConfig(channels=(64, 64), radii=(2.4, 4.8), limits=(16, 32))
     """The same after conv4 (stride 8)."""
+
+    def __post_init__(self) -> None:
+        require_counts("PvRcnnEncoderConfig", most=2**31 - 1, keypoints=self.keypoints)
 
     @property
     def grid(self) -> VoxelGrid:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ....core.cut import CutSpec, VoxelGrid
-from ....core.errors import InvalidInput
+from ....core.errors import InvalidInput, require_counts
 from ....core.features import CutFeatures, SparseVoxels
 from ....core.structures import PointCloud
 from ....ops.sparse_conv import Rulebook, StridedConv3d, SubmanifoldConv3d, submanifold_rulebook
@@ -41,6 +41,12 @@ class SecondEncoderConfig:
     channels: tuple[int, int, int, int, int] = (16, 32, 64, 64, 128)
     """Channels of conv_input and conv1, conv2, conv3, conv4, and conv_out. The last is the number of values per cell that leaves
     the vehicle."""
+
+    def __post_init__(self) -> None:
+        require_counts("SecondEncoderConfig", channels=self.channels)
+        require_counts(
+            "SecondEncoderConfig", most=2**31 - 1, max_points_per_voxel=self.max_points_per_voxel, max_voxels=self.max_voxels
+        )
 
     def build(self) -> SecondEncoder:
         """Make the encoder with fresh weights, drawn from torch's global generator.

@@ -11,6 +11,7 @@ statistics. The encoder gathers keypoints this way, the decoder the grid points 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -18,6 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ....core.errors import require, require_counts
 from ....ops.ball_query import Neighbors, ball_query
 from ....ops.neighbor_mlp import neighbor_mlp_max
 from ....ops.segment_max import segment_max
@@ -33,6 +35,17 @@ class SetAbstractionConfig:
     """Radius of each ball in meters. Objects of about this size are told apart."""
     limits: tuple[int, ...]
     """Maximum number of neighbors in each ball."""
+
+    def __post_init__(self) -> None:
+        require_counts("SetAbstractionConfig", channels=self.channels, limits=self.limits)
+        require(
+            len(self.radii) == len(self.limits) and 1 <= len(self.radii) <= 64,
+            f"SetAbstractionConfig needs one limit for each of 1..64 radii, found {len(self.limits)} for {len(self.radii)}",
+        )
+        require(
+            all(0 < radius < math.inf for radius in self.radii),
+            f"SetAbstractionConfig.radii must be positive and finite, found {self.radii}",
+        )
 
     @property
     def out_channels(self) -> int:
