@@ -86,7 +86,7 @@ def make_anchors(spec: CutSpec, classes: tuple[AnchorClass, ...]) -> Tensor:
         (H, W, 2 * classes, 7) boxes in the shifted frame; the third index is 2 * class + yaw.
 
     Raises:
-        InvalidInput: The grid has so many cells that the anchors would fill the memory.
+        InvalidInput: There would be more than `MAX_ANCHORS` anchors.
     """
     _, height, width = spec.shape
     if height * width * 2 * len(classes) > MAX_ANCHORS:
