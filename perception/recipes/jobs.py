@@ -22,7 +22,7 @@ from ..server.store import SmashedStore
 from ..server.trainer import upcycle
 from ..training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
 from ..training.distributed import DistributedContext, init_distributed, per_rank
-from ..training.loop import create_run
+from ..training.loop import LoopConfig, create_run
 from ..training.run_folder import RunFolder
 from ..training.supervised import train_supervised
 from ..wire.codec import check_codec
@@ -141,8 +141,7 @@ def train_preset(
     """
     device = check_run_options(seed=seed, steps=steps, workers=workers, device=device)
     preset, split, out = find_preset(preset), find_data(data, "train"), Path(out)
-    optim = preset.train.loop.optim
-    loop = replace(preset.train.loop, seed=seed, optim=replace(optim, total_steps=optim.total_steps if steps is None else steps))
+    loop = _loop(preset.train.loop, seed, steps)
     preset = replace(preset, train=replace(preset.train, loop=loop))
     context = init_distributed()
     if preset.train.gt_sampling:
@@ -224,10 +223,7 @@ def upcycle_preset(
     rig = rig or RigSpec()
     chosen = find_method(method)
     name = method if isinstance(method, str) else chosen.summary
-    optim = preset.upcycle.loop.optim
-    loop = replace(
-        preset.upcycle.loop, seed=seed, optim=replace(optim, total_steps=optim.total_steps if steps is None else steps)
-    )
+    loop = _loop(preset.upcycle.loop, seed, steps)
     settings = replace(preset.upcycle, loop=loop)
     preset = replace(preset, upcycle=settings)
     student = load_detector(detector)
@@ -239,9 +235,11 @@ def upcycle_preset(
         split.ensure_gt_database()
     labeled = labeled_batches(preset, split, batch_size=settings.labeled_batch, seed=seed, size_shift=shift)
     if chosen.unlabeled == "raw" and raw is None:
-        raise InvalidInput(f"the method {name} learns from raw unlabeled scans; give them with --raw DIR[:SPLIT]")
+        raise InvalidInput(f"the method {name} learns from raw unlabeled scans; give raw=… (option --raw DIR[:SPLIT])")
     if chosen.unlabeled == "smashed" and store is None:
-        raise InvalidInput(f"the method {name} learns from smashed scenes; give --store, which `extract` and `ingest` make")
+        raise InvalidInput(
+            f"the method {name} learns from smashed scenes; give store=… (option --store), which `extract` and `ingest` make"
+        )
     # A method without scenes still gets their codec, so that all methods see the same labeled features.
     scenes = None if store is None else fleet_store(Path(store), student, rig)
     codec_used = codec or _codec_of(scenes)
@@ -312,6 +310,12 @@ def evaluate_on(detector: Detector | str | Path, data: Data, *, protocol: Protoc
     return score_detector(loaded, find_data(data, "val").open(), protocol)
 
 
+def _loop(loop: LoopConfig, seed: int, steps: int | None) -> LoopConfig:
+    """A preset's loop with the caller's seed and, where given, number of steps."""
+    optim = loop.optim if steps is None else replace(loop.optim, total_steps=steps)
+    return replace(loop, seed=seed, optim=optim)
+
+
 def _ensure_gt_database(split: DataSplit, context: DistributedContext) -> None:
     """Let the first process build the object database while the others wait; an error reaches all of them."""
     message = ""
@@ -333,5 +337,7 @@ def _codec_of(store: SmashedStore | None) -> str:
             "the store holds no scene; look for reasons in its quarantine folder, then run `extract` and `ingest` again"
         )
     if len(store.codecs) > 1:
-        raise InvalidInput(f"the store holds scenes of several codecs ({', '.join(store.codecs)}); choose one with --codec")
+        raise InvalidInput(
+            f"the store holds scenes of several codecs ({', '.join(store.codecs)}); choose one with codec=… (option --codec)"
+        )
     return store.codecs[0]

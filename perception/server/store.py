@@ -226,6 +226,10 @@ class SmashedStore:
     def __len__(self) -> int:
         return len(self._offset)
 
+    def digest(self) -> str:
+        """SHA-256 of the scenes in the store, in any order: two stores with the same scenes have the same digest."""
+        return hashlib.sha256(b"".join(sorted(row.tobytes() for row in self._sha256))).hexdigest()
+
     def __getitem__(self, index: int) -> SmashedScene:
         """Read one scene.
 

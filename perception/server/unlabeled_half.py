@@ -210,13 +210,12 @@ def _checked_scene(
     if not isinstance(result, tuple | list) or len(result) != 2 or not isinstance(result[0], CutFeatures):
         kinds = [type(part).__name__ for part in result] if isinstance(result, tuple | list) else type(result).__name__
         raise InvalidInput(f"{who} must return a pair of CutFeatures and Labels, found {kinds}")
-    scene, old = result[0], given[0][0]
-    if scene is not old:
-        fault = _fault_of_scene(scene, old)
-        if fault is None and not _finite(scene) and all(_finite(before) for before, _ in given):
-            fault = "features or keypoints that are not finite"
-        if fault is not None:
-            raise InvalidInput(f"{who} returned {fault}; correct the function")
+    scene = result[0]
+    fault = _fault_of_scene(scene, given[0][0])  # also of a scene that the function changed in place
+    if fault is None and not _finite(scene) and all(_finite(before) for before, _ in given):
+        fault = "features or keypoints that are not finite"
+    if fault is not None:
+        raise InvalidInput(f"{who} returned {fault}; correct the function")
     return scene, _checked_labels(result[1], function, role, teacher, *(labels.boxes for _, labels in given))
 
 

@@ -39,6 +39,16 @@ def test_a_store_opens_from_a_string_and_a_folder_without_one_says_what_to_do(in
     assert len(SmashedStore(str(store))) == 1
 
 
+def test_stores_of_as_many_other_scenes_are_told_apart_by_their_digest(tmp_path):
+    """What is computed of a store is kept under this digest; the number of scenes alone would give one store's results to another."""
+    scenes, digests = [scene(0), scene(1), scene(2)], []
+    for name, chosen in (("a", scenes[:2]), ("b", [scenes[1], scenes[0]]), ("c", scenes[1:])):
+        upload(tmp_path / f"incoming_{name}", chosen)
+        ingest_all(tmp_path / f"incoming_{name}", tmp_path / name)
+        digests.append(SmashedStore(tmp_path / name).digest())
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_a_damaged_catalog_says_how_to_rebuild_it(incoming, store):
     upload(incoming, [scene(0)])
     ingest_all(incoming, store)

@@ -253,6 +253,15 @@ def test_an_augmentation_or_mixing_that_returns_something_wrong_is_named(scenes,
         half(scenes, teacher, replace(METHODS["hybrid"], mixing=lambda a, b, c, d, rng: function(a, b, rng)))
 
 
+def test_an_augmentation_that_moves_cells_in_place_is_checked_too(scenes, teacher):
+    def outside(scene, labels, rng):
+        scene.voxels.coords[:, 3] += 90
+        return scene, labels
+
+    with pytest.raises(InvalidInput, match="a cell outside the grid"):
+        half(scenes, teacher, replace(METHODS["hybrid"], augmentation=outside))
+
+
 # ---- raw scans
 
 RAW = UnlabeledBatches(

@@ -102,7 +102,7 @@ def cached_on_store(
     Args:
         path: The file.
         detector: The detector that proposes; its encoder must have made the scenes.
-        store: The scenes; the fingerprint of their encoder is part of the file.
+        store: The scenes; their digest and the fingerprint of their encoder are part of the file.
         selection: Which proposals are kept.
         on_progress: Called after each batch.
 
@@ -112,7 +112,7 @@ def cached_on_store(
     Raises:
         InvalidInput: The file holds other proposals, or the store holds no scene.
     """
-    data = f"store: {len(store)} scenes of the encoder {store.fingerprint[:16]}"
+    data = f"store: {len(store)} scenes {store.digest()[:16]} of the encoder {store.fingerprint[:16]}"
     return cached_proposals(
         path,
         detector,
