@@ -221,6 +221,19 @@ def test_view_draws_frames_with_detections(chain):
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (chain / "pictures").iterdir())
 
 
+def test_an_ingest_with_a_forgotten_rig_says_so_and_binds_the_store_to_nothing(chain, tmp_path, capsys):
+    shutil.copytree(chain / "store" / "shards", tmp_path / "shards")
+    arguments = ["--store", str(tmp_path / "store"), "--detector", str(chain / "source")]
+    module = importlib.import_module("upcycle3d.tools.ingest")
+    assert run_command(module.command, [str(tmp_path / "shards"), *arguments]) == 2
+    assert "--rig options as in `extract`" in capsys.readouterr().err.replace("\n", " ")
+    quarantine = tmp_path / "store" / "quarantine"
+    for file in [*quarantine.glob("*.tar"), *quarantine.glob("*.json")]:
+        shutil.copy(file, tmp_path / "shards")
+    assert run_command(module.command, [str(tmp_path / "shards"), *arguments, "--rig.z-shift", "1.73"]) == 0
+    assert len(SmashedStore(tmp_path / "store")) > 0
+
+
 def test_doctor_checks_the_sparse_convolution(chain):
     upcycle3d("doctor", "--repeats", 0, "--json", chain / "doctor.json")
     assert "agrees" in json.loads((chain / "doctor.json").read_text())["checks"]["sparse convolution, CPU"]

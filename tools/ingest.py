@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from ..core.errors import UpcycleError
 from ..core.rig import RigSpec
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
 from ..perception.server.ingest import ingest
@@ -59,6 +60,12 @@ def command(config: Ingest) -> None:
             print_table(title, ("shard", "why"), [(r.shard[:16], r.reason) for r in refusals])
     console.print(f"store: {config.store}")
     write_json(config.json, asdict(report))
+    if report.quarantined and not (report.accepted or report.already_there):
+        raise UpcycleError(
+            f"no shard was accepted; the {len(report.quarantined)} refused ones are in {config.store}/quarantine with the reasons. If they "
+            "name another encoder, the detector or the rig differs: give the same --detector and --rig options as in `extract`, and move "
+            "the shards back"
+        )
 
 
 if __name__ == "__main__":

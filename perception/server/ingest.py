@@ -269,6 +269,8 @@ class _Ingest:
 
     def run(self) -> IngestReport:
         catalog = read_catalog(self.store) or Catalog.empty(self.spec, self.fingerprint)
+        if not len(catalog.rows):  # a store that accepted nothing so far belongs to no encoder yet
+            catalog = Catalog.empty(self.spec, self.fingerprint)
         if (catalog.spec, catalog.fingerprint) != (self.spec, self.fingerprint):
             raise InvalidInput(
                 f"the store {self.store} holds scenes of encoder {catalog.fingerprint[:12]} cut at {catalog.spec.layer!r} "
