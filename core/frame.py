@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .errors import InvalidInput
+from .ledger import Ledger
 from .rig import RigSpec
 from .structures import Labels, PointCloud
 from .tensor_value import TensorValue, shape_of
@@ -51,6 +52,9 @@ class Frame(TensorValue):
 
     rig: RigSpec = RigSpec()
     """What was done to points and labels: `rig.to_sensor` brings them back to the sensor frame. The default did nothing."""
+
+    reading: Ledger = Ledger()
+    """What the reader counted and dropped on the way. A reader that counts nothing leaves it empty."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str):

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.errors import InvalidInput, UpcycleError
+from ..core.ledger import Ledger, judge, stop_if_absurd
 
 # Wide where the output is not a terminal, so that tables in a log keep their words.
 console = Console(stderr=False, highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -127,6 +128,34 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[objec
     for row in body:
         table.add_row(*[_escape(c) for c in row])
     console.print(table)
+
+
+def settle(ledger: Ledger, title: str, *, refuse_lost_cells: bool = False) -> None:
+    """Print what a command read and dropped, warn of what is absurd, and stop where everything was lost.
+
+    Args:
+        ledger: The counts of the command. Write its result files before, so that nothing is lost.
+        title: Text above the table.
+        refuse_lost_cells: See `judge`.
+
+    Raises:
+        UpcycleError: A rule of `core/ledger.py` stops the command.
+    """
+    print_table(title, ("", "number", "share"), ledger.rows())
+    findings = judge(ledger, refuse_lost_cells=refuse_lost_cells)
+    for finding in findings:
+        if not finding.stops:
+            print_warning(finding.text)
+    stop_if_absurd(findings)
+
+
+def print_warning(text: str) -> None:
+    """Print one warning to the error stream.
+
+    Args:
+        text: One sentence: what was found, its likely cause, what to do.
+    """
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold yellow]warning:[/] {_escape(text)}")
 
 
 def _is_number(text: str) -> bool:

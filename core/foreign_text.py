@@ -1,0 +1,56 @@
+"""Text from outside, made safe to show: names of uploads, manifests, labels, paths and what is inside files of others.
+
+Such text may hold escape sequences that move a terminal's cursor, a million letters, or line breaks that imitate another message.
+`shown` is the only way such text gets into a message, a table or a page; `check_name` is the only way it becomes part of a path.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+from .errors import InvalidInput
+
+LONGEST_NAME = 200
+"""Letters of the longest name that is taken for a frame, a segment or a split; file systems end at 255 bytes."""
+
+
+def shown(text: object, *, most: int = 200) -> str:
+    """Make a value from outside fit for one line of a terminal, a log or a page.
+
+    Args:
+        text: The value; anything but text is turned into text first.
+        most: Letters to keep. A longer text ends with `…`.
+
+    Returns:
+        The text without control characters, line breaks and direction marks: each becomes its escape, such as `\\x1b`.
+
+    Example:
+        >>> shown("scan\\x1b[2J")
+        'scan\\\\x1b[2J'
+    """
+    letters = str(text)
+    cut = letters[:most]
+    plain = "".join(c if c == " " or unicodedata.category(c)[0] not in "CZ" else c.encode("unicode_escape").decode() for c in cut)
+    return plain if len(letters) <= most else f"{plain}…"
+
+
+def check_name(name: str, what: str) -> str:
+    """Refuse a name from outside that cannot safely be a file name.
+
+    Args:
+        name: Id of a frame, a segment or a split.
+        what: What it names, for the message: "frame id".
+
+    Returns:
+        The same name.
+
+    Raises:
+        InvalidInput: It is empty, too long, `.` or `..`, starts with a dot, or holds a slash, a backslash or a control character.
+    """
+    bad = not name or len(name) > LONGEST_NAME or name.startswith(".") or "/" in name or "\\" in name or name != name.strip()
+    if bad or shown(name, most=LONGEST_NAME) != name:
+        raise InvalidInput(
+            f"the {what} {shown(name)!r} cannot be a file name: it must have 1 to {LONGEST_NAME} printable letters, no slash, and no dot "
+            "in front; rename it"
+        )
+    return name

@@ -1,0 +1,139 @@
+"""What a training knew about its data, kept beside the weights: rig, point features, and simple statistics of the scans.
+
+A detector file and an encoder file carry one `TrainedOn`. Later commands take the rig from it, and compare the scans they read
+with those of training: a scan whose road lies 1.7 m lower gives boxes that look right and are not.
+
+Read next: `perception/training/detector_files.py`, which writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .rig import RigSpec
+from .structures import PointCloud
+
+GROUND_TOLERANCE = 0.6
+"""Meters by which the ground height may differ from that of training before a warning follows."""
+COUNT_FACTOR = 3.0
+"""Factor by which points or occupied cells per scan may differ from those of training before a warning follows."""
+INTENSITY_FACTOR = 4.0
+"""Factor by which the mean intensity may differ from that of training before a warning follows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanStatistics:
+    """Simple statistics of scans in the shifted frame: medians over scans, so that one odd scan changes nothing."""
+
+    scans: int
+    """Number of scans that were looked at."""
+    points: float
+    """Points per scan in the detector's range."""
+    cells: float
+    """Occupied cells of the detector's grid per scan, those over the voxel limit included."""
+    ground_height: float
+    """Height of the road in meters: the 10th percentile of z of the points within 5 to 30 m of the sensor. NaN without such points."""
+    intensity: float
+    """Mean intensity. NaN for scans without intensity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedOn:
+    """What a training knew about its data."""
+
+    rig: RigSpec
+    """Rig of the training data: the default of every later command."""
+    feature_names: tuple[str, ...]
+    """Point features of the training scans, after x, y, z."""
+    classes: tuple[str, ...]
+    """Class names of the detector, in the order of the class numbers."""
+    point_range: tuple[float, float, float, float, float, float]
+    """Range of the detector's grid: x, y, z where it starts, then where it ends, in meters."""
+    scans: ScanStatistics | None = None
+    """Statistics of the training scans; None where nobody measured them, as in imported weights."""
+    camera_view: bool = False
+    """Whether the training scans held only what a camera sees."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanMeasures:
+    """The measures of one scan that `ScanStatistics` summarizes."""
+
+    points: int
+    """Points in the detector's range."""
+    cells: int
+    """Occupied cells."""
+    ground_height: float
+    """Height of the road in meters, or NaN."""
+    intensity: float
+    """Mean intensity, or NaN."""
+
+
+def estimate_road_height(points: PointCloud) -> float:
+    """Estimate the height of the road in one scan.
+
+    Args:
+        points: A scan, z up.
+
+    Returns:
+        The 10th percentile of z of the points within 5 to 30 m of the sensor, in meters; NaN with fewer than 50 such points.
+    """
+    distance = torch.linalg.vector_norm(points.xyz[:, :2], dim=1)
+    near = points.xyz[(distance > 5) & (distance < 30), 2]
+    return float(np.percentile(near.numpy(), 10)) if len(near) >= 50 else float("nan")
+
+
+def summarize_scans(measures: Sequence[ScanMeasures]) -> ScanStatistics | None:
+    """Summarize the measures of scans.
+
+    Args:
+        measures: One entry per scan.
+
+    Returns:
+        Medians, NaN left out; None without a scan.
+    """
+    if not measures:
+        return None
+
+    def median(values: Sequence[float]) -> float:
+        known = [v for v in values if v == v]
+        return float(np.median(known)) if known else float("nan")
+
+    return ScanStatistics(
+        scans=len(measures),
+        points=median([m.points for m in measures]),
+        cells=median([m.cells for m in measures]),
+        ground_height=median([m.ground_height for m in measures]),
+        intensity=median([m.intensity for m in measures]),
+    )
+
+
+def compare_scans(trained: ScanStatistics, found: ScanStatistics) -> tuple[str, ...]:
+    """Compare scans with those of training.
+
+    Args:
+        trained: Statistics of the training scans.
+        found: Statistics of the scans at hand.
+
+    Returns:
+        One sentence for each difference that is large enough to spoil detections, with the option that mends it.
+    """
+    warnings: list[str] = []
+    lift = found.ground_height - trained.ground_height
+    if abs(lift) > GROUND_TOLERANCE:
+        warnings.append(
+            f"the road lies at z = {found.ground_height:.2f} m in these scans and at {trained.ground_height:.2f} m in the training scans; "
+            f"a z shift that is {-lift:+.2f} m different would bring them together (--z-shift)"
+        )
+    for what, now, then, factor, hint in (
+        ("points per scan", found.points, trained.points, COUNT_FACTOR, "another sensor, range or crop (--calib)"),
+        ("occupied cells per scan", found.cells, trained.cells, COUNT_FACTOR, "another sensor, range or crop (--calib)"),
+        ("mean intensity", found.intensity, trained.intensity, INTENSITY_FACTOR, "another intensity scale (--intensity-scale)"),
+    ):
+        if now == now and then == then and then > 0 and not then / factor <= now <= then * factor:
+            warnings.append(f"{what}: {now:.3g} in these scans, {then:.3g} in the training scans; a likely cause is {hint}")
+    return tuple(warnings)

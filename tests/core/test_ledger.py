@@ -1,0 +1,51 @@
+"""The rules of a ledger: what is usual passes in silence, what is absurd warns, and a total loss stops."""
+
+from __future__ import annotations
+
+import pytest
+
+from upcycle3d.core.errors import UpcycleError
+from upcycle3d.core.ledger import Ledger, judge, stop_if_absurd
+
+
+def test_usual_counts_pass_without_a_word():
+    usual = Ledger(scans=10, points=1000, points_outside_range=200, cells=500, cells_over_limit=5, boxes={"Car": 20})
+    assert judge(usual) == ()
+
+
+def test_counts_add_up_and_survive_json():
+    one = Ledger(scans=1, points=10, boxes={"Car": 2}, types_dropped={"Van": 1})
+    both = one + Ledger(scans=1, points=5, boxes={"Car": 1, "Bus": 1})
+    assert both == Ledger(scans=2, points=15, boxes={"Car": 3, "Bus": 1}, types_dropped={"Van": 1})
+    assert Ledger.total([one, one]) == one + one
+    assert Ledger.from_json(both.to_json()) == both
+
+
+@pytest.mark.parametrize(
+    ("absurd", "words"),
+    [
+        (Ledger(points=100, points_outside_range=100), "z-shift"),
+        (Ledger(points=100, points_outside_camera=100), "image-size"),
+        (Ledger(points=100, points_zero=100), "columns"),
+        (Ledger(boxes={"Car": 3}, boxes_empty={"Car": 3}), "yaw degrees"),
+        (Ledger(boxes={"Car": 3}, boxes_outside_range={"Car": 3}), "range"),
+    ],
+)
+def test_a_total_loss_stops_and_names_the_option(absurd, words):
+    with pytest.raises(UpcycleError, match=words):
+        stop_if_absurd(judge(absurd))
+
+
+def test_a_large_loss_warns_and_lost_cells_stop_only_where_asked():
+    (warning,) = judge(Ledger(points=100, points_outside_range=67))
+    assert not warning.stops
+    assert "67%" in warning.text
+    lost = Ledger(points=10, cells=100, cells_over_limit=20)
+    assert [f.stops for f in judge(lost)] == [False]
+    assert [f.stops for f in judge(lost, refuse_lost_cells=True)] == [True]
+
+
+def test_a_row_gives_number_and_share():
+    rows = Ledger(scans=2, points=1000, points_outside_range=250, boxes={"Car": 0}).rows()
+    assert ("points outside the range", "250", "25.0%") in rows
+    assert ("boxes: Car", "0", "") in rows
