@@ -16,7 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import atomic_file
+from ..core.ledger import Ledger
 from ..core.rig import RigSpec
 from .frame_source import DatasetOrigin, DescribedSource, FrameSource
 from .prepared_format import PREPARED_VERSION, FrameFailure, PreparedHeader, origin_to_json, read_index
@@ -55,6 +56,8 @@ class PrepareReport:
     """Good frames by name of the split."""
     failures: tuple[FrameFailure, ...]
     """The frames that were left out, with reasons."""
+    ledger: Ledger = Ledger()
+    """What the readers counted and dropped, with the boxes by class."""
 
 
 def prepare(
@@ -232,7 +235,21 @@ def _publish(
         empty_boxes=pc.sum(pc.equal(box_points, 0)).as_py() or 0,
         splits={name: len(names) for name, names in kept.items()},
         failures=header.failures,
+        ledger=_ledger(table, classes, len(failures)),
     )
+
+
+def _ledger(table: pa.Table, classes: tuple[str, ...], failed: int) -> Ledger:
+    """What the readers of all good frames counted, and their boxes by class. A reader that counts nothing has its points counted."""
+    total = Ledger(scans=len(table), scans_failed=failed, boxes=dict.fromkeys(classes, 0))
+    columns = zip(*(table[name].to_pylist() for name in ("reading", "num_points", "classes", "box_points")))
+    for reading, num_points, numbers, box_points in columns:
+        read = Ledger.from_json(json.loads(reading)) if reading else Ledger()
+        boxes = Counter(classes[number] for number in numbers or ())
+        empty = Counter(classes[number] for number, count in zip(numbers or (), box_points or ()) if count == 0)
+        read = replace(read, scans=0, points=read.points or num_points, boxes=boxes, boxes_empty=empty)
+        total = total + read
+    return total
 
 
 def _good_frames(table: pa.Table) -> tuple[list[int], list[FrameFailure], tuple[str, ...], RigSpec]:

@@ -83,7 +83,7 @@ class PreparedDataset:
                 f"{self.root} names {twice} frames twice, which training would see twice; its files were edited: prepare the dataset again"
             )
         table = table.take([position[frame_id] for frame_id in self.ids])
-        self._table: pa.Table = table.drop_columns(list(KITTI_COLUMNS[1:])).combine_chunks()
+        self._table: pa.Table = table.drop_columns([*KITTI_COLUMNS[1:], "reading"]).combine_chunks()
         self._kitti: pa.Table = table.select(list(KITTI_COLUMNS)).combine_chunks()
         self._check_parts()
 

@@ -30,14 +30,16 @@ import torch
 from ..core.config_json import config_from_json
 from ..core.errors import InvalidInput
 from ..core.frame import Calibration, Frame
+from ..core.ledger import Ledger
 from ..core.rig import RigSpec
 from ..core.structures import Labels
 from ..ops.points_in_boxes import count_points_in_boxes
 from .frame_source import DatasetOrigin, Layout
 from .kitti_text import KittiObjects
 
-PREPARED_VERSION = 2
-"""Version 2 added the rig of each frame and KITTI's label files. Version 1 is still read, and scored by every protocol but KITTI's."""
+PREPARED_VERSION = 3
+"""Version 2 added the rig of each frame and KITTI's label files; version 3 what the reader counted. Versions 1 and 2 are still read;
+version 1 is scored by every protocol but KITTI's."""
 
 # One row per frame. Boxes, matrices and the like are flat lists; null means "not known" (no labels, no calibration).
 _COLUMNS = [
@@ -65,7 +67,12 @@ _SINCE_VERSION_2 = [
     ("kitti_types", pa.list_(pa.string())),  # the frame's label file, every line of it
     ("kitti_numbers", pa.list_(pa.float64())),  # its 14 numeric columns, line after line
 ]
-_SCHEMAS: Mapping[int, pa.Schema] = {1: pa.schema(_COLUMNS), 2: pa.schema(_COLUMNS + _SINCE_VERSION_2)}
+_SINCE_VERSION_3 = [("reading", pa.string())]  # the frame's `Ledger` as JSON; null where the reader counted nothing
+_ADDED = {2: _SINCE_VERSION_2, 3: _SINCE_VERSION_3}
+_SCHEMAS: Mapping[int, pa.Schema] = {
+    version: pa.schema(_COLUMNS + [column for since in range(2, version + 1) for column in _ADDED[since]])
+    for version in range(1, PREPARED_VERSION + 1)
+}
 INDEX_SCHEMA = _SCHEMAS[PREPARED_VERSION]
 KITTI_COLUMNS = ("id", "kitti_types", "kitti_numbers")
 """The columns that `row_kitti_objects` needs; everything else needs none of the last two."""
@@ -152,13 +159,13 @@ class _StoredHeader:
 
 
 def read_header(root: Path) -> PreparedHeader:
-    """Read `dataset.json` of a prepared dataset, of this version or of version 1.
+    """Read `dataset.json` of a prepared dataset, of this version or an earlier one.
 
     Args:
         root: Folder of the dataset.
 
     Returns:
-        The header; a header of version 1 in the words of version 2.
+        The header; a header of version 1 in the words of this version.
 
     Raises:
         InvalidInput: The folder holds no finished prepared dataset, one of an unknown version, or one whose header is damaged.
@@ -230,7 +237,7 @@ def read_index(path: Path, version: int = PREPARED_VERSION) -> pa.Table:
         raise InvalidInput(f"{path} is damaged ({error}); copy the dataset again, or prepare it again") from error
     if not table.schema.equals(_SCHEMAS[version]):
         raise InvalidInput(f"{path} has other columns than schema version {version}; prepare the dataset again")
-    for name, kind in _SINCE_VERSION_2 if version == 1 else []:
+    for name, kind in (column for since in range(version + 1, PREPARED_VERSION + 1) for column in _ADDED[since]):
         table = table.append_column(name, pa.nulls(len(table), kind))
     return table
 
@@ -313,6 +320,7 @@ def frame_row(frame: Frame, kitti: KittiObjects | None, *, offset: int, crc32: i
         "crc32": crc32,
         "z_shift": frame.rig.z_shift,
         "intensity_scale": frame.rig.intensity_scale,
+        "reading": None if frame.reading == Ledger() else json.dumps(frame.reading.to_json()),
     }
     if (labels := frame.labels) is not None:
         box_points = labels.num_points

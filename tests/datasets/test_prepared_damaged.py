@@ -120,7 +120,7 @@ def test_an_index_with_other_columns_than_its_version_is_refused(root):
         table.set_column(3, "offset", table["offset"].cast(pa.int32())),
     ):
         pq.write_table(other, index_of(root))
-        refused(root, "has other columns than schema version 2")
+        refused(root, "has other columns than schema version 3")
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def test_the_command_that_is_advised_prepares_the_same_data(shares, raw, tmp_pat
 
 def test_preparation_never_goes_on_in_a_folder_of_version_1(raw, tmp_path):
     shutil.copytree(VERSION_1, tmp_path / "old")
-    with pytest.raises(InvalidInput, match=r"begun by another version of this program \(schema version 1, this one writes 2\)"):
+    with pytest.raises(InvalidInput, match=r"begun by another version of this program \(schema version 1, this one writes 3\)"):
         prepared(raw, tmp_path / "old")
 
 
