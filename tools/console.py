@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.ledger import Ledger, judge, stop_if_absurd
+from .terminal import SafeConsole, flush_output, plain, print_fault, print_labeled, silence, warnings_in_sentences
 
-# Wide where the output is not a terminal, so that tables in a log keep their words.
-console = Console(stderr=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+# Wide where the output is not a terminal, so that tables in a log keep their words. Text is printed as it is, never read as markup.
+console = SafeConsole(stderr=False, highlight=False, width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
 
 
 _RENAMED_PRESET_OPTIONS = {
@@ -78,38 +77,58 @@ def run_command(
         parsed_as: Another type to parse, whose values are of the parameter's type (subcommands with defaults).
 
     Returns:
-        Exit code: 0, 2 after an error, 130 after an interrupt.
+        Exit code: 0, 1 after an error that nobody foresaw, 2 after one that the user can mend, 130 after an interrupt.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    console.quiet = False
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is printed as an escape
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with warnings_in_sentences():
+            return _run(function, arguments, program, parsed_as)
+    finally:
+        flush_output()
+
+
+def _run(function: Callable[..., Any], arguments: Sequence[str] | None, program: str | None, parsed_as: Any) -> int:
     try:
         _refuse_renamed(function.__module__.rpartition(".")[2], sys.argv[1:] if arguments is None else arguments)
         (hint,) = [t for n, t in get_type_hints(function, include_extras=True).items() if n != "return"]
         # A preset's detector is one of several kinds; its default has decided which, so it is no subcommand.
-        plain = (tyro.conf.AvoidSubcommands,)
-        function(tyro.cli(parsed_as or hint, args=arguments, prog=program, description=function.__doc__, config=plain))
+        plain_unions = (tyro.conf.AvoidSubcommands,)
+        function(tyro.cli(parsed_as or hint, args=arguments, prog=program, description=function.__doc__, config=plain_unions))
     except UpcycleError as error:
         _print_error(str(error))
         return 2
+    except BrokenPipeError:  # nobody reads the output any more, as in `--help | head`
+        silence(sys.stdout)
+        return 0
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            where = error.filename or error
-            _print_error(f"the disk is full ({where}); what was finished is kept. Make room and run the command again")
-        elif error.filename is not None:  # a path the user named, or one that follows from it
-            _print_error(f"{error.strerror}: {error.filename}")
-        else:
-            raise
+        _print_error(_sentence(error))
+        return 2
+    except MemoryError:
+        _print_error(
+            "the memory is full; close other programs, or give this one less: fewer workers, smaller batches, smaller files"
+        )
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        print_fault(error)
+        return 1
     return 0
 
 
+def _sentence(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename or error}); what was finished is kept. Make room and run the command again"
+    names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{reason}: {names}" if names else f"the system refused to read or write: {reason}"
+
+
 def _print_error(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_escape(text)}")
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+    print_labeled("error", "bold red", text)
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -120,13 +139,13 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[objec
         header: One name per column.
         rows: One value per column in each row.
     """
-    table = Table(title=title, title_justify="left", title_style="bold")
-    body = [[f"{c:.2f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    table = Table(title=plain(title), title_justify="left", title_style="bold")
+    body = [[f"{c:.2f}" if isinstance(c, float) else plain(c) for c in row] for row in rows]
     for i, name in enumerate(header):
         numeric = bool(body) and all(_is_number(row[i]) for row in body)
         table.add_column(name, justify="right" if numeric else "left")
     for row in body:
-        table.add_row(*[_escape(c) for c in row])
+        table.add_row(*row)
     console.print(table)
 
 
@@ -155,7 +174,7 @@ def print_warning(text: str) -> None:
     Args:
         text: One sentence: what was found, its likely cause, what to do.
     """
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold yellow]warning:[/] {_escape(text)}")
+    print_labeled("warning", "bold yellow", text)
 
 
 def _is_number(text: str) -> bool:
@@ -201,6 +220,8 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int, int], None]]:
 
         yield line
         return
-    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
+    with Progress(
+        TextColumn(plain(what), markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done, of: bar.update(task, completed=done, total=of)

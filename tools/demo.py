@@ -44,7 +44,7 @@ def command(config: Demo) -> None:
     start = time.perf_counter()
 
     def say(text: str) -> None:
-        console.print(f"[{time.perf_counter() - start:5.0f} s] {text}", markup=False)
+        console.print(f"[{time.perf_counter() - start:5.0f} s] {text}")
 
     demo = run_demo(
         config.out,

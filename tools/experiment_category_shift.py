@@ -57,7 +57,7 @@ def command(config: CategoryShiftExperiment) -> None:
     )
 
     def say(text: str) -> None:
-        console.print(f"[{time.perf_counter() - start:5.0f} s] {text}", markup=False)
+        console.print(f"[{time.perf_counter() - start:5.0f} s] {text}")
 
     results, options = config.out / "results", RunOptions(say=say)
     for seed in config.seeds:

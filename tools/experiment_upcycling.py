@@ -107,7 +107,7 @@ def command(config: UpcyclingExperiment) -> None:
     )
 
     def say(text: str) -> None:
-        console.print(f"[{time.perf_counter() - start:5.0f} s] {text}", markup=False)
+        console.print(f"[{time.perf_counter() - start:5.0f} s] {text}")
 
     for seed in config.seeds:
         say(f"seed {seed}")

@@ -52,6 +52,18 @@ RENAMED_COMMANDS = {"bench upcycling": "experiment upcycling"}
 
 def main() -> None:
     """Entry point of the `upcycle3d` program."""
+    try:
+        try:
+            _main()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads any more, as in `upcycle3d --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())

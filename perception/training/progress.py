@@ -82,7 +82,7 @@ class TrainingProgress:
             text: One line.
         """
         if self._bar is not None:
-            self._bar.console.print(text)
+            self._bar.console.print(text, markup=False)
         elif self._enabled:
             print(text, file=sys.stderr, flush=True)
 

@@ -3,10 +3,14 @@
 import errno
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
+import tempfile
 import typing
+import unicodedata
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -14,7 +18,17 @@ from typing import get_type_hints
 import pytest
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.tools.console import RENAMED_OPTIONS, _refuse_renamed, print_table, progress_bar, run_command, write_json
+from upcycle3d.core.foreign_text import shown
+from upcycle3d.tools.console import (
+    RENAMED_OPTIONS,
+    _refuse_renamed,
+    console,
+    print_table,
+    print_warning,
+    progress_bar,
+    run_command,
+    write_json,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +57,8 @@ def test_a_full_disk_or_path_is_named_and_nothing_else_is_hidden(capsys):
     assert "/data/x" in error
     assert run_command(missing, []) == 2
     assert capsys.readouterr().err == "error: no such file: /data/[y]\n"
-    with pytest.raises(OSError, match="something else"):
-        run_command(nameless, [])
+    assert run_command(nameless, []) == 2
+    assert capsys.readouterr().err == "error: the system refused to read or write: something else\n"
 
 
 def test_brackets_in_a_message_survive(capsys):
@@ -54,6 +68,86 @@ def test_brackets_in_a_message_survive(capsys):
 
     assert run_command(fails, []) == 2
     assert "[batch, z, y, x]" in capsys.readouterr().err
+
+
+HOSTILE = (
+    "\\[/x]",
+    "[/x]",
+    "[bold]",
+    "a\x1b[2Jb",
+    "\x1b]0;title\x07",
+    "\u202eevil",
+    ":smile:",
+    "two\nlines",
+    "\udcff",
+    "[link=x]",
+    "\x9b31m",
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_of_others_is_printed_as_it_is_without_control_characters(text, capsys):
+    def fails(config: Arguments) -> None:
+        """Show a hostile text everywhere."""
+        print_table(f"title {text}", (f"column {text}", "b"), [(text, Path("/data") / text)])
+        console.print(f"line {text}")
+        print_warning(f"warned of {text}")
+        warnings.warn(f"python warned of {text}", UserWarning, stacklevel=2)
+        logging.getLogger("some.library").warning("logged %s", text)
+        with progress_bar(f"work on {text}", 1) as advance:
+            advance(1, 1)
+        raise InvalidInput(f"cannot read {text}")
+
+    assert run_command(fails, []) == 2
+    out, err = capsys.readouterr()
+    for stream in (out, err):
+        assert all(c == "\n" or unicodedata.category(c)[0] != "C" for c in stream)
+    wanted = "\n  ".join(shown(line) for line in text.split("\n"))
+    assert f"error: cannot read {wanted}\n" in err
+    assert f"warning: warned of {wanted}\n" in err
+    assert f"warning: python warned of {wanted}\n" in err
+    assert all(line[:8] in ("error: c", "warning:", "  lines") for line in err.splitlines())
+    for line in text.split("\n"):
+        assert out.count(shown(line)) >= 5  # title, column, two cells, line, progress
+
+
+def test_a_warning_is_one_sentence_without_a_file_and_is_printed_once(capsys):
+    def warns(config: Arguments) -> None:
+        """Warn as a reader does for every file."""
+        for _ in range(3):
+            warnings.warn("the intensity reaches 255", UserWarning, stacklevel=1)
+        warnings.warn("the intensity reaches 255", UserWarning, stacklevel=1)
+
+    assert run_command(warns, []) == 0
+    assert capsys.readouterr().err == "warning: the intensity reaches 255\n"
+
+
+def test_an_error_that_nobody_foresaw_is_a_sentence_and_its_details_are_kept(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def breaks(config: Arguments) -> None:
+        """Break."""
+        raise KeyError("velodyne")
+
+    assert run_command(breaks, []) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert "KeyError: 'velodyne'" in err
+    (details,) = tmp_path.iterdir()
+    assert str(details) in err
+    assert "Traceback" in details.read_text()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "run", "--help"], ["doctor", "--repeats", "0"], ["adapt"]])
+def test_a_reader_that_goes_away_is_no_error(arguments):
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "upcycle3d.tools.main", *arguments], stdout=writes, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writes)
+    assert done.stderr == ""
+    assert done.returncode == 0
 
 
 def test_options_reach_the_command():
