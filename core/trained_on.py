@@ -8,14 +8,21 @@ Read next: `perception/training/detector_files.py`, which writes it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from .config_json import config_from_json, config_to_json
+from .errors import InvalidInput
 from .rig import RigSpec
 from .structures import PointCloud
+from .tensor_file import TensorFile
+
+_KEY = "trained_on"
 
 GROUND_TOLERANCE = 0.6
 """Meters by which the ground height may differ from that of training before a warning follows."""
@@ -57,6 +64,50 @@ class TrainedOn:
     """Statistics of the training scans; None where nobody measured them, as in imported weights."""
     camera_view: bool = False
     """Whether the training scans held only what a camera sees."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values for a file."""
+        return config_to_json(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> TrainedOn:
+        """Make one of the values of `to_json`.
+
+        Args:
+            data: Names and values.
+
+        Returns:
+            The same as was written.
+
+        Raises:
+            InvalidInput: A name is unknown, or a value has another type.
+        """
+        return config_from_json(TrainedOn, data)
+
+    def as_metadata(self) -> dict[str, str]:
+        """Return the entry of a tensor file's metadata that `from_metadata` reads."""
+        return {_KEY: json.dumps(self.to_json(), sort_keys=True)}
+
+    @staticmethod
+    def from_metadata(file: TensorFile) -> TrainedOn | None:
+        """Read what a tensor file says about the training of its weights.
+
+        Args:
+            file: The file.
+
+        Returns:
+            What the training knew; None where the file says nothing, as those of earlier versions.
+
+        Raises:
+            InvalidInput: The entry cannot be used.
+        """
+        if _KEY not in file.meta:
+            return None
+        described = file.described(_KEY)
+        try:
+            return TrainedOn.from_json(described)
+        except InvalidInput as error:
+            raise InvalidInput(f"what {file.path} says about its training cannot be used: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

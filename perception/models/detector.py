@@ -17,6 +17,7 @@ from ...core.cut import CutSpec
 from ...core.errors import InvalidInput
 from ...core.features import CutFeatures
 from ...core.structures import Labels, LossTerms, PointCloud, Predictions
+from ...core.trained_on import TrainedOn
 from .decoders.decoder import Decoder
 from .decoders.regions import ScoredProposals
 from .encoders.encoder import Encoder
@@ -103,6 +104,20 @@ class Detector(nn.Module):
     def spec(self) -> CutSpec:
         """Where the network is cut."""
         return self.encoder.spec
+
+    @property
+    def trained_on(self) -> TrainedOn | None:
+        """What the training knew about its data, kept at the encoder, which needs it on a vehicle. None where nobody knows."""
+        return self.encoder.trained_on
+
+    @trained_on.setter
+    def trained_on(self, value: TrainedOn | None) -> None:
+        """Note what the training knew.
+
+        Args:
+            value: What the file of this detector will say.
+        """
+        self.encoder.trained_on = value
 
     @property
     def _device(self) -> torch.device:

@@ -29,6 +29,7 @@ from ..wire.codec import check_codec
 from .assembly import feature_object_database, fleet_store, labeled_batches, unlabeled_batches
 from .job_inputs import Data, check_run_options, find_data, find_method, find_preset, read_truth
 from .presets import Preset
+from .scan_survey import Survey, describe_training, survey_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,8 @@ class TrainOutcome:
     """Loss terms of the last step."""
     is_main: bool = True
     """Whether this process wrote the run folder; False in all but the first process of `torchrun`."""
+    survey: Survey | None = None
+    """Statistics and coverage of the labeled frames, measured before the training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +154,9 @@ def train_preset(
     detector = preset.detector.build().to(context.device if context.world_size > 1 else device)
     record = TrainingRecord(preset=preset, data=split.resolved(), seed=seed)
     run = create_run(out, record, seed=seed, context=context, resume=resume)
+    frames = split.open()
+    survey = survey_split(frames, detector.encoder)
+    detector.trained_on = describe_training(detector, frames, survey)
     own = per_rank(lambda step, rank, ranks: labeled(step * ranks + rank), context)
     result = train_supervised(detector, own, loop, run=run, workers=workers, context=context, progress=progress)
     context.close()
@@ -163,6 +169,7 @@ def train_preset(
         seconds=result.seconds,
         loss=dict(result.terms),
         is_main=context.is_main,
+        survey=survey,
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from ...core.config_json import config_from_json, config_to_json
 from ...core.errors import InvalidInput
 from ...core.tensor_file import TensorFileKind, build_module, read_tensors, write_tensors
+from ...core.trained_on import TrainedOn
 from ..models.detector import Detector
 from ..models.detectors import DetectorConfig
 from ..wire.encoder_file import ENCODER_FILE, save_encoder
@@ -52,7 +53,10 @@ def save_detector(path: str | Path, detector: Detector) -> None:
             f"a {detector.label} cannot be loaded from a file: its configuration, a {type(config).__name__}, is not in "
             "perception/models/detectors.py; add it there"
         )
-    write_tensors(path, detector.state_dict(), {"config": json.dumps(config_to_json(_Stored(config)))}, _KIND)
+    meta = {"config": json.dumps(config_to_json(_Stored(config)))}
+    if detector.trained_on is not None:
+        meta |= detector.trained_on.as_metadata()
+    write_tensors(path, detector.state_dict(), meta, _KIND)
 
 
 def load_detector(path: str | Path) -> Detector:
@@ -85,7 +89,9 @@ def load_detector(path: str | Path) -> Detector:
         config = config_from_json(_Stored, described).detector
     except InvalidInput as error:
         raise InvalidInput(f"the configuration in {file.path} cannot be used: {error}") from error
-    return build_module(config.build, file.tensors, file.path).eval()
+    detector = build_module(config.build, file.tensors, file.path).eval()
+    detector.trained_on = TrainedOn.from_metadata(file)
+    return detector
 
 
 def save_run_detector(folder: str | Path, detector: Detector) -> None:

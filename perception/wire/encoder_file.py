@@ -16,6 +16,7 @@ from pathlib import Path
 from ...core.config_json import config_from_json, config_to_json
 from ...core.errors import InvalidInput
 from ...core.tensor_file import TensorFileKind, build_module, read_tensors, write_tensors
+from ...core.trained_on import TrainedOn
 from ..models.encoders.encoder import Encoder
 from ..models.encoders.table import EncoderConfig
 
@@ -51,7 +52,10 @@ def save_encoder(path: str | Path, encoder: Encoder) -> None:
             f"a vehicle cannot load a {type(encoder).__name__} from a file: its configuration, a {type(config).__name__}, is not in "
             "perception/models/encoders/table.py; add it there"
         )
-    write_tensors(path, encoder.state_dict(), {"config": json.dumps(config_to_json(_Stored(config)))}, _KIND)
+    meta = {"config": json.dumps(config_to_json(_Stored(config)))}
+    if encoder.trained_on is not None:
+        meta |= encoder.trained_on.as_metadata()
+    write_tensors(path, encoder.state_dict(), meta, _KIND)
 
 
 def load_encoder(path: str | Path) -> Encoder:
@@ -84,4 +88,5 @@ def load_encoder(path: str | Path) -> Encoder:
     except InvalidInput as error:
         raise InvalidInput(f"the configuration in {file.path} cannot be used: {error}; {_KIND.advice}") from error
     encoder: Encoder = build_module(config.build, file.tensors, file.path)
+    encoder.trained_on = TrainedOn.from_metadata(file)
     return encoder.eval()

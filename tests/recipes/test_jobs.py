@@ -15,6 +15,8 @@ from upcycle3d.perception.recipes.job_inputs import find_data
 from upcycle3d.perception.recipes.presets import SMALL
 from upcycle3d.perception.server.methods import METHODS, method_record
 from upcycle3d.perception.server.pseudo_labels import hybrid_labels, trusted_labels
+from upcycle3d.perception.training.detector_files import load_detector
+from upcycle3d.perception.wire.encoder_file import load_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,6 +42,18 @@ def source(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "source"
     jobs.train_preset(SMALL, data, folder, steps=1, progress=False)
     return folder
+
+
+def test_a_training_writes_into_its_files_what_it_knew_about_its_data(data, source):
+    frames = data.open()
+    for known in (load_detector(source).trained_on, load_encoder(source).trained_on):
+        assert known is not None
+        assert (known.rig, known.feature_names, known.classes) == (frames.rig, frames.feature_names, ("Car",))
+        assert known.point_range == SMALL.detector.encoder.grid.range
+        assert known.scans is not None
+        assert known.scans.scans == len(frames) == 2
+        assert 0 < known.scans.cells <= known.scans.points
+        assert abs(known.scans.ground_height) < 0.5
 
 
 @pytest.mark.parametrize(("wrong", "message"), WRONG)

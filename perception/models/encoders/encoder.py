@@ -15,6 +15,7 @@ from torch import nn
 from ....core.cut import CutSpec
 from ....core.features import CutFeatures, SparseVoxels
 from ....core.structures import PointCloud
+from ....core.trained_on import TrainedOn
 
 
 class EncoderFactory(Protocol):
@@ -40,6 +41,8 @@ class Encoder(nn.Module, ABC):
     """Where the network is cut, and the shape of what is there."""
     config: EncoderFactory
     """The configuration that built this encoder."""
+    trained_on: TrainedOn | None = None
+    """What the training knew about its data; its file keeps it. It is no part of the fingerprint. None where nobody knows."""
     openpcdet_parts: ClassVar[Mapping[str, str]] = {}
     """Submodules of this half, each with its name in OpenPCDet's weights. Empty for an encoder that OpenPCDet does not have."""
 

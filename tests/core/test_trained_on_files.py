@@ -1,0 +1,62 @@
+"""What a training knew about its data is kept beside the weights and comes back; files that say nothing are read too."""
+
+import pytest
+
+import tiny
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.tensor_file import read_tensors, write_tensors
+from upcycle3d.core.trained_on import ScanStatistics, TrainedOn
+from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
+from upcycle3d.perception.models.encoders.scan_survey import measure_scan
+from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
+from upcycle3d.perception.training.ema import make_teacher
+from upcycle3d.perception.wire.encoder_file import load_encoder
+
+KNOWN = TrainedOn(
+    rig=RigSpec(z_shift=1.73, intensity_scale=1 / 255),
+    feature_names=("intensity",),
+    classes=("Car",),
+    point_range=tiny.GRID.range,
+    scans=ScanStatistics(scans=3, points=550.0, cells=400.5, ground_height=float("nan"), intensity=0.25),
+    camera_view=True,
+)
+
+
+def test_detector_and_encoder_files_keep_what_the_training_knew_and_their_fingerprint_does_not_change(tmp_path):
+    model = tiny.second_iou()
+    before = encoder_fingerprint(model.encoder, RigSpec())
+    model.trained_on = KNOWN
+    assert encoder_fingerprint(model.encoder, RigSpec()) == before
+    assert make_teacher(model).trained_on == KNOWN
+    save_run_detector(tmp_path, model)
+    for loaded in (load_detector(tmp_path).trained_on, load_encoder(tmp_path).trained_on):
+        assert repr(loaded) == repr(KNOWN)  # NaN is not equal to itself
+
+
+def test_a_file_that_says_nothing_of_its_training_is_read(tmp_path):
+    save_run_detector(tmp_path, tiny.second_iou())
+    assert load_detector(tmp_path).trained_on is None
+    assert load_encoder(tmp_path).trained_on is None
+
+
+def test_an_entry_that_cannot_be_used_is_refused_with_the_file(tmp_path):
+    model = tiny.second_iou()
+    model.trained_on = KNOWN
+    save_run_detector(tmp_path, model)
+    file = read_tensors(tmp_path / "encoder.safetensors")
+    meta = {name: file.meta[name] for name in ("format", "config")} | {"trained_on": '{"rig": 3}'}
+    write_tensors(tmp_path / "encoder.safetensors", file.tensors, meta)
+    with pytest.raises(InvalidInput, match=r"what .*encoder.safetensors says about its training cannot be used"):
+        load_encoder(tmp_path)
+
+
+def test_one_scan_is_measured_with_the_encoders_grid():
+    scan = tiny.scan_with_car()
+    measures, ledger = measure_scan(scan, tiny.second_iou().encoder)
+    assert measures.points == len(scan) == ledger.points
+    assert 0 < measures.cells <= measures.points
+    assert ledger.cells == measures.cells
+    assert ledger.points_outside_range == ledger.cells_over_limit == 0
+    empty, counts = measure_scan(tiny.NO_POINTS, tiny.second_iou().encoder)
+    assert (empty.points, empty.cells, counts.scans_without_points) == (0, 0, 1)
