@@ -74,7 +74,7 @@ def describe_training(detector: Detector, frames: PreparedDataset, survey: Surve
         classes=detector.class_names,
         point_range=detector.spec.grid.range,
         scans=survey.statistics,
-        camera_view=frames.origin.options.get("crop_to_camera") == "True",
+        camera_view=("crop_to_camera", "True") in frames.origin.options,
     )
 
 
