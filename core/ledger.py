@@ -14,6 +14,7 @@ from typing import Any
 
 from .config_json import config_from_json, config_to_json
 from .errors import UpcycleError
+from .intensity import propose_scale
 
 OUTSIDE_POINTS_WARNING = 0.4
 """Share of points outside the detector's range from which a warning follows. Suitable scans lose 2 to 30 % (sky, far road)."""
@@ -53,6 +54,14 @@ class Ledger:
     """Points left out because the camera does not see them."""
     points_outside_range: int = 0
     """Points outside the detector's range, among those that were not left out before."""
+    points_intensity_clipped: int = 0
+    """Points whose intensity lay outside 0..1 by a rounding error after scaling, and was clipped."""
+    points_intensity_outside: int = 0
+    """Points whose intensity lies outside 0..1 after scaling."""
+    lowest_intensity: float = field(default=0.0, metadata={"joined_by": min})
+    """Lowest intensity in the files where it is below 0, else 0."""
+    highest_intensity: float = field(default=0.0, metadata={"joined_by": max})
+    """Highest intensity in the files, in the sensor's own unit. Sums of ledgers hold the largest."""
     cells: int = 0
     """Occupied cells of the detector's grid, those over the limit included."""
     cells_over_limit: int = 0
@@ -67,7 +76,8 @@ class Ledger:
     """Labeled objects that were dropped because their type is not asked for, by type."""
 
     def __add__(self, other: Ledger) -> Ledger:
-        return Ledger(**{f.name: _added(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+        both = {f: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return Ledger(**{f.name: f.metadata.get("joined_by", _added)(*values) for f, values in both.items()})
 
     @staticmethod
     def total(parts: Iterable[Ledger]) -> Ledger:
@@ -118,6 +128,8 @@ class Ledger:
             ("points at the sensor (no return), dropped", self.points_zero, self.points),
             ("points outside the camera's view, dropped", self.points_outside_camera, left),
             ("points outside the range", self.points_outside_range, in_view),
+            ("points with an intensity of 1 and a rounding error, clipped", self.points_intensity_clipped, self.points),
+            ("points with an intensity outside 0..1", self.points_intensity_outside, self.points),
             ("occupied cells", self.cells, 0),
             ("cells over the voxel limit, dropped", self.cells_over_limit, self.cells),
             *((f"boxes: {name}", n, 0) for name, n in self.boxes.items()),
@@ -170,6 +182,12 @@ def judge(ledger: Ledger, *, refuse_lost_cells: bool = False) -> tuple[Finding, 
     elif in_view and ledger.points_outside_range > OUTSIDE_POINTS_WARNING * in_view:
         share = ledger.points_outside_range / in_view
         found.append(Finding(stops=False, text=f"{share:.0%} of the points lie outside the detector's range; {shift}"))
+    if ledger.points_intensity_outside:
+        share = ledger.points_intensity_outside / max(left, 1)
+        low, high = ledger.lowest_intensity, ledger.highest_intensity
+        text = f"{share:.1%} of the points have an intensity outside 0..1 after scaling; the files hold {low:.6g} to {high:.6g}; "
+        text += propose_scale(low, high)
+        found.append(Finding(stops=False, text=text))
     if ledger.cells_over_limit > CELLS_WARNING * ledger.cells:
         share = ledger.cells_over_limit / ledger.cells
         found.append(

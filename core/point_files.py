@@ -7,7 +7,9 @@ the size of the file before memory is taken, no pickle, no NaN, no empty scan. T
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,9 @@ from numpy.typing import NDArray
 
 from .errors import InvalidInput
 from .files import write_atomically
+from .ledger import Ledger
+from .rig import RigSpec, count_intensity, scale_intensity
+from .scan_options import NumberType, ScanOptions
 from .structures import PointCloud, column_names, scan_of_table, warn_of_intensity
 
 XYZI = ("x", "y", "z", "intensity")
@@ -23,8 +28,57 @@ XYZI = ("x", "y", "z", "intensity")
 POINT_SUFFIXES = (".bin", ".npy", ".pcd")
 """Suffixes of files that `read_points` reads."""
 
+_USUAL = ScanOptions()
 _PCD_ALIASES = {"i": "intensity", "reflectivity": "intensity"}
 _PCD_MAX_HEADER = 64 * 1024
+
+
+def read_scan(path: Path | str, options: ScanOptions = _USUAL, *, rig: RigSpec | None = None) -> tuple[PointCloud, Ledger]:
+    """Read one scan from a `.bin` (rows of numbers), `.npy` ((N, C), no pickle) or `.pcd` file, and count what is dropped.
+
+    Every command reads scans through this function.
+
+    Args:
+        path: The file; its suffix tells the format.
+        options: Columns, number type, axes, and whether points that are not finite are left out. Its rig is not used.
+        rig: Applied to the scan where it is given: z is shifted, and intensity is scaled and counted; values outside 0..1 are kept,
+            and `judge` of the ledger warns of them. None gives the scan in the sensor frame and intensity in the sensor's own unit,
+            for a caller that applies the rig with `RigSpec.from_sensor`, which refuses such values.
+
+    Returns:
+        The scan, in the order of the file, axes turned, without the points at the sensor; and its ledger: one scan, its points, and
+        how many of them were left out.
+
+    Raises:
+        InvalidInput: There is no such file, it has another format, its size or its numbers do not fit the columns, it holds
+            non-finite values or no point.
+
+    Example:
+        scan, ledger = read_scan("scan.bin", ScanOptions(columns=("x", "y", "z", "intensity", "_")))
+    """
+    path = Path(path)
+    names, values = _read_table(path, options)
+    points = len(values)
+    if options.axes != ("x", "y", "z"):
+        values = _turned(values, names, options.axes)
+    try:
+        cloud = scan_of_table(torch.from_numpy(values), names, drop_non_finite=options.drop_non_finite)
+    except InvalidInput as error:
+        raise InvalidInput(f"{path}: {error}") from error
+    non_finite = points - len(cloud)
+    zero = (cloud.xyz == 0).all(1)
+    if zero.any():
+        cloud = cloud.select(~zero)
+    ledger = Ledger(scans=1, points=points, points_non_finite=non_finite, points_zero=int(zero.sum()))
+    if len(cloud) == 0:
+        found = f"all {points} points are NaN, infinite or at the sensor" if points else "the scan holds no point"
+        raise InvalidInput(f"{path}: {found}; leave the frame out of the split")
+    if rig is not None:
+        ledger = ledger + count_intensity(cloud, rig.intensity_scale)
+        cloud = scale_intensity(cloud, rig.intensity_scale)
+        if rig.z_shift:
+            cloud = replace(cloud, xyz=rig.from_sensor(cloud.xyz))
+    return cloud, ledger
 
 
 def read_points(
@@ -34,7 +88,7 @@ def read_points(
     intensity_scale: float | None = 1.0,
     drop_non_finite: bool = False,
 ) -> PointCloud:
-    """Read one scan from a `.bin` (float32 rows), `.npy` ((N, C), no pickle) or `.pcd` (ascii or binary) file.
+    """Read one scan: `read_scan` for a program that needs no counts.
 
     Args:
         path: The file; its suffix tells the format.
@@ -42,33 +96,26 @@ def read_points(
             others become features. None means x, y, z, intensity for `.bin` and `.npy`; for `.pcd`, whose header names its fields,
             it means x, y, z, and intensity where the file has it.
         intensity_scale: Factor that brings intensity to 0..1; 1/255 for sensors that count to 255. A warning follows where it
-            exceeds 1 afterwards. None leaves intensity as it is, for a caller that scales and checks it (`RigSpec.apply`).
+            exceeds 1 afterwards. None leaves intensity as it is, for a caller that scales and checks it (`RigSpec.from_sensor`).
         drop_non_finite: Leave out points with a NaN or infinite value instead of refusing the file. Organized clouds mark a missing
             return this way.
 
     Returns:
-        The scan, in the order of the file.
+        The scan, in the order of the file, without the points at the sensor.
 
     Raises:
-        InvalidInput: There is no such file, it has another format, its size does not fit the columns, it holds non-finite values
-            or no point.
+        InvalidInput: As for `read_scan`.
 
     Example:
         scan = read_points("training/velodyne/000003.bin")
         scan = read_points("scan.npy", columns=("x", "y", "z", "intensity", "_"), intensity_scale=1 / 255)
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InvalidInput(f"there is no scan at {path}; check the root folder and the frame id")
-    columns = None if columns is None else column_names(columns, f"{path}: columns")
-    if path.suffix == ".pcd":
-        names, values = _read_pcd(path, columns)
-    elif path.suffix in (".bin", ".npy"):
-        names = columns or XYZI
-        values = _read_bin(path, names) if path.suffix == ".bin" else _read_npy(path, names)
-    else:
-        raise InvalidInput(f"{path}: scans are read from files {', '.join(POINT_SUFFIXES)}, found {path.suffix or 'no suffix'!r}")
-    return _to_cloud(path, names, values, intensity_scale, drop_non_finite)
+    names = () if columns is None else column_names(columns, f"{path}: columns")
+    cloud, _ = read_scan(path, ScanOptions(columns=names, drop_non_finite=drop_non_finite))
+    if intensity_scale is not None:
+        cloud = scale_intensity(cloud, intensity_scale)
+        warn_of_intensity(cloud, str(path), scale=intensity_scale, stacklevel=3)  # it names the line that called `read_points`
+    return cloud
 
 
 def scan_files(paths: Sequence[str | Path]) -> tuple[Path, ...]:
@@ -113,35 +160,56 @@ def write_bin(path: Path | str, points: PointCloud) -> None:
     write_atomically(path, rows.astype("<f4").tobytes())
 
 
-def _to_cloud(
-    path: Path, names: tuple[str, ...], values: NDArray[np.float32], intensity_scale: float | None, drop_non_finite: bool
-) -> PointCloud:
-    try:
-        cloud = scan_of_table(torch.from_numpy(values), names, drop_non_finite=drop_non_finite)
-    except InvalidInput as error:
-        raise InvalidInput(f"{path}: {error}") from error
-    if len(cloud) == 0:
-        raise InvalidInput(f"{path}: the scan holds no point; leave the frame out of the split")
-    if "intensity" in cloud.feature_names and intensity_scale is not None:
-        column = cloud.features[:, cloud.feature_names.index("intensity")]
-        column *= intensity_scale
-        # It names the line that called `read_points`.
-        warn_of_intensity(cloud, str(path), "give intensity_scale (option --intensity-scale of prepare folder)", stacklevel=4)
-    return cloud
+def _read_table(path: Path, options: ScanOptions) -> tuple[tuple[str, ...], NDArray[np.float32]]:
+    """Names of columns and their (N, C) values."""
+    if not path.is_file():
+        raise InvalidInput(f"there is no scan at {path}; check the root folder and the frame id")
+    if path.suffix == ".pcd":
+        return _read_pcd(path, options.columns or None)
+    if path.suffix not in (".bin", ".npy"):
+        raise InvalidInput(f"{path}: scans are read from files {', '.join(POINT_SUFFIXES)}, found {path.suffix or 'no suffix'!r}")
+    names = options.columns or XYZI
+    return names, _read_bin(path, names, number_type(options.dtype)) if path.suffix == ".bin" else _read_npy(path, names)
 
 
-def _read_bin(path: Path, names: tuple[str, ...]) -> NDArray[np.float32]:
+def number_type(name: NumberType) -> np.dtype[Any]:
+    """Give the numpy type of an option `--dtype`, whose names are little-endian unless they say otherwise.
+
+    Args:
+        name: The name.
+
+    Returns:
+        The type.
+    """
+    return np.dtype(name) if name.startswith(">") else np.dtype(name).newbyteorder("<")
+
+
+def _turned(values: NDArray[np.float32], names: tuple[str, ...], axes: tuple[str, str, str]) -> NDArray[np.float32]:
+    """The table with its columns x, y, z made of those of the file that `axes` names."""
+    turned = values.copy()
+    for to, source in zip("xyz", axes):
+        if to in names and source[-1] in names:
+            column = values[:, names.index(source[-1])]
+            turned[:, names.index(to)] = -column if source.startswith("-") else column
+    return turned
+
+
+def _as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # a number that does not fit becomes infinite, and is counted as such
+        return np.array(values, dtype=np.float32)
+
+
+def _read_bin(path: Path, names: tuple[str, ...], dtype: np.dtype[Any]) -> NDArray[np.float32]:
     size, width = path.stat().st_size, len(names)
-    if size % (4 * width):
-        fitting = [w for w in range(3, 11) if size % (4 * w) == 0]
+    if size % (dtype.itemsize * width):
+        fitting = [w for w in range(3, 11) if size % (dtype.itemsize * w) == 0]
         hint = (
-            f"the size fits {' or '.join(map(str, fitting))} values per row: name them in columns (option --columns of extract, predict "
-            "and prepare folder)"
+            f"the size fits {' or '.join(map(str, fitting))} values per row: name them in columns (option --columns)"
             if fitting
-            else "no row of 3 to 10 float32 fits; is the file cut off?"
+            else f"no row of 3 to 10 {dtype.name} fits; is the file cut off?"
         )
-        raise InvalidInput(f"{path}: {size} bytes are not a whole number of rows of {width} float32 {names}; {hint}")
-    return np.fromfile(path, dtype="<f4").reshape(-1, width)
+        raise InvalidInput(f"{path}: {size} bytes are not a whole number of rows of {width} {dtype.name} {names}; {hint}")
+    return _as_float32(np.fromfile(path, dtype=dtype).reshape(-1, width))
 
 
 def _read_npy(path: Path, names: tuple[str, ...]) -> NDArray[np.float32]:
@@ -152,7 +220,7 @@ def _read_npy(path: Path, names: tuple[str, ...]) -> NDArray[np.float32]:
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[1] != len(names) or array.dtype.kind not in "fiu":
         found = f"{array.shape} {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         raise InvalidInput(f"{path}: expected numbers of shape (N, {len(names)}) for the columns {names}, found {found}")
-    return np.array(array, dtype=np.float32)
+    return _as_float32(array)
 
 
 def _read_pcd(path: Path, columns: tuple[str, ...] | None) -> tuple[tuple[str, ...], NDArray[np.float32]]:
@@ -186,8 +254,7 @@ def _read_pcd(path: Path, columns: tuple[str, ...] | None) -> tuple[tuple[str, .
     missing = [n for n in names if n not in known]
     if missing:
         raise InvalidInput(
-            f"{path}: there is no field {', '.join(missing)}; the file has {' '.join(fields)}; name the wanted ones in columns "
-            "(option --columns of extract, predict and prepare folder)"
+            f"{path}: there is no field {', '.join(missing)}; the file has {' '.join(fields)}; name the wanted ones in columns  (option --columns)"
         )
 
     encoding = " ".join(header["DATA"])

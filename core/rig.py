@@ -18,6 +18,8 @@ from typing import overload
 from torch import Tensor
 
 from .errors import InvalidInput
+from .intensity import TOLERANCE, propose_scale
+from .ledger import Ledger
 from .structures import Boxes3D, PointCloud
 
 
@@ -70,26 +72,24 @@ class RigSpec:
             The same kind of value in the shifted frame.
 
         Raises:
-            InvalidInput: The scaled intensity leaves 0..1. A wrong scale gives features that look right and are not.
+            InvalidInput: The scaled intensity leaves 0..1 by more than `TOLERANCE`; less is clipped. A wrong scale gives features
+                that look right and are not.
         """
         if isinstance(value, Tensor):
             return value + self._offset(value)
         if isinstance(value, Boxes3D):
             return replace(value, data=value.data + self._offset(value.data))
         xyz = value.xyz + self._offset(value.xyz)
-        if "intensity" not in value.feature_names:
-            return replace(value, xyz=xyz)
-        column = value.feature_names.index("intensity")
-        features = value.features.clone()
-        features[:, column] *= self.intensity_scale
-        if len(value):
-            low, high = features[:, column].min().item(), features[:, column].max().item()
-            if low < -1e-3 or high > 1 + 1e-3:
+        scaled = scale_intensity(value, self.intensity_scale)
+        if "intensity" in value.feature_names and len(value):
+            column = scaled.features[:, value.feature_names.index("intensity")]
+            low, high = column.min().item(), column.max().item()
+            if not (low >= 0 and high <= 1):
                 raise InvalidInput(
-                    f"intensity must lie in 0..1 after scaling by {self.intensity_scale:g}, found {low:g} to {high:g}; "
-                    "set RigSpec.intensity_scale for this sensor (1/255 for bytes)"
+                    f"intensity must lie in 0..1, found {low:.6g} to {high:.6g} after scaling by {self.intensity_scale:.6g}; "
+                    f"{propose_scale(low / self.intensity_scale, high / self.intensity_scale)}"
                 )
-        return replace(value, xyz=xyz, features=features)
+        return replace(scaled, xyz=xyz)
 
     @overload
     def to_sensor(self, value: PointCloud) -> PointCloud: ...
@@ -117,3 +117,47 @@ class RigSpec:
     def _offset(self, coordinates: Tensor) -> Tensor:
         """(C,) what is added to each column of coordinates that begin with x, y, z."""
         return coordinates.new_tensor([0.0, 0.0, self.z_shift] + [0.0] * (coordinates.shape[1] - 3))
+
+
+def scale_intensity(points: PointCloud, scale: float) -> PointCloud:
+    """Scale the intensity of a scan, and clip values that lie outside 0..1 by no more than `TOLERANCE`.
+
+    Args:
+        points: A scan with intensity in the sensor's own unit; it is left unchanged.
+        scale: The factor.
+
+    Returns:
+        The scan with scaled intensity. Values further outside are kept.
+    """
+    if "intensity" not in points.feature_names:
+        return points
+    features = points.features.clone()
+    column = features[:, points.feature_names.index("intensity")]
+    column *= scale
+    near = (column >= -TOLERANCE) & (column <= 1 + TOLERANCE)
+    column.copy_(column.where(~near, column.clamp(0, 1)))
+    return replace(points, features=features)
+
+
+def count_intensity(points: PointCloud, scale: float) -> Ledger:
+    """Count the points whose intensity leaves 0..1.
+
+    Args:
+        points: A scan with intensity in the sensor's own unit.
+        scale: Factor that should bring it to 0..1.
+
+    Returns:
+        A ledger with the points that `scale_intensity` clips, those that lie further outside, and the highest intensity before scaling.
+    """
+    if "intensity" not in points.feature_names or not len(points):
+        return Ledger()
+    column = points.features[:, points.feature_names.index("intensity")]
+    scaled = column * scale
+    odd = (scaled < 0) | (scaled > 1)
+    far = (scaled < -TOLERANCE) | (scaled > 1 + TOLERANCE)
+    return Ledger(
+        points_intensity_clipped=int(odd.sum() - far.sum()),
+        points_intensity_outside=int(far.sum()),
+        lowest_intensity=min(float(column.min()), 0.0),
+        highest_intensity=max(float(column.max()), 0.0),
+    )

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import InvalidInput, require
+from .intensity import TOLERANCE, propose_scale
 from .tensor_value import TensorValue, float32_table, float32_tensor, shape_of
 
 _XYZI = ("x", "y", "z", "intensity")
@@ -95,7 +96,7 @@ class PointCloud(TensorValue):
             UserWarning: Intensity leaves 0..1. The values are kept as they are.
         """
         scan = scan_of_table(array, columns, drop_non_finite=drop_non_finite)
-        warn_of_intensity(scan, "the array of points", "multiply the column by the factor that brings it there", stacklevel=3)
+        warn_of_intensity(scan, "the array of points", scale=1.0, stacklevel=3)
         return scan
 
     @staticmethod
@@ -184,23 +185,23 @@ def scan_of_table(array: object, columns: Sequence[str], *, drop_non_finite: boo
     return PointCloud(xyz=rows[:, :3].contiguous(), features=rows[:, 3:].contiguous(), feature_names=feature_names)
 
 
-def warn_of_intensity(scan: PointCloud, what: str, advice: str, *, stacklevel: int) -> None:
+def warn_of_intensity(scan: PointCloud, what: str, *, scale: float, stacklevel: int) -> None:
     """Warn where intensity leaves 0..1, because a network trained on the other unit finds nothing and gives no error.
 
     Args:
         scan: The scan.
         what: What it was made from, for the message.
-        advice: How the user gives the factor.
+        scale: Factor that its intensity was scaled with.
         stacklevel: Whose line the warning names, as for `warnings.warn`; 2 is the caller of this function.
     """
     if "intensity" not in scan.feature_names or not len(scan):
         return
     column = scan.features[:, scan.feature_names.index("intensity")]
     low, high = float(column.min()), float(column.max())
-    if low < 0 or high > 1:
+    if low < -TOLERANCE or high > 1 + TOLERANCE:
+        advice = propose_scale(low / scale, high / scale).replace("--intensity-scale", "intensity_scale")
         warnings.warn(
-            f"{what}: intensity reaches {high if high > 1 else low:g}, expected 0..1; {advice}, 1/255 = 0.0039216 if the sensor counts "
-            "to 255",
+            f"{what}: intensity reaches {high if high > 1 else low:.6g}, expected 0..1; {advice}",
             UserWarning,
             stacklevel=stacklevel,
         )

@@ -49,3 +49,12 @@ def test_a_row_gives_number_and_share():
     rows = Ledger(scans=2, points=1000, points_outside_range=250, boxes={"Car": 0}).rows()
     assert ("points outside the range", "250", "25.0%") in rows
     assert ("boxes: Car", "0", "") in rows
+
+
+def test_intensity_outside_its_range_gives_one_warning_with_the_factor_for_all_files():
+    parts = [Ledger(points=10, points_intensity_outside=5, highest_intensity=top) for top in (90.0, 200.0, 120.0)]
+    assert Ledger.total(parts).highest_intensity == 200
+    (warning,) = judge(Ledger.total(parts))
+    assert not warning.stops
+    assert "50.0% of the points" in warning.text
+    assert "--intensity-scale 1/255" in warning.text

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.core.point_files import read_points, write_bin
+from upcycle3d.core.ledger import Ledger
+from upcycle3d.core.point_files import read_points, read_scan, write_bin
+from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.scan_options import ScanOptions
 from upcycle3d.core.structures import PointCloud
 
 ROWS = np.array([[1.5, -2.25, 0.5, 0.25], [10.0, 20.0, -1.75, 1.0], [-3.0, 4.0, 0.0, 0.0]], dtype=np.float32)
@@ -90,9 +93,7 @@ def test_wrong_byte_count_names_size_width_and_fitting_widths(tmp_path: Path) ->
 
 def test_intensity_beyond_one_is_said(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.bin", (ROWS * [1, 1, 1, 255]).astype(np.float32).tobytes())
-    with pytest.warns(
-        UserWarning, match=r"a.*: intensity reaches 255, expected 0..1; give intensity_scale .*1/255 = 0.0039216"
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"a.*: intensity reaches 255, expected 0..1; give intensity_scale 1/255") as caught:
         read_points(path)
     assert caught[0].filename == __file__  # the warning names the line of the caller
     _check(read_points(path, intensity_scale=1 / 255))
@@ -173,3 +174,40 @@ def test_columns_are_names_and_each_is_there_once(name, columns, tmp_path):
         _write(path, ROWS.tobytes() if name == "a.bin" else _pcd("x y z intensity", "F F F F", "4 4 4 4", ROWS.tobytes()))
     with pytest.raises(InvalidInput, match=rf"{name}: columns must "):
         read_points(path, columns=columns)
+
+
+def test_what_is_dropped_is_counted(tmp_path):
+    rows = np.concatenate([ROWS, [[np.nan, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0.5]]]).astype(np.float32)
+    path = _write(tmp_path / "a.bin", rows.tobytes())
+    cloud, ledger = read_scan(path, ScanOptions(drop_non_finite=True))
+    _check(cloud)
+    assert ledger == Ledger(scans=1, points=6, points_non_finite=1, points_zero=2)
+    with pytest.raises(InvalidInput, match="all 2 points are NaN, infinite or at the sensor"):
+        read_scan(_write(tmp_path / "b.bin", rows[3:5].tobytes()), ScanOptions(drop_non_finite=True))
+
+
+def test_axes_are_turned_before_anything_else(tmp_path):
+    """A file with x to the right and y forward: forward is y, left is -x."""
+    path = _write(tmp_path / "a.bin", np.array([[1, 20, 3, 0.5]], np.float32).tobytes())
+    cloud, _ = read_scan(path, ScanOptions(axes=("y", "-x", "z")))
+    assert cloud.xyz.tolist() == [[20, -1, 3]]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", ">f4", ">f8"])
+def test_other_number_types_are_read_when_they_are_named(dtype, tmp_path):
+    rows = ROWS.astype(dtype)
+    cloud, _ = read_scan(_write(tmp_path / "a.bin", rows.tobytes()), ScanOptions(dtype=dtype))
+    _check(cloud)
+
+
+def test_a_rig_shifts_scales_and_counts_intensity_that_stays_outside(tmp_path):
+    rows = np.array([[1, 2, 3, 51], [1, 2, 3, 255]], np.float32)
+    path = _write(tmp_path / "a.bin", rows.tobytes())
+    cloud, ledger = read_scan(path, rig=RigSpec(z_shift=1.5, intensity_scale=0.0039216))
+    assert cloud.xyz[:, 2].tolist() == [4.5, 4.5]
+    assert cloud.features[1] == 1
+    assert ledger.points_intensity_clipped == 1
+    cloud, ledger = read_scan(path, rig=RigSpec())
+    assert cloud.features[1] == 255
+    assert ledger == Ledger(scans=1, points=2, points_intensity_outside=2, highest_intensity=255)
+    assert read_scan(path)[0].features[1] == 255

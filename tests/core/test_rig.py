@@ -1,5 +1,6 @@
 """The rig: one pair of functions between the sensor frame and the shifted frame, for scans, boxes and coordinates."""
 
+import re
 from dataclasses import asdict
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.frame import Frame
-from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.intensity import propose_scale
+from upcycle3d.core.ledger import Ledger
+from upcycle3d.core.rig import RigSpec, count_intensity
 from upcycle3d.core.structures import Boxes3D, PointCloud
 
 RIG = RigSpec(z_shift=1.75, intensity_scale=1 / 256)
@@ -48,7 +51,7 @@ def test_nothing_is_legal_everywhere():
 
 
 def test_a_wrong_scale_is_refused_and_says_what_to_set():
-    with pytest.raises(InvalidInput, match=r"after scaling by 1, found 64 to 256; set RigSpec\.intensity_scale"):
+    with pytest.raises(InvalidInput, match=r"found 64 to 256 after scaling by 1; .* give --intensity-scale 1/260"):
         RigSpec().from_sensor(SCAN)
     with pytest.raises(InvalidInput, match="found nan and 1"):
         RigSpec(z_shift=float("nan"))
@@ -73,3 +76,35 @@ def test_a_rig_is_of_numbers_and_a_frame_needs_a_rig_and_a_name():
 def test_a_frame_names_its_rig():
     assert Frame(id="a", points=SCAN).rig == RigSpec()
     assert Frame(id="a", points=SCAN, rig=RIG).to("cpu").rig == RIG
+
+
+def test_a_rounding_error_of_the_factor_is_clipped_and_counted_and_more_is_refused():
+    rows = torch.zeros(3, 3), torch.tensor([[0.0], [51.0], [255.0]])
+    scan = PointCloud(xyz=rows[0], features=rows[1])
+    assert 255 * 0.0039216 > 1
+    for scale in (0.0039216, 1 / 255):
+        assert RigSpec(intensity_scale=scale).from_sensor(scan).features.max() == 1
+    assert count_intensity(scan, 0.0039216) == Ledger(points_intensity_clipped=1, highest_intensity=255.0)
+    with pytest.raises(
+        InvalidInput, match=r"found 0 to 1\.02 after scaling by 0\.004; give --intensity-scale 1/255 for a sensor"
+    ):
+        RigSpec(intensity_scale=0.004).from_sensor(scan)
+    assert count_intensity(scan, 0.004) == Ledger(points_intensity_outside=1, highest_intensity=255.0)
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest", "words"),
+    [
+        (0, 255, "1/255 for a sensor that counts to 255"),
+        (0, 180, "1/255"),
+        (0, 64, "1/255 if the sensor counts to 255, or 1/100"),
+        (0, 65_535, "1/65535"),
+        (0, 891, "no usual sensor counts to 891: .* 1/900;"),
+        (0, 3300, "no usual sensor counts to 3300: .* 1/3300;"),
+        (0, 1.0099, "1/1.1;"),
+        (0, 1.0, "leave --intensity-scale out"),
+        (-0.5, 1.0, "no sensor gives -0.5: look at the columns"),
+    ],
+)
+def test_the_factor_is_proposed_from_the_numbers_of_the_sensor(lowest, highest, words):
+    assert re.search(words, propose_scale(lowest, highest))

@@ -145,7 +145,7 @@ def test_the_rig_shifts_z_scales_intensity_and_leaves_its_argument_alone():
     assert moved.xyz[:, 2].tolist() == [1.5, 1.5]
     assert torch.allclose(moved.features, torch.tensor([[1.0, 7.0], [0.2, 8.0]]))
     assert points.features[0, 0] == 255
-    with pytest.raises(InvalidInput, match="intensity_scale"):
+    with pytest.raises(InvalidInput, match="--intensity-scale 1/255"):
         RigSpec().from_sensor(points)
     with pytest.raises(InvalidInput, match="intensity_scale"):
         RigSpec(intensity_scale=0.0)
