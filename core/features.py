@@ -19,7 +19,45 @@ from torch import Tensor
 from .config_json import config_to_json, first_difference
 from .cut import CutSpec, cell_index
 from .errors import InvalidInput, require
+from .ledger import Ledger
 from .tensor_value import TensorValue, shape_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoxelCounts:
+    """What became of the points of one scan when they were sorted into voxels."""
+
+    points: int
+    """Points of the scan."""
+
+    points_outside: int
+    """Points outside the grid."""
+
+    cells: int
+    """Cells that hold a point, those over the limit included."""
+
+    cells_over_limit: int
+    """Cells that hold a point and became no voxel, because the scan has more of them than the voxel limit."""
+
+    def ledger(self, reading: Ledger | None = None) -> Ledger:
+        """Give all counts of one scan: what its reader counted, and what the grid did.
+
+        Args:
+            reading: What the reader counted (`Frame.reading`). Points and scans that it did not count are counted here, so that the
+                shares of the result have their whole.
+
+        Returns:
+            The counts of one scan.
+        """
+        reading = Ledger() if reading is None else reading
+        return reading + Ledger(
+            scans=0 if reading.scans else 1,
+            scans_without_points=int(self.points == self.points_outside and not reading.scans_without_points),
+            points=0 if reading.points else self.points,
+            points_outside_range=self.points_outside,
+            cells=self.cells,
+            cells_over_limit=self.cells_over_limit,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -38,6 +76,10 @@ class SparseVoxels(TensorValue):
     batch_size: int
     """Number of scenes. It cannot be read from `coords`, because the last scene may be empty."""
 
+    counts: tuple[VoxelCounts, ...] = ()
+    """For voxels that were made from scans, what became of the points of each scene's scan. Empty where nobody counted, as for features
+    that come from a store."""
+
     def __post_init__(self) -> None:
         require(
             isinstance(self.features, Tensor) and isinstance(self.coords, Tensor),
@@ -48,6 +90,10 @@ class SparseVoxels(TensorValue):
         require(
             self.coords.shape == (m, 4) and self.coords.dtype == torch.int32,
             f"SparseVoxels.coords must be ({m}, 4) int32 (batch, z, y, x), found {shape_of(self.coords)}",
+        )
+        require(
+            len(self.counts) in (0, self.batch_size),
+            f"SparseVoxels.counts must have one entry for each of the {self.batch_size} scenes or none, found {len(self.counts)}",
         )
 
     def sorted(self) -> SparseVoxels:
@@ -72,7 +118,7 @@ class SparseVoxels(TensorValue):
         mask = self.coords[:, 0] == index
         coords = self.coords[mask].clone()
         coords[:, 0] = 0
-        return replace(self, features=self.features[mask], coords=coords, batch_size=1)
+        return replace(self, features=self.features[mask], coords=coords, batch_size=1, counts=self.counts[index : index + 1])
 
     def dense(self) -> Tensor:
         """Fill in the empty cells: (B, C, Z, Y, X), zeros where no voxel is. Differentiable; voxels must not repeat."""
@@ -100,7 +146,9 @@ class SparseVoxels(TensorValue):
             coords.append(shifted)
             start += part.batch_size
         features = torch.cat([p.features for p in parts])
-        return replace(parts[0], features=features, coords=torch.cat(coords), batch_size=start)
+        counted = all(len(p.counts) == p.batch_size for p in parts)
+        counts = tuple(c for p in parts for c in p.counts) if counted else ()
+        return replace(parts[0], features=features, coords=torch.cat(coords), batch_size=start, counts=counts)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

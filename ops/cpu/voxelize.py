@@ -19,7 +19,7 @@ def number_voxels(
     table: _Ints,
     cell_of_voxel: _Ints,
     voxel_of_point: _Ints,
-) -> int:
+) -> tuple[int, int]:
     """Find the voxel of each point.
 
     Args:
@@ -31,17 +31,19 @@ def number_voxels(
             with linear probing, in which sixteen neighboring cells along x share a cache line, because consecutive points of a scan
             are neighbors.
         cell_of_voxel: Receives the number of the cell of each voxel, (z * ny + y) * nx + x. Its length is the largest number of voxels.
-        voxel_of_point: (N,), receives the voxel of each point, -1 for none.
+        voxel_of_point: (N,), receives the voxel of each point, -1 for points outside the grid.
 
     Returns:
-        The number of voxels.
+        voxels: The number of voxels.
+        outside: The number of points outside the grid; -1 if there are more occupied cells than `cell_of_voxel` has places. Then the call
+            ended early and wrote nothing of use.
     """
     table[:] = -1
     blocks, shift = len(table) >> 4, 64
     while (1 << (64 - shift)) < blocks:
         shift -= 1
     nx, ny, nz = shape
-    voxels = 0
+    voxels, outside = 0, 0
     for i in range(len(points)):
         voxel_of_point[i] = -1
         fx = np.floor((points[i, 0] - start[0]) / size[0])
@@ -49,6 +51,7 @@ def number_voxels(
         fz = np.floor((points[i, 2] - start[2]) / size[2])
         # Compare as floats: a far point overflows an integer.
         if not (fx >= 0 and fx < nx and fy >= 0 and fy < ny and fz >= 0 and fz < nz):
+            outside += 1
             continue
         cell = (np.int64(fz) * ny + np.int64(fy)) * nx + np.int64(fx)
         # Fibonacci hashing: the upper bits of block number * 2^64 / golden ratio.
@@ -60,12 +63,12 @@ def number_voxels(
             voxel = table[slot]
         if voxel < 0:
             if voxels == len(cell_of_voxel):
-                continue
+                return voxels, -1
             voxel = voxels
             table[slot], cell_of_voxel[voxel] = voxel, cell
             voxels += 1
         voxel_of_point[i] = voxel
-    return voxels
+    return voxels, outside
 
 
 @numba.njit(cache=True, nogil=True)

@@ -54,7 +54,8 @@ class Encoder(nn.Module, ABC):
             points: one scan per scene, in the shifted frame (after the rig), on the device of the weights.
 
         Returns:
-            The occupied voxels of the input grid with the features that the network reads.
+            The occupied voxels of the input grid with the features that the network reads. An encoder that says in `counts` what became
+            of the points lets commands report what lies outside the range or over the voxel limit.
 
         Raises:
             InvalidInput: There is no scan, or a scan lacks point features that the encoder reads.

@@ -130,7 +130,8 @@ class PvRcnnEncoder(Encoder):
             points: one scan per scene, in the shifted frame.
 
         Returns:
-            Occupied voxels ascending in (batch, z, y, x), because balls take their first neighbors in row order.
+            Occupied voxels ascending in (batch, z, y, x), because balls take their first neighbors in row order, and the counts of each
+            scan.
 
         Raises:
             InvalidInput: There is no scan, or a scan lacks point features that the encoder reads.

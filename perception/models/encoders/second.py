@@ -37,7 +37,8 @@ class SecondEncoderConfig:
     max_points_per_voxel: int = 5
     """Points of a voxel that are averaged: the first ones in the order of the scan."""
     max_voxels: int = 40_000
-    """Maximum number of voxels per scan; later ones are dropped. Raise it for a larger range."""
+    """Maximum number of voxels per scan. A scan with more loses some of them in every direction alike, and the loss is counted. Raise it
+    for a larger range, or for scans of a full turn."""
     channels: tuple[int, int, int, int, int] = (16, 32, 64, 64, 128)
     """Channels of conv_input and conv1, conv2, conv3, conv4, and conv_out. The last is the number of values per cell that leaves
     the vehicle."""
@@ -198,14 +199,15 @@ class SecondEncoder(Encoder):
             points: one scan per scene, in the shifted frame.
 
         Returns:
-            Occupied voxels with (M, 3 + C) mean x, y, z and point features, in the order in which points reach them.
+            Occupied voxels with (M, 3 + C) mean x, y, z and point features, in the order in which points reach them, and the counts of
+            each scan.
 
         Raises:
             InvalidInput: There is no scan, or a scan lacks point features that the encoder reads.
         """
         if not points:
             raise InvalidInput("encoding needs at least one point cloud and found none; pass one scan per scene")
-        features, coords = [], []
+        features, coords, counts = [], [], []
         for batch, cloud in enumerate(points):
             voxels = voxelize(
                 self.columns(cloud),
@@ -216,8 +218,13 @@ class SecondEncoder(Encoder):
             )
             features.append(voxels.features)
             coords.append(nn.functional.pad(voxels.coords, (1, 0), value=batch))
+            counts.append(voxels.counts)
         return SparseVoxels(
-            features=torch.cat(features), coords=torch.cat(coords), shape=self.sparse_shape, batch_size=len(points)
+            features=torch.cat(features),
+            coords=torch.cat(coords),
+            shape=self.sparse_shape,
+            batch_size=len(points),
+            counts=tuple(counts),
         )
 
     def columns(self, cloud: PointCloud) -> Tensor:
