@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ....core.features import VoxelCounts
 from ....core.ledger import Ledger
 from ....core.structures import PointCloud
 from ....core.trained_on import ScanMeasures, estimate_road_height
@@ -16,43 +17,48 @@ from ....ops.voxelize import voxelize
 from .encoder import Encoder
 
 
-def measure_scan(points: PointCloud, encoder: Encoder) -> tuple[ScanMeasures, Ledger]:
+def measure_scan(points: PointCloud, encoder: Encoder, reading: Ledger | None = None) -> tuple[ScanMeasures, Ledger]:
     """Measure one scan as an encoder sees it.
 
     Args:
         points: The scan in the shifted frame (after the rig), on the CPU.
         encoder: The encoder whose grid counts.
+        reading: What the scan's reader counted (`Frame.reading`), to be part of the counts.
 
     Returns:
         The measures for `summarize_scans`, and the counts of this scan: points, points outside the range, occupied cells, and
         cells over the voxel limit.
     """
-    grid = encoder.spec.grid
-    limit = _voxel_limit(encoder)
-    inside = ((points.xyz >= points.xyz.new_tensor(grid.range[:3])) & (points.xyz < points.xyz.new_tensor(grid.range[3:]))).all(1)
-    number, cells = int(inside.sum()), 0
-    if number:
-        found = voxelize(
-            points.xyz[inside],
-            point_range=grid.range,
-            voxel_size=grid.voxel_size,
-            max_points=1,
-            max_voxels=number,
-        )
-        cells = len(found.coords)
+    grid, limit = encoder.spec.grid, _voxel_limit(encoder)
+    found = voxelize(
+        points.xyz,
+        point_range=grid.range,
+        voxel_size=grid.voxel_size,
+        max_points=1,
+        max_voxels=max(1, len(points)) if limit is None else limit,
+    )
+    return measures_of(points, found.counts), found.counts.ledger(reading)
+
+
+def measures_of(points: PointCloud, counts: VoxelCounts) -> ScanMeasures:
+    """Measure a scan that an encoder has sorted into voxels already, without doing it again.
+
+    Args:
+        points: The scan in the shifted frame (after the rig), on the CPU.
+        counts: The entry of this scan in `SparseVoxels.counts`.
+
+    Returns:
+        The same measures as `measure_scan`.
+    """
     intensity = float("nan")
     if "intensity" in points.feature_names and len(points):
         intensity = float(points.features[:, points.feature_names.index("intensity")].mean())
-    measures = ScanMeasures(points=number, cells=cells, ground_height=estimate_road_height(points), intensity=intensity)
-    ledger = Ledger(
-        scans=1,
-        scans_without_points=int(number == 0),
-        points=len(points),
-        points_outside_range=len(points) - number,
-        cells=cells,
-        cells_over_limit=0 if limit is None else max(0, cells - limit),
+    return ScanMeasures(
+        points=counts.points - counts.points_outside,
+        cells=counts.cells,
+        ground_height=estimate_road_height(points),
+        intensity=intensity,
     )
-    return measures, ledger
 
 
 def boxes_outside_range(boxes: torch.Tensor, encoder: Encoder) -> torch.Tensor:
