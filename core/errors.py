@@ -16,6 +16,10 @@ class InvalidInput(UpcycleError, ValueError):
     """A value from outside (a file, an argument) breaks the contract of its type."""
 
 
+class NonFiniteValue(InvalidInput):
+    """A network computed NaN or infinite values: its weights are broken, or its input is."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `InvalidInput` unless a condition holds. Values use it to check themselves.
 

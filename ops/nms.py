@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, NonFiniteValue
 from ..core.tensor_value import shape_of
 from .cpu.iou3d import suppress
 from .dispatch import dispatch
@@ -32,7 +32,8 @@ def nms_rotated(
         (K,) int64 rows of the boxes kept, best first.
 
     Raises:
-        InvalidInput: Shapes do not fit, a box is not finite, a score is NaN, or a limit is out of range.
+        InvalidInput: Shapes do not fit, or a limit is out of range.
+        NonFiniteValue: A box is not finite, or a score is NaN.
 
     Example:
         >>> boxes = torch.tensor([[0.0, 0, 0, 4, 2, 1.5, 0], [0.5, 0, 0, 4, 2, 1.5, 0], [9, 0, 0, 4, 2, 1.5, 0]])
@@ -83,7 +84,9 @@ def _best_first(boxes: Tensor, scores: Tensor, iou_threshold: float, pre_max: in
         raise InvalidInput(f"nms_rotated: boxes must be (N, 7) and scores (N,), found {shape_of(boxes)} and {shape_of(scores)}")
     bad = int((~torch.isfinite(boxes).all(1) | torch.isnan(scores)).sum())
     if bad:
-        raise InvalidInput(f"nms_rotated: {bad} of {len(boxes)} boxes have a non-finite value or a NaN score; remove them first")
+        raise NonFiniteValue(
+            f"nms_rotated: {bad} of {len(boxes)} boxes have a non-finite value or a NaN score; remove them first"
+        )
     if not 0 <= iou_threshold <= 1:
         raise InvalidInput(f"nms_rotated: iou_threshold must lie in 0..1, found {iou_threshold}")
     if (pre_max is not None and pre_max < 0) or (post_max is not None and post_max < 0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from ...core.errors import InvalidInput
+from ...core.errors import InvalidInput, NonFiniteValue
 from ...core.frame import Frame
 from ...core.structures import Predictions
 from ...datasets.frame_source import FrameSource
@@ -23,11 +23,18 @@ def detect_frames(detector: Detector, frames: FrameSource, *, batch_size: int = 
 
     Yields:
         Every frame with its detections, on the CPU, in the frame of its points.
+
+    Raises:
+        NonFiniteValue: The network computes NaN or infinite values; the message names the frames.
     """
     detector.eval()
     for start in range(0, len(frames), batch_size):
         batch = [frames[i] for i in range(start, min(start + batch_size, len(frames)))]
-        for frame, found in zip(batch, detector.detect([f.points for f in batch]), strict=True):
+        try:
+            detections = detector.detect([f.points for f in batch])
+        except NonFiniteValue as error:
+            raise NonFiniteValue(f"frames {', '.join(f.id for f in batch)}: {error}") from error
+        for frame, found in zip(batch, detections, strict=True):
             yield frame, found.to("cpu")
 
 

@@ -6,21 +6,25 @@ methods below and does not know which detector it serves. The detectors that the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import torch
 from torch import nn
 
 from ...core.cut import CutSpec
-from ...core.errors import InvalidInput
+from ...core.errors import InvalidInput, NonFiniteValue
 from ...core.features import CutFeatures
 from ...core.structures import Labels, LossTerms, PointCloud, Predictions
 from ...core.trained_on import TrainedOn
 from .decoders.decoder import Decoder
 from .decoders.regions import ScoredProposals
 from .encoders.encoder import Encoder
+from .non_finite import FAILURES, name_non_finite
+
+
+T = TypeVar("T")
 
 
 class DetectorFactory(Protocol):
@@ -190,9 +194,10 @@ class Detector(nn.Module):
 
         Raises:
             InvalidInput: The features belong to another cut, or the decoder has no second stage.
+            NonFiniteValue: The network computes NaN or infinite values; the message names the weight or the layer.
         """
         self._check_cut(features)
-        return self.decoder.proposals(features)
+        return self._explained(lambda: self.decoder.proposals(features))
 
     @overload
     def detect(self, points: PointCloud) -> Predictions: ...
@@ -212,14 +217,15 @@ class Detector(nn.Module):
 
         Raises:
             InvalidInput: The detector is in training mode, or `encode` refuses the scans.
+            NonFiniteValue: The network computes NaN or infinite values; the message names the weight or the layer.
         """
         if self.training:
             raise InvalidInput(
                 "the detector is in training mode, where dropout and batch statistics change what it finds; call eval() before detect"
             )
         if isinstance(points, PointCloud):
-            return self.predict(self.decode(self.encode([points])))[0]
-        return self.predict(self.decode(self.encode(points)))
+            return self._explained(lambda: self.predict(self.decode(self.encode([points]))))[0]
+        return self._explained(lambda: self.predict(self.decode(self.encode(points))))
 
     def forward(self, points: Sequence[PointCloud]) -> list[Predictions]:
         """Find the objects in a batch of scans; the same as `detect`.
@@ -231,6 +237,19 @@ class Detector(nn.Module):
             The detections of every scan.
         """
         return self.detect(points)
+
+    def _explained(self, forward: Callable[[], T]) -> T:
+        """Run a forward pass; where it fails because of NaN or infinite values, say where they begin."""
+        try:
+            return forward()
+        except FAILURES as error:
+            found = name_non_finite({"": self}, forward)
+            if not found and not isinstance(error, NonFiniteValue):
+                raise
+            raise NonFiniteValue(
+                f"this {self.label} cannot detect anything here: {found or error}. Its training diverged or its weights were damaged; use "
+                "an earlier checkpoint of the run, or train again with a lower learning rate"
+            ) from error
 
     def _check_cut(self, features: CutFeatures) -> None:
         if features.spec == self.spec:

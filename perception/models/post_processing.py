@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.boxes import decode_residuals, rotate_z, wrap_angle
-from ...core.errors import require_counts
+from ...core.errors import NonFiniteValue, require_counts
 from ...core.structures import Boxes3D, Predictions
 from ...ops.nms import nms_rotated
 from .targets import DIRECTION_OFFSET, at_origin
@@ -139,7 +139,12 @@ def select_detections(boxes: Tensor, classes: Tensor, scores: Tensor, class_scor
 
     Returns:
         Detections, the best first, with yaw in [-pi, pi).
+
+    Raises:
+        NonFiniteValue: A score is NaN, or a box whose score is high enough is not finite.
     """
+    if bool(scores.isnan().any()):  # NaN is below every limit, so such a scene would silently have no detection
+        raise NonFiniteValue(f"{int(scores.isnan().sum())} of {len(scores)} proposals have a score that is NaN")
     keep = (scores >= nms.score).nonzero().squeeze(1)
     keep = keep[nms_rotated(boxes[keep], scores[keep], nms.iou, pre_max=nms.pre, post_max=nms.post)]
     kept = torch.cat([boxes[keep, :6], wrap_angle(boxes[keep, 6:])], 1)

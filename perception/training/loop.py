@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ...core.errors import InvalidInput, UpcycleError
+from ...core.errors import InvalidInput, NonFiniteValue, UpcycleError
 from ...core.structures import LossTerms
+from ..models.non_finite import first_broken_weight
 from .checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from .distributed import DistributedContext
 from .optim import OneCycle, learning_rate
@@ -33,7 +34,8 @@ from .step import Batch, OptimizerStep
 
 
 class NonFiniteLoss(UpcycleError):
-    """A loss term or the gradient is NaN or infinite; the message names it, the step and the frames of each rank where it was."""
+    """A loss term, the gradient, a weight or the output of a layer is NaN or infinite. The message names it, the step and the frames of
+    each rank where it was, and says which weights are kept."""
 
 
 class Interrupted(UpcycleError):
@@ -197,11 +199,13 @@ def run_steps(
         source = stack.enter_context(closing(prefetch(batches, start, total, workers)))
         clock = _Clock(start)
         for step in range(start, total):
-            batch = clock.wait_for_next(source)
+            try:
+                batch = clock.wait_for_next(source)
+            except NonFiniteValue as error:  # self-training labels its scans when it makes a batch
+                raise NonFiniteLoss(keeper.save_failed(step, f"training stopped before step {step}: {error}.")) from error
             outcome = one_step.run(batch, step, stop)
             if outcome.fault:
-                keeper.save(step, "failed", outcome.fault)
-                raise NonFiniteLoss(outcome.fault)
+                raise NonFiniteLoss(keeper.save_failed(step, outcome.fault))
             extra = after_step(step) if after_step is not None else None
             done = step + 1
             last = done == total
@@ -217,6 +221,10 @@ def run_steps(
                 values = _disjoint(terms, values, extra or {})
                 show.report(done, values)
                 keeper.log(done, values)
+            saving = last or outcome.stopping or done % config.checkpoint_every == 0
+            if saving and (broken := first_broken_weight(modules)):
+                fault = f"training stopped after step {step} (0-based): the weight {broken} holds NaN or infinite values."
+                raise NonFiniteLoss(keeper.save_failed(done, fault))
             if outcome.stopping and not last:
                 keeper.save(done, "interrupted")
                 raise Interrupted(_how_to_resume(done, total, run, context))
@@ -258,8 +266,11 @@ class _Keeper:
         if self._writer is not None:
             self._writer.set_status(state, step=step, total_steps=self._config.total_steps, message=message)
 
-    def save(self, step: int, state: State, message: str = "") -> None:
-        """Write a checkpoint after `step` steps, unless it is there, and then the status."""
+    def save(self, step: int, state: State, message: str = "", *, keep_more: int = 0) -> None:
+        """Write a checkpoint after `step` steps, unless it is there, and then the status.
+
+        `keep_more` older checkpoints are kept: weights that fail at the next step may have been wrong for a while.
+        """
         writer = self._writer
         if writer is None:
             return
@@ -273,9 +284,29 @@ class _Keeper:
                 modules=self._modules,
                 optimizer=self._step.optimizer,
                 meta=meta,
-                keep_last=self._config.keep_checkpoints,
+                keep_last=self._config.keep_checkpoints + keep_more,
             )
         self.set_status(state, step, message)
+
+    def save_failed(self, step: int, fault: str) -> str:
+        """Keep the weights after `step` good steps, if they are good, and the older checkpoints in any case; returns the message."""
+        good = not first_broken_weight(self._modules)
+        if good:
+            self.save(step, "failed", fault, keep_more=1)
+        newest = None if self._run is None else latest_checkpoint(self._run.checkpoints)
+        if good:
+            kept = f"The weights after {step} good steps are kept."
+        elif newest is not None:
+            kept = f"The weights are broken, so they are not kept; the last good ones are in {newest}."
+        else:
+            kept = "The weights are broken, and there is no earlier checkpoint."
+        init = "" if newest is None else f", starting from a checkpoint of before (--init {newest})"
+        message = (
+            f"{fault} {kept} Look at these frames, or train in a new folder with a lower learning rate{init}; resuming with the same "
+            "configuration stops at the same step"
+        )
+        self.set_status("failed", step, message)
+        return message
 
     def finish(self) -> None:
         self.set_status("finished", self._config.total_steps)

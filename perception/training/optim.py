@@ -23,6 +23,10 @@ from torch import nn
 from ...core.errors import InvalidInput
 
 
+HIGHEST_LR = 10.0
+"""Largest learning rate that is accepted; a larger one makes every weight useless within a few steps."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OneCycle:
     """Learning-rate schedule with one warm-up and one cool-down (Smith, 2018). Defaults: every OpenPCDet configuration."""
@@ -52,9 +56,14 @@ class OneCycle:
     """beta2 of Adam, constant."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.div < 1 or self.final_div < 1 or self.weight_decay < 0:
+        if not self.lr > 0 or self.div < 1 or self.final_div < 1 or self.weight_decay < 0:
             found = f"{self.lr}, {self.div}, {self.final_div} and {self.weight_decay}"
             raise InvalidInput(f"OneCycle needs lr > 0, div >= 1, final_div >= 1 and weight_decay >= 0, found {found}")
+        if self.lr > HIGHEST_LR:
+            raise InvalidInput(
+                f"a learning rate of {self.lr:g} is absurd: Adam moves every weight by about this much per step, and the presets use 0.0007 "
+                f"to 0.01; give at most {HIGHEST_LR:g} (--preset.train.loop.optim.lr or --preset.upcycle.loop.optim.lr)"
+            )
         if self.total_steps < 1 or not 0 <= self.pct_start < 1:
             found = f"{self.total_steps} and {self.pct_start}"
             raise InvalidInput(f"OneCycle needs total_steps >= 1 and 0 <= pct_start < 1, found {found}")

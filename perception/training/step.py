@@ -18,8 +18,9 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import InvalidInput
+from ...core.errors import InvalidInput, NonFiniteValue
 from ...core.structures import LossTerms
+from ..models.non_finite import FAILURES, name_non_finite
 from .distributed import DistributedContext, all_reduce_gradients, average_statistics, training_buffers
 from .optim import OneCycle, learning_rate, make_optimizer, set_schedule
 from .progress import StopRequest
@@ -96,6 +97,7 @@ class OptimizerStep(Generic[Batch]):
         self.scaler = torch.amp.GradScaler("cuda", enabled=amp == "fp16" and self.device.type == "cuda")
         self._modules, self._parameters, self._loss = modules, parameters, loss
         self._optim, self._seed, self._clip_norm, self._amp = optim, seed, clip_norm, amp
+        self._broken = ""  # what was not finite before there was a loss
         self._context, self._frame_ids = context, frame_ids
 
     def run(self, batch: Batch, step: int, stop: StopRequest) -> StepOutcome:
@@ -114,7 +116,7 @@ class OptimizerStep(Generic[Batch]):
                 on a parameter.
         """
         before = _Snapshot(self._modules.values())
-        terms, norm, norms = self._forward_backward(batch, step)
+        terms, norm, norms = self._forward_backward(batch, step, before)
         bad_loss, bad_gradient = self._non_finite(terms, norm, norms)
         flags = self._context.any([bool(bad_loss), bool(bad_gradient), stop.requested])
         any_bad_loss, any_bad_gradient, stopping = flags
@@ -128,13 +130,18 @@ class OptimizerStep(Generic[Batch]):
         average_statistics(self._modules.values(), self._context)
         return StepOutcome(terms=terms, grad_norm=norm, fault="", stopping=stopping)
 
-    def _forward_backward(self, batch: Batch, step: int) -> tuple[LossTerms, Tensor, list[Tensor]]:
+    def _forward_backward(self, batch: Batch, step: int, before: _Snapshot) -> tuple[LossTerms, Tensor, list[Tensor]]:
         """Fill the gradients. Returns the loss terms, the L2 norm of the gradient, and the norm for each parameter."""
         torch.manual_seed(step_seed(self._seed, step, self._context.rank))
         set_schedule(self.optimizer, self._optim, step)
         self.optimizer.zero_grad(set_to_none=True)
-        with _autocast(self._amp, self.device):
-            terms = self._loss(batch, step)
+        terms = self._terms(batch, step, before)
+        if self._broken:
+            for parameter in self._parameters:  # so that every rank learns of it by the mean of the gradients
+                parameter.grad = torch.full_like(parameter, torch.nan)
+            all_reduce_gradients(self._parameters, self._context)
+            norm = torch.full((), torch.nan, device=self.device)
+            return terms, norm, [norm] * len(self._parameters)
         if not terms.terms:
             raise InvalidInput(f"the loss of step {step} has no term; a step with nothing to learn should return a zero term")
         for name, value in terms.terms.items():
@@ -154,33 +161,51 @@ class OptimizerStep(Generic[Batch]):
         norms = torch._foreach_norm([p.grad if p.grad is not None else p.new_zeros(()) for p in self._parameters])
         return terms, torch.stack(list(norms)).norm(), list(norms)
 
+    def _terms(self, batch: Batch, step: int, before: _Snapshot) -> LossTerms:
+        """The loss terms. Where the forward pass fails because of NaN or infinite values, `_broken` says where they begin."""
+        self._broken = ""
+
+        def forward() -> LossTerms:
+            with _autocast(self._amp, self.device):
+                return self._loss(batch, step)
+
+        try:
+            return forward()
+        except torch.OutOfMemoryError:
+            raise
+        except FAILURES as error:
+            before.restore()  # the statistics of batch norm are spoiled too, and are not the cause
+            found = name_non_finite(self._modules, forward)
+            if not found and not isinstance(error, NonFiniteValue):
+                raise
+            self._broken = found or str(error)
+            return LossTerms(terms={"loss": torch.full((), torch.nan, device=self.device)})
+
     def _non_finite(self, terms: LossTerms, norm: Tensor, norms: Sequence[Tensor]) -> tuple[str, str]:
         """Which loss term, and which parameter's gradient, is not finite; "" where all is well. One transfer from the device."""
         total, gradient = torch.stack([terms.total().detach().to(norm.dtype), norm]).isfinite().tolist()
         bad_loss = bad_gradient = ""
-        if not total:
-            bad_loss = terms.first_non_finite() or "the sum of all terms"
+        if self._broken:
+            bad_loss = self._broken
+        elif not total:
+            bad_loss = f"{terms.first_non_finite() or 'the sum of all terms'!r} is not finite"
         # GradScaler skips such a step by itself and lowers its scale, as long as it can.
         scale_can_shrink = self.scaler.is_enabled() and self.scaler.get_scale() > 1.0
         if not gradient and not scale_can_shrink:
             first = next(
                 (n for n, value in zip(self._names, norms, strict=True) if not value.isfinite()), "all parameters together"
             )
-            bad_gradient = f"gradient of {first}"
+            bad_gradient = f"'gradient of {first}' is not finite"
         return bad_loss, bad_gradient
 
     def _explain(self, fault: str, step: int, batch: Batch) -> str:
         """What was not finite on which rank, as a message. A collective: every rank calls it."""
         ids = tuple(self._frame_ids(batch)) if self._frame_ids is not None and fault else ()
-        own = f"{fault!r} is not finite, frames: {', '.join(ids) or 'unknown'}" if fault else ""
+        own = f"{fault}, frames: {', '.join(ids) or 'unknown'}" if fault else ""
         many = self._context.world_size > 1
         found = [f"rank {rank}: {m}" if many else m for rank, m in enumerate(self._context.gather(own)) if m]
         rate = learning_rate(self._optim, step)
-        return (
-            f"training stopped at step {step} (0-based; learning rate {rate:.3g}): {'; '.join(found)}. "
-            f"The weights after {step} good steps are kept. Look at these frames, or train with a lower learning rate; "
-            "resuming with the same configuration stops at the same step"
-        )
+        return f"training stopped at step {step} (0-based; learning rate {rate:.3g}): {'; '.join(found)}."
 
 
 def _clip(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float) -> None:
