@@ -23,7 +23,6 @@ from .decoders.regions import ScoredProposals
 from .encoders.encoder import Encoder
 from .non_finite import FAILURES, name_non_finite
 
-
 T = TypeVar("T")
 
 

@@ -22,7 +22,6 @@ from torch import nn
 
 from ...core.errors import InvalidInput
 
-
 HIGHEST_LR = 10.0
 """Largest learning rate that is accepted; a larger one makes every weight useless within a few steps."""
 

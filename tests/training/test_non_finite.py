@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from upcycle3d.core.errors import InvalidInput, NonFiniteValue
 from upcycle3d.perception.evaluation.detect import detect_frames
 from upcycle3d.perception.models.non_finite import first_broken_weight, name_non_finite
@@ -45,14 +45,16 @@ def test_a_learning_rate_that_no_weight_survives_is_refused_before_anything_star
 def test_training_with_a_weight_that_is_nan_names_it_with_step_and_frames(tmp_path, part):
     detector = tiny.second_iou()
     name = poison(detector, part=part)
-    with RunFolder.create(tmp_path / "run", CONFIG, seed=0, tensorboard=False) as run:
-        with pytest.raises(NonFiniteLoss) as stopped:
-            train_supervised(detector, frames_at, CONFIG, run=run, progress=False)
+    run = RunFolder.create(tmp_path / "run", CONFIG, seed=0, tensorboard=False)
+    with run, pytest.raises(NonFiniteLoss) as stopped:
+        train_supervised(detector, frames_at, CONFIG, run=run, progress=False)
     said = str(stopped.value)
-    assert "stopped at step 0" in said and "frames: frame0, frame50" in said
+    assert "stopped at step 0" in said
+    assert "frames: frame0, frame50" in said
     assert name in said or "'iou' is not finite" in said
     assert "The weights are broken" in said
-    assert run.status()["state"] == "failed" and run.status()["message"] == said
+    assert run.status()["state"] == "failed"
+    assert run.status()["message"] == said
     assert latest_checkpoint(run.checkpoints) is None, "broken weights are no checkpoint"
 
 
@@ -107,7 +109,7 @@ def test_a_detector_with_a_weight_that_is_nan_says_so_instead_of_finding_nothing
 def test_scoring_a_broken_detector_names_the_frames():
     detector = tiny.second_iou()
     poison(detector)
-    with pytest.raises(NonFiniteValue, match="frames frame1, frame2: this .* cannot detect"):
+    with pytest.raises(NonFiniteValue, match=r"frames frame1, frame2: this .* cannot detect"):
         list(detect_frames(detector, [tiny.frame_with_car(1), tiny.frame_with_car(2)]))
 
 
