@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -96,7 +97,7 @@ def first_difference(old: Json, new: Json, where: str = "", *, names: tuple[str,
 def _encode(value: Any, hint: Any, where: str) -> Json:
     options = _options(hint)
     if dataclasses.is_dataclass(value):
-        hints = typing.get_type_hints(type(value))
+        hints = _hints(type(value))
         tag = {"kind": type(value).__name__} if sum(dataclasses.is_dataclass(o) for o in options) > 1 else {}
         body = {f.name: _encode(getattr(value, f.name), hints[f.name], f"{where}{f.name}.") for f in dataclasses.fields(value)}
         return {**tag, **body}
@@ -130,7 +131,7 @@ def _decode(data: Json, hint: Any, where: str) -> Any:
         if option in (bool, int, str) and type(data) is option:
             return data
         if option is float and (type(data) in (int, float) or data in ("inf", "-inf", "nan")):
-            return float(data)
+            return _finite(data, where)
         if option is Path and isinstance(data, str):
             return Path(data)
         if origin in _LISTS and isinstance(data, list | tuple):
@@ -143,6 +144,13 @@ def _decode(data: Json, hint: Any, where: str) -> Any:
     wanted = [text for option in options for text in _texts_of(option)]
     choice = wanted[0] if len(wanted) == 1 else f"{', '.join(wanted[:-1])} or {wanted[-1]}"
     raise InvalidInput(f"{where[:-1] or 'the configuration'} must be {choice}, found {_short(data)}")
+
+
+def _finite(data: Json, where: str) -> float:
+    try:
+        return float(data)
+    except OverflowError:
+        raise InvalidInput(f"{where[:-1]} must be float, found a whole number of {len(str(data))} digits") from None
 
 
 def _texts_of(option: Any) -> list[str]:
@@ -175,8 +183,14 @@ def _decode_dataclass(data: Mapping[str, Json], classes: Sequence[Any], where: s
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in data:
             raise InvalidInput(f"the option `{where}{key}` of {cls.__name__} is missing and has no default")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     return cls(**{key: _decode(value, hints[key], f"{where}{key}.") for key, value in data.items()})
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """Types of a dataclass' fields. Finding them takes 0.5 ms, and every prepared frame has a ledger."""
+    return typing.get_type_hints(cls)
 
 
 def _options(hint: Any) -> list[Any]:

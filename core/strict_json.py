@@ -1,18 +1,27 @@
 """JSON in one spelling when it is written, and with nothing taken on trust when it is read.
 
 Hashes and comparisons of files need one spelling for one value (`canonical_json`). What comes from outside is refused where
-Python's own reader is lenient: a key that stands twice, `NaN`, bytes that are not UTF-8, an integer with a million digits
-(`strict_json`).
+Python's own reader is lenient: a key that stands twice, `NaN`, bytes that are not UTF-8, numbers that no 64 bits hold, values that lie
+too deep for the code that reads them (`strict_json`). `read_json` is the one way to read a JSON file of a user or of ours: whatever
+is wrong with the file, the error is a sentence with its path and a remedy. `write_json_file` is the one way to write a result.
 
 Read next: `perception/wire/cut_json.py`, which reads the description of a cut with it.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
+from pathlib import Path
 from typing import Any
 
 from .errors import InvalidInput, UpcycleError
+from .files import write_atomically
+
+MOST_JSON_BYTES = 256 << 20
+"""Bytes of the largest JSON file that `read_json` reads, unless its caller says something else."""
+MOST_JSON_LEVELS = 64
+"""Levels of lists and objects inside each other. Our deepest files have 8."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -27,13 +36,14 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def strict_json(data: bytes, what: str, error: type[UpcycleError] = InvalidInput) -> Any:
-    """Read JSON from outside; a key that stands twice and NaN are refused.
+def strict_json(data: bytes, what: str, error: type[UpcycleError] = InvalidInput, *, allow_nan: bool = False) -> Any:
+    """Read JSON from outside; a key that stands twice, NaN, too large numbers and too many levels are refused.
 
     Args:
         data: UTF-8 bytes. The caller limits their number.
         what: Subject of the error message, e.g. "the manifest".
         error: Class of the error to raise. Code that reads scenes asks for `CorruptScene`.
+        allow_nan: Whether NaN and infinity may occur, as in metrics that were written by `write_json_file`.
 
     Returns:
         The plain value.
@@ -52,6 +62,119 @@ def strict_json(data: bytes, what: str, error: type[UpcycleError] = InvalidInput
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=None if allow_nan else refuse)
+        _check_values(value, allow_nan)
     except (ValueError, RecursionError) as fault:  # ValueError covers broken UTF-8, broken JSON and oversized integers
         raise error(f"{what} is not valid JSON: {fault}") from fault
+    return value
+
+
+def read_json(
+    path: Path | str,
+    what: str,
+    *,
+    remedy: str,
+    kind: type = dict,
+    max_bytes: int = MOST_JSON_BYTES,
+    error: type[UpcycleError] = InvalidInput,
+    allow_nan: bool = False,
+) -> Any:
+    """Read a JSON file of a user or of ours. A byte order mark at its beginning is skipped.
+
+    Args:
+        path: The file.
+        what: What the file is, for messages: "the header of a prepared dataset".
+        remedy: What to do when it cannot be read: "prepare the dataset again".
+        kind: `dict` or `list`: what its outermost value must be. `object` takes any.
+        max_bytes: Bytes of the largest file that is read.
+        error: Class of the error to raise.
+        allow_nan: Whether NaN and infinity may occur.
+
+    Returns:
+        The plain value, as `strict_json` gives it.
+
+    Raises:
+        UpcycleError: There is no such file, it cannot be opened, is too large or is not valid JSON, or its outermost value is of
+            another kind. The class is `error`, and the message names path, reason and remedy.
+
+    Example:
+        >>> from upcycle3d.core.strict_json import read_json
+        >>> read_json("no.json", "the receipts", remedy="run `upcycle3d extract --receipts` again")
+        Traceback (most recent call last):
+        upcycle3d.core.errors.InvalidInput: there is no no.json (the receipts); run `upcycle3d extract --receipts` again
+    """
+    path = Path(path)
+    subject = f"{path} ({what})"
+    try:
+        exists, is_file = path.exists(), path.is_file()
+        size = path.stat().st_size if is_file else 0
+        data = b""
+        if size <= max_bytes and is_file:
+            with open(path, "rb") as file:
+                data = file.read(max_bytes + 1)
+    except (OSError, ValueError) as fault:  # ValueError: a path with a NUL in it
+        raise error(f"{subject} cannot be read: {getattr(fault, 'strerror', None) or fault}; {remedy}") from fault
+    if not is_file:
+        raise error(f"{subject} is not a file; {remedy}" if exists else f"there is no {subject}; {remedy}")
+    if max(size, len(data)) > max_bytes:
+        raise error(f"{subject} has {size:,} bytes, more than the {max_bytes:,} that are read; {remedy}")
+    try:
+        value = strict_json(data.removeprefix(codecs.BOM_UTF8), subject, error, allow_nan=allow_nan)
+    except error as fault:
+        raise error(f"{fault}; {remedy}") from fault
+    if not isinstance(value, kind):
+        wanted = {dict: "an object with named entries", list: "a list"}.get(kind, kind.__name__)
+        raise error(f"{subject} must hold {wanted}, found {_kind_of(value)}; {remedy}")
+    return value
+
+
+def write_json_file(path: Path | str, value: Any) -> None:
+    """Write a result as a JSON file that people can read, completely or not at all.
+
+    Args:
+        path: Where the file appears.
+        value: Plain JSON values. Keys keep their order.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def _check_values(value: Any, allow_nan: bool) -> None:
+    """Refuse what later code would stumble over: levels without end, numbers beyond 64 bits, text that is no Unicode."""
+    level, depth = [value], 0
+    while level:
+        inner: list[Any] = []
+        for v in level:
+            kind = type(v)
+            if kind is float:
+                if not allow_nan and v - v != 0:
+                    raise ValueError("a number is too large for 64 bits")
+            elif kind is int:
+                if not -(1 << 63) <= v < 1 << 64:
+                    raise ValueError("a whole number is too large for 64 bits")
+            elif kind is str:
+                _check_text(v)
+            elif kind is dict:
+                for key in v:
+                    _check_text(key)
+                inner += v.values()
+            elif kind is list:
+                inner += v
+        level, depth = inner, depth + 1
+        if depth > MOST_JSON_LEVELS + 1:
+            raise ValueError(f"lists and objects lie more than {MOST_JSON_LEVELS} levels deep")
+
+
+def _check_text(text: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half of a surrogate pair") from None
+
+
+def _kind_of(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -10,7 +10,6 @@ of objects to paste.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import zlib
 from collections import Counter
@@ -28,8 +27,9 @@ from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import atomic_file
 from ..core.ledger import Ledger
 from ..core.rig import RigSpec
+from ..core.strict_json import read_json, write_json_file
 from .frame_source import DatasetOrigin, DescribedSource, FrameSource
-from .prepared_format import PREPARED_VERSION, FrameFailure, PreparedHeader, origin_to_json, read_index
+from .prepared_format import PREPARED_VERSION, FrameFailure, PreparedHeader, origin_to_json, read_index, row_reading
 from .prepared_parts import finished, make_chunk, remove_leftovers, remove_superseded, write_chunks
 
 ProgressCallback = Callable[[int, int], None]
@@ -165,17 +165,20 @@ def _locked(out: Path) -> Iterator[int]:
 
 def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
-        with atomic_file(path) as file:
-            file.write(json.dumps(settings, indent=1).encode())
+        write_json_file(path, settings)
         return
-    before = json.loads(path.read_text())
+    remedy = "delete it, and every frame is read again with the settings given now"
+    before = read_json(path, "the settings of a preparation", remedy=remedy)
     if before.get("schema_version") != PREPARED_VERSION:
         raise InvalidInput(
             f"{path.parent} was begun by another version of this program (schema version {before.get('schema_version')}, this one "
             f"writes {PREPARED_VERSION}), and nothing finished is carried over, neither its frames nor the results of an experiment on "
             "them; use another folder, or delete this one to start over"
         )
-    old, new = _flat(before), _flat(settings)
+    try:
+        old, new = _flat(before), _flat(settings)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidInput(f"{path} is damaged or was edited: there is no readable origin in it; {remedy}") from error
     changed = [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in old | new if old.get(name) != new.get(name)]
     if changed:
         raise InvalidInput(
@@ -220,8 +223,7 @@ def _publish(
         splits=kept,
         failures=tuple(failures),
     )
-    with atomic_file(out / "dataset.json") as file:
-        file.write(json.dumps(header.to_json(), indent=1).encode())
+    write_json_file(out / "dataset.json", header.to_json())
     for old in out.glob("index-*.parquet"):
         if old.name != header.index:
             old.unlink()
@@ -244,7 +246,7 @@ def _ledger(table: pa.Table, classes: tuple[str, ...], failed: int) -> Ledger:
     total = Ledger(scans=len(table), scans_failed=failed, boxes=dict.fromkeys(classes, 0))
     columns = zip(*(table[name].to_pylist() for name in ("reading", "num_points", "classes", "box_points")))
     for reading, num_points, numbers, box_points in columns:
-        read = Ledger.from_json(json.loads(reading)) if reading else Ledger()
+        read = row_reading({"reading": reading})
         boxes = Counter(classes[number] for number in numbers or ())
         empty = Counter(classes[number] for number, count in zip(numbers or (), box_points or ()) if count == 0)
         read = replace(read, scans=0, points=read.points or num_points, boxes=boxes, boxes_empty=empty)

@@ -22,13 +22,23 @@ import torch
 
 from ..core.errors import InvalidInput
 from ..core.frame import Frame
+from ..core.ledger import Ledger
 from ..core.rig import RigSpec
 from ..core.structures import Labels, PointCloud
 from .fingerprint import split_fingerprint
 from .frame_source import DatasetOrigin
 from .kitti_text import KittiObjects
 from .label_shares import label_share_of
-from .prepared_format import KITTI_COLUMNS, check_rows, read_header, read_index, row_calibration, row_kitti_objects, row_labels
+from .prepared_format import (
+    KITTI_COLUMNS,
+    check_rows,
+    read_header,
+    read_index,
+    row_calibration,
+    row_kitti_objects,
+    row_labels,
+    row_reading,
+)
 
 
 class PreparedDataset:
@@ -83,7 +93,7 @@ class PreparedDataset:
                 f"{self.root} names {twice} frames twice, which training would see twice; its files were edited: prepare the dataset again"
             )
         table = table.take([position[frame_id] for frame_id in self.ids])
-        self._table: pa.Table = table.drop_columns([*KITTI_COLUMNS[1:], "reading"]).combine_chunks()
+        self._table: pa.Table = table.drop_columns(list(KITTI_COLUMNS[1:])).combine_chunks()
         self._kitti: pa.Table = table.select(list(KITTI_COLUMNS)).combine_chunks()
         self._check_parts()
 
@@ -99,7 +109,14 @@ class PreparedDataset:
             features=torch.from_numpy(np.array(rows[:, 3:], np.float32, order="C")),
             feature_names=self.feature_names,
         )
-        return Frame(id=row["id"], points=points, labels=row_labels(row), calibration=row_calibration(row), rig=self.rig)
+        return Frame(
+            id=row["id"],
+            points=points,
+            labels=row_labels(row),
+            calibration=row_calibration(row),
+            rig=self.rig,
+            reading=row_reading(row),
+        )
 
     def labels(self, index: int) -> Labels | None:
         """Read the labels of a frame without its points.
@@ -111,6 +128,14 @@ class PreparedDataset:
             The labels, or None where nobody labeled.
         """
         return row_labels(self._row(index))
+
+    def reading(self) -> Ledger:
+        """Add up what the reader counted and dropped for these frames when they were prepared, without opening their points.
+
+        Returns:
+            The sum; all zero where an earlier version of this program prepared the dataset.
+        """
+        return Ledger.total(row_reading({"reading": text}) for text in self._table["reading"].to_pylist())
 
     def kitti_objects(self, frame_id: str) -> KittiObjects:
         """Read a frame's KITTI label file as it was, DontCare included: what KITTI's protocol compares detections with.

@@ -14,6 +14,7 @@ Read next: `prepare.py` writes these files, `prepared.py` reads them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -24,22 +25,24 @@ from typing import Any, cast, get_args
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from ..core.config_json import config_from_json
 from ..core.errors import InvalidInput
+from ..core.foreign_text import shown
 from ..core.frame import Calibration, Frame
 from ..core.ledger import Ledger
 from ..core.rig import RigSpec
+from ..core.strict_json import canonical_json, read_json, strict_json
 from ..core.structures import Labels
 from ..ops.points_in_boxes import count_points_in_boxes
 from .frame_source import DatasetOrigin, Layout
 from .kitti_text import KittiObjects
+from .parquet import checksum_in_name, read_parquet
 
 PREPARED_VERSION = 3
-"""Version 2 added the rig of each frame and KITTI's label files; version 3 what the reader counted. Versions 1 and 2 are still read;
-version 1 is scored by every protocol but KITTI's."""
+"""Version 3 added what the reader counted for each frame, and a digest of the header. Version 2 added the rig of each frame and KITTI's
+label files. Both older ones are still read, and version 1 is scored by every protocol but KITTI's."""
 
 # One row per frame. Boxes, matrices and the like are flat lists; null means "not known" (no labels, no calibration).
 _COLUMNS = [
@@ -67,13 +70,15 @@ _SINCE_VERSION_2 = [
     ("kitti_types", pa.list_(pa.string())),  # the frame's label file, every line of it
     ("kitti_numbers", pa.list_(pa.float64())),  # its 14 numeric columns, line after line
 ]
-_SINCE_VERSION_3 = [("reading", pa.string())]  # the frame's `Ledger` as JSON; null where the reader counted nothing
-_ADDED = {2: _SINCE_VERSION_2, 3: _SINCE_VERSION_3}
+_SINCE_VERSION_3 = [("reading", pa.string())]  # what the reader counted: a `Ledger` in JSON; null where it counted nothing
+_ALL_COLUMNS = _COLUMNS + _SINCE_VERSION_2 + _SINCE_VERSION_3
 _SCHEMAS: Mapping[int, pa.Schema] = {
-    version: pa.schema(_COLUMNS + [column for since in range(2, version + 1) for column in _ADDED[since]])
-    for version in range(1, PREPARED_VERSION + 1)
+    1: pa.schema(_COLUMNS),
+    2: pa.schema(_COLUMNS + _SINCE_VERSION_2),
+    3: pa.schema(_ALL_COLUMNS),
 }
 INDEX_SCHEMA = _SCHEMAS[PREPARED_VERSION]
+_REMEDY = "copy the dataset again, or prepare it again"
 KITTI_COLUMNS = ("id", "kitti_types", "kitti_numbers")
 """The columns that `row_kitti_objects` needs; everything else needs none of the last two."""
 
@@ -110,8 +115,8 @@ class PreparedHeader:
     """The frames that were left out."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the header as plain values for a JSON file."""
-        return {
+        """Return the header as plain values for a JSON file, with a digest over all of them."""
+        values = {
             "schema_version": self.version,
             "classes": list(self.classes),
             "feature_names": list(self.feature_names),
@@ -121,6 +126,19 @@ class PreparedHeader:
             "splits": {name: list(ids) for name, ids in self.splits.items()},
             "failures": [{"id": f.id, "reason": f.reason} for f in self.failures],
         }
+        return values | {"digest": header_digest(values)}
+
+
+def header_digest(values: Mapping[str, Any]) -> str:
+    """Compute the digest that `dataset.json` names.
+
+    Args:
+        values: Everything that the header says; a digest among it does not count.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+    """
+    return hashlib.sha256(canonical_json({k: v for k, v in values.items() if k != "digest"})).hexdigest()
 
 
 def origin_to_json(origin: DatasetOrigin) -> dict[str, Any]:
@@ -171,13 +189,10 @@ def read_header(root: Path) -> PreparedHeader:
         InvalidInput: The folder holds no finished prepared dataset, one of an unknown version, or one whose header is damaged.
     """
     path = root / "dataset.json"
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InvalidInput(f"{root} holds no dataset.json; run `upcycle3d prepare` (again) to finish it") from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{path} is not JSON ({error}); copy it again, or prepare the dataset again") from error
-    version: Any = values.get("schema_version") if isinstance(values, dict) else None
+    if root.is_dir() and not path.exists():
+        raise InvalidInput(f"{root} holds no dataset.json; run `upcycle3d prepare` (again) to finish it")
+    values = read_json(path, "the header of a prepared dataset", remedy=_REMEDY)
+    version: Any = values.get("schema_version")
     if type(version) is not int or version not in _SCHEMAS:
         raise InvalidInput(
             f"{root} has schema version {version}, this program reads versions {', '.join(map(str, _SCHEMAS))}; prepare it again "
@@ -189,9 +204,11 @@ def read_header(root: Path) -> PreparedHeader:
         known = {name: values[name] for name in _StoredHeader.__dataclass_fields__ if name in values}
         header = config_from_json(_StoredHeader, known)
         if not re.fullmatch(r"index-[0-9a-f]{8}\.parquet", header.index):
-            raise InvalidInput(f"{header.index!r} cannot be the name of the index")
+            raise InvalidInput(f"{shown(header.index)!r} cannot be the name of the index")
+        if version >= 3 and values.get("digest") != header_digest(values):
+            raise InvalidInput("its content has another digest than the one it names")
     except InvalidInput as error:
-        raise InvalidInput(f"{path} is damaged or was edited: {error}; copy it again, or prepare the dataset again") from error
+        raise InvalidInput(f"{path} is damaged or was edited: {error}; {_REMEDY}") from error
     layout = header.origin.layout if header.origin.layout in get_args(Layout) else "own"
     return PreparedHeader(
         version=version,
@@ -217,7 +234,7 @@ def _origin_of_version_1(notes: Any) -> dict[str, Any]:
 
 
 def read_index(path: Path, version: int = PREPARED_VERSION) -> pa.Table:
-    """Read the rows of one Parquet file, of a chunk or of the whole dataset.
+    """Read the rows of one Parquet file, of a chunk or of the whole dataset, and compare them with the checksum in its name.
 
     Args:
         path: The file.
@@ -229,15 +246,10 @@ def read_index(path: Path, version: int = PREPARED_VERSION) -> pa.Table:
     Raises:
         InvalidInput: The file is missing or damaged, or has other columns than its version.
     """
-    try:
-        table = pq.read_table(path, use_threads=False)
-    except FileNotFoundError as error:
-        raise InvalidInput(f"{path} is missing; copy the dataset again, or prepare it again") from error
-    except (pa.ArrowException, OSError) as error:
-        raise InvalidInput(f"{path} is damaged ({error}); copy the dataset again, or prepare it again") from error
+    table = read_parquet(path, None, remedy=_REMEDY, checksum=checksum_in_name(path))
     if not table.schema.equals(_SCHEMAS[version]):
         raise InvalidInput(f"{path} has other columns than schema version {version}; prepare the dataset again")
-    for name, kind in (column for since in range(version + 1, PREPARED_VERSION + 1) for column in _ADDED[since]):
+    for name, kind in _ALL_COLUMNS[len(_SCHEMAS[version]) :]:
         table = table.append_column(name, pa.nulls(len(table), kind))
     return table
 
@@ -286,7 +298,7 @@ def check_rows(table: pa.Table, header: PreparedHeader, path: Path) -> None:
         wrong = lengths(column) != np.where(absent, -1, expected)
         if wrong.any():
             refuse(f"{column} has the wrong number of values in {wrong.sum()} rows")
-    for column in (name for name, kind in _COLUMNS + _SINCE_VERSION_2 if pa.types.is_list(kind)):
+    for column in (name for name, kind in _ALL_COLUMNS if pa.types.is_list(kind)):
         if pc.list_flatten(table[column]).null_count:
             refuse(f"{column} has empty places in its lists")
     if (pc.is_null(table["complete"]).to_numpy() & ~unlabeled).any():
@@ -320,8 +332,10 @@ def frame_row(frame: Frame, kitti: KittiObjects | None, *, offset: int, crc32: i
         "crc32": crc32,
         "z_shift": frame.rig.z_shift,
         "intensity_scale": frame.rig.intensity_scale,
-        "reading": None if frame.reading == Ledger() else json.dumps(frame.reading.to_json()),
     }
+    if frame.reading != Ledger():
+        counted = {name: value for name, value in frame.reading.to_json().items() if value}
+        row["reading"] = json.dumps(counted)
     if (labels := frame.labels) is not None:
         box_points = labels.num_points
         if (box_points < 0).any():
@@ -363,6 +377,23 @@ def row_labels(row: Mapping[str, Any]) -> Labels | None:
         exact=torch.tensor(row["exact"], dtype=torch.bool),
         complete=row["complete"],
     )
+
+
+def row_reading(row: Mapping[str, Any]) -> Ledger:
+    """Rebuild what the reader counted for a frame from its row.
+
+    Args:
+        row: Values by name of the column.
+
+    Returns:
+        The counts; all zero where none were stored.
+
+    Raises:
+        InvalidInput: The column holds something else.
+    """
+    if row["reading"] is None:
+        return Ledger()
+    return Ledger.from_json(strict_json(row["reading"].encode(), "the column reading"))
 
 
 def row_calibration(row: Mapping[str, Any]) -> Calibration | None:

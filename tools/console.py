@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -190,9 +189,9 @@ def write_json(path: Path | None, value: object) -> None:
     """
     if path is None:
         return
-    from ..core.files import write_atomically
+    from ..core.strict_json import write_json_file
 
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+    write_json_file(path, value)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.ledger import Ledger
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
-from upcycle3d.datasets.prepared_format import INDEX_SCHEMA, read_index
+from upcycle3d.datasets.prepared_format import INDEX_SCHEMA, header_digest, read_index
 from upcycle3d.datasets.simulation.places import KITTI
 from upcycle3d.datasets.simulation.simulate import SimulatedDataset
 
@@ -41,10 +43,12 @@ def root(whole, tmp_path) -> Path:
 
 
 def edit(root: Path, **changes: object) -> None:
-    """Change entries of the header; None takes one out."""
+    """Change entries of the header, its digest included, as another program would; None takes one out."""
     path = root / "dataset.json"
-    values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    values = {name: value for name, value in (json.loads(path.read_text()) | changes).items() if value is not None}
+    if "digest" in values:
+        values["digest"] = header_digest(values)
+    path.write_text(json.dumps(values))
 
 
 def index_of(root: Path) -> Path:
@@ -54,7 +58,17 @@ def index_of(root: Path) -> Path:
 def set_column(root: Path, name: str, values: list) -> None:
     table = read_index(index_of(root))
     column = pa.array(values, INDEX_SCHEMA.field(name).type)
-    pq.write_table(table.set_column(table.schema.get_field_index(name), INDEX_SCHEMA.field(name), column), index_of(root))
+    write_index(root, table.set_column(table.schema.get_field_index(name), INDEX_SCHEMA.field(name), column))
+
+
+def write_index(root: Path, table: pa.Table) -> None:
+    """Replace the index by another one that bears its own checksum, as another program would."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    data = sink.getvalue().to_pybytes()
+    index_of(root).unlink()
+    edit(root, index=f"index-{zlib.crc32(data):08x}.parquet")
+    index_of(root).write_bytes(data)
 
 
 def refused(root: Path, words: str, split: str | None = None) -> None:
@@ -99,7 +113,7 @@ def test_a_header_with_wrong_entries_is_refused(root, changes, words):
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"schema_version": '])
 def test_a_header_that_is_no_json_is_refused(root, text):
     (root / "dataset.json").write_text(text)
-    refused(root, "dataset.json is not JSON")
+    refused(root, r"dataset.json \(the header of a prepared dataset\) is not valid JSON")
 
 
 def test_a_missing_or_cut_index_is_refused(root):
@@ -119,7 +133,7 @@ def test_an_index_with_other_columns_than_its_version_is_refused(root):
         table.append_column("more", pa.nulls(len(table))),
         table.set_column(3, "offset", table["offset"].cast(pa.int32())),
     ):
-        pq.write_table(other, index_of(root))
+        write_index(root, other)
         refused(root, "has other columns than schema version 3")
 
 
@@ -173,6 +187,30 @@ def test_preparation_writes_a_chunk_anew_whose_index_is_damaged(whole, root):
     assert damaged.read_bytes() == (whole / "parts" / damaged.name).read_bytes()
 
 
+def test_an_index_with_other_bytes_than_its_name_says_is_refused(root):
+    path = index_of(root)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    refused(root, r"index-\w+.parquet is damaged: its bytes have another checksum")
+
+
+def test_a_header_with_one_changed_letter_is_refused(root):
+    path = root / "dataset.json"
+    path.write_text(path.read_text().replace("Pedestrian", "pedestrian", 1))
+    refused(root, "dataset.json is damaged or was edited: its content has another digest")
+
+
+def test_what_the_reader_counted_comes_back_with_the_frame(tmp_path):
+    source = SimulatedDataset(domain=SMALL, num_frames=2, seed=0, classes=CLASSES)
+    counted = Ledger(scans=1, points=9, types_dropped={"Van": 2}, boxes={"Car": 1})
+    frames = [replace(source[0], reading=counted), source[1]]
+    prepare(frames, [f.id for f in frames], tmp_path / "d", splits={"all": [f.id for f in frames]}, classes=CLASSES, workers=0)
+    found = PreparedDataset(tmp_path / "d")
+    assert (found[0].reading, found[1].reading) == (counted, source[1].reading)
+    assert found.reading() == counted + source[1].reading
+
+
 # ---- version 1
 
 
@@ -201,8 +239,8 @@ def test_version_1_without_notes_is_refused(old, notes, words):
     refused(old, words)
 
 
-def test_an_index_of_version_2_in_a_folder_of_version_1_is_refused(old):
+def test_an_index_of_another_version_in_a_folder_of_version_1_is_refused(old):
     table = read_index(index_of(old), 1)
     assert table.schema.equals(INDEX_SCHEMA)
-    pq.write_table(table, index_of(old))
+    write_index(old, table)
     refused(old, "has other columns than schema version 1")
