@@ -25,10 +25,12 @@ from torch import Tensor, nn
 
 from ...core.errors import InvalidInput
 from ...core.files import sync_folder
+from ...core.strict_json import strict_json
 from ...core.tensor_file import CorruptFile, decode_tensors, encode_tensors, fill_module
 
 INDEX = "checkpoint.json"
 CHECKPOINT_VERSION = 1
+MAX_INDEX_BYTES = 16 << 20
 
 
 class CorruptCheckpoint(CorruptFile):
@@ -77,19 +79,22 @@ def save_checkpoint(
     final = checkpoint_path(folder, step)
     temporary = folder / f".tmp-{final.name}"
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".tmp-*"):  # left by a killed process; a run folder has one writer
-        shutil.rmtree(stale)
+    remove_unfinished(folder)
     temporary.mkdir()
     files = {}
-    for name, content in tensors.items():
-        data = encode_tensors(content)
-        _write_and_sync(temporary / f"{name}.safetensors", data)
-        files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    plain_meta = json.loads(json.dumps(dict(meta)))  # as it will be read, so that its hash is the same
-    index: dict[str, Any] = {"schema_version": CHECKPOINT_VERSION, "step": step, "meta": plain_meta, "files": files}
-    index["sha256"] = _index_digest(index)
-    _write_and_sync(temporary / INDEX, json.dumps(index, indent=1).encode())
-    sync_folder(temporary)
+    try:
+        for name, content in tensors.items():
+            data = encode_tensors(content)
+            _write_and_sync(temporary / f"{name}.safetensors", data)
+            files[f"{name}.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        plain_meta = json.loads(json.dumps(dict(meta)))  # as it will be read, so that its hash is the same
+        index: dict[str, Any] = {"schema_version": CHECKPOINT_VERSION, "step": step, "meta": plain_meta, "files": files}
+        index["sha256"] = _index_digest(index)
+        _write_and_sync(temporary / INDEX, json.dumps(index, indent=1).encode())
+        sync_folder(temporary)
+    except OSError:  # on a full disk, its place is needed to say so
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if final.exists():
         _set_aside(final)
     os.replace(temporary, final)
@@ -98,6 +103,16 @@ def save_checkpoint(
         os.replace(old, folder / f".tmp-{old.name}")  # never half deleted under its own name
         shutil.rmtree(folder / f".tmp-{old.name}")
     return final
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove the checkpoints that a killed process left half written. Only the one writer of a run may call it.
+
+    Args:
+        folder: Holds the checkpoints; it may not exist.
+    """
+    for stale in Path(folder).glob(".tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def checkpoint_path(folder: str | Path, step: int) -> Path:
@@ -122,7 +137,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     Returns:
         Checkpoint folders, oldest step first.
     """
-    found = [p for p in Path(folder).glob("step_*") if p.name[5:].isdigit() and (p / INDEX).is_file()]
+    found = [p for p in Path(folder).glob("step_*") if p.name[5:].isdecimal() and p.name.isascii() and (p / INDEX).is_file()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
@@ -159,11 +174,7 @@ def load_checkpoint(
         InvalidInput: Names or shapes do not fit.
     """
     path = Path(path)
-    try:
-        data, index = _verified_files(path)
-        decoded = {name: decode_tensors(content, path / name) for name, content in data.items()}
-    except CorruptFile as error:
-        raise CorruptCheckpoint(f"{error}\n{_advice(path)}") from error
+    decoded, index = _decoded(path)
     wanted = {f"{name}.safetensors" for name in (*modules, "optimizer")}
     if wanted != decoded.keys():
         raise InvalidInput(
@@ -173,6 +184,32 @@ def load_checkpoint(
         fill_module(module, decoded[f"{name}.safetensors"], f"{path / name}.safetensors")
     _fill_optimizer(optimizer, modules, decoded["optimizer.safetensors"], path)
     return int(index["step"]), dict(index["meta"])
+
+
+def read_checkpoint(path: str | Path) -> tuple[int, dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Read the weights of a checkpoint, to use them outside of their run.
+
+    Args:
+        path: The checkpoint folder.
+
+    Returns:
+        The number of steps done, `meta` as it was saved, and the tensors of every module by its name, on the CPU.
+
+    Raises:
+        CorruptCheckpoint: A file is damaged.
+        InvalidInput: The folder is no checkpoint.
+    """
+    decoded, index = _decoded(Path(path))
+    modules = {name.removesuffix(".safetensors"): tensors for name, tensors in decoded.items() if name != "optimizer.safetensors"}
+    return int(index["step"]), dict(index["meta"]), modules
+
+
+def _decoded(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    try:
+        data, index = _verified_files(path)
+        return {name: decode_tensors(content, path / name) for name, content in data.items()}, index
+    except CorruptFile as error:
+        raise CorruptCheckpoint(f"{error}\n{_advice(path)}") from error
 
 
 def _advice(path: Path) -> str:
@@ -202,18 +239,24 @@ def _set_aside(path: Path) -> Path:
 
 def _verified_files(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The bytes of every file by name and the index, after comparing sizes and hashes."""
-    try:
-        index = json.loads(_read(path / INDEX))
-        good = index["sha256"] == _index_digest(index)
-        files, version = dict(index["files"]), index["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptCheckpoint(f"{path / INDEX} is not a checkpoint index: {error}") from error
-    if not good:
+    index = strict_json(_read(path / INDEX), str(path / INDEX), CorruptCheckpoint)
+    if not isinstance(index, dict) or "sha256" not in index:
+        raise CorruptCheckpoint(f"{path / INDEX} is not a checkpoint index: it has no SHA-256")
+    if index["sha256"] != _index_digest(index):
         raise CorruptCheckpoint(f"{path / INDEX} was altered: its content does not have the recorded SHA-256")
+    version, files = index.get("schema_version"), index.get("files")
     if version != CHECKPOINT_VERSION:
         raise InvalidInput(
             f"{path} has schema version {version}, this program reads {CHECKPOINT_VERSION}; use the version that wrote it"
         )
+    step_is_number = isinstance(index.get("step"), int) and not isinstance(index["step"], bool)
+    if (
+        not isinstance(files, dict)
+        or not all(map(_is_entry, files.items()))
+        or not step_is_number
+        or not isinstance(index.get("meta"), dict)
+    ):
+        raise CorruptCheckpoint(f"{path / INDEX} is not a checkpoint index: a step, meta or a list of files is missing")
     data = {}
     for name in files:
         size = (path / name).stat().st_size if (path / name).is_file() else None
@@ -223,6 +266,13 @@ def _verified_files(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
         if hashlib.sha256(data[name]).hexdigest() != files[name]["sha256"]:
             raise CorruptCheckpoint(f"{path / name} was altered: its bytes do not have the recorded SHA-256")
     return data, index
+
+
+def _is_entry(item: tuple[str, Any]) -> bool:
+    """Whether a file is listed as `save_checkpoint` does it: a plain name, its bytes and its hash."""
+    name, entry = item
+    plain = name.endswith(".safetensors") and not set(name) & set("/\\\0")
+    return plain and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
 
 
 def _index_digest(index: Mapping[str, Any]) -> str:
@@ -280,8 +330,10 @@ def _fill_optimizer(
 
 def _read(path: Path) -> bytes:
     try:
+        if path.name == INDEX and path.stat().st_size > MAX_INDEX_BYTES:
+            raise CorruptCheckpoint(f"{path} has more than {MAX_INDEX_BYTES} bytes, so it is not a checkpoint index")
         return path.read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InvalidInput(f"there is no file {path}; is the path right and the run complete?") from error
 
 

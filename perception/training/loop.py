@@ -13,8 +13,8 @@ Read next: `step.py` for what one step does, and `run_folder.py` for what is kep
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -166,6 +166,7 @@ def run_steps(
         NonFiniteLoss: A loss or gradient is not finite; the last good weights are saved.
         Interrupted: Ctrl-C or SIGTERM; the last step is saved. A second one aborts at once.
         CorruptCheckpoint: The newest checkpoint is damaged.
+        UpcycleError: The disk is full, or a process that makes batches died.
         InvalidInput: Modules, parameters or loss terms do not fit together.
     """
     context = context or DistributedContext()
@@ -190,7 +191,7 @@ def run_steps(
     keeper.rewind(start)
     terms: dict[str, float] = {}
     with ExitStack() as stack:
-        stack.enter_context(keeper.status_of_failure())
+        stack.enter_context(keeper.reporting_failure())
         stop = stack.enter_context(StopRequest())
         show = stack.enter_context(TrainingProgress(start, total, enabled=progress and context.is_main))
         if config.amp != "off" and one_step.device.type != "cuda":
@@ -313,17 +314,8 @@ class _Keeper:
         if self._writer is not None:
             self._writer.sync()
 
-    @contextmanager
-    def status_of_failure(self) -> Iterator[None]:
-        """Write "failed" and the reason into the status when the loop ends by an error that did not write its own."""
-        try:
-            yield
-        except (NonFiniteLoss, Interrupted):
-            raise
-        except BaseException as error:
-            if self._writer is not None:
-                self.set_status("failed", int(self._writer.status().get("step", 0)), f"{type(error).__name__}: {error}")
-            raise
+    def reporting_failure(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._writer is None else self._writer.reporting_failure(self._config.total_steps)
 
 
 class _Clock:

@@ -8,6 +8,7 @@ Read next: `datasets/batches.py`, which makes the batches.
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ def prefetch(batch_at: Callable[[int], T], start: int, stop: int, workers: int) 
         The batches of the steps in order, as they are: tensors, arrays, dataclasses.
 
     Raises:
-        UpcycleError: What a worker raised, with the same class and message.
+        UpcycleError: What a worker raised, with the same class and message; or a worker died.
+        OSError: A worker could not read a file.
     """
     if workers == 0 or start >= stop:
         yield from map(batch_at, range(start, stop))
@@ -48,15 +50,40 @@ def prefetch(batch_at: Callable[[int], T], start: int, stop: int, workers: int) 
         worker_init_fn=_leave_interrupts_to_parent,
         multiprocessing_context="fork",
     )
-    for item in loader:
+    items = iter(loader)
+    for _ in range(start, stop):
+        try:
+            item = next(items)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UpcycleError(f"a process that makes batches died: {_reason(error)}. {_shared_memory()}") from error
         if isinstance(item, _Failure):
             raise item.error
         yield item
 
 
+def _reason(error: Exception) -> str:
+    """The line of torch's message that says what happened, without the worker's traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if len(lines) > 1 and "Caught" in lines[0] else lines[0].split(". It is possible")[0]
+
+
+def _shared_memory() -> str:
+    """What to do about it: most often the shared memory of a container is too small, or all memory is used."""
+    try:
+        megabytes = shutil.disk_usage("/dev/shm").total >> 20
+    except OSError:
+        return "Use fewer workers (--workers 0)"
+    return (
+        f"Batches travel through the shared memory, /dev/shm, which has {megabytes} MB here; give a container more of it "
+        "(docker run --shm-size 2g), or make the batches in this process (--workers 0)"
+    )
+
+
 @dataclass(frozen=True)
 class _Failure:
-    error: UpcycleError
+    error: UpcycleError | OSError
 
 
 class _Steps(Dataset[T]):
@@ -71,7 +98,7 @@ class _Steps(Dataset[T]):
     def __getitem__(self, step: int) -> T | _Failure:  # type: ignore[override]
         try:
             return self._batch_at(step)
-        except UpcycleError as error:
+        except (UpcycleError, OSError) as error:
             return _Failure(error)
 
 

@@ -12,6 +12,7 @@ Read next: `checkpoint.py` and `environment.py`.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -20,13 +21,16 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
 from ...core.config_json import Json, config_to_json, first_difference
-from ...core.errors import InvalidInput
+from ...core.errors import InvalidInput, UpcycleError
 from ...core.files import write_atomically
+from ...core.strict_json import strict_json
+from .checkpoint import latest_checkpoint, remove_unfinished
 from .environment import describe_environment
 
 State = Literal["running", "finished", "interrupted", "failed"]
@@ -95,6 +99,7 @@ class RunFolder:
             raise InvalidInput(f"{path} already holds a run with this configuration; resume it, or choose a new folder")
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, lock=_lock(path), tensorboard=tensorboard)
+        run._remove_litter()
         environment = _read_json(path / "environment.json") if stored is not None else []
         # A spawned process was not called by what its own command line says, but by its parent's program and arguments.
         command = sys.orig_argv if multiprocessing.parent_process() is None else sys.argv
@@ -138,21 +143,28 @@ class RunFolder:
 
         Paths in it are relative to the directory where the command was given.
         """
-        last = self.environment()[-1]
-        return shlex.join([*last["command"], *([] if last["resume"] else ["--resume"])])
+        last = (self.environment() or [{}])[-1]
+        try:
+            return shlex.join([*last["command"], *([] if last["resume"] else ["--resume"])])
+        except (KeyError, TypeError) as error:
+            raise InvalidInput(f"{self.path / 'environment.json'} has no command in its last entry; it was edited") from error
 
     def config_json(self) -> dict[str, Json]:
         """Read the configuration, as `core/config_json.py` wrote it."""
-        return dict(_read_json(self.path / "config.json"))
+        return _read_dict(self.path / "config.json")
 
     def environment(self) -> list[dict[str, Json]]:
         """Read what the run was made with: one entry for the start and one for every resume."""
-        return list(_read_json(self.path / "environment.json"))
+        path = self.path / "environment.json"
+        entries = _read_json(path)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise InvalidInput(f"{path} is not a list of starts; it was edited")
+        return entries
 
     def status(self) -> dict[str, Json]:
         """Read state, step, total_steps, message, time and pid; empty before the first step."""
         path = self.path / "status.json"
-        return dict(_read_json(path)) if path.exists() else {}
+        return _read_dict(path) if path.exists() else {}
 
     def set_status(self, state: State, *, step: int, total_steps: int, message: str = "") -> None:
         """Replace the status.
@@ -169,7 +181,43 @@ class RunFolder:
         self._require_writable()
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         body = {"state": state, "step": step, "total_steps": total_steps, "message": message, "time": now, "pid": os.getpid()}
-        _write_json(self.path / "status.json", body)
+        path = self.path / "status.json"
+        try:
+            _write_json(path, body)
+        except OSError:
+            if state == "running":
+                raise
+            path.write_text(json.dumps(body) + "\n")  # a full disk: the old file's own place is enough for one line
+
+    @contextmanager
+    def reporting_failure(self, total_steps: int) -> Iterator[None]:
+        """Write "failed" and the reason into the status when the block raises, unless the status says already why the run ended.
+
+        Args:
+            total_steps: Steps of the whole run.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            UpcycleError: The disk is full; the message holds the command that resumes the run.
+        """
+        before = self.status()
+        try:
+            yield
+        except BaseException as error:
+            now = self.status()
+            unsaid = now.get("state") in (None, "running", "finished") or now.get("pid") != os.getpid()
+            if self.writable and unsaid and not (now == before and now.get("state") == "finished"):
+                with suppress(OSError):
+                    step = now.get("step", 0) if now.get("state") != "finished" else total_steps
+                    self.set_status("failed", step=step, total_steps=total_steps, message=f"{type(error).__name__}: {error}")
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise UpcycleError(
+                    f"the disk is full ({error.filename or self.path}); the checkpoints that were finished are kept. "
+                    f"Make room, then resume with: {self.resume_command}"
+                ) from error
+            raise
 
     def log(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
         """Append one line to metrics.jsonl and to TensorBoard.
@@ -256,9 +304,13 @@ class RunFolder:
         lines = []
         for number, text in enumerate(complete, start=1):
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError as error:
+                line = json.loads(text)
+                good = isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("kind"), str)
+            except (ValueError, RecursionError) as error:
                 raise InvalidInput(f"{path}, line {number} is not JSON ({error}); repair or delete this line") from error
+            if not good:
+                raise InvalidInput(f"{path}, line {number} has no step and kind; repair or delete this line")
+            lines.append(line)
         return lines
 
     def _writer(self, first_step: int) -> Any:
@@ -276,6 +328,13 @@ class RunFolder:
             self._events.close()
             self._events = None
 
+    def _remove_litter(self) -> None:
+        """Remove what a killed process left half written, here and among the checkpoints. This process holds the lock."""
+        remove_unfinished(self.checkpoints)
+        for folder in (self.path, self.path / "pseudo_labels"):
+            for stale in folder.glob(".*.tmp"):
+                stale.unlink(missing_ok=True)
+
     def _require_writable(self) -> None:
         if not self.writable:
             raise InvalidInput(f"{self.path} is open for reading only; RunFolder.create(..., resume=True) continues it")
@@ -292,13 +351,60 @@ def _lock(path: Path) -> IO[bytes]:
     return file
 
 
+def why_unfinished(path: str | Path) -> str:
+    """Say why a run folder holds no detector yet, and what to do.
+
+    Args:
+        path: A folder.
+
+    Returns:
+        A sentence such as "this run stopped at step 200 of 400: ..."; empty where the folder is not a run.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file() or not (path / "environment.json").is_file():
+        return ""
+    run = RunFolder.open(path)
+    status, newest = run.status(), latest_checkpoint(run.checkpoints)
+    state, step, total = status.get("state"), status.get("step", 0), status.get("total_steps", "?")
+    if state == "running" and _alive(status.get("pid")):
+        return f"this run is in training, at step {newest.name[5:].lstrip('0') if newest else 0} of {total} or later; wait until it ends"
+    how = {"interrupted": "was interrupted", "failed": "failed", "running": "was killed"}.get(str(state), "stopped")
+    reason = f" ({status['message']})" if state == "failed" and status.get("message") else ""
+    if newest is None:
+        return (
+            f"this run {how} at step {step} of {total}{reason}, before its first checkpoint; start it again: {run.resume_command}"
+        )
+    return (
+        f"this run {how} at step {max(step, int(newest.name[5:]))} of {total}{reason}: resume it with: {run.resume_command} -- or take its "
+        f"newest checkpoint as it is: {newest}"
+    )
+
+
+def _alive(pid: Json) -> bool:
+    """Whether a process of this machine has this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, TypeError, OverflowError):
+        return True
+    return True
+
+
+def _read_dict(path: Path) -> dict[str, Json]:
+    value = _read_json(path)
+    if not isinstance(value, dict):
+        raise InvalidInput(f"{path} holds no table of names and values; it was edited")
+    return value
+
+
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return strict_json(path.read_bytes(), str(path))
     except FileNotFoundError as error:
         raise InvalidInput(f"there is no {path}; is this a run folder?") from error
-    except ValueError as error:
-        raise InvalidInput(f"{path} is not JSON ({error})") from error
+    except InvalidInput as error:
+        raise InvalidInput(f"{error}; the file was damaged or edited: restore it, or choose a new folder") from error
 
 
 def _write_json(path: Path, value: Json) -> None:
