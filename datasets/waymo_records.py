@@ -16,10 +16,10 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.compiled import compiled
 from ..core.errors import InvalidInput
 
 _POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), bits reversed
@@ -145,7 +145,7 @@ def _make_tables() -> NDArray[np.uint32]:
 _TABLES = _make_tables()
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _crc32c(data: np.ndarray, tables: np.ndarray) -> np.uint32:
     crc = np.uint32(0xFFFFFFFF)
     whole = len(data) // 8 * 8

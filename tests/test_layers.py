@@ -53,7 +53,7 @@ GROUND = ("core", "ops")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "core": (),
     "ops": ("core", "ops.cpu"),
-    "ops.cpu": (),
+    "ops.cpu": ("core",),
     "datasets": GROUND,
     "datasets.simulation": (*GROUND, "datasets"),
     "perception.models": (*GROUND, "perception.models.encoders", "perception.models.decoders"),

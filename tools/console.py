@@ -84,9 +84,18 @@ def run_command(
             stream.reconfigure(errors="backslashreplace")
     try:
         with warnings_in_sentences():
+            _warn_of_cache()
             return _run(function, arguments, program, parsed_as)
     finally:
         flush_output()
+
+
+def _warn_of_cache() -> None:
+    """Print what `core/compiled.py` has to say. A command that compiles nothing has not loaded it, and does not."""
+    loaded = sys.modules.get(f"{__package__.rpartition('.')[0]}.core.compiled")
+    text = loaded.take_cache_warning() if loaded is not None else None
+    if text is not None:
+        print_warning(text)
 
 
 def _run(function: Callable[..., Any], arguments: Sequence[str] | None, program: str | None, parsed_as: Any) -> int:

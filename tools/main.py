@@ -90,7 +90,11 @@ def _main() -> None:
         sys.exit(2)
     from .console import run_command
 
-    module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+    try:
+        module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+    except OSError as error:  # a library that must write a file when it is loaded
+        print(f"error: {name} cannot start, because a library finds no folder that it can write: {error}", file=sys.stderr)
+        sys.exit(2)
     parsed_as = getattr(module, "ARGUMENTS", None)
     sys.exit(run_command(module.command, rest, program=f"upcycle3d {name}", parsed_as=parsed_as))
 

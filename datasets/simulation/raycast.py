@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
+from ...core.compiled import compiled
 from .sensors import Sensor
 
 BOX, ELLIPSOID, CYLINDER = 0, 1, 2
@@ -67,7 +67,7 @@ class Hits:
     """(O,) int64 rays that meet the object first, lost pulses included."""
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _uniform(seed: np.uint64, ray: np.uint64, purpose: np.uint64) -> float:
     """In (0, 1), a hash of its arguments: the finaliser of SplitMix64 (Steele et al., 2014), twice."""
     x = seed + ray * np.uint64(0x9E3779B97F4A7C15) + purpose * np.uint64(0xD1B54A32D192ED03)
@@ -78,14 +78,14 @@ def _uniform(seed: np.uint64, ray: np.uint64, purpose: np.uint64) -> float:
     return (np.float64(x >> np.uint64(11)) + 0.5) * (1.0 / 9007199254740992.0)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _normal(seed: np.uint64, ray: np.uint64, purpose: np.uint64) -> float:
     """Standard normal by Box and Muller."""
     radius = math.sqrt(-2.0 * math.log(_uniform(seed, ray, purpose)))
     return radius * math.cos(2.0 * math.pi * _uniform(seed, ray, purpose + np.uint64(1 << 32)))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _intersect(part: np.ndarray, dx: float, dy: float, dz: float) -> tuple[float, float, float]:
     """(entry, exit, cosine of incidence) of the ray from the origin along the unit vector d; entry > exit means a miss."""
     c, s = part[4], part[5]
@@ -140,7 +140,7 @@ def _intersect(part: np.ndarray, dx: float, dy: float, dz: float) -> tuple[float
     return low, high, cosine
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _cast(
     parts: np.ndarray,
     slopes: np.ndarray,

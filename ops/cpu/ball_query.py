@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from ...core.compiled import compiled
 
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int32]
@@ -15,7 +16,7 @@ QUERIES_PER_TASK = 2048
 """Centers that a thread takes at a time: about a millisecond, below which a thread is not worth starting."""
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def list_points(
     centers: _Floats,
     center_starts: _Bounds,
@@ -88,7 +89,7 @@ def list_points(
     return cell, starts, listed, xyz
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def search(
     task: int,
     centers: _Floats,
@@ -149,7 +150,7 @@ def search(
             column += limits[k]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def compact(found: _Ints, column: int, counts: _Bounds) -> tuple[_Bounds, _Bounds]:
     """Remove the gaps between the neighbors of one radius.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from ...core.compiled import compiled
 
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int32]
@@ -12,7 +13,7 @@ _BLOCK = 64  # points of a block
 _SIDE = 64  # cells along each side of the grid by which points are sorted
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def sample_scene(
     scene: int, points: _Floats, starts: NDArray[np.int64], out_starts: NDArray[np.int64], rows: NDArray[np.int64]
 ) -> None:
@@ -78,7 +79,7 @@ def sample_scene(
                         row, slot = order[i], i
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _by_place(points: _Floats) -> _Ints:
     """Rows of `points` (N, 3) in the order of the cells of a grid over their extent in x and y."""
     low = points[0, :2].copy()

@@ -7,9 +7,10 @@ All of them read a table of boxes (10, N), float64, one quantity per row. `ops/i
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from ...core.compiled import compiled
 
 _Table = NDArray[np.float64]
 
@@ -23,7 +24,7 @@ TOUCHING = 1e-12
 """Boxes that penetrate less than this part of their extent only touch: float64 rounding, far below that of float32 boxes."""
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def fill_rows(a: _Table, b: _Table, measure: int, start: int, stop: int, out: NDArray[np.float32]) -> None:
     """Compute some rows of the matrix of all pairs.
 
@@ -41,7 +42,7 @@ def fill_rows(a: _Table, b: _Table, measure: int, start: int, stop: int, out: ND
                 out[i, j] = _overlap(a, i, b, j, measure)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def fill_aligned(a: _Table, b: _Table, measure: int, out: NDArray[np.float32]) -> None:
     """Compute the overlap of each box with the box in the same place of another table.
 
@@ -55,7 +56,7 @@ def fill_aligned(a: _Table, b: _Table, measure: int, out: NDArray[np.float32]) -
         out[i] = _overlap(a, i, b, i, measure)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def suppress(table: _Table, threshold: float, limit: int) -> NDArray[np.int64]:
     """Keep the best boxes by greedy non-maximum suppression.
 
@@ -117,14 +118,14 @@ def suppress(table: _Table, threshold: float, limit: int) -> NDArray[np.int64]:
     return kept[:count]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _near(a: _Table, i: int, b: _Table, j: int) -> bool:
     """Whether the circles around box i of table a and box j of table b meet in BEV."""
     dx, dy, reach = b[_X, j] - a[_X, i], b[_Y, j] - a[_Y, i], a[_R, i] + b[_R, j]
     return dx * dx + dy * dy < reach * reach
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _overlap(a: _Table, i: int, b: _Table, j: int, measure: int) -> float:
     """The `measure` of box i of table a and box j of table b."""
     height_a = a[_HIGH, i] - a[_LOW, i]
@@ -143,7 +144,7 @@ def _overlap(a: _Table, i: int, b: _Table, j: int, measure: int) -> float:
     return common / (a[_BEV, i] * height_a + b[_BEV, j] * height_b - common)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _intersection(a: _Table, i: int, b: _Table, j: int, threshold: float) -> float:
     """Common BEV area of box i of table a and box j of table b; 0 where a bound shows that it is not above `threshold`."""
     if not _near(a, i, b, j) or a[_BEV, i] <= 0.0 or b[_BEV, j] <= 0.0:
@@ -170,14 +171,14 @@ def _intersection(a: _Table, i: int, b: _Table, j: int, threshold: float) -> flo
     return min(max(area, 0.0), a[_BEV, i], b[_BEV, j])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _shared(offset: float, a: float, b: float) -> float:
     """Common length of the intervals [-a, a] and [offset - b, offset + b]; 0 when they only touch."""
     length = min(a, offset + b) - max(-a, offset - b)
     return length if length > (a + b) * TOUCHING else 0.0
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _edge_integral(x0: float, y0: float, x1: float, y1: float, h: float, w: float) -> float:
     """Integral of clamp(x, -h, h) dy along the part |y| <= w of the edge (x0, y0) -> (x1, y1)."""
     ya, yb = min(max(y0, -w), w), min(max(y1, -w), w)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from ...core.compiled import compiled
 
 _Floats = NDArray[np.float32]
 
@@ -12,7 +13,7 @@ CENTERS_PER_TASK = 256
 """Centers that a thread takes at a time."""
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract"})  # fused multiply-add: rounds once instead of twice
+@compiled(fastmath={"contract"})  # fused multiply-add: rounds once instead of twice
 def pool(
     task: int,
     points: _Floats,

@@ -6,14 +6,15 @@ heading, both float64 and contiguous: one quantity per row lets the loops over p
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from ...core.compiled import compiled
 
 _Columns = NDArray[np.float64]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _inside(points: _Columns, i: int, boxes: _Columns, j: int) -> bool:
     dx, dy, dz = points[0, i] - boxes[0, j], points[1, i] - boxes[1, j], points[2, i] - boxes[2, j]
     cos, sin = boxes[6, j], boxes[7, j]
@@ -21,7 +22,7 @@ def _inside(points: _Columns, i: int, boxes: _Columns, j: int) -> bool:
     return (abs(dx * cos + dy * sin) <= boxes[3, j]) & (abs(dy * cos - dx * sin) <= boxes[4, j]) & (abs(dz) <= boxes[5, j])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def membership(points: _Columns, boxes: _Columns, mask: NDArray[np.bool_]) -> None:
     """Find which points lie in which box.
 
@@ -35,7 +36,7 @@ def membership(points: _Columns, boxes: _Columns, mask: NDArray[np.bool_]) -> No
             mask[j, i] = _inside(points, i, boxes, j)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def first_box(points: _Columns, boxes: _Columns, first: NDArray[np.int64]) -> None:
     """Find the first box that each point lies in.
 
@@ -51,7 +52,7 @@ def first_box(points: _Columns, boxes: _Columns, first: NDArray[np.int64]) -> No
                 break
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def count(points: _Columns, boxes: _Columns, counts: NDArray[np.int64]) -> None:
     """Count the points in each box.
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from ...core.compiled import compiled
 
 _ZYX = tuple[int, int, int]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def merge(keys: NDArray[Any], deltas: NDArray[Any], low: NDArray[Any], high: NDArray[Any], found: NDArray[Any]) -> None:
     """Find the pairs of a half kernel: for each delta the ranks with `keys[low] == keys[high] + delta`.
 
@@ -33,7 +34,7 @@ def merge(keys: NDArray[Any], deltas: NDArray[Any], low: NDArray[Any], high: NDA
         found[k] = count
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def restore_rows(
     pairs_in: NDArray[Any], pairs_out: NDArray[Any], starts: NDArray[Any], order: NDArray[Any], partner: NDArray[Any]
 ) -> None:
@@ -57,7 +58,7 @@ def restore_rows(
                 p += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def list_meetings(
     coords: NDArray[Any],
     rows: NDArray[Any],
@@ -104,7 +105,7 @@ def list_meetings(
             oz -= 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def rank(keys: NDArray[Any], starts: NDArray[Any], out_keys: NDArray[Any], pairs_out: NDArray[Any]) -> None:
     """Find the row of each key among the output keys; the keys ascend within an offset, so one merge per offset finds them.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from ...core.compiled import compiled
 
 _Floats = NDArray[np.float32]
 
@@ -12,7 +13,7 @@ SEGMENTS_PER_TASK = 2048
 """Segments that a thread takes at a time: about a millisecond, below which a thread is not worth starting."""
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def maximum(task: int, values: _Floats, starts: NDArray[np.int64], out: _Floats, row: NDArray[np.int32]) -> None:
     """Compute the maximum of some segments.
 
@@ -39,7 +40,7 @@ def maximum(task: int, values: _Floats, starts: NDArray[np.int64], out: _Floats,
                 at[c] = p if larger else at[c]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def spread(task: int, grad: _Floats, row: NDArray[np.int32], starts: NDArray[np.int64], out: _Floats) -> None:
     """Give the gradient of some segments to the rows that held the maximum, and 0 to the others.
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from ...core.compiled import compiled
 
 _PRODUCT = 1 << 18  # multiply-adds of one tile's product; above this BLAS (OpenBLAS, for numba) starts threads of its own
 _TILES = (8, 256)  # smallest and largest number of pairs of a tile
@@ -19,7 +20,7 @@ ROWS_PER_TASK = 1024
 """Output rows that a thread takes at a time."""
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def convolve_range(
     task: int,
     source: NDArray[Any],
@@ -60,7 +61,7 @@ def convolve_range(
                     out[row, c] += products[p, c]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def weight_gradient(
     k: int,
     features: NDArray[Any],
@@ -99,6 +100,6 @@ def weight_gradient(
                 total[k, o, c] += product[o, c]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _tile(width_a: int, width_b: int) -> int:
     return min(max(_PRODUCT // (width_a * width_b), _TILES[0]), _TILES[1])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from ...core.compiled import compiled
 
 _Floats = NDArray[np.float32]
 _Ints = NDArray[np.int32]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def number_voxels(
     points: _Floats,
     start: _Floats,
@@ -71,7 +72,7 @@ def number_voxels(
     return voxels, outside
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def average(
     points: _Floats, voxel_of_point: _Ints, cell_of_voxel: _Ints, nx: int, ny: int, max_points: int
 ) -> tuple[_Floats, _Ints, _Ints]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...core.compiled import compiled
 from ...core.errors import InvalidInput
 from ...ops.iou3d import iou_3d_aligned
 
@@ -80,7 +80,7 @@ def _discs(boxes: _Floats) -> _Floats:
     return np.stack([boxes[:, 0], boxes[:, 1], np.hypot(boxes[:, 3], boxes[:, 4]) / 2], axis=1)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _near(disc, frame, other, frame_start):  # type: ignore[no-untyped-def]
     """Rows (N + 1,) and columns (P,): for each disc the discs of its frame that it meets; counted first, then filled."""
     start = np.zeros(len(disc) + 1, np.int64)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
+
+from ...core.compiled import compiled
 
 SAMPLES = 41  # recall positions 0, 1/40, .., 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def true_positive_scores(gt_start, det_start, pair_start, overlap, min_overlap, score, gt_ignored, det_ignored):  # type: ignore[no-untyped-def]
     """Pass 1: the scores of all true positives when every detection counts. An object takes the *best scored* overlapping detection.
 
@@ -54,7 +55,7 @@ def true_positive_scores(gt_start, det_start, pair_start, overlap, min_overlap, 
     return found[:count]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def count_matches(  # type: ignore[no-untyped-def]
     gt_start,
     det_start,

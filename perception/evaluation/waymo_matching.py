@@ -9,13 +9,14 @@ all below. Summing the bookings from the highest cutoff down gives the counts.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from ...core.compiled import compiled
 
 TP, HEADING, TP_LEVEL_1, FP = range(4)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def count_by_cutoff(last_cutoff, cutoffs, start, truth, weight, accuracy, easy, ignored):  # type: ignore[no-untyped-def]
     """Count matches for every score cutoff. Detections come best first.
 
@@ -95,7 +96,7 @@ def count_by_cutoff(last_cutoff, cutoffs, start, truth, weight, accuracy, easy, 
     return counts
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _book(row, pair, sign, truth, accuracy, easy):  # type: ignore[no-untyped-def]
     row[TP] += sign
     row[HEADING] += sign * accuracy[pair]
