@@ -28,7 +28,10 @@ def shown(text: object, *, most: int = 200) -> str:
         >>> shown("scan\\x1b[2J")
         'scan\\\\x1b[2J'
     """
-    letters = str(text)
+    try:
+        letters = str(text)
+    except (ValueError, RecursionError):  # a number of ten thousand digits, lists nested a thousand deep
+        letters = f"a {type(text).__name__} too large to show"
     cut = letters[:most]
     plain = "".join(c if c == " " or unicodedata.category(c)[0] not in "CZ" else c.encode("unicode_escape").decode() for c in cut)
     return plain if len(letters) <= most else f"{plain}…"

@@ -42,6 +42,7 @@ from torch import Tensor
 from ...core.config_json import first_difference
 from ...core.cut import CutSpec
 from ...core.errors import InvalidInput, UpcycleError
+from ...core.foreign_text import shown
 from ...core.smashed_scene import SMASHED_SCHEMA_VERSION, SmashedScene
 from ...core.strict_json import canonical_json, strict_json
 from .coordinates import count_cells, pack_coordinates, unpack_coordinates
@@ -49,14 +50,16 @@ from .cut_json import CorruptScene, cut_to_json
 
 CODECS = ("fp16", "int8")
 FEATURE_LIMIT = 65504.0  # the largest half-precision number
+_ROUNDING = 1 + 1e-6  # low + 255 * scale in float32 may end this much beyond the largest feature
 FINGERPRINT_PATTERN = re.compile(r"[0-9a-f]{64}")
+SCENE_ID_PATTERN = re.compile(r"[0-9a-f]{32}")
+HEAD_BYTES = 18  # the longest header of a zstd frame
 
 _MAX_HEADER = 1 << 16  # bytes
 _MAX_WINDOW = 1 << 23  # bytes; RFC 8878: what every decoder should support. The window of a zstd frame is memory too
 _MAX_AXIS = 1 << 16  # the cell of a keypoint has two bytes per axis
 _METADATA_KEY = "smashed_scene"
 _HEADER_KEYS = {"schema_version", "codec", "split", "encoder_fingerprint", "scene_id"}  # files call the cut "split"
-_SCENE_ID_PATTERN = re.compile(r"[0-9a-f]{32}")
 
 
 class ForeignScene(UpcycleError):
@@ -169,7 +172,18 @@ def _layout(spec: CutSpec, codec: str, width: int, m: int, k: int) -> dict[str, 
     return layout
 
 
-def _max_raw_bytes(spec: CutSpec) -> int:
+def max_raw_bytes(spec: CutSpec) -> int:
+    """Compute a size that no scene of a cut exceeds after decompression.
+
+    Args:
+        spec: The cut.
+
+    Returns:
+        Bytes of a scene whose every cell and keypoint is occupied.
+
+    Raises:
+        InvalidInput: The grid is too large for a smashed scene.
+    """
     voxels = count_cells(spec) * (4 + 2 * spec.channels) + 8 * spec.channels
     count, channels = _keypoint_sizes(spec)
     return 8 + _MAX_HEADER + voxels + count * (6 + 2 * channels) + 8 * channels
@@ -187,7 +201,7 @@ def max_encoded_bytes(spec: CutSpec) -> int:
     Raises:
         InvalidInput: The grid is too large for a smashed scene.
     """
-    raw = _max_raw_bytes(spec)
+    raw = max_raw_bytes(spec)
     return raw + raw // 256 + 1024
 
 
@@ -213,12 +227,14 @@ def encode_scene(scene: SmashedScene) -> bytes:
     stored = _quantize(scene.features, scene.codec)
     if scene.spec.keypoints is not None:
         stored |= _quantize(scene.keypoint_features, scene.codec, "keypoint_")
-    if not _SCENE_ID_PATTERN.fullmatch(scene.scene_id):
+    if not SCENE_ID_PATTERN.fullmatch(scene.scene_id):
         raise InvalidInput(
-            f"scene_id must be 32 random hexadecimal digits (secrets.token_hex(16)), found {scene.scene_id[:80]!r}"
+            f"scene_id must be 32 random hexadecimal digits (secrets.token_hex(16)), found {shown(scene.scene_id, most=80)!r}"
         )
     if not FINGERPRINT_PATTERN.fullmatch(scene.encoder_fingerprint):
-        raise InvalidInput(f"encoder_fingerprint must be 64 hexadecimal digits, found {scene.encoder_fingerprint[:80]!r}")
+        raise InvalidInput(
+            f"encoder_fingerprint must be 64 hexadecimal digits, found {shown(scene.encoder_fingerprint, most=80)!r}"
+        )
     header = {
         "schema_version": scene.schema_version,
         "codec": scene.codec,
@@ -252,6 +268,8 @@ def decode_scene(data: bytes, *, expected_spec: CutSpec, expected_fingerprint: s
         CorruptScene: The bytes are damaged or are not a scene.
         ForeignScene: The scene is intact, but of another encoder, cut or schema version.
         InvalidInput: The scene holds NaN, or keypoints twice in a cell or outside the grid.
+
+    A scene whose features would lie beyond half precision is damaged or forged, and a `CorruptScene`: no vehicle writes one.
     """
     raw = _decompress(data, expected_spec)
     header, tensors = _read_header(raw)
@@ -261,7 +279,7 @@ def decode_scene(data: bytes, *, expected_spec: CutSpec, expected_fingerprint: s
     k = 0 if expected_spec.keypoints is None else _declared(tensors, "keypoint_cells", (3, 3), (0, count))[1]
     layout = _layout(expected_spec, header["codec"], width, m, k)
     if tensors != layout:
-        raise CorruptScene(f"a scene of {m} voxels and {k} keypoints must hold {layout}, found {str(tensors)[:300]}")
+        raise CorruptScene(f"a scene of {m} voxels and {k} keypoints must hold {layout}, found {shown(tensors, most=300)}")
     try:
         arrays = safetensors_numpy.load(raw)
     except (SafetensorError, ValueError) as error:
@@ -269,6 +287,8 @@ def decode_scene(data: bytes, *, expected_spec: CutSpec, expected_fingerprint: s
     coords = torch.from_numpy(unpack_coordinates(arrays.pop("coord_gaps"), expected_spec))
     keypoint_cells = arrays.pop("keypoint_cells", np.zeros((3, 0), "<u2")).T.astype(np.int32)
     stored = {name: _turned(torch.from_numpy(array)) for name, array in arrays.items()}
+    for prefix in ("", "keypoint_"):
+        _check_ranges(stored, prefix)
     return SmashedScene(
         spec=expected_spec,
         coords=coords,
@@ -281,6 +301,65 @@ def decode_scene(data: bytes, *, expected_spec: CutSpec, expected_fingerprint: s
     )
 
 
+def _check_ranges(stored: dict[str, Tensor], prefix: str) -> None:
+    """Refuse features that no vehicle writes: beyond half precision, or of an int8 channel with a negative scale."""
+    what = f"{prefix.replace('_', ' ')}channel"
+    if f"{prefix}feature_low" in stored:
+        low, scale = stored[f"{prefix}feature_low"].double(), stored[f"{prefix}feature_scale"].double()
+        limit = FEATURE_LIMIT * _ROUNDING
+        bad = ~((low.abs() <= limit) & (scale >= 0) & ((low + 255 * scale).abs() <= limit))  # true for NaN as well
+        if bad.any():
+            channel = int(bad.nonzero()[0])
+            raise CorruptScene(
+                f"{what} {channel} of a scene starts at {low[channel].item():g} and has steps of {scale[channel].item():g}; features lie "
+                f"in ±{FEATURE_LIMIT:g}, steps are not negative, and neither is NaN"
+            )
+    elif f"{prefix}features" in stored:
+        bad = ~stored[f"{prefix}features"].isfinite().all(0)
+        if bad.any():
+            raise CorruptScene(f"{what} {int(bad.nonzero()[0])} of a scene holds NaN or inf; features lie in ±{FEATURE_LIMIT:g}")
+
+
+def declared_raw_bytes(head: bytes) -> int:
+    """Read the number of bytes that a scene declares for its content, from the first bytes of it.
+
+    Args:
+        head: The first `HEAD_BYTES` bytes of an encoded scene, or all of a shorter one.
+
+    Returns:
+        Bytes; 0 where the head is not that of a zstd frame with a size, which `decode_scene` refuses.
+    """
+    try:
+        size = zstandard.get_frame_parameters(head).content_size
+    except zstandard.ZstdError:
+        return 0
+    return 0 if size in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR) else int(size)
+
+
+def scene_id_of(data: bytes) -> str:
+    """Read the identifier of an encoded scene without decoding its features.
+
+    Args:
+        data: The bytes of a scene that was verified before.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Raises:
+        CorruptScene: The bytes are damaged or are not a scene.
+    """
+    try:
+        with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(data) as reader:
+            size = reader.read(8)
+            raw = size + reader.read(min(int.from_bytes(size, "little"), _MAX_HEADER))
+    except zstandard.ZstdError as error:
+        raise CorruptScene(f"the zstd frame of a scene is damaged: {error}") from error
+    scene_id = _read_header(raw)[0].get("scene_id")
+    if not isinstance(scene_id, str) or not SCENE_ID_PATTERN.fullmatch(scene_id):
+        raise CorruptScene("the identifier of a scene must be 32 hexadecimal digits")
+    return scene_id
+
+
 def _decompress(data: bytes, spec: CutSpec) -> bytes:
     """The content of the zstd frame, after every declared size was compared with what `spec` allows."""
     if len(data) > max_encoded_bytes(spec):
@@ -290,9 +369,9 @@ def _decompress(data: bytes, spec: CutSpec) -> bytes:
     except zstandard.ZstdError as error:
         raise CorruptScene(f"a scene must be one zstd frame, and its header cannot be read: {error}") from error
     # zstandard ignores max_output_size when the frame declares its size, so the declaration itself is checked.
-    if not frame.has_checksum or frame.dict_id or not 8 < frame.content_size <= _max_raw_bytes(spec):
+    if not frame.has_checksum or frame.dict_id or not 8 < frame.content_size <= max_raw_bytes(spec):
         raise CorruptScene(
-            f"the zstd frame of a scene must carry a checksum and declare 9..{_max_raw_bytes(spec)} bytes; found checksum "
+            f"the zstd frame of a scene must carry a checksum and declare 9..{max_raw_bytes(spec)} bytes; found checksum "
             f"{bool(frame.has_checksum)}, dictionary {frame.dict_id}, {frame.content_size} bytes"
         )
     if frame.window_size > max(_MAX_WINDOW, frame.content_size):
@@ -321,7 +400,7 @@ def _read_header(raw: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, list[
     tensors = {}
     for name, entry in entries.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
-            raise CorruptScene(f"the tensor {name!r:.80} of a scene has no shape")
+            raise CorruptScene(f"the tensor {shown(name, most=80)!r} of a scene has no shape")
         tensors[name] = (str(entry.get("dtype")), entry["shape"])
     return header, tensors
 
@@ -329,23 +408,23 @@ def _read_header(raw: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, list[
 def _check_header(header: dict[str, Any], spec: CutSpec, fingerprint: str) -> None:
     if header["schema_version"] != SMASHED_SCHEMA_VERSION:
         raise ForeignScene(
-            f"the scene has schema version {str(header['schema_version'])[:20]}, this reader knows {SMASHED_SCHEMA_VERSION}; "
+            f"the scene has schema version {shown(header['schema_version'], most=20)}, this reader knows {SMASHED_SCHEMA_VERSION}; "
             "update the older side"
         )
     if header.keys() != _HEADER_KEYS:
-        raise CorruptScene(f"the header of a scene must hold {sorted(_HEADER_KEYS)}, found {str(sorted(header))[:200]}")
-    if header["codec"] not in CODECS:
-        raise CorruptScene(f"the codec of a scene must be one of {CODECS}, found {str(header['codec'])[:80]!r}")
-    if not isinstance(header["scene_id"], str) or not _SCENE_ID_PATTERN.fullmatch(header["scene_id"]):
+        raise CorruptScene(f"the header of a scene must hold {sorted(_HEADER_KEYS)}, found {shown(sorted(header))}")
+    if not isinstance(header["codec"], str) or header["codec"] not in CODECS:
+        raise CorruptScene(f"the codec of a scene must be one of {CODECS}, found {shown(header['codec'], most=80)!r}")
+    if not isinstance(header["scene_id"], str) or not SCENE_ID_PATTERN.fullmatch(header["scene_id"]):
         raise CorruptScene("the identifier of a scene must be 32 hexadecimal digits")
     if header["encoder_fingerprint"] != fingerprint:
         raise ForeignScene(
-            f"the scene was made by encoder {str(header['encoder_fingerprint'])[:64]}, expected {fingerprint}; features of two "
+            f"the scene was made by encoder {shown(header['encoder_fingerprint'], most=64)}, expected {fingerprint}; features of two "
             "encoders do not mix: update the vehicle or train a decoder for its encoder"
         )
     difference = first_difference(header["split"], cut_to_json(spec))
     if difference is not None:
-        raise ForeignScene(f"the scene was made at another cut than the expected one: {difference[:300]}")
+        raise ForeignScene(f"the scene was made at another cut than the expected one: {shown(difference, most=300)}")
 
 
 def _declared(
@@ -356,6 +435,6 @@ def _declared(
     bounds = (rows, columns)
     if len(shape) != 2 or not all(type(n) is int and low <= n <= high for n, (low, high) in zip(shape, bounds, strict=True)):
         raise CorruptScene(
-            f"{name} must be ({rows[0]}..{rows[1]}, {columns[0]}..{columns[1]}) in this scene, found {str(shape)[:80]}"
+            f"{name} must be ({rows[0]}..{rows[1]}, {columns[0]}..{columns[1]}) in this scene, found {shown(shape, most=80)}"
         )
     return (shape[0], shape[1])

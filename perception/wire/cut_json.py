@@ -10,6 +10,7 @@ from typing import Any
 
 from ...core.cut import CutSpec, KeypointSpec, VoxelGrid
 from ...core.errors import InvalidInput, UpcycleError
+from ...core.foreign_text import shown
 
 
 class CorruptScene(UpcycleError):
@@ -62,19 +63,19 @@ def cut_from_json(record: Any, what: str) -> CutSpec:
     def numbers(value: Any, count: int, kinds: tuple[type, ...], low: float, high: float) -> tuple[Any, ...]:
         fits = isinstance(value, list) and len(value) == count and all(type(v) in kinds and low <= v <= high for v in value)
         if not fits:
-            raise CorruptScene(f"{what}: expected {count} numbers in {low:g}..{high:g}, found {str(value)[:80]}")
+            raise CorruptScene(f"{what}: expected {count} numbers in {low:g}..{high:g}, found {shown(value, most=80)}")
         return tuple(value)
 
     if not isinstance(record, dict) or record.keys() != {"layer", "channels", "stride", "shape", "grid", "keypoints"}:
-        raise CorruptScene(f"{what}: expected layer, channels, stride, shape, grid and keypoints, found {str(record)[:80]}")
+        raise CorruptScene(f"{what}: expected layer, channels, stride, shape, grid and keypoints, found {shown(record, most=80)}")
     grid, layer, keypoints = record["grid"], record["layer"], record["keypoints"]
     if not isinstance(grid, dict) or grid.keys() != {"range", "voxel_size"}:
-        raise CorruptScene(f"{what}: expected a grid of range and voxel_size, found {str(grid)[:80]}")
+        raise CorruptScene(f"{what}: expected a grid of range and voxel_size, found {shown(grid, most=80)}")
     if not isinstance(layer, str) or not re.fullmatch(r"[\w.]{1,128}", layer):
-        raise CorruptScene(f"{what}: expected the name of a layer, found {str(layer)[:80]}")
+        raise CorruptScene(f"{what}: expected the name of a layer, found {shown(layer, most=80)}")
     if keypoints is not None:
         if not isinstance(keypoints, dict) or keypoints.keys() != {"count", "channels"}:
-            raise CorruptScene(f"{what}: expected keypoints of count and channels, or null, found {str(keypoints)[:80]}")
+            raise CorruptScene(f"{what}: expected keypoints of count and channels, or null, found {shown(keypoints, most=80)}")
         count, of_each = numbers([keypoints["count"], keypoints["channels"]], 2, (int,), 1, 1 << 16)
         keypoints = KeypointSpec(count=count, channels=of_each)
     (channels,) = numbers([record["channels"]], 1, (int,), 1, 1 << 16)

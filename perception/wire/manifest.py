@@ -1,6 +1,6 @@
 """The manifest of a shard: what it must hold, and how a manifest from outside is read.
 
-One JSON file beside each tar holds the schema version, the cut, the encoder fingerprint, the codec, and the place, the length
+One canonical JSON file beside each tar holds the schema version, the cut, the encoder fingerprint, the codec, and the place, the length
 and the SHA-256 of every member. The layout of the tar follows from it (names, lengths, order), so every number that the manifest
 declares is compared with the others before a byte of the tar is read.
 
@@ -19,6 +19,7 @@ from typing import Any
 
 from ...core.cut import CutSpec
 from ...core.errors import UpcycleError
+from ...core.foreign_text import shown
 from ...core.smashed_scene import SMASHED_SCHEMA_VERSION
 from ...core.strict_json import canonical_json, strict_json
 from .codec import CODECS, FINGERPRINT_PATTERN, ForeignScene, max_encoded_bytes
@@ -151,20 +152,20 @@ def open_regular(path: Path) -> int:
 
 def _whole(value: Any, low: int, high: int, what: str) -> int:
     if type(value) is not int or not low <= value <= high:
-        raise BrokenShard(f"{what} must be a whole number in {low}..{high}, found {str(value)[:40]}")
+        raise BrokenShard(f"{what} must be a whole number in {low}..{high}, found {shown(value, most=40)}")
     return value
 
 
 def _hash(value: Any, what: str) -> str:
     if not isinstance(value, str) or not FINGERPRINT_PATTERN.fullmatch(value):
-        raise BrokenShard(f"{what} must be 64 hexadecimal digits, found {str(value)[:80]!r}")
+        raise BrokenShard(f"{what} must be 64 hexadecimal digits, found {shown(value, most=80)!r}")
     return value
 
 
 def _keys(record: Any, keys: set[str], what: str) -> None:
     if not isinstance(record, dict) or record.keys() != keys:
         found = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise BrokenShard(f"{what} must hold exactly {sorted(keys)}, found {str(found)[:200]}")
+        raise BrokenShard(f"{what} must hold exactly {sorted(keys)}, found {shown(found, most=200)}")
 
 
 def _member(record: Any, index: int, offset: int, limit: int) -> ShardMember:
@@ -172,11 +173,11 @@ def _member(record: Any, index: int, offset: int, limit: int) -> ShardMember:
     _keys(record, {"name", "offset", "length", "sha256"}, what)
     name, digest = record["name"], _hash(record["sha256"], f"{what}: sha256")
     if not isinstance(name, str) or not _MEMBER_NAME.fullmatch(name) or not digest.startswith(name.partition(".")[0]):
-        raise BrokenShard(f"{what} must be named after its hash, {digest[:32]}{MEMBER_SUFFIX}, found {str(name)[:80]!r}")
+        raise BrokenShard(f"{what} must be named after its hash, {digest[:32]}{MEMBER_SUFFIX}, found {shown(name, most=80)!r}")
     length = _whole(record["length"], 1, limit, f"{what}: length")
     if record["offset"] != offset + TAR_BLOCK:
         raise BrokenShard(
-            f"{what} declares offset {str(record['offset'])[:40]}; the members before it put it at {offset + TAR_BLOCK}"
+            f"{what} declares offset {shown(record['offset'], most=40)}; the members before it put it at {offset + TAR_BLOCK}"
         )
     return ShardMember(name=name, offset=offset + TAR_BLOCK, length=length, sha256=digest)
 
@@ -200,18 +201,18 @@ def parse_manifest(data: bytes) -> ShardManifest:
         raise BrokenShard(f"the manifest is not of a smashed shard: expected schema {SCHEMA!r}")
     if type(record.get("schema_version")) is not int or record["schema_version"] != SMASHED_SCHEMA_VERSION:
         raise ForeignScene(
-            f"the shard has schema version {str(record.get('schema_version'))[:20]}, this reader knows {SMASHED_SCHEMA_VERSION}; "
+            f"the shard has schema version {shown(record.get('schema_version'), most=20)}, this reader knows {SMASHED_SCHEMA_VERSION}; "
             "update the older side"
         )
     _keys(record, _MANIFEST_KEYS, "the manifest")
     _keys(record["tar"], {"name", "bytes", "sha256"}, "the manifest's tar")
     if record["codec"] not in CODECS:
-        raise BrokenShard(f"the manifest's codec must be one of {CODECS}, found {str(record['codec'])[:80]!r}")
+        raise BrokenShard(f"the manifest's codec must be one of {CODECS}, found {shown(record['codec'], most=80)!r}")
     spec = cut_from_json(record["split"], "the manifest's split")
     if not isinstance(record["members"], list) or not 1 <= len(record["members"]) <= MAX_MEMBERS:
         raise BrokenShard(f"the manifest must list 1..{MAX_MEMBERS} members")
     if record["count"] != len(record["members"]):
-        raise BrokenShard(f"the manifest declares {str(record['count'])[:40]} scenes and lists {len(record['members'])}")
+        raise BrokenShard(f"the manifest declares {shown(record['count'], most=40)} scenes and lists {len(record['members'])}")
     members: list[ShardMember] = []
     offset = 0
     for index, entry in enumerate(record["members"]):
@@ -229,11 +230,16 @@ def parse_manifest(data: bytes) -> ShardManifest:
     )
     if record["tar"]["name"] != manifest.tar_name:
         raise BrokenShard(
-            f"the manifest's tar must be named after its hash, {manifest.tar_name}, found {str(record['tar']['name'])[:80]!r}"
+            f"the manifest's tar must be named after its hash, {manifest.tar_name}, found {shown(record['tar']['name'], most=80)!r}"
         )
     if record["tar"]["bytes"] != manifest.tar_bytes:
         raise BrokenShard(
-            f"the manifest declares a tar of {str(record['tar']['bytes'])[:40]} bytes; its members make {manifest.tar_bytes}"
+            f"the manifest declares a tar of {shown(record['tar']['bytes'], most=40)} bytes; its members make {manifest.tar_bytes}"
+        )
+    if data.removesuffix(b"\n") != manifest.to_json().removesuffix(b"\n"):
+        raise BrokenShard(
+            "the manifest is not canonical JSON: keys in order, no spaces, whole numbers without a point, and one line; write it as "
+            "docs/data_format.md says"
         )
     return manifest
 

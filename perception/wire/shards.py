@@ -24,18 +24,19 @@ import os
 import secrets
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from ...core.cut import CutSpec
 from ...core.errors import InvalidInput, UpcycleError
-from ...core.files import write_atomically
+from ...core.files import sync_folder, write_atomically
+from ...core.foreign_text import shown
 from ...core.smashed_scene import SmashedScene
-from .codec import check_codec, encode_scene
+from .codec import HEAD_BYTES, check_codec, declared_raw_bytes, encode_scene, max_raw_bytes
 from .manifest import (
     MAX_MEMBERS,
     MEMBER_SUFFIX,
@@ -48,6 +49,48 @@ from .manifest import (
     tar_padding,
     tar_size,
 )
+
+MAX_SHARD_RAW_BYTES = 2 << 30
+"""Bytes that the scenes of one shard may have together after decompression. Reading takes 7 to 15 s per GiB on one core, so no upload
+costs a server minutes: a file of 15 MB could otherwise hold 10,000 scenes with every cell occupied, and take 17 minutes. Real scenes
+shrink to a third or less by compression, so a shard of 256 MiB stays far below. A writer closes a shard before it reaches the limit."""
+
+
+class ShardJournal(Protocol):
+    """Told about every shard, before it appears and after, so that a vehicle knows after a kill which scans are in finished shards."""
+
+    def pending(self, stem: str, scene_ids: Sequence[str]) -> None:
+        """Note durably that a shard is about to appear. It is complete on the disk under temporary names (`staged_names`).
+
+        Args:
+            stem: Name of its files without suffix.
+            scene_ids: The scenes in it.
+
+        Raises:
+            OSError: The note cannot be written; the shard does not appear.
+        """
+
+    def published(self, stem: str) -> None:
+        """Note that the shard has appeared.
+
+        Args:
+            stem: Name of its files without suffix.
+
+        Raises:
+            OSError: The note cannot be written.
+        """
+
+
+def staged_names(stem: str) -> tuple[str, str]:
+    """Give the temporary names of a shard that is complete and has not appeared yet.
+
+    Args:
+        stem: Name of its files without suffix.
+
+    Returns:
+        Names of tar and manifest in the folder of the shards.
+    """
+    return f".{stem}.tar.tmp", f".{stem}.json.tmp"
 
 
 class ShardWriteError(UpcycleError):
@@ -114,7 +157,7 @@ class ShardWriter:
     """Collects encoded scenes in memory, at most one shard of them, and writes them as shards into a folder.
 
     Use it as a context manager: leaving it writes the rest. After a `ShardWriteError` the scenes wait in memory: make room and
-    call `flush` again.
+    call `flush` again. Both files of a shard are written under temporary names and renamed, the manifest last.
 
     Args:
         folder: Where the shards are written; it is made where needed.
@@ -124,9 +167,12 @@ class ShardWriter:
         scenes_per_shard: Number of scenes after which a shard is written. Larger shards are fewer files; smaller ones lose less
             when the vehicle loses power.
         max_bytes: Size after which a shard is written, also with fewer scenes.
+        max_seconds: Seconds after which a shard is written, also with fewer scenes; looked at when a scene is added. None means no
+            limit.
+        journal: Told about every shard before and after it appears.
 
     Raises:
-        InvalidInput: The codec is unknown, or `scenes_per_shard` is outside 1..10000.
+        InvalidInput: The codec is unknown, `scenes_per_shard` is outside 1..10000, or `max_seconds` is not positive.
         ShardWriteError: The folder cannot be made.
 
     Example:
@@ -146,15 +192,26 @@ class ShardWriter:
         codec: str,
         scenes_per_shard: int = 256,
         max_bytes: int = 256 << 20,
+        max_seconds: float | None = None,
+        journal: ShardJournal | None = None,
     ) -> None:
         if not 1 <= scenes_per_shard <= MAX_MEMBERS:
             raise InvalidInput(f"scenes_per_shard must be 1..{MAX_MEMBERS}, found {scenes_per_shard}")
+        if max_seconds is not None and not max_seconds > 0:
+            raise InvalidInput(f"a shard must stay open for a positive number of seconds, found {max_seconds}")
         check_codec(codec)
         self._folder = Path(folder)
         self.kind = SceneKind(spec=spec, encoder_fingerprint=fingerprint, codec=codec)
         self._scenes_per_shard = scenes_per_shard
         self._max_bytes = max_bytes
+        self._max_seconds = max_seconds
+        self._max_raw_bytes = max(MAX_SHARD_RAW_BYTES, max_raw_bytes(spec))
+        self._journal = journal
         self._blobs: list[bytes] = []
+        self._scene_ids: list[str] = []
+        self._raw_bytes = 0
+        self._opened = 0.0
+        self._staged: ShardManifest | None = None
         self._shards: list[Path] = []
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -190,16 +247,41 @@ class ShardWriter:
         if blob in self._blobs:
             raise InvalidInput(f"scene {scene.scene_id} is in this shard already; a scene is added once")
         encoded = time.perf_counter()
-        if self._full():  # an earlier flush failed; try again before memory grows
+        raw = declared_raw_bytes(blob[:HEAD_BYTES])
+        # An earlier flush failed: try again before memory grows. Or the shard would be one that no server reads.
+        if self._staged is not None or self._full() or self._raw_bytes + raw > self._max_raw_bytes:
             self.flush()
+        if not self._blobs:
+            self._opened = time.monotonic()
         self._blobs.append(blob)
+        self._scene_ids.append(scene.scene_id)
+        self._raw_bytes += raw
         if self._full():
             self.flush()
         done = time.perf_counter()
         return AddedScene(length=len(blob), encode_ms=1e3 * (encoded - start), write_ms=1e3 * (done - encoded))
 
     def _full(self) -> bool:
-        return len(self._blobs) >= self._scenes_per_shard or sum(map(len, self._blobs)) >= self._max_bytes
+        if not self._blobs:
+            return False
+        late = self._max_seconds is not None and time.monotonic() - self._opened >= self._max_seconds
+        return late or len(self._blobs) >= self._scenes_per_shard or sum(map(len, self._blobs)) >= self._max_bytes
+
+    def discard(self) -> int:
+        """Drop the scenes that wait in memory and are in no finished shard, so that leaving the writer does not write them.
+
+        Returns:
+            Number of scenes dropped.
+        """
+        dropped = len(self._blobs)
+        self._forget()
+        return dropped
+
+    def _forget(self) -> None:
+        self._blobs.clear()
+        self._scene_ids.clear()
+        self._raw_bytes = 0
+        self._staged = None
 
     def flush(self) -> None:
         """Write the scenes in memory as a shard, if there are any.
@@ -209,6 +291,28 @@ class ShardWriter:
         """
         if not self._blobs:
             return
+        manifest = self._staged
+        try:
+            if manifest is None:
+                manifest = self._stage()
+            self._staged = manifest  # an interrupt in the middle must not write the scenes a second time
+            if self._journal is not None:
+                # From here on the temporary files stay, whatever happens: after a kill, they and the journal say together whether
+                # the shard appeared, and it appears then if it had not.
+                self._journal.pending(manifest.stem, self._scene_ids)
+            self._publish(manifest)
+            if self._journal is not None:
+                self._journal.published(manifest.stem)
+        except OSError as error:
+            raise ShardWriteError(
+                f"cannot write a shard of {len(self._blobs)} scenes into {self._folder}: {error}; the {len(self._shards)} shards finished before "
+                "are intact; make room, then flush again"
+            ) from error
+        self._shards.append(self._folder / f"{manifest.stem}.json")
+        self._forget()
+
+    def _stage(self) -> ShardManifest:
+        """Write tar and manifest, complete and durable, under temporary names."""
         secrets.SystemRandom().shuffle(self._blobs)
         members, chunks, offset = [], [], 0
         for blob in self._blobs:
@@ -229,20 +333,33 @@ class ShardWriter:
             tar_sha256=whole.hexdigest(),
             tar_bytes=tar_size(members),
         )
-        path, tar = self._folder / f"{manifest.stem}.json", self._folder / manifest.tar_name
+        halves = [self._folder / name for name in staged_names(manifest.stem)]
         try:
-            write_atomically(tar, chunks)
-            write_atomically(path, [manifest.to_json()])
-        except OSError as error:
-            for half in (path, tar):  # one without the other is only lost space
+            for half, content in zip(halves, (chunks, [manifest.to_json()]), strict=True):
+                write_atomically(half, content)
+        except OSError:
+            for half in halves:
                 with suppress(OSError):
                     half.unlink(missing_ok=True)
-            raise ShardWriteError(
-                f"cannot write a shard of {len(members)} scenes ({manifest.tar_bytes} bytes) into {self._folder}: {error}; "
-                f"the {len(self._shards)} shards finished before are intact; make room, then flush again"
-            ) from error
-        self._shards.append(path)
-        self._blobs.clear()
+            raise
+        return manifest
+
+    def _publish(self, manifest: ShardManifest) -> None:
+        """Let a staged shard appear. It may be called again after it was interrupted; without a journal a failure takes all back."""
+        finals = [self._folder / manifest.tar_name, self._folder / f"{manifest.stem}.json"]
+        halves = [self._folder / name for name in staged_names(manifest.stem)]
+        try:
+            for half, final in zip(halves, finals, strict=True):
+                if half.exists():
+                    os.replace(half, final)
+            sync_folder(self._folder)
+        except OSError:
+            if self._journal is None:  # one half without the other is only lost space
+                self._staged = None
+                for path in (*reversed(finals), *halves):
+                    with suppress(OSError):
+                        path.unlink(missing_ok=True)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -273,6 +390,13 @@ def read_members(tar: str | Path, manifest: ShardManifest) -> Iterator[tuple[Sha
         if size != manifest.tar_bytes:
             kind = "cut off" if size < manifest.tar_bytes else "followed by other data"
             raise BrokenShard(f"the tar has {size} bytes, its manifest implies {manifest.tar_bytes}: it is {kind}")
+        raw = sum(declared_raw_bytes(os.pread(descriptor, min(HEAD_BYTES, m.length), m.offset)) for m in manifest.members)
+        limit = max(MAX_SHARD_RAW_BYTES, max_raw_bytes(manifest.spec))
+        if raw > limit:
+            raise BrokenShard(
+                f"the {len(manifest.members)} scenes of the shard have {raw:,} bytes after decompression, and a shard may have {limit:,}; "
+                "reading it would take minutes: write smaller shards (--scenes-per-shard)"
+            )
         whole = hashlib.sha256()
         for index, member in enumerate(manifest.members):
             header = file.read(TAR_BLOCK)
@@ -302,12 +426,12 @@ def _describe_header(header: bytes) -> str:
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
     except tarfile.HeaderError as error:
-        return f"its tar header is damaged ({error})"
+        return f"its tar header is damaged ({shown(error)})"
     if info.issym() or info.islnk():
-        return f"its tar header is a link to {info.linkname[:80]!r}; links are refused"
+        return f"its tar header is a link to {shown(info.linkname, most=80)!r}; links are refused"
     if info.name.startswith("/") or ".." in info.name.split("/"):
-        return f"its tar header names {info.name[:80]!r}; absolute names and '..' are refused"
+        return f"its tar header names {shown(info.name, most=80)!r}; absolute names and '..' are refused"
     return (
-        f"its tar header differs from the zeroed one that the manifest implies (name {info.name[:80]!r}, {info.size} bytes, "
+        f"its tar header differs from the zeroed one that the manifest implies (name {shown(info.name, most=80)!r}, {info.size} bytes, "
         f"type {info.type!r}, time {info.mtime}, user {info.uid})"
     )

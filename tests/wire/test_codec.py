@@ -22,6 +22,7 @@ from upcycle3d.perception.wire.codec import (
     encode_scene,
     max_encoded_bytes,
     round_trip,
+    scene_id_of,
 )
 from upcycle3d.perception.wire.cut_json import CorruptScene, cut_from_json, cut_to_json
 
@@ -293,3 +294,49 @@ def test_raw_points_cannot_be_put_into_a_smashed_scene():
             SmashedScene(
                 spec=SPEC, coords=coords, features=features, codec="fp16", encoder_fingerprint=FINGERPRINT, scene_id="0" * 32
             )
+
+
+def with_ranges(low: list[float], scale: list[float]):
+    def edit(raw: bytes) -> bytes:
+        size = int.from_bytes(raw[:8], "little")
+        metadata = json.loads(raw[8 : 8 + size])["__metadata__"]
+        arrays = safetensors_numpy.load(raw)
+        arrays["feature_low"][:], arrays["feature_scale"][:] = low, scale
+        return safetensors_numpy.save(arrays, metadata=metadata)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("low", "scale"),
+    [
+        (0.0, 1e36),
+        (0.0, -1.0),
+        (0.0, 257.0),
+        (-65504.5, 1.0),
+        (7e4, 0.0),
+        (-65504.0, 514.0),
+        (float("nan"), 1.0),
+        (0.0, float("inf")),
+    ],
+)
+def test_a_forged_scene_whose_features_leave_half_precision_is_corrupt_with_the_channel_named(low, scale):
+    good = encode_scene(scene([3, 77], "int8"))
+    with pytest.raises(CorruptScene, match="channel 2"):
+        decode(repacked(good, with_ranges([0.0, 0.0, low, 0.0], [1.0, 0.0, scale, 256.0])))
+
+
+def test_the_largest_features_that_a_vehicle_may_send_are_read():
+    widest = replace(
+        scene([3, 77], "int8"), features=torch.tensor([[65504.0, -65504.0, 0.0, 1.0], [-65504.0, 65504.0, 0.0, 1.0]])
+    )
+    for codec in CODECS:
+        assert decode(encode_scene(replace(widest, codec=codec))).features.abs().max() >= 65500
+
+
+def test_the_name_of_a_scene_is_read_without_its_features():
+    for codec in CODECS:
+        assert scene_id_of(encode_scene(scene([3, 77], codec, seed=5))) == f"{5:032x}"
+    for bad in (b"", b"x" * 40, encode_scene(scene([3], "fp16"))[:30]):
+        with pytest.raises(CorruptScene):
+            scene_id_of(bad)

@@ -1,5 +1,6 @@
 """What a shard promises: every tar program reads it, its headers hold no time and no user, and it is whole or absent."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -9,7 +10,7 @@ import secrets
 import signal
 import stat
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -332,3 +333,100 @@ def test_a_flipped_bit_anywhere_in_the_tar_is_found(shard, tmp_path):
                 list(read_members(bad, manifest))
     bad.write_bytes(good)
     assert len(list(read_members(bad, manifest))) == 3
+
+
+def test_a_manifest_in_another_spelling_is_refused(shard):
+    good = shard.read_bytes()
+    record = json.loads(good)
+    assert parse_manifest(good.rstrip(b"\n")) == read_manifest(shard)
+    for spelled in (
+        json.dumps(record, sort_keys=True).encode(),
+        json.dumps(dict(reversed(record.items())), separators=(",", ":")).encode(),
+        good.replace(b'"offset":512,', b'"offset":512.0,'),
+        good.replace(b'"count":3', b'"count":3.0'),
+        b" " + good,
+        good + b"\n",
+    ):
+        assert spelled != good
+        with pytest.raises(BrokenShard, match=r"not canonical|must be|declares"):
+            parse_manifest(spelled)
+
+
+def test_a_shard_is_closed_when_its_time_is_over(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("upcycle3d.perception.wire.shards.time.monotonic", lambda: now[0])
+    with writer(tmp_path, max_seconds=60) as shards:
+        shards.add(scene(0))
+        now[0] += 59
+        shards.add(scene(1))
+        assert shards.shards == ()
+        now[0] += 1
+        shards.add(scene(2))
+        assert len(shards.shards) == 1
+        now[0] += 59
+    assert [len(read_manifest(path).members) for path in shards.shards] == [2, 1]
+    with pytest.raises(InvalidInput, match="positive number of seconds"):
+        writer(tmp_path, max_seconds=0)
+
+
+def test_a_small_file_of_many_full_scenes_is_refused_before_it_costs_time_and_no_writer_makes_one(tmp_path, monkeypatch):
+    """A scene whose cells are all occupied by zeros has 700 bytes and takes 0.13 s to read; 10,000 of them fit into 15 MB."""
+    monkeypatch.setattr("upcycle3d.perception.wire.shards.MAX_SHARD_RAW_BYTES", 200_000)
+    every = torch.arange(2048)
+    full = SmashedScene(spec=SPEC, coords=tiny.cells(every), features=torch.zeros(2048, 4), codec="fp16", encoder_fingerprint=FINGERPRINT, scene_id="0" * 32)  # fmt: skip
+    with writer(tmp_path / "good") as shards:
+        for i in range(24):
+            shards.add(dataclasses.replace(full, scene_id=f"{i:032x}"))
+    assert len(shards.shards) == 3
+    assert len(whole_scenes(tmp_path / "good")) == 24
+    with writer(tmp_path / "bad") as shards:
+        shards._max_raw_bytes = 1 << 40
+        for i in range(24):
+            shards.add(dataclasses.replace(full, scene_id=f"{i:032x}"))
+    (path,) = shards.shards
+    manifest = read_manifest(path)
+    with pytest.raises(BrokenShard, match=r"24 scenes of the shard have [\d,]+ bytes after decompression"):
+        next(read_members(path.parent / manifest.tar_name, manifest))
+
+
+class Notes:
+    """A journal that remembers what it was told and fails on demand."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+        self.fail = ""
+
+    def pending(self, stem: str, scene_ids: Sequence[str]) -> None:
+        if self.fail == "pending":
+            raise OSError(errno.ENOSPC, "full")
+        self.told.append(("pending", stem))
+
+    def published(self, stem: str) -> None:
+        if self.fail == "published":
+            raise OSError(errno.ENOSPC, "full")
+        self.told.append(("published", stem))
+
+
+@pytest.mark.parametrize("failing", ["pending", "published"])
+def test_a_shard_whose_journal_fails_appears_once_and_under_the_name_that_was_noted(tmp_path, failing):
+    notes = Notes()
+    shards = writer(tmp_path, journal=notes)
+    shards.add(scene(0))
+    notes.fail = failing
+    with pytest.raises(ShardWriteError, match="full"):
+        shards.flush()
+    notes.fail = ""
+    shards.add(scene(1))
+    shards.flush()
+    stems = [path.stem for path in shards.shards]
+    assert len(stems) == 2
+    assert notes.told[-4:] == [("pending", stems[0]), ("published", stems[0]), ("pending", stems[1]), ("published", stems[1])]
+    assert names(tmp_path) == {f"{stem}{suffix}" for stem in stems for suffix in (".tar", ".json")}
+    assert len(whole_scenes(tmp_path)) == 2
+
+
+def test_discarded_scenes_are_not_written(tmp_path):
+    with writer(tmp_path) as shards:
+        shards.add(scene(0))
+        assert shards.discard() == 1
+    assert names(tmp_path) == set()
