@@ -35,7 +35,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def write_atomically(path: str | Path, data: bytes | Iterable[bytes]) -> None:
+def write_atomically(path: str | Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     """Write a file completely or not at all.
 
     Args:

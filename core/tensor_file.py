@@ -1,10 +1,11 @@
 """Safetensors files of this program: written atomically with a hash, and checked completely before anything uses them.
 
-A file holds named tensors and a few strings of metadata: a format name, a description in JSON, and the SHA-256 of the tensors.
-Detectors, encoders, proposals, classifiers and rounds of pseudo labels are all kept this way. Nothing is pickled.
+A file holds named tensors and a few strings of metadata: a format name, a description in JSON, and the SHA-256 of the whole file.
+Detectors, encoders, proposals, classifiers and rounds of pseudo labels are all kept this way. Nothing is pickled, and equal content
+gives equal bytes (`safetensors_bytes.py`).
 
-`read_tensors` checks in this order: the size of the file, the size of its header, the format name, and only then the tensors
-themselves, so a wrong file cannot fill the memory. `fill_module` copies tensors into a module, all or none; `build_module` first
+`read_tensors` checks in this order: the size of the file, the size of its header, the format name, the hash, and only then the
+tensors themselves, so a wrong file cannot fill the memory. `fill_module` copies tensors into a module, all or none; `build_module` first
 makes the module with the configuration that the same file holds.
 
 Read next: `perception/training/detector_files.py` and `perception/wire/encoder_file.py`, the two kinds that users meet.
@@ -23,15 +24,18 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import InvalidInput
+from .foreign_text import shown
 from .files import write_atomically
+from .safetensors_bytes import FILE_DIGEST_KEY, METADATA_KEY, file_digest_of, safetensors_pieces
 from .strict_json import strict_json
 
-DIGEST_KEY = "content_sha256"
+EARLIER_DIGEST_KEY = "content_sha256"
+"""Name of the metadata entry with the hash of the tensors alone, in files of earlier formats."""
 FORMAT_KEY = "format"
 MAX_HEADER_BYTES = 64 << 20  # safetensors itself stops at 100 MB
 MAX_FILE_BYTES = 16 << 30
@@ -53,7 +57,7 @@ class TensorFileKind:
     """What such a file is, for messages, without an article: "vehicle encoder"."""
 
     format: str
-    """Name and version of the format, as the metadata of every such file hold it: "upcycle3d encoder 2"."""
+    """Name and version of the format, as the metadata of every new file hold it: "upcycle3d encoder 3"."""
 
     advice: str
     """What a person can do when a file is missing, damaged or of another kind; ends a message, so without a full stop."""
@@ -61,8 +65,11 @@ class TensorFileKind:
     max_bytes: int = MAX_FILE_BYTES
     """Largest file that is read (bytes)."""
 
-    always_hashed: bool = False
-    """Whether a file without a recorded hash is refused. Encoder files of version 0.1 have none."""
+    earlier: tuple[str | None, ...] = ()
+    """Earlier formats that are read too; None stands for files without a format name. Their hash covers the tensors only."""
+
+    earlier_hashed: bool = True
+    """Whether a file of an earlier format without a recorded hash is refused. Encoder files of version 0.1 have none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,6 +128,7 @@ def read_tensors(path: str | Path, kind: TensorFileKind | None = None) -> Tensor
     """Read and check a tensor file.
 
     The recorded hash is compared wherever the file has one. Files of other programs have none and are accepted without a `kind`.
+    A file of a `kind` has one, with the exceptions that `TensorFileKind` names.
 
     Args:
         path: The safetensors file.
@@ -131,7 +139,7 @@ def read_tensors(path: str | Path, kind: TensorFileKind | None = None) -> Tensor
 
     Raises:
         InvalidInput: The file is missing, cannot be opened, is too large, or is of another kind.
-        CorruptFile: The file is not readable as safetensors, or its tensors do not have the recorded hash.
+        CorruptFile: The file is not readable as safetensors, or does not have the recorded hash.
 
     Example:
         ```python
@@ -153,13 +161,14 @@ def read_tensors(path: str | Path, kind: TensorFileKind | None = None) -> Tensor
             header = int.from_bytes(start, "little")
             if len(start) < 8 or not 2 <= header <= min(MAX_HEADER_BYTES, size - 8):
                 raise CorruptFile(f"{path} is not a readable safetensors file ({size} bytes, no valid header); {advice}")
-            meta = _metadata(stream.read(header), path, advice)
-            if kind is not None and meta.get(FORMAT_KEY) != kind.format:
-                raise InvalidInput(
-                    f"{path} is not a {kind.name}: expected format {kind.format!r}, found {meta.get(FORMAT_KEY)!r}; {advice}"
-                )
+            meta = _metadata(stream.read(header), size, path, advice)
+            if kind is not None and meta.get(FORMAT_KEY) not in (kind.format, *kind.earlier):
+                found = f"'{shown(meta[FORMAT_KEY])}'" if FORMAT_KEY in meta else "no format name"
+                raise InvalidInput(f"{path} is not a {kind.name}: expected format {kind.format!r}, found {found}; {advice}")
             stream.seek(0)
-            tensors = _tensors(stream.read(), path, advice)
+            data = stream.read()
+            _check_file_digest(data, 8 + header, meta, path, kind, advice)
+            tensors = _tensors(data, path, advice)
     except MemoryError as error:
         raise InvalidInput(
             f"{path} has {size} bytes, which do not fit into the free memory; end other programs, or {advice}"
@@ -169,12 +178,25 @@ def read_tensors(path: str | Path, kind: TensorFileKind | None = None) -> Tensor
         raise InvalidInput(f"there is no {what} {path}; {kind.advice if kind is not None else 'is the path right?'}") from error
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror}; {advice}") from error
-    recorded = meta.get(DIGEST_KEY)
-    if recorded is None and kind is not None and kind.always_hashed:
-        raise CorruptFile(f"{path} has no recorded SHA-256, which every {kind.name} has; {advice}")
+    recorded = meta.get(EARLIER_DIGEST_KEY)
     if recorded is not None and recorded != content_digest(tensors):
         raise CorruptFile(f"the tensors of {path} do not have the recorded SHA-256; {advice}")
     return TensorFile(path=path, tensors=tensors, meta=meta)
+
+
+def _check_file_digest(
+    data: bytes, start: int, meta: Mapping[str, str], path: Path, kind: TensorFileKind | None, advice: str
+) -> None:
+    recorded = meta.get(FILE_DIGEST_KEY)
+    if recorded is not None:
+        if file_digest_of(data[:start], iter([memoryview(data)[start:]]), recorded) != recorded:
+            raise CorruptFile(f"{path} does not have the SHA-256 that it records: it was changed or damaged; {advice}")
+        return
+    needed = kind is not None and (
+        meta.get(FORMAT_KEY) == kind.format or (kind.earlier_hashed and EARLIER_DIGEST_KEY not in meta)
+    )
+    if kind is not None and needed:
+        raise CorruptFile(f"{path} has no recorded SHA-256, which every {kind.name} has: it was changed or damaged; {advice}")
 
 
 def _memory_bytes() -> int:
@@ -204,14 +226,21 @@ def _tensors(data: bytes, path: Path, advice: str) -> dict[str, Tensor]:
         raise CorruptFile(f"{path} is not a readable safetensors file ({error}); {advice}") from error
 
 
-def _metadata(header: bytes, path: Path, advice: str) -> dict[str, str]:
+def _metadata(header: bytes, size: int, path: Path, advice: str) -> dict[str, str]:
+    """The metadata in a header, after comparing the size of the file with what the header describes."""
     try:
-        meta = json.loads(header).get("__metadata__", {})
+        described = json.loads(header)
+        meta = described.pop(METADATA_KEY, {})
         good = all(isinstance(value, str) for value in meta.values())
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CorruptFile(f"{path} is not a readable safetensors file ({error}); {advice}") from error
+        end = max((int(entry["data_offsets"][1]) for entry in described.values()), default=0)
+    except (ValueError, AttributeError, RecursionError, TypeError, KeyError, IndexError) as error:
+        raise CorruptFile(f"{path} is not a readable safetensors file ({shown(error)}); {advice}") from error
     if not good:
         raise CorruptFile(f"{path} is not a readable safetensors file (its metadata are not strings); {advice}")
+    if size != 8 + len(header) + end:
+        raise CorruptFile(
+            f"{path} is not a readable safetensors file: its header describes {8 + len(header) + end} bytes, and it has {size}; {advice}"
+        )
     return dict(meta)
 
 
@@ -310,7 +339,7 @@ def write_tensors(
     meta: Mapping[str, str] | None = None,
     kind: TensorFileKind | None = None,
 ) -> None:
-    """Write a tensor file with the hash of its content; a reader sees the old file or the whole new one.
+    """Write a tensor file with its hash; a reader sees the old file or the whole new one. Equal content gives equal bytes.
 
     Args:
         path: The file to write or to replace; its folder is made where needed.
@@ -322,12 +351,11 @@ def write_tensors(
         InvalidInput: `meta` uses a name that this function writes itself.
         OSError: The file cannot be written.
     """
-    own = {} if kind is None else {FORMAT_KEY: kind.format}
-    taken = sorted({DIGEST_KEY, *own} & set(meta or {}))
+    own = {FILE_DIGEST_KEY: ""} if kind is None else {FILE_DIGEST_KEY: "", FORMAT_KEY: kind.format}
+    taken = sorted({EARLIER_DIGEST_KEY, *own} & set(meta or {}))
     if taken:
         raise InvalidInput(f"the metadata name {taken[0]!r} is written by write_tensors itself; choose another")
-    plain = _plain(tensors)
-    write_atomically(Path(path), save(plain, metadata={**own, **(meta or {}), DIGEST_KEY: content_digest(plain)}))
+    write_atomically(Path(path), safetensors_pieces(tensors, {**own, **(meta or {})}))
 
 
 def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -339,7 +367,7 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     Returns:
         The whole file.
     """
-    return save(_plain(tensors))
+    return b"".join(safetensors_pieces(tensors))
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -357,8 +385,3 @@ def content_digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU copies: safetensors refuses tensors that share memory (tied weights)."""
-    return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}

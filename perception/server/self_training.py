@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...core.frame import Frame, labels_of
 from ...core.structures import Labels, LossTerms, Predictions
-from ...core.tensor_file import read_tensors, write_tensors
+from ...core.tensor_file import TensorFileKind, read_tensors, write_tensors
 from ...datasets.augment import AugmentationRanges, labeled_example
 from ...datasets.batches import UnlabeledBatches, epoch_indices
 from ...ops.iou3d import iou_bev
@@ -69,6 +69,12 @@ class ScanLabels:
         return ScanLabels(**{name: getattr(self, name)[rows] for name in _COLUMNS})
 
 
+_KIND = TensorFileKind(
+    name="round of pseudo labels",
+    format="upcycle3d pseudo labels 2",
+    advice="remove the file, and the round is made again from the detector as it is then; or start the run in a new folder",
+    earlier=(None,),
+)
 _COLUMNS = ("boxes", "classes", "scores", "positive", "missed")
 
 
@@ -147,7 +153,7 @@ class LabelMemory:
             The labels of every scan, or None before the round was made.
         """
         if number not in self.rounds and self.folder is not None and self._path(self.folder, number).exists():
-            sizes, *whole = read_tensors(self._path(self.folder, number)).named("sizes", *_COLUMNS)
+            sizes, *whole = read_tensors(self._path(self.folder, number), _KIND).named("sizes", *_COLUMNS)
             columns = {name: column.split(sizes.tolist()) for name, column in zip(_COLUMNS, whole, strict=True)}
             self.rounds = {number: [ScanLabels(**{n: columns[n][i] for n in _COLUMNS}) for i in range(len(sizes))]}
         return self.rounds.get(number)
@@ -163,7 +169,7 @@ class LabelMemory:
         if self.folder is not None:
             tensors = {name: torch.cat([getattr(r, name) for r in labels]) for name in _COLUMNS}
             tensors["sizes"] = torch.tensor([len(r.boxes) for r in labels])
-            write_tensors(self._path(self.folder, number), tensors)
+            write_tensors(self._path(self.folder, number), tensors, kind=_KIND)
 
     @staticmethod
     def _path(folder: Path, number: int) -> Path:

@@ -21,7 +21,8 @@ DETECTOR_FILE = "detector.safetensors"
 TEACHER_FILE = "teacher.safetensors"
 _KIND = TensorFileKind(
     name="detector of this program",
-    format="upcycle3d detector 2",
+    format="upcycle3d detector 3",
+    earlier=("upcycle3d detector 2",),
     advice=f"give a run folder of `train` or `upcycle`, or a {DETECTOR_FILE}",
 )
 

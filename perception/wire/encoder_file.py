@@ -23,7 +23,9 @@ from ..models.encoders.table import EncoderConfig
 ENCODER_FILE = "encoder.safetensors"
 _KIND = TensorFileKind(
     name="vehicle encoder",
-    format="upcycle3d encoder 2",
+    format="upcycle3d encoder 3",
+    earlier=("upcycle3d encoder 2",),
+    earlier_hashed=False,
     advice="give the encoder.safetensors of a run folder; a whole detector is read by load_detector, and has an `encoder`",
     max_bytes=1 << 30,
 )

@@ -1,10 +1,15 @@
 """Tensor files come back bit for bit with their metadata, or are refused with a message that names the file."""
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from upcycle3d.core import tensor_file
@@ -76,7 +81,7 @@ def test_whole_numbers_are_not_taken_for_floats_and_floats_may_be_shorter():
 def test_a_flipped_bit_in_a_weight_file_is_found(tmp_path):
     write(tmp_path / "w.safetensors", _network(0))
     _flip_a_bit(tmp_path / "w.safetensors", -5)
-    with pytest.raises(CorruptFile, match="do not have the recorded SHA-256"):
+    with pytest.raises(CorruptFile, match="does not have the SHA-256 that it records"):
         load_weights(tmp_path / "w.safetensors", _network(1))
     (tmp_path / "x.safetensors").write_bytes(b"not a tensor file")
     with pytest.raises(CorruptFile, match="not a readable safetensors file"):
@@ -97,7 +102,6 @@ def test_a_file_of_one_kind_holds_its_format_and_is_refused_as_another(tmp_path)
     write_tensors(path, {"a": torch.arange(3)}, {"note": json.dumps({"of": [1, 2]})}, KIND)
     file = read_tensors(str(path), KIND)
     assert file.described("note") == {"of": [1, 2]}
-    assert file.meta["content_sha256"] == content_digest({"a": torch.arange(3)})
     assert torch.equal(file.named("a")[0], torch.arange(3))
     with pytest.raises(
         InvalidInput, match=r"n.safetensors is not a song: expected format 'song 1', found 'numbers 1'; sing again"
@@ -160,16 +164,96 @@ def test_a_module_may_make_a_little_more_than_its_file_holds(monkeypatch):
         tensor_file.build_module(lambda: nn.Linear(10, 11), tensors, "w.safetensors")
 
 
-def test_a_kind_that_is_always_hashed_refuses_a_file_without_hash(tmp_path):
-    save_file({"a": torch.arange(3)}, str(tmp_path / "n.safetensors"), metadata={"format": "numbers 1"})
-    assert torch.equal(read_tensors(tmp_path / "n.safetensors", KIND).tensors["a"], torch.arange(3))
-    hashed = TensorFileKind(name=KIND.name, format=KIND.format, advice=KIND.advice, always_hashed=True)
+def test_files_of_earlier_formats_are_read_and_their_hash_is_compared_where_they_have_one(tmp_path):
+    path, tensors = tmp_path / "n.safetensors", {"a": torch.arange(3)}
+    strict = TensorFileKind(name=KIND.name, format="numbers 2", advice=KIND.advice, earlier=("numbers 1", None))
+    lenient = replace(strict, earlier_hashed=False)
+    for meta in ({"format": "numbers 1"}, {"other": "x"}):
+        save_file(tensors, str(path), metadata=meta)
+        assert torch.equal(read_tensors(path, lenient).tensors["a"], torch.arange(3))
+        with pytest.raises(CorruptFile, match="no recorded SHA-256"):
+            read_tensors(path, strict)
+        save_file(tensors, str(path), metadata=meta | {"content_sha256": content_digest(tensors)})
+        assert torch.equal(read_tensors(path, strict).tensors["a"], torch.arange(3))
+        save_file({"a": torch.arange(1, 4)}, str(path), metadata=meta | {"content_sha256": content_digest(tensors)})
+        with pytest.raises(CorruptFile, match="do not have the recorded SHA-256"):
+            read_tensors(path, lenient)
+    save_file(tensors, str(path), metadata={"format": "numbers 2", "content_sha256": content_digest(tensors)})
     with pytest.raises(CorruptFile, match="no recorded SHA-256"):
-        read_tensors(tmp_path / "n.safetensors", hashed)
+        read_tensors(path, lenient)
+
+
+def test_equal_content_gives_equal_bytes_in_another_process(tmp_path):
+    code = (
+        "import sys, torch; from upcycle3d.core.tensor_file import write_tensors\n"
+        "names = list({'b', 'a', 'c', 'd', 'e'})\n"
+        "tensors = {n: torch.arange(3, dtype=torch.int8 if n == 'a' else torch.float32) for n in names}\n"
+        "write_tensors(sys.argv[1], tensors, {n: n * 2 for n in names})\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "theirs")], check=True, env=environment)
+    names = "edcba"
+    tensors = {n: torch.arange(3, dtype=torch.int8 if n == "a" else torch.float32) for n in names}
+    write_tensors(tmp_path / "ours", tensors, {n: n * 2 for n in names})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_the_library_reads_our_files_and_we_read_its(tmp_path):
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8)
+    tensors = {f"t.{i}": torch.arange(5).to(kind) for i, kind in enumerate((*kinds, torch.uint8, torch.bool))}
+    tensors |= {"empty": torch.zeros(0, 3), "one": torch.tensor(2.5), "turned": torch.arange(6.0).view(2, 3).t()}
+    path = tmp_path / "n.safetensors"
+    write_tensors(path, tensors, {"words": 'a "quoted" text\n', "z": "ä"}, KIND)
+    with safe_open(str(path), "pt") as file:
+        assert set(file.keys()) == set(tensors)
+        assert {name: file.metadata()[name] for name in ("words", "z", "format")} == {
+            "words": 'a "quoted" text\n',
+            "z": "ä",
+            "format": "numbers 1",
+        }
+    found, ours = load_file(path), read_tensors(path, KIND).tensors
+    for name, tensor in tensors.items():
+        for other in (found[name], ours[name]):
+            assert (other.dtype, other.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(other, tensor)
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    assert header % 8 == 0
+
+
+def test_a_flipped_bit_anywhere_in_a_file_is_noticed(tmp_path):
+    path = tmp_path / "n.safetensors"
+    kind = replace(KIND, format="numbers 2", earlier=("numbers 1", "numbers 0"), earlier_hashed=False)
+    write_tensors(path, {"a": torch.arange(3), "b": torch.ones(2)}, {"note": json.dumps({"length": 4.2})}, kind)
+    good = path.read_bytes()
+    for at in range(8 * len(good)):
+        data = bytearray(good)
+        data[at // 8] ^= 1 << at % 8
+        path.write_bytes(data)
+        with pytest.raises(InvalidInput, match="n.safetensors"):
+            read_tensors(path, kind)
+    path.write_bytes(good.replace(b"4.2", b"5.2"))
+    with pytest.raises(CorruptFile, match="does not have the SHA-256 that it records"):
+        read_tensors(path, kind)
+
+
+def test_a_file_that_was_cut_off_is_told_by_its_size(tmp_path):
+    path = tmp_path / "n.safetensors"
+    write_tensors(path, {"a": torch.arange(300)}, None, KIND)
+    size = path.stat().st_size
+    for data in (path.read_bytes()[:-1], path.read_bytes() + b"x"):
+        path.write_bytes(data)
+        with pytest.raises(CorruptFile, match=f"its header describes {size} bytes, and it has {len(data)}; count again"):
+            read_tensors(path, KIND)
+
+
+def test_what_a_file_cannot_hold_is_refused_when_it_is_written(tmp_path):
+    for tensors in ({"a": torch.zeros(2, dtype=torch.complex64)}, {"__metadata__": torch.zeros(2)}):
+        with pytest.raises(InvalidInput, match="a file cannot hold the tensor"):
+            write_tensors(tmp_path / "n.safetensors", tensors)
 
 
 def test_the_names_that_a_file_keeps_for_itself_cannot_be_metadata(tmp_path):
-    for name, kind in (("content_sha256", None), ("format", KIND)):
+    for name, kind in (("content_sha256", None), ("file_sha256", None), ("format", KIND)):
         with pytest.raises(InvalidInput, match=f"{name}.*choose another"):
             write_tensors(tmp_path / "n.safetensors", {}, {name: "x"}, kind)
     write_tensors(tmp_path / "n.safetensors", {}, {"format": "mine"})

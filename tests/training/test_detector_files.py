@@ -37,11 +37,21 @@ def test_a_missing_damaged_or_foreign_file_is_named_with_what_to_do(path, tmp_pa
     with pytest.raises(InvalidInput, match=r"there is no detector of this program at .*/nowhere; give a run folder of `train`"):
         load_detector(tmp_path / "nowhere")
     save_run_detector(tmp_path / "run", tiny.second_iou())
-    with pytest.raises(InvalidInput, match=r"is not a detector of this program: expected format 'upcycle3d detector 2'"):
+    with pytest.raises(InvalidInput, match=r"is not a detector of this program: expected format 'upcycle3d detector 3'"):
         load_detector(tmp_path / "run" / "encoder.safetensors")
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    with pytest.raises(CorruptFile, match=r"detector.safetensors do not have the recorded SHA-256"):
+    with pytest.raises(CorruptFile, match=r"detector.safetensors does not have the SHA-256 that it records"):
+        load_detector(path)
+
+
+def test_a_changed_configuration_is_noticed_and_equal_detectors_have_equal_files(path, tmp_path):
+    good = path.read_bytes()
+    save_detector(tmp_path / "again.safetensors", load_detector(path))
+    assert (tmp_path / "again.safetensors").read_bytes() == good
+    assert good.count(b"4.0, 2.0, 1.6") == 1
+    path.write_bytes(good.replace(b"4.0, 2.0, 1.6", b"5.0, 2.0, 1.6"))
+    with pytest.raises(CorruptFile, match=r"detector.safetensors does not have the SHA-256 that it records"):
         load_detector(path)
 
 

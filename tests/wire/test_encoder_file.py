@@ -27,7 +27,7 @@ def rewrite(path, *, drop: tuple[str, ...] = (), **meta: str) -> None:
     """Write the file again without hash, as version 0.1 did, with other metadata and without some tensors."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    old = {name: value for name, value in header["__metadata__"].items() if name != "content_sha256"} | meta
+    old = {"config": header["__metadata__"].get("config", ""), "format": "upcycle3d encoder 2"} | meta
     tensors = {name: tensor for name, tensor in load_file(path).items() if name not in drop}
     save_file(tensors, path, metadata={name: value for name, value in old.items() if value})
 
@@ -58,7 +58,7 @@ def test_a_missing_or_damaged_file_is_named_with_what_to_do(path):
     for data, words in (
         (good[:-1], "not a readable safetensors file"),
         (b"", "not a readable safetensors file"),
-        (good[:-1] + bytes([good[-1] ^ 1]), "do not have the recorded SHA-256"),
+        (good[:-1] + bytes([good[-1] ^ 1]), "does not have the SHA-256 that it records"),
     ):
         path.write_bytes(data)
         with pytest.raises(CorruptFile, match=f"encoder.safetensors.*{words}.*{ADVICE}|{words}.*{ADVICE}"):
@@ -68,10 +68,10 @@ def test_a_missing_or_damaged_file_is_named_with_what_to_do(path):
 def test_a_foreign_or_incomplete_file_is_named_with_what_it_lacks(path):
     rewrite(path, format="upcycle3d detector 2")
     with pytest.raises(
-        InvalidInput, match="is not a vehicle encoder: expected format 'upcycle3d encoder 2', found 'upcycle3d detector 2'"
+        InvalidInput, match="is not a vehicle encoder: expected format 'upcycle3d encoder 3', found 'upcycle3d detector 2'"
     ):
         load_encoder(path)
-    rewrite(path, format="upcycle3d encoder 2", config="")
+    rewrite(path, config="")
     with pytest.raises(CorruptFile, match="has no 'config' in its metadata"):
         load_encoder(path)
     rewrite(path, config="{")

@@ -29,7 +29,7 @@ from .proposals import DetectorProposals
 
 _KIND = TensorFileKind(
     name="adapted proposal classifier",
-    format="upcycle3d adapted proposal classifier 1",
+    format="upcycle3d adapted proposal classifier 2",
     advice="give the adapted.safetensors that an adaptation wrote",
 )
 

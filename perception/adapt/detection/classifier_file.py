@@ -22,7 +22,8 @@ from .proposals import DetectorProposals
 
 _KIND = TensorFileKind(
     name="proposal classifier",
-    format="upcycle3d proposal classifier 1",
+    format="upcycle3d proposal classifier 2",
+    earlier=("upcycle3d proposal classifier 1",),
     advice="give the classifier.safetensors that an adaptation wrote",
 )
 

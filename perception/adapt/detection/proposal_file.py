@@ -16,7 +16,10 @@ from ....core.tensor_file import CorruptFile, TensorFileKind, read_tensors, writ
 from .proposals import DetectorProposals, ProposalSelection
 
 _KIND = TensorFileKind(
-    name="file of proposals", format="upcycle3d proposals 1", advice="collect the proposals again", always_hashed=True
+    name="file of proposals",
+    format="upcycle3d proposals 2",
+    advice="collect the proposals again",
+    earlier=("upcycle3d proposals 1",),
 )
 _FEATURE_LIMIT = 65504.0  # the largest float16
 
