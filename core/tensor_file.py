@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import InvalidInput
-from .foreign_text import shown
 from .files import write_atomically
+from .foreign_text import shown
 from .safetensors_bytes import FILE_DIGEST_KEY, METADATA_KEY, file_digest_of, safetensors_pieces
 from .strict_json import strict_json
 

@@ -229,7 +229,7 @@ def test_a_flipped_bit_anywhere_in_a_file_is_noticed(tmp_path):
         data = bytearray(good)
         data[at // 8] ^= 1 << at % 8
         path.write_bytes(data)
-        with pytest.raises(InvalidInput, match="n.safetensors"):
+        with pytest.raises(InvalidInput, match=r"n\.safetensors"):
             read_tensors(path, kind)
     path.write_bytes(good.replace(b"4.2", b"5.2"))
     with pytest.raises(CorruptFile, match="does not have the SHA-256 that it records"):
