@@ -26,6 +26,7 @@ import torch
 
 from ...core.errors import InvalidInput
 from ...core.files import write_atomically
+from ...core.strict_json import read_json
 from ..drive_tables import Pose, quaternion_matrix
 from .places import Domain
 from .simulate import SimulatedFrame, View, simulate_frame
@@ -240,7 +241,9 @@ def _write_tables(root: Path, num_frames: int) -> None:
     tables: dict[str, list[Row]] = {name: [] for name in TABLES}
     tables["sensor"] = [{"token": token("sensor"), "channel": "LIDAR_TOP", "modality": "lidar"}]
     for index in range(num_frames):
-        for name, rows in json.loads(_rows_file(root, index).read_text()).items():
+        for name, rows in read_json(
+            _rows_file(root, index), "the rows of a frame", remedy="delete it and simulate again"
+        ).items():
             tables[name] += rows
     used = {instance["category_token"] for instance in tables["instance"]}
     names = [*CATEGORIES.values(), *(name for name in OPEN_CATEGORIES.values() if token("category", name) in used)]

@@ -12,7 +12,6 @@ Boxes may be given in any frame with z up, the world's or the LiDAR's, as long a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...core.errors import InvalidInput
+from ...core.strict_json import read_json
 from ...core.tensor_value import shape_of
 from .box_pairs import box_pairs
 
@@ -160,14 +160,7 @@ def read_lyft_boxes(path: Path | str, *, scored: bool) -> LyftBoxes:
     Raises:
         InvalidInput: The file is not JSON, or a record lacks a field or has one of the wrong form; the message names both.
     """
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidInput(f"cannot read the boxes of {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InvalidInput(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(records, list):
-        raise InvalidInput(f"{path} must hold a list of boxes, found {type(records).__name__}")
+    records = read_json(path, "a list of boxes", remedy="write the file again", kind=list, max_bytes=4 << 30, allow_nan=True)
     rows: list[list[float]] = []
     for number, record in enumerate(records):
         try:

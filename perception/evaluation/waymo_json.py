@@ -12,7 +12,6 @@ Read next: `waymo.py` for the rules.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InvalidInput
+from ...core.strict_json import read_json
 from ...core.structures import Boxes3D, Labels, Predictions
 from .waymo import WAYMO_NAMES, WaymoResult, WaymoTruth, evaluate_waymo, overlaps_zones
 from .waymo_objects import WaymoDetections
@@ -176,12 +176,7 @@ def read_waymo_folders(
 
 
 def _read(path: Path | str) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidInput(f"cannot read the boxes of {path}: {error.strerror}; write [] for a frame without any") from error
-    except ValueError as error:
-        raise InvalidInput(f"{path} is not a JSON file: {error}") from error
+    return read_json(path, "the boxes of a frame", remedy="write [] for a frame without any", kind=object)
 
 
 def _records(path: Path | str, content: object, classes: tuple[str, ...]) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:

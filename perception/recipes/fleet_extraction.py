@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 
 from ...core.files import write_atomically
+from ...core.strict_json import read_json
 from ...core.structures import PointCloud
 from ..server.ingest import ingest
 from ..training.detector_files import load_detector
@@ -34,7 +35,7 @@ def extract_fleet(job: JobFolder) -> dict[str, float]:
         for half in ("shards", "store"):
             shutil.rmtree(job.folder / half, ignore_errors=True)
         write_atomically(summary, json.dumps(_extract_and_ingest(job)).encode())
-    found: dict[str, float] = json.loads(summary.read_text())
+    found: dict[str, float] = read_json(summary, "the summary of an extraction", remedy="delete it to extract again")
     return found
 
 

@@ -28,6 +28,7 @@ from ...core.config_json import Json, config_to_json, first_difference
 from ...core.errors import InvalidInput
 from ...core.files import write_atomically
 from ...core.rig import RigSpec
+from ...core.strict_json import read_json
 from ...datasets.data_split import DataSplit
 from ..evaluation.score import Protocol
 from ..models.detector import Detector
@@ -111,7 +112,7 @@ class JobFolder:
     def __post_init__(self) -> None:
         path, wanted = self.folder / "job.json", self._identity()
         if path.exists():
-            difference = first_difference(json.loads(path.read_text()), wanted)
+            difference = first_difference(read_json(path, "the configuration of a job", remedy="choose another folder"), wanted)
             if difference:
                 raise InvalidInput(f"{self.folder} holds a job with another configuration ({difference}); choose another folder")
         else:
@@ -152,7 +153,7 @@ class JobFolder:
         """
         path = self.folder / "seconds.json"
         if not self.seconds and path.exists():
-            self.seconds = json.loads(path.read_text())
+            self.seconds = read_json(path, "the seconds by stage of a job", remedy="delete it; only times are lost")
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         write_atomically(path, json.dumps(self.seconds).encode())
 

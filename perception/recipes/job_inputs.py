@@ -6,13 +6,13 @@ Read next: `jobs.py`, which takes these inputs.
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 
 import torch
 
 from ...core.device import find_device
 from ...core.errors import InvalidInput
+from ...core.strict_json import read_json
 from ...core.structures import Labels
 from ...core.tensor_value import shape_of
 from ...datasets.data_split import DataSplit
@@ -131,10 +131,7 @@ def read_truth(receipts: str | Path, data: Data) -> dict[str, Labels]:
     """
     frames = find_data(data, None).open()
     labels = {frame_id: frames.labels(i) for i, frame_id in enumerate(frames.ids)}
-    try:
-        frame_of = json.loads(Path(receipts).read_text())
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"cannot read the receipts {receipts}: {error}; `upcycle3d extract --receipts` writes them") from error
+    frame_of = read_json(receipts, "the receipts of an extraction", remedy="`upcycle3d extract --receipts` writes them")
     found = {scene: labels.get(frame) for scene, frame in frame_of.items()}
     known = {scene: truth for scene, truth in found.items() if truth is not None}
     if len(known) < len(found):

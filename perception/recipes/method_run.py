@@ -17,7 +17,9 @@ from typing import Self
 import torch
 
 from ...core.config_json import Json
+from ...core.errors import InvalidInput
 from ...core.files import write_atomically
+from ...core.strict_json import read_json
 from ...core.structures import Labels
 from ...datasets.batches import LabeledBatches
 from ...datasets.data_split import DataSplit
@@ -184,7 +186,9 @@ def _truth(job: JobFolder, method: Method) -> dict[str, Labels] | None:
     by_frame = {frame_id: found for frame_id, found in labels if found is not None}
     if method.unlabeled == "raw":
         return by_frame
-    receipts = json.loads(job.receipts.read_text())
+    receipts = read_json(
+        job.receipts, "the receipts of an extraction", remedy="delete extraction.json beside it to extract again"
+    )
     return {scene: by_frame[frame] for scene, frame in receipts.items() if frame in by_frame}
 
 
@@ -224,4 +228,9 @@ def _result_file(job: JobFolder, name: str) -> Path:
 
 
 def _read_result(job: JobFolder, name: str) -> MethodResult:
-    return MethodResult.from_json(json.loads(_result_file(job, name).read_text()))
+    remedy = "delete it, and its result is computed again"
+    path = _result_file(job, name)
+    try:
+        return MethodResult.from_json(read_json(path, "a method's result", remedy=remedy, allow_nan=True))
+    except (KeyError, TypeError) as error:
+        raise InvalidInput(f"{path} is damaged or was edited ({error!r}); {remedy}") from error

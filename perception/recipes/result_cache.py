@@ -21,6 +21,7 @@ from pathlib import Path
 from ...core.config_json import Json, first_difference
 from ...core.errors import InvalidInput, require
 from ...core.files import write_atomically
+from ...core.strict_json import read_json
 from ..training.environment import describe_environment
 
 COMPARISON_FILE = "comparison.json"
@@ -154,7 +155,4 @@ class ResultCache:
 
 
 def _read_json(path: Path) -> Json:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InvalidInput(f"{path} is not a JSON file ({error}); delete it, and its result is computed again") from error
+    return read_json(path, "a stored result", remedy="delete it, and its result is computed again", kind=object, allow_nan=True)

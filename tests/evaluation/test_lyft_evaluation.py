@@ -152,7 +152,7 @@ def test_a_broken_record_is_named(tmp_path: Path, change: dict[str, object]) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[", "not a JSON"), ("{}", "a list of boxes"), ("[3]", "record 0"), (None, "cannot read")]
+    ("text", "message"), [("[", "not valid JSON"), ("{}", "a list of boxes"), ("[3]", "record 0"), (None, "there is no")]
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:

@@ -46,7 +46,7 @@ def test_a_result_that_was_copied_from_another_configuration_is_refused(tmp_path
 def test_a_damaged_file_is_named(tmp_path):
     cache = ResultCache(tmp_path, CONFIGURATION)
     cache.path("upcycling", 0).write_text('{"result": ')
-    with pytest.raises(InvalidInput, match=r"upcycling_seed0.json is not a JSON file .*delete it"):
+    with pytest.raises(InvalidInput, match=r"upcycling_seed0.json .* is not valid JSON.*delete it"):
         cache.read("upcycling", 0)
 
 
