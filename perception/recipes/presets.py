@@ -168,6 +168,20 @@ KITTI_SMALL = Preset(
 )
 KITTI_SMALL_PV_RCNN = replace(KITTI_SMALL, detector=architectures.KITTI_SMALL_PV_RCNN_DETECTOR)
 
+# ---- scans of a full turn
+
+FULL_TURN_SMALL = Preset(
+    detector=architectures.FULL_TURN_SMALL_DETECTOR,
+    train=replace(SMALL.train, augmentation=AugmentationRanges(flip_x=0.5), gt_sampling=(15,)),
+    upcycle=replace(SMALL.upcycle, f_gt=FeatureGtConfig(max_objects=(24,))),
+)
+FULL_TURN_SMALL_PV_RCNN = replace(FULL_TURN_SMALL, detector=architectures.FULL_TURN_SMALL_PV_RCNN_DETECTOR)
+FULL_TURN_SECOND_IOU = Preset(
+    detector=architectures.FULL_TURN_SECOND_IOU_DETECTOR,
+    train=replace(KITTI_SECOND_IOU.train, augmentation=AugmentationRanges(flip_x=0.5)),
+    upcycle=KITTI_SECOND_IOU.upcycle,
+)
+
 # The small presets with fewer steps, for `upcycle3d demo`.
 DEMO = replace(
     SMALL,
@@ -182,6 +196,9 @@ PRESETS = {
     "small_three_classes": SMALL_THREE_CLASSES,
     "kitti_small": KITTI_SMALL,
     "kitti_small_pv_rcnn": KITTI_SMALL_PV_RCNN,
+    "full_turn_small": FULL_TURN_SMALL,
+    "full_turn_small_pv_rcnn": FULL_TURN_SMALL_PV_RCNN,
+    "full_turn_second_iou": FULL_TURN_SECOND_IOU,
     "kitti_second_iou": KITTI_SECOND_IOU,
     "kitti_pv_rcnn": KITTI_PV_RCNN,
     "waymo_pv_rcnn": WAYMO_PV_RCNN,
