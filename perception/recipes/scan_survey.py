@@ -5,14 +5,15 @@ Read next: `perception/models/encoders/scan_survey.py`, which measures one scan;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ...core.errors import InvalidInput
 from ...core.ledger import Ledger
-from ...core.trained_on import ScanMeasures, ScanStatistics, TrainedOn, summarize_scans
+from ...core.trained_on import ScanMeasures, ScanStatistics, TrainedOn, compare_scans, rig_differences, summarize_scans
 from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
 from ..models.encoders.encoder import Encoder
-from ..models.encoders.scan_survey import boxes_outside_range, measure_scan
+from ..models.encoders.scan_survey import boxes_outside_range, measure_scan, point_features
 
 SURVEY_FRAMES = 200
 """Frames of a split that are measured. More would change the medians by less than any tolerance."""
@@ -68,14 +69,52 @@ def describe_training(detector: Detector, frames: PreparedDataset, survey: Surve
     Returns:
         What its file will hold.
     """
+    scans = survey.statistics
+    if scans is not None and "intensity" not in point_features(detector.encoder):
+        scans = replace(scans, intensity=float("nan"))  # nobody needs to compare what is not read
     return TrainedOn(
         rig=frames.rig,
         feature_names=frames.feature_names,
         classes=detector.class_names,
         point_range=detector.spec.grid.range,
-        scans=survey.statistics,
+        scans=scans,
         camera_view=("crop_to_camera", "True") in frames.origin.options,
     )
+
+
+def data_warnings(detector: Detector, frames: PreparedDataset, statistics: ScanStatistics | None) -> tuple[str, ...]:
+    """Compare a split with the data that a detector was trained on.
+
+    Args:
+        detector: The detector.
+        frames: The split that it is scored on, or trained on further.
+        statistics: Of the split's scans, from `survey_split`; None compares rig and point features only.
+
+    Returns:
+        One sentence for each difference; nothing where the detector's file does not say what it was trained on.
+
+    Raises:
+        InvalidInput: The split lacks point features that the detector reads.
+    """
+    read = point_features(detector.encoder)
+    missing = [name for name in read if name not in frames.feature_names]
+    if missing:
+        raise InvalidInput(
+            f"the detector reads the point features {', '.join(read)}, and {frames.root} has {', '.join(frames.feature_names) or 'none'}: "
+            f"{', '.join(missing)} missing; prepare the data with these columns, or use a detector without them"
+        )
+    trained = detector.trained_on
+    if trained is None:
+        return ()
+    said = list(rig_differences(frames.rig, trained, f"the rig of {frames.root}"))
+    if read and set(frames.feature_names) != set(trained.feature_names):
+        said.append(
+            f"{frames.root} has the point features {', '.join(frames.feature_names)}, and the training data had "
+            f"{', '.join(trained.feature_names)}; the detector reads {', '.join(read)}"
+        )
+    if trained.scans is not None and statistics is not None:
+        said += compare_scans(trained.scans, statistics).values()
+    return tuple(said)
 
 
 def spread_evenly(number: int, most: int) -> range | list[int]:

@@ -6,31 +6,44 @@ from dataclasses import replace
 
 import numpy as np
 
+from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.scan_options import ScanOptions
 from upcycle3d.core.structures import PointCloud
-from upcycle3d.core.trained_on import ScanMeasures, ScanStatistics, compare_scans, estimate_road_height, summarize_scans
+from upcycle3d.core.trained_on import (
+    ScanMeasures,
+    ScanStatistics,
+    ScanWatch,
+    TrainedOn,
+    compare_scans,
+    estimate_road_height,
+    rig_of_scans,
+    summarize_scans,
+)
 
 TRAINED = ScanStatistics(scans=10, points=20_000, cells=6_000, ground_height=0.05, intensity=0.3)
 
 
 def test_scans_like_those_of_training_give_no_warning():
-    assert compare_scans(TRAINED, replace(TRAINED, points=30_000, ground_height=-0.2, intensity=0.2)) == ()
+    assert compare_scans(TRAINED, replace(TRAINED, points=30_000, ground_height=-0.2, intensity=0.2)) == {}
 
 
 def test_a_forgotten_mounting_height_names_the_option_and_the_shift():
-    (warning,) = compare_scans(TRAINED, replace(TRAINED, ground_height=-1.68))
+    (warning,) = compare_scans(TRAINED, replace(TRAINED, ground_height=-1.68)).values()
     assert "--z-shift" in warning
     assert "+1.73" in warning
 
 
 def test_a_wrong_intensity_scale_and_a_sparse_sensor_are_named():
     bytes_, sparse = replace(TRAINED, intensity=70.0), replace(TRAINED, points=3_000.0)
-    assert "--intensity-scale" in compare_scans(TRAINED, bytes_)[0]
-    assert "sensor" in compare_scans(TRAINED, sparse)[0]
+    assert "--intensity-scale" in compare_scans(TRAINED, bytes_)["mean intensity"]
+    (warning,) = compare_scans(TRAINED, replace(sparse, cells=500)).values()
+    assert "points per scan: 3,000 in these scans, 20,000 in the training scans; a likely cause is another sensor" in warning
+    assert list(compare_scans(TRAINED, replace(TRAINED, cells=500))) == ["occupied cells per scan"]
 
 
 def test_what_nobody_measured_is_not_compared():
     unknown = replace(TRAINED, ground_height=float("nan"), intensity=float("nan"))
-    assert compare_scans(unknown, replace(TRAINED, ground_height=-5.0)) == ()
+    assert compare_scans(unknown, replace(TRAINED, ground_height=-5.0)) == {}
 
 
 def test_the_road_is_found_below_walls_and_cars():
@@ -46,3 +59,49 @@ def test_one_odd_scan_changes_nothing():
     odd = ScanMeasures(points=1, cells=1, ground_height=float("nan"), intensity=9.0)
     assert summarize_scans([usual, usual, odd]) == ScanStatistics(scans=3, points=100, cells=50, ground_height=0.0, intensity=0.3)
     assert summarize_scans([]) is None
+
+
+KNOWN = TrainedOn(
+    rig=RigSpec(z_shift=1.73),
+    feature_names=("intensity",),
+    classes=("Car",),
+    point_range=(0.0, -1.0, -1.0, 1.0, 1.0, 1.0),
+    scans=TRAINED,
+)
+
+
+def test_the_rig_of_training_is_the_default_and_another_one_is_used_and_warned_of():
+    assert rig_of_scans(ScanOptions(), KNOWN) == (RigSpec(z_shift=1.73), ())
+    assert rig_of_scans(ScanOptions(z_shift=1.73), KNOWN) == (RigSpec(z_shift=1.73), ())
+    rig, (warning,) = rig_of_scans(ScanOptions(z_shift=0.0), KNOWN)
+    assert rig == RigSpec()
+    assert "z_shift 0, intensity_scale 1; the training had z_shift 1.73, intensity_scale 1" in warning
+    rig, (warning,) = rig_of_scans(ScanOptions(z_shift=1.6), None)
+    assert rig == RigSpec(z_shift=1.6)
+    assert "does not say with which rig it was trained; z_shift 1.6, intensity_scale 1 is used" in warning
+    assert rig_of_scans(ScanOptions(z_shift=1.6, intensity_scale=1.0), None) == (RigSpec(z_shift=1.6), ())
+
+
+def test_scans_are_compared_after_the_first_ones_and_at_the_end_and_each_difference_is_said_once():
+    usual = ScanMeasures(points=20_000, cells=6_000, ground_height=0.0, intensity=0.3)
+    said: list[str] = []
+    watch = ScanWatch(KNOWN, said.append, first=2)
+    watch.add(replace(usual, ground_height=-1.7))
+    assert said == []
+    watch.add(replace(usual, ground_height=-1.7))
+    assert len(said) == 1
+    for _ in range(5):
+        watch.add(replace(usual, ground_height=-1.7, points=2_000))
+    watch.finish()
+    watch.finish()
+    assert ["road" in text for text in said] == [True, False]
+    said.clear()
+    for quiet in (
+        ScanWatch(None, said.append),
+        ScanWatch(replace(KNOWN, scans=None), said.append),
+        ScanWatch(KNOWN, said.append),
+    ):
+        quiet.add(usual)
+        quiet.finish()
+    ScanWatch(KNOWN, said.append).finish()
+    assert said == []

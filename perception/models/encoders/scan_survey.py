@@ -75,6 +75,19 @@ def boxes_outside_range(boxes: torch.Tensor, encoder: Encoder) -> torch.Tensor:
     return ~((boxes[:, :3] >= low) & (boxes[:, :3] < high)).all(1)
 
 
+def point_features(encoder: Encoder) -> tuple[str, ...]:
+    """Name the point features that an encoder reads besides x, y, z.
+
+    Args:
+        encoder: The encoder.
+
+    Returns:
+        The names in the order in which it reads them.
+    """
+    config = getattr(encoder.config, "voxels", encoder.config)
+    return tuple(getattr(config, "point_features", ()))
+
+
 def _voxel_limit(encoder: Encoder) -> int | None:
     """The largest number of voxels of a scan that the encoder reads; None for an encoder without such a limit."""
     config = getattr(encoder.config, "voxels", encoder.config)
