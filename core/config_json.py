@@ -68,6 +68,30 @@ def config_from_json(cls: type[C], data: Mapping[str, Json]) -> C:
     return decoded
 
 
+def fill_defaults(stored: Json, config: Any) -> Json:
+    """Add to a stored configuration the fields that it lacks because it was stored before they existed, with their defaults.
+
+    Args:
+        stored: What `config_to_json` gave for an earlier form of the configuration.
+        config: A configuration of today's form; only its classes are looked at.
+
+    Returns:
+        `stored` with the missing fields that have a default.
+    """
+    if not dataclasses.is_dataclass(config) or isinstance(config, type) or not isinstance(stored, dict):
+        return stored
+    filled = dict(stored)
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        if field.name in filled:
+            filled[field.name] = fill_defaults(filled[field.name], getattr(config, field.name))
+        elif field.default is not dataclasses.MISSING:
+            filled[field.name] = _encode(field.default, hints[field.name], f"{field.name}.")
+        elif field.default_factory is not dataclasses.MISSING:
+            filled[field.name] = _encode(field.default_factory(), hints[field.name], f"{field.name}.")
+    return filled
+
+
 def first_difference(old: Json, new: Json, where: str = "", *, names: tuple[str, str] = ("stored", "now")) -> str | None:
     """Find the first place where two JSON values differ.
 

@@ -16,6 +16,8 @@ from ...core.trained_on import TrainedOn
 from ..models.detector import Detector
 from ..models.detectors import DetectorConfig
 from ..wire.encoder_file import ENCODER_FILE, save_encoder
+from .checkpoint import INDEX, read_checkpoint
+from .run_folder import why_unfinished
 
 DETECTOR_FILE = "detector.safetensors"
 TEACHER_FILE = "teacher.safetensors"
@@ -61,16 +63,17 @@ def save_detector(path: str | Path, detector: Detector) -> None:
 
 
 def load_detector(path: str | Path) -> Detector:
-    """Load a detector from its file, or from the run folder that holds it.
+    """Load a detector from its file, from the run folder that holds it, or from a checkpoint of a run.
 
     Args:
-        path: A run folder of `train` or `upcycle`, or a detector file.
+        path: A run folder of `train` or `upcycle`, a detector file, or a checkpoint such as `RUN/checkpoints/step_00000100`.
 
     Returns:
         The detector in evaluation mode, on the CPU, with its configuration as `config`.
 
     Raises:
-        InvalidInput: The file is missing or of another kind, or its weights do not fit its configuration or hold NaN.
+        InvalidInput: The file is missing or of another kind, the run is not finished (the message says how to go on), or the weights
+            do not fit their configuration or hold NaN.
         CorruptFile: The file is damaged.
 
     Example:
@@ -84,6 +87,10 @@ def load_detector(path: str | Path) -> Detector:
             f"a detector is loaded from a run folder or a detector file, found {type(path).__name__}; give its path"
         )
     path = Path(path)
+    if (path / INDEX).is_file():
+        return _load_checkpoint(path)
+    if path.is_dir() and not (path / DETECTOR_FILE).exists() and (unfinished := why_unfinished(path)):
+        raise InvalidInput(f"{path} holds no {DETECTOR_FILE}: {unfinished}")
     file = read_tensors(path / DETECTOR_FILE if path.is_dir() else path, _KIND)
     described = file.described("config")
     try:
@@ -92,6 +99,24 @@ def load_detector(path: str | Path) -> Detector:
         raise InvalidInput(f"the configuration in {file.path} cannot be used: {error}") from error
     detector = build_module(config.build, file.tensors, file.path).eval()
     detector.trained_on = TrainedOn.from_metadata(file)
+    return detector
+
+
+def _load_checkpoint(path: Path) -> Detector:
+    """The student of a checkpoint, with the configuration and the description of the training that its run recorded."""
+    step, meta, modules = read_checkpoint(path)
+    try:
+        config = config_from_json(_Stored, {"detector": meta["config"]["preset"]["detector"]}).detector
+        weights = modules["student"]
+    except (KeyError, TypeError) as error:
+        raise InvalidInput(
+            f"{path} (step {step}) is no checkpoint of `train` or `upcycle`: it does not say which detector it belongs to"
+        ) from error
+    except InvalidInput as error:
+        raise InvalidInput(f"the configuration in {path / INDEX} cannot be used: {error}") from error
+    detector = build_module(config.build, weights, path).eval()
+    described = meta["config"].get("trained_on")
+    detector.trained_on = None if described is None else TrainedOn.from_json(described)
     return detector
 
 

@@ -98,7 +98,15 @@ class TrainResult:
     """Loss terms of the last step; empty if the run was finished before."""
 
 
-def create_run(path: str | Path, config: object, *, seed: int, context: DistributedContext, resume: bool = False) -> RunFolder:
+def create_run(
+    path: str | Path,
+    config: object,
+    *,
+    seed: int,
+    context: DistributedContext,
+    resume: bool = False,
+    may_differ: Sequence[str] = (),
+) -> RunFolder:
     """Create or resume a run folder with several processes: the main rank writes it, the others read it.
 
     Args:
@@ -107,6 +115,7 @@ def create_run(path: str | Path, config: object, *, seed: int, context: Distribu
         seed: Seed of the run, for the record.
         context: This process among the others.
         resume: Whether a run of the same configuration in `path` is continued.
+        may_differ: Fields that a resumed run may change; see `RunFolder.create`.
 
     Returns:
         The folder, writable on the main rank only.
@@ -117,7 +126,7 @@ def create_run(path: str | Path, config: object, *, seed: int, context: Distribu
     run, failure = None, ""
     if context.is_main:
         try:
-            run = RunFolder.create(path, config, seed=seed, resume=resume)
+            run = RunFolder.create(path, config, seed=seed, resume=resume, may_differ=may_differ)
         except UpcycleError as error:
             failure = str(error)
     failure = context.gather(failure)[0]

@@ -5,7 +5,8 @@ OpenPCDet, ST3D and 3DIoUMatch all train like this (`adam_onecycle` in OpenPCDet
     learning rate   lr/10 -- cosine --> lr -- cosine --> lr/1e5       momentum (beta1)   0.95 -> 0.85 -> 0.95
                     |<---- first 40 % --->|<--- the rest --->|
 
-The schedule is two pure functions of the step, so a resumed run needs no scheduler state. Weight decay is decoupled and also
+The schedule is two pure functions of the step, so a resumed run needs no scheduler state. A run that is continued for more steps
+begins a new cycle there (`OneCycle.continued`). Weight decay is decoupled and also
 acts on batch-norm weights, as in OpenPCDet (`bn_wd=True`).
 
 Read next: `step.py`, which sets the schedule before every step.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -54,6 +55,10 @@ class OneCycle:
     beta2: float = 0.99
     """beta2 of Adam, constant."""
 
+    cycles: tuple[tuple[int, int], ...] = ()
+    """First step and planned end of each cycle, in a run whose number of steps was changed (`continued`). Empty for one cycle. Leave it
+    empty: `--resume --steps N` fills it."""
+
     def __post_init__(self) -> None:
         if not self.lr > 0 or self.div < 1 or self.final_div < 1 or self.weight_decay < 0:
             found = f"{self.lr}, {self.div}, {self.final_div} and {self.weight_decay}"
@@ -66,11 +71,50 @@ class OneCycle:
         if self.total_steps < 1 or not 0 <= self.pct_start < 1:
             found = f"{self.total_steps} and {self.pct_start}"
             raise InvalidInput(f"OneCycle needs total_steps >= 1 and 0 <= pct_start < 1, found {found}")
+        starts = [start for start, _ in self.cycles]
+        ordered = starts == sorted(set(starts)) and all(start < end for start, end in self.cycles)
+        if self.cycles and not (ordered and starts[0] == 0 and self.cycles[-1][1] == self.total_steps):
+            raise InvalidInput(
+                f"OneCycle.cycles must start at step 0 and end at step {self.total_steps}, found {self.cycles}; leave it empty"
+            )
 
-    @property
-    def peak_step(self) -> int:
-        """The step that trains with the highest learning rate (rounded down, like OpenPCDet)."""
-        return int(self.total_steps * self.pct_start)
+    def cycle_of(self, step: int) -> tuple[int, int]:
+        """Find the cycle that a step belongs to.
+
+        Args:
+            step: 0-based step.
+
+        Returns:
+            First step and planned end of the cycle.
+        """
+        started = [cycle for cycle in self.cycles if cycle[0] <= step]
+        return started[-1] if started else (0, self.total_steps)
+
+    def continued(self, done: int, total_steps: int) -> OneCycle:
+        """Plan another number of steps for a run that has done some: the remaining steps are a new cycle with its own warm-up.
+
+        Following one longer cycle instead would raise the learning rate of a finished run from its lowest value to nearly its highest
+        without a warm-up.
+
+        Args:
+            done: Steps done.
+            total_steps: Steps of the whole run from now on.
+
+        Returns:
+            The schedule, unchanged up to step `done`.
+
+        Raises:
+            InvalidInput: The run has done this number of steps already.
+        """
+        if total_steps <= done:
+            raise InvalidInput(
+                f"the run has done {done} steps, so it cannot end after {total_steps}; the number of steps counts from the start of the run"
+            )
+        if done == 0:
+            return replace(self, total_steps=total_steps, cycles=())
+        before = self.cycles or ((0, self.total_steps),)
+        kept = tuple(cycle for cycle in before if cycle[0] < done)
+        return replace(self, total_steps=total_steps, cycles=(*kept, (done, total_steps)))
 
 
 def learning_rate(config: OneCycle, step: int) -> float:
@@ -110,9 +154,12 @@ def momentum(config: OneCycle, step: int) -> float:
 def _one_cycle(config: OneCycle, step: int, start: float, peak: float, end: float) -> float:
     if not 0 <= step <= config.total_steps:
         raise InvalidInput(f"the schedule covers steps 0..{config.total_steps}, asked for {step}")
-    if step < config.peak_step:
-        return _cosine(start, peak, step / config.peak_step)
-    return _cosine(peak, end, (step - config.peak_step) / (config.total_steps - config.peak_step))
+    first, last = config.cycle_of(step)
+    peak_step = int((last - first) * config.pct_start)  # rounded down, like OpenPCDet
+    done = step - first
+    if done < peak_step:
+        return _cosine(start, peak, done / peak_step)
+    return _cosine(peak, end, (done - peak_step) / (last - first - peak_step))
 
 
 def _cosine(start: float, end: float, fraction: float) -> float:

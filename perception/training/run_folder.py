@@ -21,12 +21,12 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
-from ...core.config_json import Json, config_to_json, first_difference
+from ...core.config_json import Json, config_to_json, fill_defaults, first_difference
 from ...core.errors import InvalidInput, UpcycleError
 from ...core.files import write_atomically
 from ...core.strict_json import strict_json
@@ -66,6 +66,7 @@ class RunFolder:
         *,
         seed: int,
         resume: bool = False,
+        may_differ: Sequence[str] = (),
         tensorboard: bool = True,
     ) -> Self:
         """Start a run, or continue one with the same configuration. The command line of this process is recorded.
@@ -75,6 +76,7 @@ class RunFolder:
             config: The resolved configuration, a frozen dataclass.
             seed: Seed of the run, for the record.
             resume: Whether a run that the folder holds is continued.
+            may_differ: Fields, by their dotted names, that a resumed run may change; the stored configuration then takes them over.
             tensorboard: Whether metrics are also written as TensorBoard events.
 
         Returns:
@@ -89,7 +91,8 @@ class RunFolder:
         stored = _read_json(path / "config.json") if (path / "config.json").exists() else None
         if stored is None and path.exists() and any(path.iterdir()) and not (path / ".lock").exists():
             raise InvalidInput(f"{path} is not empty and holds no run; choose a new folder")
-        difference = None if stored is None else first_difference(stored, resolved)
+        known = None if stored is None else fill_defaults(stored, config)
+        difference = None if known is None else first_difference(_without(known, may_differ), _without(resolved, may_differ))
         if difference:
             raise InvalidInput(
                 f"{path} holds a run with another configuration ({difference}); choose a new folder for the new one, "
@@ -105,7 +108,7 @@ class RunFolder:
         command = sys.orig_argv if multiprocessing.parent_process() is None else sys.argv
         environment.append({**describe_environment(command=command, seed=seed), "resume": resume})
         _write_json(path / "environment.json", environment)
-        if stored is None:  # last: a folder with a configuration is a complete run folder
+        if stored != resolved:  # last: a folder with a configuration is a complete run folder
             _write_json(path / "config.json", resolved)
         return run
 
@@ -126,6 +129,13 @@ class RunFolder:
         if not (path / "config.json").is_file():
             raise InvalidInput(f"{path} is not a run folder: it has no config.json; is the path right?")
         return cls(path.resolve(), lock=None, tensorboard=False)
+
+    def abandon(self) -> None:
+        """Free the folder for another configuration: nothing was trained yet, and what was asked for cannot be done."""
+        self._require_writable()
+        if latest_checkpoint(self.checkpoints) is None:
+            for name in ("config.json", "environment.json", "status.json"):
+                (self.path / name).unlink(missing_ok=True)
 
     @property
     def writable(self) -> bool:
@@ -349,6 +359,15 @@ def _lock(path: Path) -> IO[bytes]:
         file.close()
         raise InvalidInput(f"another process is writing to {path}; wait for it, or choose a new folder") from error
     return file
+
+
+def _without(config: Json, names: Sequence[str]) -> Json:
+    """A configuration without some fields, given by dotted names."""
+    if not isinstance(config, dict):
+        return config
+    here = {name for name in names if "." not in name}
+    inner = {key: [name.partition(".")[2] for name in names if name.startswith(f"{key}.")] for key in config}
+    return {key: _without(value, inner[key]) for key, value in config.items() if key not in here}
 
 
 def why_unfinished(path: str | Path) -> str:
