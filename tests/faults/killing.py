@@ -7,6 +7,7 @@ the campaign and the tests run with one thread.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -167,10 +168,8 @@ def _fork(job: Callable[[], None], watch: _Counting | _Dying | None, *, kill_aft
             _, status = os.waitpid(pid, 0)
             break
         time.sleep(0.0005)
-    try:  # workers of a killed job
+    with contextlib.suppress(ProcessLookupError):  # workers of a killed job
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     return os.waitstatus_to_exitcode(status)
 
 

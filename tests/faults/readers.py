@@ -328,7 +328,7 @@ READERS: tuple[Reader, ...] = (
     ),
     Reader(
         name="list of frames", files=("*.txt",), protected=False,
-        make=_bytes("a.txt", b"000001\n000002\n000010\n"), read=lambda folder: fingerprint(read_ids(folder / "a.txt")),
+        make=_bytes("a.txt", "000001\n000002\n000010\n".encode), read=lambda folder: fingerprint(read_ids(folder / "a.txt")),
     ),
     Reader(
         name="folder labels", files=("*.txt",), protected=False,
