@@ -7,9 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .foreign_text import shown
+
+LONGEST_LINE = 1500
+"""Letters of a line of a message that are kept. Damaged files hold names and values of any length."""
+MOST_LINES = 20
+"""Lines of a message that are kept."""
+
 
 class UpcycleError(Exception):
-    """An error whose message says what was tried, what was found and what to do. Commands print it without a traceback."""
+    """An error whose message says what was tried, what was found and what to do. Commands print it without a traceback.
+
+    A message often quotes a file of others, so control characters become escapes and long lines are cut, here for all errors.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        lines = message.split("\n")
+        kept = [shown(line, most=LONGEST_LINE) for line in lines[:MOST_LINES]]
+        super().__init__("\n".join(kept if len(lines) <= MOST_LINES else [*kept, "…"]))
 
 
 class InvalidInput(UpcycleError, ValueError):

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import unicodedata
 
-from .errors import InvalidInput
-
 LONGEST_NAME = 200
 """Letters of the longest name that is taken for a frame, a segment or a split; file systems end at 255 bytes."""
 
@@ -50,6 +48,8 @@ def check_name(name: str, what: str) -> str:
     Raises:
         InvalidInput: It is empty, too long, `.` or `..`, starts with a dot, or holds a slash, a backslash or a control character.
     """
+    from .errors import InvalidInput  # errors use `shown` themselves
+
     bad = not name or len(name) > LONGEST_NAME or name.startswith(".") or "/" in name or "\\" in name or name != name.strip()
     if bad or shown(name, most=LONGEST_NAME) != name:
         raise InvalidInput(

@@ -28,3 +28,10 @@ def test_a_name_that_could_leave_its_folder_is_refused(name):
 def test_usual_names_pass():
     for name in ("000123", "segment-1005081002024129653_5313_150_with_camera_labels-000", "n015-2018 Straße"):
         assert check_name(name, "frame id") == name
+
+
+def test_a_message_that_quotes_a_damaged_file_is_short_and_without_escape_sequences():
+    message = str(InvalidInput(f"found \x1b[2J{'x' * 100_000}\nsecond line\n" + "more\n" * 1000))
+    assert "\x1b" not in message
+    assert "second line" in message
+    assert len(message) < 3000

@@ -73,14 +73,14 @@ def _fuzz_one(reader: Any, seed: int) -> Tally:
 
 
 def _fuzz_all(readers: list[Any], seed: int, until: float, tallies: dict[str, Tally]) -> None:
-    """Give every reader turns of a second until the time is over. Each turn is a fork, so a crash or a leak ends only the turn."""
+    """Give every reader turns of two seconds until the time is over. Each turn is a fork, so a crash or a leak ends only the turn."""
     turns = itertools.count()
     while time.monotonic() < until:
         turn = next(turns)
         for reader in readers:
             if time.monotonic() >= until:
                 return
-            tallies[reader.name].merge(_turn(reader, (seed * 1000 + turn) * 1_000_000, min(until, time.monotonic() + 1.0)))
+            tallies[reader.name].merge(_turn(reader, (seed * 1000 + turn) * 1_000_000, min(until, time.monotonic() + 2.0)))
 
 
 def _turn(reader: Any, first_seed: int, until: float) -> Tally:
