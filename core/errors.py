@@ -9,10 +9,8 @@ from collections.abc import Sequence
 
 from .foreign_text import shown
 
-LONGEST_LINE = 1500
-"""Letters of a line of a message that are kept. Damaged files hold names and values of any length."""
-MOST_LINES = 20
-"""Lines of a message that are kept."""
+_LONGEST_LINE = 1500  # letters that are kept: damaged files hold names and values of any length
+_MOST_LINES = 200
 
 
 class UpcycleError(Exception):
@@ -23,8 +21,8 @@ class UpcycleError(Exception):
 
     def __init__(self, message: str = "") -> None:
         lines = message.split("\n")
-        kept = [shown(line, most=LONGEST_LINE) for line in lines[:MOST_LINES]]
-        super().__init__("\n".join(kept if len(lines) <= MOST_LINES else [*kept, "…"]))
+        kept = [shown(line, most=_LONGEST_LINE) for line in lines[:_MOST_LINES]]
+        super().__init__("\n".join(kept if len(lines) <= _MOST_LINES else [*kept, "…"]))
 
 
 class InvalidInput(UpcycleError, ValueError):
