@@ -19,7 +19,8 @@ from .errors import InvalidInput
 from .files import write_atomically
 from .ledger import Ledger
 from .rig import RigSpec, count_intensity, scale_intensity
-from .scan_options import NumberType, ScanOptions
+from .row_width import check_rows, number_type
+from .scan_options import ScanOptions
 from .structures import PointCloud, column_names, scan_of_table, warn_of_intensity
 
 XYZI = ("x", "y", "z", "intensity")
@@ -168,20 +169,10 @@ def _read_table(path: Path, options: ScanOptions) -> tuple[tuple[str, ...], NDAr
         return _read_pcd(path, options.columns or None)
     if path.suffix not in (".bin", ".npy"):
         raise InvalidInput(f"{path}: scans are read from files {', '.join(POINT_SUFFIXES)}, found {path.suffix or 'no suffix'!r}")
+    if path.suffix == ".bin":
+        return _read_bin(path, options)
     names = options.columns or XYZI
-    return names, _read_bin(path, names, number_type(options.dtype)) if path.suffix == ".bin" else _read_npy(path, names)
-
-
-def number_type(name: NumberType) -> np.dtype[Any]:
-    """Give the numpy type of an option `--dtype`, whose names are little-endian unless they say otherwise.
-
-    Args:
-        name: The name.
-
-    Returns:
-        The type.
-    """
-    return np.dtype(name) if name.startswith(">") else np.dtype(name).newbyteorder("<")
+    return names, _read_npy(path, names)
 
 
 def _turned(values: NDArray[np.float32], names: tuple[str, ...], axes: tuple[str, str, str]) -> NDArray[np.float32]:
@@ -199,17 +190,14 @@ def _as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
         return np.array(values, dtype=np.float32)
 
 
-def _read_bin(path: Path, names: tuple[str, ...], dtype: np.dtype[Any]) -> NDArray[np.float32]:
-    size, width = path.stat().st_size, len(names)
-    if size % (dtype.itemsize * width):
-        fitting = [w for w in range(3, 11) if size % (dtype.itemsize * w) == 0]
-        hint = (
-            f"the size fits {' or '.join(map(str, fitting))} values per row: name them in columns (option --columns)"
-            if fitting
-            else f"no row of 3 to 10 {dtype.name} fits; is the file cut off?"
-        )
-        raise InvalidInput(f"{path}: {size} bytes are not a whole number of rows of {width} {dtype.name} {names}; {hint}")
-    return _as_float32(np.fromfile(path, dtype=dtype).reshape(-1, width))
+def _read_bin(path: Path, options: ScanOptions) -> tuple[tuple[str, ...], NDArray[np.float32]]:
+    names = options.columns or XYZI
+    data = np.fromfile(path, dtype=np.uint8)
+    try:
+        check_rows(data, names, options.dtype, named=bool(options.columns))
+    except InvalidInput as error:
+        raise InvalidInput(f"{path}: {error}") from error
+    return names, _as_float32(data.view(number_type(options.dtype)).reshape(-1, len(names)))
 
 
 def _read_npy(path: Path, names: tuple[str, ...]) -> NDArray[np.float32]:

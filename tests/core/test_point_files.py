@@ -85,7 +85,9 @@ def test_pcd_without_intensity_has_no_feature_unless_it_is_asked_for(tmp_path: P
 
 def test_wrong_byte_count_names_size_width_and_fitting_widths(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.bin", np.zeros((3, 5), np.float32).tobytes())
-    with pytest.raises(InvalidInput, match=r"a\.bin: 60 bytes .* rows of 4 float32 .* fits 3 or 5 values per row"):
+    with pytest.raises(
+        InvalidInput, match=r"a\.bin: 60 bytes .* rows of 4 float32 .* fits 3 or 5 values per point: name them with --columns"
+    ):
         read_points(path)
     with pytest.raises(InvalidInput, match="cut off"):
         read_points(_write(tmp_path / "b.bin", b"\0" * 61))
