@@ -39,8 +39,10 @@ EARLIER_DIGEST_KEY = "content_sha256"
 FORMAT_KEY = "format"
 MAX_HEADER_BYTES = 64 << 20  # safetensors itself stops at 100 MB
 MAX_FILE_BYTES = 16 << 30
-SPARE_NUMBERS = 1 << 27
-"""Numbers that a module may make besides those in its file: anchors and the like, 0.5e9 bytes at most."""
+SPARE_NUMBERS = 1 << 26
+"""Numbers that a module may make besides those in its file: anchors and the like, 0.27e9 bytes at most."""
+LISTED_NAMES = 10
+"""Names of weights that a message lists; of more it says how many there are."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -244,6 +246,66 @@ def _metadata(header: bytes, size: int, path: Path, advice: str) -> dict[str, st
     return dict(meta)
 
 
+def load_module(
+    path: str | Path,
+    kind: TensorFileKind,
+    configured: Callable[[TensorFile], Callable[[], M]],
+    *,
+    in_run: str | None = None,
+) -> tuple[M, TensorFile]:
+    """Load a module from a file that holds its configuration and its weights.
+
+    Args:
+        path: The file, or a run folder that holds it.
+        kind: What the file must be.
+        configured: Reads the configuration in the file, and gives what builds the module with fresh weights.
+        in_run: Name of the file in a run folder; None where there is no such folder.
+
+    Returns:
+        The module in evaluation mode, on the CPU, and the file.
+
+    Raises:
+        InvalidInput: The file is missing or of another kind, its configuration cannot be used, or its weights do not fit it or hold
+            NaN.
+        CorruptFile: The file is damaged.
+    """
+    if not isinstance(path, str | Path):
+        article = "an" if kind.name[0] in "aeiou" else "a"
+        raise InvalidInput(
+            f"{article} {kind.name} is loaded from a file or a run folder, found {type(path).__name__}; give its path"
+        )
+    path = Path(path)
+    if in_run is not None and path.is_dir():
+        if not (path / in_run).exists() and (path / "config.json").exists():
+            raise InvalidInput(
+                f"the run in {path} has not finished: it has no {in_run} yet. Continue it with the command that began it and --resume"
+            )
+        path = path / in_run
+    file = read_tensors(path, kind)
+    try:
+        build = configured(file)
+    except CorruptFile:
+        raise
+    except (InvalidInput, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        text = error if isinstance(error, InvalidInput) else f"{type(error).__name__}: {shown(error)}"
+        raise InvalidInput(f"the configuration in {file.path} cannot be used: {text}; {kind.advice}") from error
+    return build_module(build, file.tensors, file.path).eval(), file
+
+
+def listed(names: Sequence[str], most: int = LISTED_NAMES) -> list[str]:
+    """Shorten a list of names for a message.
+
+    Args:
+        names: Names, or whole lines.
+        most: Number of names to keep.
+
+    Returns:
+        The first names, and how many more there are.
+    """
+    safe = [shown(name) for name in names[:most]]
+    return safe if len(names) <= most else [*safe, f"and {len(names) - most} more"]
+
+
 def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Copy tensors into the parameters and buffers of a module; names and shapes must agree completely.
 
@@ -253,24 +315,24 @@ def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
         source: Where the tensors are from, for messages.
 
     Raises:
-        InvalidInput: Names, shapes or types differ. The message lists all missing names, all unexpected names and all unequal
-            shapes; the module is then untouched.
+        InvalidInput: Names, shapes or types differ. The message counts them and lists the first; the module is then untouched.
     """
     own = module.state_dict()
-    faults = [f"missing {name} {tuple(t.shape)}" for name, t in own.items() if name not in tensors]
-    faults += [f"unexpected {name} {tuple(t.shape)}" for name, t in tensors.items() if name not in own]
+    missing = [f"missing {name} {tuple(t.shape)}" for name, t in own.items() if name not in tensors]
+    unexpected = [f"unexpected {name} {tuple(t.shape)}" for name, t in tensors.items() if name not in own]
+    unequal = []
     for name, target in own.items():
         if name not in tensors:
             continue
         found = tensors[name]
         if found.shape != target.shape:
-            faults.append(f"shape of {name}: the module has {tuple(target.shape)}, the file {tuple(found.shape)}")
+            unequal.append(f"shape of {name}: the module has {tuple(target.shape)}, the file {tuple(found.shape)}")
         elif found.is_floating_point() != target.is_floating_point():
-            faults.append(f"type of {name}: the module has {target.dtype}, the file {found.dtype}")
-    if faults:
-        lines = "\n  ".join(faults)
+            unequal.append(f"type of {name}: the module has {target.dtype}, the file {found.dtype}")
+    if faults := len(missing) + len(unexpected) + len(unequal):
+        lines = "\n  ".join(line for part in (missing, unexpected, unequal) for line in listed(part))
         raise InvalidInput(
-            f"the weights of {source} do not fit {type(module).__name__} ({len(faults)} of {len(own)} names):\n  {lines}\n"
+            f"the weights of {source} do not fit {type(module).__name__} ({faults} of {len(own)} names):\n  {lines}\n"
             "build the module with the configuration that the weights were trained with"
         )
     with torch.no_grad():
@@ -299,13 +361,15 @@ def build_module(build: Callable[[], M], tensors: Mapping[str, Tensor], source: 
     try:
         with _NumberLimit(held + SPARE_NUMBERS):
             module = build()
-    except (InvalidInput, RuntimeError, OverflowError) as error:  # torch's words for a size that it cannot make
+    except InvalidInput as error:
         raise InvalidInput(f"the configuration in {source} cannot be used: {error}") from error
+    except Exception as error:  # a configuration from elsewhere can make a constructor raise anything
+        raise InvalidInput(f"the configuration in {source} cannot be used: {type(error).__name__}: {shown(error)}") from error
     fill_module(module, tensors, source)
     bad = [name for name, t in module.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
     if bad:
         raise InvalidInput(
-            f"the weights of {source} hold NaN or inf in {', '.join(bad[:3])}{f' and {len(bad) - 3} more' if len(bad) > 3 else ''}; "
+            f"the weights of {source} hold NaN or inf in {', '.join(listed(bad, 3))}; "
             "its training went wrong or the file was changed: use another file"
         )
     return module

@@ -15,8 +15,8 @@ from ...core.cut import CutSpec
 from ...core.errors import InvalidInput, require
 
 MAX_CLASSES = 1000
-MAX_ANCHORS = 1 << 24
-"""Most anchors of a detector, 0.5e9 bytes; OpenPCDet's PV-RCNN for KITTI has 211,200."""
+MAX_ANCHORS = 1 << 23
+"""Most anchors of a detector, 0.23e9 bytes; OpenPCDet's PV-RCNN for KITTI has 211,200."""
 ANCHOR_YAWS = (0.0, 1.57)  # OpenPCDet's 1.57, not pi / 2: its weights were trained with it
 
 

@@ -6,12 +6,13 @@ Read next: `core/tensor_file.py`, which reads and checks the file, and `models/d
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.config_json import config_from_json, config_to_json
 from ...core.errors import InvalidInput
-from ...core.tensor_file import TensorFileKind, build_module, read_tensors, write_tensors
+from ...core.tensor_file import TensorFile, TensorFileKind, build_module, load_module, write_tensors
 from ...core.trained_on import TrainedOn
 from ..models.detector import Detector
 from ..models.detectors import DetectorConfig
@@ -82,24 +83,19 @@ def load_detector(path: str | Path) -> Detector:
         found = detector.detect(scan)
         ```
     """
-    if not isinstance(path, str | Path):
-        raise InvalidInput(
-            f"a detector is loaded from a run folder or a detector file, found {type(path).__name__}; give its path"
-        )
-    path = Path(path)
-    if (path / INDEX).is_file():
-        return _load_checkpoint(path)
-    if path.is_dir() and not (path / DETECTOR_FILE).exists() and (unfinished := why_unfinished(path)):
-        raise InvalidInput(f"{path} holds no {DETECTOR_FILE}: {unfinished}")
-    file = read_tensors(path / DETECTOR_FILE if path.is_dir() else path, _KIND)
-    described = file.described("config")
-    try:
-        config = config_from_json(_Stored, described).detector
-    except InvalidInput as error:
-        raise InvalidInput(f"the configuration in {file.path} cannot be used: {error}") from error
-    detector = build_module(config.build, file.tensors, file.path).eval()
+    if isinstance(path, str | Path):
+        folder = Path(path)
+        if (folder / INDEX).is_file():
+            return _load_checkpoint(folder)
+        if folder.is_dir() and not (folder / DETECTOR_FILE).exists() and (unfinished := why_unfinished(folder)):
+            raise InvalidInput(f"{folder} holds no {DETECTOR_FILE}: {unfinished}")
+    detector, file = load_module(path, _KIND, _builder, in_run=DETECTOR_FILE)
     detector.trained_on = TrainedOn.from_metadata(file)
     return detector
+
+
+def _builder(file: TensorFile) -> Callable[[], Detector]:
+    return config_from_json(_Stored, file.described("config")).detector.build
 
 
 def _load_checkpoint(path: Path) -> Detector:

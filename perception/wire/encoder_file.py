@@ -1,8 +1,8 @@
 """The vehicle half of a detector in one file: what the server hands to the fleet.
 
-The file holds the encoder's weights and its configuration, nothing else. A changed weight that the hash of the file does not
-reveal (files of version 0.1 have no hash) still changes the encoder fingerprint, so the server refuses what such an encoder
-makes.
+The file holds the encoder's weights, its configuration, and what its training knew about its data. Its hash covers every byte of it.
+A changed weight that no hash reveals (files of version 0.1 have none) still changes the encoder fingerprint, so the server refuses
+what such an encoder makes. A vehicle that is told the fingerprint refuses the file itself (`check_fingerprint`).
 
 Read next: `core/tensor_file.py`, which reads and checks the file, and `perception/vehicle/extractor.py`, which runs the encoder.
 """
@@ -10,14 +10,19 @@ Read next: `core/tensor_file.py`, which reads and checks the file, and `percepti
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.config_json import config_from_json, config_to_json
 from ...core.errors import InvalidInput
-from ...core.tensor_file import TensorFileKind, build_module, read_tensors, write_tensors
+from ...core.foreign_text import shown
+from ...core.rig import RigSpec
+from ...core.tensor_file import TensorFile, TensorFileKind, load_module, write_tensors
 from ...core.trained_on import TrainedOn
 from ..models.encoders.encoder import Encoder
+from ..models.encoders.fingerprint import encoder_fingerprint
 from ..models.encoders.table import EncoderConfig
 
 ENCODER_FILE = "encoder.safetensors"
@@ -78,17 +83,35 @@ def load_encoder(path: str | Path) -> Encoder:
         extractor = Extractor(encoder, RigSpec(z_shift=1.73), "fp16")
         ```
     """
-    if not isinstance(path, str | Path):
-        raise InvalidInput(
-            f"an encoder is loaded from a run folder or an encoder file, found {type(path).__name__}; give its path"
-        )
-    path = Path(path)
-    file = read_tensors(path / ENCODER_FILE if path.is_dir() else path, _KIND)
-    described = file.described("config")
-    try:
-        config = config_from_json(_Stored, described).encoder
-    except InvalidInput as error:
-        raise InvalidInput(f"the configuration in {file.path} cannot be used: {error}; {_KIND.advice}") from error
-    encoder: Encoder = build_module(config.build, file.tensors, file.path)
+    encoder, file = load_module(path, _KIND, _builder, in_run=ENCODER_FILE)
     encoder.trained_on = TrainedOn.from_metadata(file)
-    return encoder.eval()
+    return encoder
+
+
+def _builder(file: TensorFile) -> Callable[[], Encoder]:
+    return config_from_json(_Stored, file.described("config")).encoder.build
+
+
+def check_fingerprint(encoder: Encoder, rig: RigSpec, expected: str, source: str | Path) -> None:
+    """Refuse an encoder that is not the one that the server named. The hash in a file tells damage, not another file.
+
+    Args:
+        encoder: The encoder.
+        rig: The rig of the vehicle; it is part of the fingerprint.
+        expected: The fingerprint, or at least its first 16 digits, in hexadecimal.
+        source: Where the encoder is from, for messages.
+
+    Raises:
+        InvalidInput: The fingerprint is another one, or `expected` is not one.
+    """
+    wanted = expected.strip().lower().rstrip("…")
+    if not re.fullmatch(r"[0-9a-f]{16,64}", wanted):
+        raise InvalidInput(
+            f"an encoder fingerprint is 64 hexadecimal digits, or at least the first 16, found {shown(expected)!r}"
+        )
+    found = encoder_fingerprint(encoder, rig)
+    if not found.startswith(wanted):
+        raise InvalidInput(
+            f"the encoder in {source} with the rig {rig} has the fingerprint {found}, and {wanted} is expected; get the encoder file again "
+            "from the server, and give the rig that the server expects (--z-shift, --intensity-scale)"
+        )

@@ -47,7 +47,12 @@ def unwritable_package(tmp_path_factory):
 
 
 def run_in(package: Path, code: str, temporary: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    nowhere = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere", "NUMBA_CACHE_DIR": "/proc/nowhere", "TMPDIR": str(temporary)}
+    nowhere = {
+        "HOME": "/proc/nowhere",
+        "XDG_CACHE_HOME": "/proc/nowhere",
+        "NUMBA_CACHE_DIR": "/proc/nowhere",
+        "TMPDIR": str(temporary),
+    }
     kept = {k: v for k, v in os.environ.items() if k != "UPCYCLE3D_CACHE_WARNED" and not k.startswith("XDG")}
     environment = {**kept, **nowhere, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", **more}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/")
@@ -67,7 +72,9 @@ def test_every_command_starts_where_neither_package_nor_home_can_be_written_with
 def test_kernels_are_kept_in_the_temporary_folder_and_work(unwritable_package, tmp_path):
     code = "import numpy as np; from upcycle3d.ops.cpu.segment_max import *; import upcycle3d.ops.cpu.segment_max as m; print(m.__file__)\n"
     code += "from upcycle3d.perception.evaluation.kitti_matching import true_positive_scores as f\n"
-    code += "i = np.zeros(1, np.int64); e = np.zeros(0); print(f(i, i, i, e, 0.5, e, np.zeros(0, np.int64), np.zeros(0, np.int64)))"
+    code += (
+        "i = np.zeros(1, np.int64); e = np.zeros(0); print(f(i, i, i, e, 0.5, e, np.zeros(0, np.int64), np.zeros(0, np.int64)))"
+    )
     done = run_in(unwritable_package, code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert str(unwritable_package) in done.stdout

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from torch import nn
 
-from ....core.config_json import first_difference
+from ....core.config_json import config_from_json, config_to_json, first_difference
 from ....core.errors import InvalidInput
-from ....core.tensor_file import CorruptFile, TensorFileKind, fill_module, read_tensors, write_tensors
+from ....core.tensor_file import TensorFile, TensorFileKind, load_module, write_tensors
 from .classifier_training import train_proposal_classifier
 from .proposal_classifier import ClassifierConfig, ProposalClassifier, new_modules
 from .proposal_matching import Matches
@@ -28,6 +28,17 @@ _KIND = TensorFileKind(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What the metadata holds: the fields of a classifier that are no tensors."""
+
+    classes: tuple[str, ...]
+    detector: str
+    source: str
+    counts: tuple[int, ...]
+    config: ClassifierConfig
+
+
 def save_classifier(path: str | Path, classifier: ProposalClassifier) -> None:
     """Write a classifier, atomically.
 
@@ -35,9 +46,9 @@ def save_classifier(path: str | Path, classifier: ProposalClassifier) -> None:
         path: The file.
         classifier: What to write.
     """
-    plain = {name: getattr(classifier, name) for name in ("classes", "detector", "source", "counts")}
+    stored = _Stored(**{field.name: getattr(classifier, field.name) for field in fields(_Stored)})
     both = nn.ModuleDict({"bottleneck": classifier.bottleneck, "head": classifier.head})
-    write_tensors(path, both.state_dict(), {"classifier": json.dumps(plain | {"config": asdict(classifier.config)})}, _KIND)
+    write_tensors(path, both.state_dict(), {"classifier": json.dumps(config_to_json(stored))}, _KIND)
 
 
 def load_classifier(path: str | Path) -> ProposalClassifier:
@@ -53,19 +64,28 @@ def load_classifier(path: str | Path) -> ProposalClassifier:
         InvalidInput: There is no such file, or it is of another kind.
         CorruptFile: The file is damaged.
     """
-    file = read_tensors(path, _KIND)
-    plain, (mean,) = file.described("classifier"), file.named("bottleneck.0.mean")
-    try:
-        config, classes = ClassifierConfig(**plain["config"]), tuple(plain["classes"])
-        bottleneck, head = new_modules(len(mean), config.width, len(classes))
-        detector, source, counts = plain["detector"], plain["source"], tuple(plain["counts"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptFile(f"{path} is damaged: {error}; {_KIND.advice}") from error
-    both = nn.ModuleDict({"bottleneck": bottleneck, "head": head})
-    fill_module(both, file.tensors, path)
-    both.eval().requires_grad_(False)
+    both, file = load_module(path, _KIND, _builder)
+    both.requires_grad_(False)
+    stored = _stored(file)
     return ProposalClassifier(
-        bottleneck=bottleneck, head=head, classes=classes, config=config, detector=detector, source=source, counts=counts
+        bottleneck=both["bottleneck"],
+        head=both["head"],
+        classes=stored.classes,
+        config=stored.config,
+        detector=stored.detector,
+        source=stored.source,
+        counts=stored.counts,
+    )
+
+
+def _stored(file: TensorFile) -> _Stored:
+    return config_from_json(_Stored, file.described("classifier"))
+
+
+def _builder(file: TensorFile) -> Callable[[], nn.ModuleDict]:
+    stored, (mean,) = _stored(file), file.named("bottleneck.0.mean")
+    return lambda: nn.ModuleDict(
+        dict(zip(("bottleneck", "head"), new_modules(len(mean), stored.config.width, len(stored.classes)), strict=True))
     )
 
 

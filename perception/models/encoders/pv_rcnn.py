@@ -56,7 +56,7 @@ class PvRcnnEncoderConfig:
     """The same after conv4 (stride 8)."""
 
     def __post_init__(self) -> None:
-        require_counts("PvRcnnEncoderConfig", most=2**31 - 1, keypoints=self.keypoints)
+        require_counts("PvRcnnEncoderConfig", most=1_000_000, keypoints=self.keypoints)
 
     @property
     def grid(self) -> VoxelGrid:
