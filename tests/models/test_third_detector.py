@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tiny
+from upcycle3d.core import config_json
 from upcycle3d.core.config_json import config_from_json, config_to_json
 from upcycle3d.core.cut import CutSpec, VoxelGrid
 from upcycle3d.core.errors import InvalidInput
@@ -155,6 +156,7 @@ def in_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one line in each table, for the two modules that read them."""
     monkeypatch.setattr(detector_files, "DetectorConfig", DetectorConfig | PillarCenterConfig)
     monkeypatch.setattr(encoder_file, "EncoderConfig", EncoderConfig | PillarEncoderConfig)
+    monkeypatch.setattr(config_json, "_hints", typing.get_type_hints)  # the tables of another test may be remembered
 
 
 def test_it_learns_and_detects(detector):

@@ -112,11 +112,14 @@ BAD = {
 }
 
 
+REFUSED = r"the configuration in .*\.safetensors cannot be used: .*\w|the 'config' in the metadata of .* too large for 64 bits"
+
+
 @pytest.mark.parametrize(("way", "value"), [(way, value) for way, values in BAD.items() for value in values])
 def test_a_forged_configuration_is_refused_with_a_sentence_before_it_takes_memory(path, way, value):
     forge(path, {way: value})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(InvalidInput, match=r"the configuration in .*detector.safetensors cannot be used: .*\w") as error:
+    with pytest.raises(InvalidInput, match=REFUSED) as error:
         load_detector(path)
     assert len(str(error.value)) < 700
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000  # KiB
@@ -138,7 +141,7 @@ def test_a_forged_encoder_is_refused_with_a_sentence(tmp_path):
     ):
         path.write_bytes(good)
         forge(path, {way: value})
-        with pytest.raises(InvalidInput, match=r"the configuration in .*encoder.safetensors cannot be used: "):
+        with pytest.raises(InvalidInput, match=REFUSED):
             load_encoder(tmp_path)
 
 
