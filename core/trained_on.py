@@ -168,7 +168,7 @@ def summarize_scans(measures: Sequence[ScanMeasures]) -> ScanStatistics | None:
     )
 
 
-def compare_scans(trained: ScanStatistics, found: ScanStatistics) -> dict[str, str]:
+def compare_scans(trained: ScanStatistics, found: ScanStatistics) -> tuple[str, ...]:
     """Compare scans with those of training.
 
     Args:
@@ -176,9 +176,13 @@ def compare_scans(trained: ScanStatistics, found: ScanStatistics) -> dict[str, s
         found: Statistics of the scans at hand.
 
     Returns:
-        One sentence for each difference that is large enough to spoil detections, with the option that mends it, by the name of
-        what differs.
+        One sentence for each difference that is large enough to spoil detections, with the option that mends it.
     """
+    return tuple(_differences(trained, found).values())
+
+
+def _differences(trained: ScanStatistics, found: ScanStatistics) -> dict[str, str]:
+    """The sentences of `compare_scans` by the name of what differs."""
     warnings: dict[str, str] = {}
     lift = found.ground_height - trained.ground_height
     if abs(lift) > GROUND_TOLERANCE:
@@ -284,7 +288,7 @@ class ScanWatch:
         found = summarize_scans(self._measures)
         if self._trained is None or found is None:
             return
-        for what, text in compare_scans(self._trained, found).items():
+        for what, text in _differences(self._trained, found).items():
             if what not in self._warned:
                 self._warned.add(what)
                 self._warn(text)

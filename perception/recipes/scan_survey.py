@@ -113,7 +113,7 @@ def data_warnings(detector: Detector, frames: PreparedDataset, statistics: ScanS
             f"{', '.join(trained.feature_names)}; the detector reads {', '.join(read)}"
         )
     if trained.scans is not None and statistics is not None:
-        said += compare_scans(trained.scans, statistics).values()
+        said += compare_scans(trained.scans, statistics)
     return tuple(said)
 
 

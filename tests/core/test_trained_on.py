@@ -24,26 +24,26 @@ TRAINED = ScanStatistics(scans=10, points=20_000, cells=6_000, ground_height=0.0
 
 
 def test_scans_like_those_of_training_give_no_warning():
-    assert compare_scans(TRAINED, replace(TRAINED, points=30_000, ground_height=-0.2, intensity=0.2)) == {}
+    assert compare_scans(TRAINED, replace(TRAINED, points=30_000, ground_height=-0.2, intensity=0.2)) == ()
 
 
 def test_a_forgotten_mounting_height_names_the_option_and_the_shift():
-    (warning,) = compare_scans(TRAINED, replace(TRAINED, ground_height=-1.68)).values()
+    (warning,) = compare_scans(TRAINED, replace(TRAINED, ground_height=-1.68))
     assert "--z-shift" in warning
     assert "+1.73" in warning
 
 
 def test_a_wrong_intensity_scale_and_a_sparse_sensor_are_named():
     bytes_, sparse = replace(TRAINED, intensity=70.0), replace(TRAINED, points=3_000.0)
-    assert "--intensity-scale" in compare_scans(TRAINED, bytes_)["mean intensity"]
-    (warning,) = compare_scans(TRAINED, replace(sparse, cells=500)).values()
+    assert "--intensity-scale" in compare_scans(TRAINED, bytes_)[0]
+    (warning,) = compare_scans(TRAINED, replace(sparse, cells=500))
     assert "points per scan: 3,000 in these scans, 20,000 in the training scans; a likely cause is another sensor" in warning
-    assert list(compare_scans(TRAINED, replace(TRAINED, cells=500))) == ["occupied cells per scan"]
+    assert compare_scans(TRAINED, replace(TRAINED, cells=500))[0].startswith("occupied cells per scan: 500 ")
 
 
 def test_what_nobody_measured_is_not_compared():
     unknown = replace(TRAINED, ground_height=float("nan"), intensity=float("nan"))
-    assert compare_scans(unknown, replace(TRAINED, ground_height=-5.0)) == {}
+    assert compare_scans(unknown, replace(TRAINED, ground_height=-5.0)) == ()
 
 
 def test_the_road_is_found_below_walls_and_cars():
