@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Threads that wait by spinning take the cores from everything else; see docs/decisions.md.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-full lint clean
+.PHONY: demo test test-full lint faults clean
 
 demo: $(VENV)/installed
 	$(BIN)/upcycle3d demo --out demo
@@ -15,6 +15,12 @@ test: lint
 
 test-full: lint
 	$(BIN)/python -m pytest
+
+# Damaged inputs and kills, for MINUTES per seed; docs/reliability.md explains the table.
+MINUTES ?= 20
+SEEDS ?= 0
+faults: $(VENV)/installed-dev
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults --minutes $(MINUTES) --seeds $(SEEDS) --json ../faults.json
 
 # ruff, and mypy through a folder that holds a link named like the package to the root.
 lint: $(VENV)/installed-dev
