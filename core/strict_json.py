@@ -111,12 +111,12 @@ def read_json(
         data = b""
         if size <= max_bytes and is_file:
             with open(path, "rb") as file:
-                data = file.read(max_bytes + 1)
+                data = file.read(size + 1)  # not the limit, for which Python would take memory at once
     except (OSError, ValueError) as fault:  # ValueError: a path with a NUL in it
         raise error(f"{subject} cannot be read: {getattr(fault, 'strerror', None) or fault}; {remedy}") from fault
     if not is_file:
         raise error(f"{subject} is not a file; {remedy}" if exists else f"there is no {subject}; {remedy}")
-    if max(size, len(data)) > max_bytes:
+    if size > max_bytes:
         raise error(f"{subject} has {size:,} bytes, more than the {max_bytes:,} that are read; {remedy}")
     try:
         value = strict_json(data.removeprefix(codecs.BOM_UTF8), subject, error, allow_nan=allow_nan)

@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def main() -> int:
                 try:
                     results.write_text(json.dumps(_kill_all(seed, time.monotonic() + 60 * options.minutes)))
                     code = 0
+                except BaseException:  # nothing may run on in the fork
+                    traceback.print_exc()
                 finally:
                     os._exit(code)
             _fuzz_all(readers, seed, time.monotonic() + 60 * options.minutes, tallies)
@@ -80,10 +83,10 @@ def _fuzz_all(readers: list[Any], seed: int, until: float, tallies: dict[str, Ta
         for reader in readers:
             if time.monotonic() >= until:
                 return
-            tallies[reader.name].merge(_turn(reader, (seed * 1000 + turn) * 1_000_000, min(until, time.monotonic() + 2.0)))
+            tallies[reader.name].merge(_turn(reader, (seed * 1000 + turn) * 1_000_000))
 
 
-def _turn(reader: Any, first_seed: int, until: float) -> Tally:
+def _turn(reader: Any, first_seed: int) -> Tally:
     with tempfile.TemporaryDirectory() as folder:
         work, result = Path(folder) / "work", Path(folder) / "tally.json"
         work.mkdir()
@@ -95,9 +98,11 @@ def _turn(reader: Any, first_seed: int, until: float) -> Tally:
             code = 1
             try:
                 limit_memory()
-                tally = fuzz(reader, work, itertools.count(first_seed), until=until, most=10**9)
+                tally = fuzz(reader, work, itertools.count(first_seed), until=time.monotonic() + 2.0, most=10**9)
                 result.write_text(json.dumps(vars(tally)))
                 code = 0
+            except BaseException:  # nothing may run on in the fork
+                traceback.print_exc()
             finally:
                 os._exit(code)
         _, status = os.waitpid(child, 0)

@@ -23,9 +23,10 @@ from torch import nn
 
 import tiny
 from faults.fuzzing import Reader
-from faults.kill_cases import CLASSES, frames
+from faults.kill_cases import CLASSES, SMALL, frames
 from upcycle3d.core.config_json import config_from_json
 from upcycle3d.core.cut import CutSpec
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.point_files import read_points, write_bin
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.strict_json import strict_json
@@ -38,7 +39,8 @@ from upcycle3d.datasets.kitti_text import read_objects
 from upcycle3d.datasets.nuscenes import LYFT_DIALECT
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
-from upcycle3d.datasets.raw import open_nuscenes, open_waymo
+from upcycle3d.datasets.raw import open_kitti, open_nuscenes, open_waymo
+from upcycle3d.datasets.simulation.layout_kitti import write_kitti_layout
 from upcycle3d.datasets.simulation.layout_lyft import write_lyft_layout
 from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout
 from upcycle3d.perception.adapt.glc.feature_file import read_target_features
@@ -46,10 +48,14 @@ from upcycle3d.perception.evaluation.lyft import read_lyft_boxes
 from upcycle3d.perception.evaluation.waymo_json import read_waymo_detections, read_waymo_labels
 from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.models.openpcdet_file import read_openpcdet
+from upcycle3d.perception.recipes.result_cache import ResultCache
+from upcycle3d.perception.server.feature_object_database import FeatureObjectDatabase, build_feature_object_database
 from upcycle3d.perception.server.store import SmashedStore
+from upcycle3d.perception.server.upcycle_config import FeatureGtConfig
 from upcycle3d.perception.training.checkpoint import load_checkpoint, save_checkpoint
 from upcycle3d.perception.training.detector_files import load_detector, save_detector
 from upcycle3d.perception.training.optim import OneCycle, make_optimizer
+from upcycle3d.perception.training.run_folder import RunFolder
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
 from upcycle3d.perception.wire.encoder_file import load_encoder, save_encoder
 
@@ -255,7 +261,14 @@ def _ingest(folder: Path) -> str:
         folder / "in", folder / "store", expected_fingerprint=encoder_fingerprint(encoder, RigSpec()), expected_spec=encoder.spec
     )
     store = SmashedStore(folder / "store")
-    return fingerprint([store[i] for i in range(len(store))])
+    if not len(store):
+        raise InvalidInput("the upload was refused, as it should be when it is damaged")
+    return fingerprint(sorted(fingerprint(_without_id(store[i])) for i in range(len(store))))
+
+
+def _without_id(scene: Any) -> list[Any]:
+    """A scene without its random identifier."""
+    return [scene.coords, scene.features, scene.codec, scene.encoder_fingerprint]
 
 
 # ---- public layouts
@@ -279,6 +292,60 @@ def _make_waymo(folder: Path) -> None:
 def _read_waymo(folder: Path) -> str:
     raw = open_waymo(folder)
     return fingerprint([raw.source[i] for i in range(len(raw.source))])
+
+
+def _make_kitti(folder: Path) -> None:
+    write_kitti_layout(folder, SMALL, num_frames=2, seed=0, workers=1)
+
+
+def _read_kitti(folder: Path) -> str:
+    raw = open_kitti(folder)
+    return fingerprint([raw.source[i] for i in range(len(raw.source))])
+
+
+# ---- databases and runs of a training
+
+
+def _make_feature_database(folder: Path) -> None:
+    data = PreparedDataset(_prepared_master() / "data", "train")
+    config = FeatureGtConfig(max_objects=(2,))
+    build_feature_object_database(
+        folder / "feature_gt",
+        data,
+        _detector(),
+        codec="fp16",
+        config=config,
+        split_fingerprint="ab" * 32,
+        encoder_fingerprint="cd" * 32,
+    )
+
+
+def _read_feature_database(folder: Path) -> str:
+    database = FeatureObjectDatabase.open(
+        folder / "feature_gt",
+        config=FeatureGtConfig(max_objects=(2,)),
+        split_fingerprint="ab" * 32,
+        encoder_fingerprint="cd" * 32,
+    )
+    return fingerprint([database[i] for i in range(len(database))])
+
+
+def _make_run(folder: Path) -> None:
+    with RunFolder.create(folder / "run", OneCycle(lr=0.1, total_steps=10), seed=0, tensorboard=False) as run:
+        run.log(1, {"loss": 0.5})
+        run.log(2, {"loss": 0.25})
+        run.set_status("running", step=2, total_steps=10)
+
+
+def _resume_run(folder: Path) -> str:
+    with RunFolder.create(folder / "run", OneCycle(lr=0.1, total_steps=10), seed=0, resume=True, tensorboard=False) as run:
+        run.rewind(2)
+        run.log(3, {"loss": 0.1})
+        return fingerprint([run.config_json(), run.metrics("train")])
+
+
+def _make_results(folder: Path) -> None:
+    ResultCache(folder, {"setting": 1}).write("upcycling", 0, {"ap": 50.0})
 
 
 # ---- results and settings
@@ -334,6 +401,9 @@ READERS: tuple[Reader, ...] = (
         name="folder labels", files=("*.txt",), protected=False,
         make=_bytes("a.txt", _FOLDER_LABELS.encode), read=lambda folder: fingerprint(read_labels(folder / "a.txt", CLASSES)),
     ),
+    Reader(
+        name="KITTI folder", files=("training/*/*", "ImageSets/*"), protected=False, make=_copy_of(_make_kitti), read=_read_kitti,
+    ),
     Reader(name="Lyft tables", files=("v1.01-train/*.json", "lidar/*.bin"), protected=False, make=_copy_of(_make_lyft), read=_read_lyft),
     Reader(name="Waymo tables", files=("**/*.parquet",), protected=False, make=_copy_of(_make_waymo), read=_read_waymo),
     Reader(
@@ -368,6 +438,15 @@ READERS: tuple[Reader, ...] = (
     ),
     Reader(name="store", files=("store/**/*.parquet", "store/**/*.json", "store/**/*.tar"), protected=True, make=_copy_of(_make_store), read=_read_store),
     Reader(name="uploaded shard", files=("in/*",), protected=True, make=_copy_of(_make_upload), read=_ingest, writes=True),
+    Reader(
+        name="feature database", files=("feature_gt/*",), protected=True, make=_copy_of(_make_feature_database),
+        read=_read_feature_database,
+    ),
+    Reader(name="run folder", files=("run/*.json", "run/*.jsonl"), protected=False, make=_make_run, read=_resume_run, writes=True),
+    Reader(
+        name="stored result", files=("*.json",), protected=False, make=_make_results,
+        read=lambda folder: fingerprint(ResultCache(folder, {"setting": 1}).read("upcycling", 0)),
+    ),
     Reader(
         name="features .npz", files=("*.npz",), protected=False,
         make=_bytes("a.npz", _features), read=lambda folder: fingerprint(read_target_features(folder / "a.npz")),

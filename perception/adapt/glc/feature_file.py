@@ -9,7 +9,10 @@ Read next: `feature_labels.py`, which labels what was read.
 
 from __future__ import annotations
 
+import lzma
 import math
+import struct
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from .pseudo_labels import check_target
 
 _KINDS = {"features": "f", "probabilities": "f", "labels": "iu", "weight": "f"}
 _MOST_BYTES = 16 << 30  # largest array that is read
+_FREE_BYTES, _MOST_SHRUNK = 256 << 20, 50  # from so many bytes on, a file must not unpack to more than 50 times its size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +84,24 @@ def read_target_features(path: str | Path) -> TargetFeatures:
         raise InvalidInput(f"{path}: {error}") from error
 
 
+# What zipfile and numpy raise for damaged bytes, besides their own classes.
+_DAMAGED = (
+    ValueError, KeyError, TypeError, SyntaxError, RuntimeError, zipfile.BadZipFile, EOFError, OverflowError, NotImplementedError,
+    OSError, RecursionError, MemoryError, zlib.error, lzma.LZMAError, tokenize.TokenError, struct.error,
+)  # fmt: skip
+
+
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """The arrays of `_KINDS` that the file holds, and the names of all its arrays."""
+    size = path.stat().st_size  # a missing file is its own error
     try:
         with zipfile.ZipFile(path) as archive:
+            unpacked = sum(archive.getinfo(f"{n}.npy").file_size for n in _KINDS if f"{n}.npy" in archive.NameToInfo)
+            if unpacked > max(_FREE_BYTES, _MOST_SHRUNK * size):
+                raise ValueError(f"{size:,} bytes that unpack to {unpacked:,} are no measured features")
             names = [member.filename.removesuffix(".npy") for member in archive.infolist()]
             arrays = {name: _read_member(archive, name) for name in _KINDS if name in names}
-    except (ValueError, zipfile.BadZipFile, EOFError, OverflowError, NotImplementedError, zlib.error) as error:
+    except _DAMAGED as error:
         raise InvalidInput(f"{path}: not a readable npz file ({error}); write it with numpy.savez") from error
     return arrays, names
 
