@@ -32,7 +32,7 @@ from ...core.files import sync_folder, write_atomically
 from ..wire.codec import FINGERPRINT_PATTERN, ForeignScene, decode_scene
 from ..wire.manifest import BrokenShard, ShardManifest, open_regular, read_manifest
 from ..wire.shards import SceneKind, read_members
-from .store import CATALOG, QUARANTINE, SHARDS, Catalog, catalog_rows, read_catalog, write_catalog
+from .store import CATALOG, QUARANTINE, SHARDS, Catalog, catalog_rows, order_key, read_catalog, write_catalog
 
 _UPLOAD_NAME = re.compile(r"([0-9a-f]{32})\.(json|tar)")
 _COPY_BYTES = 1 << 22
@@ -87,7 +87,7 @@ class IngestReport:
 
 def verify_shard(
     manifest_path: Path, tar: Path, *, expected_spec: CutSpec, expected_fingerprint: str
-) -> tuple[ShardManifest, list[tuple[int, int]]]:
+) -> tuple[ShardManifest, list[tuple[int, int, str]]]:
     """Check all bytes of a shard and decode every scene in it.
 
     Args:
@@ -97,7 +97,7 @@ def verify_shard(
         expected_fingerprint: Fingerprint of the encoder that must have made them.
 
     Returns:
-        The manifest, and the number of voxels and of keypoints of every scene, in the order of the members.
+        The manifest; and the number of voxels, the number of keypoints and the order key of every scene, in the order of the members.
 
     Raises:
         ForeignScene: The shard is of another encoder, cut or version.
@@ -124,7 +124,7 @@ def verify_shard(
             raise BrokenShard(f"member {member.name} does not decode: {error}") from error
         if scene.codec != manifest.codec:
             raise BrokenShard(f"member {member.name} is stored as {scene.codec}, the manifest says {manifest.codec}")
-        sizes.append((len(scene.coords), len(scene.keypoint_cells)))
+        sizes.append((len(scene.coords), len(scene.keypoint_cells), order_key(scene)))
     return manifest, sizes
 
 
@@ -134,7 +134,7 @@ def _cut_difference(found: CutSpec, expected: CutSpec) -> str:
     )
 
 
-def _rows(manifest: ShardManifest, sizes: list[tuple[int, int]]) -> pa.Table:
+def _rows(manifest: ShardManifest, sizes: list[tuple[int, int, str]]) -> pa.Table:
     n = len(sizes)
     return catalog_rows(
         {
@@ -143,10 +143,11 @@ def _rows(manifest: ShardManifest, sizes: list[tuple[int, int]]) -> pa.Table:
             "offset": [m.offset for m in manifest.members],
             "length": [m.length for m in manifest.members],
             "sha256": [m.sha256 for m in manifest.members],
-            "voxels": [voxels for voxels, _ in sizes],
-            "keypoints": [keypoints for _, keypoints in sizes],
+            "voxels": [voxels for voxels, _, _ in sizes],
+            "keypoints": [keypoints for _, keypoints, _ in sizes],
             "codec": [manifest.codec] * n,
             "fingerprint": [manifest.encoder_fingerprint] * n,
+            "order": [order for _, _, order in sizes],
         }
     )
 

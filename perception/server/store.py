@@ -1,8 +1,11 @@
 """The server's smashed scenes: a catalog over shards, read in any order, checked at every read.
 
     store/shards/<hash>.tar, .json   verified shards, as the vehicles wrote them
-    store/catalogue.parquet          one row per scene: shard, member, offset, length, SHA-256, voxels, keypoints, codec, fingerprint
+    store/catalogue.parquet          one row per scene: shard, member, offset, length, SHA-256, voxels, keypoints, codec, fingerprint, order
     store/quarantine/                what failed, with the reason
+
+Shards and scenes have random names and come in random order. A store gives its scenes in the order of their content instead, so that a
+fleet that is extracted twice trains the same way twice.
 
 One store holds the scenes of one encoder and one cut. `ingest.py` fills it. This file reads it and is the only one that turns a scene
 at rest back into live features. A scene holds no raw point, yet much of a scan can be rebuilt from it: protect a store like raw scans.
@@ -43,7 +46,7 @@ QUARANTINE = "quarantine"
 """Folder of what failed in a store."""
 
 _HEADER_KEY = b"upcycle3d.smashed_catalogue"  # the spelling in the files of version 0.1
-_VERSION = 2  # 2: keypoints
+_VERSION = 3  # 2: keypoints; 3: order. Catalogs of version 2 are read
 _SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -55,8 +58,10 @@ _SCHEMA = pa.schema(
         ("keypoints", pa.int32()),
         ("codec", pa.string()),
         ("fingerprint", pa.string()),
+        ("order", pa.string()),
     ]
 )
+_SCHEMA_2 = pa.schema([field for field in _SCHEMA if field.name != "order"])
 
 
 class BrokenStore(UpcycleError):
@@ -117,6 +122,25 @@ class Catalog:
         return Catalog(spec=self.spec, fingerprint=self.fingerprint, rows=pa.concat_tables([self.rows, rows]))
 
 
+def order_key(scene: SmashedScene) -> str:
+    """Give the text by which scenes of a store are ordered: it depends on what is in a scene and not on its random id.
+
+    The cells come first. They follow from the points alone, so the order is the same for two encoders of one grid, and on machines whose
+    features differ in the last bit.
+
+    Args:
+        scene: The scene.
+
+    Returns:
+        48 hexadecimal digits.
+    """
+    digests = [
+        hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
+        for tensors in ((scene.coords,), (scene.features, scene.keypoint_cells, scene.keypoint_features))
+    ]
+    return digests[0][:32] + digests[1][:16]
+
+
 def catalog_rows(columns: dict[str, list[str] | list[int]]) -> pa.Table:
     """Make rows of a catalog.
 
@@ -168,16 +192,22 @@ def read_catalog(store: Path) -> Catalog | None:
         raise BrokenStore(f"the catalog {path} cannot be read: {error}; {remedy}") from error
     text = (table.schema.metadata or {}).get(_HEADER_KEY, b"null")
     header = strict_json(text, f"the catalog {path}", CorruptScene)
-    if not isinstance(header, dict) or header.get("version") != _VERSION:
+    versions = {_VERSION: _SCHEMA, 2: _SCHEMA_2}
+    if not isinstance(header, dict) or header.get("version") not in versions:
         raise BrokenStore(f"the catalog {path} is not of version {_VERSION}; {remedy}")
-    if not table.schema.remove_metadata().equals(_SCHEMA):
-        raise BrokenStore(f"the catalog {path} has the columns {table.schema.names}, expected {_SCHEMA.names}; {remedy}")
+    expected = versions[header["version"]]
+    if not table.schema.remove_metadata().equals(expected):
+        raise BrokenStore(f"the catalog {path} has the columns {table.schema.names}, expected {expected.names}; {remedy}")
+    if "order" not in expected.names:
+        table = table.append_column(_SCHEMA.field("order"), pa.nulls(len(table), pa.string()))
     spec = cut_from_json(header.get("split"), f"the catalog {path}")
     return Catalog(spec=spec, fingerprint=str(header.get("encoder_fingerprint")), rows=table.replace_schema_metadata(None))
 
 
 class SmashedStore:
     """The scenes of a store by position: `store[i]` reads, checks and decodes scene `i`.
+
+    Positions follow the content of the scenes (`order_key`), not their random names: the same scans give the same positions.
 
     It holds flat arrays and no open file, so it can be shared with forked or spawned data workers and with threads. A scene costs one
     `pread` of its bytes.
@@ -209,6 +239,8 @@ class SmashedStore:
         if catalog is None:
             raise BrokenStore(f"{store} holds no {CATALOG}; fill it with `upcycle3d ingest`")
         rows = catalog.rows
+        if not rows["order"].null_count:  # a store that an earlier version began keeps its order, so that its runs can be resumed
+            rows = rows.sort_by([("order", "ascending"), ("sha256", "ascending")])
         self.spec = catalog.spec
         self.fingerprint = catalog.fingerprint
         self._folder = store / SHARDS

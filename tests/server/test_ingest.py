@@ -115,7 +115,18 @@ def test_the_catalog_has_one_row_per_scene_that_points_at_its_bytes(incoming, st
     assert [r["member"] for r in rows] == [m.name for m in manifest.members]
     assert sorted(r["voxels"] for r in rows) == [20, 21, 22]
     for row in rows:
-        assert list(row) == ["shard", "member", "offset", "length", "sha256", "voxels", "keypoints", "codec", "fingerprint"]
+        assert list(row) == [
+            "shard",
+            "member",
+            "offset",
+            "length",
+            "sha256",
+            "voxels",
+            "keypoints",
+            "codec",
+            "fingerprint",
+            "order",
+        ]
         assert (row["shard"], row["keypoints"], row["codec"], row["fingerprint"]) == (manifest.stem, 0, "int8", ENCODER)
         assert hashlib.sha256(data[row["offset"] : row["offset"] + row["length"]]).hexdigest() == row["sha256"]
 

@@ -1,8 +1,10 @@
 """The store: every scene is checked when it is read, and becomes live features that are bit for bit what a vehicle computed."""
 
+import json
 import pickle
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -47,6 +49,34 @@ def test_stores_of_as_many_other_scenes_are_told_apart_by_their_digest(tmp_path)
         ingest_all(tmp_path / f"incoming_{name}", tmp_path / name)
         digests.append(SmashedStore(tmp_path / name).digest())
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_store_gives_the_same_scenes_in_the_same_order_however_they_were_sent(tmp_path):
+    """Names of shards, ids and the order in a shard are random; training must not depend on them."""
+    orders = []
+    for name, shards in (("a", [[0, 1, 2], [3, 4]]), ("b", [[4], [2, 3, 0, 1]]), ("c", [[1, 0, 4, 3, 2]])):
+        for seeds in shards:
+            upload(tmp_path / f"incoming_{name}", [scene(seed) for seed in seeds])
+        ingest_all(tmp_path / f"incoming_{name}", tmp_path / name)
+        found = SmashedStore(tmp_path / name)
+        orders.append([found[i].features.tolist() for i in range(len(found))])
+    assert orders[0] == orders[1] == orders[2]
+
+
+def test_a_store_of_an_earlier_version_keeps_its_order_and_takes_new_scenes(incoming, store):
+    upload(incoming, [scene(seed) for seed in range(6)])
+    ingest_all(incoming, store)
+    table = pq.read_table(store / "catalogue.parquet")
+    header = json.loads(table.schema.metadata[b"upcycle3d.smashed_catalogue"]) | {"version": 2}
+    reverse = table.take(list(range(6))[::-1]).drop_columns(["order"])
+    old = reverse.replace_schema_metadata({b"upcycle3d.smashed_catalogue": json.dumps(header)})
+    pq.write_table(old, store / "catalogue.parquet")
+    sizes = old["sha256"].to_pylist()
+    assert [row.tobytes().hex() for row in SmashedStore(store)._sha256] == sizes
+    upload(incoming, [scene(7)])
+    ingest_all(incoming, store)
+    assert [row.tobytes().hex() for row in SmashedStore(store)._sha256][:6] == sizes
+    assert len(SmashedStore(store)) == 7
 
 
 def test_a_damaged_catalog_says_how_to_rebuild_it(incoming, store):

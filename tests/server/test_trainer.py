@@ -93,6 +93,18 @@ def test_a_method_changes_what_it_trains_and_repeats_bit_for_bit_with_and_withou
     assert differing(teacher, teacher_again) == set()
 
 
+def test_a_fleet_that_is_extracted_twice_trains_the_same_network_bit_for_bit(store, pasted_objects, tmp_path):
+    """The vehicle gives every scene a random id and every shard a random order; the seed alone decides what is learned."""
+    students = []
+    for name, order in (("a", (11, 10, 12)), ("b", (12, 11, 10))):
+        scans = [tiny.frame_with_car(seed).points for seed in order]
+        again = tiny.store(tmp_path / name, tiny.source_model(), scans)
+        assert {again[i].scene_id for i in range(3)}.isdisjoint(store[i].scene_id for i in range(3))
+        students.append(train("upcycling", again, pasted_objects)[0])
+    first = train("upcycling", store, pasted_objects)[0]
+    assert differing(first, students[0]) == differing(first, students[1]) == set()
+
+
 def test_a_method_of_raw_scans_without_any_says_so():
     with pytest.raises(InvalidInput, match="raw unlabeled scans"):
         train("mean_teacher", None, None, scans=None)
