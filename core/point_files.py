@@ -6,9 +6,11 @@ the size of the file before memory is taken, no pickle, no NaN, no empty scan. T
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from .errors import InvalidInput
+from .field_names import find_fields
 from .files import write_atomically
+from .foreign_text import shown
 from .ledger import Ledger
+from .pcd_file import read_pcd
 from .rig import RigSpec, count_intensity, scale_intensity
-from .row_width import check_rows, number_type
+from .row_width import check_number_rows, number_type, usual_columns
 from .scan_options import ScanOptions
 from .structures import PointCloud, column_names, scan_of_table, warn_of_intensity
 
@@ -30,8 +35,19 @@ POINT_SUFFIXES = (".bin", ".npy", ".pcd")
 """Suffixes of files that `read_points` reads."""
 
 _USUAL = ScanOptions()
-_PCD_ALIASES = {"i": "intensity", "reflectivity": "intensity"}
-_PCD_MAX_HEADER = 64 * 1024
+# What numpy raises for damaged headers, whose text it evaluates.
+_NPY_ERRORS = (
+    ValueError,
+    OSError,
+    TypeError,
+    SyntaxError,
+    EOFError,
+    KeyError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    TokenError,
+)
 
 
 def read_scan(path: Path | str, options: ScanOptions = _USUAL, *, rig: RigSpec | None = None) -> tuple[PointCloud, Ledger]:
@@ -41,7 +57,8 @@ def read_scan(path: Path | str, options: ScanOptions = _USUAL, *, rig: RigSpec |
 
     Args:
         path: The file; its suffix tells the format.
-        options: Columns, number type, axes, and whether points that are not finite are left out. Its rig is not used.
+        options: Columns, number type, axes, and whether points that are not finite are left out; those of a `.pcd` file with several
+            rows (HEIGHT) always are. Its rig is not used.
         rig: Applied to the scan where it is given: z is shifted, and intensity is scaled and counted; values outside 0..1 are kept,
             and `judge` of the ledger warns of them. None gives the scan in the sensor frame and intensity in the sensor's own unit,
             for a caller that applies the rig with `RigSpec.from_sensor`, which refuses such values.
@@ -58,12 +75,12 @@ def read_scan(path: Path | str, options: ScanOptions = _USUAL, *, rig: RigSpec |
         scan, ledger = read_scan("scan.bin", ScanOptions(columns=("x", "y", "z", "intensity", "_")))
     """
     path = Path(path)
-    names, values = _read_table(path, options)
+    names, values, organized = _read_table(path, options)
     points = len(values)
     if options.axes != ("x", "y", "z"):
         values = _turned(values, names, options.axes)
     try:
-        cloud = scan_of_table(torch.from_numpy(values), names, drop_non_finite=options.drop_non_finite)
+        cloud = scan_of_table(torch.from_numpy(values), names, drop_non_finite=options.drop_non_finite or organized)
     except InvalidInput as error:
         raise InvalidInput(f"{path}: {error}") from error
     non_finite = points - len(cloud)
@@ -119,32 +136,59 @@ def read_points(
     return cloud
 
 
-def scan_files(paths: Sequence[str | Path]) -> tuple[Path, ...]:
+def find_scans(paths: Sequence[str | Path]) -> tuple[tuple[Path, ...], Ledger]:
     """Find the scan files among paths.
 
     Args:
-        paths: Files and folders. A folder stands for the scans in it, ordered by name.
+        paths: Files and folders. A folder stands for the scans in it, ordered by name. Hidden files, whose names begin with a dot, are
+            no scans: macOS writes a file `._000.bin` beside `000.bin`.
 
     Returns:
-        The files, in this order.
+        The files, in this order, and a ledger of the files that were skipped.
 
     Raises:
         InvalidInput: A path does not exist, there is no scan at all, or two scans have one name apart from folder and suffix:
             results are filed under that name.
     """
     found: list[Path] = []
+    skipped: Counter[str] = Counter()
     for path in map(Path, paths):
         if not path.exists():
             raise InvalidInput(f"there is no file or folder {path}; check its spelling")
-        found += sorted(p for p in path.iterdir() if p.suffix in POINT_SUFFIXES) if path.is_dir() else [path]
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        for file in inside:
+            if file.name.startswith("."):
+                skipped["hidden file"] += 1
+            elif path.is_dir() and file.is_dir():
+                skipped["folder"] += 1
+            elif path.is_dir() and file.suffix not in POINT_SUFFIXES:
+                skipped["not a scan"] += 1
+            else:
+                found.append(file)
     if not found:
-        raise InvalidInput(f"there is no scan ({', '.join(POINT_SUFFIXES)}) in {', '.join(map(str, paths))}")
+        beside = f"; skipped were: {', '.join(f'{kind} ({n})' for kind, n in skipped.items())}" if skipped else ""
+        raise InvalidInput(f"there is no scan ({', '.join(POINT_SUFFIXES)}) in {', '.join(map(str, paths))}{beside}")
     named: dict[str, Path] = {}
     for path in found:
         other = named.setdefault(path.stem, path)
         if other is not path:
             raise InvalidInput(f"{other} and {path} are both called {path.stem!r}; rename one, or give them in two runs")
-    return tuple(found)
+    return tuple(found), Ledger(files_skipped=dict(skipped))
+
+
+def scan_files(paths: Sequence[str | Path]) -> tuple[Path, ...]:
+    """Find the scan files among paths: `find_scans` for a program that needs no counts.
+
+    Args:
+        paths: Files and folders.
+
+    Returns:
+        The files.
+
+    Raises:
+        InvalidInput: As for `find_scans`.
+    """
+    return find_scans(paths)[0]
 
 
 def write_bin(path: Path | str, points: PointCloud) -> None:
@@ -161,18 +205,24 @@ def write_bin(path: Path | str, points: PointCloud) -> None:
     write_atomically(path, rows.astype("<f4").tobytes())
 
 
-def _read_table(path: Path, options: ScanOptions) -> tuple[tuple[str, ...], NDArray[np.float32]]:
-    """Names of columns and their (N, C) values."""
+def _read_table(path: Path, options: ScanOptions) -> tuple[tuple[str, ...], NDArray[np.float32], bool]:
+    """Names of columns, their (N, C) values, and whether NaN marks a missing return in them."""
     if not path.is_file():
-        raise InvalidInput(f"there is no scan at {path}; check the root folder and the frame id")
-    if path.suffix == ".pcd":
-        return _read_pcd(path, options.columns or None)
-    if path.suffix not in (".bin", ".npy"):
-        raise InvalidInput(f"{path}: scans are read from files {', '.join(POINT_SUFFIXES)}, found {path.suffix or 'no suffix'!r}")
-    if path.suffix == ".bin":
-        return _read_bin(path, options)
-    names = options.columns or XYZI
-    return names, _read_npy(path, names)
+        what = "a folder, not a scan" if path.is_dir() else "missing"
+        raise InvalidInput(f"there is no scan at {path}: it is {what}; check the root folder and the frame id")
+    try:
+        if path.suffix == ".pcd":
+            names, numbers, organized = read_pcd(path.read_bytes(), options.columns)
+            return names, _as_float32(numbers), organized
+        if path.suffix == ".npy":
+            return *_read_npy(path, options.columns), False
+        if path.suffix == ".bin":
+            return *_read_bin(path, options), False
+    except InvalidInput as error:
+        raise InvalidInput(f"{path}: {error}") from error
+    except OSError as error:
+        raise InvalidInput(f"{path}: the file cannot be read ({error.strerror}); check its permissions and the disk") from error
+    raise InvalidInput(f"{path}: scans are read from files {', '.join(POINT_SUFFIXES)}, found {path.suffix or 'no suffix'!r}")
 
 
 def _turned(values: NDArray[np.float32], names: tuple[str, ...], axes: tuple[str, str, str]) -> NDArray[np.float32]:
@@ -193,100 +243,37 @@ def _as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
 def _read_bin(path: Path, options: ScanOptions) -> tuple[tuple[str, ...], NDArray[np.float32]]:
     names = options.columns or XYZI
     data = np.fromfile(path, dtype=np.uint8)
-    try:
-        check_rows(data, names, options.dtype, named=bool(options.columns))
-    except InvalidInput as error:
-        raise InvalidInput(f"{path}: {error}") from error
+    check_number_rows(data, names, options.dtype, named=bool(options.columns))
     return names, _as_float32(data.view(number_type(options.dtype)).reshape(-1, len(names)))
 
 
-def _read_npy(path: Path, names: tuple[str, ...]) -> NDArray[np.float32]:
+def _read_npy(path: Path, columns: tuple[str, ...]) -> tuple[tuple[str, ...], NDArray[np.float32]]:
+    with path.open("rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            raise InvalidInput("not a readable numpy array (another kind of file); save a plain array of shape (N, 4)")
     try:  # mapping checks the declared shape against the file's size before anything is allocated
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise InvalidInput(f"{path}: not a readable numpy array ({error}); save a plain float (N, {len(names)}) array") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[1] != len(names) or array.dtype.kind not in "fiu":
-        found = f"{array.shape} {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise InvalidInput(f"{path}: expected numbers of shape (N, {len(names)}) for the columns {names}, found {found}")
-    return _as_float32(array)
-
-
-def _read_pcd(path: Path, columns: tuple[str, ...] | None) -> tuple[tuple[str, ...], NDArray[np.float32]]:
-    """The wanted fields of a `.pcd` file. Format: pointclouds.org, "The PCD file format", version 0.7."""
-    data = path.read_bytes()
-    header, start = _pcd_header(path, data)
-
-    def integers(key: str, default: list[str] | None = None) -> list[int]:
-        words = header.get(key, default)
-        if words is None or not all(w.isdigit() for w in words):
-            raise InvalidInput(f"{path}: the PCD header needs a line {key} with whole numbers, found {words}")
-        return [int(w) for w in words]
-
-    fields = header.get("FIELDS") or header.get("COLUMNS") or []
-    sizes, counts = integers("SIZE"), integers("COUNT", ["1"] * len(fields))
-    kinds = header.get("TYPE", [])
-    if not fields or not len(fields) == len(sizes) == len(counts) == len(kinds):
+    except _NPY_ERRORS as error:
+        raise InvalidInput(f"not a readable numpy array ({shown(error)}); save a plain array of shape (N, 4)") from error
+    if array.dtype.names and array.ndim == 1:
+        names, wanted = find_fields(array.dtype.names, columns)
+        parts = [array[array.dtype.names[i]] for i in wanted]
+        if all(part.ndim == 1 and part.dtype.kind in "fiu" for part in parts):
+            return names, np.stack([_as_float32(part) for part in parts], 1)
+    names = columns or XYZI
+    if array.ndim != 2 or array.dtype.kind not in "fiu":
         raise InvalidInput(
-            f"{path}: the PCD header must give FIELDS, SIZE, TYPE and COUNT of equal length, found "
-            f"{len(fields)}, {len(sizes)}, {len(kinds)} and {len(counts)} entries"
+            f"expected numbers of shape (N, {len(names)}) for the columns {' '.join(names)}, found {array.shape} "
+            f"{shown(array.dtype)}; save a plain array"
         )
-    if any(k not in "FIU" or s not in (1, 2, 4, 8) or c < 1 for k, s, c in zip(kinds, sizes, counts)):
+    if array.shape[1] != len(names):
+        width = array.shape[1]
+        hint = (
+            f"give --columns {usual_columns(width)}, or your own names"
+            if 3 <= width <= 64
+            else "is it transposed, or another array?"
+        )
         raise InvalidInput(
-            f"{path}: the PCD header asks for TYPE {kinds} SIZE {sizes} COUNT {counts}; known are F I U of 1, 2, 4, 8 bytes"
+            f"expected numbers of shape (N, {len(names)}) for the columns {' '.join(names)}, found {array.shape}; {hint}"
         )
-    declared = integers("POINTS", [str(int(np.prod(integers("WIDTH") + integers("HEIGHT", ["1"]), dtype=object)))])[0]
-
-    known = [_PCD_ALIASES.get(f.lower(), f.lower()) for f in fields]
-    names = columns or tuple(n for n in XYZI if n != "intensity" or n in known)
-    names = tuple(n for n in names if n != "_")
-    missing = [n for n in names if n not in known]
-    if missing:
-        raise InvalidInput(
-            f"{path}: there is no field {', '.join(missing)}; the file has {' '.join(fields)}; name the wanted ones in columns  (option --columns)"
-        )
-
-    encoding = " ".join(header["DATA"])
-    if encoding == "ascii":
-        table = _pcd_ascii(path, data[start:], declared, sum(counts))
-        first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        return names, table[:, [first[known.index(n)] for n in names]]
-    if encoding == "binary":
-        try:
-            dtype = np.dtype([(f"{i}", f"<{k.lower()}{s}", (c,)) for i, (k, s, c) in enumerate(zip(kinds, sizes, counts))])
-        except TypeError as error:
-            raise InvalidInput(f"{path}: there is no number of TYPE {kinds} with SIZE {sizes} ({error})") from error
-        if declared * dtype.itemsize > len(data) - start:
-            raise InvalidInput(
-                f"{path}: the header declares {declared} points of {dtype.itemsize} bytes, but only {len(data) - start} bytes follow; is the file cut off?"
-            )
-        rows = np.frombuffer(data, dtype=dtype, count=declared, offset=start)
-        columns_ = [rows[f"{known.index(n)}"][:, 0].astype(np.float32) for n in names]
-        return names, np.stack(columns_, axis=1)
-    raise InvalidInput(
-        f"{path}: files with DATA {encoding} are not read; convert it with `pcl_convert_pcd_ascii_binary IN.pcd OUT.pcd 1` (binary)"
-    )
-
-
-def _pcd_header(path: Path, data: bytes) -> tuple[dict[str, list[str]], int]:
-    """The header's lines by keyword, and where the points start."""
-    header: dict[str, list[str]] = {}
-    position = 0
-    while "DATA" not in header:
-        end = data.find(b"\n", position, _PCD_MAX_HEADER)
-        if end < 0:
-            raise InvalidInput(f"{path}: the PCD header has no line DATA in the first {_PCD_MAX_HEADER} bytes")
-        words = data[position:end].decode("ascii", errors="replace").split()
-        position = end + 1
-        if words and not words[0].startswith("#"):
-            header[words[0].upper()] = words[1:]
-    return header, position
-
-
-def _pcd_ascii(path: Path, body: bytes, declared: int, width: int) -> NDArray[np.float32]:
-    words = body.split()
-    if len(words) != declared * width:
-        raise InvalidInput(f"{path}: the header declares {declared} points of {width} values, but {len(words)} values follow")
-    try:
-        return np.array(words, dtype=np.float64).astype(np.float32).reshape(declared, width)
-    except ValueError as error:
-        raise InvalidInput(f"{path}: the points hold a word that is not a number ({error})") from error
+    return names, _as_float32(array)

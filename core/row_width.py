@@ -46,7 +46,7 @@ def number_type(name: NumberType) -> np.dtype[Any]:
     return np.dtype(name) if name.startswith(">") else np.dtype(name).newbyteorder("<")
 
 
-def check_rows(data: NDArray[np.uint8], names: Sequence[str], dtype: NumberType, *, named: bool) -> None:
+def check_number_rows(data: NDArray[np.uint8], names: Sequence[str], dtype: NumberType, *, named: bool) -> None:
     """Refuse the numbers of a file that cannot be what they are read as.
 
     Args:

@@ -1,5 +1,6 @@
 """Scans from files: right values from every format, and a readable refusal of everything broken."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.ledger import Ledger
-from upcycle3d.core.point_files import read_points, read_scan, write_bin
+from upcycle3d.core.point_files import find_scans, read_points, read_scan, scan_files, write_bin
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.scan_options import ScanOptions
 from upcycle3d.core.structures import PointCloud
@@ -66,23 +67,6 @@ def test_columns_are_named_reordered_and_skipped(tmp_path: Path) -> None:
     assert cloud.features.tolist() == [[0.5, 0.125]]
 
 
-def test_pcd_fields_of_other_types_padding_and_counts(tmp_path: Path) -> None:
-    record = np.dtype([("x", "<f8"), ("pad", "u1", 4), ("y", "<f4"), ("z", "<i2"), ("i", "<u2"), ("normal", "<f4", 3)])
-    rows = np.zeros(2, record)
-    rows["x"], rows["y"], rows["z"], rows["i"] = [1, 2], [3, 4], [-5, 6], [51, 255]
-    data = _pcd("x _ y z intensity normal", "F U F I U F", "8 1 4 2 2 4", rows.tobytes(), points=2, counts="1 4 1 1 1 3")
-    cloud = read_points(_write(tmp_path / "a.pcd", data), intensity_scale=1 / 255)
-    assert cloud.xyz.tolist() == [[1, 3, -5], [2, 4, 6]]
-    torch.testing.assert_close(cloud.features, torch.tensor([[0.2], [1.0]]))
-
-
-def test_pcd_without_intensity_has_no_feature_unless_it_is_asked_for(tmp_path: Path) -> None:
-    path = _write(tmp_path / "a.pcd", _pcd("x y z", "F F F", "4 4 4", ROWS[:, :3].tobytes()))
-    assert read_points(path).feature_names == ()
-    with pytest.raises(InvalidInput, match="there is no field intensity; the file has x y z"):
-        read_points(path, columns=("x", "y", "z", "intensity"))
-
-
 def test_wrong_byte_count_names_size_width_and_fitting_widths(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.bin", np.zeros((3, 5), np.float32).tobytes())
     with pytest.raises(
@@ -133,37 +117,21 @@ def test_pickled_truncated_and_misshapen_arrays_are_refused(tmp_path: Path) -> N
     np.save(tmp_path / "b.npy", ROWS)
     whole = (tmp_path / "b.npy").read_bytes()
     huge = whole.replace(b"(3, 4), ", b"(3000000000, 4), ".ljust(8))[: len(whole)]
-    for data in (whole[:-4], huge, b"\x93NUMPY", b"rubbish"):
+    deep = b"\x93NUMPY\x01\x00" + (4000).to_bytes(2, "little") + b"(" * 3999 + b"\n"
+    for data in (
+        whole[:-4],
+        huge,
+        b"\x93NUMPY",
+        b"rubbish",
+        deep,
+        whole.replace(b"<f4", b"<\xe94"),
+        whole.replace(b"'shape'", b"'Shape'"),
+    ):
         with pytest.raises(InvalidInput, match="not a readable numpy array"):
             read_points(_write(tmp_path / "c.npy", data))
     np.save(tmp_path / "d.npy", ROWS[:, :3])
-    with pytest.raises(InvalidInput, match=r"expected numbers of shape \(N, 4\).*found \(3, 3\)"):
+    with pytest.raises(InvalidInput, match=r"expected numbers of shape \(N, 4\).*found \(3, 3\); give --columns x y z,"):
         read_points(tmp_path / "d.npy")
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (
-            _pcd("x y z", "F F F", "4 4 4", b"", points=2_000_000_000),
-            "declares 2000000000 points of 12 bytes, but only 0 bytes follow",
-        ),
-        (_pcd("x y z", "F F F", "4 4 4", b"1 2 3\n", data="ascii"), "declares 3 points of 3 values, but 3 values follow"),
-        (_pcd("x y z", "F F F", "4 4 4", b"1 2 a\n", data="ascii", points=1), "a word that is not a number"),
-        (
-            _pcd("x y z", "F F F", "4 4 4", b"", data="binary_compressed"),
-            "files with DATA binary_compressed are not read; convert it",
-        ),
-        (_pcd("x y z", "F F", "4 4 4", b""), "of equal length"),
-        (_pcd("x y z", "F F F", "4 4 3", b""), "known are F I U"),
-        (_pcd("x y z", "F F F", "4 4 1", b""), "there is no number of TYPE"),
-        (_pcd("x y z", "F F F", "4 4 four", b""), "a line SIZE with whole numbers"),
-        (b"VERSION 0.7\nFIELDS x y z\n", "no line DATA"),
-    ],
-)
-def test_broken_pcd_files_are_refused_with_the_reason(tmp_path: Path, data: bytes, message: str) -> None:
-    with pytest.raises(InvalidInput, match=message):
-        read_points(_write(tmp_path / "a.pcd", data))
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.npy", "a.pcd"])
@@ -213,3 +181,50 @@ def test_a_rig_shifts_scales_and_counts_intensity_that_stays_outside(tmp_path):
     assert cloud.features[1] == 255
     assert ledger == Ledger(scans=1, points=2, points_intensity_outside=2, highest_intensity=255)
     assert read_scan(path)[0].features[1] == 255
+
+
+def test_arrays_in_column_order_and_with_named_fields_are_read(tmp_path):
+    np.save(tmp_path / "a.npy", np.asfortranarray(ROWS))
+    _check(read_points(tmp_path / "a.npy"))
+    record = np.zeros(3, [("reflectivity", "<u2"), ("x", "<f8"), ("y", "<f4"), ("z", "<f4"), ("intensity", "<f4")])
+    for i, name in enumerate(("x", "y", "z", "intensity")):
+        record[name] = ROWS[:, i]
+    np.save(tmp_path / "b.npy", record)
+    _check(read_points(tmp_path / "b.npy"))
+    np.save(tmp_path / "c.npy", np.zeros((0, 4), np.float32))
+    with pytest.raises(InvalidInput, match="holds no point"):
+        read_points(tmp_path / "c.npy")
+
+
+def test_hidden_files_and_folders_are_no_scans_and_are_counted(tmp_path):
+    for name in ("b.bin", "a.bin", "._a.bin", ".DS_Store", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "c.bin").mkdir()
+    files, ledger = find_scans([tmp_path])
+    assert [f.name for f in files] == ["a.bin", "b.bin"]
+    assert ledger == Ledger(files_skipped={"hidden file": 2, "not a scan": 1, "folder": 1})
+    assert scan_files([tmp_path / "a.bin", tmp_path / "._a.bin"]) == (tmp_path / "a.bin",)
+    with pytest.raises(InvalidInput, match=r"no scan .*; skipped were: hidden file \(1\)"):
+        find_scans([tmp_path / "._a.bin"])
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".npy", ".pcd"])
+def test_folders_and_damaged_files_give_a_sentence(suffix, tmp_path):
+    folder = tmp_path / f"folder{suffix}"
+    folder.mkdir()
+    with pytest.raises(InvalidInput, match=f"there is no scan at .*folder{suffix}: it is a folder"):
+        read_points(folder)
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "whole.npy", ROWS)
+    whole = {
+        ".bin": ROWS.tobytes(),
+        ".npy": (tmp_path / "whole.npy").read_bytes(),
+        ".pcd": _pcd("x y z intensity", "F F F F", "4 4 4 4", ROWS.tobytes()),
+    }[suffix]
+    for _ in range(400):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), rng.integers(1, 4)):
+            data[at] = rng.integers(256)
+        path = _write(tmp_path / f"damaged{suffix}", bytes(data[: rng.integers(len(data) // 2, len(data) + 1)]))
+        with suppress(InvalidInput):
+            read_points(path, intensity_scale=None)

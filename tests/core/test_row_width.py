@@ -9,7 +9,7 @@ import pytest
 import upcycle3d
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.point_files import read_scan
-from upcycle3d.core.row_width import check_rows, number_type, usual_columns
+from upcycle3d.core.row_width import check_number_rows, number_type, usual_columns
 from upcycle3d.core.scan_options import ScanOptions
 
 DATA = Path(upcycle3d.__file__).resolve().parent.parent / "shared" / "data"
@@ -34,7 +34,7 @@ def check(table, dtype: str = "float32", *, columns: int = 4, read_as: str = "fl
     table = np.asarray(table)
     scaled = table * ([100, 100, 100, 255] + [1] * 6)[: table.shape[1]] if number_type(dtype).kind == "i" else table
     data = np.frombuffer(scaled.astype(number_type(dtype)).tobytes(), np.uint8)
-    check_rows(data, usual_columns(columns).split(), read_as, named=named)
+    check_number_rows(data, usual_columns(columns).split(), read_as, named=named)
 
 
 @pytest.mark.parametrize("extra", ["ring", "again", "zero"])
@@ -84,11 +84,11 @@ def test_a_type_that_somebody_named_wrongly_is_refused(dtype):
 def test_a_file_that_is_cut_off_or_holds_text_is_called_that():
     cut = np.frombuffer(rows(4, 400).astype("<f4").tobytes()[:-6], np.uint8)
     with pytest.raises(InvalidInput, match="looks like 4 values per point and is cut off"):
-        check_rows(cut, usual_columns(4).split(), "float32", named=False)
+        check_number_rows(cut, usual_columns(4).split(), "float32", named=False)
     for spaces in range(4):
         text = "".join(f"{a:.3f} {b:.3f} {c:.3f}\n" for a, b, c, _ in scan(60)).encode() + b" " * spaces
         with pytest.raises(InvalidInput, match="holds text"):
-            check_rows(np.frombuffer(text, np.uint8), usual_columns(4).split(), "float32", named=False)
+            check_number_rows(np.frombuffer(text, np.uint8), usual_columns(4).split(), "float32", named=False)
 
 
 def unusual(kind: str, n: int) -> np.ndarray:
