@@ -1,17 +1,26 @@
 """Writing files so that a reader sees the old one or the whole new one, never a part.
 
 A file is written under a temporary name in the same folder, synced, and renamed. A killed process may leave a temporary file; its
-name starts with a dot and ends in `.tmp`.
+name starts with a dot and ends in `.tmp`. Whoever holds the folder's lock (`locked_folder`) removes it with `remove_litter`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from .errors import UpcycleError
+
+LOCK = ".lock"
+"""Name of the file that `locked_folder` locks."""
+_LITTER = re.compile(r"\.([0-9a-f]{16}|objects\.[0-9]+)\.tmp")  # of `atomic_file`; and of the GT database of an earlier version
 
 
 @contextmanager
@@ -66,6 +75,63 @@ def sync_folder(folder: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_litter(folder: str | Path, *names: str) -> int:
+    """Delete the temporary files that killed processes left in a folder. Only who holds the folder's lock may do it.
+
+    Args:
+        folder: The folder; it may be missing. Folders inside it are left alone.
+        *names: Temporary files and folders of other names to delete as well.
+
+    Returns:
+        How many were deleted.
+
+    Raises:
+        OSError: One cannot be deleted.
+
+    Example:
+        >>> from upcycle3d.core.files import remove_litter
+        >>> remove_litter("no_such_folder")
+        0
+    """
+    folder = Path(folder)
+    found = [path for path in (folder.iterdir() if folder.is_dir() else ()) if _LITTER.fullmatch(path.name) or path.name in names]
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return len(found)
+
+
+@contextmanager
+def locked_folder(folder: str | Path, busy: str, *, wait: bool = False) -> Iterator[int]:
+    """Hold a folder for this process; the kernel releases it however the process ends.
+
+    Args:
+        folder: The folder. It is made if it is missing.
+        busy: What to say when another process holds it.
+        wait: Whether to wait for the other process instead.
+
+    Yields:
+        The descriptor of the lock. A forked worker closes it, so that it does not outlive its parent.
+
+    Raises:
+        UpcycleError: Another process holds the folder.
+        OSError: The folder cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UpcycleError(busy) from None
+        yield lock
+    finally:
+        os.close(lock)
 
 
 @contextmanager

@@ -11,7 +11,9 @@ Read next: `perception/wire/cut_json.py`, which reads the description of a cut w
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,18 @@ def read_json(
         wanted = {dict: "an object with named entries", list: "a list"}.get(kind, kind.__name__)
         raise error(f"{subject} must hold {wanted}, found {_kind_of(value)}; {remedy}")
     return value
+
+
+def json_digest(values: Mapping[str, Any]) -> str:
+    """Compute the digest that a header names, over everything else that it says.
+
+    Args:
+        values: Plain JSON values; an entry `digest` among them does not count.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+    """
+    return hashlib.sha256(canonical_json({name: value for name, value in values.items() if name != "digest"})).hexdigest()
 
 
 def write_json_file(path: Path | str, value: Any) -> None:

@@ -14,7 +14,6 @@ Read next: `prepare.py` writes these files, `prepared.py` reads them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -33,7 +32,7 @@ from ..core.foreign_text import shown
 from ..core.frame import Calibration, Frame
 from ..core.ledger import Ledger
 from ..core.rig import RigSpec
-from ..core.strict_json import canonical_json, read_json, strict_json
+from ..core.strict_json import json_digest, read_json, strict_json
 from ..core.structures import Labels
 from ..ops.points_in_boxes import count_points_in_boxes
 from .frame_source import DatasetOrigin, Layout
@@ -126,19 +125,7 @@ class PreparedHeader:
             "splits": {name: list(ids) for name, ids in self.splits.items()},
             "failures": [{"id": f.id, "reason": f.reason} for f in self.failures],
         }
-        return values | {"digest": header_digest(values)}
-
-
-def header_digest(values: Mapping[str, Any]) -> str:
-    """Compute the digest that `dataset.json` names.
-
-    Args:
-        values: Everything that the header says; a digest among it does not count.
-
-    Returns:
-        SHA-256 in hexadecimal digits.
-    """
-    return hashlib.sha256(canonical_json({k: v for k, v in values.items() if k != "digest"})).hexdigest()
+        return values | {"digest": json_digest(values)}
 
 
 def origin_to_json(origin: DatasetOrigin) -> dict[str, Any]:
@@ -205,7 +192,7 @@ def read_header(root: Path) -> PreparedHeader:
         header = config_from_json(_StoredHeader, known)
         if not re.fullmatch(r"index-[0-9a-f]{8}\.parquet", header.index):
             raise InvalidInput(f"{shown(header.index)!r} cannot be the name of the index")
-        if version >= 3 and values.get("digest") != header_digest(values):
+        if version >= 3 and values.get("digest") != json_digest(values):
             raise InvalidInput("its content has another digest than the one it names")
     except InvalidInput as error:
         raise InvalidInput(f"{path} is damaged or was edited: {error}; {_REMEDY}") from error

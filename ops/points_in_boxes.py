@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import InvalidInput
@@ -69,6 +70,58 @@ def count_points_in_boxes(points: Tensor, boxes: Tensor) -> Tensor:
         InvalidInput: A tensor has another shape, or a box is not finite.
     """
     return dispatch((points, boxes), count_points_in_boxes_reference, cpu=_count_on_cpu)(points, boxes)
+
+
+class BoxSearch:
+    """Finds the points of one box at a time, on the CPU, in buffers that every scan uses again.
+
+    A mask of all boxes and all points has megabytes, of another size for each scan; a program that cuts objects out of thousands of
+    scans would leave holes in its memory.
+
+    Example:
+        >>> search = BoxSearch()
+        >>> search.load(torch.tensor([[11.0, 0.5, 1.2], [0, 0, 0]]), torch.tensor([[10.0, 0, 1, 4, 2, 1.5, 0]]))
+        >>> search.rows(0)
+        array([0])
+    """
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0, np.float64)
+        self._mask = np.empty(0, np.bool_)
+        self._points = np.empty((3, 0), np.float64)
+        self._boxes = np.empty((8, 0), np.float64)
+
+    def load(self, points: Tensor, boxes: Tensor) -> None:
+        """Take another scan.
+
+        Args:
+            points: (N, 3) x, y, z in meters.
+            boxes: (M, 7) boxes in the same frame as the points.
+
+        Raises:
+            InvalidInput: A tensor has another shape, or a box is not finite.
+        """
+        _check(points, boxes)
+        count = len(points)
+        if count > len(self._mask):
+            room = count + count // 4
+            self._buffer, self._mask = np.empty(3 * room, np.float64), np.empty(room, np.bool_)
+        self._points = self._buffer[: 3 * count].reshape(3, count)
+        np.copyto(self._points, points.detach().numpy().T)
+        self._boxes = _box_columns(boxes).numpy()
+
+    def rows(self, box: int) -> NDArray[np.int64]:
+        """Find the points in a box of the loaded scan; the same ones as in a row of `points_in_boxes_mask`.
+
+        Args:
+            box: Row of the box.
+
+        Returns:
+            (K,) rows of the points, ascending.
+        """
+        mask = self._mask[: self._points.shape[1]]
+        membership(self._points, np.ascontiguousarray(self._boxes[:, box : box + 1]), mask.reshape(1, -1))
+        return np.flatnonzero(mask)
 
 
 def points_in_boxes_reference(points: Tensor, boxes: Tensor) -> Tensor:

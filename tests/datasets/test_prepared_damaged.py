@@ -14,9 +14,10 @@ import pytest
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.ledger import Ledger
 from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.strict_json import json_digest
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
-from upcycle3d.datasets.prepared_format import INDEX_SCHEMA, header_digest, read_index
+from upcycle3d.datasets.prepared_format import INDEX_SCHEMA, read_index
 from upcycle3d.datasets.simulation.places import KITTI
 from upcycle3d.datasets.simulation.simulate import SimulatedDataset
 
@@ -47,7 +48,7 @@ def edit(root: Path, **changes: object) -> None:
     path = root / "dataset.json"
     values = {name: value for name, value in (json.loads(path.read_text()) | changes).items() if value is not None}
     if "digest" in values:
-        values["digest"] = header_digest(values)
+        values["digest"] = json_digest(values)
     path.write_text(json.dumps(values))
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tiny
+from upcycle3d.core.strict_json import json_digest
 from upcycle3d.core.structures import Boxes3D, Labels, PointCloud, Predictions
-from upcycle3d.datasets.prepared_format import header_digest
 from upcycle3d.perception.evaluation.protocols import LabeledDetections, score_lyft, score_waymo, waymo_objects
 from upcycle3d.perception.evaluation.waymo_objects import write_waymo_objects
 from upcycle3d.tools import evaluate, prepare
@@ -181,7 +181,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def lay_out(data: Path, layout: str) -> None:
     header = json.loads((data / "dataset.json").read_text())
     header["origin"]["layout"] = layout
-    header["digest"] = header_digest(header)
+    header["digest"] = json_digest(header)
     (data / "dataset.json").write_text(json.dumps(header))
 
 
