@@ -9,12 +9,9 @@ of objects to paste.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..core.errors import InvalidInput, UpcycleError
-from ..core.files import atomic_file
+from ..core.files import atomic_file, locked_folder, remove_litter
 from ..core.ledger import Ledger
 from ..core.rig import RigSpec
 from ..core.strict_json import read_json, write_json_file
 from .frame_source import DatasetOrigin, DescribedSource, FrameSource
 from .prepared_format import PREPARED_VERSION, FrameFailure, PreparedHeader, origin_to_json, read_index, row_reading
-from .prepared_parts import finished, make_chunk, remove_leftovers, remove_superseded, write_chunks
+from .prepared_parts import finished, make_chunk, remove_leftovers, remove_superseded, rows_files, write_chunks
 
 ProgressCallback = Callable[[int, int], None]
 """Called with the number of frames that are done and the number of all frames."""
@@ -109,7 +106,7 @@ def prepare(
     parts.mkdir(parents=True, exist_ok=True)
     if origin is None:
         origin = source.origin if isinstance(source, DescribedSource) else DatasetOrigin()
-    with _locked(out) as lock:
+    with locked_folder(out, f"another process is preparing {out}; wait for it or choose another folder") as lock:
         settings = {
             "schema_version": PREPARED_VERSION,
             "classes": list(classes),
@@ -117,15 +114,21 @@ def prepare(
             "chunk_frames": chunk_frames,
         }
         _refuse_other_settings(out / "preparation.json", settings)
+        remove_litter(out)
         remove_leftovers(parts)
         chunks = [make_chunk(settings, first, ids[first : first + chunk_frames]) for first in range(0, len(ids), chunk_frames)]
-        todo = [chunk for chunk in chunks if not finished(parts, chunk)]
+        rows = rows_files(parts)
+        todo = [chunk for chunk in chunks if not finished(parts, chunk, rows.get(chunk.key))]
+        for chunk in todo:
+            if chunk.key in rows:
+                rows[chunk.key].unlink()  # it is written anew, perhaps under another checksum
         reused = done = len(ids) - sum(len(chunk.ids) for chunk in todo)
         for frames in write_chunks(source, todo, parts, len(classes), workers, lock):
             done += frames
             if on_progress:
                 on_progress(done, len(ids))
-        table = pa.concat_tables([read_index(parts / f"{chunk.key}.parquet") for chunk in chunks])
+        rows = rows_files(parts)
+        table = pa.concat_tables([read_index(rows[chunk.key]) for chunk in chunks])
         report = _publish(out, table, classes, origin, splits, reused)
         remove_superseded(parts, chunks, table)
         return report
@@ -147,20 +150,6 @@ def _check_arguments(source: FrameSource, ids: tuple[str, ...], splits: Mapping[
             raise InvalidInput(
                 f"{what} names {len(twice)} frames twice {twice[:3]} and {len(unknown)} that do not exist {unknown[:3]}"
             )
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[int]:
-    """Hold the folder for this process; the kernel releases it however the process ends."""
-    lock = os.open(out / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UpcycleError(f"another process is preparing {out}; wait for it or choose another folder") from None
-        yield lock
-    finally:
-        os.close(lock)
 
 
 def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:

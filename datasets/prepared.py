@@ -101,9 +101,15 @@ class PreparedDataset:
         return len(self.ids)
 
     def __getitem__(self, index: int, /) -> Frame:
-        """Read frame `index`; the tensors are the caller's own."""
+        """Read frame `index`; the tensors are the caller's own. Raises `InvalidInput` if the points have another checksum."""
         row = self._row(index)
         rows = self._points(row)
+        if zlib.crc32(rows) != row["crc32"]:
+            raise InvalidInput(
+                f"the points of frame {row['id']} in {self.root / 'parts' / row['part']} are damaged: they have another checksum than the "
+                "index names; give the same `upcycle3d prepare` command again, which reads only the damaged part again, or copy the "
+                "dataset again"
+            )
         points = PointCloud(
             xyz=torch.from_numpy(np.array(rows[:, :3], np.float32, order="C")),
             features=torch.from_numpy(np.array(rows[:, 3:], np.float32, order="C")),
@@ -196,7 +202,7 @@ class PreparedDataset:
             Ids of the frames whose points are damaged.
         """
         rows = (self._row(i) for i in range(len(self)))
-        return tuple(row["id"] for row in rows if zlib.crc32(self._points(row).tobytes()) != row["crc32"])
+        return tuple(row["id"] for row in rows if zlib.crc32(self._points(row)) != row["crc32"])
 
     def _row(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):

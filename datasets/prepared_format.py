@@ -2,7 +2,7 @@
 
     out/preparation.json         the settings, written first; a restart with other settings is refused
     out/parts/KEY-CRC.f32        points of one chunk of frames: float32 rows x, y, z, features..., frame after frame
-    out/parts/KEY.parquet        one row per frame of that chunk, failures included; written last, so it means "finished"
+    out/parts/KEY-CRC.parquet    one row per frame of that chunk, failures included; written last, so it means "finished"
     out/index-CRC.parquet        the rows of all good frames
     out/dataset.json             the header: version, classes, origin, rig, splits, failures, name of the index; written last of all
 

@@ -1,8 +1,8 @@
 """The parts of a prepared dataset: chunks of frames, read, checked and written by worker processes.
 
-A chunk becomes two files, points (`KEY-CRC.f32`, float32 rows) and one row per frame (`KEY.parquet`). Each appears under its name
+A chunk becomes two files, points (`KEY-CRC.f32`, float32 rows) and one row per frame (`KEY-CRC.parquet`). Each appears under its name
 by one rename of complete, synced bytes, the second after the first, so a chunk whose Parquet file exists is finished, whenever the
-process was killed. KEY is a hash of the settings and the frame ids, CRC is the checksum of the points.
+process was killed. KEY is a hash of the settings and the frame ids, CRC is the checksum of the file, which the next start compares.
 
 Read next: `prepare.py`, which plans the chunks and publishes the result.
 """
@@ -25,10 +25,14 @@ import pyarrow.parquet as pq
 import torch
 
 from ..core.errors import InvalidInput, UpcycleError
-from ..core.files import atomic_file
+from ..core.files import atomic_file, remove_litter, write_atomically
+from ..core.foreign_text import shown
 from ..core.frame import Frame
 from .frame_source import FrameSource, KittiLabelSource
+from .parquet import checksum_in_name
 from .prepared_format import INDEX_SCHEMA, frame_row, read_index
+
+_LONGEST_REASON = 1000  # letters; a reason may quote a label file, and dataset.json must stay a file that people can open
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +86,28 @@ def check_frame(frame: Frame, num_classes: int) -> None:
             )
 
 
+def rows_files(parts: Path) -> dict[str, Path]:
+    """Find the file of rows of every chunk.
+
+    Args:
+        parts: Folder of the part files.
+
+    Returns:
+        The file `KEY-CRC.parquet` by key.
+    """
+    return {path.name.split("-")[0]: path for path in sorted(parts.glob("*-*.parquet"))}
+
+
 def remove_leftovers(parts: Path) -> None:
-    """Delete unfinished files of a killed start: temporary ones, and points whose rows never appeared.
+    """Delete unfinished files of a killed start: temporary ones, and points whose rows never appeared. The caller holds the lock.
 
     Args:
         parts: Folder of the part files.
     """
-    for path in parts.iterdir():
-        if path.suffix == ".tmp" or (path.suffix == ".f32" and not (parts / f"{path.name.split('-')[0]}.parquet").exists()):
+    remove_litter(parts)
+    keys = rows_files(parts)
+    for path in parts.glob("*.f32"):
+        if path.name.split("-")[0] not in keys:
             path.unlink()
 
 
@@ -122,24 +140,37 @@ def make_chunk(settings: dict[str, Any], first: int, ids: tuple[str, ...]) -> Ch
     return Chunk(key=key, first=first, ids=ids)
 
 
-def finished(parts: Path, chunk: Chunk) -> bool:
-    """Say whether an earlier start wrote the whole chunk and no frame of it failed.
+def finished(parts: Path, chunk: Chunk, rows: Path | None) -> bool:
+    """Say whether an earlier start wrote the whole chunk, no frame of it failed, and no byte of it was damaged since.
 
     Args:
         parts: Folder of the part files.
         chunk: The chunk.
+        rows: Its file among `rows_files`, if there is one.
 
     Returns:
-        True if the chunk need not be read again. A chunk whose index is damaged is read and written again.
+        True if the chunk need not be read again. A damaged chunk is read and written again.
     """
-    index = parts / f"{chunk.key}.parquet"
-    if not index.exists():
+    if rows is None:
         return False
     try:
-        table = read_index(index)
+        table = read_index(rows)
     except InvalidInput:
         return False
-    return table["error"].null_count == len(table) and all((parts / name).exists() for name in table["part"].unique().to_pylist())
+    good = table["error"].null_count == len(table) and table["id"].to_pylist() == list(chunk.ids)
+    return good and all(_whole(parts / name) for name in table["part"].unique().to_pylist())
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file of points is there, with the bytes that its name promises."""
+    found = 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                found = zlib.crc32(block, found)
+    except OSError:
+        return False
+    return found == checksum_in_name(path)
 
 
 def write_chunks(source: FrameSource, todo: list[Chunk], parts: Path, num_classes: int, workers: int, lock: int) -> Iterator[int]:
@@ -230,7 +261,7 @@ def _write_chunk(source: FrameSource, chunk: Chunk, parts: Path, num_classes: in
         except MemoryError:
             raise
         except Exception as error:  # whatever a reader raises concerns this frame only, and is reported
-            rows.append({"id": frame_id, "error": f"{type(error).__name__}: {error}"})
+            rows.append({"id": frame_id, "error": shown(f"{type(error).__name__}: {error}", most=_LONGEST_REASON)})
             continue
         blobs.append(blob)
         rows.append(row)
@@ -240,5 +271,7 @@ def _write_chunk(source: FrameSource, chunk: Chunk, parts: Path, num_classes: in
     with atomic_file(parts / name) as file:
         file.write(points)
     table = pa.Table.from_pylist([row if "error" in row else {**row, "part": name} for row in rows], INDEX_SCHEMA)
-    with atomic_file(parts / f"{chunk.key}.parquet") as file:
-        pq.write_table(table, file)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    data = sink.getvalue().to_pybytes()
+    write_atomically(parts / f"{chunk.key}-{zlib.crc32(data):08x}.parquet", data)

@@ -325,7 +325,7 @@ def test_leftovers_of_a_killed_start_are_swept_and_finished_chunks_are_not(tmp_p
     index, cut_off = sorted(parts.glob("*.parquet"))
     cut_off.unlink()  # killed between the two files of a chunk
     (parts / "0123456789abcdef-01234567.f32").write_bytes(b"points whose index never came")
-    (parts / ".half.f32.17.tmp").write_bytes(b"half")
+    (parts / ".0123456789abcdef.tmp").write_bytes(b"half")
     stamp = index.stat().st_mtime_ns
     assert run(Source(6), tmp_path / "d").reused_frames == 3
     assert contents(tmp_path / "d") == contents(tmp_path / "whole")
