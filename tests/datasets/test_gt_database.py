@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.ops.iou3d import iou_bev
 from upcycle3d.ops.points_in_boxes import count_points_in_boxes, points_in_boxes_mask
 
+VERSION_1 = next((Path(__file__).parents[1] / "data" / "version_0_1" / "prepared" / "gt_database").glob("*/database.json")).parent
 CLASSES = ("Car", "Pedestrian")
 SIZES = torch.tensor([[4.0, 1.8, 1.6], [0.8, 0.8, 1.8]])
 
@@ -196,6 +198,105 @@ def test_memory_does_not_grow_with_the_points_in_the_database(tmp_path: Path) ->
     growth, *sizes = map(int, done.stdout.split())
     assert sizes == [500_000] * 10
     assert growth < 25e6  # the database has 80 MB
+
+
+MANY = """
+import os, sys
+from pathlib import Path
+import numpy as np
+import torch
+from upcycle3d.core.frame import Frame
+from upcycle3d.core.structures import Labels, PointCloud
+from upcycle3d.datasets.fingerprint import combine_digests, frame_digest
+from upcycle3d.datasets.gt_database import build_gt_database
+
+torch.set_num_threads(1)
+SEEN = []
+BOXES = torch.cat([torch.cartesian_prod(torch.arange(8.0) * 8, torch.arange(5.0) * 8), torch.zeros(40, 1)], 1)
+LABELS = Labels.make(torch.cat([BOXES, torch.tensor([[4.0, 2, 2, 0]]).repeat(40, 1)], 1), torch.zeros(40))
+
+class FullTurns:
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        SEEN.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        rng = np.random.default_rng(index)
+        rows = rng.random((int(rng.integers(90_000, 130_000)), 4), np.float32) * np.array([64, 40, 2, 1], np.float32)
+        points = torch.from_numpy(rows)
+        cloud = PointCloud(xyz=points[:, :3].contiguous(), features=points[:, 3:].contiguous())
+        return Frame(id=str(index), points=cloud, labels=LABELS)
+
+fingerprint = combine_digests([frame_digest(str(i), LABELS, classes=("Car",)) for i in range(60)])
+database = build_gt_database(FullTurns(), sys.argv[1], class_names=("Car",), fingerprint=fingerprint)
+print(len(database), SEEN[-1] - SEEN[10])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_memory_does_not_grow_with_the_number_of_scans(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", MANY, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    objects, growth = map(int, done.stdout.split())
+    assert objects == 2400
+    assert growth < 4e6  # masks of all boxes and points left 4 megabytes and more per scan of a real sensor
+
+
+def test_a_damaged_object_is_refused_and_never_pasted(frames: list[Frame], tmp_path: Path) -> None:
+    database = build(frames, tmp_path)
+    objects = next(tmp_path.glob("objects-*.f32"))
+    data = bytearray(objects.read_bytes())
+    data[5 * 20 * 16 + 3] ^= 64  # an exponent of the sixth object
+    objects.write_bytes(data)
+    assert database.verify() == (5,)
+    with pytest.raises(InvalidInput, match=r"objects-\w+\.f32 is damaged: the points of object 5 .* delete this folder"):
+        database[5]
+    with pytest.raises(InvalidInput, match="its bytes have another checksum than its name"):
+        GtDatabase(tmp_path)
+
+
+def test_a_header_or_an_index_that_was_changed_is_refused(frames: list[Frame], tmp_path: Path) -> None:
+    build(frames, tmp_path)
+    header = tmp_path / "database.json"
+    text = header.read_text()
+    for old, new, words in [
+        ("Pedestrian", "Pedestrien", "another digest"),
+        ('"num_frames": 6', '"num_frames": "6"', "num_frames must be int"),
+        ('"schema_version": 2', '"schema_version": 1', "other columns"),
+        ('"schema_version": 2', '"schema_version": 99', "has schema version 99"),
+        ('"objects": "', '"objects": "../', "does not name the files"),
+        ("{", "[", "is not valid JSON"),
+    ]:
+        header.write_text(text.replace(old, new, 1))
+        with pytest.raises(InvalidInput, match=words) as error:
+            GtDatabase(tmp_path)
+        assert str(tmp_path) in str(error.value)
+    header.write_text(text)
+    index = next(tmp_path.glob("index-*.parquet"))
+    index.write_bytes(index.read_bytes()[:-1])
+    with pytest.raises(InvalidInput, match="have another checksum"):
+        GtDatabase(tmp_path)
+
+
+def test_a_database_of_version_1_is_read_and_its_points_are_compared(tmp_path: Path) -> None:
+    shutil.copytree(VERSION_1, tmp_path / "old")
+    database = GtDatabase(tmp_path / "old")
+    assert len(database)
+    assert database.verify() == ()
+    objects = next((tmp_path / "old").glob("objects-*.f32"))
+    data = bytearray(objects.read_bytes())
+    data[3] ^= 1
+    objects.write_bytes(data)
+    with pytest.raises(InvalidInput, match="its bytes have another checksum than its name"):
+        GtDatabase(tmp_path / "old")
+
+
+def test_what_killed_builds_left_is_removed_by_the_next_build(frames: list[Frame], tmp_path: Path) -> None:
+    build(frames[:1], tmp_path)
+    for name in (".objects.4711.tmp", ".0123456789abcdef.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    build(frames[:1], tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
 
 
 def test_sampling_fills_up_to_the_count_and_nothing_overlaps(frames: list[Frame], database: GtDatabase) -> None:

@@ -212,6 +212,73 @@ def test_what_the_reader_counted_comes_back_with_the_frame(tmp_path):
     assert found.reading() == counted + source[1].reading
 
 
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 64
+    path.write_bytes(data)
+
+
+def test_a_frame_whose_points_were_changed_is_refused_and_named_and_the_others_are_read(root):
+    frames = PreparedDataset(root)
+    row = read_index(index_of(root)).to_pylist()[1]
+    flip(root / "parts" / row["part"], row["offset"] * 4 + 3)
+    assert PreparedDataset(root).verify() == (row["id"],)
+    with pytest.raises(InvalidInput, match=f"the points of frame {row['id']} in .* are damaged: .* prepare"):
+        frames[1]
+    assert len(frames[0].points)
+    assert len(frames[2].points)
+
+
+@pytest.mark.parametrize("suffix", ["f32", "parquet"])
+def test_preparation_reads_a_damaged_part_again(whole, root, suffix):
+    damaged = min((root / "parts").glob(f"*.{suffix}"))
+    flip(damaged, damaged.stat().st_size // 2)
+    again = prepare_three(root)
+    assert {p.name: p.read_bytes() for p in (again / "parts").iterdir()} == {
+        p.name: p.read_bytes() for p in (whole / "parts").iterdir()
+    }
+    assert PreparedDataset(again).verify() == ()
+
+
+def test_preparation_removes_what_a_killed_start_left(root):
+    for folder in (root, root / "parts"):
+        (folder / ".0123456789abcdef.tmp").write_bytes(b"half")
+    (root / ".mine.tmp").write_bytes(b"of another program")
+    prepare_three(root)
+    assert [p.name for p in root.rglob("*.tmp")] == [".mine.tmp"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "an object with named entries"),
+        ('{"schema_version": 3}', "no readable origin"),
+        ('{"schema_version": 3, "origin": {"layout": "own", "root": null, "options": [1]}}', "no readable origin"),
+    ],
+)
+def test_damaged_settings_of_a_preparation_are_named_with_what_to_do(root, text, words):
+    (root / "preparation.json").write_text(text)
+    with pytest.raises(InvalidInput, match=rf"preparation.json .*{words}.*delete it, and every frame is read again"):
+        prepare_three(root)
+
+
+def test_a_long_reason_is_cut_before_it_lands_in_the_header(tmp_path):
+    class Broken:
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int):
+            if index:
+                raise InvalidInput("a label line " + "x" * 8_000_000)
+            return SimulatedDataset(domain=SMALL, num_frames=1, seed=0, classes=CLASSES)[0]
+
+    good = Broken()[0].id
+    report = prepare(Broken(), [good, "b"], tmp_path / "d", splits={"all": [good, "b"]}, classes=CLASSES, workers=0)
+    assert [f.id for f in report.failures] == ["b"]
+    assert (tmp_path / "d" / "dataset.json").stat().st_size < 10_000
+
+
 # ---- version 1
 
 

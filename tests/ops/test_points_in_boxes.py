@@ -41,6 +41,18 @@ def test_random_scene_agrees_with_a_rotation_matrix(end):
     np.testing.assert_array_equal(getattr(ops, "count_points_in_boxes" + end)(points, boxes).numpy(), expected.sum(1))
 
 
+def test_a_search_finds_the_same_points_box_by_box_for_scans_of_any_size():
+    search = ops.BoxSearch()
+    for seed, (points, boxes) in enumerate([(500, 12), (0, 3), (2000, 5), (30, 0), (1999, 9)]):
+        p, b = scene(points, boxes, seed)
+        search.load(p, b)
+        expected = ops.points_in_boxes_mask_reference(p, b)
+        for box in range(boxes):
+            np.testing.assert_array_equal(search.rows(box), expected[box].nonzero()[:, 0].numpy())
+    with pytest.raises(InvalidInput, match=r"\(N, 3\)"):
+        search.load(torch.zeros(4, 2), b)
+
+
 @pytest.mark.parametrize("end", ["", "_reference"])
 def test_faces_belong_to_the_box(end):
     box = torch.tensor([[10.0, -2, 1, 4, 2, 1, 0]])
