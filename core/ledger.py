@@ -20,6 +20,10 @@ OUTSIDE_POINTS_WARNING = 0.4
 """Share of points outside the detector's range from which a warning follows. Suitable scans lose 2 to 30 % (sky, far road)."""
 OUTSIDE_BOXES_WARNING = 0.2
 """Share of labeled boxes outside the detector's range from which a warning follows."""
+FAILED_SCANS_WARNING = 0.1
+"""Share of scans that could not be read from which a warning follows."""
+FEWEST_BOXES = 4
+"""Labeled boxes from which their total loss stops a command; fewer may be lost by chance."""
 EMPTY_BOXES_WARNING = 0.5
 """Share of labeled boxes without a point from which a warning follows. Full data sets have 1 to 20 %."""
 CELLS_WARNING = 0.02
@@ -197,6 +201,14 @@ def judge(ledger: Ledger, *, refuse_lost_cells: bool = False) -> tuple[Finding, 
                 "full turns, crop to the camera's view (--calib), or raise max_voxels of the detector and train it again",
             )
         )
+    if ledger.scans_failed > FAILED_SCANS_WARNING * (ledger.scans + ledger.scans_failed):
+        found.append(
+            Finding(
+                stops=False,
+                text=f"{ledger.scans_failed} of {ledger.scans + ledger.scans_failed} scans were left out because of errors; that "
+                "usually has one cause: see the reasons",
+            )
+        )
     boxes, empty = sum(ledger.boxes.values()), sum(ledger.boxes_empty.values())
     outside = sum(ledger.boxes_outside_range.values())
     if boxes and empty > EMPTY_BOXES_WARNING * boxes:
@@ -204,7 +216,7 @@ def judge(ledger: Ledger, *, refuse_lost_cells: bool = False) -> tuple[Finding, 
             f"{empty} of {boxes} boxes hold no point; likely causes are angles in degrees (--yaw degrees), another order of sizes "
             "(--size-order), centers at the bottom (--origin bottom), other axes (--axes), or a calibration of other scans"
         )
-        found.append(Finding(stops=empty == boxes, text=text))
+        found.append(Finding(stops=empty == boxes >= FEWEST_BOXES, text=text))
     if boxes and outside > OUTSIDE_BOXES_WARNING * boxes:
         text = f"{outside} of {boxes} boxes lie outside the detector's range; take a preset with a larger range, or see about {shift}"
         found.append(Finding(stops=outside == boxes, text=text))

@@ -13,20 +13,65 @@ Read next: `core/point_files.py` for the formats of scans, `raw.py` for the spli
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
+from ..core.foreign_text import check_name, shown
 from ..core.frame import Frame
-from ..core.point_files import POINT_SUFFIXES, read_points
+from ..core.ledger import Ledger
+from ..core.point_files import POINT_SUFFIXES, read_scan
 from ..core.rig import RigSpec
+from ..core.scan_options import Axis, ScanOptions
 from ..core.structures import Labels
+from ..core.text_files import read_text
+from .class_names import ClassRule, nearest
 from .frame_source import DatasetOrigin, described_origin
-from .kitti import read_ids, with_point_counts
-from .kitti_text import unknown_class
+from .id_lists import read_ids
+from .kitti import scan_settings, with_point_counts
+from .kitti_text import MOST_YAW, finite_number, label_words
+
+YawUnit = Literal["radians", "degrees"]
+"""Unit of the angles in label files."""
+BoxOrigin = Literal["center", "bottom"]
+"""Which point of a box its x y z is."""
+SizeLetter = Literal["l", "w", "h"]
+"""One of length (along the heading), width and height."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelForm:
+    """How the boxes of label files are written. The default is our own convention.
+
+    Raises:
+        InvalidInput: The size order does not name l, w and h once each.
+    """
+
+    yaw: YawUnit = "radians"
+    """Unit of the yaw."""
+    size_order: tuple[SizeLetter, SizeLetter, SizeLetter] = ("l", "w", "h")
+    """Order of the three sizes in a line."""
+    origin: BoxOrigin = "center"
+    """Whether x y z is the center of the box or the center of its bottom face."""
+
+    def __post_init__(self) -> None:
+        if self.yaw not in ("radians", "degrees"):
+            raise InvalidInput(f"the unit of the yaw (--yaw) must be radians or degrees, found {self.yaw!r}")
+        if sorted(self.size_order) != ["h", "l", "w"]:
+            raise InvalidInput(
+                f"the order of the sizes (--size-order) must name l, w and h once each, found {' '.join(self.size_order)}"
+            )
+        if self.origin not in ("center", "bottom"):
+            raise InvalidInput(f"the origin of the boxes (--origin) must be center or bottom, found {self.origin!r}")
 
 
 @dataclass(frozen=True)
@@ -44,10 +89,11 @@ class FolderDataset:
     """Which frames, in this order: file names without suffix. See `folder_ids`."""
     classes: tuple[str, ...]
     """Names of the classes to keep; their order gives the class numbers."""
-    other_classes: tuple[str, ...] = ()
-    """Names that may occur in the labels and are dropped. Any other name is an error, because it is usually a typing mistake."""
+    other_classes: tuple[str, ...] | None = ()
+    """Names that may occur in the labels and are dropped. Any other name is an error, because it is usually a typing mistake. None
+    drops and counts every name that is no class."""
     columns: tuple[str, ...] | None = None
-    """What the values of a scan's row are; see `read_points`."""
+    """What the values of a scan's row are; see `read_points`. `scan` has more options."""
     intensity_scale: float = 1.0
     """Factor that brings intensity to 0..1: 1/255 for a sensor that counts to 255."""
     drop_non_finite: bool = False
@@ -56,15 +102,35 @@ class FolderDataset:
     """False leaves `labels` None and never opens the labels folder."""
     z_shift: float = 0.0
     """Mounting height of the sensor in m, added to z of points and boxes so that the road lies near 0."""
+    class_map: Mapping[str, str] = field(default_factory=dict)
+    """Type of the label files -> class, for example Vehicle -> Car."""
+    unlabeled: tuple[str, ...] | frozenset[str] = ()
+    """Ids of frames whose label files are not opened."""
+    scan: ScanOptions | None = None
+    """How scan files are read, instead of `columns`, `intensity_scale`, `drop_non_finite` and `z_shift`. Its axes turn the labels too."""
+    form: LabelForm = LabelForm()
+    """How the boxes of the label files are written."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
         object.__setattr__(self, "ids", tuple(self.ids))
         object.__setattr__(self, "classes", tuple(self.classes))
+        object.__setattr__(self, "unlabeled", frozenset(self.unlabeled))
+        if self.scan is not None:
+            rig = self.scan.rig()
+            object.__setattr__(self, "columns", self.scan.columns or None)
+            object.__setattr__(self, "intensity_scale", rig.intensity_scale)
+            object.__setattr__(self, "drop_non_finite", self.scan.drop_non_finite)
+            object.__setattr__(self, "z_shift", rig.z_shift)
         if not (Path(self.root) / "points").is_dir():
             raise InvalidInput(
                 f"no folder {Path(self.root) / 'points'}; the root must hold points/<id>.bin|.npy|.pcd and labels/<id>.txt"
             )
+        for frame_id in self.ids:
+            check_name(frame_id, "frame id")
+        self._rule  # noqa: B018 - it checks classes and class map
+        if self.with_labels and len(self.unlabeled) < len(self.ids):
+            _label_axes(self._scan_options.axes)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -72,23 +138,27 @@ class FolderDataset:
     def __getitem__(self, index: int) -> Frame:
         """Read frame `index`. Raises `InvalidInput` with frame, path and root if a file is missing or broken."""
         frame_id = self.ids[index]
-        points = read_points(
-            self._scan(frame_id),
-            columns=self.columns,
-            intensity_scale=self.intensity_scale,
-            drop_non_finite=self.drop_non_finite,
-        )
-        points = replace(points, xyz=self.rig.from_sensor(points.xyz))
+        points, reading = read_scan(self._scan(frame_id), self._scan_options, rig=self.rig)
         labels = None
-        if self.with_labels:
-            path = Path(self.root) / "labels" / f"{frame_id}.txt"
+        if self.has_labels(frame_id):
+            path = self._label_path(frame_id)
             if not path.is_file():
                 raise InvalidInput(
-                    f"frame {frame_id}: no labels {path} (root {self.root}); write an empty file if the scene holds no object"
+                    f"frame {frame_id}: no labels {path} (root {self.root}); write an empty file if the scene holds no object. Frames that "
+                    "nobody labeled are prepared with --unlabeled SPLIT"
                 )
-            labels = read_labels(path, self.classes, other_classes=self.other_classes)
+            labels, dropped = _read(path, self._rule, self.other_classes, self.form, self._scan_options.axes)
             labels = with_point_counts(replace(labels, boxes=self.rig.from_sensor(labels.boxes)), points)
-        return Frame(id=frame_id, points=points, labels=labels, rig=self.rig)
+            reading = reading + Ledger(types_dropped=dropped)
+        return Frame(id=frame_id, points=points, labels=labels, rig=self.rig, reading=reading)
+
+    @cached_property
+    def _rule(self) -> ClassRule:
+        return ClassRule(self.classes, self.class_map)
+
+    @cached_property
+    def _scan_options(self) -> ScanOptions:
+        return self.scan or ScanOptions(columns=self.columns or (), drop_non_finite=self.drop_non_finite)
 
     @property
     def rig(self) -> RigSpec:
@@ -100,13 +170,52 @@ class FolderDataset:
         """Where the frames come from."""
         options = {
             "z_shift": self.z_shift,
-            "intensity_scale": self.intensity_scale,
-            "other_classes": self.other_classes,
-            "columns": self.columns or (),
-            "drop_non_finite": self.drop_non_finite,
+            "other_classes": "any" if self.other_classes is None else self.other_classes,
             "with_labels": self.with_labels,
+            "class_map": self.class_map,
+            "yaw": self.form.yaw,
+            "size_order": self.form.size_order,
+            "origin": self.form.origin,
         }
-        return described_origin("folder", self.root, options)
+        settings = scan_settings(self._scan_options) | {"intensity_scale": self.intensity_scale}
+        return described_origin("folder", self.root, options | settings)
+
+    def has_labels(self, frame_id: str) -> bool:
+        """Say whether the label file of a frame is read.
+
+        Args:
+            frame_id: Id of the frame.
+
+        Returns:
+            False for frames of `unlabeled`, and for all where `with_labels` is False.
+        """
+        return self.with_labels and frame_id not in self.unlabeled
+
+    def label_types(self) -> Mapping[str, int]:
+        """Count the objects of all labeled frames by type, without reading a scan. A file that is broken counts as empty here.
+
+        Returns:
+            Number of objects by type as spelled in the files.
+
+        Raises:
+            InvalidInput: A yaw lies beyond two pi, so all of them are probably in degrees.
+        """
+        types: Counter[str] = Counter()
+        for frame_id in self.ids:
+            if self.has_labels(frame_id):
+                try:
+                    lines = read_text(self._label_path(frame_id), "label file").splitlines()
+                    found = [words for line in lines if (words := label_words(line.partition("#")[0], ""))]
+                except InvalidInput:
+                    continue  # reading the frame says what is wrong
+                types.update(words[0] for words in found)
+                for words in found:
+                    if len(words) == 8 and self.form.yaw == "radians" and (yaw := finite_number(words[7])) is not None:
+                        _check_yaw(yaw, str(self._label_path(frame_id)))
+        return types
+
+    def _label_path(self, frame_id: str) -> Path:
+        return Path(self.root) / "labels" / f"{frame_id}.txt"
 
     def _scan(self, frame_id: str) -> Path:
         base = Path(self.root) / "points"
@@ -135,49 +244,118 @@ def folder_ids(root: Path | str, split: str | None = None) -> tuple[str, ...]:
     root = Path(root)
     if split is not None:
         return read_ids(root / "splits" / f"{split}.txt")
+    if not (root / "points").is_dir():
+        raise InvalidInput(f"no folder {root / 'points'}; the root must hold points/<id>.bin|.npy|.pcd and labels/<id>.txt")
     ids = sorted({p.stem for p in (root / "points").glob("*") if p.suffix in POINT_SUFFIXES and not p.name.startswith(".")})
     if not ids:
         raise InvalidInput(f"there is no scan in {root / 'points'}; put <id>.bin, .npy or .pcd files there")
     return tuple(ids)
 
 
-def read_labels(path: Path | str, classes: tuple[str, ...], *, other_classes: tuple[str, ...] = ()) -> Labels:
+def read_labels(
+    path: Path | str,
+    classes: tuple[str, ...],
+    *,
+    other_classes: tuple[str, ...] | None = (),
+    class_map: Mapping[str, str] | None = None,
+    form: LabelForm | None = None,
+    axes: tuple[Axis, Axis, Axis] = ("x", "y", "z"),
+) -> Labels:
     """Read a text file of lines `class x y z dx dy dz yaw`.
 
     Args:
         path: The file.
-        classes: Names of the classes to keep; their order gives the class numbers.
-        other_classes: Names that are dropped.
+        classes: Names of the classes to keep; their order gives the class numbers. Case does not matter.
+        other_classes: Names that are dropped; None drops every name that is no class.
+        class_map: Type of the file -> class.
+        form: How the boxes are written.
+        axes: Which axis of the file points forward, left and up.
 
     Returns:
-        The labels, in the frame and the order of the file.
+        The labels, in the order of the file.
 
     Raises:
-        InvalidInput: With file and line: a line has not eight columns, a number is not finite, a size is not positive, or a class is
-            in neither list (the message suggests the nearest name).
+        InvalidInput: With file and line: a line has not eight columns, a number is not finite, a size is not positive, an angle lies
+            beyond two pi, or a class is in neither list (the message suggests the nearest name).
     """
+    labels, _ = _read(Path(path), ClassRule(classes, class_map or {}), other_classes, form or LabelForm(), axes)
+    return labels
+
+
+def _read(
+    path: Path, rule: ClassRule, other_classes: tuple[str, ...] | None, form: LabelForm, axes: tuple[Axis, Axis, Axis]
+) -> tuple[Labels, Counter[str]]:
+    """The labels of a file, and the number of dropped objects by type."""
     boxes: list[list[float]] = []
-    indices: list[int] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        words = line.partition("#")[0].split()
+    numbers: list[int] = []
+    dropped: Counter[str] = Counter()
+    others = None if other_classes is None else {name.casefold() for name in other_classes}
+    known = (*rule.classes, *rule.class_map, *(other_classes or ()))
+    for row, line in enumerate(read_text(path, "label file").splitlines(), start=1):
+        where = f"{path}, line {row}"
+        words = label_words(line.partition("#")[0], where)
         if not words:
             continue
-        where = f"{path}, line {number}"
         if len(words) != 8:
-            raise InvalidInput(f"{where}: expected `class x y z dx dy dz yaw`, found {len(words)} columns: {line.strip()!r}")
+            raise InvalidInput(
+                f"{where}: expected `class x y z dx dy dz yaw`, found {len(words)} columns: {shown(line.strip())!r}"
+            )
         try:
             box = [float(w) for w in words[1:]]
         except ValueError as error:
-            raise InvalidInput(f"{where}: the box must be seven numbers ({error}): {line.strip()!r}") from error
+            raise InvalidInput(f"{where}: the box must be seven numbers ({shown(error)}): {shown(line.strip())!r}") from error
         if not all(map(math.isfinite, box)):
-            raise InvalidInput(f"{where}: found NaN or inf: {line.strip()!r}")
+            raise InvalidInput(f"{where}: found NaN or inf: {shown(line.strip())!r}")
         if min(box[3:6]) <= 0:
             raise InvalidInput(f"{where}: dx, dy, dz must be positive, found {box[3:6]}; give the box a size or remove the line")
-        if words[0] in classes:
+        box[6] = math.radians(box[6]) if form.yaw == "degrees" else box[6]
+        if form.yaw == "radians":
+            _check_yaw(box[6], where)
+        number = rule.number(words[0])
+        if number is not None:
             boxes.append(box)
-            indices.append(classes.index(words[0]))
-        elif words[0] not in other_classes:
-            raise InvalidInput(f"{where}: {unknown_class(words[0], classes + other_classes)}")
-    data = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 7)
-    data[:, 6] = wrap_angle(data[:, 6])
-    return Labels.make(data.float(), torch.tensor(indices, dtype=torch.int64))
+            numbers.append(number)
+        elif others is None or words[0].casefold() in others:
+            dropped[words[0]] += 1
+        else:
+            names = ", ".join(map(shown, known))
+            raise InvalidInput(
+                f"{where}: unknown class {shown(repr(words[0]))}; known are {names}{nearest(words[0], known)}. Types to leave out are named "
+                "with --other-classes, other names of a class with --class-map TYPE CLASS"
+            )
+    data = _in_our_convention(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 7), form, axes)
+    return Labels.make(data.float(), torch.tensor(numbers, dtype=torch.int64)), dropped
+
+
+def _check_yaw(yaw: float, where: str) -> None:
+    if abs(yaw) > MOST_YAW:
+        raise InvalidInput(
+            f"{where}: the yaw is {yaw:g}, which is beyond two pi; angles are in radians, or in degrees with --yaw degrees"
+        )
+
+
+def _in_our_convention(boxes: Tensor, form: LabelForm, axes: tuple[Axis, Axis, Axis]) -> Tensor:
+    """Turn (N, 7) boxes of a file into ours: order of sizes, axes, origin; the yaw is in radians already."""
+    sizes = boxes[:, 3:6][:, [form.size_order.index(letter) for letter in ("l", "w", "h")]]
+    turn = torch.from_numpy(_label_axes(axes))
+    center = boxes[:, :3] @ turn.T
+    if form.origin == "bottom":
+        center = center + torch.stack([torch.zeros_like(sizes[:, 2])] * 2 + [sizes[:, 2] / 2], 1)
+    yaw = boxes[:, 6]
+    if axes != ("x", "y", "z"):
+        heading = torch.stack([torch.cos(yaw), torch.sin(yaw), torch.zeros_like(yaw)], 1) @ turn.T
+        yaw = torch.atan2(heading[:, 1], heading[:, 0])
+    return torch.cat([center, sizes, wrap_angle(yaw)[:, None]], 1)
+
+
+def _label_axes(axes: tuple[Axis, Axis, Axis]) -> np.ndarray:
+    """(3, 3) the matrix that turns the file's axes into ours, for labels: their headings need an upright axis."""
+    if axes[2].lstrip("-") != "z":
+        raise InvalidInput(
+            f"boxes cannot be turned by the axes {' '.join(axes)}, because the yaw of a label turns about the file's z axis, which must point "
+            "up or down; convert the labels to x forward, y left, z up"
+        )
+    turn = np.zeros((3, 3))
+    for row, axis in enumerate(axes):
+        turn[row, "xyz".index(axis[-1])] = -1.0 if axis.startswith("-") else 1.0
+    return turn

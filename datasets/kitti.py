@@ -4,18 +4,23 @@
     root/training/velodyne/<id>.bin                  the full turn, float32 x y z intensity
     root/training/velodyne_reduced/<id>.bin          the same, only what the camera sees
     root/training/{label_2,calib}/<id>.txt           objects in the camera frame; how the frames are related
-    root/training/image_2/<id>.png                   only its size is read
+    root/training/image_2/<id>.png|jpg               only its size is read
+    root/testing/...                                 the same without label_2: the frames of the split `test`
 
 KITTI labels only what the camera sees, so a scan is cropped to the camera's view by default: outside of it an object would count
 as background.
 
-Read next: `kitti_text.py` for the label files, `raw.py` for the splits.
+Training and testing frames have the same numbers in KITTI. So a testing frame is called `testing-<id>` here.
+
+Read next: `kitti_text.py` for the label files, `kitti_calibration.py` for the calibrations, `raw.py` for the splits.
 """
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -23,18 +28,25 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.foreign_text import check_name
 from ..core.frame import Calibration, Frame
-from ..core.point_files import read_points
+from ..core.ledger import Ledger
+from ..core.point_files import read_scan
 from ..core.rig import RigSpec
+from ..core.scan_options import ScanOptions
 from ..core.structures import Labels, PointCloud
 from ..ops.points_in_boxes import count_points_in_boxes
+from .class_names import ClassRule
 from .frame_source import DatasetOrigin, described_origin
-from .kitti_text import KittiObjects, labels_from_kitti, read_objects
+from .id_lists import read_ids as read_ids
+from .kitti_calibration import find_calibration, read_calibration, shift_calibration
+from .kitti_text import KittiObjects, dropped_types, labels_from_kitti, read_objects, read_types
+from .picture_size import find_picture, read_picture_size
 
-DEFAULT_IMAGE_SIZE = (1242, 375)
-"""Width and height in pixels of most KITTI pictures; used where the picture itself is missing."""
 KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
 """The classes of KITTI's benchmark."""
+TESTING = "testing-"
+"""What the ids of frames in `testing` start with."""
 PointsFolder = Literal["auto", "velodyne", "velodyne_reduced"]
 """Which scans to read: the full turn, the scan that is cropped already, or the cropped one where it exists and cropping is asked."""
 
@@ -57,7 +69,8 @@ class KittiDataset:
     """Folder of the scans: `velodyne` is the full turn, `velodyne_reduced` is cropped already. `auto` takes velodyne_reduced where the
     frame has it and cropping is asked, else velodyne."""
     classes: tuple[str, ...] = KITTI_CLASSES
-    """Names of the classes to keep; their order gives the class numbers. Neighboring types (Van for Car) are kept with weight 0."""
+    """Names of the classes to keep; their order gives the class numbers. Case does not matter. Neighboring types (Van for Car) are kept
+    with weight 0."""
     z_shift: float = 0.0
     """Mounting height of the sensor in m, added to z of points and boxes so that the road lies near 0. The calibration subtracts it
     again, so projection and evaluation stay right. KITTI's sensor is at 1.73 m."""
@@ -65,17 +78,33 @@ class KittiDataset:
     """Keep only points that the camera sees. Set it to False only for frames without labels."""
     with_labels: bool = True
     """False leaves `labels` None and never opens label_2."""
+    class_map: Mapping[str, str] = field(default_factory=dict)
+    """Type of the label files -> class, for example Vehicle -> Car."""
+    unlabeled: tuple[str, ...] | frozenset[str] = ()
+    """Ids of frames whose label files are not opened. Frames of `testing` have none in any case."""
+    scan: ScanOptions = ScanOptions()
+    """How the scan files are read. Its `image_size` is the size of every picture; by default that of the frame's own picture. Its z shift
+    is not used, `z_shift` is."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
         object.__setattr__(self, "ids", tuple(self.ids))
         object.__setattr__(self, "classes", tuple(self.classes))
-        if not (Path(self.root) / "training").is_dir():
+        object.__setattr__(self, "unlabeled", frozenset(self.unlabeled))
+        if not (Path(self.root) / "training").is_dir() and not all(i.startswith(TESTING) for i in self.ids or ("",)):
             raise InvalidInput(
                 f"no folder {Path(self.root) / 'training'}; the root must hold training/velodyne, calib and label_2"
             )
         if self.points_folder not in ("auto", "velodyne", "velodyne_reduced"):
             raise InvalidInput(f"points_folder must be auto, velodyne or velodyne_reduced, found {self.points_folder!r}")
+        if self.scan.axes != ("x", "y", "z"):
+            raise InvalidInput(
+                f"the axes of scans in KITTI's layout cannot be turned (found {' '.join(self.scan.axes)}), because the calibrations belong "
+                "to the file's axes; correct Tr_velo_to_cam instead"
+            )
+        for frame_id in self.ids:
+            check_name(frame_id, "frame id")
+        self._rule  # noqa: B018 - it checks classes and class map
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,23 +113,53 @@ class KittiDataset:
         """Read frame `index`. Raises `InvalidInput` with frame, path and root if a file is missing or broken."""
         frame_id = self.ids[index]
         calibration = self.calibration(frame_id)
-        points = self._points(frame_id, calibration)
+        points, reading = self._points(frame_id, calibration)
         labels = None
-        if self.with_labels:
-            labels = labels_from_kitti(self.kitti_objects(frame_id), calibration, self.classes)
+        if self.has_labels(frame_id):
+            objects = self.kitti_objects(frame_id)
+            labels = labels_from_kitti(objects, calibration, self.classes, self.class_map)
             labels = with_point_counts(labels, points)
-        return Frame(id=frame_id, points=points, labels=labels, calibration=calibration, rig=self.rig)
+            reading = reading + Ledger(types_dropped=dropped_types(objects.types, self._rule))
+        return Frame(id=frame_id, points=points, labels=labels, calibration=calibration, rig=self.rig, reading=reading)
+
+    @cached_property
+    def _rule(self) -> ClassRule:
+        return ClassRule(self.classes, self.class_map)
 
     @property
     def rig(self) -> RigSpec:
-        """What this reader does to scans and boxes; KITTI's intensity is in 0..1 already."""
-        return RigSpec(z_shift=self.z_shift)
+        """What this reader does to scans and boxes; KITTI's own intensity is in 0..1 already."""
+        return RigSpec(z_shift=self.z_shift, intensity_scale=self.scan.rig().intensity_scale)
 
     @property
     def origin(self) -> DatasetOrigin:
         """Where the frames come from."""
         options = {"z_shift": self.z_shift, "points": self.points_folder, "crop_to_camera": self.crop_to_camera}
-        return described_origin("kitti", self.root, options | {"with_labels": self.with_labels})
+        options |= {"with_labels": self.with_labels, "class_map": self.class_map}
+        return described_origin("kitti", self.root, options | scan_settings(self.scan))
+
+    def has_labels(self, frame_id: str) -> bool:
+        """Say whether the label file of a frame is read.
+
+        Args:
+            frame_id: Id of the frame.
+
+        Returns:
+            False for frames of `testing`, those of `unlabeled`, and all where `with_labels` is False.
+        """
+        return self.with_labels and frame_id not in self.unlabeled and not frame_id.startswith(TESTING)
+
+    def label_types(self) -> Mapping[str, int]:
+        """Count the objects of all labeled frames by type, without reading a scan. A file that is broken counts as empty here.
+
+        Returns:
+            Number of objects by type as spelled in the files, without DontCare.
+        """
+        types: Counter[str] = Counter()
+        for frame_id in self.ids:
+            if self.has_labels(frame_id):
+                types.update(read_types(self._base(frame_id) / "label_2" / f"{_name(frame_id)}.txt"))
+        return types
 
     def kitti_objects(self, frame_id: str) -> KittiObjects:
         """Read a frame's label file unchanged: what evaluation compares detections with.
@@ -120,7 +179,7 @@ class KittiDataset:
         """Find a file of a frame.
 
         Args:
-            folder: Folder below `training`.
+            folder: Folder below `training` or `testing`.
             frame_id: Id of the frame.
             suffix: End of the file name, with its dot.
 
@@ -130,10 +189,11 @@ class KittiDataset:
         Raises:
             InvalidInput: The file is missing.
         """
-        path = Path(self.root) / "training" / folder / f"{frame_id}{suffix}"
+        path = self._base(frame_id) / folder / f"{_name(frame_id)}{suffix}"
         if not path.is_file():
+            hint = "; frames without labels are prepared with --unlabeled SPLIT" if folder == "label_2" else ""
             raise InvalidInput(
-                f"frame {frame_id}: there is no file {path} (root {self.root}); check the root, the split and that {folder} is unpacked"
+                f"frame {frame_id}: there is no file {path} (root {self.root}); check the root, the split and that {folder} is unpacked{hint}"
             )
         return path
 
@@ -144,134 +204,65 @@ class KittiDataset:
             frame_id: Id of the frame.
 
         Returns:
-            The calibration, with the size of the frame's picture, or `DEFAULT_IMAGE_SIZE` where there is no picture.
+            The calibration, with `scan.image_size`, else the size of the frame's picture. Where there is no picture either,
+            `DEFAULT_IMAGE_SIZE` is assumed if the principal point does not contradict it.
 
         Raises:
             InvalidInput: The file is missing or broken.
         """
-        picture = Path(self.root) / "training" / "image_2" / f"{frame_id}.png"
-        size = read_png_size(picture) if picture.is_file() else DEFAULT_IMAGE_SIZE
-        return shift_calibration(read_calibration(self.path("calib", frame_id, ".txt"), image_size=size), self.z_shift)
+        base, name = self._base(frame_id), _name(frame_id)
+        size = self.scan.image_size
+        if size is None and (picture := find_picture(base / "image_2", name)) is not None:
+            size = read_picture_size(picture)
+        path = find_calibration(base / "calib", name)
+        if not path.is_file():
+            self.path("calib", frame_id, ".txt")  # it says which file is missing
+        return shift_calibration(read_calibration(path, image_size=size), self.z_shift)
 
-    def _points(self, frame_id: str, calibration: Calibration) -> PointCloud:
+    def _base(self, frame_id: str) -> Path:
+        return Path(self.root) / ("testing" if frame_id.startswith(TESTING) else "training")
+
+    def _points(self, frame_id: str, calibration: Calibration) -> tuple[PointCloud, Ledger]:
         name = self.points_folder
         if name == "auto":
-            reduced = Path(self.root) / "training" / "velodyne_reduced" / f"{frame_id}.bin"
+            reduced = self._base(frame_id) / "velodyne_reduced" / f"{_name(frame_id)}.bin"
             name = "velodyne_reduced" if self.crop_to_camera and reduced.is_file() else "velodyne"
-        points = read_points(self.path(name, frame_id, ".bin"))
-        if self.z_shift:
-            points = replace(points, xyz=self.rig.from_sensor(points.xyz))
+        path = self.path(name, frame_id, ".bin")
+        points, reading = read_scan(path, self.scan, rig=self.rig)
         if self.crop_to_camera and name == "velodyne":  # the reduced scans were cropped with the true size of the picture
+            whole = len(points)
             points = crop_to_camera(points, calibration)
-        return points
+            reading = reading + Ledger(points_outside_camera=whole - len(points))
+            if not len(points):
+                width, height = calibration.image_size
+                raise InvalidInput(
+                    f"frame {frame_id}: none of the {whole} points of {path} lies in the camera's view of {width} x {height} pixels; the size "
+                    "(--image-size WIDTH HEIGHT) or the calibration does not belong to this scan"
+                )
+        return points, reading
 
 
-def read_ids(path: Path | str) -> tuple[str, ...]:
-    """Read a list of names, one per line: the frame ids of a split.
-
-    Args:
-        path: A text file.
-
-    Returns:
-        The names in the order of the file.
-
-    Raises:
-        InvalidInput: The file is missing or empty, a name occurs twice, or a name cannot be a file name.
-    """
-    path = Path(path)
-    if not path.is_file():
-        found = sorted(p.stem for p in path.parent.glob("*.txt"))
-        raise InvalidInput(f"there is no split file {path}; the folder holds {', '.join(found) or 'no split'}")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{path} is not a text file: {error}") from error
-    ids = tuple(line.strip() for line in lines if line.strip())
-    if not ids:
-        raise InvalidInput(f"{path} names no frame; write one id per line")
-    seen: set[str] = set()
-    for frame_id in ids:
-        if frame_id in seen or frame_id != Path(frame_id).name:
-            raise InvalidInput(f"{path}: {frame_id!r} {'occurs twice' if frame_id in seen else 'cannot be a file name'}")
-        seen.add(frame_id)
-    return ids
+def _name(frame_id: str) -> str:
+    return frame_id.removeprefix(TESTING)
 
 
-def read_calibration(path: Path | str, *, image_size: tuple[int, int] = DEFAULT_IMAGE_SIZE) -> Calibration:
-    """Read a KITTI calibration file: P2 (camera to pixels) and R0_rect @ Tr_velo_to_cam (LiDAR to the rectified camera frame).
+def scan_settings(scan: ScanOptions) -> dict[str, object]:
+    """The options of scan files that shape a dataset, for `DatasetOrigin`.
 
     Args:
-        path: The file.
-        image_size: Width and height of the picture in pixels.
+        scan: How scans are read.
 
     Returns:
-        The calibration of the LiDAR frame without a z shift.
-
-    Raises:
-        InvalidInput: The file cannot be read, or a row is missing or has another number of values.
+        Values by name; the z shift is left out, because every reader states it itself.
     """
-    rows: dict[str, list[str]] = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"cannot read the calibration {path}: {error}") from error
-    for line in lines:
-        name, separator, numbers = line.partition(":")
-        if separator:
-            rows[name.strip()] = numbers.split()
-
-    def matrix(name: str, shape: tuple[int, int]) -> Tensor:
-        if name not in rows:
-            raise InvalidInput(
-                f"{path}: there is no row {name}; KITTI's calibration needs P2, R0_rect and Tr_velo_to_cam, found "
-                f"{', '.join(rows) or 'none'}"
-            )
-        try:
-            return torch.tensor([float(n) for n in rows[name]], dtype=torch.float64).reshape(shape)
-        except (ValueError, RuntimeError) as error:
-            raise InvalidInput(
-                f"{path}: row {name} must hold {shape[0] * shape[1]} numbers, found {' '.join(rows[name])!r}"
-            ) from error
-
-    rectify, velodyne_to_camera = torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
-    rectify[:3, :3] = matrix("R0_rect", (3, 3))
-    velodyne_to_camera[:3] = matrix("Tr_velo_to_cam", (3, 4))
-    return Calibration(lidar_to_camera=rectify @ velodyne_to_camera, projection=matrix("P2", (3, 4)), image_size=image_size)
-
-
-def read_png_size(path: Path | str) -> tuple[int, int]:
-    """Read the size of a PNG picture from its first 24 bytes (signature, IHDR chunk), which needs no picture library.
-
-    Args:
-        path: The picture.
-
-    Returns:
-        Width and height in pixels.
-
-    Raises:
-        InvalidInput: The file is not a PNG picture.
-    """
-    with open(path, "rb") as file:
-        head = file.read(24)
-    if len(head) < 24 or head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR":
-        raise InvalidInput(f"{path} is not a PNG picture; remove or replace it")
-    width, height = struct.unpack(">II", head[16:24])
-    return width, height
-
-
-def shift_calibration(calibration: Calibration, z_shift: float) -> Calibration:
-    """Adapt a calibration to points whose z was raised.
-
-    Args:
-        calibration: Calibration of the sensor frame.
-        z_shift: Meters that were added to z.
-
-    Returns:
-        Calibration of the shifted frame.
-    """
-    back = torch.eye(4, dtype=torch.float64)
-    back[2, 3] = -z_shift
-    return replace(calibration, lidar_to_camera=calibration.lidar_to_camera @ back)
+    return {
+        "columns": scan.columns,
+        "dtype": scan.dtype,
+        "intensity_scale": scan.rig().intensity_scale,
+        "axes": scan.axes,
+        "image_size": scan.image_size or (),
+        "drop_non_finite": scan.drop_non_finite,
+    }
 
 
 def project_points(xyz: Tensor, calibration: Calibration) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ Read next: `kitti.py` for the folder around these files, `perception/evaluation/
 
 from __future__ import annotations
 
-import difflib
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,11 @@ from torch import Tensor
 from ..core.boxes import corners_bev, kitti_camera_to_lidar, lidar_to_kitti_camera, wrap_angle
 from ..core.errors import InvalidInput
 from ..core.files import write_atomically
+from ..core.foreign_text import LONGEST_NAME, shown
 from ..core.frame import Calibration
 from ..core.structures import Labels, Predictions
+from ..core.text_files import read_text
+from .class_names import ClassRule, is_dont_care
 
 KITTI_TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc", "DontCare")
 """Names of all types that label files use."""
@@ -37,6 +40,11 @@ MAX_OCCLUSION = (0, 1, 2)
 """Easy, moderate, hard: the highest level of occlusion."""
 MAX_TRUNCATION = (0.15, 0.30, 0.50)
 """Easy, moderate, hard: the highest share of the object outside the picture."""
+
+LONGEST_LABEL_LINE = 4096
+"""Letters of the longest line of a label file; longer ones come from damaged files."""
+MOST_YAW = 2 * math.pi + 1e-3
+"""Radians of the largest angle in a label. Angles beyond are usually in degrees."""
 
 _NEAR = 0.1  # m; what lies closer to the camera's plane is not projected
 
@@ -153,30 +161,132 @@ def parse_objects(text: str, source: str) -> KittiObjects:
     types: list[str] = []
     rows: list[list[float]] = []
     for number, line in enumerate(text.splitlines(), start=1):
-        words = line.split()
+        where = f"{source}, line {number}"
+        words = label_words(line, where)
         if not words:
             continue
-        where = f"{source}, line {number}"
         if len(words) not in (15, 16) or (rows and len(words) - 1 != len(rows[0])):
             like = f"{len(rows[0]) + 1} like the lines before" if rows else "15 (label) or 16 (detection, with a score)"
-            raise InvalidInput(f"{where}: expected {like} columns, found {len(words)}: {line.strip()!r}")
+            raise InvalidInput(f"{where}: expected {like} columns, found {len(words)}: {shown(line.strip())!r}")
         try:
             values = [float(w) for w in words[1:]]
         except ValueError as error:
-            raise InvalidInput(f"{where}: all columns after the type must be numbers ({error}): {line.strip()!r}") from error
-        if not all(map(math.isfinite, values)):
-            raise InvalidInput(f"{where}: found NaN or inf: {line.strip()!r}")
-        size = values[7:10]
-        if min(size) <= 0 and size != [-1.0, -1.0, -1.0] and words[0] != "DontCare":
             raise InvalidInput(
-                f"{where}: height, width, length of {words[0]} must be positive, found {size}; "
-                "remove the line, or write -1 -1 -1 -1000 -1000 -1000 -10 for an object without a 3D box"
-            )
+                f"{where}: all columns after the type must be numbers ({shown(error)}): {shown(line.strip())!r}"
+            ) from error
+        if not all(map(math.isfinite, values)):
+            raise InvalidInput(f"{where}: found NaN or inf: {shown(line.strip())!r}")
+        _check_object(words[0], values, where)
         types.append(words[0])
         rows.append(values)
     columns = len(rows[0]) if rows else 14
     table = torch.tensor(rows, dtype=torch.float64).reshape(-1, columns)
     return KittiObjects.from_columns(tuple(types), table)
+
+
+def label_words(line: str, where: str) -> list[str]:
+    """Divide one line of a label file into words.
+
+    Args:
+        line: The line.
+        where: File and line, for the message.
+
+    Returns:
+        The words; the first is a type.
+
+    Raises:
+        InvalidInput: The line or its type is too long for a label.
+    """
+    words = line.split() if len(line) <= LONGEST_LABEL_LINE else []
+    if len(line) > LONGEST_LABEL_LINE or (words and len(words[0]) > LONGEST_NAME):
+        raise InvalidInput(f"{where}: a line of {len(line):,} letters is no label, the file is damaged: {shown(line, most=60)!r}")
+    return words
+
+
+def _check_object(kind: str, values: list[float], where: str) -> None:
+    """Check size and angle of one object; `values` are the columns after the type."""
+    size, yaw = values[7:10], values[13]
+    unknown = size == [-1.0, -1.0, -1.0]
+    if is_dont_care(kind):
+        return
+    if min(size) <= 0 and not unknown:
+        raise InvalidInput(
+            f"{where}: height, width, length of {shown(kind)} must be positive, found {size}; "
+            "remove the line, or write -1 -1 -1 -1000 -1000 -1000 -10 for an object without a 3D box"
+        )
+    if not unknown:
+        _check_yaw(kind, yaw, where, 2 if len(values) == 14 else 4)
+
+
+def _check_yaw(kind: str, yaw: float, where: str, most: int) -> None:
+    """`most` is in units of pi: labels 2, detections 4, because some programs add a turn."""
+    if abs(yaw) > MOST_YAW * most / 2:
+        raise InvalidInput(
+            f"{where}: rotation_y of {shown(kind)} is {yaw:g}, which is beyond {most} pi; angles are in radians, and this one is perhaps in "
+            "degrees: convert the files"
+        )
+
+
+def finite_number(word: str) -> float | None:
+    """Read a number.
+
+    Args:
+        word: A word of a label file.
+
+    Returns:
+        The number, or None where the word is none, or NaN or inf.
+    """
+    try:
+        value = float(word)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def read_types(path: Path) -> Counter[str]:
+    """Count the objects of a label file by type. Of everything else, only the angles are checked.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Number of objects by type as spelled in the file, without DontCare. Empty where the file cannot be read.
+
+    Raises:
+        InvalidInput: A rotation_y lies beyond two pi, so all of them are probably in degrees.
+    """
+    try:
+        lines = read_text(path, "label file").splitlines()
+    except InvalidInput:
+        return Counter()  # reading the frame says what is wrong
+    found = [words for line in lines if (words := line[:LONGEST_LABEL_LINE].split()) and not is_dont_care(words[0])]
+    for words in found:
+        if len(words) == 15 and words[8:11] != ["-1", "-1", "-1"] and (yaw := finite_number(words[14])) is not None:
+            _check_yaw(words[0], yaw, str(path), 2)
+    return Counter(words[0][: LONGEST_NAME + 1] for words in found)
+
+
+def dropped_types(types: tuple[str, ...], rule: ClassRule) -> Mapping[str, int]:
+    """Count the objects that no class wants.
+
+    Args:
+        types: Types of all objects of a file.
+        rule: The classes. A neighboring type of one of them is not dropped.
+
+    Returns:
+        Number of objects by type, without DontCare.
+    """
+    return Counter(
+        kind for kind in types if not is_dont_care(kind) and rule.number(kind) is None and _neighbor(kind, rule) is None
+    )
+
+
+def _neighbor(kind: str, rule: ClassRule) -> int | None:
+    """Number of the class that an object of this type looks like."""
+    for name, others in NEIGHBORS.items():
+        if kind.casefold() in (other.casefold() for other in others):
+            return next((i for i, known in enumerate(rule.classes) if known.casefold() == name.casefold()), None)
+    return None
 
 
 def read_objects(path: Path | str) -> KittiObjects:
@@ -191,13 +301,7 @@ def read_objects(path: Path | str) -> KittiObjects:
     Raises:
         InvalidInput: The file is missing, is not text, or `parse_objects` refuses it.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidInput(f"cannot read the objects of {path}: {error.strerror}; check the folder and the frame id") from error
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{path} is not a text file ({error}); expected KITTI's label_2 format") from error
-    return parse_objects(text, str(path))
+    return parse_objects(read_text(path, "label file"), str(path))
 
 
 def format_objects(objects: KittiObjects) -> str:
@@ -230,7 +334,9 @@ def write_objects(path: Path | str, objects: KittiObjects) -> None:
     write_atomically(Path(path), format_objects(objects).encode())
 
 
-def labels_from_kitti(objects: KittiObjects, calibration: Calibration, classes: tuple[str, ...]) -> Labels:
+def labels_from_kitti(
+    objects: KittiObjects, calibration: Calibration, classes: tuple[str, ...], class_map: Mapping[str, str] | None = None
+) -> Labels:
     """Translate a label file into labels in the LiDAR frame.
 
     A neighboring type (Van for Car, Person_sitting for Pedestrian) that is not a class itself is kept with the class's number and
@@ -239,7 +345,8 @@ def labels_from_kitti(objects: KittiObjects, calibration: Calibration, classes: 
     Args:
         objects: The label file.
         calibration: Calibration of the frame.
-        classes: Names of the classes to keep; their order gives the class numbers.
+        classes: Names of the classes to keep; their order gives the class numbers. Case does not matter.
+        class_map: Type of the file -> class.
 
     Returns:
         Labels in file order, with KITTI's difficulty; `num_points` is unknown.
@@ -247,20 +354,20 @@ def labels_from_kitti(objects: KittiObjects, calibration: Calibration, classes: 
     Raises:
         InvalidInput: An object of these classes has no 3D box.
     """
-    index_of = {other: classes.index(name) for name, others in NEIGHBORS.items() if name in classes for other in others}
-    index_of |= {name: i for i, name in enumerate(classes)}
-    index_of.pop("DontCare", None)
-    kept = objects.select(torch.tensor([t in index_of for t in objects.types], dtype=torch.bool))
+    rule = ClassRule(classes, class_map or {})
+    own = {kind: None if is_dont_care(kind) else rule.number(kind) for kind in set(objects.types)}
+    index_of = {kind: _neighbor(kind, rule) if number is None else number for kind, number in own.items()}
+    kept = objects.select(torch.tensor([index_of[t] is not None for t in objects.types], dtype=torch.bool))
     if bool((kept.dimensions <= 0).any()):
         raise InvalidInput(
-            f"a label of {sorted(set(kept.types))} has no 3D box (size -1); it cannot become a label in the LiDAR frame"
+            f"a label of {[shown(t, most=60) for t in sorted(set(kept.types))]} has no 3D box (size -1); it cannot become a label in the LiDAR frame"
         )
     boxes = kitti_camera_to_lidar(kept.location, kept.dimensions, kept.rotation_y, calibration.lidar_to_camera)
     return Labels.make(
         boxes,
         torch.tensor([index_of[t] for t in kept.types], dtype=torch.int64),
         difficulty=kept.difficulty(),
-        weight=torch.tensor([float(t in classes) for t in kept.types]),
+        weight=torch.tensor([float(own[t] is not None) for t in kept.types]),
     )
 
 
@@ -335,21 +442,6 @@ def project_boxes(location: Tensor, dimensions: Tensor, rotation_y: Tensor, cali
     border = torch.tensor(calibration.image_size, dtype=torch.float64) - 1
     low, high = low.clamp_min(0), torch.minimum(high, border)
     return torch.cat([low, high], -1), (high > low).all(-1)
-
-
-def unknown_class(name: str, known: tuple[str, ...]) -> str:
-    """Write the message for a class name that nobody declared.
-
-    Args:
-        name: The name that was found.
-        known: The declared names.
-
-    Returns:
-        A sentence with the known names and the nearest of them.
-    """
-    nearest = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.5)
-    hint = f"; did you mean {next(k for k in known if k.lower() == nearest[0])!r}?" if nearest else ""
-    return f"unknown class {name!r}; known are {', '.join(known)}{hint}"
 
 
 def _number(value: float, decimals: int = 6) -> str:

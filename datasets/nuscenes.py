@@ -25,6 +25,7 @@ Read next: `drive_tables.py`, `nuscenes_tables.py`; `raw.py` for the splits.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -38,6 +39,7 @@ from torch import Tensor
 from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
 from ..core.frame import Frame
+from ..core.ledger import Ledger
 from ..core.rig import RigSpec
 from ..core.structures import Labels, PointCloud
 from .drive_tables import DriveTables, Sweep
@@ -178,17 +180,19 @@ class NuScenesDataset:
         keyframe = self.tables.keyframe(sample)
         try:
             points = self._in_frame(read_sweep(keyframe.path), keyframe, keyframe)
+            reading = Ledger(points=len(points), types_dropped=self._dropped(sample))
             labels = self.labels(sample) if self.with_labels else None
             if labels is not None and bool((labels.num_points < 0).any()):
                 counted = with_point_counts(labels, points).num_points
                 labels = replace(labels, num_points=torch.where(labels.num_points < 0, counted, labels.num_points))
             if self.sweeps > 1:
                 points = self._accumulate(points, keyframe)
+                reading = replace(reading, points=len(points))
         except InvalidInput as error:
             if sample in str(error):
                 raise
             raise InvalidInput(f"sample {sample}: {error}") from error
-        return Frame(id=sample, points=points, labels=labels, rig=self.rig)
+        return Frame(id=sample, points=points, labels=labels, rig=self.rig, reading=reading)
 
     @property
     def rig(self) -> RigSpec:
@@ -208,6 +212,18 @@ class NuScenesDataset:
             "with_labels": self.with_labels,
         }
         return described_origin(self.dialect.name, self.tables.root, options)
+
+    def label_types(self) -> Mapping[str, int]:
+        """Count the boxes of all frames by category, without reading a sweep.
+
+        Returns:
+            Number of boxes by category.
+        """
+        places = [self.tables.sample_order[i] for i in self.ids if i in self.tables.sample_order]
+        rows = [np.arange(self.tables.box_starts[i], self.tables.box_starts[i + 1]) for i in places] if self.with_labels else []
+        numbers = self.tables.box_counts[np.concatenate(rows), 0] if rows else np.zeros(0, np.int64)
+        found = Counter(numbers[numbers >= 0].tolist())
+        return {self.tables.categories[number]: count for number, count in sorted(found.items())}
 
     def labels(self, sample: str) -> Labels:
         """Read the labels of a keyframe without opening its sweep.
@@ -238,6 +254,19 @@ class NuScenesDataset:
             torch.tensor([self.classes.index(class_map[name]) for name in names], dtype=torch.int64),
             num_points=found.num_points[kept],
             weight=torch.tensor([0.0 if name in self.neighbors else 1.0 for name in names]),
+        )
+
+    def _dropped(self, sample: str) -> Mapping[str, int]:
+        """Number of boxes that no class wants, by category; those that are too long for `max_length` count as `CATEGORY (too long)`."""
+        if not self.with_labels:
+            return {}
+        found = self.tables.annotations(sample)
+        wanted = {c for c, n in (self.class_map or {}).items() if n in self.classes} | set(self.neighbors)
+        long = [self.max_length is not None and float(length) > self.max_length for length in found.size[:, 1]]
+        return Counter(
+            f"{category} (too long)" if category in wanted else category
+            for category, too_long in zip(found.categories, long)
+            if too_long or category not in wanted
         )
 
     def _accumulate(self, points: PointCloud, keyframe: Sweep) -> PointCloud:

@@ -9,10 +9,11 @@ of objects to paste.
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,22 @@ import pyarrow.parquet as pq
 
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import atomic_file, locked_folder, remove_litter
-from ..core.ledger import Ledger
+from ..core.foreign_text import check_name
+from ..core.ledger import Ledger, judge
 from ..core.rig import RigSpec
 from ..core.strict_json import read_json, write_json_file
+from .class_names import check_class_names
 from .frame_source import DatasetOrigin, DescribedSource, FrameSource
-from .prepared_format import PREPARED_VERSION, FrameFailure, PreparedHeader, origin_to_json, read_index, row_reading
+from .prepared_format import (
+    INDEX_SCHEMA,
+    PREPARED_VERSION,
+    FrameFailure,
+    PreparedHeader,
+    origin_to_json,
+    read_header,
+    read_index,
+    row_reading,
+)
 from .prepared_parts import finished, make_chunk, remove_leftovers, remove_superseded, rows_files, write_chunks
 
 ProgressCallback = Callable[[int, int], None]
@@ -55,6 +67,22 @@ class PrepareReport:
     """The frames that were left out, with reasons."""
     ledger: Ledger = Ledger()
     """What the readers counted and dropped, with the boxes by class."""
+    kept_splits: tuple[str, ...] = ()
+    """Splits of earlier starts that were kept, besides those of this one."""
+    warnings: tuple[str, ...] = ()
+    """What deserves the user's attention, one sentence each."""
+
+
+class AbsurdDataError(UpcycleError):
+    """The counts of a preparation say that its result would be worthless, so nothing was published.
+
+    Attributes:
+        ledger: The counts.
+    """
+
+    def __init__(self, text: str, ledger: Ledger) -> None:
+        super().__init__(text)
+        self.ledger = ledger
 
 
 def prepare(
@@ -67,6 +95,7 @@ def prepare(
     origin: DatasetOrigin | None = None,
     workers: int = 2,
     chunk_frames: int = 16,
+    replace_splits: bool = False,
     on_progress: ProgressCallback | None = None,
 ) -> PrepareReport:
     """Read every frame of a source once, check it, and write a prepared dataset.
@@ -78,11 +107,13 @@ def prepare(
         source: The frames. All good frames must have the same point features and the same rig.
         ids: One id per frame, in the order of `source`.
         out: Folder to write.
-        splits: Name of a split and the ids of its frames. They may change between two starts without any frame being read again.
+        splits: Name of a split and the ids of its frames. Splits of an earlier start stay unless they are named again, so splits can be
+            added later, from a source that holds only their frames.
         classes: Names of the class numbers of the labels.
         origin: Where the data comes from. By default `source.origin`, or "own" where the source has none.
         workers: Number of forked processes; 0 or 1 reads in this process. The files are the same bytes for any number.
         chunk_frames: Frames per part file.
+        replace_splits: Drop the splits of earlier starts, with the files that no split needs any more.
         on_progress: Called after each chunk.
 
     Returns:
@@ -90,17 +121,17 @@ def prepare(
 
     Raises:
         InvalidInput: The arguments contradict each other, or an earlier start of this folder had other settings.
-        UpcycleError: A worker died, another process prepares the same folder, or no frame of a split is good.
+        UpcycleError: A worker died, another process prepares the same folder, no frame of a split is good, or the counts are absurd
+            (`core/ledger.py`).
 
     Example:
         source = KittiDataset("KITTI", ids, z_shift=1.73)
         report = prepare(source, ids, "data/kitti", splits={"train": ids}, classes=source.classes)
         frames = PreparedDataset("data/kitti", "train")
     """
-    if isinstance(classes, str):
-        raise InvalidInput(f"classes must be a tuple of names, found the text {classes!r}; write ({classes!r},)")
+    check_class_names(classes)
     ids = tuple(ids)
-    _check_arguments(source, ids, splits, chunk_frames)
+    _check_arguments(source, ids, splits, chunk_frames, workers)
     out = Path(out)
     parts = out / "parts"
     parts.mkdir(parents=True, exist_ok=True)
@@ -129,12 +160,60 @@ def prepare(
                 on_progress(done, len(ids))
         rows = rows_files(parts)
         table = pa.concat_tables([read_index(rows[chunk.key]) for chunk in chunks])
-        report = _publish(out, table, classes, origin, splits, reused)
-        remove_superseded(parts, chunks, table)
-        return report
+        earlier = _Earlier() if replace_splits else _read_earlier(out, ids, splits)
+        if earlier.rows is not None:
+            table = pa.concat_tables([table, earlier.rows])
+        report = _publish(out, table, classes, origin, {**earlier.splits, **splits}, reused)
+        remove_superseded(parts, chunks, table, everything=replace_splits)
+        return replace(report, kept_splits=tuple(earlier.splits), warnings=earlier.warnings)
 
 
-def _check_arguments(source: FrameSource, ids: tuple[str, ...], splits: Mapping[str, Sequence[str]], chunk_frames: int) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Earlier:
+    """What earlier starts published and this one does not touch."""
+
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: pa.Table | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def _read_earlier(out: Path, ids: tuple[str, ...], splits: Mapping[str, Sequence[str]]) -> _Earlier:
+    """Read the splits that the folder holds already, and the rows of their frames that are not among `ids`."""
+    if not (out / "dataset.json").exists():
+        return _Earlier()
+    try:
+        header = read_header(out)
+        table = read_index(out / header.index, header.version)
+    except InvalidInput as error:
+        return _Earlier(warnings=(f"the splits of earlier starts could not be kept, because they cannot be read: {error}",))
+    kept = {name: names for name, names in header.splits.items() if name not in splits}
+    now, failed = set(ids), {failure.id: failure.reason for failure in header.failures}
+    there = {name: (out / "parts" / name).exists() for name in table["part"].unique().to_pylist()}
+    position = {name: i for i, (name, part) in enumerate(zip(table["id"].to_pylist(), table["part"].to_pylist())) if there[part]}
+    lost = [name for name, names in kept.items() if not all(i in now or i in position for i in names)]
+    kept = {name: names for name, names in kept.items() if name not in lost}
+    wanted = dict.fromkeys(i for names in kept.values() for i in names if i not in now)
+    failures = [{"id": name, "error": reason} for name, reason in failed.items() if kept and name not in now]
+    rows = pa.concat_tables(
+        [table.take(pa.array([position[i] for i in wanted], pa.int64())), pa.Table.from_pylist(failures, INDEX_SCHEMA)]
+    )
+    warnings = (
+        [f"the splits {', '.join(lost)} of an earlier start could not be kept, because files of them are missing"] if lost else []
+    )
+    return _Earlier(splits=kept, rows=rows, warnings=tuple(warnings))
+
+
+def _check_arguments(
+    source: FrameSource, ids: tuple[str, ...], splits: Mapping[str, Sequence[str]], chunk_frames: int, workers: int
+) -> None:
+    if workers < 0:
+        raise InvalidInput(
+            f"the number of processes (--workers) must be 0 or more, found {workers}; 0 and 1 read in this process"
+        )
+    for name in splits:
+        check_name(name, "split name")
+    for name in ids:
+        check_name(name, "frame id")
     if len(source) != len(ids) or not ids:
         raise InvalidInput(
             f"preparation needs one id per frame and at least one frame, found {len(ids)} ids for {len(source)} frames"
@@ -202,6 +281,14 @@ def _publish(
                 f"every frame of {name} in {out} failed, so there is nothing to learn from. The first failures: {reasons}"
             )
     table = table.take(good)
+    ledger = _ledger(table, classes, len(failures))
+    for finding in judge(ledger):
+        if finding.stops and origin.layout == "own":  # whoever writes a class may try it on made-up points
+            warnings.warn(finding.text, stacklevel=3)
+        elif finding.stops:
+            if not (out / "dataset.json").exists():
+                (out / "preparation.json").unlink()  # other settings may be tried in the same folder
+            raise AbsurdDataError(f"{finding.text}. Nothing was published in {out}; prepare again with other options", ledger)
     header = PreparedHeader(
         version=PREPARED_VERSION,
         classes=classes,
@@ -226,7 +313,7 @@ def _publish(
         empty_boxes=pc.sum(pc.equal(box_points, 0)).as_py() or 0,
         splits={name: len(names) for name, names in kept.items()},
         failures=header.failures,
-        ledger=_ledger(table, classes, len(failures)),
+        ledger=ledger,
     )
 
 

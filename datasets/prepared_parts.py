@@ -111,15 +111,21 @@ def remove_leftovers(parts: Path) -> None:
             path.unlink()
 
 
-def remove_superseded(parts: Path, chunks: list[Chunk], table: pa.Table) -> None:
+def remove_superseded(parts: Path, chunks: list[Chunk], table: pa.Table, *, everything: bool = False) -> None:
     """Delete points of an earlier reading that no row names any more, because a failed frame was repaired since.
 
     Args:
         parts: Folder of the part files.
         chunks: All chunks of the dataset.
         table: The rows of all chunks.
+        everything: Also delete the files of chunks of earlier starts, whose splits were dropped.
     """
     keys, current = {chunk.key for chunk in chunks}, set(table["part"].to_pylist())
+    for path in parts.glob("*.parquet") if everything else ():
+        if (key := path.name.split("-")[0]) not in keys:
+            path.unlink()
+            for points in parts.glob(f"{key}-*.f32"):
+                points.unlink()
     for path in parts.glob("*.f32"):
         if path.name.split("-")[0] in keys and path.name not in current:
             path.unlink()

@@ -11,23 +11,42 @@ Read next: `prepare.py` for the preparation of any source of frames, `label_shar
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from ..core.errors import InvalidInput
-from .folder import FolderDataset, folder_ids
+from ..core.foreign_text import shown
+from ..core.ledger import Ledger
+from ..core.point_files import POINT_SUFFIXES
+from ..core.scan_options import ScanOptions
+from .class_names import ClassRule, check_class_names, compare_types, nearest, spelled_map
+from .folder import FolderDataset, LabelForm, folder_ids
 from .frame_source import DescribedSource
 from .gt_database import build_gt_database
-from .kitti import KITTI_CLASSES, KittiDataset, PointsFolder, read_ids
+from .id_lists import FramePlaces, find_listed, hidden_files, overlap_warnings, read_lists
+from .kitti import KITTI_CLASSES, TESTING, KittiDataset, PointsFolder
 from .label_shares import DRAWS, label_share_splits, labeled_split
 from .nuscenes import Dialect, NuScenesDataset, draw_scenes, split_by_scene
 from .nuscenes_tables import read_tables
+from .object_summary import ObjectSummary, summarize_objects
 from .prepare import PrepareReport, ProgressCallback, prepare
 from .prepared import PreparedDataset
 from .waymo import WAYMO_CLASSES, WaymoDataset
+from .waymo_geometry import TYPES
 from .waymo_places import find_waymo_frames, find_waymo_splits, segment_of
+
+
+@runtime_checkable
+class TypedSource(Protocol):
+    """A source that can count the types of its labels without reading scans. The names of classes are compared with them first."""
+
+    def label_types(self) -> Mapping[str, int]:
+        """Number of labeled objects by type, as spelled in the labels."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +64,20 @@ class RawDataset:
     group: Callable[[str], str] = str
     """Frame id -> name of its drive. Neighboring frames show the same objects, so shares of labels are drawn by drive. By default
     every frame is on its own."""
+    rule: ClassRule | None = None
+    """Classes and class map, to compare with the types of the labels; None compares names only."""
+    classes_asked: bool = True
+    """Whether the user named the classes. A class that occurs in no label is then an error, otherwise a warning."""
+    class_map_asked: bool = False
+    """Whether the user gave the class map. A type of it that occurs in no label is then an error."""
+    allow_absent_classes: bool = False
+    """Whether classes may occur in no label."""
+    unlabeled: tuple[str, ...] = ()
+    """Names of the splits without labels."""
+    warnings: tuple[str, ...] = ()
+    """What was noticed while the splits were listed."""
+    found: Ledger = Ledger()
+    """Files that were skipped while the splits were listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +88,10 @@ class RawReport:
     """Counts, and the frames that were left out."""
     gt_objects: Mapping[str, int]
     """Number of objects to paste by name of the labeled split."""
+    objects: tuple[ObjectSummary, ...] = ()
+    """Sizes and points of the labeled objects, by class."""
+    warnings: tuple[str, ...] = ()
+    """What deserves the user's attention, one sentence each."""
 
 
 def prepare_raw(
@@ -64,41 +101,99 @@ def prepare_raw(
     labeled: Sequence[str] = (),
     label_shares: Sequence[float] = (),
     workers: int = 2,
+    replace_splits: bool = False,
     on_progress: ProgressCallback | None = None,
 ) -> RawReport:
     """Prepare a dataset, with partial labels and a database of objects for every labeled split.
 
     Args:
         raw: From one of the `open_...` functions.
-        out: Folder to write. The database of a split goes to `out/gt_database/SPLIT`.
+        out: Folder to write. The database of a split goes to `out/gt_database/SPLIT`. Splits that it holds already stay.
         labeled: Splits whose labels may be learned from. By default `train` with the labeled splits of `label_shares`, or every
-            split where there is no `train`.
+            labeled split where there is no `train`.
         label_shares: Also split `train` into `train-SHARE-DRAW` and `train-SHARE-DRAW-rest`, draws 0, 1, 2.
         workers: Number of processes.
+        replace_splits: Drop the splits that `out` holds already, instead of adding to them.
         on_progress: Called after each chunk with the frames that are done and all frames.
 
     Returns:
         What was written.
 
     Raises:
-        InvalidInput: A split does not exist, or `out` was begun with other settings.
+        InvalidInput: A split does not exist, a class occurs in no label, or `out` was begun with other settings.
         UpcycleError: See `prepare`.
     """
     splits = {**raw.splits, **_share_splits(raw, label_shares)}
-    names = tuple(labeled) or _labeled_by_default(splits, label_shares)
+    names = tuple(labeled) or _labeled_by_default(splits, label_shares, raw.unlabeled)
     for name in names:
         if name not in splits:
             near = get_close_matches(name, splits, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InvalidInput(f"labeled split {name!r}: there is no such split among {', '.join(splits)}{hint}")
-    report = prepare(raw.source, raw.ids, out, splits=splits, classes=raw.classes, workers=workers, on_progress=on_progress)
+            raise InvalidInput(f"labeled split {shown(name)!r}: there is no such split among {', '.join(splits)}{hint}")
+        if name in raw.unlabeled:
+            raise InvalidInput(f"the split {name} has no labels, so it cannot be a labeled split; leave it out of --labeled")
+    warnings = [*raw.warnings, *overlap_warnings(raw.splits), *_compare_classes(raw)]
+    report = prepare(
+        raw.source,
+        raw.ids,
+        out,
+        splits=splits,
+        classes=raw.classes,
+        workers=workers,
+        replace_splits=replace_splits,
+        on_progress=on_progress,
+    )
+    ledger = report.ledger + raw.found
+    if not isinstance(raw.source, TypedSource):
+        warnings += _compare_ledger(raw, ledger)
     objects = {}
     for name in names:
         frames = PreparedDataset(out, name)
         fingerprint = frames.split_fingerprint()
         path = Path(out) / "gt_database" / name
         objects[name] = len(build_gt_database(frames, path, class_names=raw.classes, fingerprint=fingerprint))
-    return RawReport(frames=report, gt_objects=objects)
+    _drop_databases(Path(out), report.splits)
+    summaries, findings = summarize_objects(PreparedDataset(out))
+    return RawReport(
+        frames=replace(report, ledger=ledger), gt_objects=objects, objects=summaries, warnings=(*warnings, *findings)
+    )
+
+
+def _compare_classes(raw: RawDataset) -> tuple[str, ...]:
+    """Compare the classes with the types of the labels, before any scan is read. Returns warnings."""
+    if not isinstance(raw.source, TypedSource) or all(name in raw.unlabeled for name in raw.splits):
+        return ()
+    types = raw.source.label_types()
+    rule = raw.rule or ClassRule(raw.classes)
+    source = raw.source
+    if isinstance(source, FolderDataset) and source.other_classes is not None:
+        others = {name.casefold() for name in source.other_classes}
+        unknown = {k: n for k, n in types.items() if rule.number(k) is None and k.casefold() not in others}
+        if unknown:
+            listed = ", ".join(f"{shown(k, most=60)} {n}" for k, n in sorted(unknown.items())[:12])
+            known = (*rule.classes, *rule.class_map, *source.other_classes)
+            raise InvalidInput(
+                f"the labels hold types that are neither classes nor known to be left out: {listed}{nearest(next(iter(unknown)), known)}. Leave "
+                f"them out with --other-classes {' '.join(shown(k, most=60) for k in sorted(unknown)[:12])}, or give them the name of a class "
+                "with --class-map TYPE CLASS"
+            )
+    return compare_types(
+        rule, types, asked=raw.classes_asked, map_asked=raw.class_map_asked, allow_absent=raw.allow_absent_classes
+    )
+
+
+def _compare_ledger(raw: RawDataset, ledger: Ledger) -> tuple[str, ...]:
+    """The same for a source whose types are known after reading only. An absent class is a warning here: the work is done."""
+    types = {name: n for name, n in ledger.boxes.items() if n} | dict(ledger.types_dropped)
+    return compare_types(ClassRule(raw.classes), types, asked=False, allow_absent=raw.allow_absent_classes)
+
+
+def _drop_databases(out: Path, splits: Mapping[str, int]) -> None:
+    """Remove the databases of splits that are no longer there."""
+    folder = out / "gt_database"
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name not in splits and (path / "database.json").is_file():
+            shutil.rmtree(path)
 
 
 def _share_splits(raw: RawDataset, shares: Sequence[float]) -> Mapping[str, tuple[str, ...]]:
@@ -109,9 +204,9 @@ def _share_splits(raw: RawDataset, shares: Sequence[float]) -> Mapping[str, tupl
     return label_share_splits(raw.splits["train"], shares, group=raw.group, given=raw.splits)
 
 
-def _labeled_by_default(splits: Mapping[str, object], shares: Sequence[float]) -> tuple[str, ...]:
-    if "train" not in splits:
-        return tuple(splits)
+def _labeled_by_default(splits: Mapping[str, object], shares: Sequence[float], unlabeled: Sequence[str]) -> tuple[str, ...]:
+    if "train" not in splits or "train" in unlabeled:
+        return tuple(name for name in splits if name not in unlabeled)
     return ("train", *(labeled_split(share, draw) for share in shares for draw in DRAWS))
 
 
@@ -122,77 +217,173 @@ def open_kitti(
     root: Path | str,
     *,
     splits: Sequence[str] = (),
-    classes: tuple[str, ...] = KITTI_CLASSES,
+    classes: tuple[str, ...] | None = None,
+    class_map: Mapping[str, str] | None = None,
+    allow_absent_classes: bool = False,
+    unlabeled: Sequence[str] = (),
     points_folder: PointsFolder = "auto",
     z_shift: float = 0.0,
     crop_to_camera: bool = True,
+    scan: ScanOptions | None = None,
 ) -> RawDataset:
     """Open a folder in KITTI's object layout.
+
+    The frames of the split `test` lie in `testing` and have no labels. Where all lists are taken and there is no folder `testing`, that
+    split is left out with a warning.
 
     Args:
         root: Folder with `training` and `ImageSets`.
         splits: Names of `ImageSets/NAME.txt`; by default all.
-        classes: See `KittiDataset`.
+        classes: See `KittiDataset`; None takes those of KITTI's benchmark.
+        class_map: See `KittiDataset`.
+        allow_absent_classes: Whether a class may occur in no label.
+        unlabeled: Splits whose label files are not opened.
         points_folder: See `KittiDataset`.
         z_shift: See `KittiDataset`.
         crop_to_camera: See `KittiDataset`.
+        scan: How scan files are read; its z shift is not used.
 
     Returns:
         The dataset.
 
     Raises:
-        InvalidInput: A folder or a split is missing.
+        InvalidInput: A folder, a split or a frame of one is missing, or a whole split has no label files.
     """
-    found = _listed(Path(root) / "ImageSets", splits)
-    if not found:
-        raise InvalidInput(f"there is no split in {Path(root) / 'ImageSets'}; write NAME.txt with one frame id per line")
+    root = Path(root)
+    folder = root / "ImageSets"
+    lists = read_lists(folder, splits)
+    if not lists:
+        raise InvalidInput(f"there is no split in {folder}; write NAME.txt with one frame id per line")
+    warnings = []
+    if "test" in lists and not (root / "testing").is_dir():
+        if "test" in splits or len(lists) == 1:
+            raise InvalidInput(
+                f"the frames of the split test lie in {root / 'testing'}, which does not exist; unpack it, or leave the split out. If these "
+                "frames lie in training, give the list another name, such as ImageSets/holdout.txt"
+            )
+        del lists["test"]
+        warnings.append(f"the split test is left out, because there is no folder {root / 'testing'}, where its frames belong")
+    _refuse_unknown_splits(unlabeled, lists)
+    scans = ("velodyne", "velodyne_reduced") if points_folder == "auto" else (points_folder,)
+    places = {
+        base: FramePlaces(ids=frozenset(_file_names(root / base, scans, (".bin",))), where=f"{root / base}/{' or '.join(scans)}")
+        for base in ("training", "testing")
+    }
+    found = find_listed(lists, {name: places["testing" if name == "test" else "training"] for name in lists}, folder)
+    if "test" in found:
+        found["test"] = tuple(TESTING + i for i in found["test"])
+    unlabeled = (*unlabeled, *(["test"] if "test" in found and "test" not in unlabeled else []))
+    labels = set(_file_names(root / "training", ("label_2",), (".txt",)))
+    _refuse_splits_without_labels(found, labels, unlabeled, root / "training" / "label_2")
     ids = _together(found)
-    source = KittiDataset(root, ids, points_folder=points_folder, classes=classes, z_shift=z_shift, crop_to_camera=crop_to_camera)
-    return RawDataset(source=source, ids=ids, splits=found, classes=classes)
+    source = KittiDataset(
+        root,
+        ids,
+        points_folder=points_folder,
+        classes=tuple(KITTI_CLASSES if classes is None else classes),
+        class_map=class_map or {},
+        z_shift=z_shift,
+        crop_to_camera=crop_to_camera,
+        unlabeled=_only_in(found, unlabeled),
+        scan=scan or ScanOptions(),
+    )
+    return RawDataset(
+        source=source,
+        ids=ids,
+        splits=found,
+        classes=source.classes,
+        rule=ClassRule(source.classes, source.class_map),
+        classes_asked=classes is not None,
+        class_map_asked=bool(class_map),
+        allow_absent_classes=allow_absent_classes,
+        unlabeled=tuple(unlabeled),
+        warnings=tuple(warnings),
+        found=_skipped(folder),
+    )
 
 
 def open_folder(
     root: Path | str,
     *,
     splits: Sequence[str] = (),
-    classes: tuple[str, ...],
-    other_classes: tuple[str, ...] = (),
+    classes: tuple[str, ...] | None = None,
+    other_classes: tuple[str, ...] | None = (),
+    class_map: Mapping[str, str] | None = None,
+    allow_absent_classes: bool = False,
+    unlabeled: Sequence[str] = (),
     columns: tuple[str, ...] | None = None,
     intensity_scale: float = 1.0,
     drop_non_finite: bool = False,
     z_shift: float = 0.0,
+    scan: ScanOptions | None = None,
+    form: LabelForm | None = None,
 ) -> RawDataset:
     """Open your own folder of scans and labels.
 
     Args:
         root: Folder with `points`, `labels` and perhaps `splits`.
         splits: Names of `splits/NAME.txt`; by default all, or one split `all` where there is none.
-        classes: See `FolderDataset`.
+        classes: See `FolderDataset`; None takes Car.
         other_classes: See `FolderDataset`.
+        class_map: See `FolderDataset`.
+        allow_absent_classes: Whether a class may occur in no label.
+        unlabeled: Splits whose label files are not opened.
         columns: See `FolderDataset`.
         intensity_scale: See `FolderDataset`.
         drop_non_finite: See `FolderDataset`.
         z_shift: See `FolderDataset`.
+        scan: How scan files are read, instead of the four arguments before.
+        form: How the boxes of the label files are written.
 
     Returns:
         The dataset.
 
     Raises:
-        InvalidInput: A folder or a split is missing, or there is no scan.
+        InvalidInput: A folder, a split or a frame of one is missing, there is no scan, or a whole split has no label files.
     """
-    found = _listed(Path(root) / "splits", splits) or {"all": folder_ids(root)}
+    root = Path(root)
+    folder = root / "splits"
+    lists = read_lists(folder, splits)
+    known = folder_ids(root)
+    places = FramePlaces(ids=frozenset(known), where=str(root / "points"))
+    found = find_listed(lists, dict.fromkeys(lists, places), folder) if lists else {"all": known}
+    _refuse_unknown_splits(unlabeled, found)
+    warnings = []
+    if not lists and (root / "ImageSets").is_dir():
+        warnings.append(
+            f"the lists of a folder of your own lie in {folder}, which does not exist; {root / 'ImageSets'} is not read, and all scans form the "
+            "split all"
+        )
+    labels = set(_file_names(root, ("labels",), (".txt",)))
+    _refuse_splits_without_labels(found, labels, unlabeled, root / "labels")
     ids = _together(found)
     source = FolderDataset(
         root,
         ids,
-        classes=classes,
+        classes=("Car",) if classes is None else tuple(classes),
         other_classes=other_classes,
+        class_map=class_map or {},
         columns=columns,
         intensity_scale=intensity_scale,
         drop_non_finite=drop_non_finite,
         z_shift=z_shift,
+        unlabeled=_only_in(found, unlabeled),
+        scan=scan,
+        form=form or LabelForm(),
     )
-    return RawDataset(source=source, ids=ids, splits=found, classes=classes)
+    return RawDataset(
+        source=source,
+        ids=ids,
+        splits=found,
+        classes=source.classes,
+        rule=ClassRule(source.classes, source.class_map),
+        classes_asked=classes is not None,
+        class_map_asked=bool(class_map),
+        allow_absent_classes=allow_absent_classes,
+        unlabeled=tuple(unlabeled),
+        warnings=tuple(warnings),
+        found=_skipped(folder) + _skipped(root / "points", POINT_SUFFIXES),
+    )
 
 
 def open_nuscenes(
@@ -202,8 +393,9 @@ def open_nuscenes(
     version: str | None = None,
     splits: Sequence[str] = (),
     val_share: float = 0.0,
-    classes: tuple[str, ...] = KITTI_CLASSES,
+    classes: tuple[str, ...] | None = None,
     class_map: Mapping[str, str] | None = None,
+    allow_absent_classes: bool = False,
     neighbors: Mapping[str, str] | None = None,
     sweeps: int = 1,
     max_length: float | None = None,
@@ -217,8 +409,9 @@ def open_nuscenes(
         version: Folder of the tables; by default the dialect's usual one.
         splits: Names of `ImageSets/NAME.txt`, which list scenes; by default all, or one split `all` where there is none.
         val_share: Without `ImageSets`: share of the frames for a split `val`, drawn by whole drives; the rest is `train`. 0 draws none.
-        classes: See `NuScenesDataset`.
+        classes: See `NuScenesDataset`; None takes those of KITTI's benchmark.
         class_map: See `NuScenesDataset`.
+        allow_absent_classes: Whether a class may occur in no label.
         neighbors: See `NuScenesDataset`.
         sweeps: See `NuScenesDataset`.
         max_length: See `NuScenesDataset`.
@@ -231,7 +424,7 @@ def open_nuscenes(
         InvalidInput: A table, a split or a scene is missing, or `val_share` is given although `ImageSets` names splits.
     """
     tables = read_tables(root, version or dialect.version, keyframes_only=sweeps == 1)
-    scenes: Mapping[str, Sequence[str]] = _listed(Path(root) / "ImageSets", splits)
+    scenes: Mapping[str, Sequence[str]] = read_lists(Path(root) / "ImageSets", splits)
     if scenes and val_share:
         raise InvalidInput(
             f"a share for val (--val-share) draws splits, but {Path(root) / 'ImageSets'} already names {', '.join(scenes)}; drop one"
@@ -240,19 +433,34 @@ def open_nuscenes(
         scenes = draw_scenes(tables, val_share=val_share) if val_share else {"all": tuple(tables.scenes)}
     found = split_by_scene(tables, scenes)
     ids = _together(found)
+    names = check_class_names(tuple(KITTI_CLASSES if classes is None else classes))
+    known = tuple(dict.fromkeys((*tables.categories, *dialect.class_map)))
     source = NuScenesDataset(
         tables,
         ids,
         dialect,
-        classes=classes,
-        class_map=class_map,
+        classes=names,
+        class_map=spelled_map(class_map or dialect.class_map, known, names),
         neighbors=neighbors or {},
         z_shift=z_shift,
         sweeps=sweeps,
         max_length=max_length,
     )
     scene_of = {token: scene for scene, tokens in tables.scenes.items() for token in tokens}
-    return RawDataset(source=source, ids=ids, splits=found, classes=classes, group=scene_of.__getitem__)
+    return RawDataset(
+        source=source,
+        ids=ids,
+        splits=found,
+        classes=source.classes,
+        group=scene_of.__getitem__,
+        rule=ClassRule(
+            source.classes, {k: n for k, n in (source.class_map or {}).items() if n in source.classes}, own_names=False
+        ),
+        classes_asked=classes is not None,
+        class_map_asked=bool(class_map),
+        allow_absent_classes=allow_absent_classes,
+        found=_skipped(Path(root) / "ImageSets"),
+    )
 
 
 def open_waymo(
@@ -260,8 +468,9 @@ def open_waymo(
     *,
     splits: Sequence[str] = (),
     every: int = 1,
-    classes: tuple[str, ...] = WAYMO_CLASSES,
+    classes: tuple[str, ...] | None = None,
     class_map: Mapping[str, str] | None = None,
+    allow_absent_classes: bool = False,
     second_return: bool = True,
     drop_no_label_zones: bool = True,
     with_labels: bool = True,
@@ -273,8 +482,9 @@ def open_waymo(
         root: Folder of the download.
         splits: Which splits of `find_waymo_splits` to take; by default all.
         every: Take each n-th frame of a segment.
-        classes: See `WaymoDataset`.
+        classes: See `WaymoDataset`; None takes those of Waymo's benchmark.
         class_map: See `WaymoDataset`.
+        allow_absent_classes: Whether a class may occur in no label.
         second_return: See `WaymoDataset`.
         drop_no_label_zones: See `WaymoDataset`.
         with_labels: See `WaymoDataset`.
@@ -292,22 +502,64 @@ def open_waymo(
     if not by_split:
         raise InvalidInput(f"there is no split in {Path(root) / 'ImageSets'}; write NAME.txt with one segment per line")
     places = {place.id: place for part in found.values() for place in part}
+    names, types = check_class_names(tuple(WAYMO_CLASSES if classes is None else classes)), tuple(TYPES.values())
+    mapped = {kind.casefold() for kind in class_map or {}}
+    own = {t: n for t in types for n in names if t != n and t.casefold() == n.casefold() and t.casefold() not in mapped}
     source = WaymoDataset(
         tuple(places.values()),
-        classes=classes,
-        class_map=class_map,
+        classes=names,
+        class_map=spelled_map({**own, **(class_map or {})}, types, names),
         second_return=second_return,
         drop_no_label_zones=drop_no_label_zones,
         z_shift=z_shift,
         with_labels=with_labels,
         root=root,
     )
-    return RawDataset(source=source, ids=source.ids, splits=by_split, classes=classes, group=segment_of)
+    return RawDataset(
+        source=source,
+        ids=source.ids,
+        splits=by_split,
+        classes=source.classes,
+        group=segment_of,
+        classes_asked=classes is not None,
+        allow_absent_classes=allow_absent_classes,
+        found=_skipped(Path(root) / "ImageSets"),
+    )
 
 
-def _listed(folder: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The lists `NAME.txt` of a folder, all of them or those named."""
-    return {name: read_ids(folder / f"{name}.txt") for name in names or sorted(p.stem for p in folder.glob("*.txt"))}
+def _file_names(base: Path, folders: Sequence[str], suffixes: Sequence[str]) -> tuple[str, ...]:
+    """Names without suffix of the files in folders; hidden ones are left out."""
+    paths = (path for folder in folders if (base / folder).is_dir() for path in (base / folder).iterdir())
+    return tuple({path.stem: None for path in paths if path.suffix in suffixes and not path.name.startswith(".")})
+
+
+def _refuse_unknown_splits(unlabeled: Sequence[str], splits: Mapping[str, object]) -> None:
+    for name in unlabeled:
+        if name not in splits:
+            raise InvalidInput(f"--unlabeled names the split {shown(name)}, which is not among {', '.join(map(shown, splits))}")
+
+
+def _refuse_splits_without_labels(
+    splits: Mapping[str, Sequence[str]], labels: set[str], unlabeled: Sequence[str], folder: Path
+) -> None:
+    """A whole split without label files was not labeled; one missing file of many is a fault of that frame, told when it is read."""
+    bare = [name for name, ids in splits.items() if name not in unlabeled and not any(i in labels for i in ids)]
+    if bare:
+        raise InvalidInput(
+            f"no frame of the split {' and '.join(bare)} has a label file in {folder}; for frames that nobody labeled give --unlabeled "
+            f"{' '.join(bare)}. An empty label file says that a labeled scene holds no object"
+        )
+
+
+def _only_in(splits: Mapping[str, Sequence[str]], names: Sequence[str]) -> frozenset[str]:
+    """Ids of the frames that no other split than these names."""
+    other = {i for name, ids in splits.items() if name not in names for i in ids}
+    return frozenset(i for name in names for i in splits[name]) - other
+
+
+def _skipped(folder: Path, suffixes: Sequence[str] = (".txt",)) -> Ledger:
+    count = hidden_files(folder, suffixes)
+    return Ledger(files_skipped={"hidden file": count} if count else {})
 
 
 def _together(splits: Mapping[str, Sequence[str]]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ Read next: `waymo_places.py` for the files and splits, `waymo_geometry.py` for t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
 from ..core.frame import Frame
+from ..core.ledger import Ledger
 from ..core.rig import RigSpec
 from ..core.structures import Labels
 from .frame_source import DatasetOrigin, described_origin
@@ -103,12 +105,13 @@ class WaymoDataset:
                 )
             points = replace(points, xyz=self.rig.from_sensor(points.xyz))
             labels = self._labels(read) if self._with_labels else None
+            reading = Ledger(points=len(points), types_dropped=self._dropped(read))
         except InvalidInput as error:
             raise InvalidInput(f"frame {place.id}: {error}") from error
         if labels is not None and bool((labels.num_points < 0).any()):
             counted = with_point_counts(labels, points).num_points
             labels = _weighed(replace(labels, num_points=torch.where(labels.num_points < 0, counted, labels.num_points)))
-        return Frame(id=place.id, points=points, labels=labels, rig=self.rig)
+        return Frame(id=place.id, points=points, labels=labels, rig=self.rig, reading=reading)
 
     @property
     def rig(self) -> RigSpec:
@@ -150,6 +153,13 @@ class WaymoDataset:
             raise InvalidInput("its labels were not read")
         labels = labels_from_waymo(read.objects, self.classes, self._class_map)
         return replace(labels, boxes=self.rig.from_sensor(labels.boxes))
+
+    def _dropped(self, read: WaymoFrame) -> Mapping[str, int]:
+        """Number of objects that no class wants, by Waymo's type."""
+        if read.objects is None or not self._with_labels:
+            return {}
+        wanted = _class_indices(self.classes, self._class_map)
+        return Counter(TYPES.get(t, f"type {t}") for t in read.objects.types.tolist() if t not in wanted)
 
     def _read(self, place: FramePlace, *, with_points: bool, with_objects: bool) -> WaymoFrame:
         source = place.source

@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ..core.errors import InvalidInput
-from .kitti import read_ids
+from .id_lists import list_names, read_ids
 from .waymo_parquet import TablePlace, find_frames
 from .waymo_proto import read_identity
 from .waymo_records import RecordPlace, find_records
@@ -100,7 +100,7 @@ def find_waymo_splits(root: Path | str, names: Sequence[str] = ()) -> dict[str, 
         InvalidInput: A named split is not there.
     """
     root = Path(root)
-    lists = {path.stem: path for path in sorted((root / "ImageSets").glob("*.txt"))}
+    lists = {name: root / "ImageSets" / f"{name}.txt" for name in list_names(root / "ImageSets")}
     if lists:
         splits = {name: tuple(map(_segment_name, read_ids(path))) for name, path in lists.items() if not names or name in names}
     else:

@@ -40,7 +40,7 @@ RENAMED_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "ingest": {"--encoder": "--detector"},
     "view": {"--split": "--data DIR:SPLIT"},
     "evaluate": {"--split": "--data DIR:SPLIT"},
-    "prepare": {"--labelled": "--labeled", "--neighbours": "--neighbors"},
+    "prepare": {"--labelled": "--labeled", "--neighbours": "--neighbors", "--categories": "--class-map"},
     "train": {"--split": "--data DIR:SPLIT", **_RENAMED_PRESET_OPTIONS},
     "upcycle": {
         "--checkpoint": "--detector",

@@ -6,17 +6,23 @@ Read next: `datasets/raw.py`, which does the work.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from ..datasets.kitti import KITTI_CLASSES, PointsFolder
+from ..core.errors import InvalidInput
+from ..core.foreign_text import shown
+from ..core.scan_options import ScanOptions
+from ..datasets.folder import BoxOrigin, LabelForm, SizeLetter, YawUnit
+from ..datasets.kitti import PointsFolder
 from ..datasets.nuscenes import LYFT_DIALECT, NUSCENES_DIALECT, Dialect
+from ..datasets.object_summary import ObjectSummary, Size
+from ..datasets.prepare import AbsurdDataError
 from ..datasets.raw import RawDataset, RawReport, open_folder, open_kitti, open_nuscenes, open_waymo, prepare_raw
-from ..datasets.waymo import WAYMO_CLASSES
-from .console import console, print_table, progress_bar, run_command, write_json
+from .console import console, print_table, print_warning, progress_bar, run_command, settle, write_json
+from .scan_option import ScanOption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,33 +32,53 @@ class _PrepareOptions:
     root: tyro.conf.Positional[Path]
     """Folder of the dataset."""
     out: Path
-    """Folder to write. `train` and `upcycle` take it as `--data DIR[:SPLIT]`."""
+    """Folder to write. `train` and `upcycle` take it as `--data DIR[:SPLIT]`. Splits that it holds already stay."""
     splits: tuple[str, ...] = ()
     """Splits to take, by file name. By default all."""
+    replace: bool = False
+    """Drop the splits that `--out` holds already, instead of adding to them."""
+    classes: tuple[str, ...] | None = None
+    """Classes to learn, in label order; case does not matter. A class that occurs in no label is an error. By default Car, Pedestrian and
+    Cyclist (Waymo: Vehicle, Pedestrian and Cyclist; a folder: Car), as far as they occur."""
+    class_map: tuple[tuple[str, str], ...] = ()
+    """Type of the labels and the class it becomes, for example `Vehicle Car Van Car`. For Lyft and nuScenes it replaces the whole list
+    of docs/data_format.md."""
+    allow_absent_classes: bool = False
+    """Go on although a class of `--classes` or a type of `--class-map` occurs in no label."""
     labeled: tuple[str, ...] = ()
     """Splits whose labels may be learned from: each gets its own database of objects. By default `train` with the labeled splits of
-    --label-shares, or every split if there is no `train`."""
+    --label-shares, or every labeled split if there is no `train`."""
     label_shares: tuple[float, ...] = ()
     """Also split `train` into train-SHARE-DRAW and train-SHARE-DRAW-rest, draws 0 1 2, for example `0.01 0.02 0.05 0.2`. Whole
     segments or scenes are drawn where the dataset has them, else frames."""
-    z_shift: float = 0.0
-    """Mounting height of the sensor in meters. It is added to z so that the road lies near 0."""
     workers: int = 2
-    """Number of processes."""
+    """Number of processes; 0 or 1 reads in this process."""
     json: Path | None = None
     """Also write the result to this JSON file."""
+
+    def map_of_classes(self) -> dict[str, str]:
+        """`--class-map` as a dictionary."""
+        found: dict[str, str] = {}
+        for kind, name in self.class_map:
+            if found.setdefault(kind, name) != name:
+                raise InvalidInput(
+                    f"--class-map gives the type {shown(kind)} two classes, {shown(found[kind])} and {shown(name)}"
+                )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareKitti(_PrepareOptions):
-    """KITTI's object layout: training/velodyne or velodyne_reduced, label_2, calib, ImageSets."""
+    """KITTI's object layout: training/velodyne or velodyne_reduced, label_2, calib, ImageSets; the split `test` lies in testing."""
 
-    classes: tuple[str, ...] = KITTI_CLASSES
-    """Classes to learn, in label order."""
     points: PointsFolder = "auto"
     """Which scans to read. auto: velodyne_reduced where it exists, else velodyne."""
     crop_to_camera: bool = True
     """Keep only the points that the camera sees, because KITTI labels nothing else."""
+    unlabeled: tuple[str, ...] = ()
+    """Splits that nobody labeled: their label files are not opened. `test` is one in any case."""
+    scan: ScanOption = field(default_factory=ScanOptions)
+    """How the scan files are read."""
 
     def open(self) -> RawDataset:
         """Find the frames."""
@@ -60,26 +86,32 @@ class PrepareKitti(_PrepareOptions):
             self.root,
             splits=self.splits,
             classes=self.classes,
+            class_map=self.map_of_classes(),
+            allow_absent_classes=self.allow_absent_classes,
+            unlabeled=self.unlabeled,
             points_folder=self.points,
-            z_shift=self.z_shift,
+            z_shift=self.scan.z_shift or 0.0,
             crop_to_camera=self.crop_to_camera,
+            scan=self.scan,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareFolder(_PrepareOptions):
-    """Your own folder: points/ID.bin|npy|pcd, labels/ID.txt (class x y z dx dy dz yaw), splits/NAME.txt (docs/data_format.md)."""
+    """Your own folder: points/ID.bin|npy|pcd, labels/ID.txt (class x y z dx dy dz yaw), splits/NAME.txt (docs/own_data.md)."""
 
-    classes: tuple[str, ...] = ("Car",)
-    """Classes to learn, in label order."""
     other_classes: tuple[str, ...] = ()
-    """Classes that may occur in the labels and are dropped."""
-    columns: tuple[str, ...] = ()
-    """Values of a scan's row in file order; `_` skips one. By default x y z intensity."""
-    intensity_scale: float = 1.0
-    """Factor that brings intensity to 0..1: 0.0039216 for a sensor that counts to 255."""
-    drop_non_finite: bool = False
-    """Leave out points with NaN or inf instead of refusing the frame."""
+    """Types that may occur in the labels and are dropped; `any` drops and counts every type that is no class."""
+    unlabeled: tuple[str, ...] = ()
+    """Splits that nobody labeled: their label files are not opened."""
+    yaw: YawUnit = "radians"
+    """Unit of the yaw in the label files."""
+    size_order: tuple[SizeLetter, SizeLetter, SizeLetter] = ("l", "w", "h")
+    """Order of the three sizes in the label files: length along the heading, width, height."""
+    origin: BoxOrigin = "center"
+    """What x y z is in the label files: the center of the box, or the center of its bottom face."""
+    scan: ScanOption = field(default_factory=ScanOptions)
+    """How the scan files are read. `--axes` turns the labels as well."""
 
     def open(self) -> RawDataset:
         """Find the frames."""
@@ -87,11 +119,12 @@ class PrepareFolder(_PrepareOptions):
             self.root,
             splits=self.splits,
             classes=self.classes,
-            other_classes=self.other_classes,
-            columns=self.columns or None,
-            intensity_scale=self.intensity_scale,
-            drop_non_finite=self.drop_non_finite,
-            z_shift=self.z_shift,
+            other_classes=None if self.other_classes == ("any",) else self.other_classes,
+            class_map=self.map_of_classes(),
+            allow_absent_classes=self.allow_absent_classes,
+            unlabeled=self.unlabeled,
+            scan=self.scan,
+            form=LabelForm(yaw=self.yaw, size_order=self.size_order, origin=self.origin),
         )
 
 
@@ -101,10 +134,8 @@ class _PrepareTables(_PrepareOptions):
 
     version: str
     """Folder of the tables, below ROOT."""
-    classes: tuple[str, ...] = KITTI_CLASSES
-    """Classes to learn, in label order."""
-    categories: tuple[tuple[str, str], ...] = ()
-    """Category of the tables and the class it becomes, for example `car Car truck Car`. docs/data_format.md lists the defaults."""
+    z_shift: float = 0.0
+    """Mounting height of the sensor in meters. It is added to z so that the road lies near 0."""
     neighbors: tuple[tuple[str, str], ...] = ()
     """Category and the class it looks like, for example `other_vehicle Car`: finding it is neither right nor wrong."""
     sweeps: int = 1
@@ -123,7 +154,8 @@ class _PrepareTables(_PrepareOptions):
             splits=self.splits,
             val_share=self.val_share,
             classes=self.classes,
-            class_map=dict(self.categories) or None,
+            class_map=self.map_of_classes() or None,
+            allow_absent_classes=self.allow_absent_classes,
             neighbors=dict(self.neighbors),
             sweeps=self.sweeps,
             max_length=self.max_length,
@@ -162,10 +194,8 @@ class PrepareWaymo(_PrepareOptions):
     Splits are ImageSets/NAME.txt with one segment per line, else the folders training, validation and testing, else `all`.
     """
 
-    classes: tuple[str, ...] = WAYMO_CLASSES
-    """Classes to learn, in label order."""
-    class_map: tuple[tuple[str, str], ...] = ()
-    """Waymo's type and your name for it, for example `Vehicle Car`."""
+    z_shift: float = 0.0
+    """Meters added to z. The road lies near 0 in Waymo's data already."""
     every: int = 1
     """Take each n-th frame of a segment; 5 is usual for training."""
     second_return: bool = True
@@ -182,7 +212,8 @@ class PrepareWaymo(_PrepareOptions):
             splits=self.splits,
             every=self.every,
             classes=self.classes,
-            class_map=dict(self.class_map),
+            class_map=self.map_of_classes(),
+            allow_absent_classes=self.allow_absent_classes,
             second_return=self.second_return,
             drop_no_label_zones=self.drop_no_label_zones,
             with_labels=self.with_labels,
@@ -199,30 +230,70 @@ def command(
 ) -> None:
     """Read every frame of a dataset once, check it, and write it for fast use. Kill it and start it again: nothing is done twice."""
     raw = dataset.open()
-    with progress_bar("prepare", len(raw.ids)) as advance:
-        report = prepare_raw(
-            raw,
-            dataset.out,
-            labeled=dataset.labeled,
-            label_shares=dataset.label_shares,
-            workers=dataset.workers,
-            on_progress=advance,
-        )
+    try:
+        with progress_bar("prepare", len(raw.ids)) as advance:
+            report = prepare_raw(
+                raw,
+                dataset.out,
+                labeled=dataset.labeled,
+                label_shares=dataset.label_shares,
+                workers=dataset.workers,
+                replace_splits=dataset.replace,
+                on_progress=advance,
+            )
+    except AbsurdDataError as error:
+        print_table("what was read", ("", "number", "share"), error.ledger.rows())
+        raise
+    write_json(dataset.json, _json(report))
     _print(report)
-    values = {**asdict(report.frames), "root": str(report.frames.root), "gt_objects": dict(report.gt_objects)}
-    write_json(dataset.json, values)
+    settle(report.frames.ledger, "what was read")
+    for warning in (*report.warnings, *report.frames.warnings):
+        print_warning(warning)
+
+
+def _json(report: RawReport) -> dict[str, object]:
+    frames = report.frames
+    return {
+        **asdict(frames),
+        "root": str(frames.root),
+        "gt_objects": dict(report.gt_objects),
+        "objects": [asdict(summary) for summary in report.objects],
+        "warnings": [*report.warnings, *frames.warnings],
+        "ledger": frames.ledger.to_json(),
+    }
 
 
 def _print(report: RawReport) -> None:
     frames = report.frames
-    rows = [(name, count, report.gt_objects.get(name, "-")) for name, count in frames.splits.items()]
-    print_table("prepared dataset", ("split", "frames", "objects to paste"), rows)
+    kept: dict[str, Literal["kept", ""]] = dict.fromkeys(frames.kept_splits, "kept")
+    rows = [(name, count, report.gt_objects.get(name, "-"), kept.get(name, "")) for name, count in frames.splits.items()]
+    print_table("prepared dataset", ("split", "frames", "objects to paste", "earlier"), rows)
+    print_table(
+        "labeled objects (meters)",
+        ("class", "boxes", "mean length x width x height", "usual", "points per box", "distance", "bottom above road"),
+        [_row(summary) for summary in report.objects],
+    )
     console.print(
         f"{frames.frames} frames ({frames.reused_frames} were already there), {frames.points:,} points, {frames.boxes} boxes, "
         f"{frames.empty_boxes} without a point"
     )
     if frames.failures:
         print_table("left out", ("frame", "why"), [(f.id, f.reason) for f in frames.failures])
+
+
+def _row(summary: ObjectSummary) -> tuple[object, ...]:
+    def size(values: Size | None) -> str:
+        return "-" if values is None else " x ".join(f"{value:.2f}" for value in values)
+
+    return (
+        summary.name,
+        summary.boxes,
+        size(summary.size),
+        size(summary.usual),
+        "-" if summary.points is None else f"{summary.points:.0f}",
+        "-" if summary.distance is None else f"{summary.distance[0]:.0f} to {summary.distance[1]:.0f}",
+        "-" if summary.above_road is None else f"{summary.above_road:+.2f}",
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def test_counts_add_up_and_survive_json():
         (Ledger(points=100, points_outside_range=100), "z-shift"),
         (Ledger(points=100, points_outside_camera=100), "image-size"),
         (Ledger(points=100, points_zero=100), "columns"),
-        (Ledger(boxes={"Car": 3}, boxes_empty={"Car": 3}), "yaw degrees"),
+        (Ledger(boxes={"Car": 4}, boxes_empty={"Car": 4}), "yaw degrees"),
         (Ledger(boxes={"Car": 3}, boxes_outside_range={"Car": 3}), "range"),
     ],
 )

@@ -54,7 +54,7 @@ def test_splits_are_files_of_ids(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("Cra 1 2 3 4 2 1 0", r"l\.txt, line 2: unknown class 'Cra'; known are Car, Pedestrian, Sign; did you mean 'Car'\?"),
-        ("Zeppelin 1 2 3 4 2 1 0", r"unknown class 'Zeppelin'; known are Car, Pedestrian, Sign$"),
+        ("Zeppelin 1 2 3 4 2 1 0", r"unknown class 'Zeppelin'; known are Car, Pedestrian, Sign"),
         ("Car 1 2 3 4 0 1 0", r"l\.txt, line 2: dx, dy, dz must be positive, found \[4\.0, 0\.0, 1\.0\]"),
         ("Car 1 2 3 4 2 1", r"l\.txt, line 2: expected `class x y z dx dy dz yaw`, found 7 columns"),
         ("Car 1 2 3 4 2 1 east", r"l\.txt, line 2: the box must be seven numbers"),

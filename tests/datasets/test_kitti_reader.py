@@ -13,15 +13,9 @@ from upcycle3d.core.boxes import kitti_camera_to_lidar
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.frame import Calibration
 from upcycle3d.core.structures import Boxes3D, PointCloud, Predictions
-from upcycle3d.datasets.kitti import (
-    KittiDataset,
-    crop_to_camera,
-    project_points,
-    read_calibration,
-    read_ids,
-    read_png_size,
-    shift_calibration,
-)
+from upcycle3d.datasets.id_lists import read_ids
+from upcycle3d.datasets.kitti import KittiDataset, crop_to_camera, project_points
+from upcycle3d.datasets.kitti_calibration import read_calibration, shift_calibration
 from upcycle3d.datasets.kitti_text import (
     format_objects,
     labels_from_kitti,
@@ -30,6 +24,7 @@ from upcycle3d.datasets.kitti_text import (
     read_objects,
     write_objects,
 )
+from upcycle3d.datasets.picture_size import read_picture_size
 
 P2 = [[700.0, 0, 600, 45], [0, 700, 180, -0.3], [0, 0, 1, 0.005]]
 R0 = [[0.9999, 0.01, -0.0085], [-0.0101, 0.99994, -0.004], [0.0085, 0.0041, 0.99996]]
@@ -237,12 +232,12 @@ def test_picture_size_comes_from_the_png_header(tmp_path: Path) -> None:
     root = _root(tmp_path)
     png = root / "training" / "image_2" / "000007.png"
     png.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + struct.pack(">II", 1224, 370))
-    assert read_png_size(png) == (1224, 370)
+    assert read_picture_size(png) == (1224, 370)
     calibration = KittiDataset(root, ["000007"])[0].calibration
     assert calibration is not None
     assert calibration.image_size == (1224, 370)
     png.write_bytes(b"GIF89a")
-    with pytest.raises(InvalidInput, match="not a PNG"):
+    with pytest.raises(InvalidInput, match="not a PNG or JPEG"):
         KittiDataset(root, ["000007"])[0]
 
 

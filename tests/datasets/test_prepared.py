@@ -215,7 +215,7 @@ def test_the_rig_of_the_frames_and_the_origin_of_the_source_are_kept(tmp_path: P
         origin = DatasetOrigin(layout="folder", root=Path("/my/data"), options=(("z_shift", "1.6"), ("columns", "x y z")))
 
     rig = RigSpec(z_shift=1.6, intensity_scale=0.25)
-    source = Described(4, {i: lambda f: replace(f, rig=rig) for i in range(4)})
+    source = Described(4, {i: lambda f: replace(f, rig=rig, labels=None) for i in range(4)})
     run(source, tmp_path / "d")
     data = PreparedDataset(str(tmp_path / "d"))
     assert (data.rig, data[1].rig, data.origin) == (rig, rig, source.origin)
@@ -254,6 +254,8 @@ def test_other_settings_are_refused_but_other_splits_are_welcome(tmp_path: Path)
     report = run(source, tmp_path / "d", splits={"one": ["000002"]})
     assert report.reused_frames == 6
     assert PreparedDataset(tmp_path / "d", "one").ids == ("000002",)
+    assert (report.kept_splits, len(PreparedDataset(tmp_path / "d", "train"))) == (("train", "val"), 4)
+    run(source, tmp_path / "d", splits={"one": ["000002"]}, replace_splits=True)
     with pytest.raises(InvalidInput, match=r"no split 'train'; it has \['one'\]"):
         PreparedDataset(tmp_path / "d", "train")
 
