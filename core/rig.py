@@ -38,7 +38,7 @@ class RigSpec:
     z_shift: float = 0.0
     """Meters added to z so that the road lies near z = 0: the mounting height of the sensor. 0 for data in the vehicle's frame."""
     intensity_scale: float = 1.0
-    """Factor that brings the sensor's intensity to 0..1: 1/255 = 0.0039216 for a sensor that counts to 255."""
+    """Factor that brings the sensor's intensity to 0..1: 1/255 for a sensor that counts to 255."""
 
     def __post_init__(self) -> None:
         if not (isinstance(self.z_shift, Real) and isinstance(self.intensity_scale, Real)):

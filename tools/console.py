@@ -13,6 +13,7 @@ import tyro
 from rich.table import Table
 
 from ..core.errors import InvalidInput, UpcycleError
+from ..core.foreign_text import shown
 from ..core.ledger import Ledger, judge, stop_if_absurd
 from .terminal import SafeConsole, flush_output, plain, print_fault, print_labeled, silence, warnings_in_sentences
 
@@ -62,6 +63,26 @@ def _refuse_renamed(command: str, arguments: Sequence[str]) -> None:
                 raise InvalidInput(f"{command.replace('_', ' ')} has no option {old} any more; write {new}")
 
 
+def _without_fractions(arguments: Sequence[str]) -> list[str]:
+    """The words with numbers for fractions such as `1/255` as intensity scales: 0.0039216 is a rounded one."""
+    words = list(arguments)
+    for at, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or not name.replace("_", "-").endswith("intensity-scale"):
+            continue
+        place = at if equals else at + 1
+        value = value if equals else words[place] if place < len(words) else ""
+        above, slash, below = value.partition("/")
+        if not slash:
+            continue
+        try:
+            number = repr(float(above) / float(below))
+        except (ValueError, ZeroDivisionError) as error:
+            raise InvalidInput(f"{name} takes a number or a fraction such as 1/255, found {shown(value)}") from error
+        words[place] = f"{name}={number}" if equals else number
+    return words
+
+
 def run_command(
     function: Callable[..., Any], arguments: Sequence[str] | None = None, *, program: str | None = None, parsed_as: Any = None
 ) -> int:
@@ -100,7 +121,8 @@ def _warn_of_cache() -> None:
 
 def _run(function: Callable[..., Any], arguments: Sequence[str] | None, program: str | None, parsed_as: Any) -> int:
     try:
-        _refuse_renamed(function.__module__.rpartition(".")[2], sys.argv[1:] if arguments is None else arguments)
+        arguments = _without_fractions(sys.argv[1:] if arguments is None else arguments)
+        _refuse_renamed(function.__module__.rpartition(".")[2], arguments)
         (hint,) = [t for n, t in get_type_hints(function, include_extras=True).items() if n != "return"]
         # A preset's detector is one of several kinds; its default has decided which, so it is no subcommand.
         plain_unions = (tyro.conf.AvoidSubcommands,)
@@ -217,13 +239,13 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     if not console.is_terminal:
-        shown = -1
+        last = -1
 
         def line(done: int, of: int) -> None:
-            nonlocal shown
+            nonlocal last
             tenth = 10 * done // max(of, 1)
-            if tenth > shown:
-                shown = tenth
+            if tenth > last:
+                last = tenth
                 console.print(f"{what}: {done} of {of}")
 
         yield line

@@ -19,6 +19,7 @@ import pytest
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.foreign_text import shown
+from upcycle3d.core.rig import RigSpec
 from upcycle3d.tools.console import (
     RENAMED_OPTIONS,
     _refuse_renamed,
@@ -239,3 +240,42 @@ def test_the_new_name_of_an_option_exists(new):
         for part in new.removeprefix("--").replace("-", "_").split("."):
             kinds = [get_type_hints(k)[part] for k in kinds if part in get_type_hints(k)]
             assert kinds, (module, new)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """Options that take an intensity scale, alone or of a rig."""
+
+    intensity_scale: float = 1.0
+    rig: RigSpec = RigSpec()
+    name: str = ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--intensity-scale", "1/255", "--rig.intensity-scale", "1/255"],
+        ["--intensity-scale=1/255", "--rig.intensity-scale=1.0/255"],
+        ["--intensity_scale", "1/255", "--rig.intensity_scale=1/255"],
+        ["--intensity-scale", repr(1 / 255), "--rig.intensity-scale", repr(1 / 255), "--name", "1/255"],
+    ],
+)
+def test_an_intensity_scale_may_be_a_fraction_in_every_command(words):
+    found = []
+
+    def keep(config: Scales) -> None:
+        """Keep."""
+        found.append(config)
+
+    assert run_command(keep, words) == 0
+    assert found[0].intensity_scale == found[0].rig.intensity_scale == 1 / 255
+    assert found[0].name == ("1/255" if "--name" in words else "")
+
+
+@pytest.mark.parametrize("value", ["1/0", "1/x", "/", "1/2/3"])
+def test_a_fraction_without_a_value_is_refused(value, capsys):
+    def nothing(config: Scales) -> None:
+        """Do nothing."""
+
+    assert run_command(nothing, ["--intensity-scale", value]) == 2
+    assert f"--intensity-scale takes a number or a fraction such as 1/255, found {value}" in capsys.readouterr().err
