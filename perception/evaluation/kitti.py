@@ -18,8 +18,8 @@ Where the program and its Python descendants (kitti-object-eval-python, OpenPCDe
   for each threshold, with the best *overlapping* detection. Precision is made monotone by the maximum to the right.
 - R40 is the mean of samples 1..40 (the benchmark since 2019-10), R11 of every fourth of the 41 (before).
 - aos only if no detection of any class has alpha -10 (the Python versions look at the first one only); else None.
-- A class without ground truth or without detections has AP 0: look at `ground_truths`. Where a threshold leaves neither a true
-  nor a false positive, precision is 0; the program divides by zero.
+- A class without ground truth has AP 0 in the program. `ClassResult.percent` gives None where nothing counted, and
+  `accounts.py` says why. Where a threshold leaves neither a true nor a false positive, precision is 0; the program divides by zero.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...core.errors import InvalidInput
+from ...core.foreign_text import shown
 from ...datasets.kitti_text import MAX_OCCLUSION, MAX_TRUNCATION, MIN_HEIGHT, NEIGHBORS, KittiObjects, read_objects
 from ...ops.iou3d import iou_3d_aligned, iou_bev_aligned
 from .kitti_matching import SAMPLES, count_matches, recall_thresholds, true_positive_scores
@@ -97,10 +99,6 @@ class PrecisionSamples:
         easy, moderate, hard = (self.samples[:, ::4].mean(1) * 100).tolist()
         return easy, moderate, hard
 
-    def to_json(self) -> dict[str, dict[str, float]]:
-        """AP in percent by recall positions and difficulty."""
-        return {"R40": dict(zip(DIFFICULTIES, self.r40)), "R11": dict(zip(DIFFICULTIES, self.r11))}
-
 
 @dataclass(frozen=True, kw_only=True)
 class ClassResult:
@@ -116,6 +114,51 @@ class ClassResult:
     """2D boxes weighted by orientation; None without orientation."""
     ground_truths: tuple[int, int, int]
     """How many objects counted: easy, moderate, hard."""
+    labels: int
+    """Objects of the class in the label files, those that are ignored included."""
+    labels_without_2d_box: int
+    """Objects of the class whose 2D box has no height, so that no difficulty counts them."""
+    detections: int
+    """Detections of the class."""
+    detections_without_2d_box: int
+    """Detections of the class whose 2D box has no height, so that the rules ignore them."""
+
+    def countable(self, difficulty: int) -> bool:
+        """Whether AP says anything: some object counts, and not every detection is ignored for lack of a 2D box.
+
+        Args:
+            difficulty: 0 easy, 1 moderate, 2 hard.
+
+        Returns:
+            False where AP is not a measurement.
+        """
+        ignored = self.detections and self.detections_without_2d_box == self.detections
+        return self.ground_truths[difficulty] > 0 and not ignored
+
+    def percent(self, values: tuple[float, float, float]) -> tuple[float | None, float | None, float | None]:
+        """Leave out the values where nothing counted.
+
+        Args:
+            values: AP of easy, moderate and hard, such as `box_3d.r40`.
+
+        Returns:
+            The same values, None where `countable` is False.
+        """
+        easy, moderate, hard = (value if self.countable(d) else None for d, value in enumerate(values))
+        return easy, moderate, hard
+
+    def to_json(self) -> dict[str, Any]:
+        """AP by metric, recall positions and difficulty, None where nothing counted; and the counts."""
+
+        def metric(samples: PrecisionSamples | None) -> dict[str, dict[str, float | None]] | None:
+            if samples is None:
+                return None
+            tables = {"R40": self.percent(samples.r40), "R11": self.percent(samples.r11)}
+            return {name: dict(zip(DIFFICULTIES, values)) for name, values in tables.items()}
+
+        metrics = {"3d": metric(self.box_3d), "bev": metric(self.bev), "bbox": metric(self.bbox), "aos": metric(self.aos)}
+        counts = {"ground_truths": dict(zip(DIFFICULTIES, self.ground_truths)), "labels": self.labels, "detections": self.detections}
+        return {**metrics, **counts}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,18 +169,14 @@ class KittiResult:
     """Metrics by class name, in the order that was asked for."""
     frames: int
     """Number of frames."""
+    min_overlaps: Mapping[str, MinOverlap]
+    """The minimum overlaps that were used, by class."""
 
-    def to_json(self) -> dict[str, dict[str, dict[str, dict[str, float]] | None]]:
-        """{class: {"3d" | "bev" | "bbox" | "aos": {"R40" | "R11": {"easy" | "moderate" | "hard": percent}}}}; "aos" may be None."""
-        return {
-            name: {
-                "3d": c.box_3d.to_json(),
-                "bev": c.bev.to_json(),
-                "bbox": c.bbox.to_json(),
-                "aos": None if c.aos is None else c.aos.to_json(),
-            }
-            for name, c in self.classes.items()
-        }
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """{class: {"3d" | "bev" | "bbox" | "aos": {"R40" | "R11": {"easy" | "moderate" | "hard": percent or None}}, ...}}; "aos" may be
+        None. A class also holds its "ground_truths" by difficulty, "labels" and "detections".
+        """
+        return {name: c.to_json() for name, c in self.classes.items()}
 
 
 def evaluate_kitti(
@@ -172,15 +211,36 @@ def evaluate_kitti(
     for i, frame in enumerate(detections):
         if len(frame) and frame.scores is None:
             raise InvalidInput(f"the detections of frame number {i} have no scores: expected 16 columns, found a label file's 15")
-    missing = [c for c in classes if c not in min_overlaps]
-    if missing or not classes:
-        raise InvalidInput(
-            f"no minimum overlap for {missing or 'no class'}; known are {', '.join(min_overlaps)}; give your own min_overlaps"
-        )
+    overlaps = overlaps_of(classes, min_overlaps)
     gts, dets = _flatten(ground_truths), _flatten(detections)
     with_orientation = not bool((dets.alpha == -10).any())
-    results = {c: _evaluate_class(gts, dets, len(detections), c, min_overlaps[c], with_orientation) for c in classes}
-    return KittiResult(classes=results, frames=len(detections))
+    results = {c: _evaluate_class(gts, dets, len(detections), c, overlaps[c], with_orientation) for c in classes}
+    return KittiResult(classes=results, frames=len(detections), min_overlaps=overlaps)
+
+
+def overlaps_of(classes: Sequence[str], min_overlaps: Mapping[str, MinOverlap]) -> dict[str, MinOverlap]:
+    """Find the minimum overlap of every class; case does not matter.
+
+    Args:
+        classes: Classes to score.
+        min_overlaps: Minimum overlaps by class.
+
+    Returns:
+        The minimum overlap of each class, in the order of `classes`.
+
+    Raises:
+        InvalidInput: No class is given, one is given twice, or classes have no minimum overlap; the message names all of them.
+    """
+    known = {name.casefold(): overlap for name, overlap in min_overlaps.items()}
+    missing = [c for c in classes if c.casefold() not in known]
+    if missing:
+        raise InvalidInput(
+            f"there is no minimum overlap for {', '.join(map(shown, missing))}; KITTI's rules have one for {', '.join(min_overlaps)}. "
+            f"Give your own, such as --overlap {shown(missing[0])} 0.7 (in Python: min_overlaps)"
+        )
+    if not classes or len({c.casefold() for c in classes}) < len(classes):
+        raise InvalidInput(f"name at least one class to score, and each only once; found {' '.join(map(shown, classes)) or 'none'}")
+    return {c: known[c.casefold()] for c in classes}
 
 
 def evaluate_kitti_folders(
@@ -275,12 +335,13 @@ def _flatten(frames: Sequence[KittiObjects]) -> _Objects:
 def _evaluate_class(
     gts: _Objects, dets: _Objects, frames: int, name: str, minimum: MinOverlap, with_orientation: bool
 ) -> ClassResult:
-    neighbors = [n.lower() for n in NEIGHBORS.get(name, ())]
+    neighbors = [n.lower() for known, others in NEIGHBORS.items() if known.lower() == name.lower() for n in others]
     own_gt = gts.types == name.lower()
     dont_care = gts.select(gts.types == "dontcare")
     gt = gts.select(own_gt | np.isin(gts.types, neighbors))
     det_height = np.abs(dets.height).astype(np.int64)  # cut to whole pixels, as the program does
-    taking_part = (dets.types == name.lower()) | (det_height < max(MIN_HEIGHT))
+    own_det = dets.types == name.lower()
+    taking_part = own_det | (det_height < max(MIN_HEIGHT))
     det, det_height = dets.select(taking_part), det_height[taking_part]
 
     gt_start, det_start = gt.starts(frames), det.starts(frames)
@@ -314,6 +375,10 @@ def _evaluate_class(
         bbox=curves["bbox"],
         aos=curves["aos"] if with_orientation else None,
         ground_truths=(counted[0], counted[1], counted[2]),
+        labels=int(own_gt.sum()),
+        labels_without_2d_box=int((gts.height[own_gt] <= 0).sum()),
+        detections=int(own_det.sum()),
+        detections_without_2d_box=int((dets.height[own_det] == 0).sum()),
     )
 
 

@@ -146,8 +146,8 @@ def kitti_scores(official: KittiResult, loose: KittiResult) -> Scores:
     """
     scores = {}
     for name in official.classes:
-        for result, overlaps in ((official, OFFICIAL), (loose, LOOSE)):
+        for result in (official, loose):
             if result.classes[name].ground_truths[1]:
-                scores[f"{name} 3D {overlaps[name].box_3d:g}"] = result.classes[name].box_3d.r40[1]
-                scores[f"{name} BEV {overlaps[name].bev:g}"] = result.classes[name].bev.r40[1]
+                scores[f"{name} 3D {result.min_overlaps[name].box_3d:g}"] = result.classes[name].box_3d.r40[1]
+                scores[f"{name} BEV {result.min_overlaps[name].bev:g}"] = result.classes[name].bev.r40[1]
     return scores
