@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,21 +17,39 @@ import tyro
 from ..core.device import find_device
 from ..core.errors import InvalidInput
 from ..core.files import write_atomically
+from ..core.ledger import Ledger
 from ..datasets.kitti import read_ids
 from ..datasets.kitti_text import write_objects
-from ..perception.evaluation.kitti import LOOSE, OFFICIAL, KittiResult, MinOverlap, evaluate_kitti_folders
-from ..perception.evaluation.lyft import LyftResult, evaluate_lyft, read_lyft_boxes
+from ..perception.evaluation.accounts import Account, account_of_kitti, extra_files, extra_files_warning
+from ..perception.evaluation.class_translation import spelled
+from ..perception.evaluation.cross_dataset import without_camera
+from ..perception.evaluation.kitti import (
+    LOOSE,
+    OFFICIAL,
+    KittiResult,
+    MinOverlap,
+    evaluate_kitti,
+    extended_overlaps,
+    overlaps_of,
+    read_kitti_folders,
+)
+from ..perception.evaluation.lyft import LYFT_CLASSES, LyftResult, account_of_lyft, evaluate_lyft, read_lyft_boxes
 from ..perception.evaluation.protocols import waymo_objects
 from ..perception.evaluation.score import EvaluationReport, Protocol, own_protocol, score_detector
 from ..perception.evaluation.waymo import WAYMO_MIN_OVERLAPS, WaymoResult
 from ..perception.evaluation.waymo_json import read_waymo_folders
 from ..perception.evaluation.waymo_objects import write_waymo_objects
+from ..perception.models.detector import Detector
+from ..perception.recipes.scan_survey import data_warnings, survey_split
 from ..perception.training.detector_files import load_detector
-from .console import console, print_table, run_command, write_json
+from .console import console, print_table, print_warning, run_command, settle, write_json
 from .data_option import DataOption
+from .overlap_option import OverlapOption, parse_overlaps
 from .predict import boxes_json
 
 OVERLAPS: Mapping[str, Mapping[str, MinOverlap]] = {"official": OFFICIAL, "loose": LOOSE}
+ALL_METRICS = ("3d", "bev", "bbox", "aos")
+BOX_METRICS = ("3d", "bev")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +66,10 @@ class KittiFiles:
     """Classes to score."""
     overlaps: Literal["official", "loose"] = "official"
     """Minimum overlaps. `official`: 0.7 for cars, 0.5 for others; `loose`: 0.5 for cars and 0.25 for others in 3D and BEV."""
+    overlap: OverlapOption = ()
+    """Minimum overlaps of your own as CLASS VALUE pairs: `--overlap Van 0.7 Truck 0.5`. These classes are scored too."""
+    rules: Literal["kitti", "st3d"] = "kitti"
+    """`st3d` scores boxes in BEV and 3D only: labels and detections need no 2D boxes, and every object counts."""
     json: Path | None = None
     """Also write the result to this file as JSON."""
 
@@ -104,6 +126,8 @@ class Run:
     """Waymo's protocol: also write the detections for Waymo's own programs."""
     overlaps: Literal["official", "loose"] = "official"
     """Minimum overlaps of KITTI's AP. `official`: 0.7 for cars, 0.5 for others; `loose`: 0.5 and 0.25 in 3D and BEV."""
+    overlap: OverlapOption = ()
+    """KITTI's and ST3D's rules: minimum overlaps of your own as CLASS VALUE pairs, such as `--overlap Van 0.7 Truck 0.5`."""
     device: str = "cpu"
     """`cpu`, `cuda` or `cuda:N`."""
     json: Path | None = None
@@ -118,25 +142,40 @@ def command(
 ) -> None:
     """Compute AP on the CPU by the protocols of KITTI (2D, BEV, 3D, orientation), Waymo (AP, APH), Lyft (mAP) and ST3D (cross-dataset)."""
     if isinstance(what, KittiFiles):
-        ids, overlaps = read_ids(what.ids), OVERLAPS[what.overlaps]
-        kitti = evaluate_kitti_folders(what.labels, what.detections, ids, classes=what.classes, min_overlaps=overlaps)
-        print_result(kitti, overlaps)
-        write_json(what.json, kitti.to_json())
+        _evaluate_kitti(what)
     elif isinstance(what, WaymoFiles):
         named = None if what.ids is None else read_ids(what.ids)
         folders = read_waymo_folders(what.labels, what.detections, classes=what.classes, ids=named)
         waymo = folders.evaluate()
         if what.objects is not None:
-            write_waymo_objects(what.objects, folders.as_objects(), classes=what.classes)
+            write_waymo_objects(what.objects, folders.as_objects(), classes=folders.classes)
         print_waymo(waymo)
-        write_json(what.json, waymo.to_json())
+        _close(folders.account(), waymo.to_json(), what.json)
     elif isinstance(what, LyftFiles):
         truths, found = read_lyft_boxes(what.labels, scored=False), read_lyft_boxes(what.detections, scored=True)
-        lyft = evaluate_lyft(truths, found, classes=what.classes or None)
+        classes = spelled(what.classes, {name: name for name in (*LYFT_CLASSES, *truths.names)}, "Lyft") if what.classes else None
+        lyft = evaluate_lyft(truths, found, classes=classes)
         print_lyft(lyft)
-        write_json(what.json, lyft.to_json())
+        _close(account_of_lyft(lyft, truths, found), lyft.to_json(), what.json)
     else:
         _evaluate_run(what)
+
+
+def _evaluate_kitti(what: KittiFiles) -> None:
+    ids, given = read_ids(what.ids), parse_overlaps(what.overlap)
+    overlaps = extended_overlaps(OVERLAPS[what.overlaps], given)
+    names = {known.casefold(): known for known in overlaps}
+    asked = {name.casefold(): names.get(name.casefold(), name) for name in (*what.classes, *given)}
+    classes = tuple(overlaps_of(tuple(asked.values()), overlaps))
+    truths, found = read_kitti_folders(what.labels, what.detections, ids)
+    if what.rules == "st3d":
+        truths, found = [list(map(without_camera, frames)) for frames in (truths, found)]
+    result = evaluate_kitti(truths, found, classes=classes, min_overlaps=overlaps)
+    print_result(result, metrics=ALL_METRICS if what.rules == "kitti" else BOX_METRICS)
+    extra = extra_files(what.detections, ids, ".txt")
+    skipped = Ledger(files_skipped={"detections of a frame that is not scored": len(extra)} if extra else {})
+    account = account_of_kitti(result, truths, found, two_dimensional=what.rules == "kitti")
+    _close(account.told(ledger=skipped, warnings=extra_files_warning(extra)), result.to_json(), what.json)
 
 
 def _evaluate_run(what: Run) -> None:
@@ -144,7 +183,10 @@ def _evaluate_run(what: Run) -> None:
     protocol = what.protocol or own_protocol(frames)
     if what.objects is not None and protocol != "waymo":
         raise InvalidInput(f"--objects writes files for Waymo's programs, but the protocol here is {protocol}; leave it out")
-    report = score_detector(load_detector(what.detector).to(find_device(what.device)), frames, protocol)
+    detector = load_detector(what.detector).to(find_device(what.device))
+    survey = survey_split(frames, detector.encoder) if isinstance(detector, Detector) else None
+    unlike = () if survey is None else data_warnings(detector, frames, survey.statistics)
+    report = score_detector(detector, frames, protocol, overlaps=parse_overlaps(what.overlap))
     result = report.loose if what.overlaps == "loose" and report.loose is not None else report.result
     if what.detections is not None:
         _write_detections(what.detections, report)
@@ -156,9 +198,22 @@ def _evaluate_run(what: Run) -> None:
     elif isinstance(result, LyftResult):
         print_lyft(result)
     else:
-        metrics = ("3d", "bev", "bbox", "aos") if protocol == "kitti" else ("3d", "bev")
-        print_result(result, OVERLAPS[what.overlaps], metrics=metrics)
-    write_json(what.json, result.to_json())
+        print_result(result, metrics=ALL_METRICS if protocol == "kitti" else BOX_METRICS)
+    if report.account is None:
+        raise AssertionError("score_detector gives an account")
+    scans = Ledger() if survey is None else replace(survey.ledger, scans=0, boxes={}, boxes_empty={}, boxes_outside_range={})
+    _close(report.account.told(ledger=scans, warnings=unlike), result.to_json(), what.json)
+
+
+def _close(account: Account, result: Mapping[str, object], json_file: Path | None) -> None:
+    """Write the result, then say what was scored, what was not, and why."""
+    write_json(json_file, {**result, **account.to_json()})
+    print_table("objects by type", ("type", "labels", "detections", "scored as"), account.rows())
+    for note in account.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    for warning in account.warnings:
+        print_warning(warning)
+    settle(account.ledger, "what was read")
 
 
 def _write_detections(folder: Path, report: EvaluationReport) -> None:
@@ -170,27 +225,24 @@ def _write_detections(folder: Path, report: EvaluationReport) -> None:
             write_atomically(folder / f"{frame_id}.json", text.encode())
 
 
-def print_result(
-    result: KittiResult, overlaps: Mapping[str, MinOverlap], *, metrics: tuple[str, ...] = ("3d", "bev", "bbox", "aos")
-) -> None:
-    """Print one row per class and metric: R40 and R11, easy, moderate, hard.
+def print_result(result: KittiResult, *, metrics: tuple[str, ...] = ALL_METRICS) -> None:
+    """Print one row per class and metric: R40 and R11, easy, moderate, hard, and "-" where nothing counted.
 
     Args:
         result: Result of KITTI's or ST3D's protocol.
-        overlaps: The minimum overlaps that were used.
         metrics: Metrics to print.
     """
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for name, scores in result.classes.items():
         for metric, value in (("3d", scores.box_3d), ("bev", scores.bev), ("bbox", scores.bbox), ("aos", scores.aos)):
             if value is not None and metric in metrics:
-                rows.append((name, metric, *value.r40, *value.r11))
+                rows.append((name, metric, *map(_shown, scores.percent(value.r40)), *map(_shown, scores.percent(value.r11))))
     header = ("class", "metric", *(f"R40 {d}" for d in ("easy", "mod.", "hard")), *(f"R11 {d}" for d in ("easy", "mod.", "hard")))
     print_table("AP in percent", header, rows)
     counts = ", ".join(
         f"{n}: {c.ground_truths[0]} / {c.ground_truths[1]} / {c.ground_truths[2]}" for n, c in result.classes.items()
     )
-    limits = ", ".join(f"{n} {overlaps[n].box_3d}" for n in result.classes)
+    limits = ", ".join(f"{n} {overlap.box_3d:g}" for n, overlap in result.min_overlaps.items())
     console.print(f"{result.frames} frames; ground truths easy / moderate / hard: {counts}; minimum 3D overlap: {limits}")
 
 

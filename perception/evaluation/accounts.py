@@ -6,15 +6,16 @@ These are told apart here. Read next: `score.py` and `tools/evaluate.py`, which 
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ...core.foreign_text import shown
 from ...core.ledger import Ledger
 from ...datasets.kitti_text import MAX_OCCLUSION, MAX_TRUNCATION, MIN_HEIGHT, NEIGHBORS, KittiObjects
+from .class_translation import did_you_mean, nearest_name
 from .kitti import KittiResult
 from .kitti_matching import SAMPLES
 
@@ -85,6 +86,39 @@ def count_types(frames: Iterable[KittiObjects]) -> Counter[str]:
     return Counter(kind for frame in frames for kind in frame.types if kind.casefold() != "dontcare")
 
 
+def extra_files(folder: Path, ids: Sequence[str], suffix: str) -> tuple[str, ...]:
+    """Find files of detections that belong to no frame.
+
+    Args:
+        folder: Folder of the detection files.
+        ids: Ids of the frames.
+        suffix: End of the files' names, with the dot.
+
+    Returns:
+        Their names in order; hidden files and files of other kinds are left out.
+    """
+    known = set(ids)
+    names = (p.name for p in folder.glob(f"*{suffix}") if not p.name.startswith(".") and p.stem not in known)
+    return tuple(sorted(names))
+
+
+def extra_files_warning(names: Sequence[str]) -> list[str]:
+    """Say that detection files were not read.
+
+    Args:
+        names: What `extra_files` found.
+
+    Returns:
+        One sentence, or nothing.
+    """
+    if not names:
+        return []
+    few = ", ".join(shown(name, most=60) for name in names[:3]) + (", …" if len(names) > 3 else "")
+    belong = "detection file belongs" if len(names) == 1 else "detection files belong"
+    read = "is not read" if len(names) == 1 else "are not read"
+    return [f"{len(names)} {belong} to none of the frames that are scored and {read} ({few}); check the list of ids"]
+
+
 def account_of_types(
     *,
     labels: Mapping[str, int],
@@ -119,7 +153,7 @@ def account_of_types(
     expected = {kind.casefold() for kind in neighbors}
     for what, types, of in (("labels", labels, label_classes), ("detections", detections, detection_classes)):
         for kind, count in types.items():
-            near = None if kind in of or kind.casefold() in expected else _nearest(kind, classes)
+            near = None if kind in of or kind.casefold() in expected else nearest_name(kind, classes)
             if near is not None or (kind not in of and what == "detections"):
                 hint = f"; if they are meant to be {near}, rename them" if near else ""
                 warnings.append(f"{count} {what} of the type {shown(kind)} are not scored{hint}")
@@ -129,13 +163,16 @@ def account_of_types(
         warnings.append(f"the labels hold no object of the class {' or '.join(classes)}, so there is nothing to score: {there}")
     elif absent:
         warnings += [
-            f"the labels hold no object of the class {name}, so it has no AP{_hint(name, unscored)}" for name in absent if found[name]
+            f"the labels hold no object of the class {name}, so it has no AP{did_you_mean(name, unscored)}"
+            for name in absent
+            if found[name]
         ]
     for name in classes:
         if objects[name] and not found[name]:
             there = f"they hold {_listed(detections)}" if detections else "they are empty"
             warnings.append(f"no detection is a {name}, but the labels hold {objects[name]}: AP is 0. Of the detections, {there}")
-    notes = [f"the labels hold no {name}: '-' stands for its AP" for name in absent if len(absent) < len(classes) and not found[name]]
+    unheard = [name for name in absent if len(absent) < len(classes) and not found[name]]
+    notes = [f"the labels hold no {' and no '.join(unheard)}, so there is no AP ('-')"] if unheard else []
     if frames_without_detections and sum(detections.values()):
         notes.append(f"{frames_without_detections} of {frames} frames have no detection")
     scored_as = {**dict(label_classes), **dict(detection_classes)}
@@ -204,7 +241,17 @@ def ignored_objects(result: KittiResult, truths: Sequence[KittiObjects]) -> list
         elif without:
             warnings.append(f"{without} of {all_of} {name} labels have no 2D box, so KITTI's rules ignore them; {st3d}")
         elif all_of and not scores.ground_truths[2]:
-            warnings.append(f"KITTI's rules ignore all {all_of} {name} labels, so {name} has no AP: {_reasons(name, truths)}; {st3d}")
+            warnings.append(
+                f"KITTI's rules ignore all {all_of} {name} labels, so {name} has no AP: {_reasons(name, truths)}; {st3d}"
+            )
+        flat = sum(
+            1
+            for frame in truths
+            for kind, size in zip(frame.types, frame.dimensions.tolist())
+            if kind.casefold() == name.casefold() and min(size) <= 0
+        )
+        if flat:
+            warnings.append(f"{flat} of {all_of} {name} labels have no 3D box, so in BEV and 3D nobody can find them")
         found, empty = scores.detections, scores.detections_without_2d_box
         if empty:
             how = f"none of the {found} {name} detections has" if empty == found else f"{empty} of {found} {name} detections lack"
@@ -238,7 +285,9 @@ def _reasons(name: str, truths: Sequence[KittiObjects]) -> str:
         own = [i for i, kind in enumerate(frame.types) if kind.casefold() == name.casefold()]
         height = (frame.bbox[:, 3] - frame.bbox[:, 1])[own]
         reasons[f"have a 2D box of at most {MIN_HEIGHT[2]:g} pixels in height"] += int((height <= MIN_HEIGHT[2]).sum())
-        reasons[f"have an occlusion above {MAX_OCCLUSION[2]} (3 means unknown)"] += int((frame.occluded[own] > MAX_OCCLUSION[2]).sum())
+        reasons[f"have an occlusion above {MAX_OCCLUSION[2]} (3 means unknown)"] += int(
+            (frame.occluded[own] > MAX_OCCLUSION[2]).sum()
+        )
         reasons[f"are truncated by more than {MAX_TRUNCATION[2]:g}"] += int((frame.truncated[own] > MAX_TRUNCATION[2]).sum())
     return ", ".join(f"{n} {why}" for why, n in reasons.items() if n)
 
@@ -253,15 +302,3 @@ def _most_frequent(types: Mapping[str, int]) -> dict[str, int]:
 def _listed(types: Mapping[str, int]) -> str:
     names = [f"{shown(kind, most=60)} {n}" for kind, n in list(types.items())[:12]]
     return ", ".join(names) + (f" and {len(types) - 12} types more" if len(types) > 12 else "")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str | None:
-    plain = {k.casefold(): k for k in known}
-    letters = "".join(c for c in name.casefold() if c.isalnum() or c == "_")
-    near = difflib.get_close_matches(letters, plain, n=1, cutoff=0.75)
-    return plain[near[0]] if near else None
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    near = _nearest(name, known)
-    return f"; did you mean {shown(near)}?" if near else ""

@@ -13,14 +13,17 @@ we drop them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...core.boxes import corners_3d, lidar_to_kitti_camera, wrap_angle
 from ...core.errors import InvalidInput
+from ...core.foreign_text import shown
 from ...core.structures import Labels, Predictions
 from ...datasets.kitti_text import KittiObjects
+from .class_translation import translate
 from .kitti import OFFICIAL, KittiResult, MinOverlap, evaluate_kitti
 
 # To KITTI's names; the maps of ST3D for Waymo and Lyft. A class not named here takes no part.
@@ -68,13 +71,15 @@ def evaluate_cross_dataset(
     Raises:
         InvalidInput: The numbers of frames differ, or no class with a minimum overlap is known to both sides.
     """
-    known = {names[c] for c in label_classes if c in names}
-    shared = dict.fromkeys(names[c] for c in detector_classes if c in names)
+    names = known_names(names, min_overlaps)
+    known = {translate(c, names) for c in label_classes}
+    shared = dict.fromkeys(kitti for c in detector_classes if (kitti := translate(c, names)) is not None)
     classes = tuple(c for c in shared if c in known and c in min_overlaps)
     if not classes:
         raise InvalidInput(
-            f"the detector's classes {', '.join(detector_classes)} and the labels' {', '.join(label_classes)} share none with a "
-            f"minimum overlap ({', '.join(min_overlaps)}); known names are {', '.join(names)}"
+            f"the detector's classes {', '.join(map(shown, detector_classes))} and the labels' {', '.join(map(shown, label_classes))} "
+            f"share none with a minimum overlap ({', '.join(min_overlaps)}); known names are {', '.join(names)}. Give one with --overlap "
+            "CLASS VALUE"
         )
     truths = [
         cross_dataset_objects(f.boxes.data, _kitti_types(f.classes, label_classes, names), ignored=f.weight == 0, limits=limits)
@@ -85,6 +90,38 @@ def evaluate_cross_dataset(
         for f in predictions
     ]
     return evaluate_kitti(truths, found, classes=classes, min_overlaps=min_overlaps)
+
+
+def known_names(names: Mapping[str, str], min_overlaps: Mapping[str, MinOverlap]) -> Mapping[str, str]:
+    """Add the classes that have a minimum overlap and no name of KITTI's: they keep their own.
+
+    Args:
+        names: KITTI's name of each class name.
+        min_overlaps: Minimum overlap by class.
+
+    Returns:
+        KITTI's name, or the class's own, by class name.
+    """
+    return {**{c: c for c in min_overlaps if translate(c, names) is None}, **names}
+
+
+def without_camera(objects: KittiObjects) -> KittiObjects:
+    """Make the content of a label or detection file ready for ST3D's rules: every object gets the same 2D box and counts.
+
+    Args:
+        objects: Content of a file.
+
+    Returns:
+        The objects without DontCare regions and objects that have no 3D box. Nothing is dropped by range.
+    """
+    keep = torch.tensor([kind.casefold() != "dontcare" for kind in objects.types], dtype=torch.bool)
+    kept = objects.select(keep & (objects.dimensions > 0).all(1))
+    return replace(
+        kept,
+        truncated=torch.zeros_like(kept.truncated),
+        occluded=torch.zeros_like(kept.occluded),
+        bbox=torch.tensor(_FAKE_BOX, dtype=torch.float64).expand(len(kept), 4),
+    )
 
 
 def cross_dataset_objects(
@@ -129,4 +166,5 @@ def cross_dataset_objects(
 
 
 def _kitti_types(classes: Tensor, class_names: tuple[str, ...], names: Mapping[str, str]) -> list[str | None]:
-    return [names.get(class_names[c]) for c in classes.tolist()]
+    kitti = [translate(name, names) for name in class_names]
+    return [kitti[c] for c in classes.tolist()]

@@ -38,6 +38,7 @@ from ...core.errors import InvalidInput
 from ...core.foreign_text import shown
 from ...datasets.kitti_text import MAX_OCCLUSION, MAX_TRUNCATION, MIN_HEIGHT, NEIGHBORS, KittiObjects, read_objects
 from ...ops.iou3d import iou_3d_aligned, iou_bev_aligned
+from .class_translation import did_you_mean
 from .kitti_matching import SAMPLES, count_matches, recall_thresholds, true_positive_scores
 
 DIFFICULTIES = ("easy", "moderate", "hard")
@@ -148,7 +149,7 @@ class ClassResult:
         return easy, moderate, hard
 
     def to_json(self) -> dict[str, Any]:
-        """AP by metric, recall positions and difficulty, None where nothing counted; and the counts."""
+        """AP by metric, recall positions and difficulty, None where nothing counted."""
 
         def metric(samples: PrecisionSamples | None) -> dict[str, dict[str, float | None]] | None:
             if samples is None:
@@ -156,9 +157,7 @@ class ClassResult:
             tables = {"R40": self.percent(samples.r40), "R11": self.percent(samples.r11)}
             return {name: dict(zip(DIFFICULTIES, values)) for name, values in tables.items()}
 
-        metrics = {"3d": metric(self.box_3d), "bev": metric(self.bev), "bbox": metric(self.bbox), "aos": metric(self.aos)}
-        counts = {"ground_truths": dict(zip(DIFFICULTIES, self.ground_truths)), "labels": self.labels, "detections": self.detections}
-        return {**metrics, **counts}
+        return {"3d": metric(self.box_3d), "bev": metric(self.bev), "bbox": metric(self.bbox), "aos": metric(self.aos)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +172,11 @@ class KittiResult:
     """The minimum overlaps that were used, by class."""
 
     def to_json(self) -> dict[str, dict[str, Any]]:
-        """{class: {"3d" | "bev" | "bbox" | "aos": {"R40" | "R11": {"easy" | "moderate" | "hard": percent or None}}, ...}}; "aos" may be
-        None. A class also holds its "ground_truths" by difficulty, "labels" and "detections".
+        """Give AP in percent by class, metric, recall positions and difficulty.
+
+        Returns:
+            {class: {"3d" | "bev" | "bbox" | "aos": {"R40" | "R11": {"easy" | "moderate" | "hard": percent}}}}; "aos" may be None, and a
+            percent is None where no object counts.
         """
         return {name: c.to_json() for name, c in self.classes.items()}
 
@@ -218,6 +220,21 @@ def evaluate_kitti(
     return KittiResult(classes=results, frames=len(detections), min_overlaps=overlaps)
 
 
+def extended_overlaps(base: Mapping[str, MinOverlap], given: Mapping[str, float]) -> dict[str, MinOverlap]:
+    """Add minimum overlaps of one's own to a set.
+
+    Args:
+        base: `OFFICIAL` or `LOOSE`.
+        given: Minimum overlap of all metrics by class. A class of `base`, in any case, gets the new value.
+
+    Returns:
+        The set with the given values.
+    """
+    spelled = {name.casefold(): name for name in base}
+    own = {spelled.get(name.casefold(), name): MinOverlap(bbox=v, bev=v, box_3d=v) for name, v in given.items()}
+    return {**base, **own}
+
+
 def overlaps_of(classes: Sequence[str], min_overlaps: Mapping[str, MinOverlap]) -> dict[str, MinOverlap]:
     """Find the minimum overlap of every class; case does not matter.
 
@@ -235,11 +252,13 @@ def overlaps_of(classes: Sequence[str], min_overlaps: Mapping[str, MinOverlap]) 
     missing = [c for c in classes if c.casefold() not in known]
     if missing:
         raise InvalidInput(
-            f"there is no minimum overlap for {', '.join(map(shown, missing))}; KITTI's rules have one for {', '.join(min_overlaps)}. "
-            f"Give your own, such as --overlap {shown(missing[0])} 0.7 (in Python: min_overlaps)"
+            f"there is no minimum overlap for {', '.join(map(shown, missing))}{did_you_mean(missing[0], min_overlaps)}; KITTI's rules have "
+            f"one for {', '.join(min_overlaps)}. Give your own, such as --overlap {shown(missing[0])} 0.7 (in Python: min_overlaps)"
         )
     if not classes or len({c.casefold() for c in classes}) < len(classes):
-        raise InvalidInput(f"name at least one class to score, and each only once; found {' '.join(map(shown, classes)) or 'none'}")
+        raise InvalidInput(
+            f"name at least one class to score, and each only once; found {' '.join(map(shown, classes)) or 'none'}"
+        )
     return {c: known[c.casefold()] for c in classes}
 
 
@@ -269,6 +288,26 @@ def evaluate_kitti_folders(
     Example:
         result = evaluate_kitti_folders("KITTI/training/label_2", "boxes", ["000008"], classes=("Car",))
     """
+    truths, found = read_kitti_folders(labels_dir, detections_dir, ids)
+    return evaluate_kitti(truths, found, classes=classes, min_overlaps=min_overlaps)
+
+
+def read_kitti_folders(
+    labels_dir: Path | str, detections_dir: Path | str, ids: Sequence[str]
+) -> tuple[list[KittiObjects], list[KittiObjects]]:
+    """Read the files `ID.txt` of two folders.
+
+    Args:
+        labels_dir: Folder of label files.
+        detections_dir: Folder of detection files; an empty file means no detections.
+        ids: Frame ids.
+
+    Returns:
+        Labels and detections per frame.
+
+    Raises:
+        InvalidInput: A file is missing (the message names the frame) or broken (the message names file and line).
+    """
     loaded: list[list[KittiObjects]] = []
     for what, folder, hint in (
         ("labels", Path(labels_dir), "check the folder and the ids"),
@@ -283,7 +322,7 @@ def evaluate_kitti_folders(
     for i, frame in zip(ids, loaded[1]):
         if len(frame) and frame.scores is None:
             raise InvalidInput(f"frame {i}: {Path(detections_dir) / i}.txt has no scores: expected 16 columns, found 15")
-    return evaluate_kitti(*loaded, classes=classes, min_overlaps=min_overlaps)
+    return loaded[0], loaded[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ Boxes may be given in any frame with z up, the world's or the LiDAR's, as long a
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...core.errors import InvalidInput
+from ...core.foreign_text import shown
 from ...core.strict_json import read_json
 from ...core.tensor_value import shape_of
+from .accounts import Account, account_of_types
 from .box_pairs import box_pairs
 
 MIN_OVERLAPS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 LYFT_CLASSES = ("animal", "bicycle", "bus", "car", "emergency_vehicle", "motorcycle", "other_vehicle", "pedestrian", "truck")
+_FARTHEST = 1e9  # m; a coordinate beyond is damage
 
 # To Lyft's names, those of other datasets where they mean nearly the same.
 LYFT_NAMES: Mapping[str, str] = {name: name for name in LYFT_CLASSES} | {
@@ -130,19 +134,61 @@ def evaluate_lyft(
         raise InvalidInput("some detections have a score that is not a finite number; remove them first")
     numbers = {frame: i for i, frame in enumerate(dict.fromkeys(truths.frames + detections.frames))}
     truth_frames, found_frames = (np.array([numbers[f] for f in b.frames], dtype=np.int64) for b in (truths, detections))
-    truth_names, found_names = np.array(truths.names, dtype=np.str_), np.array(detections.names, dtype=np.str_)
+    truth_names, found_names = (np.array([n.casefold() for n in b.names], dtype=np.str_) for b in (truths, detections))
     truth_boxes, found_boxes = truths.boxes.double().numpy(), detections.boxes.double().numpy()
     best_first = np.argsort(-detections.scores.double().numpy(), kind="stable")
     results: dict[str, tuple[float, ...] | None] = {}
     counts: dict[str, int] = {}
-    for name in sorted(set(truths.names)) if classes is None else classes:
-        t = np.flatnonzero(truth_names == name)
-        d = best_first[found_names[best_first] == name]
+    for name in _one_spelling(truths.names) if classes is None else classes:
+        t = np.flatnonzero(truth_names == name.casefold())
+        d = best_first[found_names[best_first] == name.casefold()]
         counts[name] = len(t)
         pairs = box_pairs(found_boxes[d], found_frames[d], truth_boxes[t], truth_frames[t])
         target, overlap = _best_of_each(pairs.start, pairs.truth, pairs.iou)
         results[name] = tuple(_average_precision(target, overlap, m, len(t)) for m in min_overlaps) if len(t) else None
     return LyftResult(classes=results, ground_truths=counts, min_overlaps=min_overlaps)
+
+
+def account_of_lyft(result: LyftResult, truths: LyftBoxes, detections: LyftBoxes) -> Account:
+    """Say what of two files is scored, and why the rest is not.
+
+    Args:
+        result: The result.
+        truths: The objects of all frames.
+        detections: The detections.
+
+    Returns:
+        The account. A frame without objects and detections is in neither file, so it is not counted.
+    """
+    classes = {name.casefold(): name for name in result.classes}
+    labels, found = Counter(truths.names), Counter(detections.names)
+    scored = {kind: classes[kind.casefold()] for kind in (*labels, *found) if kind.casefold() in classes}
+    frames, seen = set(truths.frames), set(detections.frames)
+    account = account_of_types(
+        labels=labels,
+        detections=found,
+        label_classes=scored,
+        detection_classes=scored,
+        classes=tuple(result.classes),
+        frames=len(frames),
+        frames_without_detections=len(frames - seen),
+        neighbors=LYFT_CLASSES,
+    )
+    foreign = len(seen - frames)
+    if foreign and not frames & seen:
+        text = f"none of the {foreign} frames of the detections is a frame of the {len(frames)} in the labels; do both files belong together?"
+        return account.told(warnings=[text])
+    return account.told(
+        notes=[f"{foreign} frames have detections and no label; their detections count as wrong"] if foreign else ()
+    )
+
+
+def _one_spelling(names: Sequence[str]) -> list[str]:
+    """The classes that occur, sorted; of several spellings that differ in case only the first in the alphabet."""
+    spellings: dict[str, str] = {}
+    for name in sorted(set(names)):
+        spellings.setdefault(name.casefold(), name)
+    return sorted(spellings.values())
 
 
 def read_lyft_boxes(path: Path | str, *, scored: bool) -> LyftBoxes:
@@ -165,10 +211,11 @@ def read_lyft_boxes(path: Path | str, *, scored: bool) -> LyftBoxes:
     for number, record in enumerate(records):
         try:
             row = _row(record, scored=scored)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            reason = f"{shown(error.args[0])} is missing" if isinstance(error, KeyError) else shown(error)
             raise InvalidInput(
                 f"{path}, record {number}: expected sample_token, translation (3), size (3, positive), rotation (4), name"
-                f"{' and score' if scored else ''}, all finite: {type(error).__name__} {error}"
+                f"{' and score' if scored else ''}, all finite: {reason}"
             ) from error
         rows.append(row)
     table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 8)
@@ -185,21 +232,26 @@ def _row(record: Mapping[str, object], *, scored: bool) -> list[float]:
 
     def numbers(name: str, count: int) -> list[float]:
         value = record[name]
-        if not isinstance(value, list) or len(value) != count:
-            raise ValueError(f"{name} is {value!r}")
-        return [float(v) for v in value]
+        good = isinstance(value, list) and len(value) == count
+        if not good or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value):  # type: ignore[attr-defined]
+            raise ValueError(f"{name} is {shown(value)}")
+        return [float(v) for v in value]  # type: ignore[attr-defined]
 
+    if not isinstance(record, dict):
+        raise TypeError(f"it is {shown(record)}")
     if not isinstance(record["sample_token"], str) or not isinstance(record["name"], str):
         raise TypeError("sample_token and name must be text")
     width, length, height = numbers("size", 3)
     w, x, y, z = numbers("rotation", 4)
     yaw = math.atan2(2 * (w * z + x * y), w * w + x * x - y * y - z * z)  # of a quaternion of any length
     score = record["score"] if scored else 0.0
-    if not isinstance(score, int | float):
-        raise TypeError(f"score is {score!r}")
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        raise TypeError(f"score is {shown(score)}")
     row = [*numbers("translation", 3), length, width, height, yaw, float(score)]
     if not all(map(math.isfinite, row)) or min(row[3:6]) <= 0 or w == x == y == z == 0:
         raise ValueError("a value is not finite, a size not positive or the rotation zero")
+    if max(map(abs, row[:6])) > _FARTHEST:
+        raise ValueError(f"a place or a size is larger than {_FARTHEST:g} m")
     return row
 
 

@@ -6,6 +6,7 @@ no part. KITTI's own protocol needs label files and a camera and is in `detect.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InvalidInput
+from ...core.ledger import Ledger
 from ...core.structures import Labels, Predictions
 from ...datasets.frame_source import FrameSource
 from ..models.detector import Detector
+from .class_translation import translate
 from .cross_dataset import evaluate_cross_dataset
 from .detect import detect_frames
 from .kitti import OFFICIAL, KittiResult, MinOverlap
@@ -38,6 +41,37 @@ class LabeledDetections:
     """Names of the class numbers of the labels."""
     detector_classes: tuple[str, ...]
     """Names of the class numbers of the detections."""
+    ledger: Ledger = Ledger()
+    """Labels by class; how many hold no point or lie outside the detector's range."""
+
+
+def count_labels(labels: Labels, classes: tuple[str, ...], detector: Detector) -> Ledger:
+    """Count the labels of a frame that a detector can find.
+
+    Args:
+        labels: Labels in the frame of the detector's points. Those of weight 0 are not counted.
+        classes: Names of the class numbers.
+        detector: The detector whose range matters.
+
+    Returns:
+        Labels by class, those without a point, and those outside the range.
+    """
+    labels = labels.select(labels.weight > 0)
+    spec = getattr(detector, "spec", None)  # a detector of the user's own may have no grid
+    low, high = (-math.inf,) * 3, (math.inf,) * 3
+    if spec is not None:
+        low, high = spec.grid.range[:3], spec.grid.range[3:]
+    centers = labels.boxes.data[:, :3]
+    outside = ~((centers >= centers.new_tensor(low)) & (centers < centers.new_tensor(high))).all(1)
+
+    def by_class(keep: Tensor) -> dict[str, int]:
+        return {name: n for i, name in enumerate(classes) if (n := int((labels.classes[keep] == i).sum()))}
+
+    return Ledger(
+        boxes=by_class(torch.ones_like(outside)),
+        boxes_empty=by_class(labels.num_points == 0),
+        boxes_outside_range=by_class(outside),
+    )
 
 
 def detect_labeled(detector: Detector, frames: FrameSource, *, label_classes: tuple[str, ...]) -> LabeledDetections:
@@ -55,10 +89,12 @@ def detect_labeled(detector: Detector, frames: FrameSource, *, label_classes: tu
         InvalidInput: A frame has no labels; the message names it.
     """
     ids, labels, predictions = [], [], []
+    ledger = Ledger()
     for frame, found in detect_frames(detector, frames):
         if frame.labels is None:
             raise InvalidInput(f"frame {frame.id} has no labels to score against; choose a labeled split")
         ids.append(frame.id)
+        ledger = ledger + count_labels(frame.labels, label_classes, detector)
         labels.append(replace(frame.labels, boxes=frame.rig.to_sensor(frame.labels.boxes)))
         predictions.append(replace(found, boxes=frame.rig.to_sensor(found.boxes)))
     return LabeledDetections(
@@ -67,6 +103,7 @@ def detect_labeled(detector: Detector, frames: FrameSource, *, label_classes: tu
         predictions=tuple(predictions),
         label_classes=label_classes,
         detector_classes=detector.class_names,
+        ledger=ledger,
     )
 
 
@@ -157,11 +194,11 @@ def waymo_objects(detections: LabeledDetections) -> tuple[list[WaymoDetections],
                 f"Waymo's programs need frame ids CONTEXT_TIMESTAMP, as `prepare waymo` makes them; found {frame_id!r}"
             )
         frames.append(WaymoDetections(context_name=context, timestamp_micros=int(time), predictions=boxes))
-    return frames, tuple(WAYMO_NAMES.get(c, c) for c in detections.detector_classes)
+    return frames, tuple(translate(c, WAYMO_NAMES) or c for c in detections.detector_classes)
 
 
 def _known(own: tuple[str, ...], names: Mapping[str, str], protocol: str) -> tuple[str, ...]:
-    classes = tuple(dict.fromkeys(names[c] for c in own if c in names))
+    classes = tuple(dict.fromkeys(known for c in own if (known := translate(c, names)) is not None))
     if not classes:
         raise InvalidInput(f"none of the detector's classes {', '.join(own)} is {protocol}'s; known names are {', '.join(names)}")
     return classes
@@ -169,13 +206,14 @@ def _known(own: tuple[str, ...], names: Mapping[str, str], protocol: str) -> tup
 
 def _renumbered(numbers: Tensor, own: tuple[str, ...], names: Mapping[str, str], classes: tuple[str, ...]) -> Tensor:
     """Class numbers among `classes` of numbers among `own`, -1 for those not there."""
-    table = [classes.index(names[c]) if c in names and names[c] in classes else -1 for c in own]
+    known = [translate(c, names) for c in own]
+    table = [classes.index(name) if name in classes else -1 for name in known]
     return torch.tensor(table, dtype=torch.int64)[numbers]
 
 
 def _lyft_boxes(ids: tuple[str, ...], frames: Sequence[Labels | Predictions], own: tuple[str, ...]) -> LyftBoxes:
     return LyftBoxes(
         frames=tuple(frame_id for frame_id, f in zip(ids, frames, strict=True) for _ in range(len(f))),
-        names=tuple(LYFT_NAMES.get(own[c], own[c]) for f in frames for c in f.classes.tolist()),
+        names=tuple(translate(own[c], LYFT_NAMES) or own[c] for f in frames for c in f.classes.tolist()),
         boxes=torch.cat([torch.zeros(0, 7), *(f.boxes.data for f in frames)]),
     )
