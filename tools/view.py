@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.files import write_atomically
+from ..perception.recipes.scan_survey import data_warnings, survey_split
 from ..perception.training.detector_files import load_detector
-from ..perception.viz.bev import bev_png
-from .console import print_table, run_command, write_json
+from ..perception.viz.bev import bev_png, in_view, renumbered
+from .console import print_table, print_warning, run_command, write_json
 from .data_option import DataOption
 
 
@@ -37,30 +38,36 @@ def command(config: DrawFrames) -> None:
     """Draw frames, labels and detections in BEV."""
     frames = config.data.open()
     detector = load_detector(config.detector) if config.detector else None
+    if detector is not None:
+        for text in data_warnings(detector, frames, survey_split(frames, detector.encoder, most=config.limit).statistics):
+            print_warning(text)
     written = []
     for i in range(min(len(frames), config.limit)):
         frame = frames[i]
-        found = detector.detect([frame.points])[0] if detector else None
+        found, names = None, frames.classes
+        if detector is not None:
+            found, names = renumbered(detector.detect([frame.points])[0], detector.class_names, frames.classes)
         picture = bev_png(
             frame.points,
             truth=frame.labels,
             predictions=found,
-            class_names=frames.classes,
+            class_names=names,
             view_range=config.range,
             title=frame.id,
             min_score=config.min_score,
         )
+        drawn = None if found is None else found.select(found.scores >= config.min_score)
         path = config.out / f"{frame.id}.png"
         write_atomically(path, picture)
         written.append(
             (
                 frame.id,
-                "-" if frame.labels is None else len(frame.labels),
-                "-" if found is None else int((found.scores >= config.min_score).sum()),
+                "-" if frame.labels is None else int(in_view(frame.labels.boxes, config.range).sum()),
+                "-" if drawn is None else int(in_view(drawn.boxes, config.range).sum()),
                 str(path),
             )
         )
-    print_table("pictures", ("frame", "labels", "detections", "file"), written)
+    print_table("pictures", ("frame", "labels drawn", "detections drawn", "file"), written)
     write_json(config.json, [row[3] for row in written])
 
 

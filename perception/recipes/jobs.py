@@ -6,6 +6,7 @@ Each takes names and folders, builds what the trainers need (`assembly.py`), run
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from ..wire.codec import check_codec
 from .assembly import feature_object_database, fleet_store, labeled_batches, unlabeled_batches
 from .job_inputs import Data, check_run_options, find_data, find_method, find_preset, read_truth
 from .presets import Preset
-from .scan_survey import Survey, describe_training, survey_split
+from .scan_survey import Survey, data_warnings, describe_training, survey_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +203,8 @@ def upcycle_preset(
         method: Name of a method (docs/methods.md), or your own `Method`.
         store: Store of the fleet's smashed scenes, for the methods that learn from them.
         raw: Raw unlabeled scans, for the methods that learn from them; `unlabelled` where no split is named.
-        rig: The fleet's rig, as given to `extract` and `ingest`. None means no z shift and intensity in 0..1.
+        rig: The fleet's rig, as given to `extract` and `ingest`. None takes that of the source model's training data, or no z shift and
+            intensity in 0..1 where its file does not say.
         codec: Codec round trip of labeled features, `fp16` or `int8`; None takes the store's own.
         truth: Receipts of `extract` and the prepared frames that were extracted. Their labels measure the pseudo labels and never train.
         seed: Decides the order of frames and scenes, augmentation and pasting.
@@ -227,7 +229,6 @@ def upcycle_preset(
     if codec is not None:
         check_codec(codec)
     preset, split, out, detector = find_preset(preset), find_data(data, "train"), Path(out), Path(detector)
-    rig = rig or RigSpec()
     chosen = find_method(method)
     name = method if isinstance(method, str) else chosen.summary
     loop = _loop(preset.upcycle.loop, seed, steps)
@@ -236,6 +237,16 @@ def upcycle_preset(
     student = load_detector(detector)
     if student.config != preset.detector:
         raise InvalidInput(f"{detector} holds another detector than the preset; give the preset that it was trained with")
+    rig = rig or (RigSpec() if student.trained_on is None else student.trained_on.rig)
+    frames = split.open()
+    said = data_warnings(student, frames, survey_split(frames, student.encoder).statistics)
+    if store is not None and frames.rig != rig:
+        said += (
+            f"the labeled data {split} have the rig {frames.rig}, and the scenes of the store have {rig}; this is right only if the road "
+            "lies at the same height and intensity has the same scale after both",
+        )
+    for text in said:
+        warnings.warn(text, stacklevel=2)
     # F-GT's size shift is also right for the labeled half, but the oracles' labels have the target's sizes already.
     shift = settings.f_gt.size_shift if chosen.labeled == "source" else (0.0, 0.0, 0.0)
     if preset.train.gt_sampling:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ from ...core.errors import InvalidInput
 from ...core.features import CutFeatures
 from ...core.files import write_atomically
 from ...core.smashed_scene import SmashedScene
-from ...core.structures import Labels, PointCloud, Predictions
+from ...core.structures import Boxes3D, Labels, PointCloud, Predictions
 from ...core.tensor_value import shape_of
 from .bev_ground import HEIGHT_COLORS, NORM_COLORS, Ground, ground_image, height_range
 
@@ -92,6 +93,43 @@ def bev_png(
     """
     panel = Panel(title, points, truth, predictions)
     return bev_panels_png([panel], class_names=class_names, view_range=view_range, min_score=min_score, panel_px=size_px)
+
+
+def in_view(boxes: Boxes3D, view_range: tuple[float, float, float, float]) -> Tensor:
+    """Find the boxes of which a picture shows at least a corner.
+
+    Args:
+        boxes: N boxes.
+        view_range: (x0, y0, x1, y1) in meters, the part of the plane that is drawn.
+
+    Returns:
+        (N,) bool.
+    """
+    x0, y0, x1, y1 = view_range
+    corners = corners_bev(boxes.data.detach().cpu())
+    x, y = corners[..., 0], corners[..., 1]
+    return ((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)).any(1)
+
+
+def renumbered(found: Predictions, own: Sequence[str], names: Sequence[str]) -> tuple[Predictions, tuple[str, ...]]:
+    """Give detections and labels of other class numbers one list of names, so that both can be drawn in one picture.
+
+    Args:
+        found: Detections whose classes are numbers of `own`.
+        own: Names of the detector's classes.
+        names: Names of the labels' classes.
+
+    Returns:
+        The detections with numbers of a common list, and that list: `names`, and then what only the detector has. Case does not
+        matter.
+    """
+    common = list(names)
+    for name in own:
+        if name.casefold() not in [known.casefold() for known in common]:
+            common.append(name)
+    number = {name.casefold(): i for i, name in enumerate(common)}
+    table = torch.tensor([number[name.casefold()] for name in own], dtype=torch.int64)
+    return replace(found, classes=table.to(found.classes.device)[found.classes]), tuple(common)
 
 
 def draw_bev(

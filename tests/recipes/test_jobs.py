@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.rig import RigSpec
 from upcycle3d.datasets.data_split import DataSplit
 from upcycle3d.perception.recipes import jobs
 from upcycle3d.perception.recipes.experiment_data import SimulationSize, simulated_adaptation
@@ -15,7 +16,7 @@ from upcycle3d.perception.recipes.job_inputs import find_data
 from upcycle3d.perception.recipes.presets import SMALL
 from upcycle3d.perception.server.methods import METHODS, method_record
 from upcycle3d.perception.server.pseudo_labels import hybrid_labels, trusted_labels
-from upcycle3d.perception.training.detector_files import load_detector
+from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
 from upcycle3d.perception.wire.encoder_file import load_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,6 +55,28 @@ def test_a_training_writes_into_its_files_what_it_knew_about_its_data(data, sour
         assert known.scans.scans == len(frames) == 2
         assert 0 < known.scans.cells <= known.scans.points
         assert abs(known.scans.ground_height) < 0.5
+
+
+def test_upcycling_warns_of_labeled_data_with_another_rig_or_road_than_in_training(data, source, tmp_path):
+    detector = load_detector(source)
+    known = detector.trained_on
+    assert known is not None
+    scans = known.scans
+    assert scans is not None
+    other = replace(
+        known, rig=RigSpec(z_shift=1.7), scans=replace(scans, ground_height=scans.ground_height + 1.73, intensity=0.0)
+    )
+    detector.trained_on = other
+    save_run_detector(tmp_path / "other", detector)
+    with pytest.warns(UserWarning, match="the training had z_shift") as said:
+        outcome = jobs.upcycle_preset(
+            SMALL, data, tmp_path / "other", tmp_path / "run", method="source_continued", steps=1, progress=False
+        )
+    texts = [str(warning.message) for warning in said]
+    assert sum("the training had z_shift 1.7" in text for text in texts) == 1
+    assert sum("the road lies at z =" in text for text in texts) == 1
+    assert outcome.student.trained_on == other
+    assert load_detector(tmp_path / "run" / "teacher.safetensors").trained_on == other
 
 
 @pytest.mark.parametrize(("wrong", "message"), WRONG)
