@@ -162,7 +162,7 @@ class NuScenesDataset:
         for name in self.classes:
             if name not in class_map.values():
                 raise InvalidInput(
-                    f"no category leads to the class {name!r}{_nearest(name, tuple(class_map.values()))}; add it to class_map"
+                    f"no category leads to the class {name!r}{_nearest(name, tuple(class_map.values()))}; name a category for it (--class-map CATEGORY CLASS)"
                 )
         for category, name in self.neighbors.items():
             if name not in self.classes or class_map.get(category) in self.classes:

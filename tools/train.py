@@ -12,6 +12,7 @@ from ..perception.recipes.jobs import train_preset
 from ..perception.recipes.presets import PRESETS, Preset
 from .console import console, print_table, run_command, write_json
 from .data_option import DataOption
+from .next_step import scoring_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def command(config: Train) -> None:
         ("steps", "frames", "seconds", *outcome.loss),
         [(outcome.steps, outcome.frames, outcome.seconds, *outcome.loss.values())],
     )
-    console.print(f"next: upcycle3d evaluate run --detector {config.out} --data {config.data.root}:val")
+    console.print(f"next: {scoring_command(config.out, config.data)}", soft_wrap=True)
     report = {"steps": outcome.steps, "seconds": outcome.seconds, "loss": dict(outcome.loss), "run": str(config.out)}
     write_json(config.json, report)
 

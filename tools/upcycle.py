@@ -15,6 +15,7 @@ from ..perception.recipes.presets import Preset
 from ..perception.server.methods import METHODS
 from .console import console, print_table, run_command, write_json
 from .data_option import DataOption
+from .next_step import scoring_command
 from .train import preset_choices
 
 
@@ -81,7 +82,7 @@ def command(config: Upcycle) -> None:
         ("method", "labeled frames", "unlabeled scenes", "steps"),
         [(config.method, outcome.frames, outcome.scenes, outcome.steps)],
     )
-    console.print(f"student and teacher: {config.out}; next: upcycle3d evaluate run --detector {config.out} --data DIR:val")
+    console.print(f"student and teacher: {config.out}; next: {scoring_command(config.out, config.data)}", soft_wrap=True)
     report = {"method": config.method, "labeled": outcome.frames, "scenes": outcome.scenes, "run": str(config.out)}
     write_json(config.json, report)
 
