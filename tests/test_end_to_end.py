@@ -48,7 +48,7 @@ def chain(tmp_path_factory) -> Path:
     upcycle3d("extract", "--detector", root / "source", "--scans", scans, "--ids", raw / "ImageSets" / "fleet.txt", *rig, "--out", root / "shards", "--receipts", root / "receipts.json", "--json", root / "extract.json")  # fmt: skip
     upcycle3d("ingest", root / "shards", "--store", root / "store", "--detector", root / "source", *rig)
     steps = ("--preset.upcycle.loop.optim.total-steps", 2, "--preset.upcycle.round-steps", 1, "--workers", 0)
-    upcycle3d("upcycle", "small", "--data", data, "--detector", root / "source", "--store", root / "store", "--truth", root / "receipts.json", data, *rig, "--out", root / "upcycled", *steps)  # fmt: skip
+    upcycle3d("upcycle", "small", "--data", data, "--detector", root / "source", "--store", root / "store", "--truth", root / "receipts.json", data, "--out", root / "upcycled", *steps)  # fmt: skip
     return root
 
 
@@ -341,7 +341,7 @@ def test_the_same_commands_serve_pv_rcnn(chain, tmp_path):
     upcycle3d("extract", "--detector", tmp_path / "source", *scans, *rig, "--codec", "int8", "--out", tmp_path / "shards")
     upcycle3d("ingest", tmp_path / "shards", "--store", tmp_path / "store", "--detector", tmp_path / "source", *rig)
     steps = ("--preset.upcycle.loop.optim.total-steps", 1, "--workers", 0)
-    upcycle3d("upcycle", "small_pv_rcnn", "--data", data, "--detector", tmp_path / "source", "--store", tmp_path / "store", *rig, "--out", tmp_path / "upcycled", *steps)  # fmt: skip
+    upcycle3d("upcycle", "small_pv_rcnn", "--data", data, "--detector", tmp_path / "source", "--store", tmp_path / "store", "--out", tmp_path / "upcycled", *steps)  # fmt: skip
     upcycle3d("evaluate", "run", "--detector", tmp_path / "upcycled", "--data", f"{data}:val", "--json", tmp_path / "ap.json")
     assert "Car" in json.loads((tmp_path / "ap.json").read_text())
     scene = SmashedStore(tmp_path / "store")[0]

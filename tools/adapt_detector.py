@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.device import find_device
 from ..core.errors import InvalidInput
-from ..core.rig import RigSpec
+from ..core.scan_options import ScanOptions
 from ..datasets.data_split import DataSplit
 from ..perception.adapt.detection.adapt_detector import DetectorAdaptation, StageProgress, adapt_detector
 from ..perception.adapt.detection.adaptation import DetectorAdaptConfig
@@ -24,9 +24,10 @@ from ..perception.adapt.detection.proposals import ProposalSelection
 from ..perception.adapt.glc.unknown_rule import ThresholdKind, UnknownRule
 from ..perception.models.detector import Detector
 from ..perception.recipes.assembly import fleet_store
+from ..perception.recipes.scan_survey import data_warnings, survey_split
 from ..perception.server.store import SmashedStore
 from ..perception.training.detector_files import load_detector
-from .console import console, print_table, progress_bar, run_command
+from .console import console, print_table, print_warning, progress_bar, run_command
 from .data_option import DataOption
 
 DEFAULTS = DetectorAdaptConfig()
@@ -48,8 +49,10 @@ class AdaptDetector:
     """Split of the target, `train` where none is named."""
     target_store: Path | None = None
     """Instead of --target: a store of the fleet's smashed scenes. There are no point counts then."""
-    rig: RigSpec = field(default_factory=RigSpec)
-    """Rig of the fleet, with --target-store."""
+    z_shift: float | None = None
+    """With --target-store: the fleet's z shift, where `extract` got another one than the detector's training data."""
+    intensity_scale: float | None = None
+    """With --target-store: the fleet's intensity scale, where `extract` got another one than the detector's training data."""
     target_labels_for_metrics: bool = False
     """Measure against the target's labels, after everything is decided."""
     classes_of: tuple[str, str] | None = None
@@ -88,11 +91,18 @@ def command(config: AdaptDetector) -> None:
     if config.target_labels_for_metrics and config.target is None:
         raise InvalidInput("smashed scenes have no labels to measure against; give --target DIR[:SPLIT]")
     detector = load_detector(config.detector).to(find_device(config.device))
+    given = ScanOptions(z_shift=config.z_shift, intensity_scale=config.intensity_scale)
+    if config.target_store is None and given != ScanOptions():
+        raise InvalidInput("--z-shift and --intensity-scale belong to --target-store; --target was shifted when it was prepared")
+    rig = given.rig(None if detector.trained_on is None else detector.trained_on.rig)
     target: DataSplit | SmashedStore
     if config.target is not None and config.target_store is None:
         target = config.target.or_split("train")
+        frames = target.open()
+        for text in data_warnings(detector, frames, survey_split(frames, detector.encoder).statistics):
+            print_warning(text)
     elif config.target_store is not None and config.target is None:
-        target = fleet_store(config.target_store, detector, config.rig)
+        target = fleet_store(config.target_store, detector, rig)
     else:
         raise InvalidInput("give the target either as --target DIR[:SPLIT] or as --target-store STORE")
     glc = replace(DEFAULTS.glc, epochs=config.epochs, lr=config.lr, seed=config.seed, class_number=config.class_number)
@@ -106,7 +116,7 @@ def command(config: AdaptDetector) -> None:
             config=replace(DEFAULTS, glc=glc, open_set=replace(DEFAULTS.open_set, unknown=unknown)),
             selection=config.proposals,
             classifier=replace(config.classifier, seed=config.seed),
-            rig=None if config.target_store is None else config.rig,
+            rig=None if config.target_store is None else rig,
             class_map=_class_map(config, detector),
             on_progress=on_progress,
         )

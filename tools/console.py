@@ -25,10 +25,11 @@ _RENAMED_PRESET_OPTIONS = {
     "--preset.upcycle.labelled-batch": "--preset.upcycle.labeled-batch",
     "--preset.upcycle.unlabelled-batch": "--preset.upcycle.unlabeled-batch",
 }
+_RENAMED_RIG = {"--rig.z-shift": "--z-shift", "--rig.intensity-scale": "--intensity-scale"}
 # By command (its module's name): an option of version 0.1 and what to write now. Several words name an option with its values.
 RENAMED_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "adapt": {"--labeller": "--labeler"},
-    "adapt_detector": {"--source DIR SPLIT": "--source DIR:SPLIT", "--target DIR SPLIT": "--target DIR:SPLIT"},
+    "adapt_detector": {"--source DIR SPLIT": "--source DIR:SPLIT", "--target DIR SPLIT": "--target DIR:SPLIT", **_RENAMED_RIG},
     "demo": {"--labelled": "--labeled"},
     "experiment_upcycling": {
         "--variants": "--methods",
@@ -47,6 +48,7 @@ RENAMED_OPTIONS: Mapping[str, Mapping[str, str]] = {
         "--checkpoint": "--detector",
         "--split": "--data DIR:SPLIT",
         "--raw DIR SPLIT": "--raw DIR:SPLIT",
+        **_RENAMED_RIG,
         **_RENAMED_PRESET_OPTIONS,
     },
 }

@@ -62,8 +62,8 @@ def command(config: Simulate) -> None:
     console.print(f"next: upcycle3d {next_step}", soft_wrap=True)
     if height:
         console.print(
-            f"for presets that expect the road at z = 0, such as small (docs/presets.md): --rig.z-shift {height:g} in extract, ingest, "
-            "upcycle and predict; for presets that expect unshifted scans, such as kitti_small: prepare without --z-shift",
+            "this is right for presets that expect the road at z = 0, such as small (docs/presets.md); for presets that expect unshifted "
+            "scans, such as kitti_small, prepare without --z-shift",
             soft_wrap=True,
         )
     write_json(config.json, {"domain": config.domain, "frames": config.frames, "seed": config.seed, "splits": sizes})

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from ..core.rig import RigSpec
+from ..core.scan_options import ScanOptions
+from ..core.trained_on import rig_of_scans
 from ..perception.recipes.jobs import upcycle_preset
 from ..perception.recipes.presets import Preset
 from ..perception.server.methods import METHODS
+from ..perception.training.detector_files import load_detector
 from .console import console, print_table, run_command, write_json
 from .data_option import DataOption
 from .next_step import scoring_command
@@ -35,8 +37,10 @@ class Upcycle:
     """Store of the fleet's smashed scenes, for the methods that learn from them."""
     raw: DataOption | None = None
     """Raw unlabeled scans, for the methods that learn from them; `unlabelled` where no split is named. Labels are not read."""
-    rig: RigSpec = field(default_factory=RigSpec)
-    """The fleet's rig, the same as in `extract` and `ingest`. A store of another rig or encoder is refused."""
+    z_shift: float | None = None
+    """The fleet's z shift, where `extract` got another one than the detector's training data. A store of another rig is refused."""
+    intensity_scale: float | None = None
+    """The fleet's intensity scale, where `extract` got another one than the detector's training data."""
     method: Literal[tuple(METHODS)] = "upcycling"  # type: ignore[valid-type]
     """Training method. docs/methods.md describes all of them."""
     codec: Literal["fp16", "int8"] | None = None
@@ -61,6 +65,8 @@ ARGUMENTS = tyro.extras.subcommand_type_from_defaults(preset_choices(Upcycle), p
 
 def command(config: Upcycle) -> None:
     """Train the server half on labeled frames and smashed scenes."""
+    given = ScanOptions(z_shift=config.z_shift, intensity_scale=config.intensity_scale)
+    rig = None if given == ScanOptions() else rig_of_scans(given, load_detector(config.detector).trained_on)[0]
     outcome = upcycle_preset(
         config.preset,
         config.data,
@@ -69,7 +75,7 @@ def command(config: Upcycle) -> None:
         method=config.method,
         store=config.store,
         raw=config.raw,
-        rig=config.rig,
+        rig=rig,
         codec=config.codec,
         truth=config.truth,
         seed=config.seed,

@@ -79,7 +79,8 @@ def adapt_detector(
         selection: Which proposals of a frame are kept, or None for the defaults.
         classifier: Settings of the proposal classifier, where it is trained, or None for the defaults. Point counts are left out where
             the target is a store.
-        rig: Rig of the fleet, to write detections in the sensor frame. None: the rig of the target's dataset, or no shift for a store.
+        rig: Rig of the fleet, to write detections in the sensor frame. None: the rig of the target's dataset; for a store that
+            of the detector's training data, or no shift where its file does not say.
         class_map: What the target's classes mean to the detector (`map_by_name`, `pair_map`). If given, the target's labels are used to
             measure, after everything is decided. None: they are never looked at.
         on_progress: Called after each batch of frames.
@@ -99,7 +100,8 @@ def adapt_detector(
         detector = load_detector(Path(detector))
     target, frames = _opened(target, class_map)
     if rig is None:
-        rig = RigSpec() if frames is None else frames.rig
+        trained = RigSpec() if detector.trained_on is None else detector.trained_on.rig
+        rig = trained if frames is None else frames.rig
     if not isinstance(source, ProposalClassifier):
         settings = classifier or ClassifierConfig()
         settings = replace(settings, points=settings.points and frames is not None)
