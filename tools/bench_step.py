@@ -26,7 +26,7 @@ class BenchStep:
     detector: tuple[Path, ...] = ()
     """Run folders of trained detectors to measure."""
     domain: Literal["kitti", "waymo", "lyft"] = "waymo"
-    """Simulated domain of the frames, in a front camera's view."""
+    """Simulated domain of the frames. A detector whose range goes on behind the sensor gets the full turn, others a front camera's view."""
     batch: int = 2
     """Frames per step."""
     threads: int = 2

@@ -3,11 +3,12 @@
     python benchmarks/studies/full_turn.py cells --data SAMPLES --out runs/full_turn
     python benchmarks/studies/full_turn.py accuracy --out runs/full_turn
 
-`cells` counts on real scans: `SAMPLES/kitti/training/velodyne/*.bin` (x y z intensity) and
-`SAMPLES/nuscenes/samples/LIDAR_TOP/*.bin` (five columns). "Worst part" is the largest share of its voxels that a sector of 30 degrees or a
-ring of 10 m loses in a scan, with the voxels kept in file order as version 0.1 did, and evenly as now. `accuracy` trains on simulated Waymo scans of a full turn, one training at a time, and scores the trained detectors on all cars
-within 51.2 m, and on those in the front half-field of the preset `small`. A rule in brackets is the one over the voxel limit: "file order"
-keeps the voxels whose points come first. Finished trainings and scores are not repeated.
+`cells` counts on real scans: `SAMPLES/kitti/training/velodyne/*.bin` (x y z intensity) and `SAMPLES/nuscenes/samples/LIDAR_TOP/*.bin`
+(five columns). "Worst part" is the largest share of its voxels that a sector of 30 degrees or a ring of 10 m loses in a scan, with the
+voxels kept in file order as version 0.1 did, and evenly as now. `accuracy` trains on simulated scans of a full turn, one training at a
+time, and scores the trained detectors on all cars within 51.2 m, and on those in the front half-field of the preset `small`. A rule in
+brackets is the one over the voxel limit: "file order" keeps the voxels whose points come first. Finished trainings and scores are not
+repeated.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ Rule = Literal["even", "file order"]
 REAL = {"KITTI": ("kitti/training/velodyne", 4, 1.73), "nuScenes": ("nuscenes/samples/LIDAR_TOP", 5, 1.84)}
 """Folder, columns and mounting height of the real scans."""
 COUNTED = ("small", "kitti_small", "kitti_second_iou", "cross_dataset_second_iou", "full_turn_small", "full_turn_second_iou")
+LIMIT = 15_000
+"""A voxel limit that scans of a full turn exceed by far."""
 ALL_AROUND, FRONT = (-51.2, -51.2, 51.2, 51.2), (0.0, -25.6, 51.2, 25.6)
 
 
@@ -81,8 +84,8 @@ def cells(data: Path, out: Path) -> None:
         "median voxels",
         "most voxels",
         "lost",
-        "worst sector, file order",
-        "worst sector, even",
+        "worst part, file order",
+        "worst part, even",
     )
     print_table("Occupied voxels of real scans of a full turn", header, rows)
     out.mkdir(parents=True, exist_ok=True)
@@ -161,7 +164,7 @@ def rule_over_limit(rule: Rule) -> Iterator[None]:
         Encoder.forward = original
 
 
-def accuracy(out: Path, *, place: str, seed: int, train: int, validation: int, steps: int) -> None:
+def accuracy(out: Path, *, place: str, seed: int, train: int, validation: int, steps: int, train_limited: bool) -> None:
     torch.set_num_threads(1)
     source, folder = FullTurns(place, 3000 + seed, train + validation), out / f"{place}{seed}"
     ids = tuple(f"{i:06d}" for i in range(len(source)))
@@ -175,8 +178,8 @@ def accuracy(out: Path, *, place: str, seed: int, train: int, validation: int, s
             write_json(scored, found)
             print(name, [round(v, 1) for v in found[name]], flush=True)
 
-    def run(preset: str, rule: Rule, *, limit: int | None = None, scored_by: tuple[Rule, int] | None = None) -> list[float]:
-        """Train with a rule and score, with the same rule or with another one and another limit."""
+    def run(preset: str, rule: Rule, *, limit: int | None = None, scored_by: Rule | None = None) -> list[float]:
+        """Train with a rule and score, with the same rule or with `LIMIT` and another rule."""
         chosen = _with_limit(PRESETS[preset], limit)
         chosen = replace(chosen, train=replace(chosen.train, loop=_with_steps(chosen, steps)))
         run_folder = folder / "_".join([preset, str(limit or ""), rule, str(steps)]).replace(" ", "_")
@@ -185,8 +188,8 @@ def accuracy(out: Path, *, place: str, seed: int, train: int, validation: int, s
             train_source_model(run_folder, split, chosen, seed=seed, options=RunOptions(progress=False))
         detector = load_detector(run_folder)
         if scored_by is not None:
-            weights, rule = detector.state_dict(), scored_by[0]
-            detector = _with_limit(chosen, scored_by[1]).detector.build().eval()
+            weights, rule = detector.state_dict(), scored_by
+            detector = _with_limit(chosen, LIMIT).detector.build().eval()
             detector.load_state_dict(weights)
         with rule_over_limit(rule):
             frames = DataSplit(root=folder / "data", name="val").open()
@@ -194,14 +197,16 @@ def accuracy(out: Path, *, place: str, seed: int, train: int, validation: int, s
 
     rules: tuple[Rule, Rule] = ("file order", "even")
     step("full_turn_small", lambda: run("full_turn_small", "even"))
-    for limit in (30_000, 15_000):
-        for rule in rules:
-            name = f"full_turn_small, scored with a limit of {limit:,} ({rule})"
-            step(name, lambda r=rule, n=limit: run("full_turn_small", "even", scored_by=(r, n)))
+    for rule in rules:
+        step(
+            f"full_turn_small, scored with a limit of {LIMIT:,} ({rule})",
+            lambda r=rule: run("full_turn_small", "even", scored_by=r),
+        )
     for rule in rules:
         step(f"small, limit 16,000 ({rule})", lambda r=rule: run("small", r))
-    for rule in rules:
-        step(f"full_turn_small, limit 15,000 ({rule})", lambda r=rule: run("full_turn_small", r, limit=15_000))
+    if train_limited:
+        for rule in rules:
+            step(f"full_turn_small, limit {LIMIT:,} ({rule})", lambda r=rule: run("full_turn_small", r, limit=LIMIT))
     header = ("detector", "3D 0.7", "BEV 0.7", "3D 0.5", "BEV 0.5", "front: BEV 0.7", "front: BEV 0.5")
     title = f"Simulated full turns of {place}, {train} training and {validation} validation frames, {steps} steps: Car AP, R40"
     print_table(title, header, [(name, *(f"{v:.1f}" for v in values)) for name, values in found.items()])
@@ -238,16 +243,20 @@ def main() -> None:
     parser.add_argument("what", choices=("cells", "accuracy"))
     parser.add_argument("--data", type=Path, help="folder of the real scans, for `cells`")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--place", default="waymo")
+    parser.add_argument("--place", default="kitti")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, default=100)
     parser.add_argument("--validation", type=int, default=60)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument(
+        "--train-limited", action="store_true", help="also train the full-turn preset with a limit that is exceeded"
+    )
     a = parser.parse_args()
     if a.what == "cells":
         cells(a.data, a.out)
-    else:
-        accuracy(a.out, place=a.place, seed=a.seed, train=a.train, validation=a.validation, steps=a.steps)
+        return
+    sizes = {"train": a.train, "validation": a.validation, "steps": a.steps}
+    accuracy(a.out, place=a.place, seed=a.seed, **sizes, train_limited=a.train_limited)
 
 
 if __name__ == "__main__":

@@ -152,14 +152,16 @@ def training_frames(detector: Detector, dataset: str, count: int) -> list[Frame]
     """Labeled frames of a simulated domain for `training_step`.
 
     Args:
-        detector: Its classes are labeled, and its rig is applied.
+        detector: Its classes are labeled, and its rig is applied. A detector whose range goes on behind the sensor gets scans of a full
+            turn, any other one what a front camera sees.
         dataset: Name of the domain.
         count: Number of frames.
 
     Returns:
         Frames in the detector's frame.
     """
-    data = SimulatedDataset(domain=domain(dataset), num_frames=count, seed=0, view="camera", classes=detector.class_names)
+    view: View = "full" if detector.encoder.spec.grid.range[0] < 0 else "camera"
+    data = SimulatedDataset(domain=domain(dataset), num_frames=count, seed=0, view=view, classes=detector.class_names)
     return [_shifted(data[i], rig_for(detector, dataset)) for i in range(count)]
 
 
