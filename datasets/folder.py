@@ -38,7 +38,7 @@ from .class_names import ClassRule, nearest
 from .frame_source import DatasetOrigin, described_origin
 from .id_lists import read_ids
 from .kitti import scan_settings, with_point_counts
-from .kitti_text import MOST_YAW, finite_number, label_words
+from .kitti_text import MOST_YAW, AngleError, count_types, finite_number, label_words
 
 YawUnit = Literal["radians", "degrees"]
 """Unit of the angles in label files."""
@@ -198,21 +198,17 @@ class FolderDataset:
             Number of objects by type as spelled in the files.
 
         Raises:
-            InvalidInput: A yaw lies beyond two pi, so all of them are probably in degrees.
+            InvalidInput: A yaw lies beyond two pi, so all of them are probably in degrees; or no file can be read.
         """
-        types: Counter[str] = Counter()
-        for frame_id in self.ids:
-            if self.has_labels(frame_id):
-                try:
-                    lines = read_text(self._label_path(frame_id), "label file").splitlines()
-                    found = [words for line in lines if (words := label_words(line.partition("#")[0], ""))]
-                except InvalidInput:
-                    continue  # reading the frame says what is wrong
-                types.update(words[0] for words in found)
-                for words in found:
-                    if len(words) == 8 and self.form.yaw == "radians" and (yaw := finite_number(words[7])) is not None:
-                        _check_yaw(yaw, str(self._label_path(frame_id)))
-        return types
+        return count_types((self._label_path(i) for i in self.ids if self.has_labels(i)), self._types_of)
+
+    def _types_of(self, path: Path) -> Counter[str]:
+        lines = read_text(path, "label file").splitlines()
+        found = [words for line in lines if (words := label_words(line.partition("#")[0], str(path)))]
+        for words in found:
+            if len(words) == 8 and self.form.yaw == "radians" and (yaw := finite_number(words[7])) is not None:
+                _check_yaw(yaw, str(path))
+        return Counter(words[0] for words in found)
 
     def _label_path(self, frame_id: str) -> Path:
         return Path(self.root) / "labels" / f"{frame_id}.txt"
@@ -329,7 +325,7 @@ def _read(
 
 def _check_yaw(yaw: float, where: str) -> None:
     if abs(yaw) > MOST_YAW:
-        raise InvalidInput(
+        raise AngleError(
             f"{where}: the yaw is {yaw:g}, which is beyond two pi; angles are in radians, or in degrees with --yaw degrees"
         )
 

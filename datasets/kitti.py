@@ -17,7 +17,6 @@ Read next: `kitti_text.py` for the label files, `kitti_calibration.py` for the c
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -40,7 +39,7 @@ from .class_names import ClassRule
 from .frame_source import DatasetOrigin, described_origin
 from .id_lists import read_ids as read_ids
 from .kitti_calibration import find_calibration, read_calibration, shift_calibration
-from .kitti_text import KittiObjects, dropped_types, labels_from_kitti, read_objects, read_types
+from .kitti_text import KittiObjects, count_types, dropped_types, labels_from_kitti, read_objects, read_types
 from .picture_size import find_picture, read_picture_size
 
 KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
@@ -154,12 +153,12 @@ class KittiDataset:
 
         Returns:
             Number of objects by type as spelled in the files, without DontCare.
+
+        Raises:
+            InvalidInput: An angle is not in radians, or no file can be read.
         """
-        types: Counter[str] = Counter()
-        for frame_id in self.ids:
-            if self.has_labels(frame_id):
-                types.update(read_types(self._base(frame_id) / "label_2" / f"{_name(frame_id)}.txt"))
-        return types
+        labeled = [i for i in self.ids if self.has_labels(i)]
+        return count_types((self._base(i) / "label_2" / f"{_name(i)}.txt" for i in labeled), read_types)
 
     def kitti_objects(self, frame_id: str) -> KittiObjects:
         """Read a frame's label file unchanged: what evaluation compares detections with.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,10 +218,14 @@ def _check_object(kind: str, values: list[float], where: str) -> None:
         _check_yaw(kind, yaw, where, 2 if len(values) == 14 else 4)
 
 
+class AngleError(InvalidInput):
+    """An angle that cannot be in radians; one of them says that all are wrong."""
+
+
 def _check_yaw(kind: str, yaw: float, where: str, most: int) -> None:
     """`most` is in units of pi: labels 2, detections 4, because some programs add a turn."""
     if abs(yaw) > MOST_YAW * most / 2:
-        raise InvalidInput(
+        raise AngleError(
             f"{where}: rotation_y of {shown(kind)} is {yaw:g}, which is beyond {most} pi; angles are in radians, and this one is perhaps in "
             "degrees: convert the files"
         )
@@ -250,20 +254,44 @@ def read_types(path: Path) -> Counter[str]:
         path: The file.
 
     Returns:
-        Number of objects by type as spelled in the file, without DontCare. Empty where the file cannot be read.
+        Number of objects by type as spelled in the file, without DontCare.
 
     Raises:
-        InvalidInput: A rotation_y lies beyond two pi, so all of them are probably in degrees.
+        InvalidInput: The file cannot be read, or a rotation_y lies beyond two pi, so all of them are probably in degrees.
     """
-    try:
-        lines = read_text(path, "label file").splitlines()
-    except InvalidInput:
-        return Counter()  # reading the frame says what is wrong
+    lines = read_text(path, "label file").splitlines()
     found = [words for line in lines if (words := line[:LONGEST_LABEL_LINE].split()) and not is_dont_care(words[0])]
     for words in found:
         if len(words) == 15 and words[8:11] != ["-1", "-1", "-1"] and (yaw := finite_number(words[14])) is not None:
             _check_yaw(words[0], yaw, str(path), 2)
     return Counter(words[0][: LONGEST_NAME + 1] for words in found)
+
+
+def count_types(files: Iterable[Path], read: Callable[[Path], Counter[str]]) -> Counter[str]:
+    """Count the objects of label files by type.
+
+    Args:
+        files: The files.
+        read: Counts the objects of one file.
+
+    Returns:
+        Number of objects by type. A file that cannot be read counts as empty, because reading its frame says what is wrong.
+
+    Raises:
+        InvalidInput: No object was found and a file cannot be read; or an angle cannot be in radians.
+    """
+    types: Counter[str] = Counter()
+    fault: InvalidInput | None = None
+    for path in files:
+        try:
+            types.update(read(path))
+        except AngleError:
+            raise
+        except InvalidInput as error:
+            fault = fault or error
+    if fault is not None and not types:
+        raise fault
+    return types
 
 
 def dropped_types(types: tuple[str, ...], rule: ClassRule) -> Mapping[str, int]:

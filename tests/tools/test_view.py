@@ -1,6 +1,5 @@
 """Pictures name what a detector finds by the detector's own classes, and the table counts what is drawn."""
 
-
 import torch
 
 import tiny
