@@ -28,6 +28,9 @@ class Decoder(nn.Module, ABC):
     openpcdet_optional: ClassVar[str | None] = None
     """OpenPCDet's name of a part that published weights may lack: the IoU head that SECOND-IoU adds to SECOND."""
 
+    class_parts: ClassVar[tuple[str, ...]] = ()
+    """Submodules whose weights belong to certain classes: with other classes they start fresh (`training/starting_weights.py`)."""
+
     @abstractmethod
     def forward(self, features: CutFeatures, labels: Sequence[Labels] | None = None) -> Any:
         """Compute the raw outputs of a batch.

@@ -210,6 +210,7 @@ class PvRcnnDecoder(Decoder):
 
     anchors: Tensor
     """(H, W, 2 * classes, 7) anchors of the cut, not stored with the weights."""
+    class_parts: ClassVar[tuple[str, ...]] = ("anchor_head",)
     openpcdet_parts: ClassVar[Mapping[str, str]] = {
         "fusion": "pfe.vsa_point_feature_fusion",
         "keypoint_head": "point_head",

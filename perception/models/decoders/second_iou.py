@@ -143,6 +143,7 @@ class SecondIouDecoder(Decoder):
 
     anchors: Tensor
     """(H, W, 2 * classes, 7) anchors of the cut, not stored with the weights."""
+    class_parts: ClassVar[tuple[str, ...]] = ("anchor_head",)
     openpcdet_parts: ClassVar[Mapping[str, str]] = {
         "bev_backbone": "backbone_2d",
         "anchor_head": "dense_head",

@@ -1,0 +1,192 @@
+"""What a run folder records of a job, and what a resumed run may change: the place of its data, and the number of steps.
+
+A record decides the result of a run, so a run is resumed only with an equal one. Data is known by its content: a split by the fingerprint
+of its frames and labels, a store by its scenes, a source model by its bytes. So data may be moved, and data that was changed in place is
+noticed.
+
+Read next: `jobs.py`, which makes the records, and `perception/training/run_folder.py`, which compares them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...core.config_json import config_from_json
+from ...core.errors import InvalidInput
+from ...core.rig import RigSpec
+from ...core.trained_on import TrainedOn
+from ...datasets.data_split import DataSplit
+from ..training.checkpoint import latest_checkpoint
+from ..training.loop import LoopConfig
+from ..training.optim import OneCycle
+from ..training.run_folder import RunFolder
+from .presets import Preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """What decides a supervised training: stored in its run folder and compared when the run is resumed."""
+
+    preset: Preset
+    """Detector and training settings."""
+    data: DataSplit
+    """Labeled split, with an absolute folder."""
+    seed: int
+    """Seed of weights, order and augmentation."""
+    data_fingerprint: str = ""
+    """Fingerprint of the frames and labels of `data`; empty in runs of earlier versions."""
+    init: Path | None = None
+    """Where the first weights came from; None for random ones."""
+    init_digest: str = ""
+    """SHA-256 of the tensors that were taken from `init`."""
+    processes: int = 1
+    """Number of processes: each brings its own frames to a step."""
+    trained_on: TrainedOn | None = None
+    """What the detector's file will say about its training. It decides nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcyclingRecord:
+    """What decides an upcycling run: stored in its run folder and compared when the run is resumed."""
+
+    preset: Preset
+    """Upcycling settings, with the detector of the source model."""
+    method: str | Mapping[str, str | float | bool | None]
+    """Name of the method, or the fields of the caller's own method (`method_record`)."""
+    data: DataSplit
+    """Labeled split, with an absolute folder."""
+    detector: Path
+    """Run folder of the source model."""
+    store: Path | None
+    """Store of smashed scenes."""
+    raw: DataSplit | None
+    """Raw unlabeled scans."""
+    rig: RigSpec
+    """Rig of the fleet."""
+    codec: str | None
+    """Codec of the labeled features; None takes the store's own."""
+    seed: int
+    """Seed of order, augmentation and pasting."""
+    data_fingerprint: str = ""
+    """Fingerprint of the frames and labels of `data`; empty in runs of earlier versions."""
+    detector_digest: str = ""
+    """SHA-256 of the tensors of the source model; empty in runs of earlier versions."""
+    store_digest: str = ""
+    """SHA-256 of the scenes of the store, in their order; empty without a store and in runs of earlier versions."""
+    raw_fingerprint: str = ""
+    """Fingerprint of the frames of `raw`; empty without raw scans and in runs of earlier versions."""
+    processes: int = 1
+    """Number of processes: each brings its own frames and scenes to a step."""
+    trained_on: TrainedOn | None = None
+    """What the detector's file will say about its training. It decides nothing."""
+
+
+_PLACES = {  # a place, the content there, what it is in messages, and the option that names it
+    "data.root": ("data_fingerprint", "the labeled split", "--data"),
+    "init": ("init_digest", "the detector that the training started from", "--init"),
+    "detector": ("detector_digest", "the source model", "--detector"),
+    "store": ("store_digest", "the store", "--store"),
+    "raw.root": ("raw_fingerprint", "the split of raw scans", "--raw"),
+}
+
+
+def what_may_differ(out: Path, record: TrainingRecord | UpcyclingRecord, *, resume: bool) -> tuple[str, ...]:
+    """Find the fields in which a resumed run may differ from its stored record: places whose content is the same.
+
+    Args:
+        out: The run folder; it may not exist.
+        record: What the run is asked for now.
+        resume: Whether a run is resumed.
+
+    Returns:
+        Dotted names for `RunFolder.create`.
+
+    Raises:
+        InvalidInput: The content at a place is not what the run began with.
+    """
+    if not resume or not (out / "config.json").is_file():
+        return ()
+    stored = RunFolder.open(out).config_json()
+    allowed = ["trained_on"]
+    for place, (content, what, option) in _PLACES.items():
+        if not hasattr(record, content):
+            continue
+        before, now = stored.get(content, ""), getattr(record, content)
+        if not before:  # a run of an earlier version: only the place can be compared
+            allowed.append(content)
+            continue
+        if before == now:
+            allowed.append(place)
+        elif now and place != "store":
+            raise InvalidInput(
+                f"{what} is not what the run in {out} began with ({option}): its content has the fingerprint {now[:12]}…, and then it was "
+                f"{before[:12]}…. Resume with the same data, wherever it lies now, or choose a new folder"
+            )
+        elif now and str(getattr(record, "store", "")) == stored.get("store"):
+            allowed.append(content)  # an ingest may add scenes to a store while a run is stopped
+        elif now:
+            raise InvalidInput(
+                f"{what} {getattr(record, 'store', '')} holds other scenes than the one that the run in {out} began with, "
+                f"{stored.get('store')} ({option}); resume with a copy of that store, or choose a new folder"
+            )
+    return tuple(allowed)
+
+
+def plan_loop(out: Path, name: str, loop: LoopConfig, *, seed: int, steps: int | None, resume: bool) -> tuple[LoopConfig, tuple[str, ...]]:
+    """Decide the steps and the schedule of a run: those of the caller, or of the run that is resumed.
+
+    Args:
+        out: The run folder; it may not exist.
+        name: Field of the preset that holds the loop: `train` or `upcycle`.
+        loop: The preset's loop.
+        seed: Seed of the run.
+        steps: Steps of the whole run; None takes the preset's number, or for a resumed run its own.
+        resume: Whether a run is resumed.
+
+    Returns:
+        The loop, and the fields that differ from the stored record because the number of steps was changed.
+
+    Raises:
+        InvalidInput: The run has done `steps` steps already.
+    """
+    optim = loop.optim if steps is None else replace(loop.optim, total_steps=steps, cycles=())
+    stored = _stored_optim(out, name) if resume else None
+    changed: tuple[str, ...] = ()
+    if stored is not None:
+        newest = latest_checkpoint(out / "checkpoints")
+        done = 0 if newest is None else int(newest.name[5:])
+        if steps is None or steps == stored.total_steps:
+            first = stored.cycles[0][1] if stored.cycles else stored.total_steps
+            if optim.total_steps in (first, stored.total_steps):
+                optim = replace(optim, total_steps=stored.total_steps, cycles=stored.cycles)
+        else:
+            plan = stored.continued(done, steps)
+            optim = replace(optim, total_steps=plan.total_steps, cycles=plan.cycles)
+            changed = tuple(f"preset.{name}.loop.optim.{field}" for field in ("total_steps", "cycles"))
+    return replace(loop, seed=seed, optim=optim), changed
+
+
+def digest_of(path: Path) -> str:
+    """Hash a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stored_optim(out: Path, name: str) -> OneCycle | None:
+    if not (out / "config.json").is_file():
+        return None
+    found: Any = RunFolder.open(out).config_json()
+    for key in ("preset", name, "loop", "optim"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return config_from_json(OneCycle, found) if isinstance(found, dict) else None

@@ -1,0 +1,81 @@
+"""A preset for other classes: anchors of the mean sizes in the labeled split, everything else from the preset.
+
+Read next: `presets.py`, and `perception/models/anchors.py` for what an anchor is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ...core.errors import InvalidInput
+from ...datasets.prepared import PreparedDataset
+from ..models.anchors import AnchorClass
+from .presets import Preset
+
+FEW_OBJECTS = 10
+"""A class with fewer labeled objects than this has no reliable mean size, and too few examples to learn from."""
+
+
+def preset_for_classes(preset: Preset, frames: PreparedDataset, classes: Sequence[str]) -> Preset:
+    """Change a preset so that its detector finds other classes.
+
+    Each class gets an anchor with the mean length, width and height of its labeled objects, at their mean height above the ground of
+    the sensor frame's zero. Overlaps of matching, thresholds of pseudo labels and numbers of pasted objects are those of the preset's class
+    whose area is nearest: what suits a car also suits a van, and not a pedestrian.
+
+    Args:
+        preset: The preset to change.
+        frames: The labeled split, prepared for these classes in this order.
+        classes: Names of the classes.
+
+    Returns:
+        The preset. The same split gives the same anchors.
+
+    Raises:
+        InvalidInput: The split was prepared for other classes, or a class has fewer than `FEW_OBJECTS` objects.
+    """
+    names = tuple(classes)
+    if frames.classes != names:
+        raise InvalidInput(
+            f"the dataset {frames.root} was prepared for the classes {', '.join(frames.classes)}, and --classes asks for "
+            f"{', '.join(names)}; name the same classes in the same order, or prepare it again with --classes {' '.join(names)}"
+        )
+    known = [labels for i in range(len(frames)) if (labels := frames.labels(i)) is not None]
+    boxes = torch.cat([labels.boxes.data for labels in known]) if known else torch.zeros(0, 7)
+    numbers = torch.cat([labels.classes for labels in known]) if known else torch.zeros(0)
+    counts = {name: int((numbers == i).sum()) for i, name in enumerate(names)}
+    few = [f"{name} ({count})" for name, count in counts.items() if count < FEW_OBJECTS]
+    if few:
+        raise InvalidInput(
+            f"too few labeled objects in {frames.root} for a mean size: {', '.join(few)}; at least {FEW_OBJECTS} are needed for each class"
+        )
+    anchors, nearest = [], []
+    for number, name in enumerate(names):
+        own = boxes[numbers == number].double()
+        length, width, height = own[:, 3:6].mean(0).tolist()
+        bottom = float((own[:, 2] - own[:, 5] / 2).mean())
+        like = _nearest(preset.detector.decoder.anchors, length * width)
+        nearest.append(like)
+        size = (round(length, 2), round(width, 2), round(height, 2))
+        anchors.append(replace(preset.detector.decoder.anchors[like], name=name, size=size, bottom_z=round(bottom, 2)))
+    detector = replace(preset.detector, decoder=replace(preset.detector.decoder, anchors=tuple(anchors)))
+    sampling, upcycle = preset.train.gt_sampling, preset.upcycle
+    return replace(
+        preset,
+        detector=detector,
+        train=replace(preset.train, gt_sampling=tuple(sampling[i] for i in nearest) if sampling else ()),
+        upcycle=replace(
+            upcycle,
+            thresholds=tuple(upcycle.thresholds[i] for i in nearest),
+            f_gt=replace(upcycle.f_gt, max_objects=tuple(upcycle.f_gt.max_objects[i] for i in nearest)),
+        ),
+    )
+
+
+def _nearest(anchors: Sequence[AnchorClass], area: float) -> int:
+    """Index of the anchor whose area in BEV is nearest, by ratio."""
+    ratios = [max(area / (a.size[0] * a.size[1]), a.size[0] * a.size[1] / area) for a in anchors]
+    return ratios.index(min(ratios))
