@@ -8,9 +8,13 @@ from pathlib import Path
 
 import tyro
 
-from ..perception.recipes.jobs import train_preset
+from ..core.errors import InvalidInput
+from ..core.foreign_text import shown
+from ..datasets.data_split import DataSplit
+from ..perception.recipes.jobs import JobStart, train_preset
 from ..perception.recipes.presets import PRESETS, Preset
-from .console import console, print_table, run_command, write_json
+from ..perception.recipes.validation import Validation
+from .console import console, print_table, print_warning, run_command, settle, write_json
 from .data_option import DataOption
 from .next_step import scoring_command
 
@@ -25,16 +29,66 @@ class Train:
     """Labeled split of a prepared dataset; `train` where no split is named."""
     out: Path
     """Run folder to write."""
+    classes: tuple[str, ...] = ()
+    """Classes to find, the same that the dataset was prepared for. Each gets an anchor of its mean size in the split; other settings per
+    class are those of the preset's class of the most similar size. By default the preset's classes."""
+    init: Path | None = None
+    """Start from these weights: a run folder, a detector file, or a checkpoint such as RUN/checkpoints/step_00000100. With other classes, the
+    parts of the detector that belong to classes start fresh."""
+    steps: int | None = None
+    """Steps of the whole run; by default the preset's. With `--resume`, a finished or stopped run goes on to this number, and its remaining
+    steps are a new cycle of the learning rate."""
+    validate: DataOption | None = None
+    """Labeled split to score on the way, `val` where no split is named. The result stays the detector of the last step; the best one is kept
+    as best.safetensors, with a record that it was chosen on this split."""
+    validate_every: int | None = None
+    """Steps between two scores, with `--validate`; by default a tenth of all steps."""
     seed: int = 0
     """Decides the initial weights, the order of the frames and the augmentation."""
     resume: bool = False
-    """Go on with a run that was stopped."""
+    """Go on with a run that was stopped. Its data may have been moved: give the new place."""
     workers: int = 1
     """Processes that prepare batches. The result does not depend on their number."""
     device: str = "cpu"
     """`cpu`, `cuda` or `cuda:N`."""
     json: Path | None = None
     """Also write the result to this file as JSON."""
+
+
+def chosen_validation(data: DataSplit | None, every: int | None) -> Validation | None:
+    """Make the validation of the options `--validate` and `--validate-every`.
+
+    Args:
+        data: The split to score on, if any.
+        every: Steps between two scores, if given.
+
+    Returns:
+        What is scored on the way; None where nothing is.
+
+    Raises:
+        InvalidInput: There is a number of steps and no split.
+    """
+    if data is None:
+        if every is not None:
+            raise InvalidInput("--validate-every needs a split to score on; add --validate DIR[:SPLIT], or leave it out")
+        return None
+    return Validation(data=data.or_split("val"), every=every)
+
+
+def settle_start(start: JobStart) -> None:
+    """Print what a job is about to read and to start from, and stop where nothing of it could be learned.
+
+    Args:
+        start: What is known before the first step.
+
+    Raises:
+        UpcycleError: A rule of `core/ledger.py` stops the job.
+    """
+    for note in start.notes:
+        print_warning(note)
+    if start.weights is not None:
+        print_table(f"weights of {start.weights.source}", ("", "tensors", "parts"), start.weights.rows())
+    settle(start.ledger, "data of the training (a sample of the frames)")
 
 
 def preset_choices(make: type) -> dict[str, object]:
@@ -58,10 +112,15 @@ def command(config: Train) -> None:
         config.preset,
         config.data,
         config.out,
+        classes=config.classes or None,
+        init=config.init,
+        validate=chosen_validation(config.validate, config.validate_every),
         seed=config.seed,
+        steps=config.steps,
         resume=config.resume,
         workers=config.workers,
         device=config.device,
+        on_start=settle_start,
     )
     if not outcome.is_main:  # torchrun: one process of several reports
         return
@@ -71,7 +130,19 @@ def command(config: Train) -> None:
         [(outcome.steps, outcome.frames, outcome.seconds, *outcome.loss.values())],
     )
     console.print(f"next: {scoring_command(config.out, config.data)}", soft_wrap=True)
-    report = {"steps": outcome.steps, "seconds": outcome.seconds, "loss": dict(outcome.loss), "run": str(config.out)}
+    if outcome.best is not None:
+        console.print(
+            f"best on {config.validate}: {shown(outcome.best)}, chosen on that split, so its score there is too good to report"
+        )
+    ledger = outcome.survey.ledger.to_json() if outcome.survey is not None else {}
+    report = {
+        "steps": outcome.steps,
+        "seconds": outcome.seconds,
+        "loss": dict(outcome.loss),
+        "run": str(config.out),
+        "ledger": ledger,
+        "init": None if outcome.weights is None else {"fresh": outcome.weights.fresh, "unused": outcome.weights.unused},
+    }
     write_json(config.json, report)
 
 

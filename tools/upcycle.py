@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from ..core.foreign_text import shown
 from ..core.scan_options import ScanOptions
 from ..core.trained_on import rig_of_scans
 from ..perception.recipes.jobs import upcycle_preset
@@ -18,7 +19,7 @@ from ..perception.training.detector_files import load_detector
 from .console import console, print_table, run_command, write_json
 from .data_option import DataOption
 from .next_step import scoring_command
-from .train import preset_choices
+from .train import chosen_validation, preset_choices, settle_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class Upcycle:
     """Learn from unlabeled smashed scenes and a few labeled frames, by UpCycling or by a baseline."""
 
     preset: Preset
-    """Detector and settings. Override any field, as in `--preset.upcycle.loop.optim.lr 0.001`."""
+    """Settings. Override any field, as in `--preset.upcycle.loop.optim.lr 0.001`. The detector is that of the source model, whatever the
+    preset's is; settings with one entry per class must fit its classes."""
     data: DataOption
     """Labeled split of a prepared dataset, `train` where no split is named. The oracles take it from the target domain."""
     out: Path
@@ -48,10 +50,18 @@ class Upcycle:
     truth: tuple[Path, DataOption] | None = None
     """Two values: the file of `extract --receipts`, then the prepared frames that were extracted, `DIR[:SPLIT]`. Their labels measure
     the pseudo labels and never train."""
+    steps: int | None = None
+    """Steps of the whole run; by default the preset's. With `--resume`, a finished or stopped run goes on to this number, and its remaining
+    steps are a new cycle of the learning rate."""
+    validate: DataOption | None = None
+    """Labeled split to score on the way, `val` where no split is named. The result stays the student of the last step; the best one is kept
+    as best.safetensors, with a record that it was chosen on this split."""
+    validate_every: int | None = None
+    """Steps between two scores, with `--validate`; by default a tenth of all steps."""
     seed: int = 0
     """Decides the order of frames and scenes, augmentation and pasting."""
     resume: bool = False
-    """Continue a run that was stopped."""
+    """Continue a run that was stopped. Its data, store and source model may have been moved: give their new places."""
     workers: int = 1
     """Processes that prepare batches. The result does not depend on their number."""
     device: str = "cpu"
@@ -78,18 +88,34 @@ def command(config: Upcycle) -> None:
         rig=rig,
         codec=config.codec,
         truth=config.truth,
+        validate=chosen_validation(config.validate, config.validate_every),
         seed=config.seed,
+        steps=config.steps,
         resume=config.resume,
         workers=config.workers,
         device=config.device,
+        on_start=settle_start,
     )
+    if not outcome.is_main:  # torchrun: one process of several reports
+        return
     print_table(
         "upcycled",
         ("method", "labeled frames", "unlabeled scenes", "steps"),
         [(config.method, outcome.frames, outcome.scenes, outcome.steps)],
     )
     console.print(f"student and teacher: {config.out}; next: {scoring_command(config.out, config.data)}", soft_wrap=True)
-    report = {"method": config.method, "labeled": outcome.frames, "scenes": outcome.scenes, "run": str(config.out)}
+    if outcome.best is not None:
+        console.print(
+            f"best on {config.validate}: {shown(outcome.best)}, chosen on that split, so its score there is too good to report"
+        )
+    report = {
+        "method": config.method,
+        "labeled": outcome.frames,
+        "scenes": outcome.scenes,
+        "steps": outcome.steps,
+        "run": str(config.out),
+        "ledger": outcome.ledger.to_json(),
+    }
     write_json(config.json, report)
 
 

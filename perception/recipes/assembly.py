@@ -20,8 +20,9 @@ from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
 from ..models.encoders.fingerprint import encoder_fingerprint
 from ..server.feature_object_database import FeatureObjectDatabase, build_feature_object_database
+from ..server.methods import Method
 from ..server.store import SmashedStore
-from ..server.upcycle_config import FeatureGtConfig
+from ..server.upcycle_config import FeatureGtConfig, UpcycleConfig
 from .presets import Preset
 
 
@@ -50,11 +51,7 @@ def labeled_batches(
         InvalidInput: The dataset was prepared for other classes, or the database was built from another split.
     """
     names, frames = preset.detector.class_names, data.open()
-    if frames.classes != names:
-        raise InvalidInput(
-            f"the dataset {frames.root} was prepared for the classes {', '.join(frames.classes)}, and the preset detects "
-            f"{', '.join(names)}; prepare it again with --classes {' '.join(names)}"
-        )
+    check_classes(preset, frames)
     sampler = None
     if preset.train.gt_sampling:
         database = GtDatabase.open(data.gt_database, expected_fingerprint=frames.split_fingerprint())
@@ -67,6 +64,47 @@ def labeled_batches(
         keep_range=preset.detector.encoder.grid.range,
         gt_sampler=sampler,
     )
+
+
+def method_batches(preset: Preset, method: Method, data: DataSplit, config: UpcycleConfig, *, seed: int) -> LabeledBatches:
+    """Batches of the labeled half for a method of the server's training. The split's GT database is built if it is not there.
+
+    Args:
+        preset: Detector (classes and range) and augmentation.
+        method: Its `labeled` decides about the size shift of F-GT: the oracles' labels come from the target and have its sizes already.
+        data: The labeled split.
+        config: Frames per batch, and F-GT's size shift.
+        seed: Decides the order of the frames and every random draw of the augmentation.
+
+    Returns:
+        The batches as a function of the step.
+
+    Raises:
+        InvalidInput: The dataset was prepared for other classes, or the database was built from another split.
+    """
+    shift = config.f_gt.size_shift if method.labeled == "source" else (0.0, 0.0, 0.0)
+    if preset.train.gt_sampling:
+        data.ensure_gt_database()
+    return labeled_batches(preset, data, batch_size=config.labeled_batch, seed=seed, size_shift=shift)
+
+
+def check_classes(preset: Preset, frames: PreparedDataset) -> None:
+    """Refuse a dataset that was prepared for other classes than a preset's.
+
+    Args:
+        preset: Its detector has the classes.
+        frames: The dataset.
+
+    Raises:
+        InvalidInput: Names or order differ.
+    """
+    names = preset.detector.class_names
+    if frames.classes != names:
+        raise InvalidInput(
+            f"the dataset {frames.root} was prepared for the classes {', '.join(frames.classes)}, and the preset detects "
+            f"{', '.join(names)}; prepare it again with --classes {' '.join(names)}, or train a detector for these classes with "
+            f"`train … --classes {' '.join(frames.classes)}`"
+        )
 
 
 def unlabeled_batches(preset: Preset, frames: PreparedDataset, *, batch_size: int, seed: int) -> UnlabeledBatches:

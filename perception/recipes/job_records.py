@@ -9,7 +9,6 @@ Read next: `jobs.py`, which makes the records, and `perception/training/run_fold
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,7 +135,9 @@ def what_may_differ(out: Path, record: TrainingRecord | UpcyclingRecord, *, resu
     return tuple(allowed)
 
 
-def plan_loop(out: Path, name: str, loop: LoopConfig, *, seed: int, steps: int | None, resume: bool) -> tuple[LoopConfig, tuple[str, ...]]:
+def plan_loop(
+    out: Path, name: str, loop: LoopConfig, *, seed: int, steps: int | None, resume: bool
+) -> tuple[LoopConfig, tuple[str, ...]]:
     """Decide the steps and the schedule of a run: those of the caller, or of the run that is resumed.
 
     Args:
@@ -168,19 +169,6 @@ def plan_loop(out: Path, name: str, loop: LoopConfig, *, seed: int, steps: int |
             optim = replace(optim, total_steps=plan.total_steps, cycles=plan.cycles)
             changed = tuple(f"preset.{name}.loop.optim.{field}" for field in ("total_steps", "cycles"))
     return replace(loop, seed=seed, optim=optim), changed
-
-
-def digest_of(path: Path) -> str:
-    """Hash a file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        SHA-256 in hexadecimal.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stored_optim(out: Path, name: str) -> OneCycle | None:

@@ -6,43 +6,43 @@ Each takes names and folders, builds what the trainers need (`assembly.py`), run
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ...core.errors import InvalidInput
+from ...core.files import write_atomically
+from ...core.ledger import Ledger, judge, stop_if_absurd
 from ...core.rig import RigSpec
+from ...core.tensor_file import content_digest
 from ...datasets.data_split import DataSplit
 from ..evaluation.score import EvaluationReport, Protocol, score_detector
 from ..models.detector import Detector
+from ..server.feature_object_database import FeatureObjectDatabase
 from ..server.methods import Method, method_record
 from ..server.store import SmashedStore
 from ..server.trainer import upcycle
-from ..training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
+from ..server.upcycle_config import UpcycleConfig
+from ..training.checkpoint import latest_checkpoint
+from ..training.detector_files import DETECTOR_FILE, TEACHER_FILE, load_detector, save_detector, save_run_detector
 from ..training.distributed import DistributedContext, init_distributed, per_rank
-from ..training.loop import LoopConfig, create_run
+from ..training.loop import create_run
 from ..training.run_folder import RunFolder
+from ..training.starting_weights import StartingWeights, take_weights
 from ..training.supervised import train_supervised
 from ..wire.codec import check_codec
-from .assembly import feature_object_database, fleet_store, labeled_batches, unlabeled_batches
-from .job_inputs import Data, check_run_options, find_data, find_method, find_preset, read_truth
+from ..wire.encoder_file import ENCODER_FILE
+from .assembly import check_classes, feature_object_database, fleet_store, labeled_batches, method_batches, unlabeled_batches
+from .job_inputs import Data, check_path, check_rig, check_run_options, find_data, find_method, find_preset, read_truth
+from .job_records import TrainingRecord, UpcyclingRecord, plan_loop, what_may_differ
+from .own_classes import preset_for_classes
 from .presets import Preset
 from .scan_survey import Survey, data_warnings, describe_training, survey_split
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRecord:
-    """What decides a supervised training: stored in its run folder and compared when the run is resumed."""
-
-    preset: Preset
-    """Detector and training settings."""
-    data: DataSplit
-    """Labeled split, with an absolute folder."""
-    seed: int
-    """Seed of weights, order and augmentation."""
+from .validation import BEST_FILE, Validation, Validator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,30 +63,41 @@ class TrainOutcome:
     """Whether this process wrote the run folder; False in all but the first process of `torchrun`."""
     survey: Survey | None = None
     """Statistics and coverage of the labeled frames, measured before the training."""
+    weights: StartingWeights | None = None
+    """Which weights the training started from; None for random ones."""
+    best: Path | None = None
+    """The detector that was best on the validation split, whose record says so; None without validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpcyclingRecord:
-    """What decides an upcycling run: stored in its run folder and compared when the run is resumed."""
+class JobStart:
+    """What is known before the first step of a job; nothing is written yet."""
 
-    preset: Preset
-    """Detector and upcycling settings."""
-    method: str | Mapping[str, str | float | bool | None]
-    """Name of the method, or the fields of the caller's own method (`method_record`)."""
-    data: DataSplit
-    """Labeled split, with an absolute folder."""
-    detector: Path
-    """Run folder of the source model."""
-    store: Path | None
-    """Store of smashed scenes."""
-    raw: DataSplit | None
-    """Raw unlabeled scans."""
-    rig: RigSpec
-    """Rig of the fleet."""
-    codec: str | None
-    """Codec of the labeled features; None takes the store's own."""
-    seed: int
-    """Seed of order, augmentation and pasting."""
+    ledger: Ledger
+    """What was read of the data, and how much of it the detector sees."""
+    weights: StartingWeights | None = None
+    """Which weights the training starts from; None for random ones, and for `upcycle`, which takes all of the source model."""
+    notes: tuple[str, ...] = ()
+    """Sentences that a reader should see."""
+
+
+OnStart = Callable[[JobStart], None]
+"""Is given what is known before the first step, and may raise to stop the job. It leaves the run folder free then."""
+
+
+def warn_or_stop(start: JobStart) -> None:
+    """Warn about the data, as Python warns, and stop where nothing of it could be learned.
+
+    Args:
+        start: What is known before the first step.
+
+    Raises:
+        UpcycleError: A rule of `core/ledger.py` stops the job.
+    """
+    findings = judge(start.ledger)
+    stop_if_absurd(findings)
+    for text in (*start.notes, *(finding.text for finding in findings)):
+        warnings.warn(text, stacklevel=3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +114,12 @@ class UpcycleOutcome:
     """Labeled frames."""
     scenes: int
     """Unlabeled scenes or scans that the method learned from."""
+    ledger: Ledger = Ledger()
+    """What was read of the labeled frames and raw scans, and how much of it the detector sees."""
+    is_main: bool = True
+    """Whether this process wrote the run folder; False in all but the first process of `torchrun`."""
+    best: Path | None = None
+    """The student that was best on the validation split, whose record says so; None without validation."""
 
 
 def train_preset(
@@ -110,12 +127,16 @@ def train_preset(
     data: Data,
     out: str | Path,
     *,
+    classes: Sequence[str] | None = None,
+    init: str | Path | None = None,
+    validate: Validation | None = None,
     seed: int = 0,
     steps: int | None = None,
     resume: bool = False,
     workers: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    on_start: OnStart = warn_or_stop,
 ) -> TrainOutcome:
     """Train a detector on the labeled frames of a prepared dataset.
 
@@ -125,18 +146,28 @@ def train_preset(
         preset: Name of a preset, or a preset with your own settings.
         data: Labeled split, `DIR[:SPLIT]`; `train` where no split is named.
         out: Run folder to write: configuration, metrics, checkpoints, detector and encoder file.
+        classes: Classes to find, the same that the dataset was prepared for, with anchors of their mean sizes in the labeled split. None
+            takes the preset's own.
+        init: Start from these weights: a run folder, a detector file or a checkpoint. With other classes, the parts of the detector that
+            belong to classes start fresh.
+        validate: Score the detector on another split on the way. It changes nothing in the training.
         seed: Decides the initial weights, the order of the frames and the augmentation.
-        steps: Optimizer steps, instead of the preset's number.
-        resume: Continue a run that was stopped.
+        steps: Optimizer steps of the whole run, instead of the preset's number. With `resume`, a run that was planned for another number
+            goes on to this one; its remaining steps are a new cycle of the learning rate.
+        resume: Continue a run that was stopped. Its data may have been moved.
         workers: Processes that prepare batches. The result does not depend on their number.
         device: `cpu`, `cuda` or `cuda:N`.
         progress: Print a line every few steps.
+        on_start: Is given what the data hold and which weights are taken, before the run folder is made. By default it prints warnings and
+            stops where nothing of the data can be learned.
 
     Returns:
         The detector and what the training did.
 
     Raises:
-        InvalidInput: An argument cannot be used, the dataset has other classes than the preset, or `out` holds another run.
+        InvalidInput: An argument cannot be used, the dataset has other classes than the preset, no weight of `init` fits, or `out` holds
+            another run.
+        UpcycleError: Nothing of the data lies in the detector's range, or the disk is full.
         NonFiniteLoss: A loss became NaN or infinite; the message names the term and the frames.
 
     Example:
@@ -144,25 +175,60 @@ def train_preset(
         found = outcome.detector.detect(scan)
     """
     device = check_run_options(seed=seed, steps=steps, workers=workers, device=device)
-    preset, split, out = find_preset(preset), find_data(data, "train"), Path(out)
-    loop = _loop(preset.train.loop, seed, steps)
-    preset = replace(preset, train=replace(preset.train, loop=loop))
+    preset, split = find_preset(preset), find_data(data, "train")
+    out = check_path(out, "out", "the run folder to write")
     context = init_distributed()
-    if preset.train.gt_sampling:
-        _ensure_gt_database(split, context)
-    labeled = labeled_batches(preset, split, batch_size=preset.train.batch_size, seed=seed)
-    torch.manual_seed(seed)
-    detector = preset.detector.build().to(context.device if context.world_size > 1 else device)
-    record = TrainingRecord(preset=preset, data=split.resolved(), seed=seed)
-    run = create_run(out, record, seed=seed, context=context, resume=resume)
     frames = split.open()
+    if classes is not None:
+        preset = preset_for_classes(preset, frames, classes)
+    check_classes(preset, frames)
+    loop, planned = plan_loop(out, "train", preset.train.loop, seed=seed, steps=steps, resume=resume)
+    preset = replace(preset, train=replace(preset.train, loop=loop))
+    torch.manual_seed(seed)
+    detector = preset.detector.build()
+    weights = (
+        None
+        if init is None
+        else take_weights(detector, check_path(init, "init", "a run folder, a detector file or a checkpoint"))
+    )
     survey = survey_split(frames, detector.encoder)
+    _start(on_start, JobStart(ledger=survey.ledger, weights=weights), context)
     detector.trained_on = describe_training(detector, frames, survey)
+    watch = None if validate is None else Validator(validate, total_steps=loop.total_steps, folder=out)
+    if preset.train.gt_sampling:
+        on_main(split.ensure_gt_database, context)
+    labeled = labeled_batches(preset, split, batch_size=preset.train.batch_size, seed=seed)
+    detector = detector.to(context.device if context.world_size > 1 else device)
+    record = TrainingRecord(
+        preset=preset,
+        data=split.resolved(),
+        seed=seed,
+        data_fingerprint=frames.split_fingerprint(),
+        init=None if init is None else Path(init).resolve(),
+        init_digest="" if weights is None else weights.digest,
+        processes=context.world_size,
+        trained_on=detector.trained_on,
+    )
+    may_differ = (*planned, *what_may_differ(out, record, resume=resume))
     own = per_rank(lambda step, rank, ranks: labeled(step * ranks + rank), context)
-    result = train_supervised(detector, own, loop, run=run, workers=workers, context=context, progress=progress)
-    context.close()
-    if context.is_main:
-        save_run_detector(out, detector.cpu())
+
+    def look(step: int) -> None:
+        if watch is not None and context.is_main:
+            watch.look(step, detector, run, progress=progress)
+
+    with (
+        create_run(out, record, seed=seed, context=context, resume=resume, may_differ=may_differ) as run,
+        run.reporting_failure(loop.total_steps),
+    ):
+        if context.is_main:
+            _set_result_aside(out, planned)
+            write_ledger(out, survey.ledger)
+        result = train_supervised(
+            detector, own, loop, run=run, workers=workers, context=context, after_step=look, progress=progress
+        )
+        context.close()
+        if context.is_main:
+            save_run_detector(out, detector.cpu())
     return TrainOutcome(
         detector=detector.cpu(),
         steps=result.steps,
@@ -171,6 +237,8 @@ def train_preset(
         loss=dict(result.terms),
         is_main=context.is_main,
         survey=survey,
+        weights=weights,
+        best=_best_of(out, watch),
     )
 
 
@@ -186,17 +254,22 @@ def upcycle_preset(
     rig: RigSpec | None = None,
     codec: str | None = None,
     truth: tuple[Path, Data] | None = None,
+    validate: Validation | None = None,
     seed: int = 0,
     steps: int | None = None,
     resume: bool = False,
     workers: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    on_start: OnStart = warn_or_stop,
 ) -> UpcycleOutcome:
     """Train the server half of a detector on labeled frames and unlabeled smashed scenes.
 
+    Under `torchrun` every process takes its own frames and scenes, and only the first one writes the run folder.
+
     Args:
-        preset: Name of a preset, or a preset with your own settings. Its detector must be the source model's.
+        preset: Name of a preset, or a preset with your own settings. Its detector is not used: the source model brings its own. Settings
+            with one entry per class must fit the classes of the source model.
         data: Labeled split, `DIR[:SPLIT]`; `train` where no split is named. The oracles take it from the target domain.
         detector: Run folder of the source model, from which every method starts. The fleet must run its encoder.
         out: Run folder to write.
@@ -207,12 +280,16 @@ def upcycle_preset(
             intensity in 0..1 where its file does not say.
         codec: Codec round trip of labeled features, `fp16` or `int8`; None takes the store's own.
         truth: Receipts of `extract` and the prepared frames that were extracted. Their labels measure the pseudo labels and never train.
+        validate: Score the student on another split on the way. It changes nothing in the training.
         seed: Decides the order of frames and scenes, augmentation and pasting.
-        steps: Optimizer steps, instead of the preset's number.
-        resume: Continue a run that was stopped.
+        steps: Optimizer steps of the whole run, instead of the preset's number. With `resume`, a run that was planned for another number
+            goes on to this one; its remaining steps are a new cycle of the learning rate.
+        resume: Continue a run that was stopped. Its data, store and source model may have been moved.
         workers: Processes that prepare batches.
         device: `cpu`, `cuda` or `cuda:N`.
         progress: Print a line every few steps.
+        on_start: Is given what the data hold, before the run folder is made. By default it prints warnings and stops where nothing of the
+            data can be learned.
 
     Returns:
         Student, teacher and what they learned from.
@@ -228,74 +305,103 @@ def upcycle_preset(
     device = check_run_options(seed=seed, steps=steps, workers=workers, device=device)
     if codec is not None:
         check_codec(codec)
-    preset, split, out, detector = find_preset(preset), find_data(data, "train"), Path(out), Path(detector)
-    chosen = find_method(method)
+    preset, split, chosen = find_preset(preset), find_data(data, "train"), find_method(method)
+    out = check_path(out, "out", "the run folder to write")
+    detector = check_path(detector, "detector", "the source model: a run folder or a detector file")
+    rig = check_rig(rig)
     name = method if isinstance(method, str) else chosen.summary
-    loop = _loop(preset.upcycle.loop, seed, steps)
-    settings = replace(preset.upcycle, loop=loop)
-    preset = replace(preset, upcycle=settings)
-    student = load_detector(detector)
-    if student.config != preset.detector:
-        raise InvalidInput(f"{detector} holds another detector than the preset; give the preset that it was trained with")
-    rig = rig or (RigSpec() if student.trained_on is None else student.trained_on.rig)
-    frames = split.open()
-    said = data_warnings(student, frames, survey_split(frames, student.encoder).statistics)
-    if store is not None and frames.rig != rig:
-        said += (
-            f"the labeled data {split} have the rig {frames.rig}, and the scenes of the store have {rig}; this is right only if the road "
-            "lies at the same height and intensity has the same scale after both",
-        )
-    for text in said:
-        warnings.warn(text, stacklevel=2)
-    # F-GT's size shift is also right for the labeled half, but the oracles' labels have the target's sizes already.
-    shift = settings.f_gt.size_shift if chosen.labeled == "source" else (0.0, 0.0, 0.0)
-    if preset.train.gt_sampling:
-        split.ensure_gt_database()
-    labeled = labeled_batches(preset, split, batch_size=settings.labeled_batch, seed=seed, size_shift=shift)
     if chosen.unlabeled == "raw" and raw is None:
         raise InvalidInput(f"the method {name} learns from raw unlabeled scans; give raw=… (option --raw DIR[:SPLIT])")
     if chosen.unlabeled == "smashed" and store is None:
         raise InvalidInput(
             f"the method {name} learns from smashed scenes; give store=… (option --store), which `extract` and `ingest` make"
         )
+    context = init_distributed()
+    student = load_detector(detector)
+    rig = rig or (RigSpec() if student.trained_on is None else student.trained_on.rig)
+    source_digest = content_digest(student.state_dict())
+    loop, planned = plan_loop(out, "upcycle", preset.upcycle.loop, seed=seed, steps=steps, resume=resume)
+    settings = replace(preset.upcycle, loop=loop)
+    preset = _with_detector_of(student, replace(preset, upcycle=settings), detector)
+    frames = split.open()
+    check_classes(preset, frames)
     # A method without scenes still gets their codec, so that all methods see the same labeled features.
-    scenes = None if store is None else fleet_store(Path(store), student, rig)
+    scenes = None if store is None else fleet_store(check_path(store, "store", "the store of smashed scenes"), student, rig)
     codec_used = codec or _codec_of(scenes)
-    fleet = None if raw is None or chosen.unlabeled != "raw" else find_data(raw, "unlabelled").open()
+    raw_split = None if raw is None else find_data(raw, "unlabelled")
+    fleet = None if raw_split is None or chosen.unlabeled != "raw" else raw_split.open()
     scans = None if fleet is None else unlabeled_batches(preset, fleet, batch_size=settings.unlabeled_batch, seed=seed)
+    truth_labels = None if truth is None else read_truth(*truth)
+    survey = survey_split(frames, student.encoder)
+    notes, ledger = data_warnings(student, frames, survey.statistics), survey.ledger
+    if store is not None and frames.rig != rig:
+        notes += (
+            f"the labeled data {split} have the rig {frames.rig}, and the scenes of the store have {rig}; this is right only if the road "
+            "lies at the same height and intensity has the same scale after both",
+        )
+    if fleet is not None:
+        counted = survey_split(fleet, student.encoder)
+        notes += data_warnings(student, fleet, counted.statistics)
+        ledger = ledger + replace(counted.ledger, boxes={}, boxes_empty={}, boxes_outside_range={})  # their labels are not used
+    _start(on_start, JobStart(ledger=ledger, notes=notes), context)
+    watch = None if validate is None else Validator(validate, total_steps=loop.total_steps, folder=out)
+    if preset.train.gt_sampling:
+        on_main(split.ensure_gt_database, context)
+    labeled = method_batches(preset, chosen, split, settings, seed=seed)
     record = UpcyclingRecord(
         preset=preset,
         method=method if isinstance(method, str) else method_record(chosen),
         data=split.resolved(),
         detector=detector.resolve(),
         store=None if store is None else Path(store).resolve(),
-        raw=None if raw is None else find_data(raw, "unlabelled").resolved(),
+        raw=None if raw_split is None else raw_split.resolved(),
         rig=rig,
         codec=codec,
         seed=seed,
+        data_fingerprint=frames.split_fingerprint(),
+        detector_digest=source_digest,
+        store_digest="" if scenes is None else scenes.digest(),
+        raw_fingerprint="" if raw_split is None else raw_split.open().split_fingerprint(),
+        processes=context.world_size,
+        trained_on=student.trained_on,
     )
-    truth_labels = None if truth is None else read_truth(*truth)
+    may_differ = (*planned, *what_may_differ(out, record, resume=resume))
+
+    def look(step: int, now: Detector) -> None:
+        if watch is not None and context.is_main:
+            watch.look(step, now, run, progress=progress)
+
     # The folder is taken last: what is wrong with the arguments must not leave a folder that refuses the corrected ones.
-    run = RunFolder.create(out, record, seed=seed, resume=resume)
-    pasted_objects = None
-    if chosen.f_gt:
-        pasted_objects = feature_object_database(out / "feature_gt", split.open(), student, settings.f_gt, codec=codec_used)
-    teacher = upcycle(
-        student.to(device),
-        method=chosen,
-        labeled=labeled,
-        store=scenes,
-        pasted_objects=pasted_objects,
-        config=settings,
-        scans=scans,
-        codec=codec_used,
-        truth=truth_labels,
-        run=run,
-        workers=workers,
-        progress=progress,
-    )
-    save_run_detector(out, student.cpu())
-    save_detector(out / TEACHER_FILE, teacher.cpu())
+    with (
+        create_run(out, record, seed=seed, context=context, resume=resume, may_differ=may_differ) as run,
+        run.reporting_failure(loop.total_steps),
+    ):
+        if context.is_main:
+            _set_result_aside(out, planned)
+            write_ledger(out, ledger)
+        pasted_objects = None
+        if chosen.f_gt:
+            pasted_objects = _objects_to_paste(run, split, student, settings, codec_used, context)
+        teacher = upcycle(
+            student.to(context.device if context.world_size > 1 else device),
+            method=chosen,
+            labeled=labeled,
+            store=scenes,
+            pasted_objects=pasted_objects,
+            config=settings,
+            scans=scans,
+            codec=codec_used,
+            truth=truth_labels,
+            run=run,
+            after_step=look,
+            workers=workers,
+            context=context,
+            progress=progress,
+        )
+        context.close()
+        if context.is_main:
+            save_run_detector(out, student.cpu())
+            save_detector(out / TEACHER_FILE, teacher.cpu())
     learned_from = fleet if chosen.unlabeled == "raw" else scenes if chosen.unlabeled == "smashed" else None
     return UpcycleOutcome(
         student=student.cpu(),
@@ -303,6 +409,9 @@ def upcycle_preset(
         steps=loop.total_steps,
         frames=len(labeled.frames),
         scenes=0 if learned_from is None else len(learned_from),
+        ledger=ledger,
+        is_main=context.is_main,
+        best=_best_of(out, watch),
     )
 
 
@@ -328,19 +437,86 @@ def evaluate_on(detector: Detector | str | Path, data: Data, *, protocol: Protoc
     return score_detector(loaded, find_data(data, "val").open(), protocol)
 
 
-def _loop(loop: LoopConfig, seed: int, steps: int | None) -> LoopConfig:
-    """A preset's loop with the caller's seed and, where given, number of steps."""
-    optim = loop.optim if steps is None else replace(loop.optim, total_steps=steps)
-    return replace(loop, seed=seed, optim=optim)
+def _start(on_start: OnStart, start: JobStart, context: DistributedContext) -> None:
+    """Say what is known before the first step, once; every process stops for the same reason."""
+    if context.is_main:
+        on_start(start)
+    else:
+        stop_if_absurd(judge(start.ledger))
 
 
-def _ensure_gt_database(split: DataSplit, context: DistributedContext) -> None:
-    """Let the first process build the object database while the others wait; an error reaches all of them."""
+def write_ledger(folder: Path, ledger: Ledger) -> None:
+    """Write what a job read into its run folder.
+
+    Args:
+        folder: The run folder.
+        ledger: The counts.
+    """
+    write_atomically(folder / "ledger.json", (json.dumps(ledger.to_json(), indent=1) + "\n").encode())
+
+
+def _with_detector_of(student: Detector, preset: Preset, source: Path) -> Preset:
+    """A preset with the detector of the source model."""
+    try:
+        return replace(preset, detector=student.config)
+    except InvalidInput as error:
+        raise InvalidInput(
+            f"the preset does not fit the classes of {source} ({', '.join(student.class_names)}): {error}. Give a preset with as many "
+            "classes, or these settings with one entry per class: --preset.upcycle.thresholds, --preset.upcycle.f-gt.max-objects, "
+            "--preset.train.gt-sampling"
+        ) from error
+
+
+def _objects_to_paste(
+    run: RunFolder, split: DataSplit, student: Detector, settings: UpcycleConfig, codec: str, context: DistributedContext
+) -> FeatureObjectDatabase:
+    """F-GT's database, which the first process builds in the run folder. Where it cannot be built, the folder is free again."""
+
+    def open_it() -> FeatureObjectDatabase:
+        return feature_object_database(run.path / "feature_gt", split.open(), student, settings.f_gt, codec=codec)
+
+    try:
+        on_main(open_it, context)
+        return open_it()
+    except InvalidInput:
+        if run.writable:
+            run.abandon()
+        raise
+
+
+def _set_result_aside(out: Path, planned: tuple[str, ...]) -> None:
+    """Give the files of a result another name when the run goes on for more steps: until then the run has none."""
+    if not planned:
+        return
+    newest = latest_checkpoint(out / "checkpoints")
+    for name in (DETECTOR_FILE, TEACHER_FILE, ENCODER_FILE):
+        path = out / name
+        if newest is not None and path.exists():
+            path.rename(out / f"{path.stem}_{newest.name}{path.suffix}")
+
+
+def _best_of(out: Path, watch: Validator | None) -> Path | None:
+    best = out / BEST_FILE
+    return best if watch is not None and best.exists() else None
+
+
+def on_main(action: Callable[[], object], context: DistributedContext) -> None:
+    """Let the first process do something while the others wait; an error reaches all of them.
+
+    Args:
+        action: What is done once.
+        context: This process among the others.
+
+    Raises:
+        InvalidInput: The action raised it.
+    """
     message = ""
     if context.is_main:
         try:
-            split.ensure_gt_database()
+            action()
         except InvalidInput as error:
+            if context.world_size == 1:
+                raise
             message = str(error)
     failed = [m for m in context.gather(message) if m]
     if failed:

@@ -21,7 +21,6 @@ from ...core.errors import InvalidInput
 from ...core.files import write_atomically
 from ...core.strict_json import read_json
 from ...core.structures import Labels
-from ...datasets.batches import LabeledBatches
 from ...datasets.data_split import DataSplit
 from ..evaluation.score import Scores, score_detector
 from ..models.detector import Detector
@@ -30,7 +29,7 @@ from ..server.trainer import upcycle
 from ..server.upcycle_config import UpcycleConfig
 from ..training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
 from ..training.run_folder import RunFolder
-from .assembly import labeled_batches, unlabeled_batches
+from .assembly import method_batches, unlabeled_batches
 from .job_folder import JobFolder
 
 
@@ -150,7 +149,7 @@ def _train(job: JobFolder, detector: Detector, method: Method, config: UpcycleCo
     return upcycle(
         detector,
         method=method,
-        labeled=_labeled_batches(job, method, config),
+        labeled=method_batches(c.preset, method, _labels_of(job, method), config, seed=c.seed),
         store=job.store(detector) if method.unlabeled == "smashed" else None,
         scans=scans,
         pasted_objects=job.feature_objects(detector, config.f_gt) if method.f_gt else None,
@@ -166,15 +165,6 @@ def _train(job: JobFolder, detector: Detector, method: Method, config: UpcycleCo
 
 def _labels_of(job: JobFolder, method: Method) -> DataSplit:
     return job.config.labeled if method.labeled == "source" else job.config.fleet
-
-
-def _labeled_batches(job: JobFolder, method: Method, config: UpcycleConfig) -> LabeledBatches:
-    # F-GT's size normalization holds for the labeled half too, but the oracles' labels have the target's size already.
-    shift = config.f_gt.size_shift if method.labeled == "source" else (0.0, 0.0, 0.0)
-    data = _labels_of(job, method)
-    data.ensure_gt_database()
-    c = job.config
-    return labeled_batches(c.preset, data, batch_size=config.labeled_batch, seed=c.seed, size_shift=shift)
 
 
 def _truth(job: JobFolder, method: Method) -> dict[str, Labels] | None:

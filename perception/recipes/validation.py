@@ -9,6 +9,7 @@ Read next: `perception/evaluation/score.py`, which scores.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -67,13 +68,14 @@ class Validator:
         if any(self.frames.labels(i) is None for i in range(len(self.frames))):
             raise InvalidInput(f"{validation.data} has frames without labels, so it cannot be scored; take a labeled split")
 
-    def look(self, step: int, detector: Detector, run: RunFolder | None) -> Scores | None:
+    def look(self, step: int, detector: Detector, run: RunFolder | None, *, progress: bool = False) -> Scores | None:
         """Score a detector if this step is due. It is in training mode afterwards.
 
         Args:
             step: The 0-based step that is done.
             detector: The detector in training.
             run: Run folder for the scores.
+            progress: Whether a line is printed to the error stream.
 
         Returns:
             The scores, or None where the step is not due.
@@ -83,6 +85,11 @@ class Validator:
             return None
         scores = dict(score_detector(detector, self.frames, self.protocol).headline())
         detector.train()
+        if progress:
+            print(
+                f"validation after step {done}: {', '.join(f'{n} {v:.2f}' for n, v in scores.items()) or 'no score'}",
+                file=sys.stderr,
+            )
         if run is not None:
             run.log(step, scores, kind="validation")
             self._keep_best(done, detector, scores)

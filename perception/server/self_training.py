@@ -27,6 +27,7 @@ from ...datasets.augment import AugmentationRanges, labeled_example
 from ...datasets.batches import UnlabeledBatches, epoch_indices
 from ...ops.iou3d import iou_bev
 from ..models.detector import Detector
+from ..training.distributed import DistributedContext
 from ..training.ema import make_teacher, update_ema
 from ..training.loop import run_steps
 from ..training.run_folder import RunFolder
@@ -140,6 +141,9 @@ class LabelMemory:
     folder: Path | None
     """Folder of one file per round; None keeps the newest round in memory only."""
 
+    writes: bool = True
+    """Whether this process writes the files; of several processes only one does, and all read them."""
+
     rounds: dict[int, list[ScanLabels]] = field(default_factory=dict)
     """The labels of every scan by round; only the newest round that was asked for is held."""
 
@@ -166,7 +170,7 @@ class LabelMemory:
             labels: The labels of every scan.
         """
         self.rounds = {number: labels}
-        if self.folder is not None:
+        if self.folder is not None and self.writes:
             tensors = {name: torch.cat([getattr(r, name) for r in labels]) for name in _COLUMNS}
             tensors["sizes"] = torch.tensor([len(r.boxes) for r in labels])
             write_tensors(self._path(self.folder, number), tensors, kind=_KIND)
@@ -208,6 +212,7 @@ class SelfTrainingStep:
         config: UpcycleConfig,
         run: RunFolder | None = None,
         after_step: Callable[[int, Detector], None] | None = None,
+        context: DistributedContext | None = None,
     ) -> None:
         """Keep what every step needs.
 
@@ -219,10 +224,12 @@ class SelfTrainingStep:
                 number of scans per step.
             run: Run folder that keeps the labels of every round.
             after_step: Called with the step and the student when a step is done.
+            context: This process among the others. Every process labels all scans, and trains on its own part of a step.
         """
+        self.context = context or DistributedContext()
         self.student, self.teacher, self.scans, self.config = student, teacher, scans, config
         self.run, self.after_step = run, after_step
-        self.memory = LabelMemory(run.path / "pseudo_labels" if run is not None and run.writable else None)
+        self.memory = LabelMemory(None if run is None else run.path / "pseudo_labels", writes=run is not None and run.writable)
 
     def batch(self, step: int) -> tuple[Frame, ...]:
         """Read and augment the scans of a step, with their labels of the round. Makes the round's labels when they are due.
@@ -234,9 +241,10 @@ class SelfTrainingStep:
             Frames labeled by the student as it was at the start of the round.
         """
         scans, config = self.scans, self.config
-        labels, rng = self.round_labels(step), np.random.default_rng([scans.seed, step, 3])
+        part = step * self.context.world_size + self.context.rank
+        labels, rng = self.round_labels(step), np.random.default_rng([scans.seed, part, 3])
         ranges = widened_ranges(scans.augmentation, config.self_training, step / config.loop.total_steps)
-        rows = epoch_indices(len(scans.frames), config.labeled_batch + config.unlabeled_batch, step, scans.seed)
+        rows = epoch_indices(len(scans.frames), config.labeled_batch + config.unlabeled_batch, part, scans.seed)
         examples = [replace(scans.frames[i], labels=labels[i].labels()) for i in rows]
         return tuple(labeled_example(e, rng, ranges, None, self.student.spec.grid.range) for e in examples)
 
@@ -258,7 +266,7 @@ class SelfTrainingStep:
             if before is not None and config.ensemble:
                 found = [memory_ensemble(old, new, config) for old, new in zip(before, found, strict=True)]
             self.memory.put(number, found)
-            if self.run is not None:
+            if self.run is not None and self.run.writable:
                 labels_per_scene = sum(int(r.positive.sum()) for r in found) / len(found)
                 self.run.log(step, {"labels_per_scene": labels_per_scene}, kind="pseudo_labels")
         return found
@@ -303,6 +311,7 @@ def self_train(
     config: UpcycleConfig,
     run: RunFolder | None = None,
     after_step: Callable[[int, Detector], None] | None = None,
+    context: DistributedContext | None = None,
     progress: bool = True,
 ) -> Detector:
     """Train a whole detector on its own labels of raw scans.
@@ -315,13 +324,14 @@ def self_train(
         config: `self_training`, `thresholds`, `loop`, `ema_decay` and the sizes of the batch.
         run: Run folder for metrics, checkpoints and the labels of every round. A training that was stopped goes on.
         after_step: Called with each 0-based step and the student; it must leave the student in training mode.
+        context: This process among the others; None for a single process.
         progress: Whether to print progress.
 
     Returns:
         The EMA of the detector, for comparison with other methods; ST3D itself has none.
     """
     teacher = make_teacher(detector)
-    step = SelfTrainingStep(detector, teacher, scans, config=config, run=run, after_step=after_step)
+    step = SelfTrainingStep(detector, teacher, scans, config=config, run=run, after_step=after_step, context=context)
     detector.train()
     run_steps(
         modules={"student": detector, "teacher": teacher},
@@ -332,6 +342,7 @@ def self_train(
         config=config.loop,
         run=run,
         frame_ids=lambda batch: [f.id for f in batch],
+        context=context,
         progress=progress,
     )
     detector.eval()

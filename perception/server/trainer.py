@@ -26,6 +26,7 @@ from ...core.frame import Frame, labels_of
 from ...core.structures import Labels, LossTerms
 from ...datasets.batches import UnlabeledBatches, UnlabeledScan, epoch_indices
 from ..models.detector import Detector
+from ..training.distributed import DistributedContext
 from ..training.ema import make_teacher, update_ema
 from ..training.loop import run_steps
 from ..training.run_folder import RunFolder
@@ -87,6 +88,7 @@ class UpcyclingStep:
         pasted_objects: ObjectDatabase | None = None,
         codec: str = "fp16",
         after_step: Callable[[int, Detector], None] | None = None,
+        context: DistributedContext | None = None,
     ) -> None:
         """Keep what every step needs.
 
@@ -101,7 +103,9 @@ class UpcyclingStep:
             pasted_objects: Objects that F-GT pastes; None pastes nothing.
             codec: Codec whose round trip the labeled features pass where the encoder is frozen.
             after_step: Called with the step and the student when a step is done.
+            context: This process among the others; each reads, labels and pastes its own part of a step.
         """
+        self.context = context or DistributedContext()
         self.student, self.teacher = student, teacher
         self.method, self.config = method, config
         self.labeled, self.unlabeled, self.pasted_objects = labeled, unlabeled, pasted_objects
@@ -114,9 +118,14 @@ class UpcyclingStep:
             step: 0-based step.
 
         Returns:
-            Labeled frames and unlabeled scenes, on the CPU.
+            Labeled frames and unlabeled scenes of this process, on the CPU.
         """
-        return UpcycleBatch(frames=self.labeled(step), unlabeled=self.unlabeled(step))
+        part = self._part(step)
+        return UpcycleBatch(frames=self.labeled(part), unlabeled=self.unlabeled(part))
+
+    def _part(self, step: int) -> int:
+        """Number of this process's part of a step, counted over all steps and processes; the step itself for a single process."""
+        return step * self.context.world_size + self.context.rank
 
     def loss(self, batch: UpcycleBatch, step: int) -> LossTerms:
         """Compute the losses of a batch: both halves through the student at once.
@@ -164,7 +173,7 @@ class UpcyclingStep:
         """
         method, config, scenes = self.method, self.config, unlabeled.scenes
         if isinstance(scenes, CutFeatures):
-            rng = np.random.default_rng([config.loop.seed, step, 1])
+            rng = np.random.default_rng([config.loop.seed, self._part(step), 1])
             return smashed_half(scenes, self.teacher, method=method, config=config, pasted_objects=self.pasted_objects, rng=rng)
         return raw_half(scenes, self.teacher, self.student, method=method, config=config)
 
@@ -241,6 +250,7 @@ def upcycle(
     run: RunFolder | None = None,
     after_step: Callable[[int, Detector], None] | None = None,
     workers: int = 0,
+    context: DistributedContext | None = None,
     progress: bool = True,
 ) -> Detector:
     """Train a detector on labeled frames and unlabeled scenes, by UpCycling or by a method it is compared with.
@@ -258,6 +268,8 @@ def upcycle(
         run: Run folder for metrics and checkpoints. A training that was stopped goes on from its newest checkpoint.
         after_step: Called with each 0-based step and the student, to look at it. It must leave the student in training mode.
         workers: Processes that read batches ahead. The result does not depend on it.
+        context: This process among the others; None for a single process. Each process takes its own frames and scenes, so a step of N
+            processes learns from N times as many, and student and teacher are equal in all of them.
         progress: Whether to print progress.
 
     Returns:
@@ -275,10 +287,11 @@ def upcycle(
         mine = replace(METHODS["upcycling"], augmentation=my_augmentation)  # (scene, labels, rng) -> (scene, labels)
     """
     unlabeled = unlabeled_reader(method, config, store=store, scans=scans)
+    writes = run if run is not None and run.writable else None
     if method.f_gt:
         _given(pasted_objects, "F-GT needs a database with objects to paste; the labeled split has none with enough points")
     if method.self_training and scans is not None:
-        return self_train(detector, scans, config=config, run=run, after_step=after_step, progress=progress)
+        return self_train(detector, scans, config=config, run=run, after_step=after_step, context=context, progress=progress)
     if method.trains != "all":
         detector.freeze_encoder()
     teacher = make_teacher(detector)
@@ -291,10 +304,11 @@ def upcycle(
         config=config,
         labeled=labeled,
         unlabeled=unlabeled,
-        monitor=PseudoLabelMonitor(every=config.round_steps, truth=truth, run=run),
+        monitor=PseudoLabelMonitor(every=config.round_steps, truth=truth, run=writes),
         pasted_objects=pasted_objects if method.f_gt else None,
         codec=codec,
         after_step=after_step,
+        context=context,
     )
     detector.train()
     run_steps(
@@ -307,6 +321,7 @@ def upcycle(
         run=run,
         frame_ids=UpcycleBatch.ids,
         workers=workers,
+        context=context,
         progress=progress,
     )
     detector.eval()

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ...core.errors import InvalidInput
+from ...core.tensor_file import content_digest
 from ..models.detector import Detector
 from .detector_files import load_detector
 
@@ -31,6 +32,8 @@ class StartingWeights:
     """Names of the tensors that keep their random start."""
     unused: tuple[str, ...]
     """Names of the tensors of the source that the detector has no place for."""
+    digest: str
+    """SHA-256 of all tensors of the source."""
 
     def rows(self) -> list[tuple[str, int, str]]:
         """Summarize for a table.
@@ -38,7 +41,10 @@ class StartingWeights:
         Returns:
             What happened to tensors, how many there are, and the parts that they belong to.
         """
-        return [(what, len(names), _parts(names)) for what, names in (("taken", self.taken), ("fresh", self.fresh), ("unused", self.unused))]
+        return [
+            (what, len(names), _parts(names))
+            for what, names in (("taken", self.taken), ("fresh", self.fresh), ("unused", self.unused))
+        ]
 
 
 def take_weights(detector: Detector, source: str | Path) -> StartingWeights:
@@ -67,7 +73,11 @@ def take_weights(detector: Detector, source: str | Path) -> StartingWeights:
         and not name.startswith(of_classes or ("\0",))
     ]
     if not any(own[name].ndim > 1 for name in taken):
-        odd = [f"{n} is {tuple(offered[n].shape)} there and {tuple(t.shape)} here" for n, t in own.items() if n in offered and t.ndim > 1]
+        odd = [
+            f"{n} is {tuple(offered[n].shape)} there and {tuple(t.shape)} here"
+            for n, t in own.items()
+            if n in offered and t.ndim > 1
+        ]
         reason = f"; for example {odd[0]}" if odd else ""
         raise InvalidInput(
             f"no weight of {source} (a {given.label}) fits this {detector.label}{reason}; take a preset of the same architecture and sizes"
@@ -81,6 +91,7 @@ def take_weights(detector: Detector, source: str | Path) -> StartingWeights:
         taken=tuple(taken),
         fresh=tuple(name for name in own if name not in chosen),
         unused=tuple(name for name in offered if name not in chosen),
+        digest=content_digest(offered),
     )
 
 

@@ -43,6 +43,7 @@ def train_supervised(
     run: RunFolder | None = None,
     workers: int = 0,
     context: DistributedContext | None = None,
+    after_step: Callable[[int], None] | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Train a detector in place; it is in evaluation mode afterwards.
@@ -54,6 +55,7 @@ def train_supervised(
         run: Where metrics and checkpoints go, and where a resumed run continues. None keeps nothing.
         workers: Processes that make batches ahead; the result does not depend on their number.
         context: This process among the others; None for a single process.
+        after_step: Called with each 0-based step that is done, to look at the detector. It must leave it in training mode.
         progress: Whether progress is printed.
 
     Returns:
@@ -81,6 +83,7 @@ def train_supervised(
         trainable=[p for p in detector.parameters() if p.requires_grad],
         batches=labeled,
         loss=loss,
+        after_step=after_step,
         config=config,
         run=run,
         frame_ids=lambda frames: [f.id for f in frames],

@@ -10,7 +10,7 @@ import torch
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.datasets.data_split import DataSplit
-from upcycle3d.perception.recipes import jobs
+from upcycle3d.perception.recipes import assembly, jobs
 from upcycle3d.perception.recipes.experiment_data import SimulationSize, simulated_adaptation
 from upcycle3d.perception.recipes.job_inputs import find_data
 from upcycle3d.perception.recipes.presets import SMALL
@@ -145,7 +145,7 @@ def test_only_source_labels_get_the_size_shift_of_f_gt(data, source, tmp_path, m
         seen.append(size_shift)
         raise Stopped
 
-    monkeypatch.setattr(jobs, "labeled_batches", stop)
+    monkeypatch.setattr(assembly, "labeled_batches", stop)
     with pytest.raises(Stopped):
         jobs.upcycle_preset(preset, data, source, tmp_path, method=method)
     assert seen == [shift if shifted else (0.0, 0.0, 0.0)]
