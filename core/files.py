@@ -106,13 +106,14 @@ def remove_litter(folder: str | Path, *names: str) -> int:
 
 
 @contextmanager
-def locked_folder(folder: str | Path, busy: str, *, wait: bool = False) -> Iterator[int]:
+def locked_folder(folder: str | Path, busy: str, *, wait: bool = False, name: str = LOCK) -> Iterator[int]:
     """Hold a folder for this process; the kernel releases it however the process ends.
 
     Args:
         folder: The folder. It is made if it is missing.
         busy: What to say when another process holds it.
         wait: Whether to wait for the other process instead.
+        name: Name of the lock file, where not the whole folder is held but one file in it.
 
     Yields:
         The descriptor of the lock. A forked worker closes it, so that it does not outlive its parent.
@@ -123,7 +124,7 @@ def locked_folder(folder: str | Path, busy: str, *, wait: bool = False) -> Itera
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    lock = os.open(folder / name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,7 +20,7 @@ import secrets
 import time
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -31,26 +31,36 @@ from torch import Tensor
 from ...core.cut import cells_of_centers
 from ...core.device import find_device
 from ...core.errors import InvalidInput
-from ...core.features import Keypoints
+from ...core.features import Keypoints, VoxelCounts
+from ...core.foreign_text import shown
+from ...core.ledger import CELLS_STOP, Ledger
 from ...core.rig import RigSpec
 from ...core.smashed_scene import SmashedScene
 from ...core.structures import PointCloud
+from ...core.trained_on import ScanMeasures, ScanStatistics, TrainedOn, summarize_scans
 from ..models.encoders.encoder import Encoder
 from ..models.encoders.fingerprint import encoder_fingerprint
+from ..models.encoders.scan_survey import measures_of
 from ..wire.codec import check_codec
 from ..wire.encoder_file import load_encoder
-from ..wire.shards import AddedScene, SceneKind, ShardWriteError, ShardWriter
+from ..wire.shards import AddedScene, SceneKind, ShardJournal, ShardWriteError, ShardWriter
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageTimes:
-    """What smashing one scan cost."""
+    """What smashing one scan cost, and what was found on the way."""
 
     voxelize_ms: float
     """Milliseconds for the rig, the copy to the encoder's device, and the voxels."""
 
     backbone_ms: float
     """Milliseconds for the features at the cut (set abstraction included, where there is one), and the copy back to the CPU."""
+
+    counts: VoxelCounts | None = None
+    """What became of the points of the scan; None for an encoder that does not count."""
+
+    measures: ScanMeasures | None = None
+    """Measures of the scan to compare with those of training; None for an encoder that does not count."""
 
 
 class Extractor:
@@ -61,6 +71,7 @@ class Extractor:
         rig: What is done to a scan first.
         codec: How the features will be stored.
         fingerprint: The fingerprint of encoder and rig. The server must expect the same.
+        trained_on: What the training of the encoder knew about its scans; None for an encoder without such notes.
 
     Args:
         encoder: The encoder; it is copied.
@@ -98,15 +109,16 @@ class Extractor:
         self._device = next((t.device for t in frozen.state_dict().values()), torch.device("cpu"))
         self.spec = spec
         self.rig = rig
+        self.trained_on: TrainedOn | None = getattr(encoder, "trained_on", None)
         self.codec = codec
 
     @classmethod
-    def from_file(cls, path: str | Path, *, rig: RigSpec, codec: str, device: torch.device | str = "cpu") -> Self:
+    def from_file(cls, path: str | Path, *, rig: RigSpec | None, codec: str, device: torch.device | str = "cpu") -> Self:
         """Load the encoder that the server handed out, and make an extractor of it.
 
         Args:
             path: The encoder file, or the run folder that holds it.
-            rig: Mounting height and intensity scale of this kind of vehicle.
+            rig: Mounting height and intensity scale of this kind of vehicle. None takes the rig of the training data.
             codec: "fp16" or "int8".
             device: Where the encoder runs.
 
@@ -117,29 +129,47 @@ class Extractor:
             InvalidInput: The file is missing, damaged or of another kind, the encoder cannot run on a vehicle, or this machine has no
                 such device.
         """
-        return cls(load_encoder(path).to(find_device(device)), rig, codec)
+        encoder = load_encoder(path)
+        if rig is None:
+            rig = RigSpec() if encoder.trained_on is None else encoder.trained_on.rig
+        return cls(encoder.to(find_device(device)), rig, codec)
 
     @property
     def kind(self) -> SceneKind:
         """The kind of its scenes: cut, fingerprint and codec."""
         return SceneKind(spec=self.spec, encoder_fingerprint=self.fingerprint, codec=self.codec)
 
-    def shard_writer(self, folder: str | Path, *, scenes_per_shard: int = 256) -> ShardWriter:
+    def shard_writer(
+        self,
+        folder: str | Path,
+        *,
+        scenes_per_shard: int = 256,
+        max_seconds: float | None = None,
+        journal: ShardJournal | None = None,
+    ) -> ShardWriter:
         """Make a writer for the scenes of this extractor.
 
         Args:
             folder: Where the shards are written; it is made where needed.
             scenes_per_shard: Number of scenes after which a shard is written.
+            max_seconds: Seconds after which a shard is written, also with fewer scenes. None means no limit.
+            journal: Told about every shard before and after it appears, such as the progress of `extract`.
 
         Returns:
             The writer, for `extract`. Use it as a context manager.
 
         Raises:
-            InvalidInput: `scenes_per_shard` is outside its limits.
+            InvalidInput: `scenes_per_shard` or `max_seconds` is outside its limits.
             ShardWriteError: The folder cannot be made.
         """
         return ShardWriter(
-            folder, spec=self.spec, fingerprint=self.fingerprint, codec=self.codec, scenes_per_shard=scenes_per_shard
+            folder,
+            spec=self.spec,
+            fingerprint=self.fingerprint,
+            codec=self.codec,
+            scenes_per_shard=scenes_per_shard,
+            max_seconds=max_seconds,
+            journal=journal,
         )
 
     def smash(self, points: PointCloud) -> tuple[SmashedScene, StageTimes]:
@@ -162,7 +192,8 @@ class Extractor:
             raise InvalidInput(f"{int(bad.sum())} of {len(points)} points hold NaN or inf; drop them where the scan is read")
         start = self._now()
         with torch.inference_mode():
-            clouds = [self.rig.from_sensor(points).to(self._device)]
+            shifted = self.rig.from_sensor(points)
+            clouds = [shifted.to(self._device)]
             voxels = self._encoder.voxelize(clouds)
             voxelized = self._now()
             features = self._encoder.features(clouds, voxels).to("cpu")
@@ -179,7 +210,13 @@ class Extractor:
             encoder_fingerprint=self.fingerprint,
             scene_id=secrets.token_hex(16),
         )
-        return scene, StageTimes(voxelize_ms=1e3 * (voxelized - start), backbone_ms=1e3 * (done - voxelized))
+        counts = voxels.counts[0] if voxels.counts else None
+        return scene, StageTimes(
+            voxelize_ms=1e3 * (voxelized - start),
+            backbone_ms=1e3 * (done - voxelized),
+            counts=counts,
+            measures=None if counts is None else measures_of(shifted.to("cpu"), counts),
+        )
 
     def _keypoints_at_rest(self, keypoints: Keypoints | None) -> tuple[Tensor, Tensor]:
         """Cells (K, 3) of the input grid and features (K, C) of keypoints, in their order; empty for a cut without keypoints."""
@@ -249,6 +286,15 @@ class ExtractionReport:
     shards: tuple[Path, ...]
     """Manifest files of the shards finished during the run."""
 
+    ledger: Ledger = Ledger()
+    """What was read and dropped: points, cells over the voxel limit, scans that failed."""
+
+    scans: ScanStatistics | None = None
+    """Medians of the first `MEASURED_SCANS` scans in the frame of the encoder, to compare with those of training."""
+
+    refused: bool = False
+    """Whether the run ended because too many cells were lost to the voxel limit (`refuse_lost_cells`)."""
+
     @property
     def raw_bytes_per_frame(self) -> float:
         """Mean bytes of a scan; 0 without a scene."""
@@ -265,28 +311,48 @@ class _Tally:
 
     def __init__(self) -> None:
         self._times: dict[str, array[float]] = {name: array("d") for name in ("voxelize", "backbone", "codec", "write")}
-        self._raw_bytes = self._smashed_bytes = 0
+        self._bytes: list[tuple[int, int]] = []
+        self._measures: list[ScanMeasures] = []
         self.failures: list[ScanFailure] = []
+        self.ledger = Ledger()
 
-    def count(self, points: PointCloud, stage: StageTimes, added: AddedScene) -> None:
-        self._raw_bytes += len(points) * 4 * (3 + points.features.shape[1])
-        self._smashed_bytes += added.length
+    def fail(self, index: int, error: Exception, read: Ledger) -> None:
+        empty = isinstance(error, _NothingToUpload)
+        reason = str(error) if empty else f"{type(error).__name__}: {error}"
+        self.failures.append(ScanFailure(index=index, reason=shown(reason, most=2000)))
+        self.ledger = self.ledger + replace(read, scans=0, scans_failed=1, scans_without_points=int(empty))
+
+    def count(self, points: PointCloud, stage: StageTimes, added: AddedScene, total: Ledger) -> None:
+        self.ledger = total
+        if stage.measures is not None and len(self._measures) < MEASURED_SCANS:
+            self._measures.append(stage.measures)
+        self._bytes.append((len(points) * 4 * (3 + points.features.shape[1]), added.length))
         row = (stage.voxelize_ms, stage.backbone_ms, added.encode_ms, added.write_ms)
         for series, value in zip(self._times.values(), row, strict=True):
             series.append(value)
+
+    def drop(self, scenes: int) -> None:
+        """Leave the last scenes out of the counts of what was written."""
+        for series in (*self._times.values(), self._bytes):
+            del series[len(series) - scenes :]
 
     def add_to_last_write(self, milliseconds: float) -> None:
         if self._times["write"]:
             self._times["write"][-1] += milliseconds
 
-    def report(self, shards: tuple[Path, ...]) -> ExtractionReport:
+    def report(
+        self, shards: tuple[Path, ...], *, refused: bool = False, ledger: Ledger | None = None
+    ) -> ExtractionReport:
         return ExtractionReport(
             frames=len(self._times["write"]),
             failures=tuple(self.failures),
-            raw_bytes=self._raw_bytes,
-            smashed_bytes=self._smashed_bytes,
+            raw_bytes=sum(raw for raw, _ in self._bytes),
+            smashed_bytes=sum(smashed for _, smashed in self._bytes),
             **{name: _summary(series) for name, series in self._times.items()},
             shards=shards,
+            ledger=ledger or self.ledger,
+            scans=summarize_scans(self._measures),
+            refused=refused,
         )
 
 
@@ -298,25 +364,58 @@ def _summary(times_ms: array[float]) -> StageSummary:
     return StageSummary(median_ms=float(median), p95_ms=float(p95), mean_ms=float(values.mean()))
 
 
+EARLY_SCANS = 8
+"""Scans after which `extract` decides whether too many cells are lost, before much is written."""
+MEASURED_SCANS = 200
+"""Scans whose measures are compared with those of training."""
+
+Scan = PointCloud | Callable[[], PointCloud | tuple[PointCloud, Ledger]]
+"""A scan, or a function that reads one and may count what it dropped."""
+
+
+def _read_one(scan: Scan) -> tuple[PointCloud, Ledger]:
+    found = scan() if callable(scan) else scan
+    return found if isinstance(found, tuple) else (found, Ledger())
+
+
+def _without_cells(points: PointCloud, ledger: Ledger) -> str:
+    if not len(points):
+        return "the scan has no point left, so there is nothing to upload; a wrong picture size (--image-size) crops all points away"
+    if ledger.points_outside_range >= len(points):
+        return (
+            f"none of its {len(points)} points lies in the detector's range, so there is nothing to upload; look at --z-shift, --axes "
+            "and the units of the file"
+        )
+    return f"none of its {len(points)} points gave a feature at the cut, so there is nothing to upload"
+
+
 def extract(
-    scans: Iterable[PointCloud | Callable[[], PointCloud]],
+    scans: Iterable[Scan],
     extractor: Extractor,
     writer: ShardWriter,
     *,
     on_frame: Callable[[int], None] | None = None,
     on_scene: Callable[[int, str], None] | None = None,
+    on_smashed: Callable[[int, str], None] | None = None,
+    refuse_lost_cells: bool = False,
 ) -> ExtractionReport:
     """Smash every scan of a stream and write the scenes; a bad scan is reported and costs no other scan.
 
+    A scan without a cell in the detector's range is such a bad scan: nobody learns from an empty scene, and a wrong rig or crop gives
+    nothing else.
+
     Args:
-        scans: Scans in the sensor frame as they arrive, or functions that read one (`partial(read_bin, path)`), so that a file
-            which cannot be read counts as the failure of that scan. An error of the iterable itself ends the stream and is
-            raised, after all scenes before it were written.
+        scans: Scans in the sensor frame as they arrive, or functions that read one (`partial(read_scan, path)`), so that a file
+            which cannot be read counts as the failure of that scan. A function may return the counts of its reader as well. An error
+            of the iterable itself ends the stream and is raised, after all scenes before it were written.
         extractor: Makes the scenes.
         writer: Takes them; made with `extractor.shard_writer(folder)`.
         on_frame: Called after every scan with the number of scans seen.
-        on_scene: Called with the index of a scan and its scene identifier. The vehicle may keep this list to itself; no shard
-            links the two.
+        on_scene: Called with the index of a scan and its scene identifier, after the scene was added to a shard. The vehicle may keep
+            this list to itself; no shard links the two.
+        on_smashed: Called likewise before the scene is added, as the journal of the writer needs it.
+        refuse_lost_cells: End the run where more than `CELLS_STOP` of the cells so far are over the voxel limit. This is looked at
+            from the first `EARLY_SCANS` scans on, and before a shard is full. Scenes that are in no finished shard are dropped.
 
     Returns:
         Counts, sizes and times.
@@ -339,29 +438,51 @@ def extract(
             "writer with extractor.shard_writer(folder)"
         )
     tally, finished_before = _Tally(), len(writer.shards)
+    refused = False
     try:
         for index, scan in enumerate(scans):
+            read = Ledger()
             try:
-                points = scan() if callable(scan) else scan
+                points, read = _read_one(scan)
                 scene, stage = extractor.smash(points)
+                read = read if stage.counts is None else stage.counts.ledger(read)
+                if not len(scene.coords):
+                    raise _NothingToUpload(_without_cells(points, read))
+                total = tally.ledger + (read if read.scans else replace(read, scans=1))
+                if refuse_lost_cells and (index + 1 >= EARLY_SCANS or writer.next_fills) and _too_many_lost(total):
+                    refused = True
+                    break
+                if on_smashed is not None:
+                    on_smashed(index, scene.scene_id)
                 added = writer.add(scene)
                 if on_scene is not None:
                     on_scene(index, scene.scene_id)
             except ShardWriteError:
                 raise
             except Exception as error:  # whatever is wrong with one scan, the stream goes on; the report says so
-                tally.failures.append(ScanFailure(index=index, reason=f"{type(error).__name__}: {error}"))
+                tally.fail(index, error, read)
                 continue
             finally:
                 if on_frame is not None:
                     on_frame(index + 1)
-            tally.count(points, stage, added)
+            tally.count(points, stage, added, total)
     except ShardWriteError:
         raise
     except Exception:
         writer.flush()
         raise
+    if refused or (refuse_lost_cells and _too_many_lost(tally.ledger)):
+        tally.drop(writer.discard())
+        return tally.report(writer.shards[finished_before:], refused=True, ledger=total if refused else tally.ledger)
     start = time.perf_counter()
     writer.flush()
     tally.add_to_last_write(1e3 * (time.perf_counter() - start))  # the last shard counts as the last frame's writing
     return tally.report(writer.shards[finished_before:])
+
+
+def _too_many_lost(ledger: Ledger) -> bool:
+    return ledger.cells_over_limit > CELLS_STOP * ledger.cells
+
+
+class _NothingToUpload(InvalidInput):
+    """A scan without a cell."""

@@ -267,6 +267,11 @@ class ShardWriter:
         late = self._max_seconds is not None and time.monotonic() - self._opened >= self._max_seconds
         return late or len(self._blobs) >= self._scenes_per_shard or sum(map(len, self._blobs)) >= self._max_bytes
 
+    @property
+    def next_fills(self) -> bool:
+        """Whether the next scene fills the current shard, so that it is written."""
+        return len(self._blobs) + 1 >= self._scenes_per_shard
+
     def discard(self) -> int:
         """Drop the scenes that wait in memory and are in no finished shard, so that leaving the writer does not write them.
 
