@@ -45,6 +45,6 @@ def upload(folder: Path, scenes: list[SmashedScene]) -> Path:
     return writer.shards[0]
 
 
-def ingest_all(incoming: Path, store: Path) -> IngestReport:
+def ingest_all(incoming: Path, store: Path, **options: bool) -> IngestReport:
     """Ingest everything that lies in a folder, for the encoder and cut of these scenes."""
-    return ingest(incoming, store, expected_fingerprint=ENCODER, expected_spec=SPEC)
+    return ingest(incoming, store, expected_fingerprint=ENCODER, expected_spec=SPEC, **options)

@@ -1,29 +1,37 @@
 """`upcycle3d extract`: the vehicle side. Scans come in, shards of smashed scenes go out.
 
-It loads no decoder, label, server or training code. Read next: `perception/vehicle/extractor.py`.
+It loads no decoder, label, server or training code. Read next: `perception/vehicle/extractor.py`, and `perception/vehicle/progress.py`
+for what happens after a kill.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 from ..core.device import find_device
 from ..core.errors import InvalidInput, UpcycleError
-from ..core.files import write_atomically
-from ..core.point_files import read_points, scan_files
+from ..core.foreign_text import check_name, shown
+from ..core.ledger import Ledger
+from ..core.point_files import read_scan, scan_files
 from ..core.rig import RigSpec
+from ..core.scan_options import ScanOptions
 from ..core.structures import PointCloud
+from ..core.trained_on import compare_scans
 from ..perception.vehicle.extractor import ExtractionReport, Extractor, extract
-from .console import console, print_table, progress_bar, run_command, write_json
-
-Scans = Mapping[str, Callable[[], PointCloud]]
-"""Name of a scan to the function that reads it."""
+from ..perception.vehicle.progress import ExtractedScan, ScanIdentity, default_progress_path, open_progress
+from ..perception.wire.encoder_file import load_encoder
+from .console import console, print_table, print_warning, progress_bar, run_command, settle, write_json
+from .scan_option import ScanOption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,116 +48,296 @@ class Extract:
     """Instead of `--scans`: a prepared dataset, `DIR[:SPLIT]`; all frames where no split is named. Its rig is used."""
     ids: Path | None = None
     """File with one scan name (without suffix) per line. Only these scans are extracted."""
-    columns: tuple[str, ...] = ()
-    """Names of the values in one row of `--scans`, in file order; `_` skips one. By default x y z intensity."""
-    drop_non_finite: bool = False
-    """Leave out points of `--scans` with NaN or inf. Without this option such a scan is refused."""
+    read: ScanOption = ScanOptions()
+    """How the files of `--scans` are read."""
     calib: Path | None = None
     """Folder of KITTI calibration files, one per scan. Only points that the camera sees are kept; needed for an encoder that was
     trained on such scans."""
-    rig: RigSpec = field(default_factory=RigSpec)
-    """Mounting height and intensity scale of this vehicle. `--data` brings its own."""
     codec: Literal["fp16", "int8"] = "fp16"
     """How features are stored. `int8` halves the upload."""
     scenes_per_shard: int = 256
-    """Scenes per shard. A large shard loses more scenes when the vehicle loses power before it is closed."""
+    """Scenes per shard. A large shard loses more work when the vehicle loses power before it is closed: its scans are extracted again."""
+    shard_seconds: float | None = None
+    """Close a shard after this time, also with fewer scenes. By default only the number of scenes and their size count."""
+    resume: bool = False
+    """Go on after a kill, a full disk or with new scans: scans that are in finished shards are left out. Also right for the first run."""
     append: bool = False
-    """Add to the shards that `--out` holds already. Use it only for other scans: one scan extracted twice is two scenes to the server."""
+    """Add to the shards that `--out` holds already. Scans that the progress file names are refused: one scan extracted twice is two
+    scenes to the server."""
+    progress: Path | None = None
+    """File that says which scans are in finished shards. By default `OUT.progress.json` beside the folder. Do not upload it."""
     receipts: Path | None = None
-    """File for a list of scan names and scene ids. Keep it: no shard links the two. `upcycle --truth` measures pseudo labels with it."""
+    """File for a list of scene ids with their scans; new ones are added to those it holds. Keep it: no shard links the two.
+    `upcycle --truth` measures pseudo labels with it."""
+    expect_fingerprint: str | None = None
+    """Refuse to run unless encoder and rig have this fingerprint (at least its first 12 digits), as the server told the fleet."""
+    allow_lost_cells: bool = False
+    """Go on where scans lose more than 10 % of their occupied cells to the encoder's voxel limit."""
     device: str = "cpu"
     """`cpu`, `cuda` or `cuda:N`."""
     json: Path | None = None
     """Also write the result to this file as JSON."""
 
 
+@dataclass(kw_only=True)
+class _Source:
+    """One scan: how it is read, and what it was when it was read."""
+
+    name: str
+    load: Callable[[], tuple[PointCloud, Ledger]]
+    file: Path | None = None
+    identity: ScanIdentity = field(default_factory=lambda: ScanIdentity(size=0, sha256=""))
+
+    def read(self) -> tuple[PointCloud, Ledger]:
+        """Read the scan and remember its size and digest."""
+        points, ledger = self.load()
+        digest = hashlib.sha256()
+        if self.file is not None:
+            with self.file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256")
+                size = stream.tell()
+        else:
+            size = 0
+            for tensor in (points.xyz, points.features):
+                data = tensor.contiguous().numpy().tobytes()
+                digest.update(data)
+                size += len(data)
+        self.identity = ScanIdentity(size=size, sha256=digest.hexdigest())
+        return points, ledger
+
+    def changed_since(self, done: ExtractedScan) -> bool:
+        """Say whether the file has another size than when it was extracted."""
+        return self.file is not None and self.file.exists() and self.file.stat().st_size != done.size
+
+
+@dataclass(kw_only=True)
+class _StopRequest:
+    """The signal that asked the run to stop; 0 for none."""
+
+    signal: int = 0
+
+
 def command(config: Extract) -> None:
-    """Turn scans into shards of smashed scenes. A scan that cannot be read is reported, and the others go on."""
+    """Turn scans into shards of smashed scenes. A scan that cannot be read is reported, and the others go on.
+
+    SIGTERM, SIGINT (Ctrl-C) and SIGHUP close the open shard and end the command; `--resume` goes on.
+    """
     if bool(config.scans) == (config.data is not None):
         raise InvalidInput("give either --scans (files or folders) or --data (a prepared dataset)")
-    if not config.append and next(config.out.glob("*.tar"), None) is not None:
-        raise InvalidInput(
-            f"{config.out} already holds shards. A scan that is extracted twice becomes two scenes on the server, because scene ids are "
-            "random; choose an empty folder, or give --append if these are other scans"
-        )
-    rig, scans = _scan_files(config) if config.data is None else _prepared_frames(config, config.data)
-    if config.ids is not None:
-        scans = _only(scans, config.ids)
-    if config.calib is not None:
-        scans = {name: partial(_camera_view, read, config.calib / f"{name}.txt") for name, read in scans.items()}
-    names = tuple(scans)
-    extractor = Extractor.from_file(config.detector, rig=rig, codec=config.codec, device=find_device(config.device))
-    receipts = _earlier_receipts(config.receipts) if config.append and config.receipts is not None else {}
-    writer = extractor.shard_writer(config.out, scenes_per_shard=config.scenes_per_shard)
-    with progress_bar("extract", len(scans)) as advance, writer:
-        report = extract(
-            scans.values(),
-            extractor,
-            writer,
-            on_frame=lambda done: advance(done, len(scans)),
-            on_scene=lambda index, scene_id: receipts.update({scene_id: names[index]}),
-        )
-    if config.receipts is not None:
-        write_atomically(config.receipts, json.dumps(receipts, indent=1).encode())
+    if config.resume and config.append:
+        raise InvalidInput("give --resume (leave out scans that are done) or --append (refuse them), not both")
+    with _stop_requests() as stop:
+        device = find_device(config.device)
+        encoder = load_encoder(config.detector)
+        trained_rig = None if encoder.trained_on is None else encoder.trained_on.rig
+        rig, sources = _scan_files(config, trained_rig) if config.data is None else _prepared_frames(config, config.data)
+        if config.ids is not None:
+            sources = _only(sources, config.ids)
+        extractor = Extractor(encoder.to(device), rig, config.codec)
+        _check_fingerprint(extractor.fingerprint, config.expect_fingerprint, rig)
+        if trained_rig is not None and rig != trained_rig:
+            print_warning(
+                f"the encoder was trained with the rig {trained_rig}, and these scans get {rig}; that is right for a vehicle whose sensor "
+                "is mounted or scaled otherwise, and wrong for the same vehicle"
+            )
+        had_shards = config.out.is_dir() and any(p.suffix == ".tar" and not p.name.startswith(".") for p in config.out.iterdir())
+        path = config.progress or default_progress_path(config.out)
+        if had_shards and not config.append and not (config.resume and path.exists()):
+            raise InvalidInput(_holds_shards(config, path))
+        with open_progress(
+            config.out, encoder_fingerprint=extractor.fingerprint, path=path, receipts=config.receipts
+        ) as progress:
+            todo = _not_done(config, sources, progress.scans, path)
+            writer = extractor.shard_writer(
+                config.out, scenes_per_shard=config.scenes_per_shard, max_seconds=config.shard_seconds, journal=progress
+            )
+
+            def on_smashed(index: int, scene_id: str) -> None:
+                progress.smashed(scene_id, todo[index].name, todo[index].identity)
+
+            def until_stopped() -> Iterator[Callable[[], tuple[PointCloud, Ledger]]]:
+                for source in todo:
+                    if stop.signal:
+                        return
+                    yield source.read
+
+            with progress_bar("extract", len(todo)) as advance, writer:
+                report = extract(
+                    until_stopped(),
+                    extractor,
+                    writer,
+                    on_frame=lambda done: advance(done, len(todo)),
+                    on_smashed=on_smashed,
+                    refuse_lost_cells=not config.allow_lost_cells,
+                )
+    _show(config, report, [s.name for s in todo], extractor, len(sources), stop.signal)
+
+
+def _show(
+    config: Extract, report: ExtractionReport, names: Sequence[str], extractor: Extractor, asked: int, stopped: int
+) -> None:
+    """Print and write the result, and end with an error where it is none."""
+    before = asked - len(names)
+    by = signal.Signals(stopped).name if stopped else None
+    write_json(
+        config.json,
+        result_json(report)
+        | {"already_extracted": before, "stopped_by": by, "fingerprint": extractor.fingerprint, "rig": asdict(extractor.rig)},
+    )
     _print(report, names)
-    write_json(config.json, result_json(report))
-    if report.frames == 0:
-        raise UpcycleError(f"none of {len(scans)} scans gave a scene, so nothing was written; the reasons are listed above")
-    options = "".join(f" --rig.{k.replace('_', '-')} {v}" for k, v in asdict(rig).items() if v != getattr(RigSpec(), k))
+    if before:
+        console.print(f"{before} of {asked} scans were in finished shards before and were left out")
+    if extractor.trained_on is not None and extractor.trained_on.scans is not None and report.scans is not None:
+        for warning in compare_scans(extractor.trained_on.scans, report.scans):
+            print_warning(warning)
+    if report.refused:
+        print_warning(
+            f"the run ended because too many cells are lost; shards written before: {len(report.shards)}. Give --allow-lost-cells to go "
+            "on all the same"
+        )
+    if report.ledger != Ledger():
+        settle(report.ledger, "what was read and dropped", refuse_lost_cells=not config.allow_lost_cells)
+    if by is not None:
+        print_warning(
+            f"stopped by {by} after {len(report.failures) + report.frames} of {len(names)} scans; every finished scene is in a shard. "
+            "Give the same command with --resume to go on"
+        )
+        raise SystemExit(128 + stopped)
+    if report.frames == 0 and names:
+        raise UpcycleError(f"none of {len(names)} scans gave a scene, so nothing was written; the reasons are listed above")
+    default = RigSpec() if extractor.trained_on is None else extractor.trained_on.rig
+    rig = asdict(extractor.rig)
+    options = "".join(f" --{k.replace('_', '-')} {v}" for k, v in rig.items() if v != getattr(default, k))
     console.print(
-        f"encoder fingerprint {extractor.fingerprint[:16]}…; next: upcycle3d ingest {config.out} --detector {config.detector} "
+        f"encoder fingerprint {extractor.fingerprint}; next: upcycle3d ingest {config.out} --detector {config.detector} "
         f"--store STORE{options}",
         soft_wrap=True,
     )
 
 
-def _scan_files(config: Extract) -> tuple[RigSpec, Scans]:
-    read = partial(  # the rig scales intensity and checks it
-        read_points, columns=config.columns or None, intensity_scale=None, drop_non_finite=config.drop_non_finite
+@contextmanager
+def _stop_requests() -> Iterator[_StopRequest]:
+    """Note the first signal that asks for an end; a second one ends the program at once."""
+    stop, before = _StopRequest(), {}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if stop.signal:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                before[number] = signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_fingerprint(found: str, expected: str | None, rig: RigSpec) -> None:
+    if expected is None:
+        return
+    wanted = expected.strip().rstrip("…").lower()
+    if len(wanted) < 12 or not set(wanted) <= set("0123456789abcdef"):
+        raise InvalidInput(f"--expect-fingerprint needs at least 12 hexadecimal digits, found {shown(expected, most=80)!r}")
+    if not found.startswith(wanted):
+        raise InvalidInput(
+            f"the encoder with the rig {rig} has the fingerprint {found}, and {wanted} is expected; nothing was extracted. Get the encoder "
+            "file and the rig of the server again"
+        )
+
+
+def _holds_shards(config: Extract, path: Path) -> str:
+    why = "A scan that is extracted twice becomes two scenes on the server, because scene ids are random"
+    if config.resume:
+        return (
+            f"{config.out} already holds shards, and there is no progress file {path} that says which scans are in them. {why}; name the "
+            "file with --progress, choose an empty folder, or give --append if these are other scans"
+        )
+    return (
+        f"{config.out} already holds shards. {why}; choose an empty folder, give --resume to go on with an extraction that was "
+        "stopped, or --append if these are other scans"
     )
-    return config.rig, {path.stem: partial(read, path) for path in scan_files(config.scans)}
 
 
-def _prepared_frames(config: Extract, data: str) -> tuple[RigSpec, Scans]:
+def _not_done(
+    config: Extract, sources: Mapping[str, _Source], done: Mapping[str, ExtractedScan], path: Path
+) -> tuple[_Source, ...]:
+    """The scans to extract; refuses those that are in finished shards unless the run resumes."""
+    known = [name for name in sources if name in done]
+    if known and not config.resume:
+        listed = ", ".join(known[:3])
+        raise InvalidInput(
+            f"{len(known)} of {len(sources)} scans are in shards already, says {path}: {listed}; one scan extracted twice is two scenes to "
+            "the server. Give --resume to leave them out. If these are other scans with the same names, rename them, or give another "
+            "--out; if those shards were thrown away before anyone got them, remove the progress file"
+        )
+    changed = [name for name in known if sources[name].changed_since(done[name])]
+    if changed:
+        print_warning(
+            f"{len(changed)} scans have another size than when they were extracted ({', '.join(changed[:3])}); they are not extracted again"
+        )
+    return tuple(source for name, source in sources.items() if name not in done)
+
+
+def _scan_files(config: Extract, trained_rig: RigSpec | None) -> tuple[RigSpec, dict[str, _Source]]:
+    if config.calib is not None and config.read.axes != ("x", "y", "z"):
+        raise InvalidInput("--axes turns scans away from their calibrations; give scans in the axes of the --calib files")
+    sources = {}
+    for path in scan_files(config.scans):
+        load = partial(read_scan, path, config.read)  # the rig scales intensity and checks it
+        if config.calib is not None:
+            load = partial(_camera_view, load, config.calib / f"{path.stem}.txt", config.read.image_size)
+        sources[check_name(path.stem, "scan name")] = _Source(name=path.stem, load=load, file=path)
+    return config.read.rig(trained_rig), sources
+
+
+def _prepared_frames(config: Extract, data: str) -> tuple[RigSpec, dict[str, _Source]]:
     """The rig that the dataset was prepared with, and its frames with that rig taken back: the extractor applies it once."""
     from ..datasets.data_split import DataSplit
 
-    if config.columns or config.drop_non_finite:
-        raise InvalidInput("--columns and --drop-non-finite belong to --scans; --data was read when it was prepared")
+    if config.read != ScanOptions(z_shift=config.read.z_shift, intensity_scale=config.read.intensity_scale):
+        raise InvalidInput(
+            "--columns, --dtype, --axes, --image-size and --drop-non-finite belong to --scans; --data was read when it was prepared"
+        )
+    if config.calib is not None:
+        raise InvalidInput("--calib belongs to --scans; --data was cropped when it was prepared, or was not meant to be")
     frames = DataSplit.parse(data).open()
     rig = frames.rig
-    if config.rig not in (RigSpec(), rig):
+    if config.read.rig(rig) != rig:
         raise InvalidInput(
-            f"{data} was prepared with the rig {rig}, but --rig says {config.rig}; leave --rig out, or prepare the data again with it"
+            f"{data} was prepared with the rig {rig}, but the options say {config.read.rig(rig)}; leave --z-shift and --intensity-scale "
+            "out, or prepare the data again with them"
         )
 
-    def read(index: int) -> PointCloud:
-        return rig.to_sensor(frames[index].points)
+    def load(index: int) -> tuple[PointCloud, Ledger]:
+        frame = frames[index]
+        return rig.to_sensor(frame.points), frame.reading
 
-    return rig, {name: partial(read, index) for index, name in enumerate(frames.ids)}
+    return rig, {name: _Source(name=name, load=partial(load, index)) for index, name in enumerate(frames.ids)}
 
 
-def _only(scans: Scans, ids: Path) -> Scans:
+def _only(sources: Mapping[str, _Source], ids: Path) -> dict[str, _Source]:
     from ..datasets.kitti import read_ids
 
     wanted = read_ids(ids)
-    missing = [name for name in wanted if name not in scans]
+    missing = [name for name in wanted if name not in sources]
     if missing:
         raise InvalidInput(f"{len(missing)} of the {len(wanted)} scans named in {ids} are not among those given: {missing[:3]}")
-    return {name: scans[name] for name in wanted}
+    return {name: sources[name] for name in wanted}
 
 
-def _camera_view(read: Callable[[], PointCloud], calibration: Path) -> PointCloud:
+def _camera_view(
+    load: Callable[[], tuple[PointCloud, Ledger]], calibration: Path, image_size: tuple[int, int] | None
+) -> tuple[PointCloud, Ledger]:
     from ..datasets.kitti import crop_to_camera, read_calibration
 
-    return crop_to_camera(read(), read_calibration(calibration))
-
-
-def _earlier_receipts(path: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
-    except ValueError as error:
-        raise InvalidInput(f"{path} is not a list of receipts ({error}); choose another file, or remove it") from error
+    points, ledger = load()
+    size = {} if image_size is None else {"image_size": image_size}
+    seen = crop_to_camera(points, read_calibration(calibration, **size))
+    return seen, ledger + Ledger(points_outside_camera=len(points) - len(seen))
 
 
 def result_json(report: ExtractionReport) -> dict[str, object]:
@@ -161,7 +349,7 @@ def result_json(report: ExtractionReport) -> dict[str, object]:
     Returns:
         All its fields, and the bytes per frame.
     """
-    values = asdict(report) | {"shards": [str(p) for p in report.shards]}
+    values = asdict(report) | {"shards": [str(p) for p in report.shards], "ledger": report.ledger.to_json()}
     return values | {"bytes_per_frame": report.smashed_bytes_per_frame, "raw_bytes_per_frame": report.raw_bytes_per_frame}
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
 from ..core.errors import UpcycleError
 from ..core.rig import RigSpec
+from ..core.scan_options import ScanOptions
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
-from ..perception.server.ingest import ingest
+from ..perception.server.ingest import IngestReport, Refusal, ingest
 from ..perception.wire.encoder_file import load_encoder
-from .console import console, print_table, run_command, write_json
+from .console import console, print_table, print_warning, run_command, write_json
+
+_LISTED = 30
+_EMPTY_WARNING = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +30,18 @@ class Ingest:
     store: Path
     """Folder of the store."""
     detector: Path
-    """Run folder of the detector whose encoder the fleet runs, or the encoder file alone. Features of another encoder are refused."""
-    rig: RigSpec = field(default_factory=RigSpec)
-    """The fleet's rig, the same as in `extract`."""
+    """Run folder of the detector whose encoder the fleet runs, or the encoder file alone. Features of another encoder stay where they
+    are."""
+    z_shift: float | None = None
+    """The fleet's z shift, where `extract` got another one than the detector's training data."""
+    intensity_scale: float | None = None
+    """The fleet's intensity scale, where `extract` got another one than the detector's training data."""
+    final: bool = False
+    """No upload is running any more: set incomplete shards aside instead of waiting for the rest."""
+    retry_quarantine: bool = False
+    """Also try the shards in the store's quarantine again. What fails again stays there."""
+    rebuild_catalog: bool = False
+    """Make the catalog again from the shards in the store, for example because it is damaged."""
     json: Path | None = None
     """Also write the result to this file as JSON."""
 
@@ -35,37 +49,124 @@ class Ingest:
 def command(config: Ingest) -> None:
     """Take shards in. It is safe to run this again, also after a crash."""
     encoder = load_encoder(config.detector)
+    given = ScanOptions(z_shift=config.z_shift, intensity_scale=config.intensity_scale)
+    rig = given.rig(None if encoder.trained_on is None else encoder.trained_on.rig)
+    fingerprint = encoder_fingerprint(encoder, rig)
     report = ingest(
         config.incoming,
         config.store,
-        expected_fingerprint=encoder_fingerprint(encoder, config.rig),
+        expected_fingerprint=fingerprint,
         expected_spec=encoder.spec,
+        final=config.final,
+        retry_quarantine=config.retry_quarantine,
+        rebuild_catalog=config.rebuild_catalog,
     )
-    print_table(
-        "shards",
-        ("accepted", "already there", "quarantined", "waiting", "new scenes", "scenes in store"),
-        [
-            (
-                len(report.accepted),
-                len(report.already_there),
-                len(report.quarantined),
-                len(report.waiting),
-                report.new_scenes,
-                report.total_scenes,
-            )
-        ],
-    )
-    for title, refusals in (("quarantined", report.quarantined), ("waiting", report.waiting)):
-        if refusals:
-            print_table(title, ("shard", "why"), [(r.shard[:16], r.reason) for r in refusals])
-    console.print(f"store: {config.store}")
-    write_json(config.json, asdict(report))
-    if report.quarantined and not (report.accepted or report.already_there):
-        raise UpcycleError(
-            f"no shard was accepted; the {len(report.quarantined)} refused ones are in {config.store}/quarantine with the reasons. If they "
-            "name another encoder, the detector or the rig differs: give the same --detector and --rig options as in `extract`, and move "
-            "the shards back"
+    write_json(config.json, result_json(report) | {"fingerprint": fingerprint, "rig": asdict(rig)})
+    print_table("what became of the uploads", ("", "shards", "scenes"), _rows(report))
+    _list("quarantined", report.quarantined)
+    _list("waiting", report.waiting)
+    if report.foreign:
+        print_table(
+            "of another encoder or rig, left where they are",
+            ("fingerprint", "shards", "scenes"),
+            [(f"{found.fingerprint[:16]}…", len(found.shards), found.scenes) for found in report.foreign],
         )
+    if report.unrecognized:
+        names = report.unrecognized
+        print_warning(
+            f"{len(names)} names in {config.incoming} are not those of shards and were left alone: {', '.join(names[:5])}"
+            f"{' …' if len(names) > 5 else ''}"
+        )
+    if report.overdue:
+        print_warning(f"{len(report.overdue)} shards have waited for more than a day for their other half; see the table")
+    console.print(f"store: {config.store}", soft_wrap=True)
+    _judge(config, report, rig, fingerprint)
+
+
+def _judge(config: Ingest, report: IngestReport, rig: RigSpec, fingerprint: str) -> None:
+    """Warn of what is odd, and end with an error where nothing was taken in."""
+    foreign = sum(len(found.shards) for found in report.foreign)
+    if report.refused_all and foreign:
+        others = ", ".join(f"{found.fingerprint[:12]}…" for found in report.foreign)
+        raise UpcycleError(
+            f"no shard was accepted: {foreign} are of another encoder or rig ({others}) than {fingerprint[:12]}… of {config.detector} with "
+            f"{rig}, and stay in {config.incoming}. Give the same --detector, --z-shift and --intensity-scale as in `extract`; while a new "
+            "encoder is rolled out, ingest into one store per encoder (docs/rollout.md)"
+        )
+    if report.refused_all:
+        raise UpcycleError(
+            f"no shard was accepted; the {len(report.quarantined)} refused ones are in {config.store}/quarantine with the reasons. Once the "
+            "cause is gone, --retry-quarantine tries them again"
+        )
+    if foreign:
+        print_warning(
+            f"{foreign} shards of another encoder or rig stay in {config.incoming}; ingest them into the store of that encoder with its "
+            "--detector and rig (docs/rollout.md)"
+        )
+    if report.new_scenes and report.empty_scenes == report.new_scenes:
+        raise UpcycleError(
+            f"none of the {report.new_scenes} new scenes has a cell, so nothing can be learned from them: the scans had no point in the "
+            "detector's range. Look at the rig and the crop of `extract`, delete these shards from the store and extract again"
+        )
+    if report.repeated_scenes:
+        print_warning(
+            f"{report.repeated_scenes} of {report.new_scenes} new scenes have the same content as another scene of the store; scans that "
+            "were extracted twice count twice in training: delete one of their shards"
+        )
+    if report.empty_scenes > _EMPTY_WARNING * report.new_scenes:
+        print_warning(
+            f"{report.empty_scenes} of {report.new_scenes} new scenes have no cell; look at the rig and the crop of `extract`"
+        )
+
+
+def _rows(report: IngestReport) -> list[tuple[str, int, int | str]]:
+    duplicates = len(report.duplicates)
+    rows: list[tuple[str, int, int | str]] = [
+        ("accepted", len(report.accepted), report.new_scenes),
+        ("already there", len(report.already_there), ""),
+        ("quarantined: scenes that are there already", duplicates, ""),
+        ("quarantined: other reasons", len(report.quarantined) - duplicates, ""),
+        ("of another encoder or rig", sum(len(f.shards) for f in report.foreign), sum(f.scenes for f in report.foreign)),
+        ("waiting", len(report.waiting), ""),
+        ("deleted from the store since", len(report.gone), ""),
+        ("names that are no shard", len(report.unrecognized), ""),
+    ]
+    return [row for row in rows if row[1] or row[0] == "accepted"] + [("in the store now", "", report.total_scenes)]  # type: ignore[list-item]
+
+
+def _list(title: str, refusals: Sequence[Refusal]) -> None:
+    if refusals:
+        rows = [(r.shard[:16], r.reason) for r in refusals[:_LISTED]]
+        more = len(refusals) - len(rows)
+        print_table(title, ("shard", "why"), [*rows, *([("…", f"and {more} more; --json FILE lists all")] if more else [])])
+
+
+def result_json(report: IngestReport) -> dict[str, object]:
+    """The report as JSON values, with the numbers of shards and scenes by outcome.
+
+    Args:
+        report: What `ingest` returned.
+
+    Returns:
+        All its fields, and `counts`.
+    """
+    duplicates = len(report.duplicates)
+    counts = {
+        "shards_accepted": len(report.accepted),
+        "shards_already_there": len(report.already_there),
+        "shards_duplicate": duplicates,
+        "shards_refused": len(report.quarantined) - duplicates,
+        "shards_foreign": sum(len(f.shards) for f in report.foreign),
+        "shards_waiting": len(report.waiting),
+        "shards_overdue": len(report.overdue),
+        "names_unrecognized": len(report.unrecognized),
+        "scenes_accepted": report.new_scenes,
+        "scenes_empty": report.empty_scenes,
+        "scenes_repeated": report.repeated_scenes,
+        "scenes_foreign": sum(f.scenes for f in report.foreign),
+        "scenes_in_store": report.total_scenes,
+    }
+    return {**asdict(report), "counts": counts}
 
 
 if __name__ == "__main__":

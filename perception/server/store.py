@@ -1,7 +1,7 @@
 """The server's smashed scenes: a catalog over shards, read in any order, checked at every read.
 
     store/shards/<hash>.tar, .json   verified shards, as the vehicles wrote them
-    store/catalogue.parquet          one row per scene: shard, member, offset, length, SHA-256, voxels, keypoints, codec, fingerprint, order
+    store/catalogue.parquet          one row per scene: shard, member, offset, length, SHA-256, voxels, keypoints, codec, fingerprint, order, id
     store/quarantine/                what failed, with the reason
 
 Shards and scenes have random names and come in random order. A store gives its scenes in the order of their content instead, so that a
@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,11 +33,13 @@ from ...core.cut import CutSpec, cell_centers
 from ...core.errors import InvalidInput, UpcycleError
 from ...core.features import CutFeatures, Keypoints, SparseVoxels
 from ...core.files import write_atomically
+from ...core.foreign_text import shown
 from ...core.smashed_scene import SmashedScene
 from ...core.strict_json import canonical_json, strict_json
-from ..wire.codec import decode_scene, round_trip
+from ..wire.codec import CODECS, FINGERPRINT_PATTERN, decode_scene, max_encoded_bytes, round_trip, scene_id_of
+from ..wire.coordinates import count_cells
 from ..wire.cut_json import CorruptScene, cut_from_json, cut_to_json
-from ..wire.manifest import open_regular
+from ..wire.manifest import BrokenShard, open_regular
 from ..wire.shards import SceneKind
 
 CATALOG = "catalogue.parquet"
@@ -46,7 +50,8 @@ QUARANTINE = "quarantine"
 """Folder of what failed in a store."""
 
 _HEADER_KEY = b"upcycle3d.smashed_catalogue"  # the spelling in the files of version 0.1
-_VERSION = 3  # 2: keypoints; 3: order. Catalogs of version 2 are read
+_VERSION = 3  # 2: keypoints; 3: order, and the identifier of each scene. Catalogs of version 2 are read
+_SHARD_NAME = re.compile(r"[0-9a-f]{32}")
 _SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -59,9 +64,11 @@ _SCHEMA = pa.schema(
         ("codec", pa.string()),
         ("fingerprint", pa.string()),
         ("order", pa.string()),
+        ("scene", pa.string()),
     ]
 )
-_SCHEMA_2 = pa.schema([field for field in _SCHEMA if field.name != "order"])
+LOST_SHARE = 0.1
+"""Share of a store's scenes that may be lost to damaged shards while a training goes on with the others."""
 
 
 class BrokenStore(UpcycleError):
@@ -120,6 +127,29 @@ class Catalog:
             The scenes of this catalog, then the new ones.
         """
         return Catalog(spec=self.spec, fingerprint=self.fingerprint, rows=pa.concat_tables([self.rows, rows]))
+
+    def with_scene_names(self, shards: Path) -> Catalog:
+        """Fill in the identifiers of scenes that a catalog of an earlier version lacks, by reading the heads of these scenes.
+
+        Args:
+            shards: Folder of the shards.
+
+        Returns:
+            This catalog where it lacks none; otherwise one in which a scene that cannot be read has the name `?`.
+        """
+        if not self.rows["scene"].null_count:
+            return self
+        names = []
+        for row in self.rows.to_pylist():
+            name = row["scene"]
+            if name is None:
+                try:
+                    name = scene_id_of(_read_bytes(shards / f"{row['shard']}.tar", row["offset"], row["length"]))
+                except (OSError, UpcycleError):
+                    name = "?"
+            names.append(name)
+        rows = self.rows.set_column(_SCHEMA.get_field_index("scene"), "scene", pa.array(names, pa.string()))
+        return Catalog(spec=self.spec, fingerprint=self.fingerprint, rows=rows)
 
 
 def order_key(scene: SmashedScene) -> str:
@@ -185,23 +215,69 @@ def read_catalog(store: Path) -> Catalog | None:
     path = store / CATALOG
     if not path.exists():
         return None
-    remedy = "delete it and run ingest: it is rebuilt from the shards"
+    remedy = (
+        f"it is rebuilt from the shards by `upcycle3d ingest INCOMING --store {store} --detector DETECTOR --rebuild-catalog`, where "
+        "INCOMING may be an empty folder"
+    )
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise BrokenStore(f"the catalog {path} cannot be read: {error}; {remedy}") from error
-    text = (table.schema.metadata or {}).get(_HEADER_KEY, b"null")
-    header = strict_json(text, f"the catalog {path}", CorruptScene)
-    versions = {_VERSION: _SCHEMA, 2: _SCHEMA_2}
-    if not isinstance(header, dict) or header.get("version") not in versions:
-        raise BrokenStore(f"the catalog {path} is not of version {_VERSION}; {remedy}")
-    expected = versions[header["version"]]
-    if not table.schema.remove_metadata().equals(expected):
-        raise BrokenStore(f"the catalog {path} has the columns {table.schema.names}, expected {expected.names}; {remedy}")
-    if "order" not in expected.names:
-        table = table.append_column(_SCHEMA.field("order"), pa.nulls(len(table), pa.string()))
-    spec = cut_from_json(header.get("split"), f"the catalog {path}")
-    return Catalog(spec=spec, fingerprint=str(header.get("encoder_fingerprint")), rows=table.replace_schema_metadata(None))
+        table.validate(full=True)
+    except Exception as error:  # pyarrow has many ways to fail on damaged bytes
+        raise BrokenStore(f"the catalog {path} cannot be read: {shown(error)}; {remedy}") from error
+    try:
+        header = strict_json((table.schema.metadata or {}).get(_HEADER_KEY, b"null"), f"the catalog {path}", CorruptScene)
+        version = header.get("version") if isinstance(header, dict) else None
+        if version not in (2, _VERSION) or isinstance(version, float | bool):
+            raise CorruptScene(f"it is of version {shown(version, most=20)}, and this program reads versions 2 and {_VERSION}")
+        for name in ("order", "scene") if version == 2 else ():
+            if name not in table.schema.names:
+                table = table.append_column(name, pa.nulls(len(table), pa.string()))
+        if not table.schema.remove_metadata().equals(_SCHEMA):
+            raise CorruptScene(f"it has the columns {shown(table.schema.names)}, expected {_SCHEMA.names}")
+        spec = cut_from_json(header.get("split"), "its cut")
+        fingerprint = header.get("encoder_fingerprint")
+        if not isinstance(fingerprint, str) or not FINGERPRINT_PATTERN.fullmatch(fingerprint):
+            raise CorruptScene(f"its encoder fingerprint must be 64 hexadecimal digits, found {shown(fingerprint, most=80)!r}")
+        _check_rows(table, spec, fingerprint)
+    except UpcycleError as error:
+        raise BrokenStore(f"the catalog {path} cannot be used: {error}; {remedy}") from error
+    return Catalog(spec=spec, fingerprint=fingerprint, rows=table.replace_schema_metadata(None))
+
+
+def _check_rows(table: pa.Table, spec: CutSpec, fingerprint: str) -> None:
+    """Refuse values that no ingest writes, so that reading a scene takes no absurd memory and no path outside the store."""
+    for name in _SCHEMA.names:
+        if name not in ("order", "scene") and table[name].null_count:
+            raise CorruptScene(f"the column {name} has empty places")
+    if not len(table):
+        return
+    limits = {
+        "offset": (0, 1 << 62),
+        "length": (1, max_encoded_bytes(spec)),
+        "voxels": (0, count_cells(spec)),
+        "keypoints": (0, spec.keypoints.count if spec.keypoints else 0),
+    }
+    for name, (low, high) in limits.items():
+        values = table[name].to_numpy()
+        if values.min() < low or values.max() > high:
+            raise CorruptScene(f"the column {name} must lie in {low}..{high}, found {values.min()}..{values.max()}")
+    wanted = {"shard": _SHARD_NAME, "sha256": FINGERPRINT_PATTERN}
+    for name, pattern in wanted.items():
+        odd = next((v for v in table[name].to_pylist() if not pattern.fullmatch(v)), None)
+        if odd is not None:
+            raise CorruptScene(f"the column {name} holds {shown(odd, most=80)!r}")
+    for name, allowed in (("codec", CODECS), ("fingerprint", (fingerprint,))):
+        odd = next((v for v in table[name].unique().to_pylist() if v not in allowed), None)
+        if odd is not None:
+            raise CorruptScene(f"the column {name} holds {shown(odd, most=80)!r}, expected {' or '.join(allowed)}")
+
+
+def _read_bytes(tar: Path, offset: int, length: int) -> bytes:
+    descriptor = open_regular(tar)
+    try:
+        return os.pread(descriptor, length, offset)
+    finally:
+        os.close(descriptor)
 
 
 class SmashedStore:
@@ -253,6 +329,7 @@ class SmashedStore:
         self._sha256 = np.frombuffer(digests, np.uint8).reshape(-1, 32)
         self.codecs: tuple[str, ...] = tuple(sorted(rows["codec"].unique().to_pylist()))
         self.voxels: Tensor = torch.from_numpy(rows["voxels"].to_numpy().copy())
+        self._lost: set[int] = set()
         self.keypoints: Tensor = torch.from_numpy(rows["keypoints"].to_numpy().copy())
 
     def __len__(self) -> int:
@@ -281,19 +358,60 @@ class SmashedStore:
         tar = self._folder / f"{self._shards[self._shard[index]]}.tar"
         length, offset = int(self._length[index]), int(self._offset[index])
         try:
-            descriptor = open_regular(tar)
-            try:
-                blob = os.pread(descriptor, length, offset)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
+            blob = _read_bytes(tar, offset, length)
+        except (OSError, BrokenShard) as error:
             raise BrokenStore(f"scene {index}: cannot read {tar}: {error}; run ingest to drop shards that are gone") from error
         if hashlib.sha256(blob).digest() != self._sha256[index].tobytes():
             raise CorruptScene(
                 f"scene {index}: {length} bytes at {offset} of {tar} differ from what was ingested; the disk or someone changed "
                 "them: restore the shard or delete it and run ingest"
             )
-        return decode_scene(blob, expected_spec=self.spec, expected_fingerprint=self.fingerprint)
+        try:
+            return decode_scene(blob, expected_spec=self.spec, expected_fingerprint=self.fingerprint)
+        except UpcycleError as error:
+            raise CorruptScene(f"scene {index} in {tar} cannot be used: {error}") from error
+
+    def readable(self, index: int) -> SmashedScene:
+        """Read one scene, or another one where its shard was damaged after ingest, for trainings that go on.
+
+        A warning names each damaged shard once, with the number of its scenes. None of them is read again.
+
+        Args:
+            index: 0 to the number of scenes minus one.
+
+        Returns:
+            The scene, or another one whose shard is whole.
+
+        Raises:
+            IndexError: There is no such scene.
+            BrokenStore: More than `LOST_SHARE` of the scenes are in damaged shards.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"the store holds {len(self)} scenes, asked for {index}")
+        row = index
+        while True:
+            if int(self._shard[row]) not in self._lost:
+                try:
+                    return self[row]
+                except UpcycleError as error:
+                    self._lose(int(self._shard[row]), error)
+            whole = np.flatnonzero(~np.isin(self._shard, list(self._lost)))
+            row = int(whole[index * 2_654_435_761 % len(whole)])  # spread over the other scenes, the same for every worker
+
+    def _lose(self, shard: int, error: UpcycleError) -> None:
+        self._lost.add(shard)
+        lost = int(np.isin(self._shard, list(self._lost)).sum())
+        scenes = int((self._shard == shard).sum())
+        if lost > LOST_SHARE * len(self):
+            raise BrokenStore(
+                f"{lost} of {len(self)} scenes of the store {self._folder.parent} are in damaged shards, more than {LOST_SHARE:.0%}: "
+                f"{error}. Restore the shards from a copy, or delete them and run ingest"
+            ) from error
+        warnings.warn(
+            f"shard {self._shards[shard]} is damaged, and the training goes on without its {scenes} scenes ({lost} of {len(self)} are lost "
+            f"now): {error}",
+            stacklevel=3,
+        )
 
 
 def collate_scenes(scenes: Sequence[SmashedScene]) -> CutFeatures:

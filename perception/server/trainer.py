@@ -214,7 +214,7 @@ def unlabeled_reader(
 
         def read_scenes(step: int) -> UnlabeledBatch:
             rows = epoch_indices(len(scenes), config.unlabeled_batch, step, config.loop.seed)
-            read = [scenes[i] for i in rows]
+            read = [scenes.readable(i) for i in rows]
             return UnlabeledBatch(scenes=collate_scenes(read), ids=tuple(s.scene_id for s in read))
 
         return read_scenes

@@ -340,9 +340,7 @@ class _Tally:
         if self._times["write"]:
             self._times["write"][-1] += milliseconds
 
-    def report(
-        self, shards: tuple[Path, ...], *, refused: bool = False, ledger: Ledger | None = None
-    ) -> ExtractionReport:
+    def report(self, shards: tuple[Path, ...], *, refused: bool = False, ledger: Ledger | None = None) -> ExtractionReport:
         return ExtractionReport(
             frames=len(self._times["write"]),
             failures=tuple(self.failures),
@@ -380,7 +378,9 @@ def _read_one(scan: Scan) -> tuple[PointCloud, Ledger]:
 
 def _without_cells(points: PointCloud, ledger: Ledger) -> str:
     if not len(points):
-        return "the scan has no point left, so there is nothing to upload; a wrong picture size (--image-size) crops all points away"
+        return (
+            "the scan has no point left, so there is nothing to upload; a wrong picture size (--image-size) crops all points away"
+        )
     if ledger.points_outside_range >= len(points):
         return (
             f"none of its {len(points)} points lies in the detector's range, so there is nothing to upload; look at --z-shift, --axes "

@@ -152,9 +152,7 @@ class ExtractionProgress:
                     os.replace(self._shards / manifest, self._shards / f"{stem}.json")
                     sync_folder(self._shards)
                 else:  # somebody removed the tar; its scans are extracted again
-                    self._write(
-                        replace(self._file, scans={k: v for k, v in self.scans.items() if v.shard != stem}, pending=None)
-                    )
+                    self._write(replace(self._file, scans={k: v for k, v in self.scans.items() if v.shard != stem}, pending=None))
         self.merge_receipts()
         if self._file.pending is not None:
             self._write(replace(self._file, pending=None))
@@ -165,7 +163,9 @@ class ExtractionProgress:
 
 def _staged_in(folder: Path) -> list[str]:
     parts = [(entry, entry.name.split(".")) for entry in folder.iterdir()]
-    return [e.name for e, p in parts if len(p) == 4 and p[0] == "" and len(p[1]) == 32 and p[2] in ("tar", "json") and p[3] == "tmp"]
+    return [
+        e.name for e, p in parts if len(p) == 4 and p[0] == "" and len(p[1]) == 32 and p[2] in ("tar", "json") and p[3] == "tmp"
+    ]
 
 
 @contextmanager

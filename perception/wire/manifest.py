@@ -40,6 +40,10 @@ class BrokenShard(UpcycleError):
     """A shard that is not what its manifest says, or a manifest that cannot be accepted."""
 
 
+class DuplicateScene(BrokenShard):
+    """A shard with a scene that it, or the store, holds already."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardMember:
     """One encoded scene in a shard."""
@@ -219,7 +223,7 @@ def parse_manifest(data: bytes) -> ShardManifest:
         members.append(_member(entry, index, offset, max_encoded_bytes(spec)))
         offset = members[-1].offset + members[-1].length + len(tar_padding(members[-1].length))
     if len({m.name for m in members}) != len(members):
-        raise BrokenShard("the manifest lists a member twice")
+        raise DuplicateScene("the manifest lists a member twice; a scene counts once")
     manifest = ShardManifest(
         spec=spec,
         encoder_fingerprint=_hash(record["encoder_fingerprint"], "the manifest's encoder_fingerprint"),
@@ -244,11 +248,12 @@ def parse_manifest(data: bytes) -> ShardManifest:
     return manifest
 
 
-def read_manifest(path: str | Path) -> ShardManifest:
+def read_manifest(path: str | Path, *, stem: str | None = None) -> ShardManifest:
     """Read and check the manifest of a shard; the size of the file is limited before it is read.
 
     Args:
         path: The file `<stem>.json`.
+        stem: Name that the shard must have; by default that of the file without suffix.
 
     Returns:
         The manifest.
@@ -272,6 +277,6 @@ def read_manifest(path: str | Path) -> ShardManifest:
         if size > MAX_MANIFEST_BYTES:
             raise BrokenShard(f"the manifest has {size} bytes; at most {MAX_MANIFEST_BYTES} are read")
         manifest = parse_manifest(file.read(MAX_MANIFEST_BYTES + 1))
-    if path.stem != manifest.stem:
+    if (stem or path.stem) != manifest.stem:
         raise BrokenShard(f"the manifest {path.name} is of shard {manifest.stem}; it was renamed or belongs to another shard")
     return manifest

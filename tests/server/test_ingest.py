@@ -8,20 +8,25 @@ import os
 import resource
 import signal
 import tarfile
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+import zstandard
+from safetensors import numpy as safetensors_numpy
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.strict_json import canonical_json
 from upcycle3d.perception.server import ingest as ingest_module
 from upcycle3d.perception.server.ingest import IngestReport, StoreWriteError, ingest
 from upcycle3d.perception.server.store import SmashedStore
-from upcycle3d.perception.wire.codec import round_trip
+from upcycle3d.perception.wire.codec import round_trip, scene_id_of
 from upcycle3d.perception.wire.manifest import read_manifest
+from upcycle3d.perception.wire.shards import ShardWriter
 from uploads import ENCODER, KEYPOINT_SPEC, OTHER_ENCODER, OTHER_SPEC, SPEC, ingest_all, keypoint_scene, scene, upload
 
 
@@ -125,7 +130,7 @@ def test_the_catalog_has_one_row_per_scene_that_points_at_its_bytes(incoming, st
             "keypoints",
             "codec",
             "fingerprint",
-            "order",
+            "scene",
         ]
         assert (row["shard"], row["keypoints"], row["codec"], row["fingerprint"]) == (manifest.stem, 0, "int8", ENCODER)
         assert hashlib.sha256(data[row["offset"] : row["offset"] + row["length"]]).hexdigest() == row["sha256"]
@@ -213,9 +218,8 @@ def test_a_tar_of_another_length_is_found(incoming, store, where):
         "empty": b"",
     }
     tar.write_bytes(cut[where])
-    assert_refused(
-        ingest_all(incoming, store), incoming, store, path.stem, "followed by other data" if where[0] == "t" else "cut off"
-    )
+    message = "followed by other data" if where[0] == "t" else "cut off"
+    assert_refused(ingest_all(incoming, store, final=True), incoming, store, path.stem, message)
 
 
 def rewritten(edit: Callable[[tarfile.TarInfo], None]) -> Callable[[bytearray], bytes]:
@@ -302,18 +306,41 @@ def test_declared_sizes_take_no_memory(incoming, store):
     def body() -> None:
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (in_use + (128 << 20), -1))
-        assert_refused(ingest_all(incoming, store), incoming, store, stem, "cut at")
+        (refused,) = ingest_all(incoming, store).quarantined
+        assert "cut at" in refused.reason
 
     assert in_fork(body) == 0
+    assert names(incoming) == set()
+    assert names(store / "quarantine") == {f"{stem}.json", f"{stem}.reason.txt"}  # a copy of the tar would fill the disk
+    text = (store / "quarantine" / f"{stem}.reason.txt").read_text()
+    assert "1,099,511,627,776 bytes" in text
+    assert "SHA-256 of its first" in text
 
 
-def test_another_encoders_or_another_cuts_features_are_refused(incoming, store):
-    foreign = upload(incoming, [scene(0, fingerprint=OTHER_ENCODER)])
+def test_another_cuts_features_are_refused(incoming, store):
     early = upload(incoming, [scene(0, spec=OTHER_SPEC)])
-    reasons = {r.shard: r.reason for r in ingest_all(incoming, store).quarantined}
-    assert OTHER_ENCODER in reasons[foreign.stem]
-    assert ENCODER in reasons[foreign.stem]
-    assert "backbone.early" in reasons[early.stem]
+    assert_refused(ingest_all(incoming, store), incoming, store, early.stem, "backbone.early")
+
+
+def test_shards_of_another_encoder_stay_for_the_store_of_that_encoder(incoming, store, tmp_path):
+    new = upload(incoming, [scene(0, fingerprint=OTHER_ENCODER), scene(1, fingerprint=OTHER_ENCODER)])
+    old = upload(incoming, [scene(2)])
+    report = ingest_all(incoming, store)
+    assert (report.accepted, report.quarantined, report.refused_all) == ((old.stem,), (), False)
+    assert [(f.fingerprint, f.shards, f.scenes) for f in report.foreign] == [(OTHER_ENCODER, (new.stem,), 2)]
+    assert names(incoming) == pair(new.stem)
+    assert names(store / "quarantine") == set()
+    second = ingest(incoming, tmp_path / "new", expected_fingerprint=OTHER_ENCODER, expected_spec=SPEC)
+    assert (second.accepted, second.foreign, names(incoming)) == ((new.stem,), (), set())
+
+
+def test_nothing_moves_and_no_store_is_bound_where_all_shards_are_of_another_encoder(incoming, store):
+    stems = [upload(incoming, [scene(i)]).stem for i in range(3)]
+    before = names(incoming)
+    report = ingest(incoming, store, expected_fingerprint=OTHER_ENCODER, expected_spec=SPEC)
+    assert report.refused_all
+    assert (names(incoming), names(store / "quarantine"), report.total_scenes) == (before, set(), 0)
+    assert sorted(ingest_all(incoming, store).accepted) == sorted(stems)  # the same store, bound anew
 
 
 def test_a_scene_of_another_encoder_inside_an_honest_looking_shard_is_refused(incoming, store):
@@ -361,7 +388,7 @@ def test_a_second_bad_upload_under_the_same_name_keeps_the_first(incoming, store
     for bad in (good[:-1], good + b"x", good[:600]):
         path.write_bytes(manifest)
         tar.write_bytes(bad)
-        assert [r.shard for r in ingest_all(incoming, store).quarantined] == [path.stem]
+        assert [r.shard for r in ingest_all(incoming, store, final=True).quarantined] == [path.stem]
     kept = {(store / "quarantine" / f"{path.stem}{n}.tar").read_bytes() for n in ("", ".1", ".2")}
     assert kept == {good[:-1], good + b"x", good[:600]}
     path.write_bytes(manifest)
@@ -408,7 +435,7 @@ def test_shards_cross_file_systems_by_copy(incoming, store, monkeypatch):
     good, bad = upload(incoming, [scene(0)]), upload(incoming, [scene(1)])
     bad.with_suffix(".tar").write_bytes(b"short")
     across_file_systems(monkeypatch)
-    report = ingest_all(incoming, store)
+    report = ingest_all(incoming, store, final=True)
     assert (report.accepted, [r.shard for r in report.quarantined], names(incoming)) == ((good.stem,), [bad.stem], set())
     assert (store / "quarantine" / f"{bad.stem}.tar").read_bytes() == b"short"
     assert len(SmashedStore(store)) == 1
@@ -496,3 +523,189 @@ def test_a_shard_of_a_cut_without_keypoints_is_refused_where_keypoints_are_expec
     assert report.accepted == (other.stem,)
     assert [r.shard for r in report.quarantined] == [plain.stem]
     assert "count=12" in report.quarantined[0].reason
+
+
+# ------------------------------------------------------------------------------------------------- uploads that are not finished
+
+
+def aged(path: Path, seconds: float) -> None:
+    """Let a file look as if it had been changed some time ago."""
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+@pytest.mark.parametrize("half", [".tar", ".json"])
+def test_a_file_that_is_still_uploaded_under_its_final_name_waits_while_it_is_young(incoming, store, half):
+    path = upload(incoming, [scene(0), scene(1)])
+    growing = path.with_suffix(half)
+    whole = growing.read_bytes()
+    for part in (0, 100, len(whole) // 2, len(whole) - 3):
+        growing.write_bytes(whole[:part])
+        report = ingest_all(incoming, store)
+        assert ([r.shard for r in report.waiting], report.quarantined) == ([path.stem], ())
+        assert "still uploaded" in report.waiting[0].reason
+    growing.write_bytes(whole)
+    assert ingest_all(incoming, store).accepted == (path.stem,)
+
+
+@pytest.mark.parametrize("half", [".tar", ".json"])
+def test_a_file_that_stopped_growing_is_refused_after_an_hour(incoming, store, half):
+    path = upload(incoming, [scene(0), scene(1)])
+    growing = path.with_suffix(half)
+    growing.write_bytes(growing.read_bytes()[:-10])
+    aged(growing, 3700)
+    assert [r.shard for r in ingest_all(incoming, store).quarantined] == [path.stem]
+
+
+@pytest.mark.parametrize("missing", [".tar", ".json"])
+def test_half_a_shard_waits_is_reported_after_a_day_and_set_aside_when_no_upload_runs(incoming, store, missing):
+    path = upload(incoming, [scene(0)])
+    path.with_suffix(missing).unlink()
+    (left,) = (p for p in (path, path.with_suffix(".tar")) if p.exists())
+    report = ingest_all(incoming, store)
+    assert (len(report.waiting), report.overdue) == (1, ())
+    aged(left, 25 * 3600)
+    (overdue,) = ingest_all(incoming, store).overdue
+    assert "for 25 hours" in overdue.reason
+    assert names(incoming) == {left.name}
+    report = ingest_all(incoming, store, final=True)
+    assert ([r.shard for r in report.quarantined], report.waiting) == ([path.stem], ())
+    assert names(store / "quarantine") == {left.name, f"{path.stem}.reason.txt"}
+
+
+@pytest.mark.parametrize("half", [".tar", ".json"])
+def test_half_a_shard_that_is_a_link_is_refused_and_what_it_points_to_stays(incoming, store, tmp_path, half):
+    path = upload(incoming, [scene(0)])
+    linked = path.with_suffix(half)
+    outside = tmp_path / "outside"
+    linked.rename(outside)
+    linked.symlink_to(outside)
+    before = outside.read_bytes()
+    report = ingest_all(incoming, store)
+    assert [r.shard for r in report.quarantined] == [path.stem]
+    assert "is a link" in report.quarantined[0].reason
+    assert report.unrecognized == (linked.name,)
+    assert (outside.read_bytes(), names(incoming)) == (before, {linked.name})
+    assert report.total_scenes == 0
+
+
+# ---------------------------------------------------------------------------------------------------- scenes that are there already
+
+
+def test_a_scene_that_the_store_holds_is_refused_in_another_shard_and_counts_once(incoming, store):
+    first, second, third = scene(0), scene(1), scene(2)
+    upload(incoming, [first, second])
+    ingest_all(incoming, store)
+    again = upload(incoming, [second, third])
+    report = ingest_all(incoming, store)
+    assert [r.shard for r in report.duplicates] == [r.shard for r in report.quarantined] == [again.stem]
+    assert second.scene_id in report.duplicates[0].reason
+    assert report.total_scenes == 2
+
+
+def test_of_two_shards_with_one_scene_in_one_upload_one_is_taken(incoming, store):
+    same = scene(0)
+    other = replace(same, features=same.features + 1)  # other bytes under the same name
+    upload(incoming, [same, scene(1)])
+    upload(incoming, [other])
+    report = ingest_all(incoming, store)
+    assert (len(report.accepted), len(report.duplicates)) == (1, 1)
+
+
+def test_a_scene_that_occurs_twice_in_one_shard_is_refused(incoming, store):
+    same = scene(0)
+    path = upload(incoming, [same, replace(same, features=same.features + 1)])
+    report = ingest_all(incoming, store)
+    assert [r.shard for r in report.duplicates] == [path.stem]
+    assert "are both scene" in report.duplicates[0].reason
+    assert (report.total_scenes, names(incoming)) == (0, set())
+
+
+def test_a_catalog_of_the_version_before_gets_the_names_of_its_scenes(incoming, store):
+    known = scene(0)
+    upload(incoming, [known, scene(1)])
+    ingest_all(incoming, store)
+    table = pq.read_table(store / "catalogue.parquet")
+    header = json.loads(table.schema.metadata[b"upcycle3d.smashed_catalogue"])
+    old = table.drop_columns(["order", "scene"]).replace_schema_metadata(
+        {b"upcycle3d.smashed_catalogue": canonical_json(header | {"version": 2})}
+    )
+    pq.write_table(old, store / "catalogue.parquet")
+    assert len(SmashedStore(store)) == 2
+    upload(incoming, [known])
+    report = ingest_all(incoming, store)
+    assert (len(report.duplicates), report.total_scenes) == (1, 2)
+    assert known.scene_id in pq.read_table(store / "catalogue.parquet")["scene"].to_pylist()
+
+
+# ----------------------------------------------------------------------------------------------------------- quarantine and litter
+
+
+def test_what_quarantine_kept_is_taken_back_with_its_own_names_or_by_option(incoming, store, tmp_path):
+    path = upload(incoming, [scene(0)])
+    manifest, good = path.read_bytes(), path.with_suffix(".tar").read_bytes()
+    for bad in (good + b"x", good + b"y"):
+        path.write_bytes(manifest)
+        path.with_suffix(".tar").write_bytes(bad)
+        ingest_all(incoming, store)
+    quarantine = store / "quarantine"
+    (quarantine / f"{path.stem}.1.tar").write_bytes(good)  # the cause is gone
+    report = ingest_all(incoming, store, retry_quarantine=True)
+    assert (report.accepted, [r.shard for r in report.quarantined]) == ((path.stem,), [path.stem])
+    assert names(quarantine) == pair(path.stem) | {f"{path.stem}.reason.txt"}
+    for name in (f"{path.stem}.json", f"{path.stem}.tar"):
+        (store / "shards" / name).rename(incoming / name.replace(".", ".3.", 1))
+    again = ingest_all(incoming, tmp_path / "other")
+    assert (again.accepted, again.unrecognized, names(incoming)) == ((path.stem,), (), set())
+    assert names(tmp_path / "other" / "shards") == pair(path.stem)
+
+
+def test_a_sparse_or_huge_tar_is_not_kept(incoming, store, monkeypatch):
+    sparse, huge = upload(incoming, [scene(0)]), upload(incoming, [scene(1)])
+    with sparse.with_suffix(".tar").open("r+b") as file:
+        file.truncate(50 << 20)
+    monkeypatch.setattr(ingest_module, "QUARANTINE_BYTES", 4096)
+    huge.with_suffix(".tar").write_bytes(b"x" * 5000)
+    across_file_systems(monkeypatch)
+    assert len(ingest_all(incoming, store).quarantined) == 2
+    assert {name for name in names(store / "quarantine") if name.endswith(".tar")} == set()
+    assert hashlib.sha256(b"x" * 5000).hexdigest() in (store / "quarantine" / f"{huge.stem}.reason.txt").read_text()
+
+
+def test_litter_of_killed_runs_is_removed_from_the_store(incoming, store):
+    incoming.mkdir()
+    ingest_all(incoming, store)
+    for folder in (store, store / "shards", store / "quarantine"):
+        (folder / ".0123456789abcdef.tmp").write_bytes(b"x" * 100)
+    ingest_all(incoming, store)
+    assert not list(store.rglob(".*.tmp"))
+
+
+def test_a_forged_scene_of_absurd_features_is_refused_and_named(incoming, store):
+    forged = scene(0)
+    path = upload(incoming, [forged, scene(1)])
+    manifest = read_manifest(path)
+    data = path.with_suffix(".tar").read_bytes()
+    member = next(m for m in manifest.members if scene_id_of(data[m.offset : m.offset + m.length]) == forged.scene_id)
+    raw = zstandard.ZstdDecompressor().decompress(data[member.offset : member.offset + member.length])
+    metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+    arrays = safetensors_numpy.load(raw)
+    arrays["feature_scale"][:] = 1e36
+    blob = zstandard.ZstdCompressor(write_checksum=True).compress(safetensors_numpy.save(arrays, metadata=metadata))
+    for name in pair(path.stem):
+        (incoming / name).unlink()
+    with ShardWriter(incoming, spec=SPEC, fingerprint=ENCODER, codec="int8") as writer:
+        writer.add(scene(2))
+        writer._blobs[0] = blob
+    report = ingest_all(incoming, store)
+    assert "channel 0 of a scene starts at" in report.quarantined[0].reason
+    assert hashlib.sha256(blob).hexdigest()[:32] in report.quarantined[0].reason
+
+
+def test_one_scan_that_was_extracted_twice_is_counted_as_repeated(incoming, store):
+    same = scene(0)
+    upload(incoming, [same, scene(1)])
+    ingest_all(incoming, store)
+    upload(incoming, [replace(same, scene_id="7" * 32), scene(2)])
+    report = ingest_all(incoming, store)
+    assert (report.new_scenes, report.repeated_scenes, report.total_scenes) == (2, 1, 4)
