@@ -36,7 +36,7 @@ def upcycle3d(command: str, *arguments: object) -> None:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("chain")
-    rig = ("--rig.z-shift", 1.73)
+    rig, vehicle = ("--rig.z-shift", 1.73), ("--z-shift", 1.73)
     raw, data = root / "raw", root / "data"
     upcycle3d(
         "simulate", "--domain", "kitti", "--out", raw, "--frames", 7, "--seed", 3, "--splits", "train", 2, "fleet", 3, "val", 2
@@ -45,8 +45,8 @@ def chain(tmp_path_factory) -> Path:
     steps = ("--preset.train.loop.optim.total-steps", 3, "--workers", 0)
     upcycle3d("train", "small", "--data", data, "--out", root / "source", *steps)
     scans = raw / "training" / "velodyne_reduced"
-    upcycle3d("extract", "--detector", root / "source", "--scans", scans, "--ids", raw / "ImageSets" / "fleet.txt", *rig, "--out", root / "shards", "--receipts", root / "receipts.json", "--json", root / "extract.json")  # fmt: skip
-    upcycle3d("ingest", root / "shards", "--store", root / "store", "--detector", root / "source", *rig)
+    upcycle3d("extract", "--detector", root / "source", "--scans", scans, "--ids", raw / "ImageSets" / "fleet.txt", *vehicle, "--out", root / "shards", "--receipts", root / "receipts.json", "--json", root / "extract.json")  # fmt: skip
+    upcycle3d("ingest", root / "shards", "--store", root / "store", "--detector", root / "source", *vehicle)
     steps = ("--preset.upcycle.loop.optim.total-steps", 2, "--preset.upcycle.round-steps", 1, "--workers", 0)
     upcycle3d("upcycle", "small", "--data", data, "--detector", root / "source", "--store", root / "store", "--truth", root / "receipts.json", data, "--out", root / "upcycled", *steps)  # fmt: skip
     return root
@@ -76,7 +76,7 @@ def extracted(chain: Path, out: Path, *arguments: object, rig: RigSpec = RIG) ->
 
 def test_prepared_frames_and_full_turns_cropped_to_the_camera_smash_like_the_cameras_scans(chain, tmp_path):
     ids, kitti = chain / "raw" / "ImageSets" / "fleet.txt", chain / "raw" / "training"
-    plain = extracted(chain, tmp_path / "a", "--scans", kitti / "velodyne_reduced", "--ids", ids, "--rig.z-shift", 1.73)
+    plain = extracted(chain, tmp_path / "a", "--scans", kitti / "velodyne_reduced", "--ids", ids, "--z-shift", 1.73)
     assert set(plain) == set(ids.read_text().split())
     for name in plain:  # the same points, and as many behind the vehicle
         points = read_points(kitti / "velodyne_reduced" / f"{name}.bin")
@@ -84,7 +84,7 @@ def test_prepared_frames_and_full_turns_cropped_to_the_camera_smash_like_the_cam
         both = replace(points, xyz=torch.cat([points.xyz, behind.xyz]), features=torch.cat([points.features, behind.features]))
         write_bin(tmp_path / "full" / f"{name}.bin", both)
     prepared = extracted(chain, tmp_path / "b", "--data", f"{chain / 'data'}:fleet")
-    cropped = extracted(chain, tmp_path / "c", "--scans", tmp_path / "full", "--calib", kitti / "calib", "--rig.z-shift", 1.73)
+    cropped = extracted(chain, tmp_path / "c", "--scans", tmp_path / "full", "--calib", kitti / "calib", "--z-shift", 1.73)
     assert json.loads((chain / "data" / "dataset.json").read_text())["rig"] == {"z_shift": 1.73, "intensity_scale": 1.0}
     for other in (prepared, cropped):
         assert other.keys() == plain.keys()
@@ -95,11 +95,11 @@ def test_prepared_frames_and_full_turns_cropped_to_the_camera_smash_like_the_cam
 
 def test_shards_are_added_to_only_when_asked_and_receipts_are_kept(chain, tmp_path, capsys):
     scans = chain / "raw" / "training" / "velodyne_reduced"
-    first = extracted(chain, tmp_path, "--scans", scans / "000000.bin", "--rig.z-shift", 1.73)
+    first = extracted(chain, tmp_path, "--scans", scans / "000000.bin", "--z-shift", 1.73)
     again = ["--detector", str(chain / "source"), "--scans", str(scans / "000001.bin"), "--out", str(tmp_path)]
     assert run_command(extract.command, again) == 2
     assert "--append" in capsys.readouterr().err
-    both = extracted(chain, tmp_path, "--scans", scans / "000001.bin", "--rig.z-shift", 1.73, "--append")
+    both = extracted(chain, tmp_path, "--scans", scans / "000001.bin", "--z-shift", 1.73, "--append")
     assert (set(first), set(both)) == ({"000000"}, {"000000", "000001"})
 
 
@@ -139,7 +139,7 @@ def test_scans_in_bytes_with_gaps_need_only_options(chain, tmp_path, recwarn):
     rig = RigSpec(z_shift=1.73, intensity_scale=1 / 255)
     upcycle3d("predict", "--detector", chain / "source", *options, "--out", tmp_path / "boxes")
     assert (tmp_path / "boxes" / "scan.json").exists()
-    plain = extracted(chain, tmp_path / "a", *options, rig=rig)["scan"]
+    plain = extracted(chain, tmp_path / "a", *(str(o).replace("--rig.", "--") for o in options), rig=rig)["scan"]
     shaping = (*reading, "--intensity-scale", 1 / 255, "--z-shift", 1.73, "--workers", 1)
     upcycle3d("prepare", "folder", tmp_path, "--out", tmp_path / "data", *shaping)
     prepared = extracted(chain, tmp_path / "b", "--data", tmp_path / "data", rig=rig)["scan"]
@@ -221,16 +221,15 @@ def test_view_draws_frames_with_detections(chain):
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (chain / "pictures").iterdir())
 
 
-def test_an_ingest_with_a_forgotten_rig_says_so_and_binds_the_store_to_nothing(chain, tmp_path, capsys):
+def test_the_rig_of_the_training_is_the_default_and_an_ingest_with_another_one_moves_nothing(chain, tmp_path, capsys):
     shutil.copytree(chain / "store" / "shards", tmp_path / "shards")
+    before = sorted(p.name for p in (tmp_path / "shards").iterdir())
     arguments = ["--store", str(tmp_path / "store"), "--detector", str(chain / "source")]
     module = importlib.import_module("upcycle3d.tools.ingest")
-    assert run_command(module.command, [str(tmp_path / "shards"), *arguments]) == 2
-    assert "--rig options as in `extract`" in capsys.readouterr().err.replace("\n", " ")
-    quarantine = tmp_path / "store" / "quarantine"
-    for file in [*quarantine.glob("*.tar"), *quarantine.glob("*.json")]:
-        shutil.copy(file, tmp_path / "shards")
-    assert run_command(module.command, [str(tmp_path / "shards"), *arguments, "--rig.z-shift", "1.73"]) == 0
+    assert run_command(module.command, [str(tmp_path / "shards"), *arguments, "--z-shift", "0"]) == 2
+    assert "--intensity-scale as in `extract`" in capsys.readouterr().err.replace("\n", " ")
+    assert sorted(p.name for p in (tmp_path / "shards").iterdir()) == before
+    assert run_command(module.command, [str(tmp_path / "shards"), *arguments]) == 0
     assert len(SmashedStore(tmp_path / "store")) > 0
 
 
@@ -291,7 +290,7 @@ def test_doctor_times_imports_in_fresh_interpreters():
             "both called '000000'",
         ),
         ("extract", (*SCANS, "--data", "{0}/data"), "either --scans"),
-        ("extract", (*SCANS[:4], "--data", "{0}/data", "--rig.z-shift", "2"), "was prepared with the rig z_shift 1.73"),
+        ("extract", (*SCANS[:4], "--data", "{0}/data", "--z-shift", "2"), "was prepared with the rig z_shift 1.73"),
         ("extract", (*SCANS[:4], "--data", "{0}/data", "--drop-non-finite"), "belong to --scans"),
     ],
 )
@@ -334,12 +333,12 @@ def test_a_mistyped_option_names_the_nearest(capsys):
 
 def test_the_same_commands_serve_pv_rcnn(chain, tmp_path):
     """Train, extract, ingest, upcycle, evaluate: keypoints travel with the scene, and raw ones do not leave."""
-    raw, data, rig = chain / "raw", chain / "data", ("--rig.z-shift", 1.73)
+    raw, data, rig, vehicle = chain / "raw", chain / "data", ("--rig.z-shift", 1.73), ("--z-shift", 1.73)
     steps = ("--preset.train.loop.optim.total-steps", 2, "--workers", 0)
     upcycle3d("train", "small_pv_rcnn", "--data", data, "--out", tmp_path / "source", *steps)
     scans = ("--scans", raw / "training" / "velodyne_reduced", "--ids", raw / "ImageSets" / "fleet.txt")
-    upcycle3d("extract", "--detector", tmp_path / "source", *scans, *rig, "--codec", "int8", "--out", tmp_path / "shards")
-    upcycle3d("ingest", tmp_path / "shards", "--store", tmp_path / "store", "--detector", tmp_path / "source", *rig)
+    upcycle3d("extract", "--detector", tmp_path / "source", *scans, *vehicle, "--codec", "int8", "--out", tmp_path / "shards")
+    upcycle3d("ingest", tmp_path / "shards", "--store", tmp_path / "store", "--detector", tmp_path / "source", *vehicle)
     steps = ("--preset.upcycle.loop.optim.total-steps", 1, "--workers", 0)
     upcycle3d("upcycle", "small_pv_rcnn", "--data", data, "--detector", tmp_path / "source", "--store", tmp_path / "store", "--out", tmp_path / "upcycled", *steps)  # fmt: skip
     upcycle3d("evaluate", "run", "--detector", tmp_path / "upcycled", "--data", f"{data}:val", "--json", tmp_path / "ap.json")
@@ -350,6 +349,6 @@ def test_the_same_commands_serve_pv_rcnn(chain, tmp_path):
     steps = ("--preset.train.loop.optim.total-steps", 1, "--workers", 0)
     reference = ("--preset.detector.encoder.keypoint-source", "raw_points")
     upcycle3d("train", "small_pv_rcnn", "--data", data, "--out", tmp_path / "reference", *reference, *steps)
-    refused = ["--detector", tmp_path / "reference", *scans, *rig, "--out", tmp_path / "refused"]
+    refused = ["--detector", tmp_path / "reference", *scans, *vehicle, "--out", tmp_path / "refused"]
     assert run_command(extract.command, [str(a) for a in refused]) == 2
     assert not list((tmp_path / "refused").glob("*.tar"))

@@ -26,7 +26,7 @@ from ..core.point_files import read_scan, scan_files
 from ..core.rig import RigSpec
 from ..core.scan_options import ScanOptions
 from ..core.structures import PointCloud
-from ..core.trained_on import compare_scans
+from ..core.trained_on import TrainedOn, compare_scans, rig_differences, rig_of_scans
 from ..perception.vehicle.extractor import ExtractionReport, Extractor, extract
 from ..perception.vehicle.progress import ExtractedScan, ScanIdentity, default_progress_path, open_progress
 from ..perception.wire.encoder_file import load_encoder
@@ -129,17 +129,11 @@ def command(config: Extract) -> None:
     with _stop_requests() as stop:
         device = find_device(config.device)
         encoder = load_encoder(config.detector)
-        trained_rig = None if encoder.trained_on is None else encoder.trained_on.rig
-        rig, sources = _scan_files(config, trained_rig) if config.data is None else _prepared_frames(config, config.data)
+        rig, sources = _scan_files(config, encoder.trained_on) if config.data is None else _prepared_frames(config, encoder.trained_on)
         if config.ids is not None:
             sources = _only(sources, config.ids)
         extractor = Extractor(encoder.to(device), rig, config.codec)
         _check_fingerprint(extractor.fingerprint, config.expect_fingerprint, rig)
-        if trained_rig is not None and rig != trained_rig:
-            print_warning(
-                f"the encoder was trained with the rig {trained_rig}, and these scans get {rig}; that is right for a vehicle whose sensor "
-                "is mounted or scaled otherwise, and wrong for the same vehicle"
-            )
         had_shards = config.out.is_dir() and any(p.suffix == ".tar" and not p.name.startswith(".") for p in config.out.iterdir())
         path = config.progress or default_progress_path(config.out)
         if had_shards and not config.append and not (config.resume and path.exists()):
@@ -188,7 +182,7 @@ def _show(
     if before:
         console.print(f"{before} of {asked} scans were in finished shards before and were left out")
     if extractor.trained_on is not None and extractor.trained_on.scans is not None and report.scans is not None:
-        for warning in compare_scans(extractor.trained_on.scans, report.scans):
+        for warning in compare_scans(extractor.trained_on.scans, report.scans).values():
             print_warning(warning)
     if report.refused:
         print_warning(
@@ -282,7 +276,7 @@ def _not_done(
     return tuple(source for name, source in sources.items() if name not in done)
 
 
-def _scan_files(config: Extract, trained_rig: RigSpec | None) -> tuple[RigSpec, dict[str, _Source]]:
+def _scan_files(config: Extract, trained: TrainedOn | None) -> tuple[RigSpec, dict[str, _Source]]:
     if config.calib is not None and config.read.axes != ("x", "y", "z"):
         raise InvalidInput("--axes turns scans away from their calibrations; give scans in the axes of the --calib files")
     sources = {}
@@ -291,10 +285,13 @@ def _scan_files(config: Extract, trained_rig: RigSpec | None) -> tuple[RigSpec, 
         if config.calib is not None:
             load = partial(_camera_view, load, config.calib / f"{path.stem}.txt", config.read.image_size)
         sources[check_name(path.stem, "scan name")] = _Source(name=path.stem, load=load, file=path)
-    return config.read.rig(trained_rig), sources
+    rig, warnings = rig_of_scans(config.read, trained)
+    for warning in warnings:
+        print_warning(warning)
+    return rig, sources
 
 
-def _prepared_frames(config: Extract, data: str) -> tuple[RigSpec, dict[str, _Source]]:
+def _prepared_frames(config: Extract, trained: TrainedOn | None) -> tuple[RigSpec, dict[str, _Source]]:
     """The rig that the dataset was prepared with, and its frames with that rig taken back: the extractor applies it once."""
     from ..datasets.data_split import DataSplit
 
@@ -304,6 +301,7 @@ def _prepared_frames(config: Extract, data: str) -> tuple[RigSpec, dict[str, _So
         )
     if config.calib is not None:
         raise InvalidInput("--calib belongs to --scans; --data was cropped when it was prepared, or was not meant to be")
+    data = config.data or ""
     frames = DataSplit.parse(data).open()
     rig = frames.rig
     if config.read.rig(rig) != rig:
@@ -311,6 +309,8 @@ def _prepared_frames(config: Extract, data: str) -> tuple[RigSpec, dict[str, _So
             f"{data} was prepared with the rig {rig}, but the options say {config.read.rig(rig)}; leave --z-shift and --intensity-scale "
             "out, or prepare the data again with them"
         )
+    for warning in () if trained is None else rig_differences(rig, trained, f"the rig of {data}"):
+        print_warning(warning)
 
     def load(index: int) -> tuple[PointCloud, Ledger]:
         frame = frames[index]

@@ -18,6 +18,7 @@ import tiny
 from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid, cell_centers, cells_of_centers
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import CutFeatures, Keypoints, SparseVoxels
+from upcycle3d.core.ledger import Ledger
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import PointCloud
 from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
@@ -151,12 +152,28 @@ def test_the_rig_shifts_z_scales_intensity_and_leaves_its_argument_alone():
         RigSpec(intensity_scale=0.0)
 
 
-@pytest.mark.parametrize("n", [0, 1])
-def test_a_scan_of_no_or_one_point_is_a_scene(n, tmp_path):
+def test_a_scan_of_one_point_is_a_scene(tmp_path):
     extractor = Extractor(encoder(), RigSpec(), "int8")
     with extractor.shard_writer(tmp_path) as writer:
-        report = extract([PointCloud(xyz=torch.full((n, 3), 0.5), features=torch.full((n, 1), 0.5))], extractor, writer)
-    assert (report.frames, report.failures, report.raw_bytes) == (1, (), n * 16)
+        report = extract([PointCloud(xyz=torch.full((1, 3), 0.5), features=torch.full((1, 1), 0.5))], extractor, writer)
+    assert (report.frames, report.failures, report.raw_bytes) == (1, (), 16)
+
+
+@pytest.mark.parametrize(
+    ("points", "reason"),
+    [
+        (PointCloud(xyz=torch.zeros(0, 3), features=torch.zeros(0, 1)), "no point left"),
+        (PointCloud(xyz=torch.full((7, 3), 5e4), features=torch.zeros(7, 1)), "none of its 7 points"),
+    ],
+)
+def test_a_scan_without_a_cell_is_a_failure_of_that_scan_and_nothing_of_it_is_uploaded(tmp_path, points, reason):
+    extractor = Extractor(encoder(), RigSpec(), "int8")
+    with extractor.shard_writer(tmp_path) as writer:
+        report = extract([scan(0), points], extractor, writer)
+    assert (report.frames, [f.index for f in report.failures]) == (1, [1])
+    assert reason in report.failures[0].reason
+    assert (report.ledger.scans, report.ledger.scans_failed, report.ledger.scans_without_points) == (1, 1, 1)
+    assert [len(read_manifest(path).members) for path in report.shards] == [1]
 
 
 def test_points_that_are_not_finite_are_counted_and_refused():
@@ -198,7 +215,7 @@ def test_keypoints_leave_as_cells_in_the_encoders_order(tmp_path):
     assert not scene.keypoint_features.is_inference()
     with extractor.shard_writer(tmp_path) as writer:
         report = extract([scan(1), PointCloud(xyz=torch.zeros(0, 3), features=torch.zeros(0, 1)), scan(2)], extractor, writer)
-    assert (report.frames, report.failures) == (3, ())
+    assert (report.frames, [f.index for f in report.failures]) == (2, [1])
 
 
 def test_an_encoder_whose_keypoints_are_raw_points_never_runs_on_a_vehicle():
@@ -319,6 +336,41 @@ def test_what_is_stored_equals_the_round_trip_that_labeled_batches_get(tmp_path)
     ((_, blob),) = read_members(tmp_path / manifest.tar_name, manifest)
     stored = decode_scene(blob, expected_spec=extractor.spec, expected_fingerprint=extractor.fingerprint)
     assert torch.equal(stored.features, round_trip(extractor.smash(scan(0))[0].features, "int8"))
+
+
+# ------------------------------------------------------------------------------------------------------- what was dropped
+
+
+def small_grid_encoder(limit: int) -> SecondEncoder:
+    torch.manual_seed(0)
+    return SecondEncoder(SecondEncoderConfig(grid=FINE_GRID, channels=(4, 4, 4, 4, 8), max_voxels=limit)).eval()
+
+
+def test_points_and_cells_of_every_scan_are_counted(tmp_path):
+    extractor = Extractor(small_grid_encoder(250), RigSpec(), "int8")
+    read = Ledger(scans=1, points=320, points_non_finite=20)
+    with extractor.shard_writer(tmp_path) as writer:
+        report = extract([scan(0), lambda: (scan(1), read)], extractor, writer)
+    counts = report.ledger
+    assert (counts.scans, counts.scans_failed, counts.points, counts.points_non_finite) == (2, 0, 620, 20)
+    assert 50 < counts.points_outside_range < 300
+    assert counts.cells_over_limit == 0
+    assert report.scans.scans == 2
+    assert report.scans.points == (600 - counts.points_outside_range) / 2
+
+
+@pytest.mark.parametrize(("scenes_per_shard", "scans"), [(256, 40), (256, 3), (1, 3), (4, 9)])
+def test_scans_that_lose_many_cells_are_refused_before_anything_is_written(tmp_path, scenes_per_shard, scans):
+    extractor = Extractor(small_grid_encoder(100), RigSpec(), "int8")
+    seen: list[int] = []
+    with extractor.shard_writer(tmp_path, scenes_per_shard=scenes_per_shard) as writer:
+        report = extract([scan(i) for i in range(scans)], extractor, writer, on_frame=seen.append, refuse_lost_cells=True)
+    assert report.refused
+    assert (report.frames, report.shards, list(tmp_path.iterdir()), len(seen)) == (0, (), [], min(scans, 8, scenes_per_shard))
+    assert report.ledger.cells_over_limit > 0.1 * report.ledger.cells
+    with extractor.shard_writer(tmp_path) as writer:
+        report = extract([scan(i) for i in range(3)], extractor, writer)
+    assert (report.refused, report.frames) == (False, 3)
 
 
 # ------------------------------------------------------------------------------------------------------- fingerprint

@@ -1,0 +1,274 @@
+"""`extract` loses no scan and doubles none: after a kill, a stop, a full disk, with receipts that several runs share."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from upcycle3d.core.point_files import write_bin
+from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.structures import PointCloud
+from upcycle3d.core.trained_on import ScanStatistics, TrainedOn
+from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
+from upcycle3d.perception.vehicle.progress import open_progress
+from upcycle3d.perception.wire.codec import scene_id_of
+from upcycle3d.perception.wire.encoder_file import save_encoder
+from upcycle3d.perception.wire.manifest import read_manifest
+from upcycle3d.perception.wire.shards import ShardWriter, read_members
+from upcycle3d.tools import extract
+from upcycle3d.tools.console import run_command
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def some_scan(seed: int) -> PointCloud:
+    """Half of its points lie in `tiny.GRID`."""
+    generator = torch.Generator().manual_seed(seed)
+    xyz = torch.rand(400, 3, generator=generator) * torch.tensor([25.6, 12.8, 3.0]) - torch.tensor([0.0, 6.4, 0.5])
+    return PointCloud(xyz=xyz, features=torch.rand(400, 1, generator=generator))
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    save_encoder(folder / "encoder.safetensors", tiny.source_model().encoder.eval())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scans")
+    for i in range(8):
+        write_bin(folder / f"{i:04d}.bin", some_scan(i))
+    return folder
+
+
+def run(detector: Path, out: Path, *arguments: object, code: int = 0) -> None:
+    words = ["--detector", detector, "--out", out, "--scenes-per-shard", 3, *arguments]
+    assert run_command(extract.command, [str(word) for word in words]) == code
+
+
+def scenes_in(out: Path) -> list[str]:
+    """The scenes in all shards of a folder, sorted; a scene in two shards occurs twice."""
+    found = []
+    for path in out.glob("*.json"):
+        manifest = read_manifest(path)
+        found += [scene_id_of(blob) for _, blob in read_members(out / manifest.tar_name, manifest)]
+    return sorted(found)
+
+
+def assert_each_scan_is_one_scene(out: Path, receipts: Path, names: set[str]) -> None:
+    listed = json.loads(receipts.read_text())
+    assert sorted(listed) == scenes_in(out)
+    assert sorted(listed.values()) == sorted(names)
+    assert not [p.name for p in out.iterdir() if p.name.endswith(".tmp")]
+
+
+ALL = {f"{i:04d}" for i in range(8)}
+
+
+def test_a_run_that_resumes_leaves_out_what_is_done_and_takes_new_scans(detector, scans, tmp_path, capsys):
+    out, receipts = tmp_path / "out", tmp_path / "r.json"
+    half = tmp_path / "half.txt"
+    half.write_text("0000\n0003\n0004\n0007\n")
+    run(detector, out, "--scans", scans, "--ids", half, "--receipts", receipts, "--resume")
+    assert_each_scan_is_one_scene(out, receipts, {"0000", "0003", "0004", "0007"})
+    run(detector, out, "--scans", scans, "--receipts", receipts, "--resume", "--json", tmp_path / "j")
+    assert_each_scan_is_one_scene(out, receipts, ALL)
+    assert json.loads((tmp_path / "j").read_text())["already_extracted"] == 4
+    run(detector, out, "--scans", scans, "--receipts", receipts, "--resume")
+    assert "8 of 8 scans were in finished shards before" in capsys.readouterr().out.replace("\n", " ")
+    assert_each_scan_is_one_scene(out, receipts, ALL)
+
+
+def test_scans_that_are_done_are_refused_without_resume_also_after_the_upload_left(detector, scans, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(detector, out, "--scans", scans / "0000.bin")
+    run(detector, out, "--scans", scans / "0001.bin", code=2)
+    assert "already holds shards" in capsys.readouterr().err
+    run(detector, out, "--scans", scans / "0001.bin", "--append")
+    run(detector, out, "--scans", scans / "0001.bin", scans / "0002.bin", "--append", code=2)
+    assert "1 of 2 scans are in shards already" in capsys.readouterr().err.replace("\n", " ")
+    for path in out.glob("*.*"):
+        path.unlink()  # uploaded
+    run(detector, out, "--scans", scans / "0000.bin", code=2)
+    assert "out.progress.json" in capsys.readouterr().err.replace("\n", "")
+    run(detector, out, "--scans", scans / "0000.bin", scans / "0002.bin", "--resume")
+    assert len(scenes_in(out)) == 1
+
+
+def test_shards_without_a_progress_file_cannot_be_resumed(detector, scans, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(detector, out, "--scans", scans / "0000.bin")
+    (tmp_path / "out.progress.json").unlink()
+    run(detector, out, "--scans", scans, "--resume", code=2)
+    assert "there is no progress file" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_two_runs_that_share_receipts_keep_the_lists_of_both(detector, scans, tmp_path):
+    receipts = tmp_path / "r.json"
+    run(detector, tmp_path / "a", "--scans", scans / "0000.bin", "--receipts", receipts)
+    run(detector, tmp_path / "b", "--scans", scans / "0001.bin", "--receipts", receipts)
+    assert sorted(json.loads(receipts.read_text())) == sorted(scenes_in(tmp_path / "a") + scenes_in(tmp_path / "b"))
+
+
+def test_a_second_run_into_the_same_folder_waits_for_nobody_and_is_refused(detector, scans, tmp_path, capsys):
+    fingerprint = encoder_fingerprint(tiny.source_model().encoder.eval(), RigSpec())
+    with open_progress(tmp_path / "out", encoder_fingerprint=fingerprint):
+        run(detector, tmp_path / "out", "--scans", scans, code=2)
+    assert "another extract is writing into" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "x"}', "\x00", '{"a": 1e999}'])
+def test_a_damaged_progress_file_is_a_sentence_and_nothing_is_written(detector, scans, tmp_path, capsys, text):
+    (tmp_path / "out.progress.json").write_text(text)
+    run(detector, tmp_path / "out", "--scans", scans, code=2)
+    assert "out.progress.json" in capsys.readouterr().err.replace("\n", "")
+    assert scenes_in(tmp_path / "out") == []
+
+
+def test_the_progress_of_another_encoder_is_refused(detector, scans, tmp_path, capsys):
+    run(detector, tmp_path / "out", "--scans", scans / "0000.bin")
+    run(detector, tmp_path / "out", "--scans", scans, "--resume", "--z-shift", 1.5, code=2)
+    assert "is of an extraction with encoder" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_full_disk_is_no_dead_end(detector, scans, tmp_path, capsys, monkeypatch):
+    out, receipts = tmp_path / "out", tmp_path / "r.json"
+    write = os.write
+    for room in (1, 3000, 9000, 12_000, 20_000):
+        with monkeypatch.context() as patch:
+            left = [room]
+
+            def full(descriptor: int, data: bytes, left=left) -> int:
+                left[0] -= len(data)
+                if left[0] < 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return write(descriptor, data)
+
+            patch.setattr(os, "write", full)
+            words = ["--detector", detector, "--out", out, "--scans", scans, "--scenes-per-shard", 3, "--receipts", receipts]
+            assert run_command(extract.command, [str(w) for w in [*words, "--resume"]]) in (0, 2)
+    run(detector, out, "--scans", scans, "--receipts", receipts, "--resume")
+    assert_each_scan_is_one_scene(out, receipts, ALL)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_closes_the_open_shard_and_resume_goes_on(detector, scans, tmp_path, capsys, monkeypatch, number, code):
+    out, receipts = tmp_path / "out", tmp_path / "r.json"
+    add, added = ShardWriter.add, []
+
+    def stopped_after_four(self, scene):
+        added.append(scene)
+        if len(added) == 4:
+            os.kill(os.getpid(), number)
+        return add(self, scene)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "add", stopped_after_four)
+        with pytest.raises(SystemExit) as stop:
+            run(detector, out, "--scans", scans, "--receipts", receipts)
+    assert stop.value.code == code
+    assert f"stopped by {number.name} after 4 of 8 scans" in capsys.readouterr().err.replace("\n", " ")
+    assert_each_scan_is_one_scene(out, receipts, {"0000", "0001", "0002", "0003"})
+    run(detector, out, "--scans", scans, "--receipts", receipts, "--resume")
+    assert_each_scan_is_one_scene(out, receipts, ALL)
+
+
+def test_a_process_that_gets_sigterm_ends_with_143_and_a_sentence(detector, tmp_path):
+    folder = tmp_path / "many"
+    for i in range(300):
+        write_bin(folder / f"{i:04d}.bin", some_scan(i))
+    words = ["--detector", detector, "--out", tmp_path / "out", "--scans", folder, "--scenes-per-shard", 1]
+    program = "import sys; from upcycle3d.tools import extract; from upcycle3d.tools.console import run_command; sys.exit(run_command(extract.command))"
+    process = subprocess.Popen([sys.executable, "-c", program, *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((tmp_path / "out").glob("*.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert b"stopped by SIGTERM" in err
+    assert b"Traceback" not in err
+
+
+# ---------------------------------------------------------------------------------------------------- wrong rigs, sizes, encoders
+
+
+def test_an_encoder_without_the_expected_fingerprint_does_not_run(detector, scans, tmp_path, capsys):
+    fingerprint = encoder_fingerprint(tiny.source_model().encoder.eval(), RigSpec())
+    for expected in ("0" * 64, "12345", "xyz" * 8):
+        run(detector, tmp_path / "out", "--scans", scans, "--expect-fingerprint", expected, code=2)
+    assert "is expected; nothing was extracted" in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+    for expected in (fingerprint, fingerprint[:16]):
+        run(detector, tmp_path / expected[:20], "--scans", scans / "0000.bin", "--expect-fingerprint", expected)
+
+
+def test_scans_without_a_point_in_range_end_with_the_likely_cause(detector, tmp_path, capsys):
+    for i in range(3):
+        points = some_scan(i)
+        write_bin(tmp_path / "mm" / f"{i}.bin", PointCloud(xyz=points.xyz * 1000 + 1e5, features=points.features))
+    run(detector, tmp_path / "out", "--scans", tmp_path / "mm", code=2)
+    printed = capsys.readouterr()
+    assert "no point lies in the detector's range" in printed.err.replace("\n", " ")
+    assert "none of its 400 points" in " ".join(printed.out.replace("│", " ").split())
+    assert scenes_in(tmp_path / "out") == []
+
+
+CALIBRATION = (
+    "P2: 700 0 {0} 0 0 700 {1} 0 0 0 1 0\nR0_rect: 1 0 0 0 1 0 0 0 1\nTr_velo_to_cam: 0 -1 0 0 0 0 -1 0 1 0 0 0\n"
+)
+
+
+def test_a_wrong_picture_size_uploads_nothing_and_the_right_one_everything(detector, scans, tmp_path, capsys):
+    calib = tmp_path / "calib"
+    calib.mkdir()
+    for name in ALL:  # a large camera: all that it sees lies to the right of a picture of 1242 pixels
+        (calib / f"{name}.txt").write_text(CALIBRATION.format(6000, 3000))
+    arguments = ("--scans", scans, "--calib", calib)
+    run(detector, tmp_path / "a", *arguments, "--image-size", 100, 60, code=2)
+    assert "--image-size" in capsys.readouterr().err
+    assert scenes_in(tmp_path / "a") == []
+    run(detector, tmp_path / "b", *arguments, "--image-size", 12_000, 6000)
+    assert len(scenes_in(tmp_path / "b")) == 8
+
+
+def test_the_rig_of_the_training_is_used_and_another_one_and_other_scans_are_warned_about(scans, tmp_path, capsys):
+    encoder = tiny.source_model().encoder.eval()
+    statistics = ScanStatistics(scans=9, points=180.0, cells=170.0, ground_height=2.9, intensity=0.5)
+    encoder.trained_on = TrainedOn(
+        rig=RigSpec(z_shift=0.25), feature_names=("intensity",), classes=("Car",), point_range=tiny.GRID.range, scans=statistics
+    )
+    save_encoder(tmp_path / "encoder.safetensors", encoder)
+    run(tmp_path, tmp_path / "a", "--scans", scans, "--json", tmp_path / "j")
+    assert json.loads((tmp_path / "j").read_text())["rig"]["z_shift"] == 0.25
+    err = capsys.readouterr().err.replace("\n", " ")
+    assert "the training had" not in err
+    assert "the road lies at z" in err
+    run(tmp_path, tmp_path / "b", "--scans", scans, "--z-shift", 0)
+    assert "the training had z_shift 0.25" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_cells_over_the_limit_are_refused_unless_allowed(scans, tmp_path, capsys):
+    from dataclasses import replace
+
+    config = tiny.second_iou_config()
+    config = replace(config, encoder=replace(config.encoder, max_voxels=60))
+    save_encoder(tmp_path / "encoder.safetensors", tiny.second_iou(config).encoder.eval())
+    run(tmp_path, tmp_path / "out", "--scans", scans, code=2)
+    err = capsys.readouterr().err.replace("\n", " ")
+    assert "--allow-lost-cells" in err
+    assert "of the occupied cells were dropped" in err
+    assert scenes_in(tmp_path / "out") == []
+    run(tmp_path, tmp_path / "out", "--scans", scans, "--allow-lost-cells", "--json", tmp_path / "j")
+    assert json.loads((tmp_path / "j").read_text())["ledger"]["cells_over_limit"] > 100
+    assert len(scenes_in(tmp_path / "out")) == 8
