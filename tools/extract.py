@@ -129,7 +129,9 @@ def command(config: Extract) -> None:
     with _stop_requests() as stop:
         device = find_device(config.device)
         encoder = load_encoder(config.detector)
-        rig, sources = _scan_files(config, encoder.trained_on) if config.data is None else _prepared_frames(config, encoder.trained_on)
+        rig, sources = (
+            _scan_files(config, encoder.trained_on) if config.data is None else _prepared_frames(config, encoder.trained_on)
+        )
         if config.ids is not None:
             sources = _only(sources, config.ids)
         extractor = Extractor(encoder.to(device), rig, config.codec)
@@ -182,7 +184,7 @@ def _show(
     if before:
         console.print(f"{before} of {asked} scans were in finished shards before and were left out")
     if extractor.trained_on is not None and extractor.trained_on.scans is not None and report.scans is not None:
-        for warning in compare_scans(extractor.trained_on.scans, report.scans).values():
+        for warning in compare_scans(extractor.trained_on.scans, report.scans):
             print_warning(warning)
     if report.refused:
         print_warning(

@@ -215,7 +215,9 @@ def _verify(manifest: ShardManifest, tar: Path, expected_spec: CutSpec, expected
         voxels.append(len(scene.coords))
         keypoints.append(len(scene.keypoint_cells))
         order.append(order_key(scene))
-    return VerifiedShard(manifest=manifest, scene_ids=tuple(scene_ids), voxels=tuple(voxels), keypoints=tuple(keypoints), order=tuple(order))
+    return VerifiedShard(
+        manifest=manifest, scene_ids=tuple(scene_ids), voxels=tuple(voxels), keypoints=tuple(keypoints), order=tuple(order)
+    )
 
 
 def _cut_difference(found: CutSpec, expected: CutSpec) -> str:

@@ -232,6 +232,8 @@ def read_catalog(store: Path) -> Catalog | None:
         for name in ("order", "scene") if version == 2 else ():
             if name not in table.schema.names:
                 table = table.append_column(name, pa.nulls(len(table), pa.string()))
+        if set(table.schema.names) == set(_SCHEMA.names):
+            table = table.select(_SCHEMA.names)
         if not table.schema.remove_metadata().equals(_SCHEMA):
             raise CorruptScene(f"it has the columns {shown(table.schema.names)}, expected {_SCHEMA.names}")
         spec = cut_from_json(header.get("split"), "its cut")

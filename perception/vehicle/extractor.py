@@ -367,11 +367,11 @@ EARLY_SCANS = 8
 MEASURED_SCANS = 200
 """Scans whose measures are compared with those of training."""
 
-Scan = PointCloud | Callable[[], PointCloud | tuple[PointCloud, Ledger]]
+ScanSource = PointCloud | Callable[[], PointCloud | tuple[PointCloud, Ledger]]
 """A scan, or a function that reads one and may count what it dropped."""
 
 
-def _read_one(scan: Scan) -> tuple[PointCloud, Ledger]:
+def _read_one(scan: ScanSource) -> tuple[PointCloud, Ledger]:
     found = scan() if callable(scan) else scan
     return found if isinstance(found, tuple) else (found, Ledger())
 
@@ -390,7 +390,7 @@ def _without_cells(points: PointCloud, ledger: Ledger) -> str:
 
 
 def extract(
-    scans: Iterable[Scan],
+    scans: Iterable[ScanSource],
     extractor: Extractor,
     writer: ShardWriter,
     *,

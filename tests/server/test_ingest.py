@@ -130,6 +130,7 @@ def test_the_catalog_has_one_row_per_scene_that_points_at_its_bytes(incoming, st
             "keypoints",
             "codec",
             "fingerprint",
+            "order",
             "scene",
         ]
         assert (row["shard"], row["keypoints"], row["codec"], row["fingerprint"]) == (manifest.stem, 0, "int8", ENCODER)

@@ -189,7 +189,9 @@ def test_a_process_that_gets_sigterm_ends_with_143_and_a_sentence(detector, tmp_
         write_bin(folder / f"{i:04d}.bin", some_scan(i))
     words = ["--detector", detector, "--out", tmp_path / "out", "--scans", folder, "--scenes-per-shard", 1]
     program = "import sys; from upcycle3d.tools import extract; from upcycle3d.tools.console import run_command; sys.exit(run_command(extract.command))"
-    process = subprocess.Popen([sys.executable, "-c", program, *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list((tmp_path / "out").glob("*.json")):
         time.sleep(0.01)
@@ -224,9 +226,7 @@ def test_scans_without_a_point_in_range_end_with_the_likely_cause(detector, tmp_
     assert scenes_in(tmp_path / "out") == []
 
 
-CALIBRATION = (
-    "P2: 700 0 {0} 0 0 700 {1} 0 0 0 1 0\nR0_rect: 1 0 0 0 1 0 0 0 1\nTr_velo_to_cam: 0 -1 0 0 0 0 -1 0 1 0 0 0\n"
-)
+CALIBRATION = "P2: 700 0 {0} 0 0 700 {1} 0 0 0 1 0\nR0_rect: 1 0 0 0 1 0 0 0 1\nTr_velo_to_cam: 0 -1 0 0 0 0 -1 0 1 0 0 0\n"
 
 
 def test_a_wrong_picture_size_uploads_nothing_and_the_right_one_everything(detector, scans, tmp_path, capsys):
