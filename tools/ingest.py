@@ -61,7 +61,7 @@ def command(config: Ingest) -> None:
         retry_quarantine=config.retry_quarantine,
         rebuild_catalog=config.rebuild_catalog,
     )
-    write_json(config.json, result_json(report) | {"fingerprint": fingerprint, "rig": asdict(rig)})
+    write_json(config.json, ingest_json(report) | {"fingerprint": fingerprint, "rig": asdict(rig)})
     print_table("what became of the uploads", ("", "shards", "scenes"), _rows(report))
     _list("quarantined", report.quarantined)
     _list("waiting", report.waiting)
@@ -141,7 +141,7 @@ def _list(title: str, refusals: Sequence[Refusal]) -> None:
         print_table(title, ("shard", "why"), [*rows, *([("…", f"and {more} more; --json FILE lists all")] if more else [])])
 
 
-def result_json(report: IngestReport) -> dict[str, object]:
+def ingest_json(report: IngestReport) -> dict[str, object]:
     """The report as JSON values, with the numbers of shards and scenes by outcome.
 
     Args:
