@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..core.scan_options import ScanOptions
 from ..perception.models.detectors import DetectorConfig
 from ..perception.recipes.import_openpcdet import ImportOutcome, import_openpcdet
 from ..perception.recipes.presets import PRESETS
@@ -35,6 +36,11 @@ class Target:
     """The weights are SECOND's, which has no IoU head: leave that of SECOND-IoU untrained."""
     seed: int = 0
     """Decides the weights of an IoU head that is not in the file."""
+    z_shift: float | None = None
+    """Meters that were added to z of the scans that the weights were trained on (0 for OpenPCDet's weights for KITTI). Later commands
+    take it from the detector's file."""
+    intensity_scale: float | None = None
+    """Factor that was applied to the intensity of the scans that the weights were trained on. Later commands take it too."""
     json: Path | None = None
     """Also write the result to this file as JSON."""
 
@@ -58,8 +64,14 @@ class Import:
 def command(config: Import) -> None:
     """Import published weights: upcycle3d import openpcdet FILE PRESET --out RUN."""
     target = config.target
+    given = ScanOptions(z_shift=target.z_shift, intensity_scale=target.intensity_scale)
     outcome = import_openpcdet(
-        config.file, target.preset.detector, target.out, without_iou_head=target.without_iou_head, seed=target.seed
+        config.file,
+        target.preset.detector,
+        target.out,
+        without_iou_head=target.without_iou_head,
+        seed=target.seed,
+        rig=None if given == ScanOptions() else given.rig(),
     )
     columns = ("part", "openpcdet", "tensors", "parameters")
     parts = [(p.ours, p.theirs or "not in the file: untrained", p.tensors, p.parameters) for p in outcome.parts]
@@ -93,6 +105,11 @@ def notes(outcome: ImportOutcome, *, without_iou_head: bool) -> list[str]:
         f"the file names no classes, range or anchors: they are the preset's ({classes}, in this order); check that the weights were "
         "trained with them"
     ]
+    if outcome.detector.trained_on is None:
+        said.append(
+            "the file does not say with which z shift and intensity scale it was trained: declare them with --z-shift and "
+            "--intensity-scale (0 and 1 if there was none), and later commands take them from the detector"
+        )
     if outcome.sparse_layout == "spconv 1":
         said.append("the sparse weights were saved by spconv 1, (z, y, x, in, out): converted to (out, z, y, x, in)")
     if without_iou_head:

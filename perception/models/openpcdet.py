@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InvalidInput
+from ...core.tensor_file import listed
 from .detector import Detector
 
 _STEP = "global_step"
@@ -73,7 +74,7 @@ def load_openpcdet(detector: Detector, state: Mapping[str, Tensor], *, without_i
         How the sparse weights were laid out. Those of spconv 1 are permuted to the layout of spconv 2, which is ours.
 
     Raises:
-        InvalidInput: Weights do not fit; the message lists every missing, left-over and misfit name.
+        InvalidInput: Weights do not fit; the message counts missing, left-over and misfit names and lists the first of each.
     """
     wanted = _by_their_name(detector)
     given = {name: value for name, value in state.items() if name != _STEP}
@@ -85,11 +86,12 @@ def load_openpcdet(detector: Detector, state: Mapping[str, Tensor], *, without_i
     if layout == "spconv 1":
         given = {n: t.permute(4, 0, 1, 2, 3) if t.dim() == 5 else t for n, t in given.items()}
 
-    faults = [f"missing {name} {tuple(t.shape)}" for name, t in wanted.items() if name not in given]
-    faults += [f"left over {name} {tuple(t.shape)}" for name, t in given.items() if name not in wanted]
-    faults += [f"{name}: {fault}" for name, t in wanted.items() if name in given and (fault := _misfit(t, given[name]))]
-    if faults:
-        lines = "\n  ".join([f"the OpenPCDet weights do not fit this {detector.label} ({len(faults)} names):", *faults])
+    missing = [f"missing {name} {tuple(t.shape)}" for name, t in wanted.items() if name not in given]
+    left_over = [f"left over {name} {tuple(t.shape)}" for name, t in given.items() if name not in wanted]
+    misfit = [f"{name}: {fault}" for name, t in wanted.items() if name in given and (fault := _misfit(t, given[name]))]
+    if faults := len(missing) + len(left_over) + len(misfit):
+        listing = [line for part in (missing, left_over, misfit) for line in listed(part)]
+        lines = "\n  ".join([f"the OpenPCDet weights do not fit this {detector.label} ({faults} names):", *listing])
         raise InvalidInput(f"{lines}\n{_advice(detector, wanted, given)}")
     with torch.no_grad():
         for name, target in wanted.items():

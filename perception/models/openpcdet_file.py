@@ -1,57 +1,101 @@
 """Reads the weights in a checkpoint of OpenPCDet, without running code from the file; `openpcdet.py` copies them into a detector.
 
-Such a checkpoint is a pickle. Only its tensors and plain values are read (`weights_only`), so a file from elsewhere runs nothing
-here; one that needs more is refused, and the message says how to convert it where it was made.
+Such a checkpoint is a pickle. Only its tensors, plain values and numpy's numbers are read (`weights_only`), so a file from elsewhere runs
+nothing here; one that needs more is refused, and the message says how to convert it where it was made. The checksums in the file are
+compared first, because nothing else would notice a flipped bit in a weight.
 """
 
 from __future__ import annotations
 
+import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...core.errors import InvalidInput
-from ...core.tensor_file import read_tensors
+from ...core.foreign_text import shown
+from ...core.tensor_file import listed, read_tensors
 
 LARGEST_FILE = 2 * 1024**3
 """Maximum size of a file in bytes, unpacked. PV-RCNN with the state of its optimizer has 0.16e9."""
+LARGEST_WEIGHT = 1e6
+"""Largest value of a weight. Published weights stay below 10; a flipped bit makes 1e30 of 0.01."""
+LARGEST_STATISTIC = 1e12
+"""Largest running mean or variance of a batch norm."""
+
+_STATES = ("model_state", "state_dict", "model_state_dict", "model", "net", "network")
+"""Where programs keep the weights in a checkpoint, the usual ones first."""
+_PREFIXES = ("module.", "model.", "_orig_mod.")
+"""What wrappers (parallel training, compilation, Lightning) put before every name."""
+_NUMPY_NUMBERS = (
+    "bool_",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+)
 
 
 def read_openpcdet(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a file by name.
 
     Args:
-        path: a `.pth` that holds `model_state` or is a state dict itself, or a `.safetensors` file of the tensors.
+        path: a `.pth` that holds the weights under `model_state`, `state_dict`, `model` or the like, or is a state dict itself; or a
+            `.safetensors` file of the tensors. A prefix such as `module.` before every name is taken off.
 
     Returns:
-        The tensors, on the CPU, by the names in the file.
+        The tensors, on the CPU, by OpenPCDet's names.
 
     Raises:
-        InvalidInput: There is no such file, or it is too large, damaged, needs pickle, or holds no named weights.
+        InvalidInput: There is no such file, or it is too large, damaged, needs pickle, or holds no named weights or absurd ones.
     """
     path = Path(path)
     if not path.is_file():
         raise InvalidInput(f"there is no file {path}; give a checkpoint of OpenPCDet (.pth) or its tensors (.safetensors)")
+    _check_kind(path)
     if (size := _declared_size(path)) > LARGEST_FILE:
         raise InvalidInput(
             f"{path} holds {size:,} bytes, more than the {LARGEST_FILE:,} that are read; save its model_state alone, without optimizer"
         )
+    state: Any
     if path.suffix == ".safetensors":
-        return dict(read_tensors(path).tensors)
-    content = _load_plain(path)
-    state = content.get("model_state", content) if isinstance(content, Mapping) else content
-    if not isinstance(state, Mapping) or not state or not all(isinstance(n, str) for n in state):
-        raise InvalidInput(f"{path} holds no named weights but a {type(state).__name__}; give a checkpoint with model_state")
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if others:
+        state = dict(read_tensors(path).tensors)
+    else:
+        _check_checksums(path)
+        state = _weights_in(_load_plain(path), path)
+    state = _without_prefix(state)
+    _check_values(state, path)
+    return state
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse what is commonly there instead of the weights, because a download went wrong."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    text = start.decode("utf-8", "replace").lstrip().lower()
+    if not start:
+        raise InvalidInput(f"{path} is empty; get it again")
+    if text.startswith("version https://git-lfs"):
         raise InvalidInput(
-            f"{path} has no model_state and is not a state dict: {', '.join(others[:8])} are not tensors; give a checkpoint with model_state"
+            f"{path} is a pointer of Git LFS and not the weights themselves; run `git lfs pull` where the repository was cloned"
         )
-    return dict(state)
+    if text.startswith(("<!doctype html", "<html", "<?xml")):
+        raise InvalidInput(
+            f"{path} is a web page and not weights: the download was answered with a page; download the file itself"
+        )
 
 
 def _declared_size(path: Path) -> int:
@@ -62,25 +106,87 @@ def _declared_size(path: Path) -> int:
     try:
         with zipfile.ZipFile(path) as archive:
             return max(size, sum(member.file_size for member in archive.infolist()))
-    except zipfile.BadZipFile as error:
-        raise InvalidInput(f"{path} is damaged ({error}); get it again") from error
+    except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
+        raise InvalidInput(f"{path} is damaged ({shown(error)}); get it again") from error
+
+
+def _check_checksums(path: Path) -> None:
+    """Compare the checksum of every member of a zip; torch does not, and would load a weight with a flipped bit."""
+    if not zipfile.is_zipfile(path):
+        if path.read_bytes()[:2] == b"PK":
+            raise InvalidInput(f"{path} is damaged: it begins like a checkpoint of torch and its end is missing; get it again")
+        return  # before torch 1.6; such files have no checksums
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, ValueError, OverflowError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise InvalidInput(f"{path} is damaged ({shown(error)}); get it again") from error
+    if bad is not None:
+        raise InvalidInput(f"{path} is damaged: the checksum of {shown(bad)} in it differs; get it again")
 
 
 def _load_plain(path: Path) -> Any:
-    """The content of a .pth file, which may be tensors and plain values only."""
+    """The content of a .pth file, which may be tensors, plain values and numpy's numbers only."""
+    numbers = [getattr(np, name) for name in _NUMPY_NUMBERS]
+    kinds = [type(np.dtype(number)) for number in numbers]
+    rebuild = np.float64(0).__reduce__()[0]  # its module has another name in numpy 1, which the second entry is for
+    allowed: list[Any] = [np.dtype, *numbers, *kinds, rebuild, (rebuild, "numpy.core.multiarray.scalar")]
     file = path.open("rb")  # outside the try: a file that may not be read is not a damaged one
     try:
-        with file:
+        with file, torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes make the reader raise nearly anything
-        first = str(error).strip().split("\n")[0]
+        asked = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        why = f"it holds a {shown(asked[1])}" if asked else type(error).__name__  # torch's own words advise what is not safe
         raise InvalidInput(
-            f"{path} is damaged, or holds more than tensors and plain values ({type(error).__name__}: {first}). Nothing else is read, "
-            "because a pickle may run any code. If you trust the file, run this in the environment that saved it (from torch 2.6 on "
-            "with weights_only=False) and import the result:\n"
+            f"{path} is damaged, or holds more than tensors and plain values ({why}). Nothing else is read, "
+            "because a pickle may run any code. If you trust the file, run this where it was made, with the program that saved it, and "
+            "import the result:\n"
             "  import torch\n"
-            f"  state = torch.load({str(path)!r}, map_location='cpu')['model_state']\n"
-            "  torch.save({'model_state': {n: t.detach().clone() for n, t in state.items()}}, 'plain.pth')"
+            "  state = detector.state_dict()  # of the model in that program, with its weights loaded\n"
+            "  torch.save({'model_state': {n: t.detach().cpu().clone() for n, t in state.items()}}, 'plain.pth')"
         ) from error
+
+
+def _weights_in(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint, wherever the program that wrote it keeps it."""
+    state = content
+    for _ in range(3):  # some keep a state dict inside a dictionary of models
+        found = next((state[key] for key in _STATES if isinstance(state, Mapping) and isinstance(state.get(key), Mapping)), None)
+        if found is None:
+            break
+        state = found
+    if not isinstance(state, Mapping) or not state or not all(isinstance(n, str) for n in state):
+        raise InvalidInput(f"{path} holds no named weights but a {type(state).__name__}; give a checkpoint with model_state")
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise InvalidInput(
+            f"{path} has no model_state and is not a state dict: {', '.join(listed(others))} are not tensors; give a checkpoint with "
+            f"one of {', '.join(_STATES)}"
+        )
+    return dict(state)
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without what a wrapper put before every name."""
+    for _ in range(3):
+        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in state if name != "global_step")), None)
+        if prefix is None or not state:
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _check_values(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights that no training gives: a file without checksums may be damaged unnoticed."""
+    for name, value in state.items():
+        if not value.is_floating_point() or value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+            continue
+        limit = LARGEST_STATISTIC if name.endswith(("running_mean", "running_var")) else LARGEST_WEIGHT
+        if value.numel() and not bool((value.abs() <= limit).all()):
+            worst = value.reshape(-1)[value.abs().nan_to_num(float("inf")).argmax()].item()
+            raise InvalidInput(
+                f"{path} is damaged, or its training went wrong: {shown(name)} holds {worst:g}, and weights stay within {limit:g}; get it again"
+            )

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import torch
 
+from ...core.rig import RigSpec
+from ...core.trained_on import TrainedOn
 from ..models.detector import Detector
 from ..models.detectors import DetectorConfig
+from ..models.encoders.scan_survey import point_features
 from ..models.openpcdet import SparseLayout, load_openpcdet, openpcdet_parts
 from ..models.openpcdet_file import read_openpcdet
 from ..training.detector_files import save_run_detector
@@ -35,6 +38,8 @@ class ImportRecord:
     """Seed of an untrained IoU head."""
     detector: DetectorConfig
     """The detector that was filled."""
+    rig: RigSpec | None = None
+    """Rig of the training data, as far as the user declared it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +71,13 @@ class ImportOutcome:
 
 
 def import_openpcdet(
-    file: str | Path, config: DetectorConfig, out: str | Path, *, without_iou_head: bool = False, seed: int = 0
+    file: str | Path,
+    config: DetectorConfig,
+    out: str | Path,
+    *,
+    without_iou_head: bool = False,
+    seed: int = 0,
+    rig: RigSpec | None = None,
 ) -> ImportOutcome:
     """Import published weights into a run folder. The same file again gives the same detector.
 
@@ -76,6 +87,8 @@ def import_openpcdet(
         out: run folder to write.
         without_iou_head: the weights are SECOND's, which has no IoU head; that of SECOND-IoU stays untrained.
         seed: seed of an untrained IoU head.
+        rig: what was done to the scans that the weights were trained on. Later commands take it from the detector's file. None where
+            nobody knows.
 
     Returns:
         The detector, and what was imported.
@@ -98,8 +111,15 @@ def import_openpcdet(
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     record = ImportRecord(
-        source="openpcdet", file=file.name, sha256=digest, without_iou_head=without_iou_head, seed=seed, detector=config
+        source="openpcdet", file=file.name, sha256=digest, without_iou_head=without_iou_head, seed=seed, detector=config, rig=rig
     )
+    if rig is not None:
+        detector.trained_on = TrainedOn(
+            rig=rig,
+            feature_names=point_features(detector.encoder),
+            classes=detector.class_names,
+            point_range=detector.spec.grid.range,
+        )
     with RunFolder.create(out, record, seed=seed, resume=True):
         save_run_detector(out, detector)
     parts = _parts(detector, without_iou_head=without_iou_head)

@@ -7,12 +7,14 @@ import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from upcycle3d.core.rig import RigSpec
 from upcycle3d.perception.models import openpcdet_file
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.openpcdet import openpcdet_state
@@ -61,6 +63,17 @@ def test_a_checkpoint_becomes_a_detector_and_an_encoder_for_the_fleet(published,
     assert "they are the preset's (Car, in this order)" in " ".join(printed.split())
     assert "warning" not in printed
     assert "spconv 1" not in printed
+
+
+def test_the_rig_that_a_user_declares_goes_into_the_files(file, tmp_path, capsys):
+    assert run(file, "small", "--out", tmp_path / "run", "--z-shift", 1.73, "--intensity-scale", "1/255") == 0
+    for known in (load_detector(tmp_path / "run").trained_on, load_encoder(tmp_path / "run").trained_on):
+        assert known is not None
+        assert (known.rig, known.classes, known.scans) == (RigSpec(z_shift=1.73, intensity_scale=1 / 255), ("Car",), None)
+    assert "declare them with --z-shift" not in " ".join(capsys.readouterr().out.split())
+    assert run(file, "small", "--out", tmp_path / "other") == 0
+    assert "declare them with --z-shift" in " ".join(capsys.readouterr().out.split())
+    assert load_detector(tmp_path / "other").trained_on is None
 
 
 def test_the_program_has_the_command():
@@ -153,16 +166,18 @@ class Touch:
 
 def test_a_file_that_needs_pickle_is_refused_unread_and_the_way_to_convert_it_works(published, tmp_path, capsys):
     trace = tmp_path / "executed"
-    for name, value in (("hostile.pth", Touch(trace)), ("scalar.pth", np.float64(0.1))):
+    for name, value in (("hostile.pth", Touch(trace)), ("array.pth", np.zeros(2))):
         torch.save({"model_state": openpcdet_state(published), "optimizer_state": value}, tmp_path / name)
         assert run(tmp_path / name, "small", "--out", tmp_path / "run") == 2
         message = capsys.readouterr().err
         assert "a pickle may run any code" in message
+        assert "weights_only" not in message
+        assert "safe_globals" not in message
         assert not trace.exists()
     code = [line.strip() for line in message.splitlines() if line.startswith("  ")]
     assert len(code) == 3
-    snippet = "\n".join(code).replace("map_location='cpu'", "map_location='cpu', weights_only=False")
-    exec(snippet.replace("'plain.pth'", repr(str(tmp_path / "plain.pth"))), {})
+    theirs = SimpleNamespace(state_dict=lambda: openpcdet_state(published))
+    exec("\n".join(code).replace("'plain.pth'", repr(str(tmp_path / "plain.pth"))), {"detector": theirs})
     assert run(tmp_path / "plain.pth", "small", "--out", tmp_path / "run") == 0
 
 
@@ -170,14 +185,80 @@ def test_a_file_that_needs_pickle_is_refused_unread_and_the_way_to_convert_it_wo
 def test_a_damaged_file_is_refused(file, tmp_path, capsys, keep):
     (tmp_path / "cut.pth").write_bytes(file.read_bytes()[:keep])
     assert run(tmp_path / "cut.pth", "small", "--out", tmp_path / "run") == 2
-    assert "cut.pth is damaged" in capsys.readouterr().err
+    assert ("cut.pth is damaged" if keep else "cut.pth is empty") in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state, optimizer: {"state_dict": state, "optimizer": optimizer},
+        lambda state, optimizer: {"model": {f"module.{n}": t for n, t in state.items()}, "epoch": 3, "best": np.float64(0.5)},
+        lambda state, optimizer: {"net": state, "step": np.int64(7), "good": np.bool_(True), "lr": np.float32(0.1)},
+        lambda state, optimizer: {f"module.{n}": t for n, t in state.items()},
+        lambda state, optimizer: {"state_dict": {f"model.module.{n}": t for n, t in state.items()}, "hyper": {"lr": 0.1}},
+        lambda state, optimizer: {"model_state": {f"_orig_mod.{n}": t for n, t in state.items()}, "optimizer_state": optimizer},
+    ],
+)
+def test_usual_wrappings_of_a_state_dict_are_read(published, tmp_path, wrap):
+    state = openpcdet_state(published)
+    optimizer = torch.optim.Adam(torch.nn.Linear(1, 1).parameters()).state_dict()
+    torch.save(wrap(state, optimizer), tmp_path / "x.pth")
+    read = read_openpcdet(tmp_path / "x.pth")
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[n], t) for n, t in state.items())
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(published, file, tmp_path, capsys):
+    data = bytearray(file.read_bytes())
+    weight = next(t for n, t in openpcdet_state(published).items() if n.endswith("conv_cls.weight"))
+    at = data.find(weight.numpy().tobytes())
+    assert at > 0
+    data[at + 3] ^= 0x40  # the exponent
+    (tmp_path / "flipped.pth").write_bytes(data)
+    assert run(tmp_path / "flipped.pth", "small", "--out", tmp_path / "run") == 2
+    assert "flipped.pth is damaged: the checksum of" in capsys.readouterr().err
+    torch.save(openpcdet_state(published), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    data = bytearray((tmp_path / "old.pth").read_bytes())
+    data[data.find(weight.numpy().tobytes()) + 3] ^= 0x40
+    (tmp_path / "old.pth").write_bytes(data)
+    assert run(tmp_path / "old.pth", "small", "--out", tmp_path / "run") == 2
+    assert "and weights stay within 1e+06" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page and not weights"),
+        (b"<html>", "is a web page and not weights"),
+        (b"just a text", "is damaged, or holds more than"),
+        (b"PK\x03\x04" + bytes(100), "begins like a checkpoint of torch and its end is missing"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_what_is_there_instead_of_weights_is_named(tmp_path, capsys, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    assert run(tmp_path / name, "small", "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert (message in error) or (name == "x.safetensors" and "not a readable safetensors file" in error)
+
+
+def test_of_many_names_that_do_not_fit_ten_are_listed(published, tmp_path, capsys):
+    state = {f"other.{n}": t for n, t in openpcdet_state(published).items() if n != "global_step"}
+    torch.save(state, tmp_path / "x.pth")
+    assert run(tmp_path / "x.pth", "small", "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert (error.count("missing "), error.count("left over ")) == (10, 10)
+    assert f"and {len(state) - 10} more" in error
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": {}, "epoch": 3}, "has no model_state and is not a state dict: state_dict, epoch"),
+        ({"weights": {}, "epoch": 3}, "has no model_state and is not a state dict: weights, epoch"),
+        ({"state_dict": {}, "epoch": 3}, "holds no named weights"),
         ({"model_state": {"a": 3}}, "a are not tensors"),
         ({"model_state": {}}, "holds no named weights"),
         ([torch.zeros(1)], "holds no named weights but a list"),
