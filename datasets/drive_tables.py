@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.foreign_text import shown
 
 _UNIT_TOLERANCE = 1e-3
 
@@ -193,8 +194,11 @@ class DriveTables:
         if row.pose_token not in self.poses:
             raise InvalidInput(f"{where}: ego_pose_token {row.pose_token} is not in ego_pose.json; unpack the tables again")
         path = PurePosixPath(row.filename)
-        if path.is_absolute() or ".." in path.parts or not path.parts:
-            raise InvalidInput(f"{where}: filename {row.filename!r} leads out of the dataset's folder; such tables are not read")
+        odd = path.is_absolute() or ".." in path.parts or not path.parts or "\\" in row.filename
+        if odd or shown(row.filename, most=1000) != row.filename:
+            raise InvalidInput(
+                f"{where}: filename {shown(row.filename)!r} leads out of the dataset's folder, or holds odd characters; such tables are not read"
+            )
         return Sweep(
             token=token,
             path=self.root / path,

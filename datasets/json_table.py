@@ -85,7 +85,7 @@ class JsonTable:
         """
         try:
             numbers = [float(v) for v in values if not isinstance(v, str)]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             numbers = []
         if len(numbers) != count:
             raise InvalidInput(f"{self.path}, row {token}: {field} must hold {count} numbers, found {values!r}")
@@ -127,5 +127,7 @@ class JsonTable:
                         raise InvalidInput(f"{self.path}: a row must be an object with named fields, found {str(row)[:60]!r}")
                     yield row
                     position = end
-        except (UnicodeDecodeError, RecursionError) as error:
-            raise InvalidInput(f"{self.path} is not JSON text: {error}") from error
+        except InvalidInput:
+            raise
+        except (ValueError, RecursionError, OSError) as error:  # ValueError: no UTF-8, or a number with thousands of digits
+            raise InvalidInput(f"{self.path} is not JSON text: {error}; unpack the tables again") from error

@@ -38,15 +38,18 @@ from torch import Tensor
 
 from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
+from ..core.foreign_text import shown
 from ..core.frame import Frame
 from ..core.ledger import Ledger
 from ..core.rig import RigSpec
+from ..core.row_width import check_number_rows
 from ..core.structures import Labels, PointCloud
 from .drive_tables import DriveTables, Sweep
 from .frame_source import DatasetOrigin, described_origin
 from .kitti import with_point_counts
 
-_COLUMNS = 5  # x y z intensity ring
+_COLUMN_NAMES = ("x", "y", "z", "intensity", "ring")
+_COLUMNS = len(_COLUMN_NAMES)
 _INTENSITY_MAX = 255.0
 _EGO_RADIUS = 1.0  # m; points of an earlier sweep within this square are the vehicle itself and would be smeared along its path
 
@@ -164,12 +167,27 @@ class NuScenesDataset:
                 raise InvalidInput(
                     f"no category leads to the class {name!r}{_nearest(name, tuple(class_map.values()))}; name a category for it (--class-map CATEGORY CLASS)"
                 )
+        self._check_tables_hold(class_map)
         for category, name in self.neighbors.items():
             if name not in self.classes or class_map.get(category) in self.classes:
                 raise InvalidInput(
                     f"neighbors: {category!r} -> {name!r}: the class must be one of {', '.join(self.classes)}, and the category must not "
                     "become one of them itself"
                 )
+
+    def _check_tables_hold(self, class_map: Mapping[str, str]) -> None:
+        """Refuse the tables of the other dataset: with them all objects would be background."""
+        if any(class_map.get(category) in self.classes or category in self.neighbors for category in self.tables.categories):
+            return
+        where = f"{self.tables.root / self.tables.version / 'category.json'} holds {_listed(self.tables.categories)}"
+        other = NUSCENES_DIALECT if self.dialect.name == "lyft" else LYFT_DIALECT
+        remedy = f"say which category is which class (--class-map CATEGORY {self.classes[0]})"
+        if any(category in other.class_map for category in self.tables.categories):
+            where, remedy = (
+                f"{where}, which are names of {other.name}, not of {self.dialect.name}",
+                f"use `upcycle3d prepare {other.name}`",
+            )
+        raise InvalidInput(f"no category of these tables leads to {_listed(self.classes)}: {where}; {remedy}")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -301,7 +319,7 @@ def read_sweep(path: Path | str) -> PointCloud:
         The points in the sensor's own frame, intensity divided by 255. The ring is left out.
 
     Raises:
-        InvalidInput: The file is missing, empty or cut off, or holds NaN or inf.
+        InvalidInput: The file is missing, empty or cut off, holds NaN or inf, or its rows or intensities are no sweep's.
     """
     path = Path(path)
     if not path.is_file():
@@ -314,10 +332,25 @@ def read_sweep(path: Path | str) -> PointCloud:
             f"{path}: {size} bytes are not a whole number of rows of {_COLUMNS} float32 (x y z intensity ring): the sweep is cut off. "
             "Download it again (Lyft's host-a011_lidar1_1233090652702363606.bin is cut off in v1.01 and whole in v1.02), or leave the frame out"
         )
-    rows = np.fromfile(path, dtype="<f4").reshape(-1, _COLUMNS)
+    data = np.fromfile(path, np.uint8)
+    try:
+        check_number_rows(data, _COLUMN_NAMES, "float32", named=True)
+    except InvalidInput as error:
+        raise InvalidInput(
+            f"{path}: a sweep of nuScenes or Lyft has rows of x y z intensity ring, but {str(error).rpartition(': ')[0] or error}; put the "
+            "original file back"
+        ) from error
+    rows = data.view("<f4").reshape(-1, _COLUMNS)
     if not np.isfinite(rows[:, :4]).all():
         raise InvalidInput(
             f"{path}: {int((~np.isfinite(rows[:, :4]).all(1)).sum())} of {len(rows)} points hold NaN or inf; repair the file"
+        )
+    lowest, highest = float(rows[:, 3].min()), float(rows[:, 3].max())
+    scaled = 0 < highest <= 1 and bool((rows[:, 3] % 1 != 0).any())
+    if lowest < 0 or highest > _INTENSITY_MAX or scaled:
+        raise InvalidInput(
+            f"{path}: its intensity lies in {lowest:g}..{highest:g}, while nuScenes and Lyft count in whole numbers to 255; the file was "
+            "changed, or is of another sensor: put the original file back"
         )
     values = torch.from_numpy(rows[:, :4].astype(np.float32))
     return PointCloud(xyz=values[:, :3].contiguous(), features=values[:, 3:] / _INTENSITY_MAX)
@@ -380,6 +413,12 @@ def draw_scenes(tables: DriveTables, *, val_share: float, seed: int = 0) -> dict
 def _with_age(cloud: PointCloud, seconds: float) -> PointCloud:
     age = torch.full((len(cloud), 1), seconds)
     return replace(cloud, features=torch.cat([cloud.features, age], 1), feature_names=(*cloud.feature_names, "time"))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Up to a dozen names of others for a message."""
+    some = [shown(name, most=40) for name in names[:12]]
+    return ", ".join(some) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import InvalidInput
+from ..core.foreign_text import check_name
 from .drive_tables import DriveTables, SweepRow
 from .json_table import JsonTable
 
@@ -50,7 +51,7 @@ def read_tables(
     if not folder.is_dir():
         found = sorted(p.parent.name for p in root.glob("*/sample.json"))
         raise InvalidInput(
-            f"there is no folder {folder} with tables; {root} holds {', '.join(found) or 'none'}: name it as version"
+            f"there is no folder {folder} with tables; {root} holds {', '.join(found) or 'none'}; name it as version (--version), or check the folder"
         )
     logs = {token for (token,) in JsonTable(folder / "log.json").rows("token")}
     scene_names, scene_logs = _scenes(folder, logs)
@@ -84,7 +85,7 @@ def _scenes(folder: Path, logs: set[str]) -> tuple[dict[str, str], dict[str, str
             )
         if name in scene_logs:
             raise InvalidInput(f"{folder / 'scene.json'}: two scenes are called {name!r}; splits name scenes, so rename one")
-        names[token], scene_logs[name] = name, log
+        names[token], scene_logs[name] = check_name(name, f"name of a scene in {folder / 'scene.json'}"), log
     return names, scene_logs
 
 
@@ -179,7 +180,7 @@ def _boxes(
         values.extend(table.numbers(rotation, 4, token, "rotation"))
         points = row.get("num_lidar_pts")  # Lyft's tables hold -1 or nothing
         counts.append(instance_of.get(instance, -1))
-        counts.append(points if isinstance(points, int) and points >= 0 else -1)
+        counts.append(points if isinstance(points, int) and 0 <= points < 1 << 31 else -1)
     of_sample = np.array(samples, np.int64)
     sorting = np.argsort(of_sample, kind="stable")
     starts = np.searchsorted(of_sample[sorting], np.arange(len(order) + 1)).astype(np.int64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -69,18 +70,9 @@ def read_parquet(
         rows = file.metadata.num_rows
         if rows > max_rows:
             raise error(f"{path} declares {rows:,} rows, more than the {max_rows:,} that are read; {remedy}")
-        if _declared_values(file.metadata) * 4 > max_bytes:  # a run of equal values needs few bytes in the file
+        table = read_within(file, None, max_bytes=max_bytes)
+        if table is None:
             raise error(f"{path} unpacks into more than {max_bytes:,} bytes; {remedy}")
-        batches, taken = [], 0
-        for batch in file.iter_batches(_BATCH_ROWS, use_threads=False):
-            batches.append(batch)
-            taken += batch.nbytes
-            if taken > max_bytes:
-                raise error(f"{path} unpacks into more than {max_bytes:,} bytes; {remedy}")
-        table = pa.Table.from_batches(batches, file.schema_arrow)
-        table.validate(full=True)
-        if len(table) != rows:
-            raise error(f"{path} is damaged: it declares {rows} rows and holds {len(table)}; {remedy}")
     except PARQUET_FAULTS as fault:
         if isinstance(fault, UpcycleError):
             raise
@@ -88,10 +80,56 @@ def read_parquet(
     return table
 
 
-def _declared_values(metadata: pq.FileMetaData) -> int:
-    """Values of all columns of all row groups, as the file declares them."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    return sum(group.column(c).num_values for group in groups for c in range(group.num_columns))
+def read_within(file: pq.ParquetFile, columns: Sequence[str] | None, *, max_bytes: int) -> pa.Table | None:
+    """Read columns of an open file, unless they take too much memory. A run of equal values needs few bytes in a file.
+
+    Args:
+        file: The file.
+        columns: Names of columns; None takes all.
+        max_bytes: Bytes of the largest table.
+
+    Returns:
+        The table, checked, or None where it would be larger.
+
+    Raises:
+        ArrowException: The file is damaged; see `PARQUET_FAULTS`.
+    """
+    if declared_values(file.metadata, columns) * 4 > max_bytes:
+        return None
+    batches, taken = [], 0
+    for batch in file.iter_batches(_BATCH_ROWS, columns=None if columns is None else list(columns), use_threads=False):
+        batches.append(batch)
+        taken += batch.nbytes
+        if taken > max_bytes:
+            return None
+    whole = file.schema_arrow
+    table = pa.Table.from_batches(batches, whole if columns is None else pa.schema([whole.field(name) for name in columns]))
+    table.validate(full=True)
+    if len(table) != file.metadata.num_rows:
+        raise pa.ArrowInvalid(f"it declares {file.metadata.num_rows} rows and holds {len(table)}")
+    return table
+
+
+def declared_values(metadata: pq.FileMetaData, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None) -> int:
+    """Count the values that a file declares.
+
+    Args:
+        metadata: Of the file.
+        columns: Names of columns; None takes all.
+        groups: Row groups; None takes all.
+
+    Returns:
+        The number of values of these columns, those inside lists counted one by one.
+    """
+    total = 0
+    for i in range(metadata.num_row_groups) if groups is None else groups:
+        group = metadata.row_group(i)
+        for c in range(group.num_columns):
+            column = group.column(c)
+            path = column.path_in_schema
+            if columns is None or any(path == name or path.startswith(f"{name}.list.") for name in columns):
+                total += column.num_values
+    return total
 
 
 def checksum_in_name(path: Path | str) -> int | None:

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..core.errors import InvalidInput
+from .parquet import PARQUET_FAULTS, declared_values, read_within
 from .waymo_geometry import Image, LaserScan, Matrix, WaymoFrame, WaymoObjects
 
 # Names of the columns.
@@ -47,6 +48,9 @@ BOX_COLUMNS = tuple(f"{BOX}.{name}" for name in ("center.x", "center.y", "center
 TYPE, BOX_POINTS, LEVEL = (
     f"[LiDARBoxComponent].{name}" for name in ("type", "num_lidar_points_in_box", "difficulty_level.detection")
 )
+
+_MOST_TABLE_BYTES = 256 << 20  # of a component without images; a real one has a few megabytes
+_MOST_ROW_VALUES = 4 << 20  # numbers of the images of one laser and frame; a real row has 1.4 million
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +203,7 @@ class _Component:
                     f"{self.path}: there is no column {', '.join(missing)}; it has {', '.join(names)}; is it the component {component} "
                     "of v2?"
                 )
-            keys = self._file.read([SEGMENT, *({TIME} & set(columns))], use_threads=False)
+            keys = self._read([SEGMENT, *({TIME} & set(columns))])
         strangers = {str(name) for name in keys[SEGMENT].unique().to_pylist()} - {segment}
         if strangers:
             raise InvalidInput(f"{self.path} holds rows of segment {min(strangers)}; the file's name and content disagree")
@@ -212,7 +216,15 @@ class _Component:
     @cached_property
     def table(self) -> pa.Table:
         with self._readable():
-            return self._file.read(self._columns, use_threads=False)
+            return self._read(self._columns)
+
+    def _read(self, columns: list[str]) -> pa.Table:
+        table = read_within(self._file, columns, max_bytes=_MOST_TABLE_BYTES)
+        if table is None:
+            raise InvalidInput(
+                f"{self.path}: {', '.join(columns)} take more than {_MOST_TABLE_BYTES:,} bytes; no real segment has so many"
+            )
+        return table
 
     def at(self, timestamp: int) -> pa.Table:
         """The rows of one time of `table`."""
@@ -224,6 +236,7 @@ class _Component:
             group = int(np.searchsorted(self._ends, index, "right"))
             with self._readable():
                 if group != self._group or self._next > index:
+                    self._check_images(group)
                     self._stream = self._file.iter_batches(1, row_groups=[group], columns=self._columns, use_threads=False)
                     self._group, self._next = group, int(self._ends[group - 1]) if group else 0
                 batch = None
@@ -234,12 +247,22 @@ class _Component:
                 raise InvalidInput(f"{self.path}: row {index} is missing from row group {group}; copy it again")
             yield {name: batch.column(name)[0] for name in self._columns}
 
+    def _check_images(self, group: int) -> None:
+        rows = self._file.metadata.row_group(group).num_rows
+        values = declared_values(self._file.metadata, self._columns, [group])
+        if values > _MOST_ROW_VALUES * max(rows, 1):
+            raise InvalidInput(
+                f"{self.path}: row group {group} declares {values:,} numbers in {rows} rows; no real image has so many"
+            )
+
     @contextmanager
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, OSError) as error:
+        except PARQUET_FAULTS as error:
             self._group = -1
+            if isinstance(error, InvalidInput):
+                raise
             raise InvalidInput(f"{self.path}: not a readable Parquet file ({error}); copy it again") from error
 
 

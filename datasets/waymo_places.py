@@ -13,11 +13,12 @@ Read next: `waymo.py`, which reads the frames.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
 from ..core.errors import InvalidInput
+from ..core.foreign_text import check_name
 from .id_lists import list_names, read_ids
 from .waymo_parquet import TablePlace, find_frames
 from .waymo_proto import read_identity
@@ -63,8 +64,8 @@ def find_waymo_frames(
     if every < 1:
         raise InvalidInput(f"every must be at least 1, found {every}")
     folders = [folder for folder in (root, *(root / name for name in WAYMO_FOLDERS)) if folder.is_dir()]
-    tables = {path.stem: folder for folder in folders for path in sorted((folder / "lidar").glob("*.parquet"))}
-    files = {_segment_name(path.name): path for folder in folders for path in sorted(folder.glob("*.tfrecord"))}
+    tables = {path.stem: folder for folder in folders for path in _visible(folder / "lidar", "*.parquet")}
+    files = {_segment_name(path.name): path for folder in folders for path in _visible(folder, "*.tfrecord")}
     if not tables and not files:
         raise InvalidInput(
             f"there is no lidar/<segment>.parquet (v2) and no *.tfrecord (v1) in {root} or its {', '.join(WAYMO_FOLDERS)}; check "
@@ -106,8 +107,8 @@ def find_waymo_splits(root: Path | str, names: Sequence[str] = ()) -> dict[str, 
     else:
         held = {split: root / folder for folder, split in WAYMO_FOLDERS.items() if (root / folder).is_dir()} or {"all": root}
         splits = {
-            split: tuple(sorted(p.stem for p in (folder / "lidar").glob("*.parquet")))
-            + tuple(sorted(_segment_name(p.name) for p in folder.glob("*.tfrecord")))
+            split: tuple(sorted(p.stem for p in _visible(folder / "lidar", "*.parquet")))
+            + tuple(sorted(_segment_name(p.name) for p in _visible(folder, "*.tfrecord")))
             for split, folder in held.items()
             if not names or split in names
         }
@@ -149,11 +150,20 @@ def _record_places(path: Path) -> tuple[FramePlace, ...]:
             place = FramePlace(id=f"{segment}_{timestamp}", segment=segment, source=record)
         except InvalidInput:
             place = unnamed  # reading it says what is wrong
+        try:
+            check_name(place.id, "frame id")  # the context name is a part of it, and it becomes a part of paths
+        except InvalidInput as error:
+            place = replace(unnamed, source=f"{record}: {error}")
         places.append(unnamed if place.id in seen else place)
         seen.add(place.id)
     if problem is not None:
         places.append(FramePlace(id=f"{name}_record{len(records):06d}", segment=name, source=problem))
     return tuple(places)
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder in order of their names, without hidden ones, which macOS leaves beside every file."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def _segment_name(text: str) -> str:

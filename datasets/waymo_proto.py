@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import InvalidInput
-from .waymo_geometry import Image, LaserScan, Matrix, WaymoFrame, WaymoObjects
+from .waymo_geometry import LASERS, Image, LaserScan, Matrix, WaymoFrame, WaymoObjects
 from .waymo_records import RecordPlace, read_head, read_record
 
 # Frame: 1 context, 2 timestamp_micros, 3 pose, 5 lasers, 6 laser_labels (4 images and the rest are skipped).
@@ -25,7 +26,12 @@ from .waymo_records import RecordPlace, read_head, read_record
 # Laser: 1 name, 2 ri_return1, 3 ri_return2. RangeImage: 2 image, 4 poses, both zlib-compressed MatrixFloat: 1 data, 2 shape (1 dims).
 # Label: 1 box, 3 type, 4 id, 5 detection_difficulty_level, 7 num_lidar_points_in_box.
 _BOX_FIELDS = (1, 2, 3, 5, 4, 6, 7)  # x, y, z, length, width, height, heading: width comes before length in Label.Box
-_MOST_IMAGE_BYTES = 64 << 20  # the largest real one, poses of 64 x 2650 pixels, has 4 MB
+_MOST_IMAGE_BYTES = 8 << 20  # the largest real one, poses of 64 x 2650 pixels, has 4 MB
+_MOST_FRAME_BYTES = 64 << 20  # of all images; a real frame has 25 MB
+# A field costs up to 300 bytes here and two in the file. A real frame has hundreds of fields, a label thirty.
+_MOST_FIELDS = 20_000
+_MOST_LABEL_FIELDS = 500
+_MOST_LABELS = 5_000
 _HEAD_BYTES = 1 << 16
 
 _FieldValue = int | memoryview
@@ -91,8 +97,15 @@ def parse_frame(data: bytes) -> WaymoFrame:
     message = _fields(memoryview(data))
     segment, timestamp = _identity(message)
     calibrations = {_int(f, 1): f for f in map(_fields, _messages(_fields(_message(message, 1)), 3))}
-    lasers = tuple(_laser(_fields(m), calibrations) for m in _messages(message, 5))
-    labels = [_fields(m) for m in _messages(message, 6)]
+    scans = _messages(message, 5)
+    if len(scans) > len(LASERS):
+        raise InvalidInput(f"the frame has {len(scans)} laser scans; a Waymo vehicle has {len(LASERS)} lasers")
+    budget = _Budget()
+    lasers = tuple(_laser(_fields(m), calibrations, budget) for m in scans)
+    found = _messages(message, 6)
+    if len(found) > _MOST_LABELS:
+        raise InvalidInput(f"the frame has {len(found)} laser labels, more than the {_MOST_LABELS} that are read")
+    labels = [_fields(m, _MOST_LABEL_FIELDS) for m in found]
     return WaymoFrame(
         segment=segment,
         timestamp=timestamp,
@@ -115,10 +128,17 @@ def _identity(message: _Fields) -> tuple[str, int]:
     return segment, _int(message, 2)
 
 
-def _laser(laser: _Fields, calibrations: dict[int, _Fields]) -> LaserScan:
+@dataclass
+class _Budget:
+    """Bytes that the images of a frame may still take."""
+
+    left: int = _MOST_FRAME_BYTES
+
+
+def _laser(laser: _Fields, calibrations: dict[int, _Fields], budget: _Budget) -> LaserScan:
     name = _int(laser, 1)
     first = _fields(_message(laser, 2))
-    images = [_image(_message(_fields(_message(laser, field)), 2), 4) for field in (2, 3)]
+    images = [_image(_message(_fields(_message(laser, field)), 2), 4, budget) for field in (2, 3)]
     returns = tuple(image for image in images if image is not None)
     if returns and name not in calibrations:
         raise InvalidInput(f"laser {name} has a range image but no calibration; its points cannot be placed")
@@ -126,24 +146,27 @@ def _laser(laser: _Fields, calibrations: dict[int, _Fields]) -> LaserScan:
     return LaserScan(
         name=name,
         returns=returns,
-        pixel_poses=_image(_message(first, 4), 6) if returns else None,
+        pixel_poses=_image(_message(first, 4), 6, budget) if returns else None,
         extrinsic=_transform(_message(calibration, 5)) if returns else np.eye(4),
         inclinations=_numbers(calibration.get(2, []), "<f8") if calibration.get(2) else None,
         inclination_range=(_double(calibration, 3), _double(calibration, 4)),
     )
 
 
-def _image(compressed: memoryview, channels: int) -> Image | None:
+def _image(compressed: memoryview, channels: int, budget: _Budget) -> Image | None:
     """(H, W, channels) of a zlib-compressed MatrixFloat; None for no bytes, which means that the image was left out."""
     if not compressed:
         return None
     decoder = zlib.decompressobj()
     try:
-        data = decoder.decompress(compressed, _MOST_IMAGE_BYTES)
+        data = decoder.decompress(compressed, min(_MOST_IMAGE_BYTES, max(budget.left, 1)))
     except zlib.error as error:
         raise InvalidInput(f"a range image is not zlib data ({error}); the file is damaged") from error
     if not decoder.eof:
-        raise InvalidInput(f"a range image is cut off or larger than {_MOST_IMAGE_BYTES} bytes; the file is damaged")
+        raise InvalidInput(
+            f"a range image is cut off or larger than {_MOST_IMAGE_BYTES} bytes, or all of them than {_MOST_FRAME_BYTES}; the file is damaged"
+        )
+    budget.left -= len(data)
     matrix = _fields(memoryview(data))
     shape = [v for m in _messages(matrix, 2) for v in _integers(_fields(m).get(1, []))]
     values = _numbers(matrix.get(1, []), "<f4")
@@ -206,9 +229,11 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
     raise InvalidInput(f"a number at byte {position} of a message does not end; this is not a protobuf message")
 
 
-def _fields(data: memoryview) -> _Fields:
+def _fields(data: memoryview, most: int = _MOST_FIELDS) -> _Fields:
     found: _Fields = {}
-    for field, value in _walk(data):
+    for count, (field, value) in enumerate(_walk(data)):
+        if count == most:
+            raise InvalidInput(f"a message has more than {most} fields; this is not the expected message, or the file is damaged")
         found.setdefault(field, []).append(value)
     return found
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.ledger import Ledger
 from upcycle3d.datasets.drive_tables import quaternion_matrix
 from upcycle3d.datasets.json_table import JsonTable
 from upcycle3d.datasets.nuscenes import LYFT_DIALECT, NUSCENES_DIALECT, NuScenesDataset, draw_scenes, read_sweep, split_by_scene
@@ -304,7 +305,7 @@ def test_a_missing_cut_off_or_foreign_table_is_named(root):
     (root / VERSION / "instance.json").unlink()
     with pytest.raises(InvalidInput, match=r"no table .*instance.json; the folder holds .*sample_annotation"):
         read_tables(root, VERSION)
-    with pytest.raises(InvalidInput, match=r"no folder .*v1.01-train with tables; .* holds v1.0-mini: name it as version"):
+    with pytest.raises(InvalidInput, match=r"no folder .*v1.01-train with tables; .* holds v1.0-mini; name it as version"):
         read_tables(root, LYFT_DIALECT.version)
 
 
@@ -330,3 +331,79 @@ def test_points_that_are_not_finite_are_refused(tmp_path):
     (tmp_path / "a.bin").write_bytes(np.array([[1, 2, 3, 4, 5], [1, np.nan, 3, 4, 5]], "<f4").tobytes())
     with pytest.raises(InvalidInput, match="1 of 2 points hold NaN or inf"):
         read_sweep(tmp_path / "a.bin")
+
+
+# ---- what must not become silently wrong
+
+
+def test_the_wrong_command_for_a_folder_is_an_error_that_names_the_right_one(root):
+    tables = read_tables(root, VERSION)
+    with pytest.raises(
+        InvalidInput, match=r"holds vehicle.car, .*, which are names of nuscenes, not of lyft; use `upcycle3d prepare nusc"
+    ):
+        NuScenesDataset(tables, ("later",), LYFT_DIALECT, classes=("Car",))
+    lyft = by_table() | {"category": [{"token": f"c{i}", "name": name} for i, name in enumerate(("car", "truck", "pedestrian"))]}
+    with pytest.raises(InvalidInput, match=r"names of lyft, not of nuscenes; use `upcycle3d prepare lyft`"):
+        dataset(write(root, lyft), classes=("Car",))
+
+
+def test_tables_in_which_no_category_leads_to_a_class_are_an_error(root):
+    strange = by_table() | {"category": [{"token": f"c{i}", "name": f"thing{i}"} for i in range(3)]}
+    with pytest.raises(InvalidInput, match=r"leads to Car: .*holds thing0, thing1, thing2; say which .*--class-map CATEGORY Car"):
+        dataset(write(root, strange), classes=("Car",))
+
+
+def test_what_was_kept_and_dropped_of_a_frame_is_counted(root):
+    reading = dataset(root, classes=("Car", "Pedestrian"))[0].reading
+    assert reading == Ledger(points=2, types_dropped={"vehicle.truck": 1})
+    dropped = dataset(root, classes=("Truck",), max_length=10)[0].reading.types_dropped
+    assert dropped == {"vehicle.car": 1, "vehicle.truck (too long)": 1}
+
+
+@pytest.mark.parametrize("rows", [4, 6])
+def test_a_sweep_with_rows_of_another_width_is_refused_even_if_its_size_fits(tmp_path, rows):
+    rng = np.random.default_rng(0)
+    angle = np.linspace(0, 2 * np.pi, 1000)
+    scan = np.stack([20 * np.sin(angle), 20 * np.cos(angle), rng.normal(-1.5, 0.2, 1000), rng.integers(0, 200, 1000)], 1)
+    scan = np.concatenate([scan, np.tile(np.arange(1000)[:, None] % 32, (1, 2))], 1)
+    (tmp_path / "good.bin").write_bytes(scan[:, :5].astype("<f4").tobytes())
+    assert len(read_sweep(tmp_path / "good.bin")) == 1000
+    (tmp_path / "a.bin").write_bytes(scan[:, :rows].astype("<f4").tobytes())
+    with pytest.raises(InvalidInput, match=rf"a.bin: .*looks like {rows} values per point; put the original file back"):
+        read_sweep(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 0.7), (-1, 200), (3, 891)])
+def test_intensities_that_do_not_count_to_255_are_refused(tmp_path, low, high):
+    (tmp_path / "a.bin").write_bytes(np.array([[1, 2, 3, low, 5], [1, 2, 3, high, 5]], "<f4").tobytes())
+    with pytest.raises(
+        InvalidInput, match=rf"a.bin: its intensity lies in {low:g}\.\.{high:g}, while nuScenes and Lyft count .* to 255"
+    ):
+        read_sweep(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x.bin", "samples/../../x", "a\0b", "a\x1b[2J", "a\\b", ""])
+def test_a_sweep_s_file_name_cannot_lead_elsewhere(root, name):
+    tables = by_table()
+    tables["sample_data"][2]["filename"] = name
+    with pytest.raises(InvalidInput, match="leads out of the dataset's folder, or holds odd characters"):
+        dataset(write(root, tables))[0]
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a\x1bb", "..", ""])
+def test_names_of_scenes_are_checked_when_they_are_read(root, name):
+    tables = by_table()
+    tables["scene"][0]["name"] = name
+    with pytest.raises(InvalidInput, match=r"name of a scene in .*scene.json .* cannot be a file name"):
+        read_tables(write(root, tables), VERSION)
+
+
+def test_numbers_beyond_all_bounds_are_sentences(root):
+    path = root / VERSION / "sample_annotation.json"
+    text = path.read_text()
+    path.write_text(text.replace('"num_lidar_pts": 7', f'"num_lidar_pts": {"9" * 40}'))
+    assert dataset(root)[0].labels.num_points.tolist()[0] in (0, 1)  # not known, so counted
+    for wrong in ("9" * 400, "9" * 5000):
+        path.write_text(text.replace("121.0", wrong))
+        with pytest.raises(InvalidInput, match=r"sample_annotation.json"):
+            dataset(root)[0]

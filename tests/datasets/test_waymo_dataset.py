@@ -12,6 +12,7 @@ import torch
 from tiny_waymo import FRAMES, SEGMENTS, SENSOR, SMALL, places
 
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.datasets import waymo_parquet
 from upcycle3d.datasets.kitti import with_point_counts
 from upcycle3d.datasets.simulation.layout_waymo import waymo_frame, write_segment
 from upcycle3d.datasets.simulation.places import CLASS_NAMES, WAYMO
@@ -280,3 +281,21 @@ def test_frames_of_a_time_or_reader_that_do_not_exist(written):
     assert (empty.lasers, empty.pose, len(empty.objects.boxes)) == ((), None, 0)
     with pytest.raises(IndexError):
         WaymoDataset(places(written))[FRAMES]
+
+
+def test_what_was_kept_and_dropped_of_a_frame_is_counted(written):
+    frame = WaymoDataset(places(written), classes=("Pedestrian",))[0]
+    everything = WaymoDataset(places(written))[0]
+    reading = frame.reading
+    assert reading.points == len(frame.points)
+    assert sum(reading.types_dropped.values()) == len(everything.labels) - len(frame.labels) > 0
+
+
+def test_tables_that_unpack_into_much_memory_are_refused(waymo_copy, monkeypatch):
+    monkeypatch.setattr(waymo_parquet, "_MOST_TABLE_BYTES", 1000)
+    with pytest.raises(InvalidInput, match=r"take more than 1,000 bytes; no real segment has so many"):
+        WaymoDataset(places(waymo_copy))[0]
+    monkeypatch.undo()
+    monkeypatch.setattr(waymo_parquet, "_MOST_ROW_VALUES", 100)
+    with pytest.raises(InvalidInput, match=r"row group 0 declares [\d,]+ numbers in \d+ rows; no real image has so many"):
+        WaymoDataset(places(waymo_copy), with_labels=False)[0]

@@ -1,6 +1,7 @@
 """The v1 message: against Google's own protobuf library, against real records, and against damage."""
 
 import struct
+import tracemalloc
 import zlib
 from contextlib import suppress
 from functools import cache
@@ -268,3 +269,48 @@ def test_real_records_give_their_labels_and_say_that_they_hold_no_point():
     assert abs(float((cars[:, 2] - cars[:, 5] / 2).median())) < 0.7
     with pytest.raises(InvalidInput, match=r"frame 1024360143612057520_.*: none of its 0 range images holds a point"):
         data[1]
+
+
+# ---- what a hostile file may not do
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "..", "a\0b", "a\x1b[2Jb", "x" * 300])
+def test_a_context_name_that_leads_elsewhere_never_becomes_the_id_of_a_frame(tmp_path, name):
+    frame = make_frame()
+    frame.context.name = name
+    (tmp_path / "segment-good.tfrecord").write_bytes(framed(frame.SerializeToString()))
+    ((place,),) = find_waymo_frames(tmp_path).values()
+    assert place.id == "good_record000000"
+    with pytest.raises(InvalidInput, match=r"frame good_record000000: .*the frame id .* cannot be a file name"):
+        WaymoDataset([place])[0]
+
+
+def test_hidden_files_are_no_segments(tmp_path):
+    (tmp_path / "segment-good.tfrecord").write_bytes(framed(make_frame().SerializeToString()))
+    (tmp_path / "._segment-good.tfrecord").write_bytes(b"what macOS leaves")
+    assert list(find_waymo_frames(tmp_path)) == ["good"]
+
+
+def test_a_small_record_that_unpacks_into_much_memory_is_refused(tmp_path):
+    image = zlib.compress(message_classes()["MatrixFloat"](data=[0.0] * (2 << 20)).SerializeToString())  # 8 MB
+    many = make_frame()
+    for number in range(1, 20):
+        many.lasers.add(name=number).ri_return1.range_image_compressed = image
+    labels = make_frame()
+    for _ in range(20_000):
+        labels.laser_labels.add()
+    unpacked = make_frame()
+    unpacked.lasers[0].ri_return1.range_image_compressed = zlib.compress(b"\x0d\x00\x00\x00\x00" * (1 << 18))  # floats one by one
+    repeated = make_frame().SerializeToString() + b"\x30\x00" * (1 << 18)
+    for data, words in [
+        (many.SerializeToString(), "laser scans"),
+        (labels.SerializeToString(), "laser labels|more than 20000 fields"),
+        (unpacked.SerializeToString(), "more than 20000 fields"),
+        (repeated, "more than 20000 fields"),
+    ]:
+        tracemalloc.start()
+        with pytest.raises(InvalidInput, match=words):
+            parse_frame(data)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 60e6
