@@ -42,7 +42,7 @@ from ..models.encoders.encoder import Encoder
 from ..models.encoders.fingerprint import encoder_fingerprint
 from ..models.encoders.scan_survey import measures_of
 from ..wire.codec import check_codec
-from ..wire.encoder_file import load_encoder
+from ..wire.encoder_file import check_fingerprint, load_encoder
 from ..wire.shards import AddedScene, SceneKind, ShardJournal, ShardWriteError, ShardWriter
 
 
@@ -113,7 +113,15 @@ class Extractor:
         self.codec = codec
 
     @classmethod
-    def from_file(cls, path: str | Path, *, rig: RigSpec | None, codec: str, device: torch.device | str = "cpu") -> Self:
+    def from_file(
+        cls,
+        path: str | Path,
+        *,
+        rig: RigSpec | None,
+        codec: str,
+        device: torch.device | str = "cpu",
+        expected_fingerprint: str | None = None,
+    ) -> Self:
         """Load the encoder that the server handed out, and make an extractor of it.
 
         Args:
@@ -121,18 +129,22 @@ class Extractor:
             rig: Mounting height and intensity scale of this kind of vehicle. None takes the rig of the training data.
             codec: "fp16" or "int8".
             device: Where the encoder runs.
+            expected_fingerprint: The fingerprint that encoder and rig must have, as the server told the fleet, or its first digits.
 
         Returns:
             The extractor.
 
         Raises:
-            InvalidInput: The file is missing, damaged or of another kind, the encoder cannot run on a vehicle, or this machine has no
-                such device.
+            InvalidInput: The file is missing, damaged or of another kind, the encoder cannot run on a vehicle or has another
+                fingerprint, or this machine has no such device.
         """
         encoder = load_encoder(path)
         if rig is None:
             rig = RigSpec() if encoder.trained_on is None else encoder.trained_on.rig
-        return cls(encoder.to(find_device(device)), rig, codec)
+        extractor = cls(encoder.to(find_device(device)), rig, codec)
+        if expected_fingerprint is not None:
+            check_fingerprint(extractor.fingerprint, expected_fingerprint, rig)
+        return extractor
 
     @property
     def kind(self) -> SceneKind:

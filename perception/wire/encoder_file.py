@@ -22,7 +22,6 @@ from ...core.rig import RigSpec
 from ...core.tensor_file import TensorFile, TensorFileKind, load_module, write_tensors
 from ...core.trained_on import TrainedOn
 from ..models.encoders.encoder import Encoder
-from ..models.encoders.fingerprint import encoder_fingerprint
 from ..models.encoders.table import EncoderConfig
 
 ENCODER_FILE = "encoder.safetensors"
@@ -92,26 +91,24 @@ def _builder(file: TensorFile) -> Callable[[], Encoder]:
     return config_from_json(_Stored, file.described("config")).encoder.build
 
 
-def check_fingerprint(encoder: Encoder, rig: RigSpec, expected: str, source: str | Path) -> None:
+def check_fingerprint(found: str, expected: str, rig: RigSpec) -> None:
     """Refuse an encoder that is not the one that the server named. The hash in a file tells damage, not another file.
 
     Args:
-        encoder: The encoder.
-        rig: The rig of the vehicle; it is part of the fingerprint.
-        expected: The fingerprint, or at least its first 16 digits, in hexadecimal.
-        source: Where the encoder is from, for messages.
+        found: The fingerprint of the encoder with this rig.
+        expected: The fingerprint that the server told, or at least its first 12 digits, in hexadecimal.
+        rig: The rig, for the message.
 
     Raises:
-        InvalidInput: The fingerprint is another one, or `expected` is not one.
+        InvalidInput: The two differ, or `expected` is no fingerprint.
     """
     wanted = expected.strip().lower().rstrip("…")
-    if not re.fullmatch(r"[0-9a-f]{16,64}", wanted):
+    if not re.fullmatch(r"[0-9a-f]{12,64}", wanted):
         raise InvalidInput(
-            f"an encoder fingerprint is 64 hexadecimal digits, or at least the first 16, found {shown(expected)!r}"
+            f"an encoder fingerprint has 64 hexadecimal digits, of which at least the first 12 are needed; found {shown(expected, most=80)!r}"
         )
-    found = encoder_fingerprint(encoder, rig)
     if not found.startswith(wanted):
         raise InvalidInput(
-            f"the encoder in {source} with the rig {rig} has the fingerprint {found}, and {wanted} is expected; get the encoder file again "
-            "from the server, and give the rig that the server expects (--z-shift, --intensity-scale)"
+            f"the encoder with the rig {rig} has the fingerprint {found}, and {wanted} is expected; nothing was extracted. Get the encoder "
+            "file from the server again, and give the rig that the server expects (--z-shift, --intensity-scale)"
         )

@@ -90,3 +90,18 @@ def test_every_missing_weight_is_named_in_one_error(path):
     assert f"missing {names[0]} " in str(error.value)
     assert f"missing {names[-1]} " in str(error.value)
     assert "encoder.safetensors" in str(error.value)
+
+
+def test_a_vehicle_that_is_told_the_fingerprint_refuses_another_encoder_or_rig(path):
+    rig = RigSpec(z_shift=1.5)
+    expected = encoder_fingerprint(load_encoder(path), rig)
+    for told in (expected, expected[:12].upper(), f" {expected[:16]}… "):
+        assert Extractor.from_file(path, rig=rig, codec="fp16", expected_fingerprint=told).fingerprint == expected
+    with pytest.raises(InvalidInput, match=f"has the fingerprint [0-9a-f]{{64}}, and {expected} is expected"):
+        Extractor.from_file(path, rig=RigSpec(), codec="fp16", expected_fingerprint=expected)
+    save_encoder(path, tiny.second_iou(seed=1).encoder)
+    with pytest.raises(InvalidInput, match="is expected"):
+        Extractor.from_file(path, rig=rig, codec="fp16", expected_fingerprint=expected[:20])
+    for wrong in ("", "abc", "x" * 64, expected + "0"):
+        with pytest.raises(InvalidInput, match="an encoder fingerprint has 64 hexadecimal digits"):
+            Extractor.from_file(path, rig=rig, codec="fp16", expected_fingerprint=wrong)
