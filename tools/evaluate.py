@@ -17,6 +17,7 @@ import tyro
 from ..core.device import find_device
 from ..core.errors import InvalidInput
 from ..core.files import write_atomically
+from ..core.foreign_text import check_name
 from ..core.ledger import Ledger
 from ..datasets.kitti import read_ids
 from ..datasets.kitti_text import write_objects
@@ -217,6 +218,8 @@ def _close(account: Account, result: Mapping[str, object], json_file: Path | Non
 
 
 def _write_detections(folder: Path, report: EvaluationReport) -> None:
+    for frame_id in (*report.kitti_files, *(report.detections.ids if report.detections is not None else ())):
+        check_name(frame_id, "frame id")
     for frame_id, objects in report.kitti_files.items():
         write_objects(folder / f"{frame_id}.txt", objects)
     if report.detections is not None:
