@@ -38,7 +38,7 @@ from .class_names import ClassRule, nearest
 from .frame_source import DatasetOrigin, described_origin
 from .id_lists import read_ids
 from .kitti import scan_settings, with_point_counts
-from .kitti_text import MOST_YAW, AngleError, count_types, finite_number, label_words
+from .kitti_text import MOST_YAW, AngleError, count_label_types, finite_number, label_words
 
 YawUnit = Literal["radians", "degrees"]
 """Unit of the angles in label files."""
@@ -200,7 +200,7 @@ class FolderDataset:
         Raises:
             InvalidInput: A yaw lies beyond two pi, so all of them are probably in degrees; or no file can be read.
         """
-        return count_types((self._label_path(i) for i in self.ids if self.has_labels(i)), self._types_of)
+        return count_label_types((self._label_path(i) for i in self.ids if self.has_labels(i)), self._types_of)
 
     def _types_of(self, path: Path) -> Counter[str]:
         lines = read_text(path, "label file").splitlines()

@@ -39,7 +39,7 @@ from .class_names import ClassRule
 from .frame_source import DatasetOrigin, described_origin
 from .id_lists import read_ids as read_ids
 from .kitti_calibration import find_calibration, read_calibration, shift_calibration
-from .kitti_text import KittiObjects, count_types, dropped_types, labels_from_kitti, read_objects, read_types
+from .kitti_text import KittiObjects, count_label_types, dropped_types, labels_from_kitti, read_objects, read_types
 from .picture_size import find_picture, read_picture_size
 
 KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
@@ -158,7 +158,7 @@ class KittiDataset:
             InvalidInput: An angle is not in radians, or no file can be read.
         """
         labeled = [i for i in self.ids if self.has_labels(i)]
-        return count_types((self._base(i) / "label_2" / f"{_name(i)}.txt" for i in labeled), read_types)
+        return count_label_types((self._base(i) / "label_2" / f"{_name(i)}.txt" for i in labeled), read_types)
 
     def kitti_objects(self, frame_id: str) -> KittiObjects:
         """Read a frame's label file unchanged: what evaluation compares detections with.

@@ -267,7 +267,7 @@ def read_types(path: Path) -> Counter[str]:
     return Counter(words[0][: LONGEST_NAME + 1] for words in found)
 
 
-def count_types(files: Iterable[Path], read: Callable[[Path], Counter[str]]) -> Counter[str]:
+def count_label_types(files: Iterable[Path], read: Callable[[Path], Counter[str]]) -> Counter[str]:
     """Count the objects of label files by type.
 
     Args:
