@@ -36,7 +36,7 @@ def upcycle3d(command: str, *arguments: object) -> None:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("chain")
-    rig, vehicle = ("--rig.z-shift", 1.73), ("--z-shift", 1.73)
+    vehicle = ("--z-shift", 1.73)
     raw, data = root / "raw", root / "data"
     upcycle3d(
         "simulate", "--domain", "kitti", "--out", raw, "--frames", 7, "--seed", 3, "--splits", "train", 2, "fleet", 3, "val", 2
@@ -333,7 +333,7 @@ def test_a_mistyped_option_names_the_nearest(capsys):
 
 def test_the_same_commands_serve_pv_rcnn(chain, tmp_path):
     """Train, extract, ingest, upcycle, evaluate: keypoints travel with the scene, and raw ones do not leave."""
-    raw, data, rig, vehicle = chain / "raw", chain / "data", ("--rig.z-shift", 1.73), ("--z-shift", 1.73)
+    raw, data, vehicle = chain / "raw", chain / "data", ("--z-shift", 1.73)
     steps = ("--preset.train.loop.optim.total-steps", 2, "--workers", 0)
     upcycle3d("train", "small_pv_rcnn", "--data", data, "--out", tmp_path / "source", *steps)
     scans = ("--scans", raw / "training" / "velodyne_reduced", "--ids", raw / "ImageSets" / "fleet.txt")

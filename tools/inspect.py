@@ -11,15 +11,18 @@ import tyro
 
 from ..core.cut import CutSpec
 from ..core.errors import InvalidInput, UpcycleError
+from ..core.foreign_text import shown
 from ..core.rig import RigSpec
 from ..core.tensor_file import read_tensors
 from ..datasets.prepared import PreparedDataset
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
-from ..perception.server.store import CATALOG, SmashedStore
+from ..perception.server.store import CATALOG, QUARANTINE, SmashedStore
 from ..perception.training.run_folder import RunFolder
 from ..perception.wire.encoder_file import load_encoder
 from ..perception.wire.manifest import read_manifest
 from .console import print_table, run_command, write_json
+
+_LISTED = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +107,12 @@ def _keypoints(spec: CutSpec) -> dict[str, object]:
 
 def _store(path: Path) -> dict[str, object]:
     store = SmashedStore(path)
-    quarantine = sorted((path / "quarantine").glob("*.reason.txt"))
+    quarantine = sorted((path / QUARANTINE).glob("*.reason.txt"))
+    empty = int((store.voxels == 0).sum())
     facts: dict[str, object] = {
         "scenes": len(store),
         "cells per scene, median": int(store.voxels.median()) if len(store) else 0,
+        **({"scenes without a cell": empty} if empty else {}),
         "codecs": ", ".join(store.codecs),
         "cut": store.spec.layer,
         **_keypoints(store.spec),
@@ -117,8 +122,20 @@ def _store(path: Path) -> dict[str, object]:
     return facts | {
         "encoder fingerprint": store.fingerprint,
         "quarantined shards": len(quarantine),
-        **{f"quarantined {q.name.split('.')[0][:16]}": q.read_text().strip() for q in quarantine},
+        **{f"quarantined {q.name.removesuffix('.reason.txt')[:40]}": _reason(q) for q in quarantine[:_LISTED]},
+        **({"quarantined": f"and {len(quarantine) - _LISTED} more"} if len(quarantine) > _LISTED else {}),
     }
+
+
+def _reason(path: Path) -> str:
+    """Why a shard was refused: the line `Reason:` of the text beside it."""
+    try:
+        with path.open(encoding="utf-8", errors="backslashreplace") as file:
+            text = file.read(20_000)
+    except OSError as error:
+        return f"the reason cannot be read: {error.strerror}"
+    lines = [line.removeprefix("Reason: ") for line in text.splitlines() if line.startswith("Reason: ")]
+    return shown(lines[0] if lines else text, most=1000)
 
 
 def _run(path: Path) -> dict[str, object]:

@@ -9,7 +9,9 @@ import json
 import shutil
 from collections.abc import Callable
 
+from ...core.errors import UpcycleError
 from ...core.files import write_atomically
+from ...core.ledger import judge
 from ...core.strict_json import read_json
 from ...core.structures import PointCloud
 from ..server.ingest import ingest
@@ -54,8 +56,18 @@ def _extract_and_ingest(job: JobFolder) -> dict[str, float]:
     shards, store = job.folder / "shards", job.folder / "store"
     with job.timed("extract"), extractor.shard_writer(shards) as writer:
         report = extract([scan(i) for i in range(len(frames))], extractor, writer, on_scene=on_scene)
+    for failure in report.failures[:3]:
+        job.options.say(f"frame {frames.ids[failure.index]} gave no scene: {failure.reason}")
+    if len(report.failures) > 3:
+        job.options.say(f"{len(report.failures)} of {len(frames)} frames gave no scene")
+    for finding in judge(report.ledger):
+        job.options.say(f"warning: {finding.text}")
+    if not report.frames:
+        raise UpcycleError(f"none of the fleet's {len(frames)} frames gave a scene: {report.failures[0].reason}")
     with job.timed("ingest"):
-        ingest(shards, store, expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
+        taken = ingest(shards, store, expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec, final=True)
+    if taken.quarantined:
+        raise UpcycleError(f"{len(taken.quarantined)} shards of this fleet were refused: {taken.quarantined[0].reason}")
     write_atomically(job.receipts, json.dumps(receipts).encode())
     return extraction_numbers(report)
 

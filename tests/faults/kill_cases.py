@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from faults.fleet_kills import FLEET_CASES
 from faults.killing import KillCase
 from upcycle3d.core.frame import Frame
 from upcycle3d.datasets.gt_database import build_gt_database
@@ -69,4 +70,4 @@ PREPARE_WITH_WORKERS = replace(
     PREPARE, name="prepare with workers", begin=lambda root: _prepare(root, 2), go_on=lambda root: _prepare(root, 2)
 )
 
-CASES: tuple[KillCase, ...] = (PREPARE, PREPARE_WITH_WORKERS)
+CASES: tuple[KillCase, ...] = (PREPARE, PREPARE_WITH_WORKERS, *FLEET_CASES)

@@ -2,8 +2,10 @@
 
 import json
 import pickle
+from contextlib import suppress
 from dataclasses import replace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,7 +17,9 @@ from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import CutFeatures
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.perception.server.ingest import ingest
+from upcycle3d.perception.server.methods import METHODS
 from upcycle3d.perception.server.store import BrokenStore, SmashedStore, collate_scenes, quantize_features
+from upcycle3d.perception.server.trainer import unlabeled_reader
 from upcycle3d.perception.vehicle.extractor import Extractor
 from upcycle3d.perception.wire.codec import CODECS, decode_scene, encode_scene, round_trip
 from upcycle3d.perception.wire.cut_json import CorruptScene
@@ -192,3 +196,109 @@ def test_labeled_features_are_bit_for_bit_what_a_store_would_give(codec):
     assert torch.equal(found.voxels.sorted().coords, expected.voxels.sorted().coords)
     assert torch.equal(found.voxels.sorted().features, expected.voxels.sorted().features)
     assert not torch.equal(found.keypoints.features, live.keypoints.features)
+
+
+# ------------------------------------------------------------------------------------------------- damage after ingest
+
+
+def store_of_shards(incoming, store, shards: int, scenes: int = 2) -> SmashedStore:
+    for i in range(shards):
+        upload(incoming, [scene(10 * i + j) for j in range(scenes)])
+    ingest_all(incoming, store)
+    return SmashedStore(store)
+
+
+def flip(tar) -> None:
+    """One bit of every kilobyte."""
+    data = bytearray(tar.read_bytes())
+    for place in range(600, len(data) - 1024, 300):
+        data[place] ^= 1
+    tar.write_bytes(data)
+
+
+def swap_for_another(tar) -> None:
+    tar.write_bytes(bytes(len(tar.read_bytes())))
+
+
+@pytest.mark.parametrize("harm", [flip, swap_for_another, lambda tar: tar.unlink(), lambda tar: tar.write_bytes(b"")])
+def test_a_shard_that_changed_after_ingest_is_skipped_with_a_sentence_that_names_and_counts_it(incoming, store, harm):
+    smashed = store_of_shards(incoming, store, 11)
+    tar = next((store / "shards").glob("*.tar"))
+    harm(tar)
+    lost = {i for i in range(22) if smashed._shards[smashed._shard[i]] == tar.stem}
+    with pytest.warns(UserWarning, match=f"shard {tar.stem} is damaged, and the training goes on without its 2 scenes") as told:
+        read = [smashed.readable(i).scene_id for i in range(22)]
+    assert len(told) == 1
+    assert set(read) == {smashed[i].scene_id for i in range(22) if i not in lost}
+    again = SmashedStore(store)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert [again.readable(i).scene_id for i in range(22)] == read  # every worker takes the same scenes instead
+    with pytest.raises(IndexError):
+        smashed.readable(22)
+
+
+def test_a_training_stops_where_too_many_scenes_are_damaged(incoming, store):
+    smashed = store_of_shards(incoming, store, 4)
+    flip(next((store / "shards").glob("*.tar")))
+    with pytest.raises(BrokenStore, match=r"2 of 8 scenes of the store .* are in damaged shards, more than 10%"):
+        [smashed.readable(i) for i in range(8)]
+
+
+@pytest.mark.filterwarnings("ignore:shard")
+def test_a_training_goes_on_without_a_damaged_shard(incoming, store):
+    smashed = store_of_shards(incoming, store, 11)
+    flip(next((store / "shards").glob("*.tar")))
+    read = unlabeled_reader(METHODS["upcycling"], tiny.upcycle_config(), store=smashed, scans=None)
+    ids = {name for step in range(30) for name in read(step).ids}
+    assert len(ids) == 20
+
+
+def edited_catalog(store, column: str, value) -> None:
+    path = store / "catalogue.parquet"
+    table = pq.read_table(path)
+    values = table[column].to_pylist()
+    values[0] = value
+    index = table.schema.get_field_index(column)
+    pq.write_table(table.set_column(index, table.schema.field(column), pa.array(values, table.schema.field(column).type)), path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("shard", "../../etc/passwd"),
+        ("shard", None),
+        ("offset", -1),
+        ("length", 0),
+        ("length", 1 << 50),
+        ("sha256", "xyz"),
+        ("sha256", "é" * 32),
+        ("voxels", -3),
+        ("voxels", 1 << 30),
+        ("codec", "zip\x1b[2J"),
+        ("fingerprint", "0" * 64),
+        ("keypoints", 5),
+    ],
+)
+def test_a_catalog_with_values_that_no_ingest_writes_is_a_sentence_with_the_command_that_rebuilds_it(
+    incoming, store, column, value
+):
+    store_of_shards(incoming, store, 1)
+    edited_catalog(store, column, value)
+    with pytest.raises(BrokenStore, match="--rebuild-catalog") as error:
+        SmashedStore(store)
+    assert column in str(error.value)
+    assert "\x1b" not in str(error.value)
+    report = ingest(incoming, store, expected_fingerprint=ENCODER, expected_spec=SPEC, rebuild_catalog=True)
+    assert (report.total_scenes, len(SmashedStore(store))) == (2, 2)
+
+
+def test_a_catalog_with_any_flipped_byte_is_a_sentence_or_the_same_catalog(incoming, store):
+    smashed = store_of_shards(incoming, store, 2)
+    path = store / "catalogue.parquet"
+    good = path.read_bytes()
+    for place in range(0, len(good), max(1, len(good) // 60)):
+        data = bytearray(good)
+        data[place] ^= 0x11
+        path.write_bytes(data)
+        with suppress(BrokenStore):
+            assert SmashedStore(store).digest() == smashed.digest()
