@@ -164,7 +164,9 @@ def _fork(job: Callable[[], None], watch: _Counting | _Dying | None, *, kill_aft
         if done:
             break
         if time.monotonic() > end:
-            os.killpg(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has not called setsid yet, and has no workers then
+                os.killpg(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
             break
         time.sleep(0.0005)
