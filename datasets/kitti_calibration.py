@@ -25,6 +25,7 @@ from ..core.errors import InvalidInput
 from ..core.foreign_text import shown
 from ..core.frame import Calibration
 from ..core.text_files import read_text
+from .picture_size import find_picture, read_picture_size
 
 DEFAULT_IMAGE_SIZE = (1242, 375)
 """Width and height in pixels of most KITTI pictures; assumed where the picture itself is missing."""
@@ -101,6 +102,26 @@ def read_calibration(path: Path | str, *, image_size: tuple[int, int] | None = N
         image_size = DEFAULT_IMAGE_SIZE
         _check_assumed_size(path, projection, image_size)
     return Calibration(lidar_to_camera=rectify @ mounting, projection=projection, image_size=image_size)
+
+
+def calibration_of_scan(folder: Path, name: str, image_size: tuple[int, int] | None = None) -> Calibration:
+    """Read the calibration of a scan that is not part of a dataset (`--calib FOLDER`).
+
+    Args:
+        folder: Folder of the calibrations; see `find_calibration`.
+        name: Name of the scan.
+        image_size: Width and height of the picture in pixels. None takes those of the picture in `image_2` beside the folder, as in
+            KITTI's layout; where there is none, see `read_calibration`.
+
+    Returns:
+        The calibration of the LiDAR frame without a z shift.
+
+    Raises:
+        InvalidInput: As for `read_calibration` and `read_picture_size`.
+    """
+    picture = find_picture(folder.parent / "image_2", name) if image_size is None else None
+    size = image_size if picture is None else read_picture_size(picture)
+    return read_calibration(find_calibration(folder, name), image_size=size)
 
 
 def shift_calibration(calibration: Calibration, z_shift: float) -> Calibration:

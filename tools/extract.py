@@ -273,7 +273,7 @@ def _scan_files(config: Extract, trained: TrainedOn | None) -> tuple[RigSpec, di
     for path in scan_files(config.scans):
         load = partial(read_scan, path, config.read)  # the rig scales intensity and checks it
         if config.calib is not None:
-            load = partial(_camera_view, load, config.calib / f"{path.stem}.txt", config.read.image_size)
+            load = partial(_camera_view, load, config.calib, path.stem, config.read.image_size)
         sources[check_name(path.stem, "scan name")] = _Source(name=path.stem, load=load, file=path)
     rig, warnings = rig_of_scans(config.read, trained)
     for warning in warnings:
@@ -320,13 +320,13 @@ def _only(sources: Mapping[str, _Source], ids: Path) -> dict[str, _Source]:
 
 
 def _camera_view(
-    load: Callable[[], tuple[PointCloud, Ledger]], calibration: Path, image_size: tuple[int, int] | None
+    load: Callable[[], tuple[PointCloud, Ledger]], folder: Path, name: str, image_size: tuple[int, int] | None
 ) -> tuple[PointCloud, Ledger]:
-    from ..datasets.kitti import crop_to_camera, read_calibration
+    from ..datasets.kitti import crop_to_camera
+    from ..datasets.kitti_calibration import calibration_of_scan
 
     points, ledger = load()
-    size = {} if image_size is None else {"image_size": image_size}
-    seen = crop_to_camera(points, read_calibration(calibration, **size))
+    seen = crop_to_camera(points, calibration_of_scan(folder, name, image_size))
     return seen, ledger + Ledger(points_outside_camera=len(points) - len(seen))
 
 
