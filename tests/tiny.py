@@ -7,6 +7,8 @@
     frame = tiny.frame_with_car(seed=3)             # a labeled frame with a car somewhere
     store = tiny.store(folder, detector, [scan])    # the scenes that a vehicle makes of scans, ingested on a server
     coords = tiny.cells(index)                      # cells of `tiny.CUT`, a cut for scenes that no network made
+    data = tiny.prepared(folder)                    # the split `train` of a prepared dataset
+    preset = tiny.preset(steps=4)                   # what `train_preset` and `upcycle_preset` take
     config = tiny.upcycle_config(steps=3)           # settings of a training of `tiny.source_model()`, the smallest detector
     path = tiny.shared("data/kitti", "the reader gives the numbers of the real KITTI files")  # skips without the files
     arrays = tiny.golden("pv_rcnn_kitti.npz", "our picks are those of OpenPCDet")  # likewise
@@ -32,6 +34,9 @@ from upcycle3d.core.features import SparseVoxels
 from upcycle3d.core.frame import Frame
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Labels, PointCloud
+from upcycle3d.datasets.augment import AugmentationRanges
+from upcycle3d.datasets.data_split import DataSplit
+from upcycle3d.datasets.prepare import prepare
 from upcycle3d.perception.models.anchors import AnchorClass
 from upcycle3d.perception.models.decoders.bev import BevBackboneConfig
 from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnConfig
@@ -44,11 +49,13 @@ from upcycle3d.perception.models.post_processing import FinalNms, ProposalNms
 from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
 from upcycle3d.perception.models.targets import RoiSampling
+from upcycle3d.perception.recipes.presets import Preset
 from upcycle3d.perception.server.ingest import ingest
 from upcycle3d.perception.server.store import SmashedStore
 from upcycle3d.perception.server.upcycle_config import FeatureGtConfig, ScoreThresholds, UpcycleConfig
 from upcycle3d.perception.training.loop import LoopConfig
 from upcycle3d.perception.training.optim import OneCycle
+from upcycle3d.perception.training.supervised import SupervisedConfig
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
 from upcycle3d.perception.wire.shards import ShardWriter
 
@@ -237,6 +244,27 @@ def upcycle_config(
         "round_steps": 1,
     }
     return UpcycleConfig(**fields | changes)
+
+
+def preset(*, steps: int = 4, anchors: tuple[AnchorClass, ...] = (CAR_ANCHOR,), width: int = 8) -> Preset:
+    """A preset of the smallest detector: `steps` steps of two frames, a checkpoint after every second."""
+    loop = LoopConfig(seed=0, optim=OneCycle(lr=0.003, total_steps=steps), log_every=1, checkpoint_every=2)
+    detector = second_iou_config(width=width, anchors=anchors, roi_sampling=RoiSampling(count=16))
+    return Preset(
+        detector=detector,
+        train=SupervisedConfig(loop=loop, batch_size=2, augmentation=AugmentationRanges(), gt_sampling=tuple(3 for _ in anchors)),
+        upcycle=upcycle_config(
+            steps=steps, thresholds=EVERYTHING * len(anchors), f_gt=FeatureGtConfig(max_objects=tuple(2 for _ in anchors))
+        ),
+    )
+
+
+def prepared(folder: Path, *, frames: int = 6, classes: tuple[str, ...] = ("Car",)) -> DataSplit:
+    """A prepared dataset of frames with one car each; returns its split `train`, the last two frames are `val`."""
+    source = [frame_with_car(i) for i in range(frames)]
+    ids = [frame.id for frame in source]
+    prepare(source, ids, folder, splits={"train": ids[:-2], "val": ids[-2:]}, classes=classes, workers=0)
+    return DataSplit(root=folder, name="train")
 
 
 # ---- files that are not in the repository

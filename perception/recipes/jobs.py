@@ -7,6 +7,7 @@ Each takes names and folders, builds what the trainers need (`assembly.py`), run
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -472,15 +473,24 @@ def _objects_to_paste(
 ) -> FeatureObjectDatabase:
     """F-GT's database, which the first process builds in the run folder. Where it cannot be built, the folder is free again."""
 
+    folder = run.path / "feature_gt"
+
     def open_it() -> FeatureObjectDatabase:
-        return feature_object_database(run.path / "feature_gt", split.open(), student, settings.f_gt, codec=codec)
+        found = feature_object_database(folder, split.open(), student, settings.f_gt, codec=codec)
+        if not len(found):
+            raise InvalidInput(
+                f"F-GT needs objects to paste, and {split} has none with {settings.f_gt.min_points} or more points; lower "
+                "--preset.upcycle.f-gt.min-points, or take a method without F-GT (--method hybrid)"
+            )
+        return found
 
     try:
         on_main(open_it, context)
         return open_it()
     except InvalidInput:
-        if run.writable:
+        if run.writable and latest_checkpoint(run.checkpoints) is None:
             run.abandon()
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 

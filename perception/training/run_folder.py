@@ -218,7 +218,8 @@ class RunFolder:
         except BaseException as error:
             now = self.status()
             unsaid = now.get("state") in (None, "running", "finished") or now.get("pid") != os.getpid()
-            if self.writable and unsaid and not (now == before and now.get("state") == "finished"):
+            given_up = not (self.path / "config.json").exists()  # `abandon`
+            if self.writable and unsaid and not given_up and not (now == before and now.get("state") == "finished"):
                 with suppress(OSError):
                     step = now.get("step", 0) if now.get("state") != "finished" else total_steps
                     self.set_status("failed", step=step, total_steps=total_steps, message=f"{type(error).__name__}: {error}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from faults.fleet_kills import FLEET_CASES
 from faults.killing import KillCase
+from faults.kills_training import TRAIN, UPCYCLE
 from upcycle3d.core.frame import Frame
 from upcycle3d.datasets.gt_database import build_gt_database
 from upcycle3d.datasets.prepare import prepare
@@ -70,4 +71,4 @@ PREPARE_WITH_WORKERS = replace(
     PREPARE, name="prepare with workers", begin=lambda root: _prepare(root, 2), go_on=lambda root: _prepare(root, 2)
 )
 
-CASES: tuple[KillCase, ...] = (PREPARE, PREPARE_WITH_WORKERS, *FLEET_CASES)
+CASES: tuple[KillCase, ...] = (PREPARE, PREPARE_WITH_WORKERS, *FLEET_CASES, TRAIN, UPCYCLE)

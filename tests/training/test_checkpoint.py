@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.perception.training import checkpoint
 from upcycle3d.perception.training.checkpoint import (
     CorruptCheckpoint,
+    _index_digest,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -134,3 +136,55 @@ def test_an_index_of_a_newer_program_is_refused(tmp_path, monkeypatch):
     assert json.loads((path / "checkpoint.json").read_text())["schema_version"] == 2
     with pytest.raises(InvalidInput, match="schema version 2, this program reads 1"):
         load_checkpoint(path, {"student": network}, optimizer)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b"nul",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"sha256": 1}',
+        b'{"sha256": "x", "files": 3}',
+        b'"checkpoint"',
+        b'{"a": NaN}',
+    ],
+)
+def test_a_damaged_index_is_a_sentence_and_no_traceback(tmp_path, content):
+    network, optimizer = _trained()
+    path = save_checkpoint(tmp_path, step=1, modules={"student": network}, optimizer=optimizer, meta={})
+    (path / "checkpoint.json").write_bytes(content)
+    with pytest.raises(CorruptCheckpoint, match=r"checkpoint\.json"):
+        load_checkpoint(path, {"student": network}, optimizer)
+
+
+def test_an_index_of_another_form_is_refused_although_its_hash_is_right(tmp_path):
+    network, optimizer = _trained()
+    path = save_checkpoint(tmp_path, step=1, modules={"student": network}, optimizer=optimizer, meta={})
+    good = json.loads((path / "checkpoint.json").read_text())
+    for change in (
+        {"files": {"../student.safetensors": {"bytes": 1, "sha256": ""}}},
+        {"files": {"a.safetensors": 3}},
+        {"meta": 1},
+        {"step": "1"},
+    ):
+        index = {k: v for k, v in (good | change).items() if k != "sha256"}
+        (path / "checkpoint.json").write_text(json.dumps(index | {"sha256": _index_digest(index)}))
+        with pytest.raises(CorruptCheckpoint, match="is not a checkpoint index"):
+            load_checkpoint(path, {"student": network}, optimizer)
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_nothing_behind(tmp_path, monkeypatch):
+    network, optimizer = _trained()
+    save_checkpoint(tmp_path, step=1, modules={"student": network}, optimizer=optimizer, meta={})
+
+    def full(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "_write_and_sync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, step=2, modules={"student": network}, optimizer=optimizer, meta={})
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.errors import InvalidInput, UpcycleError
 from upcycle3d.core.structures import LossTerms
 from upcycle3d.perception.training.checkpoint import CorruptCheckpoint, latest_checkpoint, list_checkpoints
 from upcycle3d.perception.training.distributed import (
@@ -359,6 +359,26 @@ def test_an_error_of_a_worker_arrives_as_it_is():
         assert next(batches) == 0
         with pytest.raises(InvalidInput, match=r"^frame 000007 is cut$"):
             next(batches)
+
+
+def test_a_worker_that_dies_is_a_sentence_about_the_shared_memory():
+    def dying(step: int) -> int:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGBUS)  # what a full /dev/shm does
+        return step
+
+    batches = prefetch(dying, 0, 4, 1)
+    with pytest.raises(
+        UpcycleError, match=r"makes batches died: DataLoader worker .*(Bus error|exited unexpectedly).*/dev/shm, .*--workers 0"
+    ):
+        list(batches)
+
+
+def test_a_file_that_a_worker_cannot_read_arrives_with_its_name():
+    for workers in (0, 1):
+        with pytest.raises(FileNotFoundError) as missing:
+            next(prefetch(lambda step: Path("/nowhere/frame.bin").read_bytes(), 0, 2, workers))
+        assert missing.value.filename == "/nowhere/frame.bin"
 
 
 # ------------------------------------------------------------------------------------------------------------ several processes

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Literal
 import pytest
 
 from upcycle3d.core.config_json import config_from_json
-from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.errors import InvalidInput, UpcycleError
+from upcycle3d.perception.training import run_folder
 from upcycle3d.perception.training.environment import describe_environment, relative_command
-from upcycle3d.perception.training.run_folder import RunFolder
+from upcycle3d.perception.training.run_folder import RunFolder, why_unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,3 +236,48 @@ def test_tensorboard_gets_the_same_values(tmp_path):
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 0.5)]
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "status.json"])
+@pytest.mark.parametrize("content", ["[1, 2", "3", '"x"', "[" * 100_000, '{"a": 1, "a": 2}'])
+def test_damaged_files_of_a_run_folder_are_sentences(tmp_path, name, content):
+    with _run(tmp_path / "run") as run:
+        run.set_status("running", step=1, total_steps=2)
+    (tmp_path / "run" / name).write_text(content)
+    read = {"config.json": "config_json", "environment.json": "environment", "status.json": "status"}[name]
+    with pytest.raises(InvalidInput, match=name):
+        getattr(RunFolder.open(tmp_path / "run"), read)()
+
+
+def test_what_a_killed_process_left_half_written_is_removed_by_the_next_writer(tmp_path):
+    _run(tmp_path / "run").close()
+    run = tmp_path / "run"
+    (run / ".0123456789abcdef.tmp").write_text("half")
+    (run / "checkpoints" / ".tmp-step_00000002").mkdir(parents=True)
+    (run / "checkpoints" / ".tmp-step_00000002" / "student.safetensors").write_text("half")
+    _run(run, resume=True).close()
+    assert [p for p in run.rglob("*") if "tmp" in p.name] == []
+
+
+def test_a_status_fits_where_the_old_one_was_when_the_disk_is_full(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with _run(tmp_path / "run") as run:
+        run.set_status("running", step=1, total_steps=2)
+        monkeypatch.setattr(run_folder, "write_atomically", full)
+        with pytest.raises(UpcycleError, match=r"the disk is full .* resume with: .+ --resume"), run.reporting_failure(2):
+            raise OSError(28, "No space left on device")
+    assert run.status()["state"] == "failed"
+
+
+def test_a_run_that_was_killed_says_so_and_how_to_go_on(tmp_path):
+    with _run(tmp_path / "run") as run:
+        run.set_status("running", step=1, total_steps=9)
+        assert "this run is in training" in why_unfinished(run.path)
+        body = json.loads((run.path / "status.json").read_text())
+        (run.path / "status.json").write_text(json.dumps(body | {"pid": 2**22 + 1}))
+    assert re.search(
+        r"this run was killed at step 1 of 9, before its first checkpoint; start it again: .+ --resume$", why_unfinished(run.path)
+    )
+    assert why_unfinished(tmp_path) == ""
