@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+import tiny
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.scan_options import ScanOptions
 from upcycle3d.core.structures import PointCloud
@@ -19,6 +20,8 @@ from upcycle3d.core.trained_on import (
     rig_of_scans,
     summarize_scans,
 )
+from upcycle3d.perception.models.encoders.scan_survey import measure_scan
+from upcycle3d.perception.recipes.presets import PRESETS
 
 TRAINED = ScanStatistics(scans=10, points=20_000, cells=6_000, ground_height=0.05, intensity=0.3)
 
@@ -105,3 +108,25 @@ def test_scans_are_compared_after_the_first_ones_and_at_the_end_and_each_differe
         quiet.finish()
     ScanWatch(KNOWN, said.append).finish()
     assert said == []
+
+
+def test_real_scans_of_one_sensor_do_not_warn_and_a_forgotten_mounting_height_or_crop_does():
+    kitti = tiny.shared("data/kitti", "the tolerances fit the real KITTI scans")
+    encoder = PRESETS["kitti_small"].detector.encoder.build()
+    rig = RigSpec(z_shift=1.73)
+
+    def measured(names: list[str], folder: str = "velodyne_reduced", rig: RigSpec = rig) -> list[ScanMeasures]:
+        scans = (np.fromfile(kitti / "training" / folder / f"{name}.bin", np.float32).reshape(-1, 4) for name in names)
+        return [measure_scan(rig.from_sensor(PointCloud.from_array(scan)), encoder)[0] for scan in scans]
+
+    train, val = ((kitti / "ImageSets" / f"{split}.txt").read_text().split() for split in ("train", "val"))
+    known = summarize_scans(measured(train[::4]))
+    here = measured(val)
+    for scans in (here, *([scan] for scan in here)):
+        assert compare_scans(known, summarize_scans(scans)) == ()
+    for shift in (0.0, 1.0, 3.46):
+        warnings = compare_scans(known, summarize_scans(measured(val[::4], rig=RigSpec(z_shift=shift))))
+        assert "--z-shift" in warnings[0]
+    full = [path.stem for path in sorted((kitti / "training" / "velodyne").glob("*.bin"))]
+    (warning,) = compare_scans(known, summarize_scans(measured(full, "velodyne")))
+    assert "--calib" in warning
