@@ -93,6 +93,11 @@ class Checkout:
             found += ["--data", str(data), *(["--split", split] if split else [])]
         return found
 
+    def z_shift(self, command: str) -> str:
+        """How this checkout's command names the mounting height: flat since scan options are the same everywhere."""
+        text = (self.root / "tools" / f"{command}.py").read_text()
+        return "--rig.z-shift" if re.search(r"^    rig: ", text, re.MULTILINE) else "--z-shift"
+
     # ---- running it
 
     def run(self, command: str, *arguments: object) -> None:
@@ -306,7 +311,7 @@ def predicted(by: Checkout, old: Path, kind: str) -> dict[str, Values]:
 
     def fill(out: Path) -> None:
         detector = by.options("predict", detector=run)
-        by.run("predict", *detector, "--scans", scans, "--rig.z-shift", Z_SHIFT, "--min-score", 0, "--out", out)
+        by.run("predict", *detector, "--scans", scans, by.z_shift("predict"), Z_SHIFT, "--min-score", 0, "--out", out)
 
     written: dict[str, Any] = {}
     for path in sorted(make(by.home / kind / "boxes", fill).glob("*.json")):

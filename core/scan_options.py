@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from .errors import InvalidInput
+from .errors import InvalidInput, require
 from .rig import RigSpec
 from .structures import column_names
 
@@ -47,6 +47,7 @@ class ScanOptions:
     def __post_init__(self) -> None:
         if self.columns:
             column_names(self.columns, "columns")
+            require(all(axis in self.columns for axis in "xyz"), f"the columns must hold x, y and z, found {self.columns}")
         if self.dtype not in get_args(NumberType):
             raise InvalidInput(f"dtype must be one of {', '.join(get_args(NumberType))}, found {self.dtype!r}")
         if sorted(axis.lstrip("-") for axis in self.axes) != ["x", "y", "z"]:

@@ -137,7 +137,8 @@ def test_scans_in_bytes_with_gaps_need_only_options(chain, tmp_path, recwarn):
     reading = ("--columns", "x", "y", "z", "_", "intensity", "--drop-non-finite")
     options = ("--scans", tmp_path / "points", *reading, "--rig.intensity-scale", 1 / 255, "--rig.z-shift", 1.73)
     rig = RigSpec(z_shift=1.73, intensity_scale=1 / 255)
-    upcycle3d("predict", "--detector", chain / "source", *options, "--out", tmp_path / "boxes")
+    flat = [str(word).replace("--rig.", "--") for word in options]
+    upcycle3d("predict", "--detector", chain / "source", *flat, "--out", tmp_path / "boxes")
     assert (tmp_path / "boxes" / "scan.json").exists()
     plain = extracted(chain, tmp_path / "a", *(str(o).replace("--rig.", "--") for o in options), rig=rig)["scan"]
     shaping = (*reading, "--intensity-scale", 1 / 255, "--z-shift", 1.73, "--workers", 1)
@@ -180,8 +181,8 @@ def test_a_run_and_its_written_detections_score_the_same(chain):
 
 def test_predict_writes_a_file_for_every_scan(chain):
     scans = chain / "raw" / "training" / "velodyne_reduced"
-    upcycle3d("predict", "--detector", chain / "upcycled", "--scans", scans, "--rig.z-shift", 1.73, "--out", chain / "boxes")
-    upcycle3d("predict", "--detector", chain / "upcycled", "--scans", scans, "--rig.z-shift", 1.73, "--out", chain / "text", "--format", "kitti", "--calib", chain / "raw" / "training" / "calib")  # fmt: skip
+    upcycle3d("predict", "--detector", chain / "upcycled", "--scans", scans, "--out", chain / "boxes")
+    upcycle3d("predict", "--detector", chain / "upcycled", "--scans", scans, "--z-shift", 1.73, "--out", chain / "text", "--format", "kitti", "--calib", chain / "raw" / "training" / "calib")  # fmt: skip
     assert len(list((chain / "boxes").glob("*.json"))) == len(list((chain / "text").glob("*.txt"))) == 7
 
 

@@ -1,23 +1,39 @@
-"""`upcycle3d predict`: boxes for a scan or a folder of scans."""
+"""`upcycle3d predict`: boxes for a scan or a folder of scans.
+
+Read next: `core/point_files.py`, which reads a scan and counts what it drops.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from ..core.device import find_device
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import write_atomically
-from ..core.point_files import read_points, scan_files
+from ..core.frame import Calibration
+from ..core.ledger import Ledger
+from ..core.point_files import find_scans, read_scan
 from ..core.rig import RigSpec
+from ..core.scan_options import ScanOptions
 from ..core.structures import Predictions
-from ..datasets.kitti import read_calibration, shift_calibration
+from ..core.trained_on import ScanMeasures, ScanWatch, rig_of_scans
+from ..datasets.kitti import crop_to_camera
+from ..datasets.kitti_calibration import find_calibration, read_calibration, shift_calibration
 from ..datasets.kitti_text import predictions_to_kitti, write_objects
+from ..datasets.picture_size import find_picture, read_picture_size
+from ..perception.models.detector import Detector
+from ..perception.models.encoders.scan_survey import measure_scan
 from ..perception.training.detector_files import load_detector
-from .console import console, print_table, progress_bar, run_command, write_json
+from .console import console, print_table, print_warning, progress_bar, run_command, settle, write_json
+from .scan_option import ScanOption
+
+LISTED_FAILURES = 20
+"""Scans that failed and are listed on the terminal; `--json` has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,48 +49,131 @@ class Predict:
     format: Literal["json", "kitti"] = "json"
     """`json`: boxes in the sensor frame. `kitti`: text in the camera frame, which needs `--calib`."""
     calib: Path | None = None
-    """Folder of KITTI calibration files, for `--format kitti`."""
-    columns: tuple[str, ...] = ()
-    """Names of the values in one row, in file order; `_` skips one. By default x y z intensity."""
-    drop_non_finite: bool = False
-    """Leave out points with NaN or inf. Without this option such a scan is refused."""
-    rig: RigSpec = field(default_factory=RigSpec)
-    """Mounting height and intensity scale of these scans."""
+    """Folder of KITTI calibration files, one per scan. `--format kitti` needs it; and where the detector was trained on what a camera
+    sees, only points that the camera sees are kept."""
+    reading: ScanOption = ScanOptions()
+    """How the scans are read."""
     min_score: float = 0.1
     """Detections with a lower score are left out."""
     device: str = "cpu"
     """`cpu`, `cuda` or `cuda:N`."""
     json: Path | None = None
-    """Also write the number of boxes per scan to this file as JSON."""
+    """Also write the number of boxes per scan, the scans that failed with their reasons, and all counts to this file as JSON."""
 
 
 def command(config: Predict) -> None:
-    """Find objects in a scan or in a folder of scans."""
+    """Find objects in a scan or in a folder of scans. A scan that cannot be read is reported, and the others go on."""
     if config.format == "kitti" and config.calib is None:
         raise InvalidInput("KITTI's text format is in the camera frame, so it needs --calib; or use --format json")
+    if config.calib is not None and not config.calib.is_dir():
+        raise InvalidInput(f"there is no folder {config.calib} (--calib); it must hold one calibration file per scan")
+    if not 0 <= config.min_score <= 1:
+        raise InvalidInput(f"--min-score must be in 0..1, found {config.min_score:g}")
     target = find_device(config.device)
     detector = load_detector(config.detector).to(target)
-    scans = scan_files(config.scans)
-    counts: dict[str, int] = {}
+    rig, said = rig_of_scans(config.reading, detector.trained_on)
+    for text in said:
+        print_warning(text)
+    scans, ledger = find_scans(config.scans)
+    watch, done = ScanWatch(detector.trained_on, print_warning), _Done()
     with progress_bar("predict", len(scans)) as advance:
-        for done, path in enumerate(scans, start=1):
-            points = read_points(
-                path, columns=config.columns or None, intensity_scale=None, drop_non_finite=config.drop_non_finite
-            )
-            found = detector.detect([config.rig.from_sensor(points)])[0].to("cpu")
-            found = found.select(found.scores >= config.min_score)
-            counts[path.name] = len(found)
-            if config.format == "kitti":
-                assert config.calib is not None
-                calibration = shift_calibration(read_calibration(config.calib / f"{path.stem}.txt"), config.rig.z_shift)
-                write_objects(config.out / f"{path.stem}.txt", predictions_to_kitti(found, detector.class_names, calibration))
+        for number, path in enumerate(scans, start=1):
+            try:
+                found = _detect(path, config, detector, rig, watch.add)
+            except UpcycleError as error:
+                done.failed[path.name] = str(error)
+                ledger = ledger + Ledger(scans_failed=1)
             else:
-                record = boxes_json(replace(found, boxes=config.rig.to_sensor(found.boxes)), detector.class_names)
-                write_atomically(config.out / f"{path.stem}.json", (json.dumps(record, indent=1) + "\n").encode())
-            advance(done, len(scans))
-    print_table("detections", ("scans", "boxes", "folder"), [(len(scans), sum(counts.values()), str(config.out))])
+                _write(path, found, config, rig, detector.class_names, done)
+                ledger = ledger + found.ledger
+            advance(number, len(scans))
+    watch.finish()
+    _report(config, done, ledger)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """The detections of one scan in the shifted frame."""
+
+    boxes: Predictions
+    calibration: Calibration | None
+    ledger: Ledger
+
+
+@dataclass(kw_only=True)
+class _Done:
+    """Results by file name: boxes written, boxes that lie outside the picture, and why scans failed."""
+
+    written: dict[str, int] = field(default_factory=dict)
+    outside_picture: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def _detect(path: Path, config: Predict, detector: Detector, rig: RigSpec, measured: Callable[[ScanMeasures], None]) -> _Found:
+    points, reading = read_scan(path, config.reading)
+    points = rig.from_sensor(points)
+    calibration = None
+    if config.calib is not None:
+        calibration = shift_calibration(_calibration(config.calib, path.stem, config.reading.image_size), rig.z_shift)
+        if detector.trained_on is not None and detector.trained_on.camera_view:
+            whole = len(points)
+            points = crop_to_camera(points, calibration)
+            reading = reading + Ledger(points_outside_camera=whole - len(points))
+    measures, ledger = measure_scan(points, detector.encoder, reading)
+    if ledger.scans_without_points:  # a network makes boxes of nothing
+        return _Found(boxes=Predictions.empty(), calibration=calibration, ledger=ledger)
+    measured(measures)
+    found = detector.detect([points])[0].to("cpu")
+    return _Found(boxes=found.select(found.scores >= config.min_score), calibration=calibration, ledger=ledger)
+
+
+def _calibration(folder: Path, name: str, image_size: tuple[int, int] | None) -> Calibration:
+    """The calibration of a scan; in KITTI's layout its picture lies beside and gives the size."""
+    picture = find_picture(folder.parent / "image_2", name) if image_size is None else None
+    return read_calibration(
+        find_calibration(folder, name), image_size=image_size if picture is None else read_picture_size(picture)
+    )
+
+
+def _write(path: Path, found: _Found, config: Predict, rig: RigSpec, class_names: tuple[str, ...], done: _Done) -> None:
+    if config.format == "kitti":
+        assert found.calibration is not None
+        objects = predictions_to_kitti(found.boxes, class_names, found.calibration)
+        write_objects(config.out / f"{path.stem}.txt", objects)
+        done.written[path.name] = len(objects)
+        done.outside_picture[path.name] = len(found.boxes) - len(objects)
+        return
+    record = boxes_json(replace(found.boxes, boxes=rig.to_sensor(found.boxes.boxes)), class_names)
+    write_atomically(config.out / f"{path.stem}.json", (json.dumps(record, indent=1) + "\n").encode())
+    done.written[path.name] = len(record)
+
+
+def _report(config: Predict, done: _Done, ledger: Ledger) -> None:
+    """Print and write what was done; raise an error where every scan failed."""
+    outside = sum(done.outside_picture.values())
+    value = {"boxes": done.written, "boxes_outside_picture": done.outside_picture, "failed": done.failed}
+    write_json(config.json, value | {"ledger": ledger.to_json()})
+    if done.failed:
+        rows = list(done.failed.items())[:LISTED_FAILURES]
+        print_table(f"scans that failed: {len(done.failed)}", ("scan", "why"), rows)
+        if len(done.failed) > len(rows):
+            console.print(f"and {len(done.failed) - len(rows)} more; --json FILE lists all")
+    if not done.written:
+        (name, reason), *others = done.failed.items()
+        raise UpcycleError(
+            f"none of {1 + len(others)} scans could be used, so nothing was written; {name} failed because: {reason}"
+        )
+    row = (len(done.written), sum(done.written.values()), str(config.out))
+    print_table("detections", ("scans", "boxes written", "folder"), [row])
     console.print(f"scores of at least {config.min_score:g}; format {config.format}")
-    write_json(config.json, counts)
+    if outside:
+        print_warning(
+            f"{outside} of {outside + row[1]} boxes lie outside the picture or behind the camera; KITTI's text has no place for them "
+            "(--format json has). If they are many, look at the size of the picture (--image-size) and the calibrations"
+        )
+    if done.failed:
+        print_warning(f"{len(done.failed)} of {len(done.failed) + row[0]} scans failed and have no detections")
+    settle(ledger, "scans that were read")
 
 
 def boxes_json(found: Predictions, class_names: tuple[str, ...]) -> list[dict[str, object]]:

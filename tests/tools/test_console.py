@@ -20,6 +20,7 @@ import pytest
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.foreign_text import shown
 from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.scan_options import ScanOptions
 from upcycle3d.tools.console import (
     RENAMED_OPTIONS,
     _refuse_renamed,
@@ -237,6 +238,7 @@ def test_the_new_name_of_an_option_exists(new):
         found = importlib.import_module(f"upcycle3d.tools.{module}")
         (kind,) = [t for n, t in get_type_hints(found.command).items() if n != "return"]
         kinds = typing.get_args(kind) or (kind,)
+        kinds = (*kinds, *(ScanOptions for k in kinds if ScanOptions in get_type_hints(k).values()))  # they are flat options
         for part in new.removeprefix("--").replace("-", "_").split("."):
             kinds = [get_type_hints(k)[part] for k in kinds if part in get_type_hints(k)]
             assert kinds, (module, new)
