@@ -42,7 +42,7 @@ RENAMED_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "ingest": {"--encoder": "--detector", **_RENAMED_RIG},
     "view": {"--split": "--data DIR:SPLIT"},
     "evaluate": {"--split": "--data DIR:SPLIT"},
-    "predict": {"--rig.z-shift": "--z-shift", "--rig.intensity-scale": "--intensity-scale"},
+    "predict": _RENAMED_RIG,
     "prepare": {"--labelled": "--labeled", "--neighbours": "--neighbors", "--categories": "--class-map"},
     "train": {"--split": "--data DIR:SPLIT", **_RENAMED_PRESET_OPTIONS},
     "upcycle": {
