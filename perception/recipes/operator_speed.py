@@ -31,11 +31,12 @@ def operator_calls() -> Calls:
     scores = torch.rand(4096, generator=torch.Generator().manual_seed(4))
     around = (-75.2, -75.2, -2.0, 75.2, 75.2, 4.0)
 
-    def voxels() -> object:
-        return voxelize(points, point_range=around, voxel_size=(0.1, 0.1, 0.15), max_points=5, max_voxels=150_000)
+    def voxels(limit: int) -> object:
+        return voxelize(points, point_range=around, voxel_size=(0.1, 0.1, 0.15), max_points=5, max_voxels=limit)
 
     return {
-        "voxelize 120,000 points": voxels,
+        "voxelize 120,000 points": lambda: voxels(150_000),
+        "voxelize 120,000 points, over the limit": lambda: voxels(20_000),
         "BEV IoU 4096 x 512": lambda: iou_bev(anchors, objects),
         "3D IoU 4096 x 512": lambda: iou_3d(anchors, objects),
         "NMS 4096, 0.7, first 100": lambda: nms_rotated(tight, scores, 0.7, post_max=100),
