@@ -3,12 +3,11 @@
     python benchmarks/studies/full_turn.py cells --data SAMPLES --out runs/full_turn
     python benchmarks/studies/full_turn.py accuracy --out runs/full_turn
 
-`cells` counts on real scans: `SAMPLES/kitti/training/velodyne/*.bin` (x y z intensity) and `SAMPLES/nuscenes/samples/LIDAR_TOP/*.bin`
-(five columns). "Worst part" is the largest share of its voxels that a sector of 30 degrees or a ring of 10 m loses in a scan, with the
-voxels kept in file order as version 0.1 did, and evenly as now. `accuracy` trains on simulated scans of a full turn, one training at a
-time, and scores the trained detectors on all cars within 51.2 m, and on those in the front half-field of the preset `small`. A rule in
-brackets is the one over the voxel limit: "file order" keeps the voxels whose points come first. Finished trainings and scores are not
-repeated.
+`cells` counts on real scans, whose folders under SAMPLES stand in `REAL`. "Worst part" is the largest share of its voxels that a sector
+of 30 degrees or a ring of 10 m loses in a scan, with the voxels kept in file order as version 0.1 did, and evenly as now. `accuracy`
+trains on simulated scans of a full turn, one training at a time, and scores the trained detectors on all cars within 51.2 m, and on those
+in the front half-field of the preset `small`. A rule in brackets is the one over the voxel limit: "file order" keeps the voxels whose
+points come first. Finished trainings and scores are not repeated.
 """
 
 from __future__ import annotations
@@ -49,7 +48,12 @@ from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.tools.console import print_table, write_json
 
 Rule = Literal["even", "file order"]
-REAL = {"KITTI": ("kitti/training/velodyne", 4, 1.73), "nuScenes": ("nuscenes/samples/LIDAR_TOP", 5, 1.84)}
+REAL = {
+    "KITTI": ("kitti/training/velodyne", 4, 1.73),
+    "nuScenes": ("nuscenes/samples/LIDAR_TOP", 5, 1.84),
+    "Waymo": ("waymo/points_unlabelled", 5, 0.0),
+    "Lyft": ("lyft/lidar", 5, 1.8),
+}
 """Folder, columns and mounting height of the real scans."""
 COUNTED = ("small", "kitti_small", "kitti_second_iou", "cross_dataset_second_iou", "full_turn_small", "full_turn_second_iou")
 LIMIT = 15_000
@@ -64,6 +68,9 @@ def cells(data: Path, out: Path) -> None:
     rows = []
     for name, (folder, columns, height) in REAL.items():
         files = sorted((data / folder).glob("*.bin"))
+        if not files:
+            print(f"no scans of {name} in {data / folder}")
+            continue
         scans = [torch.from_numpy(np.fromfile(file, np.float32).reshape(-1, columns)[:, :3]) for file in files]
         for preset in COUNTED:
             encoder = PRESETS[preset].detector.encoder

@@ -148,8 +148,8 @@ KITTI_SMALL_SECOND_IOU_DETECTOR = SecondIouDetectorConfig(
 KITTI_SMALL_PV_RCNN_DETECTOR = _small_pv_rcnn(KITTI_SMALL_SECOND_IOU_DETECTOR)
 
 # ---- scans of a full turn, in every direction alike, with the road at z = 0. Occupied cells of real full turns (docs/results.md, section 11):
-# at most 53,000 of KITTI, 12,000 of nuScenes and 57,000 of Waymo in the small grid; at most 63,000, 14,000 and 70,000 in the large one. The
-# limits leave room for two sensors on one roof.
+# at most 55,000 of KITTI, 12,000 of nuScenes and 62,000 of Waymo in the small grid; at most 65,000, 16,000 and 76,000 in the large one. The
+# limits leave room for other sensors.
 
 FULL_TURN_SMALL_DETECTOR = replace(
     SMALL_SECOND_IOU_DETECTOR,
