@@ -25,6 +25,7 @@ COMMANDS = {
     "prepare": ("prepare", "read, check and split a dataset once, and build its object database; resumable"),
     "train": ("train", "train a detector on labeled frames"),
     "import": ("import_weights", "load published OpenPCDet weights (SECOND, SECOND-IoU, PV-RCNN) as a detector"),
+    "export": ("export", "write a checkpoint of a run as detector and encoder files"),
     "extract": ("extract", "vehicle: turn scans into shards of smashed scenes"),
     "ingest": ("ingest", "server: verify shards, quarantine bad ones, add the rest to a store"),
     "upcycle": ("upcycle", "train on labeled frames and smashed scenes, by UpCycling or a baseline (--method)"),

@@ -98,6 +98,11 @@ def adapt_detector(
     out, config, selection = Path(out), config or DetectorAdaptConfig(), selection or ProposalSelection()
     if not isinstance(detector, Detector):
         detector = load_detector(Path(detector))
+    if len(detector.class_names) < 2:
+        raise InvalidInput(
+            f"this detector knows one class, {', '.join(detector.class_names)}, and unknown scores of proposals need two: with one known "
+            "class every object that is not background looks known. Train a detector of more classes, such as the preset small_three_classes"
+        )
     target, frames = _opened(target, class_map)
     if rig is None:
         trained = RigSpec() if detector.trained_on is None else detector.trained_on.rig

@@ -215,3 +215,9 @@ def test_the_labels_of_the_target_measure_from_python_too(root: Path, tmp_path: 
         adapt_detector.adapt_detector(
             root / "run", root / "target", tmp_path, source=found.classifier, class_map=map_by_name(NAMES, NAMES)
         )
+
+
+def test_a_detector_of_one_class_is_refused_before_any_proposal_is_computed(tmp_path):
+    with pytest.raises(InvalidInput, match="this detector knows one class, Car, and unknown scores of proposals need two"):
+        upcycle3d.adapt(tiny.second_iou().eval(), f"{tmp_path}/nowhere", tmp_path / "out", source=f"{tmp_path}/nowhere")
+    assert not (tmp_path / "out").exists()
