@@ -14,6 +14,7 @@ from ..core.errors import InvalidInput, UpcycleError
 from ..core.foreign_text import shown
 from ..core.rig import RigSpec
 from ..core.tensor_file import read_tensors
+from ..datasets.gt_database import GtDatabase
 from ..datasets.prepared import PreparedDataset
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
 from ..perception.server.store import CATALOG, QUARANTINE, SmashedStore
@@ -32,7 +33,8 @@ class Inspect:
     path: tyro.conf.Positional[Path]
     """The file or folder to look at."""
     verify: bool = False
-    """Also read every point of a prepared dataset and compare checksums, to find a failing disk or a bad copy."""
+    """Also read every point of a prepared dataset, every object of its GT databases, and compare checksums, to find a failing disk or
+    a bad copy."""
     json: Path | None = None
     """Also write the result to this file as JSON."""
 
@@ -44,15 +46,44 @@ def command(config: Inspect) -> None:
         raise InvalidInput(f"there is nothing at {path}")
     kind, facts = facts_of(path)
     damaged: tuple[str, ...] = ()
+    broken: dict[str, str] = {}
     if config.verify:
         if kind != "prepared dataset":
             raise InvalidInput(f"--verify reads the points of a prepared dataset, and {path} is a {kind}; drop the option")
         damaged = PreparedDataset(path).verify()
         facts["damaged frames"] = ", ".join(damaged) or "none"
+        broken = damaged_databases(path)
+        facts["damaged GT databases"] = "; ".join(broken.values()) or "none"
     print_table(f"{kind}: {path}", ("what", "value"), list(facts.items()))
     write_json(config.json, {"kind": kind, **facts})
     if damaged:
-        raise UpcycleError(f"the points of {len(damaged)} frames in {path} have another checksum; copy the dataset again")
+        raise UpcycleError(
+            f"the points of {len(damaged)} frames in {path} have another checksum, the first is {damaged[0]}; give the same `upcycle3d "
+            "prepare` command again, which reads only damaged parts again, or copy the dataset again"
+        )
+    if broken:
+        raise UpcycleError("; ".join(broken.values()))
+
+
+def damaged_databases(root: Path) -> dict[str, str]:
+    """Read every object of the GT databases of a prepared dataset.
+
+    Args:
+        root: Folder of the dataset.
+
+    Returns:
+        What is wrong, by name of the split; empty where every database is whole.
+    """
+    found = {}
+    for header in sorted(root.glob("gt_database/*/database.json")):
+        try:
+            damaged = GtDatabase(header.parent).verify()
+        except InvalidInput as error:
+            found[header.parent.name] = str(error)
+            continue
+        if damaged:
+            found[header.parent.name] = f"{len(damaged)} objects in {header.parent} have another checksum; delete this folder, and prepare again"
+    return found
 
 
 def facts_of(path: Path) -> tuple[str, dict[str, object]]:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from feature_scenes import CONFIG, KEYPOINT_SPEC, SPEC, box, cut, full_scene, labels, with_keypoints
@@ -65,17 +66,59 @@ def test_a_database_that_was_cut_otherwise_is_refused(tmp_path):
 
 
 def test_a_missing_broken_or_newer_database_is_refused(tmp_path):
-    with pytest.raises(InvalidInput, match="no readable object database"):
+    with pytest.raises(InvalidInput, match=r"there is no .*database.json"):
         read(tmp_path / "db")
     write(tmp_path / "db", [])
     meta = tmp_path / "db" / "database.json"
     text = meta.read_text()
     meta.write_text(text[:20])
-    with pytest.raises(InvalidInput, match="no readable object database"):
+    with pytest.raises(InvalidInput, match="not valid JSON"):
         read(tmp_path / "db")
     meta.write_text(json.dumps(json.loads(text) | {"version": 99}))
     with pytest.raises(InvalidInput, match="version 99"):
         read(tmp_path / "db")
+
+
+def flip(path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 64
+    path.write_bytes(data)
+
+
+def test_no_changed_byte_of_a_database_is_read(tmp_path):
+    write(tmp_path / "db", [*cut(1, box(5.0, 4.0)), *cut(2, box(11.0, -4.0, 1.2))])
+    opened = read(tmp_path / "db")
+    for name, words in [
+        ("features.f32", "features.f32 is damaged: its bytes have another checksum; delete this folder"),
+        ("coords.i32", "coords.i32 is damaged: its bytes have another checksum; delete this folder"),
+        ("index.parquet", "index.parquet is damaged: its bytes have another checksum"),
+        ("database.json", "database.json"),
+    ]:
+        path = tmp_path / "db" / name
+        before = path.read_bytes()
+        flip(path, 3 if name != "database.json" else len(before) // 2)
+        with pytest.raises(InvalidInput, match=words):
+            read(tmp_path / "db")
+        if path.suffix in (".f32", ".i32"):  # a database that was opened before, or is too large to be compared at once
+            with pytest.raises(InvalidInput, match=r"object 0 of .* is damaged"):
+                opened[0]
+        path.write_bytes(before)
+    assert len(read(tmp_path / "db")) == 2
+
+
+def test_a_database_of_version_3_is_read(tmp_path):
+    objects = cut(1, box(5.0, 4.0))
+    write(tmp_path / "db", objects)
+    meta, index = tmp_path / "db" / "database.json", tmp_path / "db" / "index.parquet"
+    values = {name: value for name, value in json.loads(meta.read_text()).items() if name not in ("files", "digest")}
+    meta.write_text(json.dumps(values | {"version": 3}))
+    pq.write_table(pq.read_table(index).drop_columns(["crc32"]), index)
+    opened = read(tmp_path / "db")
+    assert torch.equal(opened[0].features, objects[0].features)
+    for wrong in ({"channels": "3"}, {"channels": 10**9}, {"cutting": 1}, {"channels": None}):
+        meta.write_text(json.dumps(values | {"version": 3} | wrong))
+        with pytest.raises(InvalidInput, match=r"database\.json is damaged or was edited"):
+            read(tmp_path / "db")
 
 
 def test_a_database_is_never_overwritten_and_remains_of_a_crash_do_no_harm(tmp_path):
@@ -208,5 +251,5 @@ def test_a_database_cut_short_is_refused(tmp_path):
     assert len(FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint="s", encoder_fingerprint="e")) == 2
     path = tmp_path / "db" / "features.f32"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(InvalidInput, match="build it again"):
+    with pytest.raises(InvalidInput, match="it is built again"):
         FeatureObjectDatabase.open(tmp_path / "db", config=CONFIG, split_fingerprint="s", encoder_fingerprint="e")
