@@ -82,7 +82,9 @@ def damaged_databases(root: Path) -> dict[str, str]:
             found[header.parent.name] = str(error)
             continue
         if damaged:
-            found[header.parent.name] = f"{len(damaged)} objects in {header.parent} have another checksum; delete this folder, and prepare again"
+            found[header.parent.name] = (
+                f"{len(damaged)} objects in {header.parent} have another checksum; delete this folder, and prepare again"
+            )
     return found
 
 

@@ -15,11 +15,14 @@ from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.ledger import Ledger
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.strict_json import json_digest
+from upcycle3d.datasets.gt_database import build_gt_database
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.prepared_format import INDEX_SCHEMA, read_index
 from upcycle3d.datasets.simulation.places import KITTI
 from upcycle3d.datasets.simulation.simulate import SimulatedDataset
+from upcycle3d.tools import inspect
+from upcycle3d.tools.console import run_command
 
 CLASSES = ("Car", "Pedestrian")
 SMALL = replace(KITTI, sensor=replace(KITTI.sensor, elevations=KITTI.sensor.elevations[::4], azimuths=720))
@@ -227,6 +230,20 @@ def test_a_frame_whose_points_were_changed_is_refused_and_named_and_the_others_a
         frames[1]
     assert len(frames[0].points)
     assert len(frames[2].points)
+
+
+def test_inspect_verify_names_damaged_frames_and_damaged_databases(root, capsys):
+    train = PreparedDataset(root, "train")
+    folder = root / "gt_database" / "train"
+    build_gt_database(train, folder, class_names=CLASSES, fingerprint=train.split_fingerprint())
+    assert run_command(inspect.command, [str(root), "--verify"]) == 0
+    flip(next(folder.glob("objects-*.f32")), 3)
+    assert run_command(inspect.command, [str(root), "--verify"]) == 1
+    assert "gt_database/train/objects-" in "".join(capsys.readouterr()).replace("\n", "")
+    row = read_index(index_of(root)).to_pylist()[2]
+    flip(root / "parts" / row["part"], row["offset"] * 4)
+    assert run_command(inspect.command, [str(root), "--verify"]) == 1
+    assert f"the points of 1 frames in {root} have another checksum, the first is {row['id']}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["f32", "parquet"])
