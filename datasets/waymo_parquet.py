@@ -222,7 +222,7 @@ class _Component:
         table = read_within(self._file, columns, max_bytes=_MOST_TABLE_BYTES)
         if table is None:
             raise InvalidInput(
-                f"{self.path}: {', '.join(columns)} take more than {_MOST_TABLE_BYTES:,} bytes; no real segment has so many"
+                f"{self.path}: {', '.join(columns)} take more than {_MOST_TABLE_BYTES:,} bytes; a real segment has a few megabytes"
             )
         return table
 
@@ -252,7 +252,7 @@ class _Component:
         values = declared_values(self._file.metadata, self._columns, [group])
         if values > _MOST_ROW_VALUES * max(rows, 1):
             raise InvalidInput(
-                f"{self.path}: row group {group} declares {values:,} numbers in {rows} rows; no real image has so many"
+                f"{self.path}: row group {group} declares {values:,} numbers in {rows} rows; a real row has fewer than two million"
             )
 
     @contextmanager

@@ -53,7 +53,7 @@ def command(config: Inspect) -> None:
         damaged = PreparedDataset(path).verify()
         facts["damaged frames"] = ", ".join(damaged) or "none"
         broken = damaged_databases(path)
-        facts["damaged GT databases"] = "; ".join(broken.values()) or "none"
+        facts["damaged GT databases"] = ", ".join(broken) or "none"
     print_table(f"{kind}: {path}", ("what", "value"), list(facts.items()))
     write_json(config.json, {"kind": kind, **facts})
     if damaged:
