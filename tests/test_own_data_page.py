@@ -1,4 +1,4 @@
-"""docs/own_data.md runs as it is printed, from top to bottom; only the trainings are cut to two steps."""
+"""The commands of docs/own_data.md, docs/data_format.md and README.md run as they are printed; only trainings are cut to two steps."""
 
 import re
 import shlex
@@ -12,12 +12,14 @@ import pytest
 import tiny_layouts
 
 import upcycle3d
+from upcycle3d.core.point_files import write_bin
+from upcycle3d.datasets.kitti import KittiDataset
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.tools import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PAGE = Path(upcycle3d.__file__).resolve().parent / "docs" / "own_data.md"
-SHORT = ["--preset.train.loop.optim.total-steps", "2"]
+ROOT = Path(upcycle3d.__file__).resolve().parent
+SHORT = {name: [f"--preset.{name}.loop.optim.total-steps", "2"] for name in ("train", "upcycle")}
 
 
 def write_argoverse_log(log: Path) -> None:
@@ -38,20 +40,34 @@ def write_argoverse_log(log: Path) -> None:
     pyarrow.feather.write_feather(pa.Table.from_pylist(rows), str(log / "annotations.feather"))
 
 
+def run_line(line: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run one printed command line in this process; returns the command's name."""
+    words = shlex.split(line)[1:]
+    monkeypatch.setattr(sys, "argv", ["upcycle3d", *words, *SHORT.get(words[0], [])])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 0, line
+    return words[0]
+
+
+def blocks(page: str, heading: str = "") -> list[tuple[str, str]]:
+    """Language and text of the code blocks of a page, from a heading on."""
+    text = (ROOT / page).read_text()
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text[text.index(heading) :], re.DOTALL | re.MULTILINE)
+
+
+def command_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("upcycle3d ")]
+
+
 def test_every_block_of_the_page_runs_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_argoverse_log(tmp_path / "argoverse" / "log")
     ran = []
-    for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE):
+    for kind, text in blocks("docs/own_data.md"):
         if kind == "python":
-            exec(compile(text, str(PAGE), "exec"), {})
-        for line in [line for line in text.splitlines() if line.startswith("upcycle3d ")]:
-            words = shlex.split(line)[1:]
-            monkeypatch.setattr(sys, "argv", ["upcycle3d", *words, *(SHORT if words[0] == "train" else [])])
-            with pytest.raises(SystemExit) as ended:
-                main.main()
-            assert ended.value.code == 0, line
-            ran.append(words[0])
+            exec(compile(text, "docs/own_data.md", "exec"), {})
+        ran += [run_line(line, monkeypatch) for line in command_lines(text)]
     assert ran == ["prepare", "train", "evaluate", "predict", "train"]
     assert (tmp_path / "boxes" / "000011.json").is_file()
     log = PreparedDataset("data/argoverse", "train")
@@ -60,3 +76,22 @@ def test_every_block_of_the_page_runs_in_order(tmp_path, monkeypatch, capsys):
     heard = capsys.readouterr()
     assert "next: upcycle3d evaluate run --detector runs/mine --data data/mine:val --protocol cross_dataset" in heard.out
     assert "warning" not in heard.err
+
+
+def test_the_commands_for_a_folder_on_the_page_of_formats_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_layouts.folder(tmp_path / "my_data")
+    lines = [line for _, text in blocks("docs/data_format.md", "### As a folder")[:3] for line in command_lines(text)]
+    assert [run_line(line, monkeypatch) for line in lines] == ["prepare", "train", "evaluate"]
+
+
+def test_the_main_job_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    splits = {"train": tiny_layouts.IDS[:2], "val": tiny_layouts.IDS[2:3], "unlabelled": tiny_layouts.IDS[3:]}
+    root = tiny_layouts.kitti(tmp_path / "KITTI", splits=splits)
+    for frame in KittiDataset(root, tiny_layouts.IDS):
+        write_bin(root / "training" / "velodyne_reduced" / f"{frame.id}.bin", frame.points)
+    (tmp_path / "my_scan.bin").write_bytes((root / "training" / "velodyne_reduced" / "000002.bin").read_bytes())
+    lines = [line for _, text in blocks("README.md", "## The main job on your data") for line in command_lines(text)]
+    ran = [run_line(line, monkeypatch) for line in lines]
+    assert ran == ["prepare", "train", "extract", "ingest", "upcycle", "evaluate", "predict"]
