@@ -238,11 +238,11 @@ def test_inspect_verify_names_damaged_frames_and_damaged_databases(root, capsys)
     build_gt_database(train, folder, class_names=CLASSES, fingerprint=train.split_fingerprint())
     assert run_command(inspect.command, [str(root), "--verify"]) == 0
     flip(next(folder.glob("objects-*.f32")), 3)
-    assert run_command(inspect.command, [str(root), "--verify"]) == 1
+    assert run_command(inspect.command, [str(root), "--verify"]) != 0
     assert f"{folder}/objects-" in capsys.readouterr().err
     row = read_index(index_of(root)).to_pylist()[2]
     flip(root / "parts" / row["part"], row["offset"] * 4)
-    assert run_command(inspect.command, [str(root), "--verify"]) == 1
+    assert run_command(inspect.command, [str(root), "--verify"]) != 0
     assert f"the points of 1 frames in {root} have another checksum, the first is {row['id']}" in capsys.readouterr().err
 
 
