@@ -7,12 +7,12 @@ methods below and does not know which detector it serves. The detectors that the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any, Protocol, TypeVar, overload
 
 import torch
 from torch import nn
 
+from ...core.config_json import config_to_json, first_difference
 from ...core.cut import CutSpec
 from ...core.errors import InvalidInput, NonFiniteValue
 from ...core.features import CutFeatures
@@ -253,8 +253,8 @@ class Detector(nn.Module):
     def _check_cut(self, features: CutFeatures) -> None:
         if features.spec == self.spec:
             return
-        pairs = [(f.name, getattr(self.spec, f.name), getattr(features.spec, f.name)) for f in fields(CutSpec)]
-        different = "; ".join(f"{name} {found} instead of {expected}" for name, expected, found in pairs if found != expected)
+        names = (f"this {self.label}", "the features")
+        different = first_difference(config_to_json(self.spec), config_to_json(features.spec), names=names)
         raise InvalidInput(
             f"these features were made at another cut than this {self.label} decodes ({different}); "
             "encode the scans with the encoder of this detector"

@@ -47,9 +47,9 @@ def test_features_of_another_cut_are_refused_and_the_difference_is_named():
     scan = [tiny.scan_with_car()]
     with torch.no_grad():
         for detector, features, message in (
-            (second, wide.encode(scan), r"this SECOND-IoU decodes \(channels 32 instead of 16\)"),
-            (second, pv_rcnn.encode(scan), r"keypoints .* instead of None"),
-            (pv_rcnn, second.encode(scan), r"this PV-RCNN decodes \(keypoints None instead of"),
+            (second, wide.encode(scan), r"decodes \(channels: this SECOND-IoU 16, the features 32\)"),
+            (second, pv_rcnn.encode(scan), r"keypoints: this SECOND-IoU None, the features {"),
+            (pv_rcnn, second.encode(scan), r"decodes \(keypoints: this PV-RCNN {.*, the features None\)"),
         ):
             with pytest.raises(InvalidInput, match=message):
                 detector.decode(features)
