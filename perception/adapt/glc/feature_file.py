@@ -27,7 +27,7 @@ from .pseudo_labels import check_target
 
 _KINDS = {"features": "f", "probabilities": "f", "labels": "iu", "weight": "f"}
 _MOST_BYTES = 16 << 30  # largest array that is read
-_FREE_BYTES, _MOST_SHRUNK = 256 << 20, 50  # from so many bytes on, a file must not unpack to more than 50 times its size
+_FREE_BYTES, _MOST_SHRUNK = 256 << 20, 50  # from this number of bytes on, a file must not unpack to more than 50 times its size
 
 
 @dataclass(frozen=True, kw_only=True)
