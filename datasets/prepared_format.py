@@ -163,6 +163,30 @@ class _StoredHeader:
     failures: tuple[FrameFailure, ...]
 
 
+def _not_prepared(root: Path) -> str:
+    """Say what a folder without a header is, and how it becomes a prepared dataset."""
+    if (root / "config.json").exists():
+        return f"{root} is a run folder, not a prepared dataset; give the dataset with --data and the run with --detector"
+    raw = {
+        "kitti": ("training", "ImageSets", "velodyne", "label_2"),
+        "folder": ("points",),
+        "lyft": ("train_data", "lidar"),
+        "nuscenes": ("samples", "v1.0-trainval", "v1.0-mini"),
+    }
+    for layout, folders in raw.items():
+        inside = next((above for above in (root, *root.parents[:2]) if above.name not in folders), root)
+        if root.name in folders or any((root / name).is_dir() for name in folders):
+            return (
+                f"{root} holds raw data, not a prepared dataset; run `upcycle3d prepare {layout} {inside} --out DIR` and give DIR "
+                "(`upcycle3d prepare --help` lists the layouts)"
+            )
+    if any(root.glob("*.tfrecord")) or any(root.glob("lidar/*.parquet")):
+        return f"{root} holds raw data, not a prepared dataset; run `upcycle3d prepare waymo {root} --out DIR` and give DIR"
+    if (root / "parts").exists() or (root / "preparation.json").exists():
+        return f"{root} holds no dataset.json: its preparation has not finished; run the same `upcycle3d prepare` command again"
+    return f"{root} holds no dataset.json, so it is not a prepared dataset; give the folder that `upcycle3d prepare … --out DIR` wrote"
+
+
 def read_header(root: Path) -> PreparedHeader:
     """Read `dataset.json` of a prepared dataset, of this version or an earlier one.
 
@@ -177,7 +201,11 @@ def read_header(root: Path) -> PreparedHeader:
     """
     path = root / "dataset.json"
     if root.is_dir() and not path.exists():
-        raise InvalidInput(f"{root} holds no dataset.json; run `upcycle3d prepare` (again) to finish it")
+        raise InvalidInput(_not_prepared(root))
+    if not root.exists():
+        raise InvalidInput(
+            f"there is no folder {root}; give the folder that `upcycle3d prepare … --out DIR` wrote, as DIR or DIR:SPLIT"
+        )
     values = read_json(path, "the header of a prepared dataset", remedy=_REMEDY)
     version: Any = values.get("schema_version")
     if type(version) is not int or version not in _SCHEMAS:

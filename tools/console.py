@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import tyro
 from rich.table import Table
 
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.foreign_text import shown
 from ..core.ledger import Ledger, judge, stop_if_absurd
+from .arguments import parse_arguments
 from .terminal import SafeConsole, flush_output, plain, print_fault, print_labeled, silence, warnings_in_sentences
 
 # Wide where the output is not a terminal, so that tables in a log keep their words. Text is printed as it is, never read as markup.
@@ -127,9 +127,7 @@ def _run(function: Callable[..., Any], arguments: Sequence[str] | None, program:
         arguments = _without_fractions(sys.argv[1:] if arguments is None else arguments)
         _refuse_renamed(function.__module__.rpartition(".")[2], arguments)
         (hint,) = [t for n, t in get_type_hints(function, include_extras=True).items() if n != "return"]
-        # A preset's detector is one of several kinds; its default has decided which, so it is no subcommand.
-        plain_unions = (tyro.conf.AvoidSubcommands,)
-        function(tyro.cli(parsed_as or hint, args=arguments, prog=program, description=function.__doc__, config=plain_unions))
+        function(parse_arguments(parsed_as or hint, arguments, program, function.__doc__))
     except UpcycleError as error:
         _print_error(str(error))
         return 2

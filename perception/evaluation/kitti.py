@@ -378,7 +378,7 @@ def _evaluate_class(
     own_gt = gts.types == name.lower()
     dont_care = gts.select(gts.types == "dontcare")
     gt = gts.select(own_gt | np.isin(gts.types, neighbors))
-    det_height = np.abs(dets.height).astype(np.int64)  # cut to whole pixels, as the program does
+    det_height = np.minimum(np.abs(dets.height), 1e9).astype(np.int64)  # cut to whole pixels, as the program does
     own_det = dets.types == name.lower()
     taking_part = own_det | (det_height < max(MIN_HEIGHT))
     det, det_height = dets.select(taking_part), det_height[taking_part]

@@ -203,6 +203,38 @@ def test_a_command_can_be_run_as_a_module():
     assert (done.returncode, done.stderr) == (2, "error: there is nothing at /nowhere\n")
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments", "text"),
+    [
+        (
+            "train",
+            ["kitti_smal", "--data", "x", "--out", "y"],
+            "has no preset 'kitti_smal' (did you mean kitti_small?); the presets are small,",
+        ),
+        ("upcycle", ["xyz", "--data", "x"], "has no preset 'xyz'; the presets are small,"),
+        ("import_weights", ["openpcdet", "f.pth", "kitti_pvrcnn", "--out", "y"], "'kitti_pvrcnn' (did you mean kitti_pv_rcnn?)"),
+        ("experiment_upcycling", ["dmo", "--out", "y"], "has no preset 'dmo' (did you mean demo?)"),
+        ("evaluate", ["kiti"], "has no kind 'kiti' (did you mean kitti?); the kinds are kitti, waymo, lyft, run"),
+        ("train", ["kitti_small", "--data", "x", "--out", "y", "--stpes", "5"], "no option --stpes (did you mean --steps?)"),
+        ("train", ["--data", "x", "kitti_small"], "takes one of these words first, before any option: small,"),
+        ("view", ["--dta", "x", "--uot=y"], "no option --dta (did you mean --data?) and --uot (did you mean --out?)"),
+        ("doctor", ["--\x1b[2J"], "\\x1b[2J"),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_the_nearest_right_one(module, arguments, text, capsys):
+    found = importlib.import_module(f"upcycle3d.tools.{module}")
+    parsed_as = getattr(found, "ARGUMENTS", None)
+    try:
+        assert run_command(found.command, arguments, program="upcycle3d x", parsed_as=parsed_as) == 2
+    except SystemExit as stop:  # tyro's own words
+        assert stop.code == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert "\x1b" not in error
+    assert len(error.splitlines()) < 8
+    assert "upcycle3d kitti_" not in error  # a command that does not exist
+
+
 OLD_OPTIONS = [(module, old, new) for module, options in RENAMED_OPTIONS.items() for old, new in options.items()]
 
 
@@ -240,7 +272,8 @@ def test_the_new_name_of_an_option_exists(new):
         kinds = typing.get_args(kind) or (kind,)
         kinds = (*kinds, *(ScanOptions for k in kinds if ScanOptions in get_type_hints(k).values()))  # they are flat options
         for part in new.removeprefix("--").replace("-", "_").split("."):
-            kinds = [get_type_hints(k)[part] for k in kinds if part in get_type_hints(k)]
+            flat = [kind for k in kinds for kind in get_type_hints(k).values() if kind is ScanOptions]  # options without a prefix
+            kinds = [get_type_hints(k)[part] for k in (*kinds, *flat) if part in get_type_hints(k)]
             assert kinds, (module, new)
 
 
