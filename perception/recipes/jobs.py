@@ -23,6 +23,7 @@ from ...core.tensor_file import content_digest
 from ...datasets.data_split import DataSplit
 from ..evaluation.score import EvaluationReport, Protocol, score_detector
 from ..models.detector import Detector
+from ..models.detectors import DetectorConfig
 from ..server.feature_object_database import FeatureObjectDatabase
 from ..server.methods import Method, method_record
 from ..server.store import SmashedStore
@@ -458,6 +459,8 @@ def write_ledger(folder: Path, ledger: Ledger) -> None:
 
 def _with_detector_of(student: Detector, preset: Preset, source: Path) -> Preset:
     """A preset with the detector of the source model."""
+    if not isinstance(student.config, DetectorConfig):  # load_detector gives no other
+        raise InvalidInput(f"{source} holds a {student.label}, which no preset can train")
     try:
         return replace(preset, detector=student.config)
     except InvalidInput as error:

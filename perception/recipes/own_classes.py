@@ -13,6 +13,8 @@ import torch
 from ...core.errors import InvalidInput
 from ...datasets.prepared import PreparedDataset
 from ..models.anchors import AnchorClass
+from ..models.detectors import DetectorConfig
+from ..models.pv_rcnn import PvRcnnDetectorConfig
 from .presets import Preset
 
 FEW_OBJECTS = 10
@@ -61,7 +63,12 @@ def preset_for_classes(preset: Preset, frames: PreparedDataset, classes: Sequenc
         nearest.append(like)
         size = (round(length, 2), round(width, 2), round(height, 2))
         anchors.append(replace(preset.detector.decoder.anchors[like], name=name, size=size, bottom_z=round(bottom, 2)))
-    detector = replace(preset.detector, decoder=replace(preset.detector.decoder, anchors=tuple(anchors)))
+    old = preset.detector
+    detector: DetectorConfig
+    if isinstance(old, PvRcnnDetectorConfig):
+        detector = replace(old, decoder=replace(old.decoder, anchors=tuple(anchors)))
+    else:
+        detector = replace(old, decoder=replace(old.decoder, anchors=tuple(anchors)))
     sampling, upcycle = preset.train.gt_sampling, preset.upcycle
     return replace(
         preset,
