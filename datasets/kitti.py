@@ -133,7 +133,11 @@ class KittiDataset:
     @property
     def origin(self) -> DatasetOrigin:
         """Where the frames come from."""
-        options = {"z_shift": self.z_shift, "points": self.points_folder, "crop_to_camera": self.crop_to_camera}
+        options: dict[str, object] = {
+            "z_shift": self.z_shift,
+            "points": self.points_folder,
+            "crop_to_camera": self.crop_to_camera,
+        }
         options |= {"with_labels": self.with_labels, "class_map": self.class_map}
         return described_origin("kitti", self.root, options | scan_settings(self.scan))
 

@@ -58,3 +58,12 @@ def test_intensity_outside_its_range_gives_one_warning_with_the_factor_for_all_f
     assert not warning.stops
     assert "50.0% of the points" in warning.text
     assert "--intensity-scale 1/255" in warning.text
+
+
+def test_many_failed_scans_are_a_warning_and_a_few_empty_boxes_no_stop():
+    (finding,) = judge(Ledger(scans=8, scans_failed=2))
+    assert not finding.stops
+    assert "2 of 10 scans were left out because of errors" in finding.text
+    assert judge(Ledger(scans=100, scans_failed=2)) == ()
+    (finding,) = judge(Ledger(boxes={"Car": 3}, boxes_empty={"Car": 3}))
+    assert not finding.stops

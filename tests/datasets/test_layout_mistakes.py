@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,10 @@ from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.gt_database import GtDatabase
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.raw import open_folder, open_kitti, prepare_raw
+from upcycle3d.datasets.simulation import places
+from upcycle3d.datasets.simulation.layout_lyft import write_lyft_layout
+
+SMALL_LYFT = replace(places.domain("lyft"), sensor=replace(places.domain("lyft").sensor, azimuths=240))
 
 
 def boxes(out: Path) -> int:
@@ -465,3 +470,35 @@ def test_usual_data_gives_no_warning(tmp_path):
     assert car.size == pytest.approx((4.1667, 1.8, 1.6), abs=1e-3)
     assert abs(car.above_road) < 0.1
     assert report.frames.ledger.points == 4 * 4600
+
+
+# ---- layouts with fixed types
+
+
+def test_case_does_not_matter_for_waymo_and_dropped_types_are_counted(written, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    names = ("--classes", "vehicle", "--splits", "train", "--json", str(report))
+    code, said = prepare(capsys, "waymo", written, tmp_path / "out", *names)
+    assert code == 0, said
+    found = json.loads(report.read_text())
+    assert (found["ledger"]["boxes"]["vehicle"] > 0, found["ledger"]["points"]) == (True, found["points"])
+    assert set(found["ledger"]["types_dropped"]) <= {"Pedestrian", "Cyclist", "Sign"}
+    mapped = ("--classes", "Car", "--class-map", "VEHICLE", "car", "--splits", "train")
+    assert prepare(capsys, "waymo", written, tmp_path / "mapped", *mapped)[0] == 0
+    assert boxes(tmp_path / "mapped") == found["ledger"]["boxes"]["vehicle"]
+    code, said = prepare(capsys, "waymo", written, tmp_path / "none", "--classes", "Vehicel")
+    assert (code, "Vehicel" in said) == (2, True)
+
+
+def test_case_does_not_matter_for_lyft_and_absent_classes_are_told_before_a_sweep_is_read(tmp_path, capsys):
+    root = tmp_path / "lyft"
+    write_lyft_layout(root, SMALL_LYFT, num_frames=4, seed=3, workers=1)
+    report = tmp_path / "report.json"
+    code, said = prepare(capsys, "lyft", root, tmp_path / "out", "--classes", "car", "--json", str(report))
+    assert code == 0, said
+    ledger = json.loads(report.read_text())["ledger"]
+    assert ledger["boxes"]["car"] > 0
+    for path in (root / "lidar").iterdir():
+        path.unlink()
+    code, said = prepare(capsys, "lyft", root, tmp_path / "none", "--classes", "Animal")
+    assert (code, "leads to Animal" in said) == (2, True)
