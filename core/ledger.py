@@ -197,8 +197,9 @@ def judge(ledger: Ledger, *, refuse_lost_cells: bool = False) -> tuple[Finding, 
         found.append(
             Finding(
                 stops=refuse_lost_cells and share > CELLS_STOP,
-                text=f"{share:.0%} of the occupied cells were dropped because scans have more than the voxel limit; take a preset for "
-                "full turns, crop to the camera's view (--calib), or raise max_voxels of the detector and train it again",
+                text=f"{share:.0%} of the occupied cells were dropped because scans have more than the voxel limit; take a preset "
+                "for full turns (full_turn_small, docs/presets.md), crop to the camera's view (--calib), or raise max_voxels of the detector "
+                "and train it again",
             )
         )
     if ledger.scans_failed > FAILED_SCANS_WARNING * (ledger.scans + ledger.scans_failed):
