@@ -179,6 +179,19 @@ class PreparedDataset:
             words += ["--points", options["points"]]
         if options.get("crop_to_camera") == "False":
             words.append("--no-crop-to-camera")
+        if pairs := [word for pair in options.get("class_map", "").split() for word in pair.split("=", 1)]:
+            words += ["--class-map", *pairs]
+        for name in ("columns", "image_size"):
+            if options.get(name):
+                words += [f"--{name.replace('_', '-')}", *options[name].split()]
+        if options.get("dtype", "float32") != "float32":
+            words += ["--dtype", options["dtype"]]
+        if self.rig.intensity_scale != 1:
+            words += ["--intensity-scale", repr(self.rig.intensity_scale)]
+        if options.get("drop_non_finite") == "True":
+            words.append("--drop-non-finite")
+        if len({number for numbers in self._table["classes"].to_pylist() for number in numbers or ()}) < len(self.classes):
+            words.append("--allow-absent-classes")
         # A split of label shares may be drawn or be a published list in ImageSets. All lists are taken then, so that both come back.
         shares = [share for share in map(label_share_of, self.splits) if share is not None]
         if shares:

@@ -24,5 +24,5 @@ def test_other_bytes_are_a_sentence(tmp_path, data, message):
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(InvalidInput, match=message):
         read_text(tmp_path / "a.txt", "label file")
-    with pytest.raises(InvalidInput, match="cannot read the label file .*No such file"):
+    with pytest.raises(InvalidInput, match=r"cannot read the label file .*No such file"):
         read_text(tmp_path / "none.txt", "label file")
