@@ -200,7 +200,10 @@ def _weights(path: Path) -> dict[str, object]:
     facts: dict[str, object] = {"tensors": len(tensors), "values": sum(t.numel() for t in tensors.values())}
     facts |= {name: value if len(value) < 200 else value[:200] + "…" for name, value in meta.items()}
     if meta.get("format", "").startswith("upcycle3d encoder"):
-        facts["fingerprint without a rig"] = encoder_fingerprint(load_encoder(path), RigSpec())
+        encoder = load_encoder(path)
+        facts["fingerprint without a rig"] = encoder_fingerprint(encoder, RigSpec())
+        if encoder.trained_on is not None:
+            facts["fingerprint with the rig of the training"] = encoder_fingerprint(encoder, encoder.trained_on.rig)
     return facts
 
 

@@ -305,6 +305,16 @@ def _describe(path: Path, why: str) -> str:
     return f"{path.name} was removed, because {why}: {path.stat().st_size:,} bytes, SHA-256{part} {digest.hexdigest()}"
 
 
+_KEPT = "Kept next to this file, unchanged: "
+
+
+def _kept(reason: Path) -> list[str]:
+    """Names of the files that belong to a text of quarantine."""
+    with reason.open(encoding="utf-8", errors="replace") as file:
+        lines = [line.removeprefix(_KEPT).rstrip(".") for line in file.read(20_000).splitlines() if line.startswith(_KEPT)]
+    return lines[0].split(", ") if lines else []
+
+
 def _quarantine(files: list[Path], folder: Path, stem: str, reason: str) -> None:
     """Set files aside under a free name, next to the reason. The reason is written first, so that no file is without one."""
     name, n = stem, 1
@@ -314,7 +324,7 @@ def _quarantine(files: list[Path], folder: Path, stem: str, reason: str) -> None
     kept = ", ".join(f"{name}{path.suffix}" for path in files if path not in removed) or "nothing"
     notes = "".join(f"{_describe(path, why)}.\n" for path, why in removed.items())
     text = (
-        f"Shard {stem} was refused by ingest.\n\nReason: {shown(reason, most=4000)}\n\nKept next to this file, unchanged: {kept}.\n{notes}"
+        f"Shard {stem} was refused by ingest.\n\nReason: {shown(reason, most=4000)}\n\n{_KEPT}{kept}.\n{notes}"
         "Upload it again from the vehicle. Once the cause is gone, `upcycle3d ingest … --retry-quarantine` tries what is kept again.\n"
     )
     write_atomically(folder / f"{name}.reason.txt", [text.encode("utf-8", "replace")])
@@ -501,7 +511,7 @@ class _Ingest:
             self._refuse(stem, folder, list(files.values()), BrokenShard(reason))
         elif ".json" in files and (".tar" in files or tar_in_store):
             self._take(upload, folder)
-        elif again:
+        elif again or self._complete_quarantine(upload):
             return  # a half shard in quarantine stays there
         elif self.final:
             missing = "manifest" if ".tar" in files else "tar"
@@ -510,6 +520,21 @@ class _Ingest:
             )
         else:
             self._wait(stem, f"its {'manifest' if '.tar' in files else 'tar'} has not come yet", next(iter(files.values())))
+
+    def _complete_quarantine(self, upload: _Upload) -> bool:
+        """Move the second half of a shard to quarantine where a run died after it had moved the first."""
+        (suffix, path) = next(iter(upload.files.items()))
+        folder = self.store / QUARANTINE
+        for reason in sorted(folder.glob(f"{upload.stem}*.reason.txt")):
+            name = reason.name.removesuffix(".reason.txt")
+            if (folder / f"{name}{suffix}").exists() or f"{name}{suffix}" not in _kept(reason):
+                continue
+            _move(path, folder / f"{name}{suffix}")
+            self.quarantined.append(
+                Refusal(shard=upload.stem, reason="it was refused by an ingest that ended before it had moved all")
+            )
+            return True
+        return False
 
     def _age(self, path: Path) -> float:
         """Seconds since a file was changed; a clock that is ahead counts like one that is behind."""

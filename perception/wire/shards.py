@@ -50,10 +50,10 @@ from .manifest import (
     tar_size,
 )
 
-MAX_SHARD_RAW_BYTES = 2 << 30
-"""Bytes that the scenes of one shard may have together after decompression. Reading takes 7 to 15 s per GiB on one core, so no upload
-costs a server minutes: a file of 15 MB could otherwise hold 10,000 scenes with every cell occupied, and take 17 minutes. Real scenes
-shrink to a third or less by compression, so a shard of 256 MiB stays far below. A writer closes a shard before it reaches the limit."""
+MAX_SHARD_RAW_BYTES = 1 << 30
+"""Bytes that the scenes of one shard may have together after decompression. Ingest takes 12 s (fp16) to 25 s (int8) of one core for a
+GiB of full scenes, so no upload costs a server minutes: a file of 15 MB could otherwise hold 10,000 scenes with every cell occupied, and take
+half an hour. A writer closes a shard before it reaches the limit."""
 
 
 class ShardJournal(Protocol):

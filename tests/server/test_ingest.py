@@ -710,3 +710,24 @@ def test_one_scan_that_was_extracted_twice_is_counted_as_repeated(incoming, stor
     upload(incoming, [replace(same, scene_id="7" * 32), scene(2)])
     report = ingest_all(incoming, store)
     assert (report.new_scenes, report.repeated_scenes, report.total_scenes) == (2, 1, 4)
+
+
+@pytest.mark.parametrize("calls", range(1, 4))
+def test_a_kill_in_the_middle_of_quarantine_leaves_no_half_shard_waiting(incoming, store, monkeypatch, calls):
+    path = upload(incoming, [scene(0)])
+    path.with_suffix(".tar").write_bytes(path.with_suffix(".tar").read_bytes() + b"x")
+    real, left = os.replace, calls
+
+    def dying(source: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    in_fork(lambda: ingest_all(incoming, store))
+    monkeypatch.setattr(os, "replace", real)
+    report = ingest_all(incoming, store)
+    assert ([r.shard for r in report.quarantined], report.waiting, names(incoming)) == ([path.stem], (), set())
+    assert pair(path.stem[:32]) <= {name.replace(".1.", ".") for name in names(store / "quarantine")}
