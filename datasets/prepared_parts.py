@@ -28,6 +28,7 @@ from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import atomic_file, remove_litter, write_atomically
 from ..core.foreign_text import shown
 from ..core.frame import Frame
+from ..core.intensity import propose_scale
 from .frame_source import FrameSource, KittiLabelSource
 from .parquet import checksum_in_name
 from .prepared_format import INDEX_SCHEMA, frame_row, read_index
@@ -64,8 +65,10 @@ def check_frame(frame: Frame, num_classes: int) -> None:
     if "intensity" in points.feature_names and len(points):
         intensity = points.features[:, points.feature_names.index("intensity")]
         if intensity.min() < 0 or intensity.max() > 1:
+            low, high, scale = intensity.min().item(), intensity.max().item(), frame.rig.intensity_scale
             raise InvalidInput(
-                f"intensity must be in 0..1, found {intensity.min():g}..{intensity.max():g}; scale it in the reader"
+                f"intensity must be in 0..1, found {low:.6g} to {high:.6g} after scaling by {scale:.6g}; "
+                f"{propose_scale(low / scale, high / scale)}"
             )
     if frame.labels is None:
         return

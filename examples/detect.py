@@ -10,6 +10,8 @@ import argparse
 from pathlib import Path
 
 import upcycle3d
+from upcycle3d.core.point_files import read_scan
+from upcycle3d.core.rig import RigSpec
 from upcycle3d.datasets.simulation.places import KITTI
 from upcycle3d.datasets.simulation.simulate import simulate_frame
 
@@ -20,15 +22,19 @@ parser.add_argument("--out", default="detect.png", help="picture to write")
 options = parser.parse_args()
 
 detector = upcycle3d.load_detector(options.detector)
+rig = detector.trained_on.rig if detector.trained_on else RigSpec()  # mounting height and intensity scale of the training's scans
 if options.scan:
-    scan, labels, names = upcycle3d.PointCloud.from_file(options.scan), None, detector.class_names
+    read, counts = read_scan(options.scan)
+    print(f"{counts.points} points read, {counts.points - len(read)} of them without a return")
+    scan, labels, names = rig.from_sensor(read), None, detector.class_names
 else:  # what a front camera sees of one turn of a LiDAR like KITTI's, with the true boxes
     made = simulate_frame(KITTI, seed=5, index=3, view="camera")
     scan, labels, names = made.frame.points, made.frame.labels, made.class_names  # class 0 is Car in both
 found = detector.detect(scan)
 
 sure = found.select(found.scores >= 0.3)
-for box, number, score in zip(sure.boxes.data.tolist(), sure.classes.tolist(), sure.scores.tolist()):
+boxes = rig.to_sensor(sure.boxes) if options.scan else sure.boxes  # in the frame of the file
+for box, number, score in zip(boxes.data.tolist(), sure.classes.tolist(), sure.scores.tolist()):
     x, y, z, length, width, height, yaw = box
     print(
         f"{detector.class_names[number]} {score:.2f}: center ({x:.1f}, {y:.1f}, {z:.1f}) m, "

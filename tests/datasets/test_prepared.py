@@ -181,7 +181,7 @@ BROKEN: dict[int, tuple[Callable[[Frame], Frame], str]] = {
     5: (_box(6, 4.0), "yaws are outside"),
     6: (_box(0, float("inf")), "boxes hold NaN or inf"),
     7: (_class_9, "classes are outside 0..1"),
-    8: (lambda f: replace(f, points=replace(f.points, features=f.points.features * 255)), "intensity must be in 0..1"),
+    8: (lambda f: replace(f, points=replace(f.points, features=f.points.features * 255)), "--intensity-scale 1/255"),
     9: (_two_features, "point features are ('intensity', 'time')"),
     10: (lambda f: replace(f, id="000099"), "calls itself '000099'"),
     11: (
