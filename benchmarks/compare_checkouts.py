@@ -331,7 +331,7 @@ def extracted(by: Checkout, old: Path, kind: str) -> dict[str, Values]:
                 "--ids",
                 old / "raw" / "ImageSets" / "fleet.txt",
             ]
-            scans += ["--rig.z-shift", Z_SHIFT]
+            scans += [by.z_shift("extract"), Z_SHIFT]
             data = scans if source == "scans" else by.options("extract", data=old / "prepared", split="fleet")
             detector = by.options("extract", detector=old / kind / "trained")
             by.run("extract", *detector, *data, "--codec", codec, "--out", out)
@@ -347,7 +347,7 @@ def ingested(by: Checkout, old: Path, kind: str) -> dict[str, Values]:
         shutil.rmtree(incoming, ignore_errors=True)
         shutil.copytree(old / kind / f"shards_{STORED[kind]}", incoming)  # ingest moves what it takes
         detector = by.options("ingest", detector=old / kind / "trained")
-        by.run("ingest", incoming, "--store", out, *detector, "--rig.z-shift", Z_SHIFT)
+        by.run("ingest", incoming, "--store", out, *detector, by.z_shift("ingest"), Z_SHIFT)
 
     return {"store of the old shards": by.probe("store", make(by.home / kind / "store", fill))}
 
@@ -355,7 +355,7 @@ def ingested(by: Checkout, old: Path, kind: str) -> dict[str, Values]:
 def upcycled(by: Checkout, old: Path, kind: str) -> dict[str, Values]:
     def fill(out: Path) -> None:
         inputs = by.options("upcycle", detector=old / kind / "trained", data=old / "prepared", split="train")
-        inputs += ["--store", str(old / kind / "store"), "--rig.z-shift", str(Z_SHIFT)]
+        inputs += ["--store", str(old / kind / "store"), by.z_shift("upcycle"), str(Z_SHIFT)]
         changes = [f"--preset.upcycle.thresholds.0.{name}={value}" for name, value in THRESHOLDS.items()]
         changes += [f"--preset.upcycle.loop.optim.total-steps={STEPS}", f"--preset.upcycle.round-steps={STEPS}"]
         by.run("upcycle", PRESETS[kind], *inputs, "--method", "upcycling", "--out", out, *changes, "--workers", 0)

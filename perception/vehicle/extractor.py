@@ -345,8 +345,10 @@ class _Tally:
 
     def drop(self, scenes: int) -> None:
         """Leave the last scenes out of the counts of what was written."""
-        for series in (*self._times.values(), self._bytes):
-            del series[len(series) - scenes :]
+        kept = len(self._bytes) - scenes
+        del self._bytes[kept:]
+        for series in self._times.values():
+            del series[kept:]
 
     def add_to_last_write(self, milliseconds: float) -> None:
         if self._times["write"]:
