@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
-from ...core.errors import UpcycleError
+from ...core.errors import InvalidInput, UpcycleError
 
 T = TypeVar("T")
 
@@ -38,6 +38,8 @@ def prefetch(batch_at: Callable[[int], T], start: int, stop: int, workers: int) 
         UpcycleError: What a worker raised, with the same class and message; or a worker died.
         OSError: A worker could not read a file.
     """
+    if workers < 0:
+        raise InvalidInput(f"the number of processes that make batches (--workers) must be 0 or more, found {workers}")
     if workers == 0 or start >= stop:
         yield from map(batch_at, range(start, stop))
         return

@@ -348,6 +348,11 @@ def test_training_with_workers_gives_the_same_bits(uninterrupted):
     assert_equal(toy.weights(), uninterrupted)
 
 
+def test_a_negative_number_of_processes_is_a_sentence():
+    with pytest.raises(InvalidInput, match=r"processes that make batches \(--workers\) must be 0 or more, found -1"):
+        next(prefetch(lambda step: step, 0, 2, -1))
+
+
 def test_an_error_of_a_worker_arrives_as_it_is():
     def broken(step: int) -> int:
         if step == 1:
