@@ -103,7 +103,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path, lock=_lock(path), tensorboard=tensorboard)
         run._remove_litter()
-        environment = _read_json(path / "environment.json") if stored is not None else []
+        environment = run.environment() if stored is not None else []
         # A spawned process was not called by what its own command line says, but by its parent's program and arguments.
         command = sys.orig_argv if multiprocessing.parent_process() is None else sys.argv
         environment.append({**describe_environment(command=command, seed=seed), "resume": resume})
