@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -43,6 +45,7 @@ from upcycle3d.datasets.raw import open_kitti, open_nuscenes, open_waymo
 from upcycle3d.datasets.simulation.layout_kitti import write_kitti_layout
 from upcycle3d.datasets.simulation.layout_lyft import write_lyft_layout
 from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout
+from upcycle3d.datasets.waymo_records import masked_crc32c
 from upcycle3d.perception.adapt.glc.feature_file import read_target_features
 from upcycle3d.perception.evaluation.lyft import read_lyft_boxes
 from upcycle3d.perception.evaluation.waymo_json import read_waymo_detections, read_waymo_labels
@@ -294,6 +297,52 @@ def _read_waymo(folder: Path) -> str:
     return fingerprint([raw.source[i] for i in range(len(raw.source))])
 
 
+def _waymo_message() -> bytes:
+    """A `Frame` of Waymo's v1 with one laser and one box, written by hand; see `datasets/waymo_proto.py` for the fields."""
+
+    def field(number: int, value: bytes | int) -> bytes:
+        if isinstance(value, int):
+            return bytes([number << 3]) + _varint(value)
+        return bytes([number << 3 | 2]) + _varint(len(value)) + value
+
+    def doubles(values: Any) -> bytes:
+        return field(1, np.asarray(values, "<f8").tobytes())
+
+    image = np.full((4, 6, 4), -1, np.float32)
+    image[..., 0] = np.random.default_rng(0).random((4, 6), np.float32) * 20 + 1
+    shape = field(2, b"".join(field(1, size) for size in image.shape))
+    stored = field(2, zlib.compress(field(1, image.astype("<f4").tobytes()) + shape))
+    calibration = field(1, 2) + b"".join(
+        bytes([number << 3 | 1]) + np.float64(v).tobytes() for number, v in ((3, -0.4), (4, 0.2))
+    )
+    calibration += field(5, doubles(np.eye(4).ravel()))
+    box = b"".join(
+        bytes([n << 3 | 1]) + np.float64(v).tobytes() for n, v in zip((1, 2, 3, 5, 4, 6, 7), (5, 1, 1, 4, 2, 1.5, 0.3))
+    )
+    label = field(1, box) + field(3, 1) + field(4, b"one") + field(5, 1) + field(7, 9)
+    context = field(1, b"a_segment") + field(3, calibration)
+    laser = field(1, 2) + field(2, stored)
+    return field(1, context) + field(2, 1_500_000) + field(3, doubles(np.eye(4).ravel())) + field(5, laser) + field(6, label)
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
+
+
+def _read_waymo_message(folder: Path) -> str:
+    """The message in a record whose checksums are right, as a hostile file has them."""
+    data = (folder / "frame.message").read_bytes()
+    head = struct.pack("<Q", len(data))
+    record = b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in (head, data))
+    (folder / "segment-a.tfrecord").write_bytes(record)
+    raw = open_waymo(folder)
+    return fingerprint([raw.source[i] for i in range(len(raw.source))])
+
+
 def _make_kitti(folder: Path) -> None:
     write_kitti_layout(folder, SMALL, num_frames=2, seed=0, workers=1)
 
@@ -405,6 +454,10 @@ READERS: tuple[Reader, ...] = (
         name="KITTI folder", files=("training/*/*", "ImageSets/*"), protected=False, make=_copy_of(_make_kitti), read=_read_kitti,
     ),
     Reader(name="Lyft tables", files=("v1.01-train/*.json", "lidar/*.bin"), protected=False, make=_copy_of(_make_lyft), read=_read_lyft),
+    Reader(
+        name="Waymo message", files=("frame.message",), protected=False, make=_bytes("frame.message", _waymo_message),
+        read=_read_waymo_message, writes=True,
+    ),
     Reader(name="Waymo tables", files=("**/*.parquet",), protected=False, make=_copy_of(_make_waymo), read=_read_waymo),
     Reader(
         name="prepared data", files=("data/dataset.json", "data/index-*.parquet", "data/parts/*.f32"), protected=True,
