@@ -72,7 +72,7 @@ def safetensors_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         name: {"dtype": _TYPES[plain[name].dtype], "shape": list(plain[name].shape), "data_offsets": list(spans[name])}
         for name in sorted(plain)
     }
-    values = [memoryview(plain[name].reshape(-1).view(torch.uint8).numpy()) for name in order if plain[name].numel()]
+    values = [plain[name].reshape(-1).view(torch.uint8).numpy().data for name in order if plain[name].numel()]
     meta = dict(sorted((metadata or {}).items()))
     hashed = FILE_DIGEST_KEY in meta
     if hashed:

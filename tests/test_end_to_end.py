@@ -135,12 +135,12 @@ def test_scans_in_bytes_with_gaps_need_only_options(chain, tmp_path, recwarn):
     (tmp_path / "points" / "scan.bin").write_bytes(rows.numpy().tobytes())
     (tmp_path / "labels" / "scan.txt").write_text("")
     reading = ("--columns", "x", "y", "z", "_", "intensity", "--drop-non-finite")
-    options = ("--scans", tmp_path / "points", *reading, "--rig.intensity-scale", 1 / 255, "--rig.z-shift", 1.73)
+    options = ("--scans", tmp_path / "points", *reading, "--intensity-scale", 1 / 255, "--z-shift", 1.73)
     rig = RigSpec(z_shift=1.73, intensity_scale=1 / 255)
     flat = [str(word).replace("--rig.", "--") for word in options]
     upcycle3d("predict", "--detector", chain / "source", *flat, "--out", tmp_path / "boxes")
     assert (tmp_path / "boxes" / "scan.json").exists()
-    plain = extracted(chain, tmp_path / "a", *(str(o).replace("--rig.", "--") for o in options), rig=rig)["scan"]
+    plain = extracted(chain, tmp_path / "a", *options, rig=rig)["scan"]
     shaping = (*reading, "--intensity-scale", 1 / 255, "--z-shift", 1.73, "--workers", 1)
     upcycle3d("prepare", "folder", tmp_path, "--out", tmp_path / "data", *shaping)
     prepared = extracted(chain, tmp_path / "b", "--data", tmp_path / "data", rig=rig)["scan"]
