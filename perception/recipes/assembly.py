@@ -163,12 +163,17 @@ def fleet_store(folder: Path, detector: Detector, rig: RigSpec) -> SmashedStore:
         The opened store.
 
     Raises:
-        InvalidInput: The scenes come from another encoder, or from another rig.
+        InvalidInput: The scenes come from another encoder, or from another rig, or none of them has a cell.
     """
     store, expected = SmashedStore(folder), encoder_fingerprint(detector.encoder, rig)
     if store.fingerprint != expected:
         raise InvalidInput(
             f"the store {folder} holds scenes with the encoder fingerprint {store.fingerprint[:12]}…, and this detector with the rig given "
             f"has {expected[:12]}…; start from the detector whose encoder the fleet runs, with the rig given to extract and ingest"
+        )
+    if len(store) and not int(store.voxels.max()):
+        raise InvalidInput(
+            f"none of the {len(store)} scenes of the store {folder} has a cell, so nothing can be learned from them: the scans had no point in "
+            "the detector's range. Look at the rig and the crop of `extract`, and extract them again"
         )
     return store
