@@ -242,7 +242,7 @@ def _is_multiple(values: NDArray[Any], width: int, other: int) -> bool:
     wide = rows.astype(np.float64)
     sines = [np.sin(np.arctan2(wide[:, j + 1], wide[:, j])) for j in (0, width)]
     with np.errstate(all="ignore"):
-        alike = float(np.corrcoef(*sines)[0, 1])
+        alike = float(np.corrcoef(np.stack(sines))[0, 1])
     return not alike > 0.5  # NaN where a column is constant
 
 
