@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ import tyro
 
 from ..core.device import find_device
 from ..core.errors import InvalidInput
+from ..core.provenance import provenance_of_process, relative_command
 from ..perception.evaluation.score import Protocol
 from ..perception.recipes.experiment_data import (
     ExperimentData,
@@ -86,6 +88,16 @@ class UpcyclingExperiment:
 
 
 _CHOICES = PRESETS | {"demo": DEMO, "demo_pv_rcnn": DEMO_PV_RCNN}
+
+
+def _next_steps(config: UpcyclingExperiment) -> list[tuple[str, str]]:
+    again = shlex.join(relative_command([*sys.orig_argv]))
+    data = ("Compare on your own data: prepare it, and name it with --data.", f"{again} --data DIR") if not config.data else None
+    more = ("Add seeds: one seed is an example, not a measurement. Finished results are kept.", f"{again} --seeds 0 1 2")
+    tables = ("Print the tables again.", f"upcycle3d experiment report {shlex.quote(str(config.out))}")
+    return [step for step in (data, more if len(config.seeds) < 3 else None, tables) if step is not None]
+
+
 ARGUMENTS = tyro.extras.subcommand_type_from_defaults(
     {name: UpcyclingExperiment(preset=preset, scenario=tyro.MISSING, out=tyro.MISSING) for name, preset in _CHOICES.items()},
     prefix_names=False,
@@ -134,7 +146,10 @@ def command(config: UpcyclingExperiment) -> None:
     title = _title(config)
     for table in upcycling_tables(rows):
         print_table(f"{table.caption}; {title}", table.header, table.rows)
-    write_html(config.out / "report.html", page(f"upcycle3d: {title}", report_sections(rows)))
+    write_html(
+        config.out / "report.html",
+        page(f"upcycle3d: {title}", report_sections(rows), made_by=provenance_of_process(), next_steps=_next_steps(config)),
+    )
     published = publish(config.out, cache, upcycling_rows)
     console.print(f"report: {config.out / 'report.html'}; results: {published}")
     environment = describe_environment(command=sys.orig_argv, seed=config.seeds[0])

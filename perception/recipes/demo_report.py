@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...core.cut import CutSpec
+from ...core.provenance import provenance_of_process
 from ...core.smashed_scene import SmashedScene
 from ..server.methods import METHODS
 from ..training.detector_files import load_detector
@@ -16,8 +17,21 @@ from ..viz.bev import bev_features_png, bev_panels_png
 from ..viz.charts import Series, bar_chart, gap_chart, line_chart, stacked_bars
 from ..viz.html import Block, Section, figure_png, figure_svg, key_numbers, page, paragraph, table, write_html
 from .demo import CAR_3D, CAR_BEV, DemoResult
+from .method_styles import METHOD_STYLES, style_of
 
 PICTURED_FRAMES = 3
+_NEXT = (
+    ("Prepare labeled frames in KITTI's layout, or choose another layout.", "upcycle3d prepare kitti KITTI --out data/kitti"),
+    ("Train the source model.", "upcycle3d train kitti_small --data data/kitti:train --out runs/source"),
+    ("Extract features on the vehicle.", "upcycle3d extract --detector runs/source --scans SCANS --out shards"),
+    ("Take the shards into a store.", "upcycle3d ingest shards --store store --detector runs/source"),
+    (
+        "Learn from the store.",
+        "upcycle3d upcycle kitti_small --data data/kitti:train --detector runs/source --store store --out runs/upcycled",
+    ),
+    ("Score the result.", "upcycle3d evaluate run --detector runs/upcycled --data data/kitti:val"),
+)
+"""Commands of the same job on data of one's own."""
 
 
 def write_report(path: Path, demo: DemoResult) -> None:
@@ -37,7 +51,8 @@ def write_report(path: Path, demo: DemoResult) -> None:
         Section("Where the time went", _time(demo)),
     ]
     subtitle = f"simulated {demo.source} to simulated {demo.target}, seed {demo.job.config.seed}; one seed is an example, not a measurement"
-    write_html(path, page("upcycle3d: the pipeline on simulated data", sections, subtitle=subtitle))
+    title = "upcycle3d: the pipeline on simulated data"
+    write_html(path, page(title, sections, subtitle=subtitle, made_by=provenance_of_process(), next_steps=_NEXT))
 
 
 def _story(demo: DemoResult) -> list[Block]:
@@ -90,6 +105,7 @@ def _scores(demo: DemoResult) -> list[Block]:
             values["oracle_full"],
             value_label="AP in percent",
             title=f"{title}: how much of the gap to the oracle each method closes",
+            styles={**METHOD_STYLES, "source-only": style_of("source_only"), "oracle": style_of("oracle_full")},
         )
         explained = "oracle_full trains everything on the fleet's own labels; oracle_frozen keeps the source model's encoder."
         blocks.append(figure_svg(chart, f"{title}. {explained}"))
@@ -101,7 +117,7 @@ def _pseudo_labels(demo: DemoResult) -> list[Block]:
     logs = {n: RunFolder.open(demo.job.method_folder(n)).metrics("pseudo_labels") for n in names}
 
     def chart(key: str, label: str, title: str) -> str:
-        series = [Series(n, [m["step"] + 1 for m in log], [m[key] for m in log]) for n, log in logs.items()]
+        series = [Series(n, [m["step"] + 1 for m in log], [m[key] for m in log], style_of(n)) for n, log in logs.items()]
         return line_chart(series, "training step", label, title, height=260)
 
     return [
@@ -123,7 +139,7 @@ def _losses(demo: DemoResult) -> list[Block]:
     series = []
     for name, folder in runs.items():
         log = RunFolder.open(folder).metrics("train")
-        series.append(Series(name, [m["step"] for m in log], [m["total_loss"] for m in log]))
+        series.append(Series(name, [m["step"] for m in log], [m["total_loss"] for m in log], style_of(name)))
     chart = line_chart(series, "training step", "sum of loss terms", "Loss")
     return [figure_svg(chart, "Loss of each run. Methods learn from different labels, so their levels do not compare.")]
 

@@ -15,6 +15,7 @@ from ...core.errors import InvalidInput
 from ..viz.charts import Series, bar_chart, line_chart
 from ..viz.html import Section, figure_svg, paragraph, table
 from .method_run import MethodResult
+from .method_styles import style_of
 from .result_csv import CsvRow, read_rows
 from .result_summary import ORACLES, ResultRow, Results, differences
 from .upcycling_experiment import COMPARED_METHODS
@@ -119,8 +120,7 @@ def upcycling_tables(rows: Mapping[str, ResultRow]) -> list[TextTable]:
     tables: list[TextTable] = []
     for metrics in _metrics(rows):
         body = [
-            (name, str(row.seeds), *(f"{row.mean[m]:.1f}\u00a0±\u00a0{row.spread[m]:.1f}" for m in metrics), f"{row.minutes:.1f}")
-            for name, row in rows.items()
+            (name, str(row.seeds), *(_with_spread(row, m) for m in metrics), f"{row.minutes:.1f}") for name, row in rows.items()
         ]
         tables.append(TextTable("Student after the last step, percent", ("method", "seeds", *metrics, "minutes"), body))
     first = _metrics(rows)[0][:2]
@@ -153,6 +153,12 @@ def difference_table(results: Results, name: str, others: Sequence[str]) -> Text
     return TextTable(f"{name} minus other methods, percentage points by seed", ("minus", *metrics), rows)
 
 
+def _with_spread(row: ResultRow, metric: str) -> str:
+    """Mean and standard deviation; one seed has no spread, so none is given."""
+    spread = f"\u00a0±\u00a0{row.spread[metric]:.1f}" if row.seeds > 1 else ""
+    return f"{row.mean[metric]:.1f}{spread}"
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f} %"
 
@@ -170,15 +176,17 @@ def report_sections(rows: Mapping[str, ResultRow]) -> list[Section]:
         Sections with the tables and the charts.
     """
     names, highlight = list(rows), list(rows).index("upcycling") if "upcycling" in rows else None
+    several = any(row.seeds > 1 for row in rows.values())
     bars = [
         figure_svg(
             bar_chart(
                 names,
                 [rows[n].mean[metric] for n in names],
                 [rows[n].spread[metric] for n in names],
-                value_label="percent; whiskers: standard deviation over seeds",
+                value_label="percent; whiskers: standard deviation over seeds" if several else "percent, one seed",
                 title=metric,
                 highlight=highlight,
+                styles=[style_of(n) for n in names],
             ),
             f"{metric} of every method",
         )
@@ -190,7 +198,10 @@ def report_sections(rows: Mapping[str, ResultRow]) -> list[Section]:
     curves = [
         figure_svg(
             line_chart(
-                [Series(name, list(along), [scores[metric] for scores in along.values()]) for name, along in shown.items()],
+                [
+                    Series(name, list(along), [scores[metric] for scores in along.values()], style_of(name))
+                    for name, along in shown.items()
+                ],
                 "training step",
                 "percent, mean over seeds",
                 metric,

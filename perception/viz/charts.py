@@ -8,7 +8,7 @@ Read next: `svg.py` for the drawing, `html.py` for the page.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,8 @@ class Series:
     """(N,) positions along the axis."""
     y: Sequence[float]
     """(N,) values."""
+    style: int | None = None
+    """Number of its color and dashes, so that a method looks the same in every chart; by default its place in the chart."""
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
@@ -104,19 +106,22 @@ def line_chart(
     y_at = plot.y_axis(ys.min(), ys.max(), log_y)
 
     ends: list[tuple[float, float, int]] = []
+    styles = [number if s.style is None else s.style for number, s in enumerate(series)]
     for index, ((x, y), mean, ok) in enumerate(zip(raw, shown, valid, strict=True)):
         if not ok.any():
             continue
         if smooth > 1:
-            plot.svg.curve(x_at(x), y_at(y), index, opacity=0.25)
-        plot.svg.curve(x_at(x), y_at(mean), index)
+            plot.svg.curve(x_at(x), y_at(y), styles[index], opacity=0.25)
+        plot.svg.curve(x_at(x), y_at(mean), styles[index])
         last = int(np.flatnonzero(ok)[-1])
         ends.append((float(x_at(x[last])), float(y_at(mean[last])), index))
         if ok.sum() == 1 or len(x) <= 12:
             for px, py in zip(x_at(x[ok]), y_at(mean[ok]), strict=True):
-                plot.svg.circle(px, py, 3, color_of(index))
+                plot.svg.circle(px, py, 3, color_of(styles[index]))
     for (end_x, end_y, index), label_y in zip(*_spread(ends, plot.top, plot.bottom), strict=True):
-        plot.svg.polyline([(end_x + 2, end_y), (plot.right + 4, label_y), (plot.right + 10, label_y)], color_of(index), width=1)
+        plot.svg.polyline(
+            [(end_x + 2, end_y), (plot.right + 4, label_y), (plot.right + 10, label_y)], color_of(styles[index]), width=1
+        )
         plot.svg.text(plot.right + 14, label_y + 4, series[index].name)
     return plot.svg.done()
 
@@ -129,6 +134,7 @@ def bar_chart(
     value_label: str,
     title: str,
     highlight: int | None = None,
+    styles: Sequence[int] | None = None,
 ) -> str:
     """Horizontal bars from 0 with their values at the end, so that long names stay readable.
 
@@ -138,7 +144,8 @@ def bar_chart(
         errors: Half length of each whisker, in the unit of `values`; `value_label` should say what it is.
         value_label: What the values are, with their unit.
         title: Title of the chart.
-        highlight: Index of the bar that the chart is about; the others turn gray.
+        highlight: Index of the bar that the chart is about; without `styles` the others turn gray.
+        styles: Number of each bar's color, the same as in `Series`.
 
     Returns:
         SVG text.
@@ -159,6 +166,7 @@ def bar_chart(
     for index, (value, error) in enumerate(zip(values, spread, strict=True)):
         y = rows.middle(index)
         color = PALETTE[0] if highlight is None else PALETTE[1] if index == highlight else QUIET
+        color = color if styles is None else color_of(styles[index])
         rows.svg.rect(min(at(0), at(value)), y - 9, abs(at(value) - at(0)), 18, color)
         if error:
             rows.svg.whisker(at(value - error), at(value + error), y)
@@ -176,6 +184,7 @@ def gap_chart(
     value_label: str,
     title: str,
     errors: Sequence[float] | None = None,
+    styles: Mapping[str, int] | None = None,
 ) -> str:
     """How much of the distance from source-only to the oracle each method closes, all on one axis.
 
@@ -189,6 +198,7 @@ def gap_chart(
         value_label: What the scores are, with their unit.
         title: Title of the chart.
         errors: Half length of each method's whisker.
+        styles: Number of the color by name of the method, and of "source-only" and "oracle", the same as in `Series`.
 
     Returns:
         SVG text.
@@ -212,18 +222,21 @@ def gap_chart(
             at(source_only), rows.plot.top, at(oracle) - at(source_only), rows.plot.bottom - rows.plot.top, QUIET, opacity=0.12
         )
     source_text, oracle_text, *texts = numbers_text([source_only, oracle, *values])
-    ends = [(f"source-only {source_text}", source_only, QUIET), (f"oracle {oracle_text}", oracle, PALETTE[2])]
+    style = dict(styles or {})
+    source_color = color_of(style["source-only"]) if "source-only" in style else QUIET
+    oracle_color = color_of(style.get("oracle", 2))
+    ends = [(f"source-only {source_text}", source_only, source_color), (f"oracle {oracle_text}", oracle, oracle_color)]
     ends.sort(key=lambda end: end[1])
     for (name, value, color), anchor in zip(ends, ("start", "end"), strict=True):
         rows.svg.line(at(value), rows.plot.top - 4, at(value), rows.plot.bottom, color=color, width=2)
         x, anchor = _keep_inside(at(value), name, anchor, rows.plot.left - 90, WIDTH - 4)
         rows.svg.text(x, rows.plot.top - (26 if anchor == "start" else 10), name, anchor=anchor)
-    for index, ((_, value), error) in enumerate(zip(methods, spread, strict=True)):
-        y = rows.middle(index)
-        rows.svg.line(at(source_only), y, at(value), y, color=color_of(index), width=7, opacity=0.55)
+    for index, ((name, value), error) in enumerate(zip(methods, spread, strict=True)):
+        y, color = rows.middle(index), color_of(style.get(name, index))
+        rows.svg.line(at(source_only), y, at(value), y, color=color, width=7, opacity=0.55)
         if error:
             rows.svg.whisker(at(value - error), at(value + error), y)
-        rows.svg.circle(at(value), y, 6, color_of(index))
+        rows.svg.circle(at(value), y, 6, color)
         rows.svg.text(at(value), y - 9, texts[index], anchor="middle")
         if gap > 0:
             rows.svg.text(

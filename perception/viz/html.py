@@ -8,6 +8,7 @@ or dark scheme, fits narrow and wide windows, and prints. Read next: `charts.py`
 from __future__ import annotations
 
 import base64
+import itertools
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from ...core.errors import InvalidInput
 from ...core.files import write_atomically
+from ...core.provenance import Provenance
 from .charts import number_text, numbers_text
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -23,6 +25,7 @@ _SVG_ELEMENTS = {
     *("svg", "g", "defs", "clipPath", "path", "line", "rect", "circle", "ellipse", "polyline", "polygon", "text", "tspan"),
     *("title", "desc"),
 }
+_CHART = "<figure class=chart>"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -131,7 +134,7 @@ def figure_svg(svg: str, caption: str, *, alt: str | None = None) -> Block:
     for element in root.iter():  # the HTML parser knows SVG without prefixes
         element.tag = element.tag.removeprefix(_SVG)
     inline = ElementTree.tostring(root, encoding="unicode")
-    return Block(f"<figure class=chart><div class=scroll>{inline}</div><figcaption>{_text(caption)}</figcaption></figure>")
+    return Block(f"{_CHART}<div class=scroll>{inline}</div><figcaption>{_text(caption)}</figcaption></figure>")
 
 
 def key_numbers(numbers: Sequence[tuple[str, str | int | float, str, str]]) -> Block:
@@ -164,21 +167,35 @@ def columns(blocks: Sequence[Block]) -> Block:
     return Block(f"<div class=columns>{''.join(f'<div>{block.html}</div>' for block in blocks)}</div>")
 
 
-def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
-    """Join sections into a whole document. More than three sections get a list of contents.
+def page(
+    title: str,
+    sections: Sequence[Section],
+    *,
+    subtitle: str = "",
+    made_by: Provenance | None = None,
+    next_steps: Sequence[tuple[str, str]] = (),
+) -> str:
+    """Join sections into a whole document. More than three sections get a list of contents. Charts that follow each other share the width.
 
     Args:
         title: Title of the page.
         sections: The sections in order.
         subtitle: One sentence under the title.
+        made_by: Command, version, commit and date, which stand at the end.
+        next_steps: What to do next with one's own data: (sentence, command) each; a command may be empty.
 
     Returns:
         The HTML document.
     """
+    if next_steps:
+        sections = [*sections, Section("What to do next with your own data", [_steps(next_steps)])]
     body = "".join(
-        f"<section id=s{index}><h2>{_text(section.title)}</h2>{''.join(block.html for block in section.blocks)}</section>"
+        f"<section id=s{index}><h2>{_text(section.title)}</h2>{_side_by_side(section.blocks)}</section>"
         for index, section in enumerate(sections)
     )
+    foot = ""
+    if made_by is not None:
+        foot = f"<footer><p>{_text(made_by.sentence())}</p><pre>{_text(made_by.command)}</pre></footer>"
     links = "".join(f"<li><a href=#s{index}>{_text(section.title)}</a></li>" for index, section in enumerate(sections))
     contents = f"<nav aria-label=Contents><ul>{links}</ul></nav>" if len(sections) > 3 else ""
     lead = f"<p class=lead>{_text(subtitle)}</p>" if subtitle else ""
@@ -187,8 +204,24 @@ def page(title: str, sections: Sequence[Section], *, subtitle: str = "") -> str:
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">\n'
         f"<title>{_text(title)}</title>\n<style>{_STYLE}</style></head>\n"
-        f"<body><main><header><h1>{_text(title)}</h1>{lead}{contents}</header>\n{body}\n</main></body></html>\n"
+        f"<body><main><header><h1>{_text(title)}</h1>{lead}{contents}</header>\n{body}\n{foot}</main></body></html>\n"
     )
+
+
+def _steps(steps: Sequence[tuple[str, str]]) -> Block:
+    items = "".join(f"<li>{_text(text)}{f'<pre>{_text(command)}</pre>' if command else ''}</li>" for text, command in steps)
+    return Block(f"<ol>{items}</ol>")
+
+
+def _side_by_side(blocks: Sequence[Block]) -> str:
+    """The blocks in order; charts that follow each other stand next to each other where the window is wide enough."""
+    parts: list[str] = []
+    for charts, run in itertools.groupby(blocks, key=lambda block: block.html.startswith(_CHART)):
+        html = [block.html for block in run]
+        parts.append(
+            f"<div class={'charts' if len(html) > 1 else 'chart-alone'}>{''.join(html)}</div>" if charts else "".join(html)
+        )
+    return "".join(parts)
 
 
 def write_html(path: Path | str, html: str) -> None:
@@ -244,7 +277,11 @@ section{background:var(--card);border:1px solid var(--line);border-radius:10px;p
 .columns>div{min-width:0}
 figure{margin:0 0 18px}figcaption{font-size:.88rem;margin-top:6px;max-width:75ch;overflow-wrap:anywhere}
 .picture img{display:block;max-width:100%;height:auto;border-radius:6px;border:1px solid var(--line)}
-.chart svg{display:block;width:100%;min-width:400px;max-width:660px;height:auto;color:var(--ink)}
+.chart svg{display:block;width:100%;min-width:400px;height:auto;color:var(--ink)}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:4px 24px;align-items:start}
+.charts>figure{min-width:0}.chart-alone{max-width:820px}
+footer{margin-top:24px;color:var(--quiet);font-size:.88rem}
+pre{margin:4px 0 12px;padding:8px 10px;background:var(--page);border:1px solid var(--line);border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere}
 .scroll{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;font-size:.93rem;margin:0 0 18px;min-width:50%}
 caption{text-align:left;padding-bottom:6px;font-size:.88rem}

@@ -1,7 +1,7 @@
 """SVG elements, axes and rows: the drawing under the charts of the report.
 
 Text and lines take the color of the page (`currentColor`), so that one picture can be read in a light and in a dark scheme. The colors of series
-are Okabe and Ito's, which people with color blindness can tell apart; a second round through them is dashed. Read next: `charts.py`, which draws
+are Okabe and Ito's, which people with color blindness can tell apart; further rounds through them are dashed. Read next: `charts.py`, which draws
 with these parts.
 """
 
@@ -15,6 +15,7 @@ from xml.sax.saxutils import escape, quoteattr
 import numpy as np
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito 2008, without black and yellow
+_DASHES = ("", "6 4", "2 3", "9 3 2 3")  # of the first, second, third and fourth round through the palette
 WIDTH, FONT, LINE = 540, 13, 16  # px; the page scales the picture, so only their ratio counts
 
 
@@ -135,7 +136,8 @@ class Svg:
                 pen_down = True
             else:
                 pen_down = False
-        dash = ' stroke-dasharray="6 4"' if index >= len(PALETTE) else ""
+        dashes = _DASHES[index // len(PALETTE) % len(_DASHES)]
+        dash = f' stroke-dasharray="{dashes}"' if dashes else ""
         self.parts.append(
             f'<path d="{"".join(commands)}" fill="none" stroke="{color_of(index)}" stroke-width="2" stroke-linejoin="round" '
             f'opacity="{opacity}"{dash}/>'

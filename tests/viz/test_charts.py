@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.perception.recipes.method_styles import METHOD_STYLES, style_of
 from upcycle3d.perception.viz.charts import Series, bar_chart, gap_chart, line_chart, number_text, numbers_text, stacked_bars
-from upcycle3d.perception.viz.svg import _log_ticks
+from upcycle3d.perception.viz.svg import _log_ticks, color_of
 
 NS = "{http://www.w3.org/2000/svg}"
 
@@ -175,3 +176,32 @@ def test_a_logarithmic_axis_covers_its_values_with_few_round_numbers(low: float,
     assert ticks[0] <= low <= high <= ticks[-1]
     assert 1 <= len(ticks) <= 8
     assert all(f"{tick:.0e}"[0] in "125" for tick in ticks)
+
+
+def test_a_method_keeps_its_color_in_every_chart() -> None:
+    def colors(svg: str, kind: str, attribute: str) -> set[str]:
+        return {e.get(attribute, "") for e in ElementTree.fromstring(svg).iter(f"{NS}{kind}")}
+
+    wanted = color_of(style_of("upcycling"))
+    alone = line_chart([Series("upcycling", [0, 1], [1.0, 2.0], style_of("upcycling"))], "x", "y", "t")
+    second = line_chart(
+        [
+            Series("hybrid", [0, 1], [2.0, 1.0], style_of("hybrid")),
+            Series("upcycling", [0, 1], [1.0, 2.0], style_of("upcycling")),
+        ],
+        "x",
+        "y",
+        "t",
+    )
+    assert colors(alone, "path", "stroke") == {wanted}
+    assert wanted in colors(second, "path", "stroke")
+    assert wanted in colors(
+        gap_chart(1.0, [("hybrid", 2.0), ("upcycling", 3.0)], 4.0, value_label="AP", title="t", styles=METHOD_STYLES),
+        "circle",
+        "fill",
+    )
+    assert wanted in colors(
+        bar_chart(["upcycling"], [1.0], value_label="AP", title="t", styles=[style_of("upcycling")]), "rect", "fill"
+    )
+    assert style_of("source training") == style_of("source_only")
+    assert len(set(METHOD_STYLES.values())) == len(METHOD_STYLES)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.provenance import Provenance
 from upcycle3d.perception.viz.charts import Series, bar_chart, line_chart
 from upcycle3d.perception.viz.html import (
     Section,
@@ -157,3 +158,21 @@ def test_the_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
         write_html(target, "second")
     assert target.read_text(encoding="utf-8") == "first \u00e9"
     assert [p.name for p in target.parent.iterdir()] == ["report.html"]
+
+
+def test_a_page_says_what_made_it_and_what_to_do_next() -> None:
+    made = Provenance(
+        command="upcycle3d demo --out <x>", version="0.2.0", commit="abc with changed files", date="2026-11-29 22:17 +0000"
+    )
+    html = page("t", [], made_by=made, next_steps=[("Train on yours.", "upcycle3d train small")])
+    assert "Made on 2026-11-29 22:17 +0000 with upcycle3d 0.2.0, commit abc with changed files." in html
+    assert "<pre>upcycle3d demo --out &lt;x&gt;</pre>" in html
+    assert "What to do next with your own data" in html
+    assert "<pre>upcycle3d train small</pre>" in html
+
+
+def test_charts_that_follow_each_other_share_the_width() -> None:
+    chart = figure_svg("<svg/>", "a chart")
+    html = page("t", [Section("s", [paragraph("x"), chart, chart]), Section("u", [chart])])
+    assert html.count("<div class=charts>") == 1
+    assert html.count("<div class=chart-alone>") == 1

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import torch
 
+from ....core.provenance import provenance_of_process
 from ...viz.html import Block, Section, figure_svg, key_numbers, page, paragraph, table
 from ..glc.plots import embedding_plot, score_histogram
 from .adaptation import AdaptedProposals
@@ -73,7 +74,20 @@ def adaptation_page(
     if measured is not None:
         sections.append(Section("Against the target's labels", _measured(measured)))
     subtitle = f"{len(target)} proposals of {target.data}; known classes {', '.join(classified.classes)}"
-    return page(f"Adapted detector: {name}", sections, subtitle=subtitle)
+    return page(
+        f"Adapted detector: {name}",
+        sections,
+        subtitle=subtitle,
+        made_by=provenance_of_process(),
+        next_steps=[
+            ("Prepare labeled frames of your source domain and frames of your target.", "upcycle3d prepare --help"),
+            (
+                "Adapt a detector of yours.",
+                "upcycle3d adapt detector --detector RUN --source DIR:train --target DIR:val --out adapted",
+            ),
+            ("Read the labels and unknown scores of every detection in the folder `detections`.", ""),
+        ],
+    )
 
 
 def _summary(target: DetectorProposals, classified: ClassifiedProposals) -> Section:

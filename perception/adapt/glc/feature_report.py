@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ....core.provenance import provenance_of_process
 from ...viz.html import Section, figure_svg, key_numbers, page, paragraph, table
 from .feature_file import TargetFeatures
 from .feature_labels import FeatureLabels
@@ -104,7 +105,17 @@ def feature_page(name: str, target: TargetFeatures, found: FeatureLabels) -> str
         sections.append(
             Section("Against the labels of the file", [table(("metric", "value"), list(values.items()), "Not used above.")])
         )
-    return page(f"Adaptation: {name}", sections, subtitle=f"{len(target.features)} target samples, {unknown} source classes")
+    return page(
+        f"Adaptation: {name}",
+        sections,
+        subtitle=f"{len(target.features)} target samples, {unknown} source classes",
+        made_by=provenance_of_process(),
+        next_steps=[
+            ("Label features of your own model: write `features` (N, D) and `probabilities` (N, C) to an npz file.", ""),
+            ("Then run the same command on it.", "upcycle3d adapt features FILE.npz --out adapted"),
+            (f"Use {name}.npz: it holds the labels and scores of every sample, for a training of your own.", ""),
+        ],
+    )
 
 
 def _summary(target: TargetFeatures, found: FeatureLabels, unknown: int) -> Section:
