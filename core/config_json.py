@@ -121,7 +121,8 @@ def first_difference(old: Json, new: Json, where: str = "", *, names: tuple[str,
 def _encode(value: Any, hint: Any, where: str) -> Json:
     options = _options(hint)
     if dataclasses.is_dataclass(value):
-        hints = _hints(type(value))
+        cls: Any = type(value)
+        hints = _hints(cls)
         tag = {"kind": type(value).__name__} if sum(dataclasses.is_dataclass(o) for o in options) > 1 else {}
         body = {f.name: _encode(getattr(value, f.name), hints[f.name], f"{where}{f.name}.") for f in dataclasses.fields(value)}
         return {**tag, **body}

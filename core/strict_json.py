@@ -125,7 +125,8 @@ def read_json(
     except error as fault:
         raise error(f"{fault}; {remedy}") from fault
     if not isinstance(value, kind):
-        wanted = {dict: "an object with named entries", list: "a list"}.get(kind, kind.__name__)
+        names: dict[type, str] = {dict: "an object with named entries", list: "a list"}
+        wanted = names.get(kind, kind.__name__)
         raise error(f"{subject} must hold {wanted}, found {_kind_of(value)}; {remedy}")
     return value
 

@@ -173,7 +173,7 @@ class GtDatabase:
         rows = np.zeros(shape, np.float32)
         if shape[0]:  # mapped only while it is copied
             rows[:] = np.memmap(str(self._objects), "<f4", mode="r", offset=row["offset"] * self._width * 4, shape=shape)
-        if zlib.crc32(rows) != row.get("crc32", zlib.crc32(rows)):
+        if row.get("crc32", found := zlib.crc32(rows.data)) != found:
             raise InvalidInput(f"{self._objects} is damaged: the points of object {index} have another checksum; {_REMEDY}")
         points = torch.from_numpy(rows)
         return GtObject(

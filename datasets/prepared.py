@@ -104,7 +104,7 @@ class PreparedDataset:
         """Read frame `index`; the tensors are the caller's own. Raises `InvalidInput` if the points have another checksum."""
         row = self._row(index)
         rows = self._points(row)
-        if zlib.crc32(rows) != row["crc32"]:
+        if zlib.crc32(rows.data) != row["crc32"]:
             raise InvalidInput(
                 f"the points of frame {row['id']} in {self.root / 'parts' / row['part']} are damaged: they have another checksum than the "
                 "index names; give the same `upcycle3d prepare` command again, which reads only the damaged part again, or copy the "
@@ -215,7 +215,7 @@ class PreparedDataset:
             Ids of the frames whose points are damaged.
         """
         rows = (self._row(i) for i in range(len(self)))
-        return tuple(row["id"] for row in rows if zlib.crc32(self._points(row)) != row["crc32"])
+        return tuple(row["id"] for row in rows if zlib.crc32(self._points(row).data) != row["crc32"])
 
     def _row(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):

@@ -280,7 +280,7 @@ def _checksum(o: FeatureObject) -> int:
     tensors = [o.coords, o.features, *([] if o.keypoints is None else [o.keypoints.xyz, o.keypoints.features])]
     found = 0
     for tensor in tensors:
-        found = zlib.crc32(tensor.contiguous().numpy(), found) if tensor.numel() else found
+        found = zlib.crc32(tensor.contiguous().numpy().data, found) if tensor.numel() else found
     return found
 
 
