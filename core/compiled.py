@@ -62,8 +62,9 @@ def find_cache(function: Callable[..., Any]) -> FunctionCache | None:
         pass
     folder = private_folder()
     if folder is not None:
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = str(folder)
+        settings: Any = numba.config
+        before = settings.CACHE_DIR
+        settings.CACHE_DIR = str(folder)
         try:
             cache = _ForgivingCache(function)
         except (RuntimeError, OSError):
@@ -75,7 +76,7 @@ def find_cache(function: Callable[..., Any]) -> FunctionCache | None:
             )
             return cache
         finally:
-            numba.config.CACHE_DIR = before
+            settings.CACHE_DIR = before
     _note(
         "compiled kernels cannot be kept, so every process spends about a minute on compiling them: neither the package, the user's cache "
         "folder nor the temporary folder can be written; set NUMBA_CACHE_DIR to a folder that can"

@@ -202,6 +202,10 @@ def read_header(root: Path) -> PreparedHeader:
     path = root / "dataset.json"
     if root.is_dir() and not path.exists():
         raise InvalidInput(_not_prepared(root))
+    if root.is_file():
+        raise InvalidInput(
+            f"{root} is a file, not the folder of a prepared dataset; give the folder that `upcycle3d prepare` wrote"
+        )
     if not root.exists():
         raise InvalidInput(
             f"there is no folder {root}; give the folder that `upcycle3d prepare … --out DIR` wrote, as DIR or DIR:SPLIT"

@@ -56,13 +56,13 @@ def _explain(kind: Any, words: Sequence[str], said: str, program: str) -> None:
     wrong = re.search(r"Unrecognized (?:or misplaced )?options: ([^\s,]+)", flat)
     if names is not None and wrong is not None and not wrong[1].startswith("-"):
         known = names[1].split(", ")
-        what = "preset" if "kitti_small" in known else "kind"
+        what = _what(known)
         raise InvalidInput(
             f"{program} has no {what} {shown(repr(wrong[1]), most=80)}{_nearest(wrong[1], known)}; the {what}s are {', '.join(known)}"
         )
     first = _subcommands(kind)
     if first and words and words[0].startswith("-"):
-        raise InvalidInput(f"{program} takes one of these words first, before any option: {', '.join(first)}")
+        raise InvalidInput(f"{program} takes the {_what(first)} first, before any option: one of {', '.join(first)}")
     if "nrecognized" not in flat:
         return
     chosen = [word for word in words[:1] if not word.startswith("-") and re.fullmatch(r"[\w-]+", word)]
@@ -87,6 +87,10 @@ def _options(kind: Any, chosen: Sequence[str], program: str) -> list[str]:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text), contextlib.redirect_stderr(io.StringIO()):
         tyro.cli(kind, args=[*chosen, "--help"], prog=program, config=(tyro.conf.AvoidSubcommands,))
     return sorted({option.removeprefix("--") for option in re.findall(r"--[a-z][\w.-]*", text.getvalue())})
+
+
+def _what(subcommands: Sequence[str]) -> str:
+    return "preset" if "kitti_small" in subcommands else "kind"
 
 
 def _plain(word: str) -> str:

@@ -148,7 +148,7 @@ def _account(found: LabeledDetections, result: KittiResult | WaymoResult | LyftR
     labels = Counter(found.label_classes[c] for f in found.labels for c in f.select(f.weight > 0).classes.tolist())
     detections = Counter(found.detector_classes[c] for f in found.predictions for c in f.classes.tolist())
     label_classes, detection_classes = (
-        {own: name for own in classes if (name := translate(own, names)) in result.classes}
+        {own: name for own in classes if (name := translate(own, names)) is not None and name in result.classes}
         for classes in (found.label_classes, found.detector_classes)
     )
     account = account_of_types(

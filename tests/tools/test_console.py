@@ -216,7 +216,7 @@ def test_a_command_can_be_run_as_a_module():
         ("experiment_upcycling", ["dmo", "--out", "y"], "has no preset 'dmo' (did you mean demo?)"),
         ("evaluate", ["kiti"], "has no kind 'kiti' (did you mean kitti?); the kinds are kitti, waymo, lyft, run"),
         ("train", ["kitti_small", "--data", "x", "--out", "y", "--stpes", "5"], "no option --stpes (did you mean --steps?)"),
-        ("train", ["--data", "x", "kitti_small"], "takes one of these words first, before any option: small,"),
+        ("train", ["--data", "x", "kitti_small"], "takes the preset first, before any option: one of small,"),
         ("view", ["--dta", "x", "--uot=y"], "no option --dta (did you mean --data?) and --uot (did you mean --out?)"),
         ("doctor", ["--\x1b[2J"], "\\x1b[2J"),
     ],
