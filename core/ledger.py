@@ -24,6 +24,10 @@ FAILED_SCANS_WARNING = 0.1
 """Share of scans that could not be read from which a warning follows."""
 FEWEST_BOXES = 4
 """Labeled boxes from which their total loss stops a command; fewer may be lost by chance."""
+BEHIND_POINTS_WARNING = 0.2
+"""Share of the points in range that lie behind the sensor, from which a warning follows where no labeled box lies there."""
+FEWEST_BOXES_AROUND = 30
+"""Labeled boxes from which it is no chance that none of them lies behind the sensor."""
 EMPTY_BOXES_WARNING = 0.5
 """Share of labeled boxes without a point from which a warning follows. Full data sets have 1 to 20 %."""
 CELLS_WARNING = 0.02
@@ -76,6 +80,10 @@ class Ledger:
     """Kept boxes without a point in them, by class."""
     boxes_outside_range: Mapping[str, int] = field(default_factory=_counts)
     """Kept boxes whose center lies outside the detector's range, by class."""
+    points_behind: int = 0
+    """Points in the detector's range behind the sensor (x < 0), in scans with labels."""
+    boxes_behind: int = 0
+    """Kept boxes in the detector's range whose center lies behind the sensor (x < 0)."""
     types_dropped: Mapping[str, int] = field(default_factory=_counts)
     """Labeled objects that were dropped because their type is not asked for, by type."""
 
@@ -221,6 +229,19 @@ def judge(ledger: Ledger, *, refuse_lost_cells: bool = False) -> tuple[Finding, 
     if boxes and outside > OUTSIDE_BOXES_WARNING * boxes:
         text = f"{outside} of {boxes} boxes lie outside the detector's range; take a preset with a larger range, or see about {shift}"
         found.append(Finding(stops=outside == boxes, text=text))
+    in_range = in_view - ledger.points_outside_range
+    if (
+        boxes - outside >= FEWEST_BOXES_AROUND
+        and not ledger.boxes_behind
+        and ledger.points_behind > BEHIND_POINTS_WARNING * in_range
+    ):
+        share = ledger.points_behind / in_range
+        text = (
+            f"{share:.0%} of the points in range lie behind the sensor, and none of the {boxes - outside} boxes does; where objects are "
+            "labeled in the camera's view only, as in KITTI, a detector learns that nothing is behind it: crop the scans to the camera's "
+            "view and take a preset for it"
+        )
+        found.append(Finding(stops=False, text=text))
     return tuple(sorted(found, key=lambda finding: not finding.stops))
 
 

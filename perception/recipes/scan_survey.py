@@ -13,7 +13,7 @@ from ...core.trained_on import ScanMeasures, ScanStatistics, TrainedOn, compare_
 from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
 from ..models.encoders.encoder import Encoder
-from ..models.encoders.scan_survey import boxes_outside_range, measure_scan, point_features
+from ..models.encoders.scan_survey import boxes_outside_range, measure_scan, point_features, points_behind
 
 SURVEY_FRAMES = 200
 """Frames of a split that are measured. More would change the medians by less than any tolerance."""
@@ -50,10 +50,13 @@ def survey_split(frames: PreparedDataset, encoder: Encoder, *, most: int = SURVE
         if frame.labels is not None:
             outside = boxes_outside_range(frame.labels.boxes.data, encoder)
             empty = frame.labels.num_points == 0
+            behind = frame.labels.boxes.data[:, 0] < 0
             ledger = ledger + Ledger(
                 boxes=_by_class(frame.labels.classes.tolist(), frames.classes),
                 boxes_empty=_by_class(frame.labels.classes[empty].tolist(), frames.classes),
                 boxes_outside_range=_by_class(frame.labels.classes[outside].tolist(), frames.classes),
+                points_behind=points_behind(frame.points, encoder),
+                boxes_behind=int((behind & ~outside).sum()),
             )
     return Survey(statistics=summarize_scans(measures), ledger=ledger)
 

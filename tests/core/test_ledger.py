@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from upcycle3d.core.errors import UpcycleError
@@ -67,3 +69,14 @@ def test_many_failed_scans_are_a_warning_and_a_few_empty_boxes_no_stop():
     assert judge(Ledger(scans=100, scans_failed=2)) == ()
     (finding,) = judge(Ledger(boxes={"Car": 3}, boxes_empty={"Car": 3}))
     assert not finding.stops
+
+
+def test_a_full_turn_whose_labels_lie_in_front_only_is_a_warning():
+    turn = Ledger(
+        scans=8, points=1000, points_outside_range=100, points_behind=400, boxes={"Car": 40}, boxes_outside_range={"Car": 5}
+    )
+    (finding,) = judge(turn)
+    assert "44% of the points in range lie behind the sensor, and none of the 35 boxes does" in finding.text
+    assert not finding.stops
+    for usual in (replace(turn, boxes_behind=1), replace(turn, points_behind=100), replace(turn, boxes={"Car": 20})):
+        assert not any("behind" in finding.text for finding in judge(usual))

@@ -74,6 +74,17 @@ def test_a_range_without_cells_is_refused():
         replace(config, encoder=replace(config.encoder, grid=replace(config.encoder.grid, range=(0.0, 0, 0, 0, 1, 1)))).build()
 
 
+def test_points_and_boxes_behind_the_sensor_are_counted(tmp_path):
+    config = tiny.second_iou_config()
+    _, y0, z0, x1, y1, z1 = config.encoder.grid.range
+    around = replace(config, encoder=replace(config.encoder, grid=replace(config.encoder.grid, range=(-x1, y0, z0, x1, y1, z1))))
+    front = frames()[0]
+    behind = moved(replace(front, id="behind"), by=-x1)
+    ledger = survey(tmp_path, [front, behind], tiny.second_iou(around)).ledger
+    assert ledger.boxes_behind == len(behind.labels)
+    assert ledger.points_behind == int((behind.points.xyz[:, 0] < 0).sum()) > 0
+
+
 @pytest.fixture(scope="module")
 def kitti(tmp_path_factory) -> PreparedDataset:
     """The validation frames of real KITTI in the camera's view, in the sensor's own frame."""

@@ -61,11 +61,24 @@ def measures_of(points: PointCloud, counts: VoxelCounts) -> ScanMeasures:
     )
 
 
+def points_behind(points: PointCloud, encoder: Encoder) -> int:
+    """Count the points in an encoder's range that lie behind the sensor.
+
+    Args:
+        points: The scan in the shifted frame.
+        encoder: The encoder whose grid counts.
+
+    Returns:
+        Number of points in range with x < 0.
+    """
+    return int(((points.xyz[:, 0] < 0) & ~boxes_outside_range(points.xyz, encoder)).sum())
+
+
 def boxes_outside_range(boxes: torch.Tensor, encoder: Encoder) -> torch.Tensor:
     """Find boxes whose center lies outside an encoder's range.
 
     Args:
-        boxes: (N, 7) boxes in the shifted frame.
+        boxes: (N, 7) boxes in the shifted frame, or (N, 3) points.
         encoder: The encoder whose grid counts.
 
     Returns:
