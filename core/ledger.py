@@ -176,7 +176,7 @@ def judge(ledger: Ledger, *, refuse_lost_cells: bool = False) -> tuple[Finding, 
     found: list[Finding] = []
     left = ledger.points - ledger.points_non_finite - ledger.points_zero
     in_view = left - ledger.points_outside_camera
-    shift = "a z shift (--z-shift), other axes (--axes) or units that are not meters are likely causes, or a preset for another sensor"
+    shift = "likely causes are a preset for another sensor, a forgotten z shift (--z-shift), other axes (--axes), or units that are not meters"
     if ledger.points and not left:
         found.append(
             Finding(stops=True, text="every point is NaN, infinite or at the sensor; look at the columns (--columns, --dtype)")
@@ -227,7 +227,7 @@ def judge(ledger: Ledger, *, refuse_lost_cells: bool = False) -> tuple[Finding, 
         )
         found.append(Finding(stops=empty == boxes >= FEWEST_BOXES, text=text))
     if boxes and outside > OUTSIDE_BOXES_WARNING * boxes:
-        text = f"{outside} of {boxes} boxes lie outside the detector's range; take a preset with a larger range, or see about {shift}"
+        text = f"{outside} of {boxes} boxes lie outside the detector's range; {shift}"
         found.append(Finding(stops=outside == boxes, text=text))
     in_range = in_view - ledger.points_outside_range
     if (

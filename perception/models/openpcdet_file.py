@@ -8,6 +8,7 @@ compared first, because nothing else would notice a flipped bit in a weight.
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -98,28 +99,41 @@ def _check_kind(path: Path) -> None:
         )
 
 
+# What zipfile raises for damaged bytes, besides its own class.
+_DAMAGED_ZIP = (
+    zipfile.BadZipFile, zlib.error, ValueError, OverflowError, EOFError, NotImplementedError, RuntimeError, OSError, struct.error,
+)  # fmt: skip
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except _DAMAGED_ZIP as error:
+        raise InvalidInput(f"{path} is damaged ({shown(error)}); get it again") from error
+
+
 def _declared_size(path: Path) -> int:
     """Bytes of the file or, if that is more, of what a zip unpacks to."""
     size = path.stat().st_size
-    if size > LARGEST_FILE or not zipfile.is_zipfile(path):
+    if size > LARGEST_FILE or not _is_zip(path):
         return size
     try:
         with zipfile.ZipFile(path) as archive:
             return max(size, sum(member.file_size for member in archive.infolist()))
-    except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
+    except _DAMAGED_ZIP as error:
         raise InvalidInput(f"{path} is damaged ({shown(error)}); get it again") from error
 
 
 def _check_checksums(path: Path) -> None:
     """Compare the checksum of every member of a zip; torch does not, and would load a weight with a flipped bit."""
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         if path.read_bytes()[:2] == b"PK":
             raise InvalidInput(f"{path} is damaged: it begins like a checkpoint of torch and its end is missing; get it again")
         return  # before torch 1.6; such files have no checksums
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, ValueError, OverflowError, EOFError, NotImplementedError, RuntimeError) as error:
+    except _DAMAGED_ZIP as error:
         raise InvalidInput(f"{path} is damaged ({shown(error)}); get it again") from error
     if bad is not None:
         raise InvalidInput(f"{path} is damaged: the checksum of {shown(bad)} in it differs; get it again")
