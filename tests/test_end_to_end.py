@@ -255,7 +255,11 @@ def test_doctor_times_imports_in_fresh_interpreters():
         ("train", ("small", "--data", "{0}/nowhere", "--out", "{0}/x"), "prepare"),
         ("train", ("kitti_second_iou", "--data", "{0}/data", "--out", "{0}/x"), "--classes"),
         ("upcycle", ("small", "--data", "{0}/data", "--detector", "{0}/source", "--out", "{0}/x"), "extract"),
-        ("upcycle", ("small_three_classes", "--data", "{0}/data", "--detector", "{0}/source", "--out", "{0}/x"), "classes"),
+        (
+            "upcycle",
+            ("small_three_classes", "--data", "{0}/data", "--detector", "{0}/source", "--store", "{0}/store", "--out", "{0}/x"),
+            "classes",
+        ),
         ("predict", ("--detector", "{0}/nowhere", "--scans", "{0}/raw", "--out", "{0}/x"), "no detector"),
         ("ingest", ("{0}/nowhere", "--store", "{0}/store", "--detector", "{0}/source"), "nowhere"),
         ("ingest", ("{0}/store/shards", "--store", "{0}/other", "--detector", "{0}/nowhere"), "encoder"),
