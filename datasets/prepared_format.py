@@ -210,10 +210,6 @@ def read_header(root: Path) -> PreparedHeader:
         raise InvalidInput(
             f"there is no folder {root}; give the folder that `upcycle3d prepare … --out DIR` wrote, as DIR or DIR:SPLIT"
         )
-    if not root.is_dir():
-        raise InvalidInput(
-            f"{root} is a file, not the folder of a prepared dataset; `upcycle3d prepare … --out DIR` writes such a folder"
-        )
     values = read_json(path, "the header of a prepared dataset", remedy=_REMEDY)
     version: Any = values.get("schema_version")
     if type(version) is not int or version not in _SCHEMAS:
