@@ -160,6 +160,10 @@ def prepare(
                 on_progress(done, len(ids))
         rows = rows_files(parts)
         table = pa.concat_tables([read_index(rows[chunk.key]) for chunk in chunks])
+        if table["error"].null_count == 0 and not (out / "dataset.json").exists():
+            (out / "preparation.json").unlink(
+                missing_ok=True
+            )  # every frame failed: other options may follow, and nothing good is lost
         earlier = _Earlier() if replace_splits else _read_earlier(out, ids, splits)
         if earlier.rows is not None:
             table = pa.concat_tables([table, earlier.rows])

@@ -26,7 +26,7 @@ from ..core.point_files import read_scan, scan_files
 from ..core.rig import RigSpec
 from ..core.scan_options import ScanOptions
 from ..core.structures import PointCloud
-from ..core.trained_on import TrainedOn, compare_scans, rig_differences, rig_of_scans
+from ..core.trained_on import ScanWatch, TrainedOn, rig_differences, rig_of_scans
 from ..perception.vehicle.extractor import ExtractionReport, Extractor, extract
 from ..perception.vehicle.progress import ExtractedScan, ScanIdentity, default_progress_path, open_progress
 from ..perception.wire.encoder_file import check_fingerprint, load_encoder
@@ -158,6 +158,7 @@ def command(config: Extract) -> None:
                         return
                     yield source.read
 
+            watch = ScanWatch(extractor.trained_on, print_warning)
             with progress_bar("extract", len(todo)) as advance, writer:
                 report = extract(
                     until_stopped(),
@@ -165,8 +166,10 @@ def command(config: Extract) -> None:
                     writer,
                     on_frame=lambda done: advance(done, len(todo)),
                     on_smashed=on_smashed,
+                    on_measures=watch.add,
                     refuse_lost_cells=not config.allow_lost_cells,
                 )
+    watch.finish()
     _show(config, report, [s.name for s in todo], extractor, len(sources), stop.signal)
 
 
@@ -184,9 +187,6 @@ def _show(
     _print(report, names)
     if before:
         console.print(f"{before} of {asked} scans were in finished shards before and were left out")
-    if extractor.trained_on is not None and extractor.trained_on.scans is not None and report.scans is not None:
-        for warning in compare_scans(extractor.trained_on.scans, report.scans):
-            print_warning(warning)
     if report.refused:
         print_warning(
             f"the run ended because too many cells are lost; shards written before: {len(report.shards)}. Give --allow-lost-cells to go "

@@ -411,6 +411,7 @@ def extract(
     on_frame: Callable[[int], None] | None = None,
     on_scene: Callable[[int, str], None] | None = None,
     on_smashed: Callable[[int, str], None] | None = None,
+    on_measures: Callable[[ScanMeasures], None] | None = None,
     refuse_lost_cells: bool = False,
 ) -> ExtractionReport:
     """Smash every scan of a stream and write the scenes; a bad scan is reported and costs no other scan.
@@ -428,6 +429,7 @@ def extract(
         on_scene: Called with the index of a scan and its scene identifier, after the scene was added to a shard. The vehicle may keep
             this list to itself; no shard links the two.
         on_smashed: Called likewise before the scene is added, as the journal of the writer needs it.
+        on_measures: Called with the measures of every scan that gave a scene, to compare with those of training (`ScanWatch.add`).
         refuse_lost_cells: End the run where more than `CELLS_STOP` of the cells so far are over the voxel limit. This is looked at
             from the first `EARLY_SCANS` scans on, and before a shard is full. Scenes that are in no finished shard are dropped.
 
@@ -479,6 +481,8 @@ def extract(
             finally:
                 if on_frame is not None:
                     on_frame(index + 1)
+            if on_measures is not None and stage.measures is not None:
+                on_measures(stage.measures)
             tally.count(points, stage, added, total)
     except ShardWriteError:
         raise

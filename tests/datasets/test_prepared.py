@@ -231,6 +231,7 @@ def test_an_empty_split_is_refused_before_and_after_reading(tmp_path: Path) -> N
         PreparedDataset(tmp_path / "b")
     with pytest.raises(UpcycleError, match="every frame of the dataset"):
         run(Source(2, {0: _raise, 1: _raise}), tmp_path / "c", splits={})
+    run(Source(2), tmp_path / "c", splits={}, chunk_frames=5)  # nothing good was there, so other settings may follow
 
 
 def test_contradictory_arguments_are_refused(tmp_path: Path) -> None:
