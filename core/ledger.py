@@ -36,8 +36,20 @@ CELLS_STOP = 0.10
 """Share of occupied cells lost to the voxel limit from which `extract` refuses, unless it is told to go on."""
 
 
+LOWEST_TOP_INTENSITY = 0.02
+"""Highest intensity of all scans below which a warning follows. Real scans reach 0.4 to 1; a factor of 1/255 too many leaves 0.004."""
+Range = tuple[float, float]
+"""Lowest and highest value."""
+
+
 def _counts() -> Mapping[str, int]:
     return {}
+
+
+def _widest(one: Range | None, other: Range | None) -> Range | None:
+    if one is None or other is None:
+        return one or other
+    return min(one[0], other[0]), max(one[1], other[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +82,8 @@ class Ledger:
     """Lowest intensity in the files where it is below 0, else 0."""
     highest_intensity: float = field(default=0.0, metadata={"joined_by": max})
     """Highest intensity in the files, in the sensor's own unit. Sums of ledgers hold the largest."""
+    intensity_range: Range | None = field(default=None, metadata={"joined_by": _widest})
+    """Lowest and highest intensity after scaling. None where nobody measured it, or where scans have no intensity."""
     cells: int = 0
     """Occupied cells of the detector's grid, those over the limit included."""
     cells_over_limit: int = 0
@@ -150,7 +164,11 @@ class Ledger:
             *((f"objects of type {name}, dropped", n, n + kept) for name, n in sorted(self.types_dropped.items())),
         ]
         wanted = [row for row in table if row[1] or row[0].startswith("boxes: ")]
-        return tuple((what, f"{n:,}", f"{n / whole:.1%}" if whole else "") for what, n, whole in wanted)
+        counts = tuple((what, f"{n:,}", f"{n / whole:.1%}" if whole else "") for what, n, whole in wanted)
+        if self.intensity_range is None:
+            return counts
+        low, high = self.intensity_range
+        return (*counts, ("intensity after scaling, lowest and highest", f"{low:.3g} to {high:.3g}", ""))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +217,14 @@ def judge(ledger: Ledger, *, refuse_lost_cells: bool = False) -> tuple[Finding, 
         low, high = ledger.lowest_intensity, ledger.highest_intensity
         text = f"{share:.1%} of the points have an intensity outside 0..1 after scaling; the files hold {low:.6g} to {high:.6g}; "
         text += propose_scale(low, high)
+        found.append(Finding(stops=False, text=text))
+    top = 0.0 if ledger.intensity_range is None else ledger.intensity_range[1]
+    if 0 < top < LOWEST_TOP_INTENSITY:
+        text = (
+            f"the highest intensity of all scans is {top:.2g} after scaling, and sensors reach nearly 1; a likely cause is an intensity "
+            "scale for another unit: leave --intensity-scale out for numbers in 0..1, or give the factor of this sensor (1/255 where it "
+            "counts to 255)"
+        )
         found.append(Finding(stops=False, text=text))
     if ledger.cells_over_limit > CELLS_WARNING * ledger.cells:
         share = ledger.cells_over_limit / ledger.cells

@@ -139,6 +139,21 @@ def scale_intensity(points: PointCloud, scale: float) -> PointCloud:
     return replace(points, features=features)
 
 
+def intensity_range(points: PointCloud) -> tuple[float, float] | None:
+    """Find the lowest and the highest intensity of a scan.
+
+    Args:
+        points: A scan.
+
+    Returns:
+        The two values; None for a scan without intensity or without points.
+    """
+    if "intensity" not in points.feature_names or not len(points):
+        return None
+    column = points.features[:, points.feature_names.index("intensity")]
+    return float(column.min()), float(column.max())
+
+
 def count_intensity(points: PointCloud, scale: float) -> Ledger:
     """Count the points whose intensity leaves 0..1.
 

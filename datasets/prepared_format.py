@@ -31,7 +31,7 @@ from ..core.errors import InvalidInput
 from ..core.foreign_text import shown
 from ..core.frame import Calibration, Frame
 from ..core.ledger import Ledger
-from ..core.rig import RigSpec
+from ..core.rig import RigSpec, intensity_range
 from ..core.strict_json import json_digest, read_json, strict_json
 from ..core.structures import Labels
 from ..ops.points_in_boxes import count_points_in_boxes
@@ -352,8 +352,9 @@ def frame_row(frame: Frame, kitti: KittiObjects | None, *, offset: int, crc32: i
         "z_shift": frame.rig.z_shift,
         "intensity_scale": frame.rig.intensity_scale,
     }
-    if frame.reading != Ledger():
-        counted = {name: value for name, value in frame.reading.to_json().items() if value}
+    reading = frame.reading + Ledger(intensity_range=intensity_range(frame.points))
+    if reading != Ledger():
+        counted = {name: value for name, value in reading.to_json().items() if value}
         row["reading"] = json.dumps(counted)
     if (labels := frame.labels) is not None:
         box_points = labels.num_points

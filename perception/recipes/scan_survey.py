@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from ...core.errors import InvalidInput
 from ...core.ledger import Ledger
+from ...core.rig import intensity_range
 from ...core.trained_on import ScanMeasures, ScanStatistics, TrainedOn, compare_scans, rig_differences, summarize_scans
 from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
@@ -46,7 +47,7 @@ def survey_split(frames: PreparedDataset, encoder: Encoder, *, most: int = SURVE
         frame = frames[index]
         found, counts = measure_scan(frame.points, encoder)
         measures.append(found)
-        ledger = ledger + counts
+        ledger = ledger + counts + Ledger(intensity_range=intensity_range(frame.points))
         if frame.labels is not None:
             outside = boxes_outside_range(frame.labels.boxes.data, encoder)
             empty = frame.labels.num_points == 0

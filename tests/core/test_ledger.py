@@ -80,3 +80,18 @@ def test_a_full_turn_whose_labels_lie_in_front_only_is_a_warning():
     assert not finding.stops
     for usual in (replace(turn, boxes_behind=1), replace(turn, points_behind=100), replace(turn, boxes={"Car": 20})):
         assert not any("behind" in finding.text for finding in judge(usual))
+
+
+def test_a_tiny_intensity_is_shown_and_warned_of():
+    parts = [Ledger(scans=1), Ledger(scans=1, intensity_range=(0.0, 0.001)), Ledger(scans=1, intensity_range=(0.0002, 0.0039))]
+    total = Ledger.total(parts)
+    assert total.intensity_range == (0.0, 0.0039)
+    assert Ledger.from_json(total.to_json()) == total
+    assert ("intensity after scaling, lowest and highest", "0 to 0.0039", "") in total.rows()
+    (finding,) = judge(total)
+    assert not finding.stops
+    assert "the highest intensity of all scans is 0.0039 after scaling" in finding.text
+    assert "--intensity-scale" in finding.text
+    assert judge(Ledger(scans=1, intensity_range=(0.0, 0.99))) == ()
+    assert judge(Ledger(scans=1, intensity_range=(0.0, 0.0))) == ()  # a sensor that writes no intensity
+    assert not any("intensity" in row[0] for row in Ledger(scans=1).rows())

@@ -13,6 +13,7 @@ import pytest
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.ledger import Ledger
+from upcycle3d.core.rig import intensity_range
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.strict_json import json_digest
 from upcycle3d.datasets.gt_database import build_gt_database
@@ -211,8 +212,9 @@ def test_what_the_reader_counted_comes_back_with_the_frame(tmp_path):
     frames = [replace(source[0], reading=counted), source[1]]
     prepare(frames, [f.id for f in frames], tmp_path / "d", splits={"all": [f.id for f in frames]}, classes=CLASSES, workers=0)
     found = PreparedDataset(tmp_path / "d")
-    assert (found[0].reading, found[1].reading) == (counted, source[1].reading)
-    assert found.reading() == counted + source[1].reading
+    seen = [Ledger(intensity_range=intensity_range(frame.points)) for frame in frames]
+    assert (found[0].reading, found[1].reading) == (counted + seen[0], source[1].reading + seen[1])
+    assert found.reading() == counted + source[1].reading + seen[0] + seen[1]
 
 
 def flip(path: Path, at: int) -> None:
