@@ -13,8 +13,7 @@ import pytest
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.ledger import Ledger
-from upcycle3d.core.rig import intensity_range
-from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.rig import RigSpec, intensity_range
 from upcycle3d.core.strict_json import json_digest
 from upcycle3d.datasets.gt_database import build_gt_database
 from upcycle3d.datasets.prepare import prepare
