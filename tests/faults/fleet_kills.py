@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -43,7 +45,8 @@ def _vehicle() -> Path:
     warm = root / "warm"
     copied(root / "scans", warm / "scans")
     shutil.copy(root / "encoder.safetensors", warm)
-    _extract(warm)
+    with contextlib.redirect_stdout(io.StringIO()):  # its report does not belong into the campaign's
+        _extract(warm)
     shutil.rmtree(warm)
     return root
 
