@@ -9,8 +9,10 @@ Read next: `perception/training/detector_files.py`, which writes it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ import torch
 from .config_json import config_from_json, config_to_json
 from .errors import InvalidInput
 from .rig import RigSpec
-from .scan_options import ScanOptions
+from .scan_options import Axis, NumberType, ScanOptions
 from .structures import PointCloud
 from .tensor_file import TensorFile
 
@@ -32,6 +34,13 @@ GROUND_TOLERANCE = 0.5
 COUNT_FACTOR = 2.5
 """Factor by which points or occupied cells per scan may differ from those of training before a warning follows. Scans of one sensor
 differ by up to 1.7; a full turn has 3.2 times the points of what the camera sees of it."""
+ROAD_TOLERANCE = 0.7
+"""Meters by which the road of the training data may lie higher or lower than a preset expects it before a warning follows. Medians of real
+data, with the shifts that the documentation names, differ by up to 0.43 m."""
+HEADROOM = 2.0
+"""Meters above the road that a detector's range must hold, else cars are cut off."""
+BEHIND_SHARE = 0.1
+"""Share of a scan's points behind the sensor (x < 0) from which it is no camera's view. What a camera ahead sees has none there."""
 INTENSITY_FACTOR = 4.0
 """Factor by which the mean intensity may differ from that of training before a warning follows. Sensors of several data sets differ by
 up to 3.8."""
@@ -69,6 +78,12 @@ class TrainedOn:
     """Statistics of the training scans; None where nobody measured them, as in imported weights."""
     camera_view: bool = False
     """Whether the training scans held only what a camera sees."""
+    axes: tuple[Axis, Axis, Axis] | None = None
+    """Axes with which the scan files of the training were read (`--axes`). None where nobody knows."""
+    columns: tuple[str, ...] | None = None
+    """Columns with which they were read; empty for the usual ones. None where nobody knows."""
+    dtype: NumberType | None = None
+    """Type of the numbers in their `.bin` files. None where nobody knows."""
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values for a file."""
@@ -212,23 +227,93 @@ def _differences(trained: ScanStatistics, found: ScanStatistics) -> dict[str, st
     return warnings
 
 
-def rig_of_scans(options: ScanOptions, trained: TrainedOn | None) -> tuple[RigSpec, tuple[str, ...]]:
+def compare_road(
+    found: ScanStatistics | None, *, expected: float | None, rig: RigSpec, z_range: tuple[float, float]
+) -> tuple[str, ...]:
+    """Compare the height of the road in the training scans with what a detector is made for.
+
+    Args:
+        found: Statistics of the training scans; None compares nothing.
+        expected: Height of the road that the anchors fit, in meters; None compares with the range only.
+        rig: The rig that the scans were prepared with.
+        z_range: Where the detector's range begins and ends in z, in meters.
+
+    Returns:
+        A sentence with both heights and the z shift that would fit; nothing where the road lies right, or was not found.
+    """
+    if found is None or math.isnan(found.ground_height):
+        return ()
+    road, (low, high) = found.ground_height, z_range
+    if expected is not None and abs(expected - road) > ROAD_TOLERANCE:
+        shift = rig.z_shift + expected - road
+        return (
+            f"the road lies at z = {road:.2f} m in these scans, and this detector expects it at z = {expected:.2f} m (the bottom of its "
+            f"anchors); prepare the data again with --z-shift {0.0 if abs(shift) < 0.2 else shift:.2f} (now {rig.z_shift:g}), or take a "
+            "preset for this height (docs/presets.md)",
+        )
+    if road < low or road + HEADROOM > high:
+        return (
+            f"the road lies at z = {road:.2f} m in these scans, and the detector's range goes from z = {low:g} to {high:g} m, so objects are "
+            "cut off; prepare the data again with another --z-shift, or take a preset for this height (docs/presets.md)",
+        )
+    return ()
+
+
+def reaches_behind(points: PointCloud) -> bool:
+    """Say whether a scan shows what lies behind the sensor, which no camera that looks ahead sees.
+
+    Args:
+        points: A scan, x forward.
+
+    Returns:
+        Whether more than `BEHIND_SHARE` of its points have x < 0.
+    """
+    return len(points) > 0 and int((points.xyz[:, 0] < 0).sum()) > BEHIND_SHARE * len(points)
+
+
+def rig_of_scans(options: ScanOptions, trained: TrainedOn | None, files: Sequence[Path] = ()) -> tuple[RigSpec, tuple[str, ...]]:
     """Choose the rig for scans that a detector or an encoder reads: that of its training, as far as no option says otherwise.
 
     Args:
         options: How the scans are read.
         trained: What the training of the detector or encoder knew; None where its file does not say.
+        files: The scan files. Columns and number type are compared only for files whose header does not name them.
 
     Returns:
-        The rig, and sentences to warn with, once per command: the rig differs from that of training, or nobody knows the latter.
+        The rig, and sentences to warn with, once per command: the rig or the way of reading differs from that of training, or nobody
+        knows the rig.
     """
     rig = options.rig(None if trained is None else trained.rig)
     if trained is not None:
-        return rig, rig_differences(rig, trained, "the rig given")
+        return rig, (*_reading_differences(options, trained, files), *rig_differences(rig, trained, "the rig given"))
     if options.z_shift is None or options.intensity_scale is None:
         text = f"the detector's file does not say with which rig it was trained; {rig} is used (--z-shift, --intensity-scale)"
         return rig, (text,)
     return rig, ()
+
+
+def _reading_differences(options: ScanOptions, trained: TrainedOn, files: Sequence[Path]) -> tuple[str, ...]:
+    """A sentence for each option of reading that training had otherwise, with the option that reads like it."""
+    kinds = {path.suffix for path in files}
+    said = []
+    if trained.axes is not None and trained.axes != options.axes:
+        said.append(
+            f"these scans are read with --axes {' '.join(options.axes)}, and the training scans were read with --axes "
+            f"{' '.join(trained.axes)}; where both come from the same kind of file, boxes and features are turned: give --axes "
+            f"{' '.join(trained.axes)}"
+        )
+    usual = ("x", "y", "z", "intensity")
+    now, then = options.columns or usual, trained.columns or usual
+    if trained.columns is not None and kinds & {".bin", ".npy"} and now != then:
+        said.append(
+            f"these scans are read with --columns {' '.join(now)}, and the training scans were read with --columns {' '.join(then)}; give "
+            "the same columns where both come from the same kind of file"
+        )
+    if trained.dtype is not None and ".bin" in kinds and trained.dtype != options.dtype:
+        said.append(
+            f"these scans are read with --dtype {options.dtype}, and the training scans were read with --dtype {trained.dtype}"
+        )
+    return tuple(said)
 
 
 def rig_differences(rig: RigSpec, trained: TrainedOn, whose: str) -> tuple[str, ...]:

@@ -63,17 +63,18 @@ class ObjectSummary:
     """Median height of the boxes' bottoms above the road in meters; None where no road was found."""
 
 
-def summarize_objects(frames: PreparedDataset) -> tuple[tuple[ObjectSummary, ...], tuple[str, ...]]:
+def summarize_objects(frames: PreparedDataset) -> tuple[tuple[ObjectSummary, ...], tuple[str, ...], float | None]:
     """Summarize the labeled objects and compare them with the usual.
 
     Args:
         frames: A prepared dataset.
 
     Returns:
-        One summary per class, and a sentence for everything that is far off, with its likely cause.
+        One summary per class, a sentence for everything that is far off, with its likely cause, and the median height of the road in
+        meters (None where no road was found).
     """
     boxes, classes, counts = _labels(frames)
-    lifts, lift_classes, reach = _lifts(frames)
+    lifts, lift_classes, reach, road = _lifts(frames)
     summaries, findings = [], []
     for number, name in enumerate(frames.classes):
         own = boxes[classes == number]
@@ -95,7 +96,7 @@ def summarize_objects(frames: PreparedDataset) -> tuple[tuple[ObjectSummary, ...
             f"half of the points lie farther than {reach:,.0f} m from the sensor; scans must be in meters, and these are perhaps in "
             "millimeters or centimeters"
         )
-    return tuple(summaries), tuple(findings)
+    return tuple(summaries), tuple(findings), road
 
 
 def _labels(frames: PreparedDataset) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
@@ -111,14 +112,15 @@ def _labels(frames: PreparedDataset) -> tuple[NDArray[np.float32], NDArray[np.in
     return np.concatenate(boxes), np.concatenate(classes), np.concatenate(counts)
 
 
-def _lifts(frames: PreparedDataset) -> tuple[NDArray[np.float64], NDArray[np.int64], float]:
-    """Heights of boxes' bottoms above the road near them, their class numbers, and the median distance of points in m."""
-    lifts, classes, reach = [np.zeros(0)], [np.zeros(0, np.int64)], []
+def _lifts(frames: PreparedDataset) -> tuple[NDArray[np.float64], NDArray[np.int64], float, float | None]:
+    """Heights of boxes' bottoms above the road near them, their class numbers, the median distance of points, the median road; in m."""
+    lifts, classes, reach, roads = [np.zeros(0)], [np.zeros(0, np.int64)], [], []
     for index in _spread(len(frames), _MOST_SCANS):
         frame = frames[index]
         if len(frame.points):
             reach.append(float(torch.linalg.vector_norm(frame.points.xyz, dim=1).median()))
         road = estimate_road_height(frame.points)
+        roads += [] if math.isnan(road) else [road]
         if frame.labels is None or math.isnan(road):
             continue
         labels = frame.labels.select(frame.labels.weight > 0)
@@ -127,7 +129,8 @@ def _lifts(frames: PreparedDataset) -> tuple[NDArray[np.float64], NDArray[np.int
         near = (distance > _NEAR) & (distance < _FAR)
         lifts.append((box[:, 2] - box[:, 5] / 2 - road)[near])
         classes.append(labels.classes.numpy()[near])
-    return np.concatenate(lifts), np.concatenate(classes), float(np.median(reach)) if reach else 0.0
+    height = float(np.median(roads)) if roads else None
+    return np.concatenate(lifts), np.concatenate(classes), float(np.median(reach)) if reach else 0.0, height
 
 
 def _spread(count: int, most: int) -> Sequence[int]:

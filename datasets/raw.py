@@ -90,6 +90,8 @@ class RawReport:
     """Number of objects to paste by name of the labeled split."""
     objects: tuple[ObjectSummary, ...] = ()
     """Sizes and points of the labeled objects, by class."""
+    road_height: float | None = None
+    """Median height of the road in the prepared scans, in meters; None where no road was found."""
     warnings: tuple[str, ...] = ()
     """What deserves the user's attention, one sentence each."""
 
@@ -153,9 +155,13 @@ def prepare_raw(
         path = Path(out) / "gt_database" / name
         objects[name] = len(build_gt_database(frames, path, class_names=raw.classes, fingerprint=fingerprint))
     _drop_databases(Path(out), report.splits)
-    summaries, findings = summarize_objects(PreparedDataset(out))
+    summaries, findings, road = summarize_objects(PreparedDataset(out))
     return RawReport(
-        frames=replace(report, ledger=ledger), gt_objects=objects, objects=summaries, warnings=(*warnings, *findings)
+        frames=replace(report, ledger=ledger),
+        gt_objects=objects,
+        objects=summaries,
+        road_height=road,
+        warnings=(*warnings, *findings),
     )
 
 

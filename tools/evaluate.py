@@ -42,6 +42,7 @@ from ..perception.evaluation.waymo_json import read_waymo_folders
 from ..perception.evaluation.waymo_objects import write_waymo_objects
 from ..perception.models.detector import Detector
 from ..perception.recipes.scan_survey import data_warnings, survey_split
+from ..perception.recipes.training_frames import shared_frames_note
 from ..perception.training.detector_files import load_detector
 from .console import console, print_table, print_warning, run_command, settle, write_json
 from .data_option import DataOption
@@ -203,7 +204,9 @@ def _evaluate_run(what: Run) -> None:
     if report.account is None:
         raise AssertionError("score_detector gives an account")
     scans = Ledger() if survey is None else replace(survey.ledger, scans=0, boxes={}, boxes_empty={}, boxes_outside_range={})
-    _close(report.account.told(ledger=scans, warnings=unlike), result.to_json(), what.json)
+    seen = shared_frames_note(what.detector, frames)
+    told = report.account.told(ledger=scans, warnings=unlike, notes=[] if seen is None else [seen])
+    _close(told, result.to_json(), what.json)
 
 
 def _close(account: Account, result: Mapping[str, object], json_file: Path | None) -> None:

@@ -20,18 +20,20 @@ from typing import Literal
 
 from ..core.device import find_device
 from ..core.errors import InvalidInput, UpcycleError
-from ..core.foreign_text import check_name
+from ..core.foreign_text import check_name, shown
 from ..core.ledger import Ledger
 from ..core.point_files import read_scan, scan_files
 from ..core.rig import RigSpec
 from ..core.scan_options import ScanOptions
 from ..core.structures import PointCloud
-from ..core.trained_on import ScanWatch, TrainedOn, rig_differences, rig_of_scans
+from ..core.trained_on import ScanWatch, TrainedOn, reaches_behind, rig_differences, rig_of_scans
 from ..perception.vehicle.extractor import ExtractionReport, Extractor, extract
 from ..perception.vehicle.progress import ExtractedScan, ScanIdentity, default_progress_path, open_progress
 from ..perception.wire.encoder_file import check_fingerprint, load_encoder
 from .console import console, print_table, print_warning, progress_bar, run_command, settle, write_json
 from .scan_option import ScanOption
+
+_LOOKED_AT = 3  # scans that are read before the first one is extracted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class Extract:
     """How the files of `--scans` are read."""
     calib: Path | None = None
     """Folder of KITTI calibration files, one per scan. Only points that the camera sees are kept; needed for an encoder that was
-    trained on such scans."""
+    trained on such scans, which is refused without it where scans reach behind the sensor."""
     codec: Literal["fp16", "int8"] = "fp16"
     """How features are stored. `int8` halves the upload."""
     scenes_per_shard: int = 256
@@ -71,6 +73,8 @@ class Extract:
     `upcycle --truth` measures pseudo labels with it."""
     expect_fingerprint: str | None = None
     """Refuse to run unless encoder and rig have this fingerprint (at least its first 12 digits), as the server told the fleet."""
+    allow_full_turn: bool = False
+    """Go on with scans that reach behind the sensor although the encoder was trained on what a camera ahead sees."""
     allow_lost_cells: bool = False
     """Go on where scans lose more than 10 % of their occupied cells to the encoder's voxel limit."""
     device: str = "cpu"
@@ -134,6 +138,7 @@ def command(config: Extract) -> None:
         )
         if config.ids is not None:
             sources = _only(sources, config.ids)
+        _check_camera_view(config, encoder.trained_on, sources)
         extractor = Extractor(encoder.to(device), rig, config.codec)
         if config.expect_fingerprint is not None:
             check_fingerprint(extractor.fingerprint, config.expect_fingerprint, rig)
@@ -266,16 +271,38 @@ def _not_done(
     return tuple(source for name, source in sources.items() if name not in done)
 
 
+def _check_camera_view(config: Extract, trained: TrainedOn | None, sources: Mapping[str, _Source]) -> None:
+    """Refuse full turns for an encoder that was trained on what a camera sees; an upload cannot be taken back."""
+    if trained is None or not trained.camera_view or config.calib is not None or config.allow_full_turn:
+        return
+    for source in list(sources.values())[:_LOOKED_AT]:
+        try:
+            points = source.load()[0]
+        except (UpcycleError, OSError):
+            continue  # it is listed later, with the reason
+        if reaches_behind(points):
+            remedy = (
+                "give --calib FOLDER (KITTI calibration files), which keeps what the camera sees"
+                if config.data is None
+                else "prepare the data with --crop-to-camera"
+            )
+            raise InvalidInput(
+                f"the encoder was trained on what a camera ahead sees, and the scan {shown(source.name)} reaches behind the sensor; {remedy}. "
+                "Other axes than those of the training look the same (--axes). Give --allow-full-turn to go on all the same"
+            )
+
+
 def _scan_files(config: Extract, trained: TrainedOn | None) -> tuple[RigSpec, dict[str, _Source]]:
     if config.calib is not None and config.read.axes != ("x", "y", "z"):
         raise InvalidInput("--axes turns scans away from their calibrations; give scans in the axes of the --calib files")
     sources = {}
-    for path in scan_files(config.scans):
+    files = scan_files(config.scans)
+    for path in files:
         load = partial(read_scan, path, config.read)  # the rig scales intensity and checks it
         if config.calib is not None:
             load = partial(_camera_view, load, config.calib, path.stem, config.read.image_size)
         sources[check_name(path.stem, "scan name")] = _Source(name=path.stem, load=load, file=path)
-    rig, warnings = rig_of_scans(config.read, trained)
+    rig, warnings = rig_of_scans(config.read, trained, files)
     for warning in warnings:
         print_warning(warning)
     return rig, sources

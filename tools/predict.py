@@ -15,13 +15,14 @@ from typing import Literal
 from ..core.device import find_device
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import write_atomically
+from ..core.foreign_text import shown
 from ..core.frame import Calibration
 from ..core.ledger import Ledger
 from ..core.point_files import find_scans, read_scan
 from ..core.rig import RigSpec
 from ..core.scan_options import ScanOptions
-from ..core.structures import Predictions
-from ..core.trained_on import ScanMeasures, ScanWatch, rig_of_scans
+from ..core.structures import PointCloud, Predictions
+from ..core.trained_on import ScanMeasures, ScanWatch, reaches_behind, rig_of_scans
 from ..datasets.kitti import crop_to_camera
 from ..datasets.kitti_calibration import find_calibration, read_calibration, shift_calibration
 from ..datasets.kitti_text import predictions_to_kitti, write_objects
@@ -71,15 +72,15 @@ def command(config: Predict) -> None:
         raise InvalidInput(f"--min-score must be in 0..1, found {config.min_score:g}")
     target = find_device(config.device)
     detector = load_detector(config.detector).to(target)
-    rig, said = rig_of_scans(config.reading, detector.trained_on)
+    scans, ledger = find_scans(config.scans)
+    rig, said = rig_of_scans(config.reading, detector.trained_on, scans)
     for text in said:
         print_warning(text)
-    scans, ledger = find_scans(config.scans)
-    watch, done = ScanWatch(detector.trained_on, print_warning), _Done()
+    watch, done, camera = ScanWatch(detector.trained_on, print_warning), _Done(), _CameraWatch(config, detector)
     with progress_bar("predict", len(scans)) as advance:
         for number, path in enumerate(scans, start=1):
             try:
-                found = _detect(path, config, detector, rig, watch.add)
+                found = _detect(path, config, detector, rig, watch.add, camera)
             except UpcycleError as error:
                 done.failed[path.name] = str(error)
                 ledger = ledger + Ledger(scans_failed=1)
@@ -109,8 +110,32 @@ class _Done:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def _detect(path: Path, config: Predict, detector: Detector, rig: RigSpec, measured: Callable[[ScanMeasures], None]) -> _Found:
+class _CameraWatch:
+    """Warns once, before anything else is said, of a full turn for a detector that was trained on what a camera sees."""
+
+    def __init__(self, config: Predict, detector: Detector) -> None:
+        trained = detector.trained_on
+        self._waits = config.calib is None and trained is not None and trained.camera_view
+
+    def look(self, path: Path, points: PointCloud) -> None:
+        if self._waits and reaches_behind(points):
+            self._waits = False
+            print_warning(
+                f"the detector was trained on what a camera ahead sees, and {shown(path.name)} reaches behind the sensor; give --calib FOLDER "
+                "(KITTI calibration files), which keeps what the camera sees. Other axes than those of the training look the same (--axes)"
+            )
+
+
+def _detect(
+    path: Path,
+    config: Predict,
+    detector: Detector,
+    rig: RigSpec,
+    measured: Callable[[ScanMeasures], None],
+    camera: _CameraWatch,
+) -> _Found:
     points, reading = read_scan(path, config.reading)
+    camera.look(path, points)
     points = rig.from_sensor(points)
     calibration = None
     if config.calib is not None:

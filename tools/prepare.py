@@ -258,6 +258,7 @@ def _json(report: RawReport) -> dict[str, object]:
         "root": str(frames.root),
         "gt_objects": dict(report.gt_objects),
         "objects": [asdict(summary) for summary in report.objects],
+        "road_height": report.road_height,
         "warnings": [*report.warnings, *frames.warnings],
         "ledger": frames.ledger.to_json(),
     }
@@ -277,6 +278,12 @@ def _print(report: RawReport) -> None:
         f"{frames.frames} frames ({frames.reused_frames} were already there), {frames.points:,} points, {frames.boxes} boxes, "
         f"{frames.empty_boxes} without a point"
     )
+    if report.road_height is not None:
+        console.print(
+            f"the road lies at z = {report.road_height:.2f} m in the prepared scans; presets expect it at 0, or at -1.7 where they are "
+            "unshifted (docs/presets.md)",
+            soft_wrap=True,
+        )
     if frames.failures:
         print_table("left out", ("frame", "why"), [(f.id, f.reason) for f in frames.failures])
 

@@ -21,6 +21,7 @@ from ...core.ledger import Ledger, judge, stop_if_absurd
 from ...core.rig import RigSpec
 from ...core.tensor_file import content_digest
 from ...datasets.data_split import DataSplit
+from ...datasets.prepared import PreparedDataset
 from ..evaluation.score import EvaluationReport, Protocol, score_detector
 from ..models.detector import Detector
 from ..models.detectors import DetectorConfig
@@ -43,7 +44,8 @@ from .job_inputs import Data, check_path, check_rig, check_run_options, find_dat
 from .job_records import TrainingRecord, UpcyclingRecord, plan_loop, what_may_differ
 from .own_classes import preset_for_classes
 from .presets import Preset
-from .scan_survey import Survey, data_warnings, describe_training, survey_split
+from .scan_survey import Survey, check_labels, data_warnings, describe_training, road_warning, survey_split
+from .training_frames import shared_frames_note, shared_with
 from .validation import BEST_FILE, Validation, Validator
 
 
@@ -181,6 +183,7 @@ def train_preset(
     out = check_path(out, "out", "the run folder to write")
     context = init_distributed()
     frames = split.open()
+    check_labels(split, frames)
     if classes is not None:
         preset = preset_for_classes(preset, frames, classes)
     check_classes(preset, frames)
@@ -194,9 +197,11 @@ def train_preset(
         else take_weights(detector, check_path(init, "init", "a run folder, a detector file or a checkpoint"))
     )
     survey = survey_split(frames, detector.encoder)
-    _start(on_start, JobStart(ledger=survey.ledger, weights=weights), context)
-    detector.trained_on = describe_training(detector, frames, survey)
     watch = None if validate is None else Validator(validate, total_steps=loop.total_steps, folder=out)
+    notes = road_warning(detector, frames, survey.statistics, own_anchors=classes is not None)
+    notes += _validation_note(split, frames, watch)
+    _start(on_start, JobStart(ledger=survey.ledger, weights=weights, notes=notes), context)
+    detector.trained_on = describe_training(detector, frames, survey)
     if preset.train.gt_sampling:
         on_main(split.ensure_gt_database, context)
     labeled = labeled_batches(preset, split, batch_size=preset.train.batch_size, seed=seed)
@@ -326,6 +331,7 @@ def upcycle_preset(
     settings = replace(preset.upcycle, loop=loop)
     preset = _with_detector_of(student, replace(preset, upcycle=settings), detector)
     frames = split.open()
+    check_labels(split, frames)
     check_classes(preset, frames)
     # A method without scenes still gets their codec, so that all methods see the same labeled features.
     scenes = None if store is None else fleet_store(check_path(store, "store", "the store of smashed scenes"), student, rig)
@@ -345,8 +351,9 @@ def upcycle_preset(
         counted = survey_split(fleet, student.encoder)
         notes += data_warnings(student, fleet, counted.statistics)
         ledger = ledger + replace(counted.ledger, boxes={}, boxes_empty={}, boxes_outside_range={})  # their labels are not used
-    _start(on_start, JobStart(ledger=ledger, notes=notes), context)
     watch = None if validate is None else Validator(validate, total_steps=loop.total_steps, folder=out)
+    notes += _validation_note(split, frames, watch)
+    _start(on_start, JobStart(ledger=ledger, notes=notes), context)
     if preset.train.gt_sampling:
         on_main(split.ensure_gt_database, context)
     labeled = method_batches(preset, chosen, split, settings, seed=seed)
@@ -436,7 +443,23 @@ def evaluate_on(detector: Detector | str | Path, data: Data, *, protocol: Protoc
         print(report.headline())  # {"Car 3D 0.7": 43.1, ...}
     """
     loaded = detector if isinstance(detector, Detector) else load_detector(detector)
-    return score_detector(loaded, find_data(data, "val").open(), protocol)
+    frames = find_data(data, "val").open()
+    report = score_detector(loaded, frames, protocol)
+    note = None if isinstance(detector, Detector) else shared_frames_note(detector, frames)
+    if note is not None:
+        warnings.warn(note, stacklevel=2)
+    return report
+
+
+def _validation_note(split: DataSplit, frames: PreparedDataset, watch: Validator | None) -> tuple[str, ...]:
+    """A sentence where validation scores frames that the training learns from."""
+    shared = 0 if watch is None else shared_with(frames, watch.frames)
+    if watch is None or not shared:
+        return ()
+    return (
+        f"{shared} of {len(watch.frames)} frames of {watch.data} (--validate) are also in the training split {split}: scores on them say "
+        "nothing about new frames",
+    )
 
 
 def _start(on_start: OnStart, start: JobStart, context: DistributedContext) -> None:

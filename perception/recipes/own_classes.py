@@ -52,7 +52,8 @@ def preset_for_classes(preset: Preset, frames: PreparedDataset, classes: Sequenc
     few = [f"{name} ({count})" for name, count in counts.items() if count < FEW_OBJECTS]
     if few:
         raise InvalidInput(
-            f"too few labeled objects in {frames.root} for a mean size: {', '.join(few)}; at least {FEW_OBJECTS} are needed for each class"
+            f"too few labeled objects in {frames.root} for a mean size: {', '.join(few)}; at least {FEW_OBJECTS} are needed for each class. "
+            "Leave the class out, label more, or give the anchors yourself (--preset.detector.decoder.anchors and its fields)"
         )
     anchors, nearest = [], []
     for number, name in enumerate(names):

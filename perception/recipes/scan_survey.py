@@ -6,13 +6,25 @@ Read next: `perception/models/encoders/scan_survey.py`, which measures one scan;
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast, get_args
 
 from ...core.errors import InvalidInput
 from ...core.ledger import Ledger
 from ...core.rig import intensity_range
-from ...core.trained_on import ScanMeasures, ScanStatistics, TrainedOn, compare_scans, rig_differences, summarize_scans
+from ...core.scan_options import Axis, NumberType
+from ...core.trained_on import (
+    ScanMeasures,
+    ScanStatistics,
+    TrainedOn,
+    compare_road,
+    compare_scans,
+    rig_differences,
+    summarize_scans,
+)
+from ...datasets.data_split import DataSplit
 from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
+from ..models.detectors import DetectorConfig
 from ..models.encoders.encoder import Encoder
 from ..models.encoders.scan_survey import boxes_outside_range, measure_scan, point_features, points_behind
 
@@ -73,7 +85,7 @@ def describe_training(detector: Detector, frames: PreparedDataset, survey: Surve
     Returns:
         What its file will hold.
     """
-    scans = survey.statistics
+    scans, options = survey.statistics, dict(frames.origin.options)
     if scans is not None and "intensity" not in point_features(detector.encoder):
         scans = replace(scans, intensity=float("nan"))  # nobody needs to compare what is not read
     return TrainedOn(
@@ -83,7 +95,62 @@ def describe_training(detector: Detector, frames: PreparedDataset, survey: Surve
         point_range=detector.spec.grid.range,
         scans=scans,
         camera_view=("crop_to_camera", "True") in frames.origin.options,
+        axes=_axes_of(frames),
+        columns=tuple(options["columns"].split()) if "columns" in options else None,
+        dtype=cast(NumberType, options["dtype"]) if options.get("dtype") in get_args(NumberType) else None,
     )
+
+
+def _axes_of(frames: PreparedDataset) -> tuple[Axis, Axis, Axis] | None:
+    """Axes with which the scan files behind a prepared dataset were read; None where nobody knows."""
+    if frames.origin.layout == "nuscenes":  # its reader turns the files, in which y points forward
+        return ("y", "-x", "z")
+    words = dict(frames.origin.options).get("axes", "").split()
+    if len(words) != 3 or not set(words) <= set(get_args(Axis)):
+        return None
+    return cast(tuple[Axis, Axis, Axis], tuple(words))
+
+
+def check_labels(split: DataSplit, frames: PreparedDataset) -> None:
+    """Refuse a split with frames that nobody labeled, before anything is written.
+
+    Args:
+        split: The split, as the user named it.
+        frames: Its frames.
+
+    Raises:
+        InvalidInput: A frame has no labels; the message says which splits have some.
+    """
+    missing = [name for i, name in enumerate(frames.ids) if frames.labels(i) is None]
+    if not missing:
+        return
+    labeled = [name for name in frames.splits if PreparedDataset(frames.root, name).labels(0) is not None and name != split.name]
+    what = f"the split {split.name}" if split.name is not None else "the dataset"
+    some = "has no labels" if len(missing) == len(frames) else f"has {len(missing)} frames without labels, {missing[0]} is one"
+    other = f"splits with labels are: {', '.join(labeled)}" if labeled else "no split of it has labels"
+    raise InvalidInput(f"{what} of {frames.root} {some}, so nothing can be learned from it; {other}")
+
+
+def road_warning(
+    detector: Detector, frames: PreparedDataset, statistics: ScanStatistics | None, *, own_anchors: bool = False
+) -> tuple[str, ...]:
+    """Compare the height of the road in a split with what a detector is made for.
+
+    Args:
+        detector: The detector.
+        frames: The split.
+        statistics: Of the split's scans, from `survey_split`.
+        own_anchors: Whether the anchors were made of this split's labels: then only the range can be wrong.
+
+    Returns:
+        A sentence, or nothing where the road lies right.
+    """
+    expected = None
+    if isinstance(detector.config, DetectorConfig) and not own_anchors:
+        # Objects stand on the road. OpenPCDet's anchors of pedestrians and cyclists stand higher, so the lowest anchor counts.
+        expected = min(anchor.bottom_z for anchor in detector.config.decoder.anchors)
+    z_range = detector.spec.grid.range
+    return compare_road(statistics, expected=expected, rig=frames.rig, z_range=(z_range[2], z_range[5]))
 
 
 def data_warnings(detector: Detector, frames: PreparedDataset, statistics: ScanStatistics | None) -> tuple[str, ...]:
@@ -109,7 +176,7 @@ def data_warnings(detector: Detector, frames: PreparedDataset, statistics: ScanS
         )
     trained = detector.trained_on
     if trained is None:
-        return ()
+        return road_warning(detector, frames, statistics)
     said = list(rig_differences(frames.rig, trained, f"the rig of {frames.root}"))
     if read and set(frames.feature_names) != set(trained.feature_names):
         said.append(
@@ -118,6 +185,8 @@ def data_warnings(detector: Detector, frames: PreparedDataset, statistics: ScanS
         )
     if trained.scans is not None and statistics is not None:
         said += compare_scans(trained.scans, statistics)
+    elif trained.scans is None:
+        said += road_warning(detector, frames, statistics)
     return tuple(said)
 
 
