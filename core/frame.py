@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .errors import InvalidInput
@@ -69,6 +71,38 @@ class Frame(TensorValue):
             )
         if self.labels is not None and not isinstance(self.labels, Labels):
             raise InvalidInput(f"Frame.labels must be Labels or None, found {shape_of(self.labels)}; make them with Labels.make")
+
+
+def count_ignored(labels: Labels, classes: Sequence[str], reading: Ledger) -> tuple[Tensor, Mapping[str, int]]:
+    """Find the labels of a frame that are kept with weight 0, such as KITTI's vans where cars are a class.
+
+    Args:
+        labels: The labels.
+        classes: Names of the class numbers.
+        reading: What the frame's reader counted; it may know the types (`Ledger.types_ignored`).
+
+    Returns:
+        (N,) bool, True for these labels; and their number by type, or by class where the reader did not name the types. Where it did
+        not, boxes without a point are left out: a reader may give them weight 0 for that alone, and they are counted as such.
+    """
+    found = are_ignored(labels.weight.tolist(), labels.num_points.tolist(), reading)
+    ignored = torch.tensor(found, dtype=torch.bool, device=labels.weight.device)
+    types = reading.types_ignored or Counter(classes[number] for number in labels.classes[ignored].tolist())
+    return ignored, types
+
+
+def are_ignored(weights: Sequence[float], num_points: Sequence[int], reading: Ledger) -> list[bool]:
+    """Say which labels of a frame `count_ignored` finds, without tensors.
+
+    Args:
+        weights: Weight of each label.
+        num_points: Points in the box of each label; negative where unknown.
+        reading: What the frame's reader counted.
+
+    Returns:
+        One value per label.
+    """
+    return [weight == 0 and (number != 0 or bool(reading.types_ignored)) for weight, number in zip(weights, num_points)]
 
 
 def labels_of(frames: Sequence[Frame]) -> list[Labels]:

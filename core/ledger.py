@@ -9,7 +9,7 @@ Read next: `tools/console.py`, which prints a ledger.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .config_json import config_from_json, config_to_json
@@ -30,6 +30,8 @@ FEWEST_BOXES_AROUND = 30
 """Labeled boxes from which it is no chance that none of them lies behind the sensor."""
 EMPTY_BOXES_WARNING = 0.5
 """Share of labeled boxes without a point from which a warning follows. Full data sets have 1 to 20 %."""
+OUTSIDE_CAMERA_WARNING = 0.97
+"""Share of points that the camera does not see from which a warning follows. A camera of 80 degrees sees a sixth of a full turn."""
 CELLS_WARNING = 0.02
 """Share of occupied cells lost to the voxel limit from which a warning follows."""
 CELLS_STOP = 0.10
@@ -50,6 +52,14 @@ def _widest(one: Range | None, other: Range | None) -> Range | None:
     if one is None or other is None:
         return one or other
     return min(one[0], other[0]), max(one[1], other[1])
+
+
+def _least(one: float | None, other: float | None) -> float | None:
+    return min((value for value in (one, other) if value is not None), default=None)
+
+
+def _largest(one: float | None, other: float | None) -> float | None:
+    return max((value for value in (one, other) if value is not None), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +84,16 @@ class Ledger:
     """Points left out because the camera does not see them."""
     points_outside_range: int = 0
     """Points outside the detector's range, among those that were not left out before."""
+    points_outside_height: int = 0
+    """Points of `points_outside_range` that lie within its sides (x, y), and so below or above it (z)."""
     points_intensity_clipped: int = 0
     """Points whose intensity lay outside 0..1 by a rounding error after scaling, and was clipped."""
     points_intensity_outside: int = 0
     """Points whose intensity lies outside 0..1 after scaling."""
-    lowest_intensity: float = field(default=0.0, metadata={"joined_by": min})
-    """Lowest intensity in the files where it is below 0, else 0."""
-    highest_intensity: float = field(default=0.0, metadata={"joined_by": max})
-    """Highest intensity in the files, in the sensor's own unit. Sums of ledgers hold the largest."""
+    lowest_intensity: float | None = field(default=None, metadata={"joined_by": _least})
+    """Lowest intensity in the files, in the sensor's own unit; None where nobody measured it. Sums of ledgers hold the lowest."""
+    highest_intensity: float | None = field(default=None, metadata={"joined_by": _largest})
+    """Highest intensity in the files, in the sensor's own unit; None where nobody measured it. Sums of ledgers hold the largest."""
     intensity_range: Range | None = field(default=None, metadata={"joined_by": _widest})
     """Lowest and highest intensity after scaling. None where nobody measured it, or where scans have no intensity."""
     cells: int = 0
@@ -89,17 +101,21 @@ class Ledger:
     cells_over_limit: int = 0
     """Occupied cells dropped because a scan had more of them than the voxel limit."""
     boxes: Mapping[str, int] = field(default_factory=_counts)
-    """Labeled boxes that were kept, by class. A class without any stands here with 0."""
+    """Labeled boxes that were kept, by class, without those of `types_ignored`. A class without any stands here with 0."""
     boxes_empty: Mapping[str, int] = field(default_factory=_counts)
     """Kept boxes without a point in them, by class."""
     boxes_outside_range: Mapping[str, int] = field(default_factory=_counts)
     """Kept boxes whose center lies outside the detector's range, by class."""
+    boxes_outside_height: int = 0
+    """Boxes of `boxes_outside_range` whose center lies within its sides (x, y), and so below or above it (z)."""
     points_behind: int = 0
     """Points in the detector's range behind the sensor (x < 0), in scans with labels."""
     boxes_behind: int = 0
     """Kept boxes in the detector's range whose center lies behind the sensor (x < 0)."""
     types_dropped: Mapping[str, int] = field(default_factory=_counts)
     """Labeled objects that were dropped because their type is not asked for, by type."""
+    types_ignored: Mapping[str, int] = field(default_factory=_counts)
+    """Labeled objects that were kept with weight 0, by type: to find one is neither right nor wrong, as for KITTI's vans and cars."""
 
     def __add__(self, other: Ledger) -> Ledger:
         both = {f: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
@@ -119,6 +135,18 @@ class Ledger:
         for part in parts:
             result = result + part
         return result
+
+    def without_labels(self) -> Ledger:
+        """Leave out boxes and types, for labels that are counted elsewhere or not used. What lies behind the sensor stays."""
+        return replace(
+            self,
+            boxes={},
+            boxes_empty={},
+            boxes_outside_range={},
+            boxes_outside_height=0,
+            types_ignored={},
+            types_dropped={},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return all counts as plain values for a JSON file."""
@@ -140,35 +168,59 @@ class Ledger:
         return config_from_json(Ledger, data)
 
     def rows(self) -> tuple[tuple[str, str, str], ...]:
-        """Give the counts that are not zero as rows of a table: what, how many, share."""
+        """Give the counts that are not zero as rows of a table: what, how many, and the share with its whole."""
         left = self.points - self.points_non_finite - self.points_zero
         in_view = left - self.points_outside_camera
-        kept = sum(self.boxes.values())
-        table = [
-            ("scans", self.scans, 0),
-            ("scans that failed", self.scans_failed, self.scans + self.scans_failed),
-            ("scans without a point", self.scans_without_points, self.scans),
-            *((f"files skipped: {kind}", n, 0) for kind, n in self.files_skipped.items()),
-            ("points", self.points, 0),
-            ("points that are not finite, dropped", self.points_non_finite, self.points),
-            ("points at the sensor (no return), dropped", self.points_zero, self.points),
-            ("points outside the camera's view, dropped", self.points_outside_camera, left),
-            ("points outside the range", self.points_outside_range, in_view),
-            ("points with an intensity of 1 and a rounding error, clipped", self.points_intensity_clipped, self.points),
-            ("points with an intensity outside 0..1", self.points_intensity_outside, self.points),
-            ("occupied cells", self.cells, 0),
-            ("cells over the voxel limit, dropped", self.cells_over_limit, self.cells),
-            *((f"boxes: {name}", n, 0) for name, n in self.boxes.items()),
-            *((f"boxes without a point: {name}", n, self.boxes.get(name, 0)) for name, n in self.boxes_empty.items()),
-            *((f"boxes outside the range: {name}", n, self.boxes.get(name, 0)) for name, n in self.boxes_outside_range.items()),
-            *((f"objects of type {name}, dropped", n, n + kept) for name, n in sorted(self.types_dropped.items())),
+        objects = sum(sum(n.values()) for n in (self.boxes, self.types_ignored, self.types_dropped))
+
+        def points(whole: int) -> str:
+            return "of the points" if whole == self.points else "of the points left"
+
+        table: list[tuple[str, int, int, str]] = [
+            ("scans", self.scans, 0, ""),
+            ("scans that failed", self.scans_failed, self.scans + self.scans_failed, "of the scans"),
+            ("scans without a point", self.scans_without_points, self.scans, "of the scans"),
+            *((f"files skipped: {kind}", n, 0, "") for kind, n in self.files_skipped.items()),
+            ("points", self.points, 0, ""),
+            ("points that are not finite, dropped", self.points_non_finite, self.points, "of the points"),
+            ("points at the sensor (no return), dropped", self.points_zero, self.points, "of the points"),
+            ("points outside the camera's view, dropped", self.points_outside_camera, left, points(left)),
+            ("points outside the range", self.points_outside_range, in_view, points(in_view)),
+            ("points below or above the range", self.points_outside_height, in_view, points(in_view)),
+            (
+                "points with an intensity of 1 and a rounding error, clipped",
+                self.points_intensity_clipped,
+                self.points,
+                "of the points",
+            ),
+            ("points with an intensity outside 0..1", self.points_intensity_outside, self.points, "of the points"),
+            ("occupied cells", self.cells, 0, ""),
+            ("cells over the voxel limit, dropped", self.cells_over_limit, self.cells, "of the cells"),
+            *((f"boxes: {name}", n, 0, "") for name, n in self.boxes.items()),
+            *((f"boxes without a point: {name}", n, *self._boxes_of(name)) for name, n in self.boxes_empty.items()),
+            *((f"boxes outside the range: {name}", n, *self._boxes_of(name)) for name, n in self.boxes_outside_range.items()),
+            ("boxes below or above the range", self.boxes_outside_height, sum(self.boxes.values()), "of the boxes"),
+            *(
+                (f"objects of type {name}, kept with weight 0", n, objects, "of all objects")
+                for name, n in sorted(self.types_ignored.items())
+            ),
+            *(
+                (f"objects of type {name}, dropped", n, objects, "of all objects")
+                for name, n in sorted(self.types_dropped.items())
+            ),
         ]
         wanted = [row for row in table if row[1] or row[0].startswith("boxes: ")]
-        counts = tuple((what, f"{n:,}", f"{n / whole:.1%}" if whole else "") for what, n, whole in wanted)
-        if self.intensity_range is None:
-            return counts
-        low, high = self.intensity_range
-        return (*counts, ("intensity after scaling, lowest and highest", f"{low:.3g} to {high:.3g}", ""))
+        rows = [(what, f"{n:,}", f"{n / whole:.1%} {of}" if whole else "") for what, n, whole, of in wanted]
+        scaled = self.intensity_range
+        if self.highest_intensity is not None and (scaled is None or scaled[1] != self.highest_intensity):
+            low = 0.0 if self.lowest_intensity is None else self.lowest_intensity
+            rows.append(("intensity in the files, lowest and highest", f"{low:.4g} to {self.highest_intensity:.6g}", ""))
+        if scaled is not None:
+            rows.append(("intensity after scaling, lowest and highest", f"{scaled[0]:.3g} to {scaled[1]:.3g}", ""))
+        return tuple(rows)
+
+    def _boxes_of(self, name: str) -> tuple[int, str]:
+        return self.boxes.get(name, 0), f"of the boxes: {name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,36 +246,42 @@ def judge(ledger: Ledger, *, refuse_lost_cells: bool = False) -> tuple[Finding, 
     found: list[Finding] = []
     left = ledger.points - ledger.points_non_finite - ledger.points_zero
     in_view = left - ledger.points_outside_camera
-    shift = "likely causes are a preset for another sensor, a forgotten z shift (--z-shift), other axes (--axes), or units that are not meters"
     if ledger.points and not left:
         found.append(
             Finding(stops=True, text="every point is NaN, infinite or at the sensor; look at the columns (--columns, --dtype)")
         )
     elif left and not in_view:
-        found.append(
-            Finding(
-                stops=True,
-                text="no point lies in the camera's view; the picture's size (--image-size) or the calibration does not belong to "
-                "these scans",
-            )
-        )
+        found.append(Finding(stops=True, text=f"no point lies in the camera's view; {_CAMERA}"))
+    elif left and ledger.points_outside_camera > OUTSIDE_CAMERA_WARNING * left:
+        none_left = ledger.points_outside_range == in_view
+        text = f"{ledger.points_outside_camera:,} of {left:,} points lie outside the camera's view; {_CAMERA}"
+        if none_left:
+            text += ". None of the others lies in the detector's range"
+        found.append(Finding(stops=none_left, text=text))
     elif in_view and ledger.points_outside_range == in_view:
-        found.append(Finding(stops=True, text=f"no point lies in the detector's range; {shift}"))
+        why = _why_outside(in_view, in_view, ledger.points_outside_height)
+        found.append(Finding(stops=True, text=f"no point lies in the detector's range; {why}"))
     elif in_view and ledger.points_outside_range > OUTSIDE_POINTS_WARNING * in_view:
         share = ledger.points_outside_range / in_view
-        found.append(Finding(stops=False, text=f"{share:.0%} of the points lie outside the detector's range; {shift}"))
+        why = _why_outside(in_view, ledger.points_outside_range, ledger.points_outside_height)
+        found.append(Finding(stops=False, text=f"{share:.0%} of the points lie outside the detector's range; {why}"))
     if ledger.points_intensity_outside:
         share = ledger.points_intensity_outside / max(left, 1)
-        low, high = ledger.lowest_intensity, ledger.highest_intensity
+        low, high = ledger.lowest_intensity or 0.0, ledger.highest_intensity or 0.0
         text = f"{share:.1%} of the points have an intensity outside 0..1 after scaling; the files hold {low:.6g} to {high:.6g}; "
         text += propose_scale(low, high)
         found.append(Finding(stops=False, text=text))
     top = 0.0 if ledger.intensity_range is None else ledger.intensity_range[1]
     if 0 < top < LOWEST_TOP_INTENSITY:
+        held = ledger.highest_intensity
+        remedy = (
+            "leave --intensity-scale out for numbers in 0..1, or give the factor of this sensor (1/255 where it counts to 255)"
+            if held is None
+            else f"the files hold numbers up to {held:.6g}: {propose_scale(0.0, held)}"
+        )
         text = (
             f"the highest intensity of all scans is {top:.2g} after scaling, and sensors reach nearly 1; a likely cause is an intensity "
-            "scale for another unit: leave --intensity-scale out for numbers in 0..1, or give the factor of this sensor (1/255 where it "
-            "counts to 255)"
+            f"scale for another unit; {remedy}"
         )
         found.append(Finding(stops=False, text=text))
     if ledger.cells_over_limit > CELLS_WARNING * ledger.cells:
@@ -249,11 +307,13 @@ def judge(ledger: Ledger, *, refuse_lost_cells: bool = False) -> tuple[Finding, 
     if boxes and empty > EMPTY_BOXES_WARNING * boxes:
         text = (
             f"{empty} of {boxes} boxes hold no point; likely causes are angles in degrees (--yaw degrees), another order of sizes "
-            "(--size-order), centers at the bottom (--origin bottom), other axes (--axes), or a calibration of other scans"
+            "(--size-order), centers at the bottom (--origin bottom), a z shift that only the scans or only the labels got (--z-shift; in a reader "
+            "of your own, the frame's rig), other axes (--axes), or a calibration of other scans"
         )
         found.append(Finding(stops=empty == boxes >= FEWEST_BOXES, text=text))
     if boxes and outside > OUTSIDE_BOXES_WARNING * boxes:
-        text = f"{outside} of {boxes} boxes lie outside the detector's range; {shift}"
+        why = _why_outside(boxes, outside, ledger.boxes_outside_height)
+        text = f"{outside} of {boxes} boxes lie outside the detector's range; {why}"
         found.append(Finding(stops=outside == boxes, text=text))
     in_range = in_view - ledger.points_outside_range
     if (
@@ -269,6 +329,26 @@ def judge(ledger: Ledger, *, refuse_lost_cells: bool = False) -> tuple[Finding, 
         )
         found.append(Finding(stops=False, text=text))
     return tuple(sorted(found, key=lambda finding: not finding.stops))
+
+
+_CAMERA = "the picture's size (--image-size) or the calibration does not belong to these scans"
+
+
+def _why_outside(whole: int, outside: int, height: int) -> str:
+    """Where things outside the range lie, sideways or in height, and the causes of what is more."""
+    beyond = outside - height
+    z = "a forgotten z shift (--z-shift) or a preset for a sensor at another height"
+    sides = (
+        "the range of the preset ends before far objects or leaves a side out. Take a preset with a larger range (docs/presets.md), or go "
+        "on if what lies outside does not matter"
+    )
+    other = "Other causes are other axes (--axes) and units that are not meters"
+    if height > beyond:
+        also = f", {beyond} beyond its sides (x, y)" if beyond else ""
+        return f"{height} lie below or above it (z){also}: the likely cause is {z}. {other}"
+    also = f", {height} below or above it (z)" if height else ""
+    text = f"{beyond} lie beyond its sides (x, y){also}: {sides}. {other}"
+    return f"{text}; for the height, {z}" if height > OUTSIDE_BOXES_WARNING * whole else text
 
 
 def stop_if_absurd(findings: Iterable[Finding]) -> None:

@@ -162,7 +162,7 @@ def count_intensity(points: PointCloud, scale: float) -> Ledger:
         scale: Factor that should bring it to 0..1.
 
     Returns:
-        A ledger with the points that `scale_intensity` clips, those that lie further outside, and the highest intensity before scaling.
+        A ledger with the points that `scale_intensity` clips, those that lie further outside, and the range of the intensity.
     """
     if "intensity" not in points.feature_names or not len(points):
         return Ledger()
@@ -173,6 +173,6 @@ def count_intensity(points: PointCloud, scale: float) -> Ledger:
     return Ledger(
         points_intensity_clipped=int(odd.sum() - far.sum()),
         points_intensity_outside=int(far.sum()),
-        lowest_intensity=min(float(column.min()), 0.0),
-        highest_intensity=max(float(column.max()), 0.0),
+        lowest_intensity=float(column.min()),
+        highest_intensity=float(column.max()),
     )

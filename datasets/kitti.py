@@ -39,7 +39,7 @@ from .class_names import ClassRule
 from .frame_source import DatasetOrigin, described_origin
 from .id_lists import read_ids as read_ids
 from .kitti_calibration import find_calibration, read_calibration, shift_calibration
-from .kitti_text import KittiObjects, count_label_types, dropped_types, labels_from_kitti, read_objects, read_types
+from .kitti_text import KittiObjects, count_label_types, dropped_types, ignored_types, labels_from_kitti, read_objects, read_types
 from .picture_size import find_picture, read_picture_size
 
 KITTI_CLASSES = ("Car", "Pedestrian", "Cyclist")
@@ -118,7 +118,9 @@ class KittiDataset:
             objects = self.kitti_objects(frame_id)
             labels = labels_from_kitti(objects, calibration, self.classes, self.class_map)
             labels = with_point_counts(labels, points)
-            reading = reading + Ledger(types_dropped=dropped_types(objects.types, self._rule))
+            reading = reading + Ledger(
+                types_dropped=dropped_types(objects.types, self._rule), types_ignored=ignored_types(objects.types, self._rule)
+            )
         return Frame(id=frame_id, points=points, labels=labels, calibration=calibration, rig=self.rig, reading=reading)
 
     @cached_property

@@ -309,6 +309,21 @@ def dropped_types(types: tuple[str, ...], rule: ClassRule) -> Mapping[str, int]:
     )
 
 
+def ignored_types(types: tuple[str, ...], rule: ClassRule) -> Mapping[str, int]:
+    """Count the objects that are kept with weight 0, because they look like a class.
+
+    Args:
+        types: Types of all objects of a file.
+        rule: The classes.
+
+    Returns:
+        Number of objects by type.
+    """
+    return Counter(
+        kind for kind in types if not is_dont_care(kind) and rule.number(kind) is None and _neighbor(kind, rule) is not None
+    )
+
+
 def _neighbor(kind: str, rule: ClassRule) -> int | None:
     """Number of the class that an object of this type looks like."""
     for name, others in NEIGHBORS.items():

@@ -198,7 +198,7 @@ class NuScenesDataset:
         keyframe = self.tables.keyframe(sample)
         try:
             points = self._in_frame(read_sweep(keyframe.path), keyframe, keyframe)
-            reading = Ledger(points=len(points), types_dropped=self._dropped(sample))
+            reading = Ledger(points=len(points), types_dropped=self._dropped(sample), types_ignored=self._ignored(sample))
             labels = self.labels(sample) if self.with_labels else None
             if labels is not None and bool((labels.num_points < 0).any()):
                 counted = with_point_counts(labels, points).num_points
@@ -285,6 +285,17 @@ class NuScenesDataset:
             f"{category} (too long)" if category in wanted else category
             for category, too_long in zip(found.categories, long)
             if too_long or category not in wanted
+        )
+
+    def _ignored(self, sample: str) -> Mapping[str, int]:
+        """Number of boxes that are kept with weight 0, by category."""
+        if not self.with_labels:
+            return {}
+        found = self.tables.annotations(sample)
+        return Counter(
+            category
+            for category, length in zip(found.categories, found.size[:, 1])
+            if category in self.neighbors and (self.max_length is None or float(length) <= self.max_length)
         )
 
     def _accumulate(self, points: PointCloud, keyframe: Sweep) -> PointCloud:

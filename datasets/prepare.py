@@ -9,7 +9,7 @@ of objects to paste.
 
 from __future__ import annotations
 
-import warnings
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import atomic_file, locked_folder, remove_litter
 from ..core.foreign_text import check_name
+from ..core.frame import are_ignored
 from ..core.ledger import Ledger, judge
 from ..core.rig import RigSpec
 from ..core.strict_json import read_json, write_json_file
@@ -280,16 +281,14 @@ def _publish(
     kept = {name: tuple(i for i in names if i not in failed) for name, names in splits.items()}
     for name, names in {"the dataset": good, **kept}.items():
         if not names:
-            reasons = "; ".join(f"{f.id}: {f.reason}" for f in [f for f in failures if f.id in splits.get(name, failed)][:3])
+            of_it = [f for f in failures if f.id in splits.get(name, failed)]
             raise UpcycleError(
-                f"every frame of {name} in {out} failed, so there is nothing to learn from. The first failures: {reasons}"
+                f"every frame of {name} in {out} failed, so there is nothing to learn from. {_distinct_reasons(of_it)}"
             )
     table = table.take(good)
     ledger = _ledger(table, classes, len(failures))
     for finding in judge(ledger):
-        if finding.stops and origin.layout == "own":  # whoever writes a class may try it on made-up points
-            warnings.warn(finding.text, stacklevel=3)
-        elif finding.stops:
+        if finding.stops:
             if not (out / "dataset.json").exists():
                 (out / "preparation.json").unlink()  # other settings may be tried in the same folder
             raise AbsurdDataError(f"{finding.text}. Nothing was published in {out}; prepare again with other options", ledger)
@@ -321,15 +320,32 @@ def _publish(
     )
 
 
+def _distinct_reasons(failures: Sequence[FrameFailure]) -> str:
+    """At most three different reasons. Reasons that differ by the frame's id or by numbers only are one, shown with its number."""
+    alike: dict[str, list[FrameFailure]] = {}
+    for failure in failures:
+        alike.setdefault(re.sub(r"\d+", "#", failure.reason.replace(failure.id, "#")), []).append(failure)
+    most = sorted(alike.values(), key=len, reverse=True)[:3]
+    said = [f"{first.id}{f' and {len(more)} more like it' if more else ''}: {first.reason}" for first, *more in most]
+    return "; ".join(said)
+
+
 def _ledger(table: pa.Table, classes: tuple[str, ...], failed: int) -> Ledger:
     """What the readers of all good frames counted, and their boxes by class. A reader that counts nothing has its points counted."""
     total = Ledger(scans=len(table), scans_failed=failed, boxes=dict.fromkeys(classes, 0))
-    columns = zip(*(table[name].to_pylist() for name in ("reading", "num_points", "classes", "box_points")))
-    for reading, num_points, numbers, box_points in columns:
+    columns = zip(*(table[name].to_pylist() for name in ("reading", "num_points", "classes", "box_points", "weight")))
+    for reading, num_points, numbers, box_points, weights in columns:
         read = row_reading({"reading": reading})
-        boxes = Counter(classes[number] for number in numbers or ())
-        empty = Counter(classes[number] for number, count in zip(numbers or (), box_points or ()) if count == 0)
-        read = replace(read, scans=0, points=read.points or num_points, boxes=boxes, boxes_empty=empty)
+        names = [classes[number] for number in numbers or ()]
+        ignored = are_ignored(weights or (), box_points or (), read)
+        read = replace(
+            read,
+            scans=0,
+            points=read.points or num_points,
+            boxes=Counter(name for name, no in zip(names, ignored) if not no),
+            boxes_empty=Counter(name for name, no, count in zip(names, ignored, box_points or ()) if not no and count == 0),
+            types_ignored=read.types_ignored or Counter(name for name, no in zip(names, ignored) if no),
+        )
         total = total + read
     return total
 

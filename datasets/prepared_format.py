@@ -354,7 +354,7 @@ def frame_row(frame: Frame, kitti: KittiObjects | None, *, offset: int, crc32: i
     }
     reading = frame.reading + Ledger(intensity_range=intensity_range(frame.points))
     if reading != Ledger():
-        counted = {name: value for name, value in reading.to_json().items() if value}
+        counted = {name: value for name, value in reading.to_json().items() if value or isinstance(value, float)}
         row["reading"] = json.dumps(counted)
     if (labels := frame.labels) is not None:
         box_points = labels.num_points

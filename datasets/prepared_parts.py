@@ -251,6 +251,10 @@ def _worker(
         connection.send_bytes(json.dumps(f"{type(error).__name__}: {error}").encode())
 
 
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, UpcycleError) else f"{type(error).__name__}: {error}"
+
+
 def _write_chunk(source: FrameSource, chunk: Chunk, parts: Path, num_classes: int, parent: int | None = None) -> None:
     rows: list[dict[str, Any]] = []
     blobs: list[bytes] = []
@@ -270,7 +274,7 @@ def _write_chunk(source: FrameSource, chunk: Chunk, parts: Path, num_classes: in
         except MemoryError:
             raise
         except Exception as error:  # whatever a reader raises concerns this frame only, and is reported
-            rows.append({"id": frame_id, "error": shown(f"{type(error).__name__}: {error}", most=_LONGEST_REASON)})
+            rows.append({"id": frame_id, "error": shown(_reason(error), most=_LONGEST_REASON)})
             continue
         blobs.append(blob)
         rows.append(row)

@@ -25,6 +25,7 @@ from ..perception.evaluation.accounts import Account, account_of_kitti, extra_fi
 from ..perception.evaluation.class_translation import spelled
 from ..perception.evaluation.cross_dataset import without_camera
 from ..perception.evaluation.kitti import (
+    BOX_METRICS,
     LOOSE,
     OFFICIAL,
     KittiResult,
@@ -50,8 +51,6 @@ from .overlap_option import OverlapOption, parse_overlaps
 from .predict import boxes_json
 
 OVERLAPS: Mapping[str, Mapping[str, MinOverlap]] = {"official": OFFICIAL, "loose": LOOSE}
-ALL_METRICS = ("3d", "bev", "bbox", "aos")
-BOX_METRICS = ("3d", "bev")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +172,9 @@ def _evaluate_kitti(what: KittiFiles) -> None:
     if what.rules == "st3d":
         truths, found = [list(map(without_camera, frames)) for frames in (truths, found)]
     result = evaluate_kitti(truths, found, classes=classes, min_overlaps=overlaps)
-    print_result(result, metrics=ALL_METRICS if what.rules == "kitti" else BOX_METRICS)
+    if what.rules == "st3d":
+        result = replace(result, metrics=BOX_METRICS)
+    print_result(result)
     extra = extra_files(what.detections, ids, ".txt")
     skipped = Ledger(files_skipped={"detections of a frame that is not scored": len(extra)} if extra else {})
     account = account_of_kitti(result, truths, found, two_dimensional=what.rules == "kitti")
@@ -200,10 +201,10 @@ def _evaluate_run(what: Run) -> None:
     elif isinstance(result, LyftResult):
         print_lyft(result)
     else:
-        print_result(result, metrics=ALL_METRICS if protocol == "kitti" else BOX_METRICS)
+        print_result(result)
     if report.account is None:
         raise AssertionError("score_detector gives an account")
-    scans = Ledger() if survey is None else replace(survey.ledger, scans=0, boxes={}, boxes_empty={}, boxes_outside_range={})
+    scans = Ledger() if survey is None else replace(survey.ledger.without_labels(), scans=0)
     seen = shared_frames_note(what.detector, frames)
     told = report.account.told(ledger=scans, warnings=unlike, notes=[] if seen is None else [seen])
     _close(told, result.to_json(), what.json)
@@ -231,17 +232,16 @@ def _write_detections(folder: Path, report: EvaluationReport) -> None:
             write_atomically(folder / f"{frame_id}.json", text.encode())
 
 
-def print_result(result: KittiResult, *, metrics: tuple[str, ...] = ALL_METRICS) -> None:
+def print_result(result: KittiResult) -> None:
     """Print one row per class and metric: R40 and R11, easy, moderate, hard, and "-" where nothing counted.
 
     Args:
         result: Result of KITTI's or ST3D's protocol.
-        metrics: Metrics to print.
     """
     rows: list[tuple[object, ...]] = []
     for name, scores in result.classes.items():
         for metric, value in (("3d", scores.box_3d), ("bev", scores.bev), ("bbox", scores.bbox), ("aos", scores.aos)):
-            if value is not None and metric in metrics:
+            if value is not None and metric in result.metrics:
                 rows.append((name, metric, *map(_shown, scores.percent(value.r40)), *map(_shown, scores.percent(value.r11))))
     header = ("class", "metric", *(f"R40 {d}" for d in ("easy", "mod.", "hard")), *(f"R11 {d}" for d in ("easy", "mod.", "hard")))
     print_table("AP in percent", header, rows)

@@ -27,7 +27,7 @@ class Account:
     """What an evaluation read and used."""
 
     ledger: Ledger
-    """Frames, labels of scored classes, and types of labels that are not scored."""
+    """Frames, labels of scored classes, and types of labels that are not scored or count as neither right nor wrong."""
     labels: Mapping[str, int]
     """Objects in the labels by type, as spelled there."""
     detections: Mapping[str, int]
@@ -42,9 +42,21 @@ class Account:
     """What must be known to read the scores."""
 
     def rows(self) -> tuple[tuple[str, int, int, str], ...]:
-        """Give one row per type: its name, labels, detections, and the class that it is scored as ("-" for none)."""
-        types = dict.fromkeys([*self.labels, *self.detections])
-        return tuple((t, self.labels.get(t, 0), self.detections.get(t, 0), self.scored_as.get(t, "-")) for t in types)
+        """Give one row per scored class, and one per other type: its types, labels, detections, and the class ("-" for none)."""
+        ignored = {t: "neither right nor wrong" for t in self.ledger.types_ignored}
+        rows: dict[tuple[str, str], list[str]] = {}
+        for kind in dict.fromkeys([*self.labels, *self.detections]):
+            scored = self.scored_as.get(kind, ignored.get(kind, "-"))
+            rows.setdefault((scored, "" if kind in self.scored_as else kind.casefold()), []).append(kind)
+        return tuple(
+            (
+                ", ".join(kinds),
+                sum(self.labels.get(kind, 0) for kind in kinds),
+                sum(self.detections.get(kind, 0) for kind in kinds),
+                scored,
+            )
+            for (scored, _), kinds in rows.items()
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values for a JSON file."""
@@ -129,6 +141,7 @@ def account_of_types(
     frames: int,
     frames_without_detections: int,
     neighbors: Sequence[str] = (),
+    ignored: Sequence[str] = (),
 ) -> Account:
     """Compare the types of labels and detections with the classes that are scored.
 
@@ -141,6 +154,7 @@ def account_of_types(
         frames: Number of frames.
         frames_without_detections: Frames without a detection.
         neighbors: Types that are expected in the labels although no class wants them.
+        ignored: Types of which an object is neither right nor wrong to find, such as vans for cars; case does not matter.
 
     Returns:
         The account.
@@ -150,7 +164,7 @@ def account_of_types(
     found = {name: sum(n for kind, n in detections.items() if detection_classes.get(kind) == name) for name in classes}
     warnings: list[str] = []
     unscored = {kind: n for kind, n in labels.items() if kind not in label_classes}
-    expected = {kind.casefold() for kind in neighbors}
+    expected, weightless = ({kind.casefold() for kind in kinds} for kinds in (neighbors, ignored))
     for what, types, of in (("labels", labels, label_classes), ("detections", detections, detection_classes)):
         for kind, count in types.items():
             near = None if kind in of or kind.casefold() in expected else nearest_name(kind, classes)
@@ -177,7 +191,12 @@ def account_of_types(
         notes.append(f"{frames_without_detections} of {frames} frames have no detection")
     scored_as = {**dict(label_classes), **dict(detection_classes)}
     return Account(
-        ledger=Ledger(scans=frames, boxes=objects, types_dropped=unscored),
+        ledger=Ledger(
+            scans=frames,
+            boxes=objects,
+            types_dropped={kind: n for kind, n in unscored.items() if kind.casefold() not in weightless},
+            types_ignored={kind: n for kind, n in unscored.items() if kind.casefold() in weightless},
+        ),
         labels=labels,
         detections=detections,
         scored_as={kind: name for kind, name in scored_as.items() if kind in labels or kind in detections},
@@ -212,6 +231,7 @@ def account_of_kitti(
         frames=result.frames,
         frames_without_detections=sum(not len(frame) for frame in found),
         neighbors=tuple(other for others in NEIGHBORS.values() for other in others),
+        ignored=tuple(other for name, others in NEIGHBORS.items() if name.casefold() in classes for other in others),
     )
     return account.told(
         warnings=ignored_objects(result, truths) if two_dimensional else (),

@@ -24,7 +24,7 @@ from ...core.foreign_text import shown
 from ...core.structures import Labels, Predictions
 from ...datasets.kitti_text import KittiObjects
 from .class_translation import translate
-from .kitti import OFFICIAL, KittiResult, MinOverlap, evaluate_kitti
+from .kitti import BOX_METRICS, OFFICIAL, KittiResult, MinOverlap, evaluate_kitti
 
 # To KITTI's names; the maps of ST3D for Waymo and Lyft. A class not named here takes no part.
 KITTI_NAMES: Mapping[str, str] = {
@@ -66,7 +66,7 @@ def evaluate_cross_dataset(
         min_overlaps: Minimum overlap by class.
 
     Returns:
-        KITTI's result, of which BEV and 3D mean something.
+        KITTI's result with BEV and 3D as its `metrics`.
 
     Raises:
         InvalidInput: The numbers of frames differ, or no class with a minimum overlap is known to both sides.
@@ -89,7 +89,7 @@ def evaluate_cross_dataset(
         cross_dataset_objects(f.boxes.data, _kitti_types(f.classes, detector_classes, names), scores=f.scores, limits=limits)
         for f in predictions
     ]
-    return evaluate_kitti(truths, found, classes=classes, min_overlaps=min_overlaps)
+    return replace(evaluate_kitti(truths, found, classes=classes, min_overlaps=min_overlaps), metrics=BOX_METRICS)
 
 
 def known_names(names: Mapping[str, str], min_overlaps: Mapping[str, MinOverlap]) -> Mapping[str, str]:

@@ -43,6 +43,9 @@ from .kitti_matching import SAMPLES, count_matches, recall_thresholds, true_posi
 
 DIFFICULTIES = ("easy", "moderate", "hard")
 METRICS = ("3d", "bev", "bbox")
+ALL_METRICS = (*METRICS, "aos")
+BOX_METRICS = ("3d", "bev")
+"""The metrics that mean something without a camera."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,15 +173,17 @@ class KittiResult:
     """Number of frames."""
     min_overlaps: Mapping[str, MinOverlap]
     """The minimum overlaps that were used, by class."""
+    metrics: tuple[str, ...] = ALL_METRICS
+    """The metrics that mean something; `BOX_METRICS` where no camera gave 2D boxes."""
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Give AP in percent by class, metric, recall positions and difficulty.
 
         Returns:
-            {class: {"3d" | "bev" | "bbox" | "aos": {"R40" | "R11": {"easy" | "moderate" | "hard": percent}}}}; "aos" may be None, and a
-            percent is None where no object counts.
+            {class: {"3d" | "bev" | "bbox" | "aos": {"R40" | "R11": {"easy" | "moderate" | "hard": percent}}}}; only `metrics` are there,
+            "aos" may be None, and a percent is None where no object counts.
         """
-        return {name: c.to_json() for name, c in self.classes.items()}
+        return {name: {m: v for m, v in c.to_json().items() if m in self.metrics} for name, c in self.classes.items()}
 
 
 def evaluate_kitti(

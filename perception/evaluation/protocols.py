@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InvalidInput
+from ...core.frame import Frame, count_ignored
 from ...core.ledger import Ledger
 from ...core.structures import Labels, Predictions
 from ...datasets.frame_source import FrameSource
@@ -45,24 +46,28 @@ class LabeledDetections:
     """Labels by class; how many hold no point or lie outside the detector's range."""
 
 
-def count_labels(labels: Labels, classes: tuple[str, ...], detector: Detector) -> Ledger:
+def count_labels(frame: Frame, classes: tuple[str, ...], detector: Detector) -> Ledger:
     """Count the labels of a frame that a detector can find.
 
     Args:
-        labels: Labels in the frame of the detector's points. Those of weight 0 are not counted.
+        frame: The frame in the frame of the detector's points. Labels of weight 0 are counted by type (`Ledger.types_ignored`).
         classes: Names of the class numbers.
         detector: The detector whose range matters.
 
     Returns:
-        Labels by class, those without a point, and those outside the range.
+        Labels by class, those without a point, and those outside the range; nothing for a frame without labels.
     """
-    labels = labels.select(labels.weight > 0)
+    if frame.labels is None:
+        return Ledger()
+    _, types = count_ignored(frame.labels, classes, frame.reading)
+    labels = frame.labels.select(frame.labels.weight > 0)
     spec = getattr(detector, "spec", None)  # a detector of the user's own may have no grid
     low, high = (-math.inf,) * 3, (math.inf,) * 3
     if spec is not None:
         low, high = spec.grid.range[:3], spec.grid.range[3:]
     centers = labels.boxes.data[:, :3]
-    outside = ~((centers >= centers.new_tensor(low)) & (centers < centers.new_tensor(high))).all(1)
+    within = (centers >= centers.new_tensor(low)) & (centers < centers.new_tensor(high))
+    outside = ~within.all(1)
 
     def by_class(keep: Tensor) -> dict[str, int]:
         return {name: n for i, name in enumerate(classes) if (n := int((labels.classes[keep] == i).sum()))}
@@ -71,6 +76,8 @@ def count_labels(labels: Labels, classes: tuple[str, ...], detector: Detector) -
         boxes=by_class(torch.ones_like(outside)),
         boxes_empty=by_class(labels.num_points == 0),
         boxes_outside_range=by_class(outside),
+        boxes_outside_height=int((within[:, :2].all(1) & ~within[:, 2]).sum()),
+        types_ignored=types,
     )
 
 
@@ -94,7 +101,7 @@ def detect_labeled(detector: Detector, frames: FrameSource, *, label_classes: tu
         if frame.labels is None:
             raise InvalidInput(f"frame {frame.id} has no labels to score against; choose a labeled split")
         ids.append(frame.id)
-        ledger = ledger + count_labels(frame.labels, label_classes, detector)
+        ledger = ledger + count_labels(frame, label_classes, detector)
         labels.append(replace(frame.labels, boxes=frame.rig.to_sensor(frame.labels.boxes)))
         predictions.append(replace(found, boxes=frame.rig.to_sensor(found.boxes)))
     return LabeledDetections(

@@ -91,7 +91,8 @@ def own_protocol(frames: PreparedDataset) -> Protocol:
     layout = frames.origin.layout
     if layout not in _PROTOCOL_OF_LAYOUT:
         raise InvalidInput(
-            f"{frames.root} has the layout {layout!r}, which has no protocol of its own; choose one with --protocol"
+            f"{frames.root} has the layout {layout!r}, which has no protocol of its own; choose one with --protocol: cross_dataset fits "
+            "every dataset (KITTI's AP of 3D boxes and in BEV, without a camera); waymo and lyft score the classes that they know"
         )
     return _PROTOCOL_OF_LAYOUT[layout]
 
@@ -191,8 +192,7 @@ def _score_kitti(
     ledger = Ledger()
     for frame, predictions in detect_frames(detector, frames):
         found[frame.id] = kitti_detections(frame, predictions, detector.class_names)
-        if frame.labels is not None:
-            ledger = ledger + count_labels(frame.labels, frames.classes, detector)
+        ledger = ledger + count_labels(frame, frames.classes, detector)
     truths, detections = [frames.kitti_objects(frame_id) for frame_id in found], list(found.values())
     results = [evaluate_kitti(truths, detections, classes=classes, min_overlaps=overlaps) for overlaps in (official, loose)]
     account = account_of_kitti(results[0], truths, detections)

@@ -350,7 +350,7 @@ def upcycle_preset(
     if fleet is not None:
         counted = survey_split(fleet, student.encoder)
         notes += data_warnings(student, fleet, counted.statistics)
-        ledger = ledger + replace(counted.ledger, boxes={}, boxes_empty={}, boxes_outside_range={})  # their labels are not used
+        ledger = ledger + counted.ledger.without_labels()  # their labels are not used
     watch = None if validate is None else Validator(validate, total_steps=loop.total_steps, folder=out)
     notes += _validation_note(split, frames, watch)
     _start(on_start, JobStart(ledger=ledger, notes=notes), context)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import cast, get_args
 
 from ...core.errors import InvalidInput
+from ...core.frame import count_ignored
 from ...core.ledger import Ledger
 from ...core.rig import intensity_range
 from ...core.scan_options import Axis, NumberType
@@ -26,7 +27,7 @@ from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
 from ..models.detectors import DetectorConfig
 from ..models.encoders.encoder import Encoder
-from ..models.encoders.scan_survey import boxes_outside_range, measure_scan, point_features, points_behind
+from ..models.encoders.scan_survey import boxes_outside_range, measure_scan, outside_height, point_features, points_behind
 
 SURVEY_FRAMES = 200
 """Frames of a split that are measured. More would change the medians by less than any tolerance."""
@@ -61,13 +62,17 @@ def survey_split(frames: PreparedDataset, encoder: Encoder, *, most: int = SURVE
         measures.append(found)
         ledger = ledger + counts + Ledger(intensity_range=intensity_range(frame.points))
         if frame.labels is not None:
-            outside = boxes_outside_range(frame.labels.boxes.data, encoder)
-            empty = frame.labels.num_points == 0
-            behind = frame.labels.boxes.data[:, 0] < 0
+            ignored, types = count_ignored(frame.labels, frames.classes, frame.reading)
+            labels = frame.labels.select(~ignored)
+            outside = boxes_outside_range(labels.boxes.data, encoder)
+            empty = labels.num_points == 0
+            behind = labels.boxes.data[:, 0] < 0
             ledger = ledger + Ledger(
-                boxes=_by_class(frame.labels.classes.tolist(), frames.classes),
-                boxes_empty=_by_class(frame.labels.classes[empty].tolist(), frames.classes),
-                boxes_outside_range=_by_class(frame.labels.classes[outside].tolist(), frames.classes),
+                boxes=_by_class(labels.classes.tolist(), frames.classes),
+                boxes_empty=_by_class(labels.classes[empty].tolist(), frames.classes),
+                boxes_outside_range=_by_class(labels.classes[outside].tolist(), frames.classes),
+                boxes_outside_height=int(outside_height(labels.boxes.data, encoder).sum()),
+                types_ignored=types,
                 points_behind=points_behind(frame.points, encoder),
                 boxes_behind=int((behind & ~outside).sum()),
             )

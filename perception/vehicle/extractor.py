@@ -30,17 +30,17 @@ from torch import Tensor
 
 from ...core.cut import cells_of_centers
 from ...core.device import find_device
-from ...core.errors import InvalidInput
+from ...core.errors import InvalidInput, UpcycleError
 from ...core.features import Keypoints, VoxelCounts
 from ...core.foreign_text import shown
-from ...core.ledger import CELLS_STOP, Ledger
+from ...core.ledger import CELLS_STOP, Ledger, judge
 from ...core.rig import RigSpec
 from ...core.smashed_scene import SmashedScene
 from ...core.structures import PointCloud
 from ...core.trained_on import ScanMeasures, ScanStatistics, TrainedOn, summarize_scans
 from ..models.encoders.encoder import Encoder
 from ..models.encoders.fingerprint import encoder_fingerprint
-from ..models.encoders.scan_survey import measures_of
+from ..models.encoders.scan_survey import measures_of, points_outside_height
 from ..wire.codec import check_codec
 from ..wire.encoder_file import check_fingerprint, load_encoder
 from ..wire.shards import AddedScene, SceneKind, ShardJournal, ShardWriteError, ShardWriter
@@ -61,6 +61,9 @@ class StageTimes:
 
     measures: ScanMeasures | None = None
     """Measures of the scan to compare with those of training; None for an encoder that does not count."""
+
+    points_outside_height: int = 0
+    """Points that lie within the sides of the range, and below or above it; 0 for an encoder that does not count."""
 
 
 class Extractor:
@@ -228,6 +231,7 @@ class Extractor:
             backbone_ms=1e3 * (done - voxelized),
             counts=counts,
             measures=None if counts is None else measures_of(shifted.to("cpu"), counts),
+            points_outside_height=0 if counts is None else points_outside_height(shifted, self._encoder),
         )
 
     def _keypoints_at_rest(self, keypoints: Keypoints | None) -> tuple[Tensor, Tensor]:
@@ -330,7 +334,7 @@ class _Tally:
 
     def fail(self, index: int, error: Exception, read: Ledger) -> None:
         empty = isinstance(error, _NothingToUpload)
-        reason = str(error) if empty else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, UpcycleError) else f"{type(error).__name__}: {error}"
         self.failures.append(ScanFailure(index=index, reason=shown(reason, most=2000)))
         self.ledger = self.ledger + replace(read, scans=0, scans_failed=1, scans_without_points=int(empty))
 
@@ -395,11 +399,9 @@ def _without_cells(points: PointCloud, ledger: Ledger) -> str:
         return (
             "the scan has no point left, so there is nothing to upload; a wrong picture size (--image-size) crops all points away"
         )
-    if ledger.points_outside_range >= len(points):
-        return (
-            f"none of its {len(points)} points lies in the detector's range, so there is nothing to upload; look at --z-shift, --axes "
-            "and the units of the file"
-        )
+    for finding in judge(replace(ledger, scans_failed=0)):
+        if finding.stops:
+            return f"there is nothing to upload: {finding.text}"
     return f"none of its {len(points)} points gave a feature at the cut, so there is nothing to upload"
 
 
@@ -461,7 +463,8 @@ def extract(
             try:
                 points, read = _read_one(scan)
                 scene, stage = extractor.smash(points)
-                read = read if stage.counts is None else stage.counts.ledger(read)
+                if stage.counts is not None:
+                    read = stage.counts.ledger(read) + Ledger(points_outside_height=stage.points_outside_height)
                 if not len(scene.coords):
                     raise _NothingToUpload(_without_cells(points, read))
                 total = tally.ledger + (read if read.scans else replace(read, scans=1))

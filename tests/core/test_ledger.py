@@ -26,7 +26,9 @@ def test_counts_add_up_and_survive_json():
 @pytest.mark.parametrize(
     ("absurd", "words"),
     [
-        (Ledger(points=100, points_outside_range=100), "z-shift"),
+        (Ledger(points=100, points_outside_range=100, points_outside_height=90), "z-shift"),
+        (Ledger(points=100, points_outside_range=100), "larger range"),
+        (Ledger(points=1000, points_outside_camera=990, points_outside_range=10), "image-size"),
         (Ledger(points=100, points_outside_camera=100), "image-size"),
         (Ledger(points=100, points_zero=100), "columns"),
         (Ledger(boxes={"Car": 4}, boxes_empty={"Car": 4}), "yaw degrees"),
@@ -49,7 +51,7 @@ def test_a_large_loss_warns_and_lost_cells_stop_only_where_asked():
 
 def test_a_row_gives_number_and_share():
     rows = Ledger(scans=2, points=1000, points_outside_range=250, boxes={"Car": 0}).rows()
-    assert ("points outside the range", "250", "25.0%") in rows
+    assert ("points outside the range", "250", "25.0% of the points") in rows
     assert ("boxes: Car", "0", "") in rows
 
 
@@ -95,3 +97,55 @@ def test_a_tiny_intensity_is_shown_and_warned_of():
     assert judge(Ledger(scans=1, intensity_range=(0.0, 0.99))) == ()
     assert judge(Ledger(scans=1, intensity_range=(0.0, 0.0))) == ()  # a sensor that writes no intensity
     assert not any("intensity" in row[0] for row in Ledger(scans=1).rows())
+
+
+def test_every_share_of_dropped_types_has_all_objects_as_its_whole():
+    ledger = Ledger(boxes={"Car": 37}, types_ignored={"Van": 7}, types_dropped={"Truck": 2, "Tram": 4})
+    rows = ledger.rows()
+    assert ("boxes: Car", "37", "") in rows
+    assert ("objects of type Van, kept with weight 0", "7", "14.0% of all objects") in rows
+    assert ("objects of type Truck, dropped", "2", "4.0% of all objects") in rows
+    assert ("objects of type Tram, dropped", "4", "8.0% of all objects") in rows
+
+
+def test_intensity_that_nobody_measured_is_none_and_not_0():
+    assert Ledger(points=5).to_json()["highest_intensity"] is None
+    assert not any("intensity" in row[0] for row in Ledger(points=5).rows())
+    measured = (
+        Ledger(lowest_intensity=0.1, highest_intensity=0.9) + Ledger() + Ledger(lowest_intensity=0.3, highest_intensity=0.95)
+    )
+    assert (measured.lowest_intensity, measured.highest_intensity) == (0.1, 0.95)
+    assert ("intensity in the files, lowest and highest", "0.1 to 0.95", "") in measured.rows()
+    assert Ledger.from_json(measured.to_json()) == measured
+
+
+def test_a_factor_that_makes_every_intensity_tiny_is_answered_with_the_right_one():
+    for highest, scale, remedy in ((0.99, 255, "leave --intensity-scale out"), (255.0, 65535, "1/255")):
+        (warning,) = judge(Ledger(points=100, highest_intensity=highest, intensity_range=(0.0, highest / scale)))
+        assert "0.0039 after scaling" in warning.text
+        assert remedy in warning.text
+
+
+@pytest.mark.parametrize("what", ["points", "boxes"])
+def test_the_side_that_was_left_is_named_and_a_z_shift_only_where_things_lie_too_high_or_too_low(what):
+    def warning(height: int, of: int = 50) -> str:
+        if what == "points":
+            (finding,) = judge(Ledger(points=100, points_outside_range=of, points_outside_height=height))
+        else:
+            (finding,) = judge(Ledger(boxes={"Car": 100}, boxes_outside_range={"Car": of}, boxes_outside_height=height))
+        return finding.text
+
+    assert "50 lie beyond its sides (x, y)" in warning(0)
+    assert "z-shift" not in warning(0)
+    assert "z-shift" not in warning(10)
+    assert "50 lie below or above it (z): the likely cause is a forgotten z shift (--z-shift)" in warning(50)
+    assert "45 lie below or above it (z), 5 beyond its sides" in warning(45)
+    assert "z-shift" in warning(30, of=80)  # many for both reasons
+
+
+def test_a_picture_of_another_size_is_named_where_the_camera_sees_almost_no_point():
+    (warning,) = judge(Ledger(points=1000, points_outside_camera=990, points_outside_range=2))
+    assert not warning.stops
+    assert "990 of 1,000 points lie outside the camera's view" in warning.text
+    assert "--image-size" in warning.text
+    assert judge(Ledger(points=1000, points_outside_camera=850)) == ()

@@ -179,7 +179,8 @@ def test_a_rig_shifts_scales_and_counts_intensity_that_stays_outside(tmp_path):
     assert ledger.points_intensity_clipped == 1
     cloud, ledger = read_scan(path, rig=RigSpec())
     assert cloud.features[1] == 255
-    assert ledger == Ledger(scans=1, points=2, points_intensity_outside=2, highest_intensity=255)
+    counts = {"lowest_intensity": 51, "highest_intensity": 255}
+    assert ledger == Ledger(scans=1, points=2, points_intensity_outside=2, **counts)
     assert read_scan(path)[0].features[1] == 255
 
 

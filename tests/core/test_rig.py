@@ -9,7 +9,6 @@ import torch
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.frame import Frame
 from upcycle3d.core.intensity import propose_scale
-from upcycle3d.core.ledger import Ledger
 from upcycle3d.core.rig import RigSpec, count_intensity
 from upcycle3d.core.structures import Boxes3D, PointCloud
 
@@ -84,12 +83,15 @@ def test_a_rounding_error_of_the_factor_is_clipped_and_counted_and_more_is_refus
     assert 255 * 0.0039216 > 1
     for scale in (0.0039216, 1 / 255):
         assert RigSpec(intensity_scale=scale).from_sensor(scan).features.max() == 1
-    assert count_intensity(scan, 0.0039216) == Ledger(points_intensity_clipped=1, highest_intensity=255.0)
+    counted = count_intensity(scan, 0.0039216)
+    assert (counted.points_intensity_clipped, counted.points_intensity_outside) == (1, 0)
+    assert (counted.lowest_intensity, counted.highest_intensity) == (0, 255)
     with pytest.raises(
         InvalidInput, match=r"found 0 to 1\.02 after scaling by 0\.004; give --intensity-scale 1/255 for a sensor"
     ):
         RigSpec(intensity_scale=0.004).from_sensor(scan)
-    assert count_intensity(scan, 0.004) == Ledger(points_intensity_outside=1, highest_intensity=255.0)
+    counted = count_intensity(scan, 0.004)
+    assert (counted.points_intensity_clipped, counted.points_intensity_outside) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def measure_scan(points: PointCloud, encoder: Encoder, reading: Ledger | None = 
         max_points=1,
         max_voxels=max(1, len(points)) if limit is None else limit,
     )
-    return measures_of(points, found.counts), found.counts.ledger(reading)
+    outside = Ledger(points_outside_height=points_outside_height(points, encoder))
+    return measures_of(points, found.counts), found.counts.ledger(reading) + outside
 
 
 def measures_of(points: PointCloud, counts: VoxelCounts) -> ScanMeasures:
@@ -72,6 +73,34 @@ def points_behind(points: PointCloud, encoder: Encoder) -> int:
         Number of points in range with x < 0.
     """
     return int(((points.xyz[:, 0] < 0) & ~boxes_outside_range(points.xyz, encoder)).sum())
+
+
+def points_outside_height(points: PointCloud, encoder: Encoder) -> int:
+    """Count the points that lie within the sides of an encoder's range, and below or above it.
+
+    Args:
+        points: The scan in the shifted frame.
+        encoder: The encoder whose grid counts.
+
+    Returns:
+        Number of points outside the range because of z alone.
+    """
+    return int(outside_height(points.xyz, encoder).sum())
+
+
+def outside_height(boxes: torch.Tensor, encoder: Encoder) -> torch.Tensor:
+    """Find boxes whose center lies within the sides of an encoder's range, and below or above it.
+
+    Args:
+        boxes: (N, 7) boxes in the shifted frame, or (N, 3) points.
+        encoder: The encoder whose grid counts.
+
+    Returns:
+        (N,) bool.
+    """
+    low, high = boxes.new_tensor(encoder.spec.grid.range[:3]), boxes.new_tensor(encoder.spec.grid.range[3:])
+    within = (boxes[:, :3] >= low) & (boxes[:, :3] < high)
+    return within[:, 0] & within[:, 1] & ~within[:, 2]
 
 
 def boxes_outside_range(boxes: torch.Tensor, encoder: Encoder) -> torch.Tensor:
