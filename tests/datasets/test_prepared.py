@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from upcycle3d.core.errors import InvalidInput, UpcycleError
 from upcycle3d.core.files import atomic_file
 from upcycle3d.core.frame import Calibration, Frame
+from upcycle3d.core.ledger import Ledger
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Labels, PointCloud
 from upcycle3d.datasets.fingerprint import split_fingerprint
@@ -42,10 +43,13 @@ def make_frame(seed: int, *, points: int = 60, boxes: int = 2) -> Frame:
         projection=torch.from_numpy(rng.normal(size=(3, 4))),
         image_size=(1242, 375),
     )
+    xyz = torch.from_numpy(rng.uniform(-50, 50, (points, 3)).astype(np.float32))
+    if points:
+        xyz[:boxes] = data[:, :3]
     return Frame(
         id=f"{seed:06d}",
         points=PointCloud(
-            xyz=torch.from_numpy(rng.uniform(-50, 50, (points, 3)).astype(np.float32)),
+            xyz=xyz,
             features=torch.from_numpy(rng.random((points, 1), np.float32)),
         ),
         labels=Labels.make(data, torch.arange(boxes) % 2, weight=torch.arange(boxes).float()),
@@ -420,7 +424,7 @@ def resident_bytes() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_reading_does_not_make_memory_grow(tmp_path: Path) -> None:
     points = PointCloud(xyz=torch.zeros(500_000, 3), features=torch.zeros(500_000, 1))  # 8 MB a frame
-    source = Source(8, {i: lambda f: replace(f, points=points) for i in range(8)})
+    source = Source(8, {i: lambda f: replace(f, points=points, labels=None) for i in range(8)})
     run(source, tmp_path / "d")
     data = PreparedDataset(tmp_path / "d")
     for i in (0, 1):
@@ -436,3 +440,35 @@ def test_classes_given_as_one_text_are_refused(tmp_path):
     """A text is a sequence of letters, and "Car" would become the classes C, a and r."""
     with pytest.raises(InvalidInput, match=r"write \('Car',\)"):
         prepare([], [], tmp_path, splits={}, classes="Car")  # type: ignore[arg-type]
+
+
+def test_labels_of_another_height_publish_nothing_and_the_z_shift_is_named(tmp_path: Path) -> None:
+    def lower(frame: Frame) -> Frame:
+        boxes = frame.labels.boxes.data + torch.tensor([0, 0, -80.0, 0, 0, 0, 0])
+        return replace(frame, labels=replace(frame.labels, boxes=replace(frame.labels.boxes, data=boxes)))
+
+    source = Source(6, dict.fromkeys(range(6), lower))
+    with pytest.raises(UpcycleError, match=r"boxes hold no point; .*z shift .*--z-shift.* frame's rig.*Nothing was published"):
+        run(source, tmp_path / "d")
+    assert not (tmp_path / "d" / "dataset.json").exists()
+    assert run(Source(6), tmp_path / "d", classes=("Car", "Person")).frames == 6  # other settings in the same folder
+
+
+def test_a_reason_that_every_frame_shares_is_told_once_with_its_number(tmp_path: Path) -> None:
+    def fail(frame: Frame) -> Frame:
+        raise InvalidInput(f"frame {frame.id}: there is no file /k/{frame.id}.txt")
+
+    with pytest.raises(UpcycleError) as error:
+        run(Source(6, dict.fromkeys(range(6), fail)), tmp_path / "d")
+    assert "000000 and 5 more like it: frame 000000: there is no file /k/000000.txt" in str(error.value)
+    assert str(error.value).count("there is no file") == 1
+    assert "InvalidInput" not in str(error.value)
+
+
+def test_labels_of_weight_0_are_counted_apart_by_the_type_that_the_reader_names(tmp_path: Path) -> None:
+    """Every frame of the source has a Car of weight 0 and a Pedestrian."""
+    ledger = run(Source(3), tmp_path / "a").ledger
+    assert (ledger.boxes, ledger.types_ignored) == ({"Car": 0, "Pedestrian": 3}, {"Car": 3})
+    van = Ledger(types_ignored={"Van": 1})
+    ledger = run(Source(3, dict.fromkeys(range(3), lambda f: replace(f, reading=van))), tmp_path / "b").ledger
+    assert (ledger.boxes, ledger.types_ignored) == ({"Car": 0, "Pedestrian": 3}, {"Van": 3})

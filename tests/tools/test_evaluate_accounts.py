@@ -191,3 +191,30 @@ def test_a_class_or_an_overlap_that_cannot_be_used_is_refused(files, words, mess
     perfect(files, 3)
     _, said = files.score(*words, code=2)
     assert re.search(message, said), said
+
+
+def test_vans_are_neither_right_nor_wrong_with_the_words_of_every_command(files):
+    files.frame([line(0), line(1, kind="Van"), line(2, kind="Tram")], [line(0, score=0.9)])
+    result, said = files.score()
+    assert (result["ledger"]["types_ignored"], result["ledger"]["types_dropped"]) == ({"Van": 1}, {"Tram": 1})
+    assert "objects of type Van, kept with weight 0 │ 1 │ 33.3% of all objects" in said
+    assert "objects of type Tram, dropped │ 1 │ 33.3% of all objects" in said
+    assert "│ Van │ 1 │ 0 │ neither right nor wrong │" in said
+
+
+def test_spellings_of_one_class_are_one_row(files):
+    files.frame([line(i, kind="car") for i in range(3)], [line(i, score=0.9) for i in range(2)])
+    _, said = files.score()
+    assert "│ car, Car │ 3 │ 2 │ Car │" in said
+
+
+def test_without_a_camera_the_file_holds_no_metrics_of_the_picture(files):
+    perfect(files, 41)
+    assert set(files.score()[0]["Car"]) == {"3d", "bev", "bbox", "aos"}
+    assert set(files.score("--rules", "st3d")[0]["Car"]) == {"3d", "bev"}
+
+
+def test_intensity_that_evaluate_does_not_measure_is_null(files):
+    perfect(files, 3)
+    ledger = files.score()[0]["ledger"]
+    assert (ledger["lowest_intensity"], ledger["highest_intensity"], ledger["intensity_range"]) == (None, None, None)
