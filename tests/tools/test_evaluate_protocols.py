@@ -229,7 +229,10 @@ def test_another_protocol_may_be_asked_for(prepared: Path, capsys: pytest.Captur
 
 def test_a_layout_without_a_protocol_asks_for_one(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("run", "--detector", "any", "--data", f"{prepared}:all") == 2
-    assert "the layout 'folder', which has no protocol of its own; choose one with --protocol: cross_dataset fits" in capsys.readouterr().err
+    assert (
+        "the layout 'folder', which has no protocol of its own; choose one with --protocol: cross_dataset fits"
+        in capsys.readouterr().err
+    )
     assert evaluate_run(prepared, "--protocol", "waymo")["Vehicle"]["all"]["LEVEL_2"]["ap"] == pytest.approx(100)
 
 
