@@ -370,7 +370,15 @@ class ScanWatch:
 
     def finish(self) -> None:
         """Compare all scans so far and warn of what was not yet warned of."""
-        found = summarize_scans(self._measures)
+        self.check(self._measures)
+
+    def check(self, measures: Sequence[ScanMeasures]) -> None:
+        """Compare only these scans and warn of what was not yet warned of.
+
+        Args:
+            measures: Measures of the scans.
+        """
+        found = summarize_scans(measures)
         if self._trained is None or found is None:
             return
         for what, text in _differences(self._trained, found).items():

@@ -27,7 +27,7 @@ from ..datasets.kitti import crop_to_camera
 from ..datasets.kitti_calibration import find_calibration, read_calibration, shift_calibration
 from ..datasets.kitti_text import predictions_to_kitti, write_objects
 from ..datasets.picture_size import find_picture, read_picture_size
-from ..perception.models.detector import Detector
+from ..perception.models.detector import Detector, unwatched
 from ..perception.models.encoders.scan_survey import measure_scan
 from ..perception.training.detector_files import load_detector
 from .console import console, print_table, print_warning, progress_bar, run_command, settle, write_json
@@ -148,7 +148,8 @@ def _detect(
     if ledger.scans_without_points:  # a network makes boxes of nothing
         return _Found(boxes=Predictions.empty(), calibration=calibration, ledger=ledger)
     measured(measures)
-    found = detector.detect([points])[0].to("cpu")
+    with unwatched(detector):  # `measured` compares
+        found = detector.detect([points])[0].to("cpu")
     return _Found(boxes=found.select(found.scores >= config.min_score), calibration=calibration, ledger=ledger)
 
 

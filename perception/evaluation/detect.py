@@ -9,7 +9,7 @@ from ...core.frame import Frame
 from ...core.structures import Predictions
 from ...datasets.frame_source import FrameSource
 from ...datasets.kitti_text import KittiObjects, predictions_to_kitti
-from ..models.detector import Detector
+from ..models.detector import Detector, unwatched
 from .kitti import OFFICIAL, KittiResult, MinOverlap, evaluate_kitti
 
 
@@ -31,7 +31,8 @@ def detect_frames(detector: Detector, frames: FrameSource, *, batch_size: int = 
     for start in range(0, len(frames), batch_size):
         batch = [frames[i] for i in range(start, min(start + batch_size, len(frames)))]
         try:
-            detections = detector.detect([f.points for f in batch])
+            with unwatched(detector):  # evaluation compares whole splits
+                detections = detector.detect([f.points for f in batch])
         except NonFiniteValue as error:
             raise NonFiniteValue(f"frames {', '.join(f.id for f in batch)}: {error}") from error
         for frame, found in zip(batch, detections, strict=True):

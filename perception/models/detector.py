@@ -6,7 +6,9 @@ methods below and does not know which detector it serves. The detectors that the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, overload
 
 import torch
@@ -22,8 +24,14 @@ from .decoders.decoder import Decoder
 from .decoders.regions import ScoredProposals
 from .encoders.encoder import Encoder
 from .non_finite import FAILURES, name_non_finite
+from .scan_guard import ScanGuard
 
 T = TypeVar("T")
+
+FARTHEST_BOX = 1000.0
+"""Meters outside the range at which the center of a detection is absurd: only broken weights put one there."""
+LARGEST_BOX = 100.0
+"""Meters from which the size of a detection is absurd, where the range is not larger itself."""
 
 
 class DetectorFactory(Protocol):
@@ -78,6 +86,8 @@ class Detector(nn.Module):
         self.encoder, self.decoder = encoder, decoder
         self.class_names, self.label, self.config = class_names, label, config
         self.encoder_frozen = False
+        self._guard: ScanGuard | None = None
+        self._watches = True
 
     def freeze_encoder(self) -> Detector:
         """Fix the vehicle half: it gets no gradient and stays in evaluation mode, so its batch-norm statistics do not move.
@@ -121,6 +131,7 @@ class Detector(nn.Module):
             value: What the file of this detector will say.
         """
         self.encoder.trained_on = value
+        self._guard = None
 
     @property
     def _device(self) -> torch.device:
@@ -179,8 +190,13 @@ class Detector(nn.Module):
 
         Returns:
             The detections of every scene, best first.
+
+        Raises:
+            NonFiniteValue: A score is NaN, or a box is not finite or absurdly large or far away: the weights are broken.
         """
-        return self.decoder.predict(outputs)
+        found = self.decoder.predict(outputs)
+        _refuse_absurd(found, self.spec.grid.range)
+        return found
 
     def proposals(self, features: CutFeatures) -> list[ScoredProposals]:
         """Score every proposal of the first stage with the second stage, before the final suppression.
@@ -212,19 +228,41 @@ class Detector(nn.Module):
             points: one scan or several, in the shifted frame (after the rig), on any device.
 
         Returns:
-            The detections of the scan, best first; for several scans a list with those of each.
+            The detections of the scan, best first; for several scans a list with those of each. A scan without a point in the range
+            has none.
+
+        Warns:
+            UserWarning: The scans differ from those of training (`trained_on`), many of their points lie outside the range, or many
+                cells are lost to the voxel limit. Each is said once per detector.
 
         Raises:
             InvalidInput: The detector is in training mode, or `encode` refuses the scans.
-            NonFiniteValue: The network computes NaN or infinite values; the message names the weight or the layer.
+            NonFiniteValue: The network computes NaN or infinite values, or absurd boxes; the message names the weight or the layer.
         """
         if self.training:
             raise InvalidInput(
                 "the detector is in training mode, where dropout and batch statistics change what it finds; call eval() before detect"
             )
         if isinstance(points, PointCloud):
-            return self._explained(lambda: self.predict(self.decode(self.encode([points]))))[0]
-        return self._explained(lambda: self.predict(self.decode(self.encode(points))))
+            return self._find([points])[0]
+        return self._find(points)
+
+    def _find(self, points: Sequence[PointCloud]) -> list[Predictions]:
+        """Detect in a batch, and warn of scans that do not suit this detector. The counts come from the voxels that are made anyway."""
+        clouds = [p.to(self._device) for p in _scans(points)]
+        voxels = self.encoder.voxelize(clouds)
+        found = self._explained(lambda: self.predict(self.decode(self.encoder.features(clouds, voxels))))
+        counts = voxels.counts
+        if self._watches and counts:
+            if self._guard is None:
+                self._guard = ScanGuard(self.trained_on)
+            for text in self._guard.look(clouds, counts):
+                warnings.warn(text, stacklevel=4)  # this method, `detect` and `no_grad` lie between here and the caller
+        # A network makes boxes of nothing.
+        return [
+            scene if not counts or counts[i].points > counts[i].points_outside else scene.select(scene.scores > 2)
+            for i, scene in enumerate(found)
+        ]
 
     def forward(self, points: Sequence[PointCloud]) -> list[Predictions]:
         """Find the objects in a batch of scans; the same as `detect`.
@@ -259,6 +297,39 @@ class Detector(nn.Module):
             f"these features were made at another cut than this {self.label} decodes ({different}); "
             "encode the scans with the encoder of this detector"
         )
+
+
+@contextmanager
+def unwatched(detector: Detector) -> Iterator[None]:
+    """Let `detect` compare no scans with those of training, in code that has compared them already or must not warn.
+
+    Args:
+        detector: The detector.
+
+    Yields:
+        Nothing; afterwards the detector compares again.
+    """
+    before = getattr(detector, "_watches", True)
+    detector._watches = False
+    try:
+        yield
+    finally:
+        detector._watches = before
+
+
+def _refuse_absurd(found: Sequence[Predictions], point_range: Sequence[float]) -> None:
+    low, high = (torch.tensor(side, dtype=torch.float32) for side in (point_range[:3], point_range[3:]))
+    largest = max(LARGEST_BOX, float((high - low).max()))
+    for scene in found:
+        boxes = scene.boxes.data.detach().cpu()
+        center, size = boxes[:, :3], boxes[:, 3:6]
+        good = ((center >= low - FARTHEST_BOX) & (center <= high + FARTHEST_BOX)).all(1) & (size <= largest).all(1)
+        if not bool(good.all()):
+            x, y, z, *sides = boxes[~good][0, :6].tolist()
+            raise NonFiniteValue(
+                f"{int((~good).sum())} of {len(good)} boxes are absurd; one has its center at ({x:.3g}, {y:.3g}, {z:.3g}) m and the size "
+                f"{' x '.join(f'{side:.3g}' for side in sides)} m"
+            )
 
 
 def _scans(points: Sequence[PointCloud]) -> list[PointCloud]:

@@ -26,7 +26,7 @@ from ...core.tensor_file import TensorFileKind, read_tensors, write_tensors
 from ...datasets.augment import AugmentationRanges, labeled_example
 from ...datasets.batches import UnlabeledBatches, epoch_indices
 from ...ops.iou3d import iou_bev
-from ..models.detector import Detector
+from ..models.detector import Detector, unwatched
 from ..training.distributed import DistributedContext
 from ..training.ema import make_teacher, update_ema
 from ..training.loop import run_steps
@@ -275,7 +275,8 @@ class SelfTrainingStep:
         """Label every scan with the student as it is, one by one, in evaluation mode."""
         frames = self.scans.frames
         self.student.eval()
-        found = [self.student.detect([frames[i].points])[0].to("cpu") for i in range(len(frames))]
+        with unwatched(self.student):  # the job has compared the split
+            found = [self.student.detect([frames[i].points])[0].to("cpu") for i in range(len(frames))]
         self.student.train()
         return [scan_labels(p, self.config.thresholds) for p in found]
 
