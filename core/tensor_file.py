@@ -235,7 +235,7 @@ def _metadata(header: bytes, size: int, path: Path, advice: str) -> dict[str, st
         meta = described.pop(METADATA_KEY, {})
         good = all(isinstance(value, str) for value in meta.values())
         end = max((int(entry["data_offsets"][1]) for entry in described.values()), default=0)
-    except (ValueError, AttributeError, RecursionError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, AttributeError, RecursionError, TypeError, KeyError, IndexError, OverflowError) as error:
         raise CorruptFile(f"{path} is not a readable safetensors file ({shown(error)}); {advice}") from error
     if not good:
         raise CorruptFile(f"{path} is not a readable safetensors file (its metadata are not strings); {advice}")

@@ -193,11 +193,27 @@ def write_catalog(store: Path, catalog: Catalog) -> None:
     Raises:
         OSError: The store cannot be written.
     """
-    header = {"version": _VERSION, "split": cut_to_json(catalog.spec), "encoder_fingerprint": catalog.fingerprint}
+    header = {
+        "version": _VERSION,
+        "split": cut_to_json(catalog.spec),
+        "encoder_fingerprint": catalog.fingerprint,
+        "rows_sha256": _rows_digest(catalog.rows),
+    }
     table = catalog.rows.combine_chunks().replace_schema_metadata({_HEADER_KEY: canonical_json(header)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     write_atomically(store / CATALOG, [sink.getvalue().to_pybytes()])
+
+
+def _rows_digest(rows: pa.Table) -> str:
+    """SHA-256 of the values of all rows. Shards have hashes of their own; the order of scenes is written here only."""
+    digest = hashlib.sha256()
+    for name in _SCHEMA.names:
+        values = rows[name]
+        numbers = pa.types.is_integer(values.type)
+        digest.update(f"{name} {len(values)}\n".encode())
+        digest.update(values.to_numpy().astype("<i8").tobytes() if numbers else canonical_json(values.to_pylist()))
+    return digest.hexdigest()
 
 
 def read_catalog(store: Path) -> Catalog | None:
@@ -241,6 +257,8 @@ def read_catalog(store: Path) -> Catalog | None:
         if not isinstance(fingerprint, str) or not FINGERPRINT_PATTERN.fullmatch(fingerprint):
             raise CorruptScene(f"its encoder fingerprint must be 64 hexadecimal digits, found {shown(fingerprint, most=80)!r}")
         _check_rows(table, spec, fingerprint)
+        if version == _VERSION and header.get("rows_sha256") != _rows_digest(table):
+            raise CorruptScene("its rows do not have the recorded SHA-256")
     except UpcycleError as error:
         raise BrokenStore(f"the catalog {path} cannot be used: {error}; {remedy}") from error
     return Catalog(spec=spec, fingerprint=fingerprint, rows=table.replace_schema_metadata(None))

@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -344,7 +345,10 @@ class RunFolder:
         remove_unfinished(self.checkpoints)
         for folder in (self.path, self.path / "pseudo_labels"):
             for stale in folder.glob(".*.tmp"):
-                stale.unlink(missing_ok=True)
+                if stale.is_dir():  # of F-GT's object database
+                    shutil.rmtree(stale)
+                else:
+                    stale.unlink(missing_ok=True)
 
     def _require_writable(self) -> None:
         if not self.writable:
