@@ -32,6 +32,8 @@ EMPTY_BOXES_WARNING = 0.5
 """Share of labeled boxes without a point from which a warning follows. Full data sets have 1 to 20 %."""
 OUTSIDE_CAMERA_WARNING = 0.97
 """Share of points that the camera does not see from which a warning follows. A camera of 80 degrees sees a sixth of a full turn."""
+OFF_CENTER_WARNING = 0.1
+"""Share of scans whose calibration hardly belongs to their picture from which a warning follows."""
 CELLS_WARNING = 0.02
 """Share of occupied cells lost to the voxel limit from which a warning follows."""
 CELLS_STOP = 0.10
@@ -72,6 +74,8 @@ class Ledger:
     """Scans that could not be read or used; the command lists them with the reasons."""
     scans_without_points: int = 0
     """Scans of which no point was left after cropping, or none lay in the detector's range."""
+    scans_off_center: int = 0
+    """Scans whose camera has its principal point far from the center of the picture: calibration and picture hardly belong together."""
     files_skipped: Mapping[str, int] = field(default_factory=_counts)
     """Files that were not read, by kind: "hidden file", "not a scan"."""
     points: int = 0
@@ -80,6 +84,8 @@ class Ledger:
     """Points left out because a value was NaN or infinite."""
     points_zero: int = 0
     """Points left out because they lie exactly at the sensor: missing returns of an organized cloud."""
+    points_no_label_zone: int = 0
+    """Points left out because they lie in zones where nobody labeled (Waymo)."""
     points_outside_camera: int = 0
     """Points left out because the camera does not see them."""
     points_outside_range: int = 0
@@ -169,7 +175,7 @@ class Ledger:
 
     def rows(self) -> tuple[tuple[str, str, str], ...]:
         """Give the counts that are not zero as rows of a table: what, how many, and the share with its whole."""
-        left = self.points - self.points_non_finite - self.points_zero
+        left = _left(self)
         in_view = left - self.points_outside_camera
         objects = sum(sum(n.values()) for n in (self.boxes, self.types_ignored, self.types_dropped))
 
@@ -180,10 +186,17 @@ class Ledger:
             ("scans", self.scans, 0, ""),
             ("scans that failed", self.scans_failed, self.scans + self.scans_failed, "of the scans"),
             ("scans without a point", self.scans_without_points, self.scans, "of the scans"),
+            (
+                "scans whose calibration hardly belongs to their picture",
+                self.scans_off_center,
+                self.scans + self.scans_failed,
+                "of the scans",
+            ),
             *((f"files skipped: {kind}", n, 0, "") for kind, n in self.files_skipped.items()),
             ("points", self.points, 0, ""),
             ("points that are not finite, dropped", self.points_non_finite, self.points, "of the points"),
             ("points at the sensor (no return), dropped", self.points_zero, self.points, "of the points"),
+            ("points in zones where nobody labeled, dropped", self.points_no_label_zone, self.points, "of the points"),
             ("points outside the camera's view, dropped", self.points_outside_camera, left, points(left)),
             ("points outside the range", self.points_outside_range, in_view, points(in_view)),
             ("points below or above the range", self.points_outside_height, in_view, points(in_view)),
@@ -244,7 +257,7 @@ def judge(ledger: Ledger, *, refuse_lost_cells: bool = False) -> tuple[Finding, 
         What is absurd, the worst first. Empty where everything is usual.
     """
     found: list[Finding] = []
-    left = ledger.points - ledger.points_non_finite - ledger.points_zero
+    left = _left(ledger)
     in_view = left - ledger.points_outside_camera
     if ledger.points and not left:
         found.append(
@@ -302,6 +315,14 @@ def judge(ledger: Ledger, *, refuse_lost_cells: bool = False) -> tuple[Finding, 
                 "usually has one cause: see the reasons",
             )
         )
+    read = ledger.scans + ledger.scans_failed
+    if ledger.scans_off_center > OFF_CENTER_WARNING * read:
+        text = (
+            f"in {ledger.scans_off_center} of {read} scans, the principal point of the camera (row P2) lies far from the center of "
+            "the picture, so the crop to the camera's view is perhaps wrong; likely causes are calibrations or pictures (image_2) of another "
+            "camera, or another size of the picture (--image-size)"
+        )
+        found.append(Finding(stops=False, text=text))
     boxes, empty = sum(ledger.boxes.values()), sum(ledger.boxes_empty.values())
     outside = sum(ledger.boxes_outside_range.values())
     if boxes and empty > EMPTY_BOXES_WARNING * boxes:
@@ -363,6 +384,11 @@ def stop_if_absurd(findings: Iterable[Finding]) -> None:
     for finding in findings:
         if finding.stops:
             raise UpcycleError(finding.text)
+
+
+def _left(ledger: Ledger) -> int:
+    """Points that are neither NaN, nor missing returns, nor in zones where nobody labeled."""
+    return ledger.points - ledger.points_non_finite - ledger.points_zero - ledger.points_no_label_zone
 
 
 def _added(one: Any, other: Any) -> Any:

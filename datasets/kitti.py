@@ -38,7 +38,7 @@ from ..ops.points_in_boxes import count_points_in_boxes
 from .class_names import ClassRule
 from .frame_source import DatasetOrigin, described_origin
 from .id_lists import read_ids as read_ids
-from .kitti_calibration import find_calibration, read_calibration, shift_calibration
+from .kitti_calibration import find_calibration, is_off_center, read_calibration, shift_calibration
 from .kitti_text import KittiObjects, count_label_types, dropped_types, ignored_types, labels_from_kitti, read_objects, read_types
 from .picture_size import find_picture, read_picture_size
 
@@ -113,6 +113,7 @@ class KittiDataset:
         frame_id = self.ids[index]
         calibration = self.calibration(frame_id)
         points, reading = self._points(frame_id, calibration)
+        reading = reading + Ledger(scans_off_center=int(is_off_center(calibration)))
         labels = None
         if self.has_labels(frame_id):
             objects = self.kitti_objects(frame_id)

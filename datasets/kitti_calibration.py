@@ -104,6 +104,18 @@ def read_calibration(path: Path | str, *, image_size: tuple[int, int] | None = N
     return Calibration(lidar_to_camera=rectify @ mounting, projection=projection, image_size=image_size)
 
 
+def is_off_center(calibration: Calibration) -> bool:
+    """Say whether the principal point of a camera lies so far from the center of its picture that both hardly belong together.
+
+    Args:
+        calibration: The calibration.
+
+    Returns:
+        True where it misses the center by more than 15 % of the width or 30 % of the height.
+    """
+    return _misses(_principal_point(calibration.projection), calibration.image_size)
+
+
 def calibration_of_scan(folder: Path, name: str, image_size: tuple[int, int] | None = None) -> Calibration:
     """Read the calibration of a scan that is not part of a dataset (`--calib FOLDER`).
 
@@ -218,11 +230,19 @@ def _check_mounting(path: Path, name: str, lidar_to_camera: Tensor) -> None:
 
 
 def _check_assumed_size(path: Path, projection: Tensor, size: tuple[int, int]) -> None:
-    scale = float(projection[2, 2])
-    center = (float(projection[0, 2]) / scale, float(projection[1, 2]) / scale)
-    if abs(center[0] - size[0] / 2) > _OFF_CENTER * size[0] or abs(center[1] - size[1] / 2) > 2 * _OFF_CENTER * size[1]:
+    center = _principal_point(projection)
+    if _misses(center, size):
         raise InvalidInput(
             f"{path}: there is no picture whose size could be read, and row P2 has its principal point at {center[0]:.0f}, {center[1]:.0f}, "
             f"which does not belong to a picture of {size[0]} x {size[1]} pixels; put the pictures (.png or .jpg) into image_2, or give their "
             f"size (--image-size WIDTH HEIGHT, perhaps {2 * center[0]:.0f} {2 * center[1]:.0f})"
         )
+
+
+def _principal_point(projection: Tensor) -> tuple[float, float]:
+    scale = float(projection[2, 2])
+    return float(projection[0, 2]) / scale, float(projection[1, 2]) / scale
+
+
+def _misses(center: tuple[float, float], size: tuple[int, int]) -> bool:
+    return abs(center[0] - size[0] / 2) > _OFF_CENTER * size[0] or abs(center[1] - size[1] / 2) > 2 * _OFF_CENTER * size[1]

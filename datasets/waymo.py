@@ -23,7 +23,7 @@ from ..core.rig import RigSpec
 from ..core.structures import Labels
 from .frame_source import DatasetOrigin, described_origin
 from .kitti import with_point_counts
-from .waymo_geometry import MOST_POINTS_LEVEL_2, TYPES, WaymoFrame, WaymoObjects, frame_points
+from .waymo_geometry import MOST_POINTS_LEVEL_2, TYPES, WaymoFrame, WaymoObjects, count_no_label_points, frame_points
 from .waymo_parquet import SegmentReader
 from .waymo_places import FramePlace
 from .waymo_proto import read_frame
@@ -105,7 +105,8 @@ class WaymoDataset:
                 )
             points = replace(points, xyz=self.rig.from_sensor(points.xyz))
             labels = self._labels(read) if self._with_labels else None
-            reading = Ledger(points=len(points), types_dropped=self._dropped(read))
+            zones = count_no_label_points(read, second_return=self._second_return) if self._drop_no_label_zones else 0
+            reading = Ledger(points=len(points) + zones, points_no_label_zone=zones, types_dropped=self._dropped(read))
         except InvalidInput as error:
             raise InvalidInput(f"frame {place.id}: {error}") from error
         if labels is not None and bool((labels.num_points < 0).any()):

@@ -115,6 +115,20 @@ def frame_points(frame: WaymoFrame, *, second_return: bool = True, drop_no_label
     return PointCloud(xyz=points[:, :3].contiguous(), features=points[:, 3:].contiguous(), feature_names=FEATURE_NAMES)
 
 
+def count_no_label_points(frame: WaymoFrame, *, second_return: bool = True) -> int:
+    """Count the points that `frame_points` leaves out because nobody labeled in their zone.
+
+    Args:
+        frame: The frame.
+        second_return: As in `frame_points`.
+
+    Returns:
+        Number of filled pixels whose flag is not -1.
+    """
+    images = [image for scan in frame.lasers for image in scan.returns[: 2 if second_return else 1]]
+    return sum(int(((image[..., 0] > 0) & (image[..., 3] != -1)).sum()) for image in images)
+
+
 def beam_inclinations(scan: LaserScan, height: int) -> Matrix:
     """Find the inclination of each row of a range image.
 

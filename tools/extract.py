@@ -350,11 +350,12 @@ def _camera_view(
     load: Callable[[], tuple[PointCloud, Ledger]], folder: Path, name: str, image_size: tuple[int, int] | None
 ) -> tuple[PointCloud, Ledger]:
     from ..datasets.kitti import crop_to_camera
-    from ..datasets.kitti_calibration import calibration_of_scan
+    from ..datasets.kitti_calibration import calibration_of_scan, is_off_center
 
     points, ledger = load()
-    seen = crop_to_camera(points, calibration_of_scan(folder, name, image_size))
-    return seen, ledger + Ledger(points_outside_camera=len(points) - len(seen))
+    calibration = calibration_of_scan(folder, name, image_size)
+    seen = crop_to_camera(points, calibration)
+    return seen, ledger + Ledger(points_outside_camera=len(points) - len(seen), scans_off_center=int(is_off_center(calibration)))
 
 
 def result_json(report: ExtractionReport) -> dict[str, object]:

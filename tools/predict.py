@@ -24,7 +24,7 @@ from ..core.scan_options import ScanOptions
 from ..core.structures import PointCloud, Predictions
 from ..core.trained_on import ScanMeasures, ScanWatch, reaches_behind, rig_of_scans
 from ..datasets.kitti import crop_to_camera
-from ..datasets.kitti_calibration import find_calibration, read_calibration, shift_calibration
+from ..datasets.kitti_calibration import find_calibration, is_off_center, read_calibration, shift_calibration
 from ..datasets.kitti_text import predictions_to_kitti, write_objects
 from ..datasets.picture_size import find_picture, read_picture_size
 from ..perception.models.detector import Detector, unwatched
@@ -140,6 +140,7 @@ def _detect(
     calibration = None
     if config.calib is not None:
         calibration = shift_calibration(_calibration(config.calib, path.stem, config.reading.image_size), rig.z_shift)
+        reading = reading + Ledger(scans_off_center=int(is_off_center(calibration)))
         if detector.trained_on is not None and detector.trained_on.camera_view:
             whole = len(points)
             points = crop_to_camera(points, calibration)

@@ -149,3 +149,17 @@ def test_a_picture_of_another_size_is_named_where_the_camera_sees_almost_no_poin
     assert "990 of 1,000 points lie outside the camera's view" in warning.text
     assert "--image-size" in warning.text
     assert judge(Ledger(points=1000, points_outside_camera=850)) == ()
+
+
+def test_calibrations_that_do_not_belong_to_the_pictures_are_a_warning():
+    (finding,) = judge(Ledger(scans=10, scans_off_center=10))
+    assert not finding.stops
+    assert "in 10 of 10 scans, the principal point of the camera (row P2) lies far from the center" in finding.text
+    assert judge(Ledger(scans=10, scans_off_center=1)) == ()
+
+
+def test_points_in_zones_that_nobody_labeled_are_a_row_and_no_share_of_the_rest():
+    ledger = Ledger(scans=1, points=100, points_no_label_zone=50, points_outside_range=50)
+    assert ("points in zones where nobody labeled, dropped", "50", "50.0% of the points") in ledger.rows()
+    (finding,) = judge(ledger)
+    assert finding.stops, "every point that is left lies outside the range"

@@ -309,3 +309,12 @@ def test_real_labels_project_onto_their_2d_boxes() -> None:
 def test_cropping_nothing_is_legal(tmp_path: Path) -> None:
     empty = PointCloud(xyz=torch.zeros(0, 3), features=torch.zeros(0, 1))
     assert len(crop_to_camera(empty, _calibration(tmp_path))) == 0
+
+
+@pytest.mark.parametrize(("size", "odd"), [((1242, 375), 0), ((1920, 1200), 1)])
+def test_a_picture_to_which_the_calibration_hardly_belongs_is_counted(tmp_path: Path, size: tuple[int, int], odd: int) -> None:
+    root = _root(tmp_path)
+    png = root / "training" / "image_2" / "000007.png"
+    png.parent.mkdir(exist_ok=True)
+    png.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + struct.pack(">II", *size))
+    assert KittiDataset(root, ["000007"])[0].reading.scans_off_center == odd

@@ -100,7 +100,10 @@ def test_both_returns_all_lasers_and_no_label_zones_come_back(tmp_path):
     extra = int((rear.returns[0][..., 0] > 0).sum())
     lower = int((second[len(second) // 2 :, :, 0] > 0).sum())
     assert len(WaymoDataset(found, second_return=False)[0].points) == first + extra
+    reading = WaymoDataset(found)[0].reading
     assert len(WaymoDataset(found)[0].points) == first + lower + extra
+    hidden = int((second[..., 0] > 0).sum()) - lower
+    assert (reading.points, reading.points_no_label_zone) == (first + lower + extra + hidden, hidden)
     everything = int((second[..., 0] > 0).sum())
     assert len(WaymoDataset(found, drop_no_label_zones=False)[0].points) == first + everything + extra
 
