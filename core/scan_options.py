@@ -32,11 +32,11 @@ class ScanOptions:
     dtype: NumberType = "float32"
     """Type of the numbers in a `.bin` file. `.npy` and `.pcd` files name their own."""
     intensity_scale: float | None = None
-    """Factor that brings intensity to 0..1, for example 1/255 for a sensor that counts to 255. By default that of the detector's
-    training data where there is a detector, else 1."""
+    """Factor that brings intensity to 0..1, for example 1/255 for a sensor that counts to 255. By default 1 where a
+    dataset is prepared; a command with a detector takes that of its training data."""
     z_shift: float | None = None
-    """Mounting height of the sensor in meters, added to z so that the road lies near 0. By default that of the detector's training
-    data where there is a detector, else 0."""
+    """Mounting height of the sensor in meters, added to z so that the road lies near 0. By default 0 where a dataset is prepared;
+    a command with a detector takes that of its training data."""
     axes: tuple[Axis, Axis, Axis] = ("x", "y", "z")
     """Which axis of the file points forward, left and up: `y -x z` for a file with x to the right and y forward."""
     image_size: tuple[int, int] | None = None

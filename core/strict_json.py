@@ -10,7 +10,6 @@ Read next: `perception/wire/cut_json.py`, which reads the description of a cut w
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 from collections.abc import Mapping
@@ -42,7 +41,7 @@ def strict_json(data: bytes, what: str, error: type[UpcycleError] = InvalidInput
     """Read JSON from outside; a key that stands twice, NaN, too large numbers and too many levels are refused.
 
     Args:
-        data: UTF-8 bytes. The caller limits their number.
+        data: UTF-8 bytes, with or without a byte order mark. The caller limits their number.
         what: Subject of the error message, e.g. "the manifest".
         error: Class of the error to raise. Code that reads scenes asks for `CorruptScene`.
         allow_nan: Whether NaN and infinity may occur, as in metrics that were written by `write_json_file`.
@@ -64,7 +63,7 @@ def strict_json(data: bytes, what: str, error: type[UpcycleError] = InvalidInput
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=None if allow_nan else refuse)
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=None if allow_nan else refuse)
         _check_values(value, allow_nan)
     except (ValueError, RecursionError) as fault:  # ValueError covers broken UTF-8, broken JSON and oversized integers
         raise error(f"{what} is not valid JSON: {fault}") from fault
@@ -121,7 +120,7 @@ def read_json(
     if size > max_bytes:
         raise error(f"{subject} has {size:,} bytes, more than the {max_bytes:,} that are read; {remedy}")
     try:
-        value = strict_json(data.removeprefix(codecs.BOM_UTF8), subject, error, allow_nan=allow_nan)
+        value = strict_json(data, subject, error, allow_nan=allow_nan)
     except error as fault:
         raise error(f"{fault}; {remedy}") from fault
     if not isinstance(value, kind):

@@ -84,6 +84,9 @@ class TrainedOn:
     """Columns with which they were read; empty for the usual ones. None where nobody knows."""
     dtype: NumberType | None = None
     """Type of the numbers in their `.bin` files. None where nobody knows."""
+    reader_scale: float = 1.0
+    """Factor by which the reader of the training data multiplied the intensity of the files, before the rig: 1/255 for nuScenes and Lyft.
+    Scan files of the same sensor need it as their intensity scale."""
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values for a file."""
@@ -325,9 +328,10 @@ def rig_differences(rig: RigSpec, trained: TrainedOn, whose: str) -> tuple[str, 
         whose: Subject of the sentence: "the rig given".
 
     Returns:
-        A sentence with both values where they differ; else nothing.
+        A sentence with both values where they differ; else nothing. The scale that the reader of the training data applied is none.
     """
-    if rig == trained.rig:
+    read_as_in_training = math.isclose(rig.intensity_scale, trained.rig.intensity_scale * trained.reader_scale, rel_tol=1e-4)
+    if rig.z_shift == trained.rig.z_shift and (rig.intensity_scale == trained.rig.intensity_scale or read_as_in_training):
         return ()
     return (
         f"{whose} is {rig}; the training had {trained.rig}. This is right only for scans of a sensor that is mounted or scaled otherwise",

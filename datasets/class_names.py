@@ -248,9 +248,20 @@ def _misspelt(kind: str, classes: tuple[str, ...]) -> str | None:
     plain = _plain(kind)
     if plain in _OF_BENCHMARKS:
         return None
-    likeness = {name: SequenceMatcher(None, plain, _plain(name)).ratio() for name in classes}
+    likeness = {
+        name: 1.0 if _two_swapped(plain, _plain(name)) else SequenceMatcher(None, plain, _plain(name)).ratio() for name in classes
+    }
     best = max(likeness, key=lambda name: likeness[name])
     return best if likeness[best] >= _NEAR else None
+
+
+def _two_swapped(one: str, other: str) -> bool:
+    """Whether two words differ by two neighboring letters that changed places: `Cra` is Car."""
+    apart = [i for i, (a, b) in enumerate(zip(one, other)) if a != b]
+    if len(one) != len(other) or len(apart) != 2 or apart[1] != apart[0] + 1:
+        return False
+    i, j = apart
+    return (one[i], one[j]) == (other[j], other[i])
 
 
 def _plain(name: str) -> str:

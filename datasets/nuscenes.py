@@ -41,8 +41,10 @@ from ..core.errors import InvalidInput
 from ..core.foreign_text import shown
 from ..core.frame import Frame
 from ..core.ledger import Ledger
+from ..core.point_files import read_scan
 from ..core.rig import RigSpec
 from ..core.row_width import check_number_rows
+from ..core.scan_options import ScanOptions
 from ..core.structures import Labels, PointCloud
 from .drive_tables import DriveTables, Sweep
 from .frame_source import DatasetOrigin, described_origin
@@ -50,7 +52,10 @@ from .kitti import with_point_counts
 
 _COLUMN_NAMES = ("x", "y", "z", "intensity", "ring")
 _COLUMNS = len(_COLUMN_NAMES)
+_SWEEP = ScanOptions(columns=("x", "y", "z", "intensity", "_"))
 _INTENSITY_MAX = 255.0
+INTENSITY_SCALE = 1 / _INTENSITY_MAX
+"""What brings the intensity of the sweeps to 0..1. The reader applies it; a detector's user needs it for the same files."""
 _EGO_RADIUS = 1.0  # m; points of an earlier sweep within this square are the vehicle itself and would be smeared along its path
 
 
@@ -197,15 +202,16 @@ class NuScenesDataset:
         sample = self.ids[index]
         keyframe = self.tables.keyframe(sample)
         try:
-            points = self._in_frame(read_sweep(keyframe.path), keyframe, keyframe)
-            reading = Ledger(points=len(points), types_dropped=self._dropped(sample), types_ignored=self._ignored(sample))
+            sweep, reading = _read_counted(keyframe.path)
+            points = self._in_frame(sweep, keyframe, keyframe)
+            reading = replace(reading, types_dropped=self._dropped(sample), types_ignored=self._ignored(sample))
             labels = self.labels(sample) if self.with_labels else None
             if labels is not None and bool((labels.num_points < 0).any()):
                 counted = with_point_counts(labels, points).num_points
                 labels = replace(labels, num_points=torch.where(labels.num_points < 0, counted, labels.num_points))
             if self.sweeps > 1:
-                points = self._accumulate(points, keyframe)
-                reading = replace(reading, points=len(points))
+                points, earlier = self._accumulate(points, keyframe)
+                reading = reading + earlier
         except InvalidInput as error:
             if sample in str(error):
                 raise
@@ -298,15 +304,17 @@ class NuScenesDataset:
             if category in self.neighbors and (self.max_length is None or float(length) <= self.max_length)
         )
 
-    def _accumulate(self, points: PointCloud, keyframe: Sweep) -> PointCloud:
-        """Add the sweeps before the keyframe, every point with its age."""
-        clouds, sweep = [_with_age(points, 0.0)], keyframe
+    def _accumulate(self, points: PointCloud, keyframe: Sweep) -> tuple[PointCloud, Ledger]:
+        """Add the sweeps before the keyframe, every point with its age; the ledger counts their points, the vehicle's own left out."""
+        clouds, sweep, earlier = [_with_age(points, 0.0)], keyframe, Ledger()
         while len(clouds) < self.sweeps and sweep.previous:
             sweep = self.tables.sweep(sweep.previous)
-            cloud = read_sweep(sweep.path)
+            cloud, read = _read_counted(sweep.path)
+            own = len(cloud)
             cloud = cloud.select(cloud.xyz[:, :2].abs().amax(1) >= _EGO_RADIUS)
+            earlier = earlier + replace(read, scans=0, points=read.points - own + len(cloud))
             clouds.append(_with_age(self._in_frame(cloud, sweep, keyframe), (keyframe.timestamp - sweep.timestamp) * 1e-6))
-        return PointCloud.concatenate(clouds)
+        return PointCloud.concatenate(clouds), earlier
 
     def _in_frame(self, cloud: PointCloud, sweep: Sweep, keyframe: Sweep) -> PointCloud:
         """Bring points of a sweep's own frame to the keyframe's frame as drawn above."""
@@ -327,12 +335,16 @@ def read_sweep(path: Path | str) -> PointCloud:
         path: The file.
 
     Returns:
-        The points in the sensor's own frame, intensity divided by 255. The ring is left out.
+        The points in the sensor's own frame, without those at the sensor, intensity divided by 255. The ring is left out.
 
     Raises:
         InvalidInput: The file is missing, empty or cut off, holds NaN or inf, or its rows or intensities are no sweep's.
     """
-    path = Path(path)
+    return _read_counted(Path(path))[0]
+
+
+def _read_counted(path: Path) -> tuple[PointCloud, Ledger]:
+    """`read_sweep`, with the counts of `read_scan`."""
     if not path.is_file():
         raise InvalidInput(
             f"there is no sweep {path}; unpack the LiDAR archive (earlier sweeps are in one of their own), or leave the frame out"
@@ -363,8 +375,8 @@ def read_sweep(path: Path | str) -> PointCloud:
             f"{path}: its intensity lies in {lowest:g}..{highest:g}, while nuScenes and Lyft count in whole numbers to 255; the file was "
             "changed, or is of another sensor: put the original file back"
         )
-    values = torch.from_numpy(rows[:, :4].astype(np.float32))
-    return PointCloud(xyz=values[:, :3].contiguous(), features=values[:, 3:] / _INTENSITY_MAX)
+    cloud, reading = read_scan(path, _SWEEP)
+    return replace(cloud, features=cloud.features / _INTENSITY_MAX), reading
 
 
 def split_by_scene(tables: DriveTables, scenes: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:

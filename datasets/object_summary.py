@@ -90,7 +90,7 @@ def summarize_objects(frames: PreparedDataset) -> tuple[tuple[ObjectSummary, ...
             above_road=float(np.median(lift)) if len(lift) >= _FEWEST else None,
         )
         summaries.append(summary)
-        findings += _findings(summary)
+        findings += _findings(summary, _Remedies.of_layout(frames.origin.layout))
     if reach > _FARTHEST:
         findings.append(
             f"half of the points lie farther than {reach:,.0f} m from the sensor; scans must be in meters, and these are perhaps in "
@@ -137,31 +137,56 @@ def _spread(count: int, most: int) -> Sequence[int]:
     return range(count) if count <= most else [int(i) for i in np.linspace(0, count - 1, most)]
 
 
-def _findings(summary: ObjectSummary) -> list[str]:
+@dataclass(frozen=True)
+class _Remedies:
+    """What to advise. Only a folder of the user's own has options for the form of its labels."""
+
+    folder: bool
+
+    @staticmethod
+    def of_layout(layout: str) -> _Remedies:
+        return _Remedies(folder=layout in ("folder", "own"))
+
+    def swapped(self, letters: Sequence[str]) -> str:
+        if self.folder:
+            return f"(--size-order {' '.join(letters)})"
+        return "in these labels, whose format says another order; no option swaps them, so correct the label files or tables"
+
+    @property
+    def bottom(self) -> str:
+        if self.folder:
+            return "x y z is perhaps the center of the bottom (--origin bottom)"
+        return "x y z in the labels is perhaps the center of the bottom, and their format says another point: correct the label files or tables"
+
+    @property
+    def lifted(self) -> str:
+        options = (
+            "other axes (--axes), another origin of the boxes (--origin)" if self.folder else "a wrong calibration or sensor pose"
+        )
+        return f"{options}, or labels with a mounting height that the scans do not have are likely causes"
+
+
+def _findings(summary: ObjectSummary, remedies: _Remedies) -> list[str]:
     """Sentences about one class."""
     found = []
     if summary.size is not None and summary.usual is not None and summary.boxes >= _FEWEST:
-        text = _about_size(summary.name, summary.size, summary.usual)
+        text = _about_size(summary.name, summary.size, summary.usual, remedies)
         found += [text] if text else []
     if summary.size is not None and summary.above_road is not None:
         height, lift = summary.size[2], summary.above_road
         if -0.8 * height < lift < -_LIFT * 0.8 * height and -3.0 < lift < -0.25:
             found.append(
-                f"the boxes of {summary.name} lie {-lift:.2f} m below the road, about half of their height; x y z is perhaps the center of the "
-                "bottom (--origin bottom for a folder)"
+                f"the boxes of {summary.name} lie {-lift:.2f} m below the road, about half of their height; {remedies.bottom}"
             )
         elif abs(lift) > 1.0 and abs(lift) > _LIFT * height:
-            found.append(
-                f"the bottoms of the boxes of {summary.name} lie {lift:+.2f} m from the road; other axes (--axes), another origin of the boxes "
-                "(--origin), or labels with a mounting height that the scans do not have are likely causes"
-            )
+            found.append(f"the bottoms of the boxes of {summary.name} lie {lift:+.2f} m from the road; {remedies.lifted}")
     return found
 
 
-def _about_size(name: str, size: Size, usual: Size) -> str | None:
+def _about_size(name: str, size: Size, usual: Size, remedies: _Remedies) -> str | None:
     if _distance(size, usual) <= math.log(_FACTOR):
         if size[0] < size[1] and usual[0] > 1.8 * usual[1]:
-            return _swapped(name, size, usual, (1, 0, 2))
+            return _swapped(name, size, usual, (1, 0, 2), remedies)
         return None
     found, expected = (" x ".join(f"{v:.3g}" for v in values) for values in (size, usual))
     for factor, unit in ((1000.0, "millimeters"), (100.0, "centimeters"), (1 / 0.3048, "feet")):
@@ -169,11 +194,11 @@ def _about_size(name: str, size: Size, usual: Size) -> str | None:
             return f"the mean size of {name} is {found}, usual are {expected} m; the labels are perhaps in {unit}, and must be in meters"
     best = min(permutations(range(3)), key=lambda order: _distance((size[order[0]], size[order[1]], size[order[2]]), usual))
     if best != (0, 1, 2) and _distance((size[best[0]], size[best[1]], size[best[2]]), usual) < 0.7 * _distance(size, usual):
-        return _swapped(name, size, usual, best)
+        return _swapped(name, size, usual, best, remedies)
     return f"the mean size of {name} is {found} m, usual are {expected} m (length, width, height); check order and units of the labels"
 
 
-def _swapped(name: str, size: Size, usual: Size, order: Sequence[int]) -> str:
+def _swapped(name: str, size: Size, usual: Size, order: Sequence[int], remedies: _Remedies) -> str:
     """`order[i]` is the column that holds length, width, height."""
     letters = [""] * 3
     for letter, column in zip("lwh", order):
@@ -181,8 +206,8 @@ def _swapped(name: str, size: Size, usual: Size, order: Sequence[int]) -> str:
     found, expected = (" x ".join(f"{v:.3g}" for v in values) for values in (size, usual))
     what = "length and width are" if tuple(order) == (1, 0, 2) else "the sizes are"
     return (
-        f"the mean size of {name} is {found} m, usual are {expected} m (length, width, height); {what} perhaps swapped (--size-order "
-        f"{' '.join(letters)} for a folder)"
+        f"the mean size of {name} is {found} m, usual are {expected} m (length, width, height); {what} perhaps swapped "
+        f"{remedies.swapped(letters)}"
     )
 
 

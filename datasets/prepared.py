@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import shlex
 import zlib
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pyarrow.compute as pc
 import torch
 
 from ..core.errors import InvalidInput
+from ..core.foreign_text import shown
 from ..core.frame import Frame
 from ..core.ledger import Ledger
 from ..core.rig import RigSpec
@@ -92,6 +94,8 @@ class PreparedDataset:
             raise InvalidInput(
                 f"{self.root} names {twice} frames twice, which training would see twice; its files were edited: prepare the dataset again"
             )
+        self._split = split
+        self._unlabeled = _unlabeled_splits(header.splits, table)
         table = table.take([position[frame_id] for frame_id in self.ids])
         self._table: pa.Table = table.drop_columns(list(KITTI_COLUMNS[1:])).combine_chunks()
         self._kitti: pa.Table = table.select(list(KITTI_COLUMNS)).combine_chunks()
@@ -135,6 +139,20 @@ class PreparedDataset:
         """
         return row_labels(self._row(index))
 
+    def check_labeled(self) -> None:
+        """Refuse a split that nobody labeled, before any work on it.
+
+        Raises:
+            InvalidInput: No frame has labels. The message names the split and those that have labels.
+        """
+        if self._table["classes"].null_count < len(self):
+            return
+        what = f"{self.root} has no labels" if self._split is None else f"the split {self._split} of {self.root} has no labels"
+        others = [name for name in self.splits if name not in self._unlabeled and name != self._split]
+        if others:
+            raise InvalidInput(f"{what}; choose another split: {', '.join(map(shown, others))}")
+        raise InvalidInput(f"{what}, and neither has any other split; prepare labeled frames first")
+
     def reading(self) -> Ledger:
         """Add up what the reader counted and dropped for these frames when they were prepared, without opening their points.
 
@@ -161,6 +179,9 @@ class PreparedDataset:
         if found is not None:
             return found
         if self.origin.layout == "kitti":
+            hidden = row_labels(self._row(self._position[frame_id])) is None
+            if hidden and ("with_labels", "False") not in self.origin.options:
+                raise InvalidInput(f"frame {frame_id} of {self.root} has no labels to score against; choose a labeled split")
             raise InvalidInput(
                 f"{self.root} holds no label file of frame {frame_id}: it was prepared without labels, or by an earlier version of "
                 f"this program. Prepare it again with `{self._kitti_command()}`"
@@ -192,6 +213,8 @@ class PreparedDataset:
             words.append("--drop-non-finite")
         if len({number for numbers in self._table["classes"].to_pylist() for number in numbers or ()}) < len(self.classes):
             words.append("--allow-absent-classes")
+        if ("with_labels", "False") not in self.origin.options and (hidden := [n for n in self._unlabeled if n != "test"]):
+            words += ["--unlabeled", *hidden]
         # A split of label shares may be drawn or be a published list in ImageSets. All lists are taken then, so that both come back.
         shares = [share for share in map(label_share_of, self.splits) if share is not None]
         if shares:
@@ -237,3 +260,11 @@ class PreparedDataset:
             path = self.root / "parts" / part
             if not re.fullmatch(r"[0-9a-f]{16}-[0-9a-f]{8}\.f32", part) or not path.exists() or path.stat().st_size < end * 4:
                 raise InvalidInput(f"{path} is missing or shorter than the index says ({end * 4} bytes); copy the dataset again")
+
+
+def _unlabeled_splits(splits: Mapping[str, Sequence[str]], table: pa.Table) -> tuple[str, ...]:
+    """Names of the splits in which no frame has labels."""
+    if not table["classes"].null_count:
+        return ()
+    labeled = set(table.filter(pc.is_valid(table["classes"]))["id"].to_pylist())
+    return tuple(name for name, ids in splits.items() if labeled.isdisjoint(ids))

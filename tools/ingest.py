@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from ..core.errors import UpcycleError
+from ..core.errors import InvalidInput, UpcycleError
 from ..core.rig import RigSpec
 from ..core.scan_options import ScanOptions
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
@@ -25,8 +25,8 @@ _EMPTY_WARNING = 0.1
 class Ingest:
     """Verify uploaded shards and move them into a store. A shard that fails goes to STORE/quarantine with the reason."""
 
-    incoming: tyro.conf.Positional[Path]
-    """Folder with the uploaded shards."""
+    incoming: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders with uploaded shards, one or several."""
     store: Path
     """Folder of the store."""
     detector: Path
@@ -52,15 +52,24 @@ def command(config: Ingest) -> None:
     given = ScanOptions(z_shift=config.z_shift, intensity_scale=config.intensity_scale)
     rig = given.rig(None if encoder.trained_on is None else encoder.trained_on.rig)
     fingerprint = encoder_fingerprint(encoder, rig)
-    report = ingest(
-        config.incoming,
-        config.store,
-        expected_fingerprint=fingerprint,
-        expected_spec=encoder.spec,
-        final=config.final,
-        retry_quarantine=config.retry_quarantine,
-        rebuild_catalog=config.rebuild_catalog,
-    )
+    if not config.incoming:
+        raise InvalidInput("no folder is given; name the folders that the vehicles upload to")
+    missing = [folder for folder in config.incoming if not folder.is_dir()]
+    if missing:
+        raise InvalidInput(f"the incoming folder {missing[0]} does not exist; give the folder that the vehicles upload to")
+    reports = [
+        ingest(
+            folder,
+            config.store,
+            expected_fingerprint=fingerprint,
+            expected_spec=encoder.spec,
+            final=config.final,
+            retry_quarantine=config.retry_quarantine and number == 0,
+            rebuild_catalog=config.rebuild_catalog and number == 0,
+        )
+        for number, folder in enumerate(dict.fromkeys(config.incoming))
+    ]
+    report = IngestReport.together(reports)
     write_json(config.json, ingest_json(report) | {"fingerprint": fingerprint, "rig": asdict(rig)})
     print_table("what became of the uploads", ("", "shards", "scenes"), _rows(report))
     _list("quarantined", report.quarantined)
@@ -74,9 +83,11 @@ def command(config: Ingest) -> None:
     if report.unrecognized:
         names = report.unrecognized
         print_warning(
-            f"{len(names)} names in {config.incoming} are not those of shards and were left alone: {', '.join(names[:5])}"
+            f"{len(names)} names in {_folders(config)} are not those of shards and were left alone: {', '.join(names[:5])}"
             f"{' …' if len(names) > 5 else ''}"
         )
+    if report.nothing:
+        print_warning(f"there is nothing to ingest: no shard lies in {_folders(config)}")
     if report.overdue:
         print_warning(f"{len(report.overdue)} shards have waited for more than a day for their other half; see the table")
     console.print(f"store: {config.store}", soft_wrap=True)
@@ -89,8 +100,8 @@ def _judge(config: Ingest, report: IngestReport, rig: RigSpec, fingerprint: str)
     if report.refused_all and foreign:
         others = ", ".join(f"{found.fingerprint[:12]}…" for found in report.foreign)
         raise UpcycleError(
-            f"no shard was accepted: {foreign} are of another encoder or rig ({others}) than {fingerprint[:12]}… of {config.detector} with "
-            f"{rig}, and stay in {config.incoming}. Give the same --detector, --z-shift and --intensity-scale as in `extract`; while a new "
+            f"no shard was accepted: {_foreign_shards(foreign)} ({others}) than {fingerprint[:12]}… of {config.detector} with "
+            f"{rig}, and {'stays' if foreign == 1 else 'stay'} in {_folders(config)}. Give the same --detector, --z-shift and --intensity-scale as in `extract`; while a new "
             "encoder is rolled out, ingest into one store per encoder (docs/rollout.md)"
         )
     if report.refused_all:
@@ -100,7 +111,7 @@ def _judge(config: Ingest, report: IngestReport, rig: RigSpec, fingerprint: str)
         )
     if foreign:
         print_warning(
-            f"{foreign} shards of another encoder or rig stay in {config.incoming}; ingest them into the store of that encoder with its "
+            f"{_foreign_shards(foreign)}, and {'stays' if foreign == 1 else 'stay'} in {_folders(config)}; ingest such shards into the store of that encoder with its "
             "--detector and rig (docs/rollout.md)"
         )
     if report.new_scenes and report.empty_scenes == report.new_scenes:
@@ -111,12 +122,32 @@ def _judge(config: Ingest, report: IngestReport, rig: RigSpec, fingerprint: str)
     if report.repeated_scenes:
         print_warning(
             f"{report.repeated_scenes} of {report.new_scenes} new scenes have the same content as another scene of the store; scans that "
-            "were extracted twice count twice in training: delete one of their shards"
+            "were extracted twice count twice in training. The table names the shards; delete the files of a new shard (.tar and .json) in "
+            f"{config.store}/shards where all of its scenes are repeated, and run ingest again"
         )
+        _list_repeated(report)
     if report.empty_scenes > _EMPTY_WARNING * report.new_scenes:
         print_warning(
             f"{report.empty_scenes} of {report.new_scenes} new scenes have no cell; look at the rig and the crop of `extract`"
         )
+
+
+def _folders(config: Ingest) -> str:
+    return ", ".join(map(str, config.incoming))
+
+
+def _foreign_shards(count: int) -> str:
+    return "1 shard is of another encoder or rig" if count == 1 else f"{count} shards are of another encoder or rig"
+
+
+def _list_repeated(report: IngestReport) -> None:
+    rows = [
+        (r.shard, r.scenes, r.repeated, ", ".join(r.others[:3]) + (" …" if len(r.others) > 3 else "") or "itself")
+        for r in report.repeated_shards[:_LISTED]
+    ]
+    more = len(report.repeated_shards) - len(rows)
+    more_row = [("…", "", "", f"and {more} more; --json FILE lists all")] if more else []
+    print_table("new shards with repeated scenes", ("shard", "scenes", "repeated", "the same content is in"), [*rows, *more_row])
 
 
 def _rows(report: IngestReport) -> list[tuple[str, int, int | str]]:

@@ -39,7 +39,8 @@ class _PrepareOptions:
     """Drop the splits that `--out` holds already, instead of adding to them."""
     classes: tuple[str, ...] | None = None
     """Classes to learn, in label order; case does not matter. A class that occurs in no label is an error. By default Car, Pedestrian and
-    Cyclist (Waymo: Vehicle, Pedestrian and Cyclist; a folder: Car), as far as they occur."""
+    Cyclist (Waymo: Vehicle, Pedestrian and Cyclist; a folder: Car): one that occurs in no label then stays, with 0 boxes and a warning.
+    `train` needs the classes of its preset (docs/presets.md): `kitti_small` wants `--classes Car` here."""
     class_map: tuple[tuple[str, str], ...] = ()
     """Type of the labels and the class it becomes, for example `Vehicle Car Van Car`. For Lyft and nuScenes it replaces the whole list
     of docs/data_format.md."""

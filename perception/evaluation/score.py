@@ -125,6 +125,7 @@ def score_detector(
     protocol = protocol or own_protocol(frames)
     if protocol not in get_args(Protocol):
         raise InvalidInput(f"there is no protocol {protocol!r}; choose one of {', '.join(get_args(Protocol))}")
+    frames.check_labeled()
     given = dict(overlaps or {})
     if given and protocol not in ("kitti", "cross_dataset"):
         raise InvalidInput(f"minimum overlaps can be given for the rules of KITTI and ST3D only; the protocol here is {protocol}")

@@ -23,6 +23,7 @@ from ..server.feature_object_database import FeatureObjectDatabase, build_featur
 from ..server.methods import Method
 from ..server.store import SmashedStore
 from ..server.upcycle_config import FeatureGtConfig, UpcycleConfig
+from .own_classes import classes_with_objects
 from .presets import Preset
 
 
@@ -50,12 +51,12 @@ def labeled_batches(
     Raises:
         InvalidInput: The dataset was prepared for other classes, or the database was built from another split.
     """
-    names, frames = preset.detector.class_names, data.open()
+    frames = data.open()
     check_classes(preset, frames)
     sampler = None
     if preset.train.gt_sampling:
         database = GtDatabase.open(data.gt_database, expected_fingerprint=frames.split_fingerprint())
-        sampler = GtSampler(database, dict(zip(names, preset.train.gt_sampling, strict=True)))
+        sampler = GtSampler(database, dict(zip(frames.classes, preset.train.gt_sampling, strict=True)))
     return LabeledBatches(
         frames=frames,
         batch_size=batch_size,
@@ -89,7 +90,7 @@ def method_batches(preset: Preset, method: Method, data: DataSplit, config: Upcy
 
 
 def check_classes(preset: Preset, frames: PreparedDataset) -> None:
-    """Refuse a dataset that was prepared for other classes than a preset's.
+    """Refuse a dataset that was prepared for other classes than a preset's. Case does not matter.
 
     Args:
         preset: Its detector has the classes.
@@ -99,11 +100,15 @@ def check_classes(preset: Preset, frames: PreparedDataset) -> None:
         InvalidInput: Names or order differ.
     """
     names = preset.detector.class_names
-    if frames.classes != names:
+    if [name.casefold() for name in frames.classes] != [name.casefold() for name in names]:
+        usable = classes_with_objects(frames)
+        other = f", or train a detector for these classes with `train … --classes {' '.join(frames.classes)}`"
+        if usable != frames.classes:
+            few = ", ".join(name for name in frames.classes if name not in usable)
+            other = f". A detector for its own classes cannot be trained either, because it has too few objects of {few}"
         raise InvalidInput(
             f"the dataset {frames.root} was prepared for the classes {', '.join(frames.classes)}, and the preset detects "
-            f"{', '.join(names)}; prepare it again with --classes {' '.join(names)}, or train a detector for these classes with "
-            f"`train … --classes {' '.join(frames.classes)}`"
+            f"{', '.join(names)}; prepare it again into another folder with --classes {' '.join(names)}{other}"
         )
 
 

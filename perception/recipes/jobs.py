@@ -20,6 +20,7 @@ from ...core.files import write_atomically
 from ...core.ledger import Ledger, judge, stop_if_absurd
 from ...core.rig import RigSpec
 from ...core.tensor_file import content_digest
+from ...core.trained_on import rig_differences
 from ...datasets.data_split import DataSplit
 from ...datasets.prepared import PreparedDataset
 from ..evaluation.score import EvaluationReport, Protocol, score_detector
@@ -342,7 +343,9 @@ def upcycle_preset(
     truth_labels = None if truth is None else read_truth(*truth)
     survey = survey_split(frames, student.encoder)
     notes, ledger = data_warnings(student, frames, survey.statistics), survey.ledger
-    if store is not None and frames.rig != rig:
+    known = student.trained_on
+    as_read = known is not None and frames.rig == known.rig and not rig_differences(rig, known, "")  # its reader scaled intensity
+    if store is not None and frames.rig != rig and not as_read:
         notes += (
             f"the labeled data {split} have the rig {frames.rig}, and the scenes of the store have {rig}; this is right only if the road "
             "lies at the same height and intensity has the same scale after both",

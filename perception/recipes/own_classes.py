@@ -31,7 +31,7 @@ def preset_for_classes(preset: Preset, frames: PreparedDataset, classes: Sequenc
     Args:
         preset: The preset to change.
         frames: The labeled split, prepared for these classes in this order.
-        classes: Names of the classes.
+        classes: Names of the classes; case does not matter. The detector spells them as the dataset does.
 
     Returns:
         The preset. The same split gives the same anchors.
@@ -39,15 +39,13 @@ def preset_for_classes(preset: Preset, frames: PreparedDataset, classes: Sequenc
     Raises:
         InvalidInput: The split was prepared for other classes, or a class has fewer than `FEW_OBJECTS` objects.
     """
-    names = tuple(classes)
-    if frames.classes != names:
+    asked, names = tuple(classes), frames.classes
+    if [name.casefold() for name in asked] != [name.casefold() for name in names]:
         raise InvalidInput(
-            f"the dataset {frames.root} was prepared for the classes {', '.join(frames.classes)}, and --classes asks for "
-            f"{', '.join(names)}; name the same classes in the same order, or prepare it again with --classes {' '.join(names)}"
+            f"the dataset {frames.root} was prepared for the classes {', '.join(names)}, and --classes asks for "
+            f"{', '.join(asked)}; name the same classes in the same order, or prepare it again with --classes {' '.join(asked)}"
         )
-    known = [labels for i in range(len(frames)) if (labels := frames.labels(i)) is not None]
-    boxes = torch.cat([labels.boxes.data for labels in known]) if known else torch.zeros(0, 7)
-    numbers = torch.cat([labels.classes for labels in known]) if known else torch.zeros(0)
+    boxes, numbers = _labeled_boxes(frames)
     counts = {name: int((numbers == i).sum()) for i, name in enumerate(names)}
     few = [f"{name} ({count})" for name, count in counts.items() if count < FEW_OBJECTS]
     if few:
@@ -81,6 +79,27 @@ def preset_for_classes(preset: Preset, frames: PreparedDataset, classes: Sequenc
             f_gt=replace(upcycle.f_gt, max_objects=tuple(upcycle.f_gt.max_objects[i] for i in nearest)),
         ),
     )
+
+
+def classes_with_objects(frames: PreparedDataset) -> tuple[str, ...]:
+    """Name the classes of a split that have enough labeled objects for an anchor of their mean size.
+
+    Args:
+        frames: The split.
+
+    Returns:
+        Those with at least `FEW_OBJECTS` objects, in order.
+    """
+    numbers = _labeled_boxes(frames)[1]
+    return tuple(name for i, name in enumerate(frames.classes) if int((numbers == i).sum()) >= FEW_OBJECTS)
+
+
+def _labeled_boxes(frames: PreparedDataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M, 7) boxes and (M,) class numbers of all labeled frames."""
+    known = [labels for i in range(len(frames)) if (labels := frames.labels(i)) is not None]
+    if not known:
+        return torch.zeros(0, 7), torch.zeros(0)
+    return torch.cat([labels.boxes.data for labels in known]), torch.cat([labels.classes for labels in known])
 
 
 def _nearest(anchors: Sequence[AnchorClass], area: float) -> int:

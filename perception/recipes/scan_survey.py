@@ -23,6 +23,7 @@ from ...core.trained_on import (
     summarize_scans,
 )
 from ...datasets.data_split import DataSplit
+from ...datasets.nuscenes import INTENSITY_SCALE
 from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
 from ..models.detectors import DetectorConfig
@@ -99,6 +100,7 @@ def describe_training(detector: Detector, frames: PreparedDataset, survey: Surve
         classes=detector.class_names,
         point_range=detector.spec.grid.range,
         scans=scans,
+        reader_scale=INTENSITY_SCALE if frames.origin.layout in ("nuscenes", "lyft") else 1.0,
         camera_view=("crop_to_camera", "True") in frames.origin.options,
         axes=_axes_of(frames),
         columns=tuple(options["columns"].split()) if "columns" in options else None,

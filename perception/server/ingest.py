@@ -23,10 +23,11 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -82,6 +83,23 @@ class ForeignShards:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RepeatedShard:
+    """A new shard that holds scenes with the content of other scenes of the store."""
+
+    shard: str
+    """The stem of its file names."""
+
+    scenes: int
+    """Its scenes."""
+
+    repeated: int
+    """Those of them that the store holds a second time."""
+
+    others: tuple[str, ...]
+    """Stems of the other shards that hold the same content; empty where the shard itself holds a scene twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class IngestReport:
     """What one run of ingest did. Shards are named by the stem of their file names."""
 
@@ -123,6 +141,38 @@ class IngestReport:
 
     total_scenes: int
     """Rows of the catalog now."""
+
+    repeated_shards: tuple[RepeatedShard, ...] = ()
+    """The new shards that hold `repeated_scenes`."""
+
+    @staticmethod
+    def together(reports: Sequence[IngestReport]) -> IngestReport:
+        """Join the reports of several folders that were taken into one store, in order.
+
+        Args:
+            reports: At least one.
+
+        Returns:
+            All shards and sums of the scenes; shards that are foreign or already there stand once for each folder.
+        """
+        foreign: dict[str, list[ForeignShards]] = {}
+        for found in (found for report in reports for found in report.foreign):
+            foreign.setdefault(found.fingerprint, []).append(found)
+        joined: dict[str, Any] = {}
+        for f in fields(IngestReport):
+            values = [getattr(report, f.name) for report in reports]
+            joined[f.name] = sum(values) if isinstance(values[0], int) else tuple(v for part in values for v in part)
+        joined["total_scenes"] = reports[-1].total_scenes
+        joined["foreign"] = tuple(
+            ForeignShards(fingerprint=name, shards=tuple(s for p in parts for s in p.shards), scenes=sum(p.scenes for p in parts))
+            for name, parts in sorted(foreign.items())
+        )
+        return IngestReport(**joined)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether there was no shard to take in, and none waits."""
+        return not (self.accepted or self.already_there or self.quarantined or self.foreign or self.waiting)
 
     @property
     def refused_all(self) -> bool:
@@ -244,6 +294,23 @@ def _rows(shard: VerifiedShard) -> pa.Table:
             "scene": list(shard.scene_ids),
         }
     )
+
+
+def _repeated_shards(stored: pa.Table, tables: Sequence[pa.Table], contents: Mapping[str, int]) -> tuple[RepeatedShard, ...]:
+    """The new shards in `tables` with scenes whose content is in the store more than once."""
+    holders: dict[str, set[str]] = {}
+    for rows in (stored, *tables):
+        for key, stem in zip(rows["order"].to_pylist(), rows["shard"].to_pylist(), strict=True):
+            if contents[key] > 1:
+                holders.setdefault(key, set()).add(stem)
+    found = []
+    for table in tables:
+        keys = [key for key in table["order"].to_pylist() if key in holders]
+        if keys:
+            stem = table["shard"][0].as_py()
+            others = sorted(set().union(*(holders[key] for key in keys)) - {stem})
+            found.append(RepeatedShard(shard=stem, scenes=len(table), repeated=len(keys), others=tuple(others)))
+    return tuple(found)
 
 
 def _cut_off_json(path: Path) -> bool:
@@ -459,6 +526,7 @@ class _Ingest:
                 self._consider(upload, self.store / QUARANTINE)
         new_scenes = sum(map(len, self.tables))
         contents = Counter(key for rows in (catalog.rows, *self.tables) for key in rows["order"].to_pylist())
+        repeated = _repeated_shards(catalog.rows, self.tables, contents)
         for table in self.tables:
             catalog = catalog.extended(table)
         if self.tables or changed or not (self.store / CATALOG).exists():
@@ -480,6 +548,7 @@ class _Ingest:
             empty_scenes=sum(int((table["voxels"].to_numpy() == 0).sum()) for table in self.tables),
             repeated_scenes=sum(contents[key] > 1 for table in self.tables for key in table["order"].to_pylist()),
             total_scenes=len(catalog.rows),
+            repeated_shards=repeated,
         )
 
     @staticmethod

@@ -99,3 +99,7 @@ def test_whatever_is_wrong_with_a_file_is_said_with_its_path_and_the_remedy(tmp_
 
 def test_numbers_that_are_not_finite_pass_only_where_the_caller_allows_them():
     assert str(strict_json(b"[NaN, Infinity]", "it", allow_nan=True)) == "[nan, inf]"
+
+
+def test_bytes_with_a_byte_order_mark_are_read_too():
+    assert strict_json(b"\xef\xbb\xbf" + b'{"a": 1}', "the manifest") == {"a": 1}

@@ -17,6 +17,7 @@ from upcycle3d.core.trained_on import (
     TrainedOn,
     compare_scans,
     estimate_road_height,
+    rig_differences,
     rig_of_scans,
     summarize_scans,
 )
@@ -130,3 +131,18 @@ def test_real_scans_of_one_sensor_do_not_warn_and_a_forgotten_mounting_height_or
     full = [path.stem for path in sorted((kitti / "training" / "velodyne").glob("*.bin"))]
     (warning,) = compare_scans(known, summarize_scans(measured(full, "velodyne")))
     assert "--calib" in warning
+
+
+def test_the_scale_that_the_reader_of_the_training_data_applied_is_no_other_scale():
+    trained = TrainedOn(
+        rig=RigSpec(z_shift=1.84),
+        feature_names=("intensity",),
+        classes=("Car",),
+        point_range=(0, 0, 0, 1, 1, 1),
+        reader_scale=1 / 255,
+    )
+    assert rig_differences(RigSpec(z_shift=1.84, intensity_scale=0.00392157), trained, "the rig given") == ()
+    assert rig_differences(RigSpec(z_shift=1.84), trained, "the rig given") == ()
+    for other in (RigSpec(z_shift=1.84, intensity_scale=1 / 256), RigSpec(intensity_scale=1 / 255)):
+        assert len(rig_differences(other, trained, "the rig given")) == 1
+    assert TrainedOn.from_json(trained.to_json()) == trained

@@ -18,6 +18,9 @@ from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.datasets.raw import open_folder, open_kitti, prepare_raw
 from upcycle3d.datasets.simulation import places
 from upcycle3d.datasets.simulation.layout_lyft import write_lyft_layout
+from upcycle3d.perception.evaluation.score import score_detector
+from upcycle3d.tools import prepare as prepare_tool
+from upcycle3d.tools.console import run_command
 
 SMALL_LYFT = replace(places.domain("lyft"), sensor=replace(places.domain("lyft").sensor, azimuths=240))
 
@@ -502,3 +505,56 @@ def test_case_does_not_matter_for_lyft_and_absent_classes_are_told_before_a_swee
         path.unlink()
     code, said = prepare(capsys, "lyft", root, tmp_path / "none", "--classes", "Animal")
     assert (code, "leads to Animal" in said) == (2, True)
+
+
+def test_sizes_swapped_in_a_layout_without_an_option_for_it_are_told_in_other_words(tmp_path, capsys):
+    raw = tiny_layouts.kitti(
+        tmp_path / "raw", label=lambda i: "".join(kitti_line(b[[0, 1, 2, 4, 3, 5, 6]]) for b in tiny_layouts.BOXES)
+    )
+    code, said = prepare(capsys, "kitti", raw, tmp_path / "out", "--classes", "Car")
+    assert (code, "length and width are perhaps swapped in these labels" in said) == (0, True)
+    assert "no option swaps them" in said
+    assert "--size-order" not in said
+
+
+def test_two_letters_that_changed_places_look_like_the_class(tmp_path, capsys):
+    lines = [tiny_layouts.kitti_line(box) for box in tiny_layouts.BOXES]
+    raw = tiny_layouts.kitti(tmp_path / "raw", label=lambda i: lines[0] + lines[1] + lines[2].replace("Car", "Cra"))
+    code, said = prepare(capsys, "kitti", raw, tmp_path / "out", "--classes", "Car")
+    assert (code, "4 objects of the type Cra are dropped, which looks like the class Car" in said) == (0, True)
+
+
+def test_pictures_of_another_camera_than_the_calibrations_are_warned_about(tmp_path, capsys):
+    raw = tiny_layouts.kitti(tmp_path / "raw", picture=(".png", tiny_layouts.png(1920, 1200)))
+    code, said = prepare(capsys, "kitti", raw, tmp_path / "out", "--classes", "Car")
+    assert (code, "in 4 of 4 scans, the principal point of the camera (row P2) lies far from the center" in said) == (0, True)
+    usual = tiny_layouts.kitti(tmp_path / "usual", picture=(".png", tiny_layouts.png(1242, 375)))
+    assert "principal point" not in prepare(capsys, "kitti", usual, tmp_path / "good", "--classes", "Car")[1]
+
+
+def test_the_help_says_what_the_options_of_prepare_do_without_a_detector(capsys):
+    with pytest.raises(SystemExit):
+        run_command(prepare_tool.command, ["kitti", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "By default 0 where a dataset is prepared" in said
+    assert "stays, with 0 boxes and a warning" in said
+    assert "as far as they occur" not in said
+
+
+# ---- a split that nobody labeled
+
+
+def test_scoring_an_unlabeled_split_names_the_splits_with_labels_and_hides_no_label(tmp_path, capsys):
+    splits = {"train": tiny_layouts.IDS[:2], "val": tiny_layouts.IDS[2:3], "fleet": tiny_layouts.IDS[3:]}
+    raw = tiny_layouts.kitti(tmp_path / "raw", splits=splits)
+    assert prepare(capsys, "kitti", raw, tmp_path / "out", "--classes", "Car", "--unlabeled", "fleet")[0] == 0
+    fleet = PreparedDataset(tmp_path / "out", "fleet")
+    with pytest.raises(InvalidInput, match=r"the split fleet of .* has no labels; choose another split: train, val"):
+        fleet.check_labeled()
+    with pytest.raises(InvalidInput, match="has no labels to score against; choose a labeled split"):
+        fleet.kitti_objects(fleet.ids[0])
+    for protocol in (None, "cross_dataset"):
+        with pytest.raises(InvalidInput, match=r"the split fleet of .* has no labels"):
+            score_detector(None, fleet, protocol)  # type: ignore[arg-type]  # it is refused before the detector is touched
+    PreparedDataset(tmp_path / "out", "val").check_labeled()
+    assert "--unlabeled fleet" in PreparedDataset(tmp_path / "out", "val")._kitti_command()

@@ -355,7 +355,7 @@ def test_tables_in_which_no_category_leads_to_a_class_are_an_error(root):
 
 def test_what_was_kept_and_dropped_of_a_frame_is_counted(root):
     reading = dataset(root, classes=("Car", "Pedestrian"))[0].reading
-    assert reading == Ledger(points=2, types_dropped={"vehicle.truck": 1})
+    assert reading == Ledger(scans=1, points=2, types_dropped={"vehicle.truck": 1})
     dropped = dataset(root, classes=("Truck",), max_length=10)[0].reading.types_dropped
     assert dropped == {"vehicle.car": 1, "vehicle.truck (too long)": 1}
 
@@ -407,3 +407,12 @@ def test_numbers_beyond_all_bounds_are_sentences(root):
         path.write_text(text.replace("121.0", wrong))
         with pytest.raises(InvalidInput, match=r"sample_annotation.json"):
             dataset(root)[0]
+
+
+def test_missing_returns_of_a_sweep_are_dropped_and_counted(root):
+    data = dataset(root)
+    path = data.tables.keyframe(data.ids[0]).path
+    rows = np.fromfile(path, "<f4").reshape(-1, 5)
+    np.concatenate([rows, np.zeros((3, 5), np.float32)]).astype("<f4").tofile(path)
+    frame = data[0]
+    assert (len(frame.points), frame.reading.points, frame.reading.points_zero) == (len(rows), len(rows) + 3, 3)

@@ -5,14 +5,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny_layouts
 import torch
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.datasets.data_split import DataSplit
+from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.perception.recipes import assembly, jobs
 from upcycle3d.perception.recipes.experiment_data import SimulationSize, simulated_adaptation
 from upcycle3d.perception.recipes.job_inputs import find_data
+from upcycle3d.perception.recipes.own_classes import preset_for_classes
 from upcycle3d.perception.recipes.presets import SMALL
 from upcycle3d.perception.server.methods import METHODS, method_record
 from upcycle3d.perception.server.pseudo_labels import hybrid_labels, trusted_labels
@@ -156,3 +159,23 @@ def test_a_folder_given_as_a_path_is_not_searched_for_a_colon():
     assert find_data("day:1", "train") == DataSplit(root=Path("day"), name="1")
     with pytest.raises(InvalidInput, match="data is a text DIR"):
         find_data(torch.zeros(1), "train")
+
+
+def test_case_of_class_names_matters_neither_for_a_preset_nor_for_classes(tmp_path, capsys):
+    raw = tiny_layouts.kitti(tmp_path / "raw")
+    assert tiny_layouts.prepare(capsys, "kitti", raw, tmp_path / "out", "--classes", "car", "--z-shift", "1.73")[0] == 0
+    frames = PreparedDataset(tmp_path / "out")
+    assembly.check_classes(SMALL, frames)
+    assert preset_for_classes(SMALL, frames, ["CAR"]).detector.class_names == ("car",)
+    with pytest.raises(InvalidInput, match="was prepared for the classes car, and --classes asks for Truck"):
+        preset_for_classes(SMALL, frames, ["Truck"])
+    jobs.train_preset(SMALL, f"{tmp_path}/out:train", tmp_path / "run", steps=1, progress=False)
+
+
+def test_classes_with_too_few_objects_are_no_remedy_for_a_preset_of_other_classes(tmp_path, capsys):
+    raw = tiny_layouts.kitti(tmp_path / "raw")
+    assert tiny_layouts.prepare(capsys, "kitti", raw, tmp_path / "out")[0] == 0
+    with pytest.raises(InvalidInput, match=r"prepare it again into another folder with --classes Car\.") as refused:
+        assembly.check_classes(SMALL, PreparedDataset(tmp_path / "out"))
+    assert "too few objects of Pedestrian, Cyclist" in str(refused.value)
+    assert "--classes Car Pedestrian" not in str(refused.value)

@@ -95,3 +95,44 @@ def test_scenes_without_a_cell_are_warned_about_and_nothing_else_is_an_error(enc
         writer.add(extractor.smash(tiny.cloud(torch.zeros(0, 3)))[0])
     assert run(encoder, tmp_path / "in", tmp_path / "store") == 2
     assert "none of the 1 new scenes has a cell" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_an_emptied_folder_is_nothing_to_ingest(encoder, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    assert run(encoder, tmp_path / "in", tmp_path / "store") == 0
+    assert "there is nothing to ingest: no shard lies in" in " ".join(capsys.readouterr().err.split())
+
+
+def test_several_folders_are_taken_in_at_once_and_a_missing_one_moves_nothing(encoder, tmp_path, capsys):
+    one, other, store = tmp_path / "one", tmp_path / "other", tmp_path / "store"
+    shard(one, 0)
+    shard(other, 10)
+    words = [one, tmp_path / "none", "--store", store, "--detector", encoder]
+    assert run_command(ingest.command, [str(word) for word in words]) == 2
+    assert "none does not exist" in " ".join(capsys.readouterr().err.split())
+    assert len(list(one.iterdir())) == 2
+    words = [one, other, "--store", store, "--detector", encoder, "--json", tmp_path / "j"]
+    assert run_command(ingest.command, [str(word) for word in words]) == 0
+    counts = json.loads((tmp_path / "j").read_text())["counts"]
+    assert (counts["shards_accepted"], counts["scenes_accepted"], counts["scenes_in_store"]) == (2, 4, 4)
+
+
+def test_shards_that_repeat_scenes_are_named_with_those_that_hold_them_already(encoder, tmp_path, capsys):
+    first = shard(tmp_path / "in", 0)
+    assert run(encoder, tmp_path / "in", tmp_path / "store") == 0
+    second = shard(tmp_path / "in", 1)  # its first scan is the second of the other shard
+    capsys.readouterr()
+    assert run(encoder, tmp_path / "in", tmp_path / "store", "--json", tmp_path / "j") == 0
+    printed = capsys.readouterr()
+    assert "new shards with repeated scenes" in printed.out
+    assert second.stem in printed.out
+    (found,) = json.loads((tmp_path / "j").read_text())["repeated_shards"]
+    assert found == {"shard": second.stem, "scenes": 2, "repeated": 1, "others": [first.stem]}
+
+
+def test_one_foreign_shard_is_told_in_good_grammar(encoder, tmp_path, capsys):
+    shard(tmp_path / "in", 0, RigSpec(z_shift=0.5))
+    assert run(encoder, tmp_path / "in", tmp_path / "store") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 shard is of another encoder or rig" in said
+    assert "1 are" not in said
