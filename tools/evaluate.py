@@ -37,13 +37,11 @@ from ..perception.evaluation.kitti import (
 )
 from ..perception.evaluation.lyft import LYFT_CLASSES, LyftResult, account_of_lyft, evaluate_lyft, read_lyft_boxes
 from ..perception.evaluation.protocols import waymo_objects
-from ..perception.evaluation.score import EvaluationReport, Protocol, own_protocol, score_detector
+from ..perception.evaluation.score import EvaluationReport, Protocol, own_protocol
 from ..perception.evaluation.waymo import WAYMO_MIN_OVERLAPS, WaymoResult
 from ..perception.evaluation.waymo_json import read_waymo_folders
 from ..perception.evaluation.waymo_objects import write_waymo_objects
-from ..perception.models.detector import Detector
-from ..perception.recipes.scan_survey import data_warnings, survey_split
-from ..perception.recipes.training_frames import shared_frames_note
+from ..perception.recipes.scored_split import score_split
 from ..perception.training.detector_files import load_detector
 from .console import console, print_table, print_warning, run_command, settle, write_json
 from .data_option import DataOption
@@ -187,9 +185,7 @@ def _evaluate_run(what: Run) -> None:
     if what.objects is not None and protocol != "waymo":
         raise InvalidInput(f"--objects writes files for Waymo's programs, but the protocol here is {protocol}; leave it out")
     detector = load_detector(what.detector).to(find_device(what.device))
-    survey = survey_split(frames, detector.encoder) if isinstance(detector, Detector) else None
-    unlike = () if survey is None else data_warnings(detector, frames, survey.statistics)
-    report = score_detector(detector, frames, protocol, overlaps=parse_overlaps(what.overlap))
+    report = score_split(detector, frames, protocol, overlaps=parse_overlaps(what.overlap), source=what.detector)
     result = report.loose if what.overlaps == "loose" and report.loose is not None else report.result
     if what.detections is not None:
         _write_detections(what.detections, report)
@@ -203,11 +199,8 @@ def _evaluate_run(what: Run) -> None:
     else:
         print_result(result)
     if report.account is None:
-        raise AssertionError("score_detector gives an account")
-    scans = Ledger() if survey is None else replace(survey.ledger.without_labels(), scans=0)
-    seen = shared_frames_note(what.detector, frames)
-    told = report.account.told(ledger=scans, warnings=unlike, notes=[] if seen is None else [seen])
-    _close(told, result.to_json(), what.json)
+        raise AssertionError("score_split gives an account")
+    _close(report.account, result.to_json(), what.json)
 
 
 def _close(account: Account, result: Mapping[str, object], json_file: Path | None) -> None:

@@ -23,7 +23,7 @@ from ...core.tensor_file import content_digest
 from ...core.trained_on import rig_differences
 from ...datasets.data_split import DataSplit
 from ...datasets.prepared import PreparedDataset
-from ..evaluation.score import EvaluationReport, Protocol, score_detector
+from ..evaluation.score import EvaluationReport, Protocol
 from ..models.detector import Detector
 from ..models.detectors import DetectorConfig
 from ..server.feature_object_database import FeatureObjectDatabase
@@ -46,6 +46,7 @@ from .job_records import TrainingRecord, UpcyclingRecord, plan_loop, what_may_di
 from .own_classes import preset_for_classes
 from .presets import Preset
 from .scan_survey import Survey, check_labels, data_warnings, describe_training, road_warning, survey_split
+from .scored_split import score_split
 from .training_frames import shared_frames_note, shared_with
 from .validation import BEST_FILE, Validation, Validator
 
@@ -436,10 +437,16 @@ def evaluate_on(detector: Detector | str | Path, data: Data, *, protocol: Protoc
         protocol: `kitti`, `waymo`, `lyft` or `cross_dataset` (ST3D's); the dataset's own by default.
 
     Returns:
-        All metrics; `headline()` gives the few numbers by which methods are compared.
+        All metrics; `headline()` gives the few numbers by which methods are compared. `account.warnings` has what the command would
+        warn of.
+
+    Warns:
+        UserWarning: The split differs from the data of the training, or the counts deserve a warning: each sentence of
+            `account.warnings`.
 
     Raises:
         InvalidInput: The dataset has no protocol of its own, or lacks what the protocol needs.
+        UpcycleError: A rule of `core/ledger.py` says that the score would be worthless: no point or no box lies in the range.
 
     Example:
         report = upcycle3d.evaluate("runs/source", "data/kitti:val")
@@ -447,11 +454,17 @@ def evaluate_on(detector: Detector | str | Path, data: Data, *, protocol: Protoc
     """
     loaded = detector if isinstance(detector, Detector) else load_detector(detector)
     frames = find_data(data, "val").open()
-    report = score_detector(loaded, frames, protocol)
+    report = score_split(loaded, frames, protocol)
+    if report.account is None:
+        raise AssertionError("score_split gives an account")
+    findings = judge(report.account.ledger)
+    stop_if_absurd(findings)
+    account = replace(report.account, warnings=(*report.account.warnings, *(finding.text for finding in findings)))
     note = None if isinstance(detector, Detector) else shared_frames_note(detector, frames)
-    if note is not None:
-        warnings.warn(note, stacklevel=2)
-    return report
+    shared = [] if note is None else [note]
+    for text in dict.fromkeys((*account.warnings, *shared)):
+        warnings.warn(text, stacklevel=2)
+    return replace(report, account=account.told(notes=shared))
 
 
 def _validation_note(split: DataSplit, frames: PreparedDataset, watch: Validator | None) -> tuple[str, ...]:
