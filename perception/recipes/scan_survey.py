@@ -138,6 +138,18 @@ def check_labels(split: DataSplit, frames: PreparedDataset) -> None:
     raise InvalidInput(f"{what} of {frames.root} {some}, so nothing can be learned from it; {other}")
 
 
+def expected_road(config: DetectorConfig) -> float:
+    """Say at which height a detector expects the road: objects stand on it.
+
+    Args:
+        config: Configuration of the detector.
+
+    Returns:
+        The lowest bottom of its anchors in meters. OpenPCDet's anchors of pedestrians and cyclists stand higher than those of cars.
+    """
+    return min(anchor.bottom_z for anchor in config.decoder.anchors)
+
+
 def road_warning(
     detector: Detector, frames: PreparedDataset, statistics: ScanStatistics | None, *, own_anchors: bool = False
 ) -> tuple[str, ...]:
@@ -154,8 +166,7 @@ def road_warning(
     """
     expected = None
     if isinstance(detector.config, DetectorConfig) and not own_anchors:
-        # Objects stand on the road. OpenPCDet's anchors of pedestrians and cyclists stand higher, so the lowest anchor counts.
-        expected = min(anchor.bottom_z for anchor in detector.config.decoder.anchors)
+        expected = expected_road(detector.config)
     z_range = detector.spec.grid.range
     return compare_road(statistics, expected=expected, rig=frames.rig, z_range=(z_range[2], z_range[5]))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import torch
 
 import tiny
 from upcycle3d.core.rig import RigSpec
@@ -15,9 +17,11 @@ from upcycle3d.core.trained_on import (
     ScanStatistics,
     ScanWatch,
     TrainedOn,
+    compare_road,
     compare_scans,
     estimate_road_height,
     rig_differences,
+    reaches_behind,
     rig_of_scans,
     summarize_scans,
 )
@@ -146,3 +150,59 @@ def test_the_scale_that_the_reader_of_the_training_data_applied_is_no_other_scal
     for other in (RigSpec(z_shift=1.84, intensity_scale=1 / 256), RigSpec(intensity_scale=1 / 255)):
         assert len(rig_differences(other, trained, "the rig given")) == 1
     assert TrainedOn.from_json(trained.to_json()) == trained
+
+
+def road(
+    found: float, *, expected: float | None = 0.0, shift: float = 0.0, z: tuple[float, float] = (-1.0, 3.0)
+) -> tuple[str, ...]:
+    return compare_road(replace(TRAINED, ground_height=found), expected=expected, rig=RigSpec(z_shift=shift), z_range=z)
+
+
+def test_a_road_at_another_height_than_the_anchors_names_both_heights_and_the_z_shift_that_fits():
+    assert road(0.05, shift=1.73) == ()
+    assert road(-0.43, shift=1.83) == ()  # the largest difference of real data with the shifts of the documentation
+    assert road(float("nan")) == ()
+    assert compare_road(None, expected=0.0, rig=RigSpec(), z_range=(-1.0, 3.0)) == ()
+    (unshifted,) = road(-0.9, shift=1.0)
+    assert "the road lies at z = -0.90 m in these scans, and this detector expects it at z = 0.00 m" in unshifted
+    assert "--z-shift 1.90 (now 1)" in unshifted
+    (shifted,) = road(-0.03, expected=-1.78, shift=1.73, z=(-3.0, 1.0))
+    assert "--z-shift 0.00 (now 1.73)" in shifted
+
+
+def test_with_anchors_of_the_data_itself_only_the_range_is_compared():
+    assert road(-1.7, expected=None, z=(-3.0, 1.0)) == ()
+    for found in (0.0, -3.5):
+        (cut,) = road(found, expected=None, z=(-3.0, 1.0))
+        assert "the detector's range goes from z = -3 to 1 m, so objects are cut off" in cut
+
+
+def test_scans_that_are_read_in_another_way_than_those_of_training_are_warned_of():
+    turned = replace(KNOWN, axes=("y", "-x", "z"), columns=("x", "y", "z", "_", "intensity"), dtype="float64")
+    files = (Path("a.bin"),)
+    said = rig_of_scans(ScanOptions(), turned, files)[1]
+    assert [word in text for word, text in zip(("--axes y -x z", "--columns x y z _ intensity", "--dtype float64"), said)] == [
+        True
+    ] * 3
+    assert len(said) == 3
+    alike = ScanOptions(axes=("y", "-x", "z"), columns=("x", "y", "z", "_", "intensity"), dtype="float64")
+    assert rig_of_scans(alike, turned, files)[1] == ()
+    assert len(rig_of_scans(ScanOptions(), turned, (Path("a.pcd"),))[1]) == 1  # its header names columns and types
+    plain = replace(KNOWN, axes=("x", "y", "z"), columns=(), dtype="float32")
+    assert rig_of_scans(ScanOptions(columns=("x", "y", "z", "intensity")), plain, files)[1] == ()
+    (said,) = rig_of_scans(ScanOptions(axes=("y", "-x", "z")), plain, files)[1]
+    assert "give --axes x y z" in said
+
+
+def test_a_file_of_before_without_axes_still_loads():
+    old = {name: value for name, value in KNOWN.to_json().items() if name not in ("axes", "columns", "dtype")}
+    assert TrainedOn.from_json(old) == KNOWN
+    now = replace(KNOWN, axes=("y", "-x", "z"), columns=(), dtype=">f4")
+    assert TrainedOn.from_json(now.to_json()) == now
+
+
+def test_only_a_scan_that_holds_what_is_behind_the_sensor_reaches_behind():
+    ahead = tiny.scan_with_car()
+    assert not reaches_behind(ahead)
+    assert not reaches_behind(tiny.NO_POINTS)
+    assert reaches_behind(replace(ahead, xyz=torch.cat([ahead.xyz[::2], -ahead.xyz[1::2]])))

@@ -272,3 +272,31 @@ def test_cells_over_the_limit_are_refused_unless_allowed(scans, tmp_path, capsys
     run(tmp_path, tmp_path / "out", "--scans", scans, "--allow-lost-cells", "--json", tmp_path / "j")
     assert json.loads((tmp_path / "j").read_text())["ledger"]["cells_over_limit"] > 100
     assert len(scenes_in(tmp_path / "out")) == 8
+
+
+def test_full_turns_for_an_encoder_of_the_cameras_view_are_refused_unless_allowed(tmp_path, capsys):
+    encoder = tiny.source_model().encoder.eval()
+    encoder.trained_on = TrainedOn(
+        rig=RigSpec(),
+        feature_names=("intensity",),
+        classes=("Car",),
+        point_range=tiny.GRID.range,
+        camera_view=True,
+        axes=("x", "y", "z"),
+    )
+    save_encoder(tmp_path / "encoder.safetensors", encoder)
+    ahead = some_scan(0)
+    turn = PointCloud(xyz=torch.cat([ahead.xyz, -ahead.xyz]), features=torch.zeros(800, 1))
+    write_bin(tmp_path / "turn.bin", turn)
+    write_bin(tmp_path / "ahead.bin", ahead)
+    out = tmp_path / "out"
+    run(tmp_path, out, "--scans", tmp_path / "turn.bin", code=2)
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "trained on what a camera ahead sees, and the scan turn reaches behind the sensor; give --calib FOLDER" in said
+    assert not out.exists()
+    run(tmp_path, out, "--scans", tmp_path / "turn.bin", "--allow-full-turn")
+    run(tmp_path, out, "--scans", tmp_path / "ahead.bin", "--append")
+    assert len(scenes_in(out)) == 2
+    capsys.readouterr()
+    run(tmp_path, out, "--scans", tmp_path / "ahead.bin", "--axes", "y", "-x", "z", "--allow-full-turn", code=2)
+    assert "the training scans were read with --axes x y z" in capsys.readouterr().err.replace("\n", " ")

@@ -183,3 +183,29 @@ def test_impossible_options_are_refused_before_anything_is_read(detector, scans,
     ):
         assert predict(detector, scans, *options) == 2, words
         assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_full_turn_for_a_detector_of_the_cameras_view_is_named_first_and_other_axes_too(tmp_path, capsys):
+    detector = saved(tmp_path / "detector.safetensors", RigSpec(), camera_view=True)
+    ahead = tiny.scan_with_car()
+    write_bin(tmp_path / "ahead" / "a.bin", ahead)
+    assert predict(detector, tmp_path / "ahead") == 0
+    assert "warning" not in capsys.readouterr().err
+    behind = replace(ahead, xyz=torch.cat([ahead.xyz, -ahead.xyz]), features=torch.zeros(2 * len(ahead), 1))
+    write_bin(tmp_path / "turn" / "a.bin", behind)
+    assert predict(detector, tmp_path / "turn") == 0
+    first = capsys.readouterr().err.replace("\n", " ")
+    assert first.startswith("warning: the detector was trained on what a camera ahead sees, and a.bin reaches behind the sensor")
+    assert "--calib" in first.split("warning:")[1]
+
+
+def test_axes_of_the_training_that_are_not_given_again_are_warned_of(tmp_path, scans, capsys):
+    known = tiny.second_iou().eval()
+    known.trained_on = TrainedOn(
+        rig=RigSpec(), feature_names=("intensity",), classes=("Car",), point_range=tiny.GRID.range, axes=("y", "-x", "z")
+    )
+    save_detector(tmp_path / "turned.safetensors", known)
+    assert predict(tmp_path / "turned.safetensors", scans) == 0
+    assert "boxes and features are turned: give --axes y -x z" in capsys.readouterr().err.replace("\n", " ")
+    assert predict(tmp_path / "turned.safetensors", scans, "--axes", "y", "-x", "z") == 0
+    assert "are turned" not in capsys.readouterr().err.replace("\n", " ")
