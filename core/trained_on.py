@@ -249,9 +249,10 @@ def compare_road(
     road, (low, high) = found.ground_height, z_range
     if expected is not None and abs(expected - road) > ROAD_TOLERANCE:
         shift = rig.z_shift + expected - road
+        option = "without --z-shift" if abs(shift) < 0.2 else f"with --z-shift {shift:.2f}"
         return (
             f"the road lies at z = {road:.2f} m in these scans, and this detector expects it at z = {expected:.2f} m (the bottom of its "
-            f"anchors); prepare the data again with --z-shift {0.0 if abs(shift) < 0.2 else shift:.2f} (now {rig.z_shift:g}), or take a "
+            f"anchors); prepare the data again {option} (now {rig.z_shift:g}), or take a "
             "preset for this height (docs/presets.md)",
         )
     if road < low or road + HEADROOM > high:
