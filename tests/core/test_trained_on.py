@@ -20,8 +20,8 @@ from upcycle3d.core.trained_on import (
     compare_road,
     compare_scans,
     estimate_road_height,
-    rig_differences,
     reaches_behind,
+    rig_differences,
     rig_of_scans,
     summarize_scans,
 )
