@@ -47,6 +47,24 @@ def require(condition: bool, message: str) -> None:
         raise InvalidInput(message)
 
 
+def require_numbers(owner: str, *, least: float, most: float, **numbers: float | Sequence[float]) -> None:
+    """Raise `InvalidInput` unless fields of a configuration are numbers within limits; NaN is not.
+
+    Args:
+        owner: Class of the configuration, for the message.
+        least: Smallest number that is allowed.
+        most: Largest number that is allowed.
+        **numbers: Fields by name: a number, or several.
+
+    Raises:
+        InvalidInput: A field has another value; the message names it.
+    """
+    for name, value in numbers.items():
+        for number in value if isinstance(value, Sequence) else (value,):
+            if not least <= number <= most:
+                raise InvalidInput(f"{owner}.{name} must be in {least:g}..{most:g}, found {str(number)[:80]}")
+
+
 def require_counts(owner: str, *, least: int = 1, most: int = 65_536, **counts: int | Sequence[int]) -> None:
     """Raise `InvalidInput` unless fields of a configuration are whole numbers within limits.
 

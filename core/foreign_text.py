@@ -35,6 +35,18 @@ def shown(text: object, *, most: int = 200) -> str:
     return plain if len(letters) <= most else f"{plain}…"
 
 
+def is_one_name(text: str) -> bool:
+    """Say whether a text can be the name of a class or of a point feature.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Whether it has 1 to `LONGEST_NAME` printable letters and no blank at its ends.
+    """
+    return 0 < len(text) <= LONGEST_NAME and text == text.strip() and shown(text, most=LONGEST_NAME) == text
+
+
 def check_name(name: str, what: str) -> str:
     """Refuse a name from outside that cannot safely be a file name.
 

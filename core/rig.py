@@ -22,6 +22,9 @@ from .intensity import TOLERANCE, propose_scale
 from .ledger import Ledger
 from .structures import Boxes3D, PointCloud
 
+HIGHEST_SHIFT = 10_000.0
+"""Meters of the largest z shift: higher than any place on Earth, for scans whose z is the height above the sea."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RigSpec:
@@ -49,6 +52,10 @@ class RigSpec:
         if not (math.isfinite(self.z_shift) and math.isfinite(self.intensity_scale) and self.intensity_scale > 0):
             raise InvalidInput(
                 f"a rig needs a finite z_shift and a positive intensity_scale, found {self.z_shift} and {self.intensity_scale}"
+            )
+        if not abs(self.z_shift) <= HIGHEST_SHIFT:
+            raise InvalidInput(
+                f"a rig's z_shift is in meters and at most {HIGHEST_SHIFT:,.0f}, found {self.z_shift:g}; give the mounting height, such as 1.73"
             )
 
     def __str__(self) -> str:

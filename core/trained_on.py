@@ -19,13 +19,15 @@ import numpy as np
 import torch
 
 from .config_json import config_from_json, config_to_json
-from .errors import InvalidInput
+from .errors import InvalidInput, require, require_counts, require_numbers
+from .foreign_text import is_one_name, shown
 from .rig import RigSpec
 from .scan_options import Axis, NumberType, ScanOptions
 from .structures import PointCloud
 from .tensor_file import TensorFile
 
 _KEY = "trained_on"
+_MOST_NAMES = 1000
 
 GROUND_TOLERANCE = 0.5
 """Meters by which the ground height may differ from that of training before a warning follows. Scans of one sensor differ by up to
@@ -88,6 +90,61 @@ class TrainedOn:
     """Factor by which the reader of the training data multiplied the intensity of the files, before the rig: 1/255 for nuScenes and Lyft.
     Scan files of the same sensor need it as their intensity scale."""
 
+    def __post_init__(self) -> None:
+        for what, names in (("feature_names", self.feature_names), ("classes", self.classes)):
+            require(
+                len(names) <= _MOST_NAMES and len(set(names)) == len(names) and all(map(is_one_name, names)),
+                f"TrainedOn.{what} must be at most {_MOST_NAMES} different printable names, found {len(names)}: "
+                f"{', '.join(shown(repr(name), most=60) for name in names[:5])}",
+            )
+        require(
+            all(map(math.isfinite, self.point_range)) and all(a < b for a, b in zip(self.point_range[:3], self.point_range[3:])),
+            f"TrainedOn.point_range must be finite and end after it starts, found {self.point_range}",
+        )
+        if self.scans is None:
+            return
+        require_counts("ScanStatistics", least=0, most=2**53, scans=self.scans.scans)
+        for what, value, least in (
+            ("points", self.scans.points, 0.0),
+            ("cells", self.scans.cells, 0.0),
+            ("ground_height", self.scans.ground_height, -1e6),
+            ("intensity", self.scans.intensity, -1e9),
+        ):
+            if not math.isnan(value):  # nobody knows
+                require_numbers("ScanStatistics", least=least, most=1e6 if what == "ground_height" else 1e9, **{what: value})
+
+    def check_fits(
+        self,
+        where: str | Path,
+        *,
+        point_range: Sequence[float],
+        features: Sequence[str],
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        """Refuse what cannot belong to the network in the same file.
+
+        Args:
+            where: The file, for the message.
+            point_range: Range of the network's grid.
+            features: Point features that it reads.
+            classes: Classes that it tells apart; None for an encoder alone.
+
+        Raises:
+            InvalidInput: They differ, or the training lacked a feature that the network reads.
+        """
+        wrong = ""
+        if classes is not None and tuple(classes) != self.classes:
+            wrong = f"its classes are {_few(self.classes)}, and the network has {_few(classes)}"
+        elif tuple(point_range) != self.point_range:
+            wrong = f"its range is {self.point_range}, and the network's is {tuple(point_range)}"
+        elif missing := [name for name in features if name not in self.feature_names]:
+            wrong = f"it had the point features {_few(self.feature_names)}, and the network reads {_few(missing)} too"
+        require(
+            not wrong,
+            f"what {where} says about its training belongs to another network: {wrong}; the file was edited or put together. Take the file "
+            "that `train` wrote",
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values for a file."""
         return config_to_json(self)
@@ -131,6 +188,10 @@ class TrainedOn:
             return TrainedOn.from_json(described)
         except InvalidInput as error:
             raise InvalidInput(f"what {file.path} says about its training cannot be used: {error}") from error
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(shown(name, most=60) for name in names[:8]) or "none"
 
 
 @dataclass(frozen=True, kw_only=True)

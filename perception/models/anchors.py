@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...core.cut import CutSpec
-from ...core.errors import InvalidInput, require
+from ...core.errors import InvalidInput, require, require_numbers
+from ...core.foreign_text import is_one_name, shown
 
 MAX_CLASSES = 1000
 MAX_ANCHORS = 1 << 23
@@ -37,9 +38,14 @@ class AnchorClass:
 
     def __post_init__(self) -> None:
         require(
+            is_one_name(self.name), f"{shown(repr(self.name))} cannot be the name of a class; give a printable name, such as Car"
+        )
+        require(
             all(0 < side < math.inf for side in self.size) and math.isfinite(self.bottom_z),
             f"the anchor of {self.name} needs a positive size and a finite bottom_z, found {self.size} and {self.bottom_z}",
         )
+        require_numbers("AnchorClass", least=0, most=1000, size=self.size)
+        require_numbers("AnchorClass", least=-10_000, most=10_000, bottom_z=self.bottom_z)
         require(
             0 <= self.unmatched <= self.matched <= 1,
             f"the anchor of {self.name} needs 0 <= unmatched <= matched <= 1, found {self.unmatched} and {self.matched}",
@@ -67,9 +73,11 @@ def check_anchors(owner: str, classes: tuple[AnchorClass, ...]) -> None:
         classes: The anchor of each class.
 
     Raises:
-        InvalidInput: There is no class, or there are more than `MAX_CLASSES`.
+        InvalidInput: There is no class, there are more than `MAX_CLASSES`, or two have one name.
     """
     require(1 <= len(classes) <= MAX_CLASSES, f"{owner}.anchors must be 1..{MAX_CLASSES} classes, found {len(classes)}")
+    names = [c.name for c in classes]
+    require(len(set(names)) == len(names), f"{owner}.anchors name a class twice: {', '.join(map(shown, names[:20]))}")
 
 
 def make_anchors(spec: CutSpec, classes: tuple[AnchorClass, ...]) -> Tensor:

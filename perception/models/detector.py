@@ -23,6 +23,7 @@ from ...core.trained_on import TrainedOn
 from .decoders.decoder import Decoder
 from .decoders.regions import ScoredProposals
 from .encoders.encoder import Encoder
+from .encoders.scan_survey import point_features
 from .non_finite import FAILURES, name_non_finite
 from .scan_guard import ScanGuard
 
@@ -117,6 +118,11 @@ class Detector(nn.Module):
     def spec(self) -> CutSpec:
         """Where the network is cut."""
         return self.encoder.spec
+
+    @property
+    def point_features(self) -> tuple[str, ...]:
+        """Point features that the encoder reads besides x, y, z, in their order."""
+        return point_features(self.encoder)
 
     @property
     def trained_on(self) -> TrainedOn | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.boxes import decode_residuals, rotate_z, wrap_angle
-from ...core.errors import NonFiniteValue, require_counts
+from ...core.errors import NonFiniteValue, require_counts, require_numbers
 from ...core.structures import Boxes3D, Predictions
 from ...ops.nms import nms_rotated
 from .targets import DIRECTION_OFFSET, at_origin
@@ -31,6 +31,7 @@ class ProposalNms:
 
     def __post_init__(self) -> None:
         require_counts("ProposalNms", most=1_000_000, pre=self.pre, post=self.post)
+        require_numbers("ProposalNms", least=0, most=1, iou=self.iou)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class FinalNms:
 
     def __post_init__(self) -> None:
         require_counts("FinalNms", most=1_000_000, pre=self.pre, post=self.post)
+        require_numbers("FinalNms", least=0, most=1, score=self.score, iou=self.iou)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...core.boxes import encode_residuals, rotate_z
-from ...core.errors import InvalidInput
+from ...core.errors import InvalidInput, require_counts, require_numbers
 from ...core.structures import Labels
 from ...ops.iou3d import iou_3d, iou_bev_nearest
 from .anchors import AnchorClass
@@ -134,6 +134,18 @@ class RoiSampling:
     """3D IoU below which a proposal is easy background; between the two it is hard background."""
     hard_background_share: float = 0.8
     """Maximum share of the background that is hard."""
+
+    def __post_init__(self) -> None:
+        require_counts("RoiSampling", count=self.count)
+        require_numbers(
+            "RoiSampling",
+            least=0,
+            most=1,
+            foreground_share=self.foreground_share,
+            foreground_iou=self.foreground_iou,
+            easy_background_iou=self.easy_background_iou,
+            hard_background_share=self.hard_background_share,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

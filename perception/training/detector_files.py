@@ -90,8 +90,7 @@ def load_detector(path: str | Path) -> Detector:
         if folder.is_dir() and not (folder / DETECTOR_FILE).exists() and (unfinished := why_unfinished(folder)):
             raise InvalidInput(f"{folder} holds no {DETECTOR_FILE}: {unfinished}")
     detector, file = load_module(path, _KIND, _builder, in_run=DETECTOR_FILE)
-    detector.trained_on = TrainedOn.from_metadata(file)
-    return detector
+    return _with_training(detector, TrainedOn.from_metadata(file), file.path)
 
 
 def _builder(file: TensorFile) -> Callable[[], Detector]:
@@ -112,7 +111,14 @@ def _load_checkpoint(path: Path) -> Detector:
         raise InvalidInput(f"the configuration in {path / INDEX} cannot be used: {error}") from error
     detector = build_module(config.build, weights, path).eval()
     described = meta["config"].get("trained_on")
-    detector.trained_on = None if described is None else TrainedOn.from_json(described)
+    return _with_training(detector, None if described is None else TrainedOn.from_json(described), path)
+
+
+def _with_training(detector: Detector, trained: TrainedOn | None, path: Path) -> Detector:
+    if trained is not None:
+        spec, names = detector.spec, detector.class_names
+        trained.check_fits(path, point_range=spec.grid.range, features=detector.point_features, classes=names)
+    detector.trained_on = trained
     return detector
 
 

@@ -22,6 +22,7 @@ from ...core.rig import RigSpec
 from ...core.tensor_file import TensorFile, TensorFileKind, load_module, write_tensors
 from ...core.trained_on import TrainedOn
 from ..models.encoders.encoder import Encoder
+from ..models.encoders.scan_survey import point_features
 from ..models.encoders.table import EncoderConfig
 
 ENCODER_FILE = "encoder.safetensors"
@@ -83,7 +84,10 @@ def load_encoder(path: str | Path) -> Encoder:
         ```
     """
     encoder, file = load_module(path, _KIND, _builder, in_run=ENCODER_FILE)
-    encoder.trained_on = TrainedOn.from_metadata(file)
+    trained = TrainedOn.from_metadata(file)
+    if trained is not None:
+        trained.check_fits(file.path, point_range=encoder.spec.grid.range, features=point_features(encoder))
+    encoder.trained_on = trained
     return encoder
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ....core.errors import require_counts
+from ....core.errors import require_counts, require_numbers
 from ....core.features import SparseVoxels
 from ....core.structures import Labels, LossTerms
 from ..anchors import AnchorClass
@@ -152,6 +152,9 @@ class DenseLossWeights:
     """Weight of the box loss."""
     direction: float = 0.2
     """Weight of the direction loss."""
+
+    def __post_init__(self) -> None:
+        require_numbers("DenseLossWeights", least=0, most=1e6, box=self.box, direction=self.direction)
 
 
 def dense_loss(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ....core.cut import CutSpec
-from ....core.errors import InvalidInput, require, require_counts
+from ....core.errors import InvalidInput, require, require_counts, require_numbers
 from ....core.features import CutFeatures, Keypoints
 from ....core.structures import Labels, LossTerms, Predictions
 from ..anchors import KITTI_ANCHORS, AnchorClass, check_anchors, make_anchors
@@ -76,6 +76,9 @@ class PvRcnnConfig:
         )
         require_counts("PvRcnnConfig", most=64, grid_size=self.grid_size)
         require(0 <= self.dropout <= 1, f"PvRcnnConfig.dropout must be in 0..1, found {self.dropout}")
+        require_numbers("PvRcnnConfig", least=0, most=1, quality_target=self.quality_target)
+        low, high = self.quality_target
+        require(low < high, f"PvRcnnConfig.quality_target must rise, found {low} and {high}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....core.cut import CutSpec
-from ....core.errors import require, require_counts
+from ....core.errors import require, require_counts, require_numbers
 from ....core.features import CutFeatures
 from ....core.structures import Labels, LossTerms, Predictions
 from ....ops.roi_grid import roi_grid_sample
@@ -64,6 +64,10 @@ class SecondIouConfig:
         require_counts("SecondIouConfig", head_channels=self.head_channels)
         require_counts("SecondIouConfig", most=256, pool_size=self.pool_size)
         require(0 <= self.dropout <= 1, f"SecondIouConfig.dropout must be in 0..1, found {self.dropout}")
+        require_numbers("SecondIouConfig", least=0, most=1, iou_target=self.iou_target)
+        low, high = self.iou_target
+        require(low < high, f"SecondIouConfig.iou_target must rise, found {low} and {high}")
+        require_numbers("SecondIouConfig", least=0, most=1e6, iou_weight=self.iou_weight)
 
 
 @dataclass(frozen=True, kw_only=True)
