@@ -233,7 +233,7 @@ class Ledger:
         return tuple(rows)
 
     def _boxes_of(self, name: str) -> tuple[int, str]:
-        return self.boxes.get(name, 0), f"of the boxes: {name}"
+        return self.boxes.get(name, 0), f"of the {name} boxes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,6 +363,11 @@ def _why_outside(whole: int, outside: int, height: int) -> str:
         "the range of the preset ends before far objects or leaves a side out. Take a preset with a larger range (docs/presets.md), or go "
         "on if what lies outside does not matter"
     )
+    if beyond == whole:
+        return (
+            f"all {beyond:,} lie beyond its sides (x, y): likely causes are units that are not meters, other axes (--axes), or a preset that looks "
+            "another way (docs/presets.md)"
+        )
     other = "Other causes are other axes (--axes) and units that are not meters"
     if height > beyond:
         also = f", {beyond} beyond its sides (x, y)" if beyond else ""
@@ -370,6 +375,18 @@ def _why_outside(whole: int, outside: int, height: int) -> str:
     also = f", {height} below or above it (z)" if height else ""
     text = f"{beyond} lie beyond its sides (x, y){also}: {sides}. {other}"
     return f"{text}; for the height, {z}" if height > OUTSIDE_BOXES_WARNING * whole else text
+
+
+def warnings_of(ledger: Ledger) -> tuple[str, ...]:
+    """Give the warnings of a ledger, for a report in JSON.
+
+    Args:
+        ledger: The counts of a command.
+
+    Returns:
+        What `judge` finds and does not stop.
+    """
+    return tuple(finding.text for finding in judge(ledger) if not finding.stops)
 
 
 def stop_if_absurd(findings: Iterable[Finding]) -> None:

@@ -19,7 +19,7 @@ from .terminal import SafeConsole, flush_output, plain, print_fault, print_label
 
 # Wide where the output is not a terminal, so that tables in a log keep their words. Text is printed as it is, never read as markup.
 console = SafeConsole(stderr=False, highlight=False, width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
-
+_said: list[str] = []  # the warnings of this command
 
 _RENAMED_PRESET_OPTIONS = {
     "--preset.upcycle.labelled-batch": "--preset.upcycle.labeled-batch",
@@ -103,6 +103,7 @@ def run_command(
         Exit code: 0, 1 after an error that nobody foresaw, 2 after one that the user can mend, 130 after an interrupt.
     """
     console.quiet = False
+    _said.clear()
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is printed as an escape
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -205,7 +206,13 @@ def print_warning(text: str) -> None:
     Args:
         text: One sentence: what was found, its likely cause, what to do.
     """
+    _said.append(text)
     print_labeled("warning", "bold yellow", text)
+
+
+def warnings_so_far() -> list[str]:
+    """Return what `print_warning` has printed since the command began, for its `--json`."""
+    return list(_said)
 
 
 def _is_number(text: str) -> bool:

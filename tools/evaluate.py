@@ -18,7 +18,7 @@ from ..core.device import find_device
 from ..core.errors import InvalidInput
 from ..core.files import write_atomically
 from ..core.foreign_text import check_name
-from ..core.ledger import Ledger
+from ..core.ledger import Ledger, warnings_of
 from ..datasets.kitti import read_ids
 from ..datasets.kitti_text import write_objects
 from ..perception.evaluation.accounts import Account, account_of_kitti, extra_files, extra_files_warning
@@ -205,7 +205,7 @@ def _evaluate_run(what: Run) -> None:
 
 def _close(account: Account, result: Mapping[str, object], json_file: Path | None) -> None:
     """Write the result, then say what was scored, what was not, and why."""
-    write_json(json_file, {**result, **account.to_json()})
+    write_json(json_file, {**result, **account.to_json(), "warnings": [*account.warnings, *warnings_of(account.ledger)]})
     print_table("objects by type", ("type", "labels", "detections", "scored as"), account.rows())
     for note in account.notes:
         console.print(f"note: {note}", soft_wrap=True)

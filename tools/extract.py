@@ -21,7 +21,7 @@ from typing import Literal
 from ..core.device import find_device
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.foreign_text import check_name, shown
-from ..core.ledger import Ledger
+from ..core.ledger import Ledger, warnings_of
 from ..core.point_files import read_scan, scan_files
 from ..core.rig import RigSpec
 from ..core.scan_options import ScanOptions
@@ -30,7 +30,7 @@ from ..core.trained_on import ScanWatch, TrainedOn, reaches_behind, rig_differen
 from ..perception.vehicle.extractor import ExtractionReport, Extractor, extract
 from ..perception.vehicle.progress import ExtractedScan, ScanIdentity, default_progress_path, open_progress
 from ..perception.wire.encoder_file import check_fingerprint, load_encoder
-from .console import console, print_table, print_warning, progress_bar, run_command, settle, write_json
+from .console import console, print_table, print_warning, progress_bar, run_command, settle, warnings_so_far, write_json
 from .scan_option import ScanOption
 
 _LOOKED_AT = 3  # scans that are read before the first one is extracted
@@ -187,6 +187,7 @@ def _show(
     write_json(
         config.json,
         result_json(report)
+        | {"warnings": [*warnings_so_far(), *warnings_of(report.ledger)]}
         | {"already_extracted": before, "stopped_by": by, "fingerprint": extractor.fingerprint, "rig": asdict(extractor.rig)},
     )
     _print(report, names)
@@ -377,8 +378,8 @@ def _print(report: ExtractionReport, names: Sequence[str]) -> None:
     print_table("milliseconds per frame", ("stage", "median", "p95"), rows)
     ratio = report.smashed_bytes_per_frame / max(report.raw_bytes_per_frame, 1)
     console.print(
-        f"{report.frames} frames; shards: {len(report.shards)}; {report.smashed_bytes_per_frame:,.0f} bytes per frame; the raw scan has "
-        f"{report.raw_bytes_per_frame:,.0f} ({ratio:.2f} of it)"
+        f"{report.frames} frames; shards: {len(report.shards)}; {report.smashed_bytes_per_frame:,.0f} bytes per frame, {ratio:.2g} times "
+        f"the raw scan's {report.raw_bytes_per_frame:,.0f}"
     )
     if report.failures:
         print_table("left out", ("scan", "why"), [(names[f.index], f.reason) for f in report.failures])

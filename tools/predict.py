@@ -17,7 +17,7 @@ from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import write_atomically
 from ..core.foreign_text import shown
 from ..core.frame import Calibration
-from ..core.ledger import Ledger
+from ..core.ledger import Ledger, warnings_of
 from ..core.point_files import find_scans, read_scan
 from ..core.rig import RigSpec
 from ..core.scan_options import ScanOptions
@@ -30,7 +30,7 @@ from ..datasets.picture_size import find_picture, read_picture_size
 from ..perception.models.detector import Detector, unwatched
 from ..perception.models.encoders.scan_survey import measure_scan
 from ..perception.training.detector_files import load_detector
-from .console import console, print_table, print_warning, progress_bar, run_command, settle, write_json
+from .console import console, print_table, print_warning, progress_bar, run_command, settle, warnings_so_far, write_json
 from .scan_option import ScanOption
 
 LISTED_FAILURES = 20
@@ -179,7 +179,7 @@ def _report(config: Predict, done: _Done, ledger: Ledger) -> None:
     """Print and write what was done; raise an error where every scan failed."""
     outside = sum(done.outside_picture.values())
     value = {"boxes": done.written, "boxes_outside_picture": done.outside_picture, "failed": done.failed}
-    write_json(config.json, value | {"ledger": ledger.to_json()})
+    write_json(config.json, value | {"ledger": ledger.to_json(), "warnings": [*warnings_so_far(), *warnings_of(ledger)]})
     if done.failed:
         rows = list(done.failed.items())[:LISTED_FAILURES]
         print_table(f"scans that failed: {len(done.failed)}", ("scan", "why"), rows)

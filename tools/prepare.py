@@ -14,6 +14,7 @@ import tyro
 
 from ..core.errors import InvalidInput
 from ..core.foreign_text import shown
+from ..core.ledger import warnings_of
 from ..core.scan_options import ScanOptions
 from ..datasets.folder import BoxOrigin, LabelForm, SizeLetter, YawUnit
 from ..datasets.kitti import PointsFolder
@@ -260,7 +261,7 @@ def _json(report: RawReport) -> dict[str, object]:
         "gt_objects": dict(report.gt_objects),
         "objects": [asdict(summary) for summary in report.objects],
         "road_height": report.road_height,
-        "warnings": [*report.warnings, *frames.warnings],
+        "warnings": [*report.warnings, *frames.warnings, *warnings_of(frames.ledger)],
         "ledger": frames.ledger.to_json(),
     }
 
@@ -275,9 +276,13 @@ def _print(report: RawReport) -> None:
         ("class", "boxes", "mean length x width x height", "usual", "points per box", "distance", "bottom above road"),
         [_row(summary) for summary in report.objects],
     )
+    weightless = sum(frames.ledger.types_ignored.values())
+    ignored = f", {weightless} of weight 0" if weightless else ""
+    if any(summary.above_road is None for summary in report.objects):
+        console.print("'-' in the last column: too few boxes of this class have points of the road near them")
     console.print(
         f"{frames.frames} frames ({frames.reused_frames} were already there), {frames.points:,} points, {frames.boxes} boxes, "
-        f"{frames.empty_boxes} without a point"
+        f"{frames.empty_boxes} without a point{ignored}"
     )
     if report.road_height is not None:
         console.print(

@@ -14,7 +14,7 @@ from ..datasets.data_split import DataSplit
 from ..perception.recipes.jobs import JobStart, train_preset
 from ..perception.recipes.presets import PRESETS, Preset
 from ..perception.recipes.validation import Validation
-from .console import console, print_table, print_warning, run_command, settle, write_json
+from .console import console, print_table, print_warning, run_command, settle, warnings_so_far, write_json
 from .data_option import DataOption
 from .next_step import scoring_command
 
@@ -141,6 +141,7 @@ def command(config: Train) -> None:
         "loss": dict(outcome.loss),
         "run": str(config.out),
         "ledger": ledger,
+        "warnings": warnings_so_far(),
         "init": None if outcome.weights is None else {"fresh": outcome.weights.fresh, "unused": outcome.weights.unused},
     }
     write_json(config.json, report)

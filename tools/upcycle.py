@@ -16,7 +16,7 @@ from ..perception.recipes.jobs import upcycle_preset
 from ..perception.recipes.presets import Preset
 from ..perception.server.methods import METHODS
 from ..perception.training.detector_files import load_detector
-from .console import console, print_table, run_command, write_json
+from .console import console, print_table, run_command, warnings_so_far, write_json
 from .data_option import DataOption
 from .next_step import scoring_command
 from .train import chosen_validation, preset_choices, settle_start
@@ -115,6 +115,7 @@ def command(config: Upcycle) -> None:
         "steps": outcome.steps,
         "run": str(config.out),
         "ledger": outcome.ledger.to_json(),
+        "warnings": warnings_so_far(),
     }
     write_json(config.json, report)
 

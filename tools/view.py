@@ -13,7 +13,7 @@ from ..core.errors import InvalidInput
 from ..core.files import write_atomically
 from ..core.foreign_text import check_name, shown
 from ..core.frame import Frame
-from ..core.ledger import Ledger
+from ..core.ledger import Ledger, warnings_of
 from ..core.structures import Predictions
 from ..perception.models.detector import Detector
 from ..perception.recipes.scan_survey import data_warnings, survey_split
@@ -95,7 +95,10 @@ def command(config: DrawFrames) -> None:
     _report(pictures, config)
     for text in unlike:
         print_warning(text)
-    write_json(config.json, {"pictures": [vars(p) for p in pictures], "ledger": ledger.to_json(), "warnings": list(unlike)})
+    write_json(
+        config.json,
+        {"pictures": [vars(p) for p in pictures], "ledger": ledger.to_json(), "warnings": [*unlike, *warnings_of(ledger)]},
+    )
     settle(ledger, "what was read")
 
 

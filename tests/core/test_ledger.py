@@ -27,7 +27,7 @@ def test_counts_add_up_and_survive_json():
     ("absurd", "words"),
     [
         (Ledger(points=100, points_outside_range=100, points_outside_height=90), "z-shift"),
-        (Ledger(points=100, points_outside_range=100), "larger range"),
+        (Ledger(points=100, points_outside_range=100), "units that are not meters, other axes"),
         (Ledger(points=1000, points_outside_camera=990, points_outside_range=10), "image-size"),
         (Ledger(points=100, points_outside_camera=100), "image-size"),
         (Ledger(points=100, points_zero=100), "columns"),

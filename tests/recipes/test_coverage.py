@@ -8,7 +8,7 @@ import torch
 import tiny
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.frame import Frame
-from upcycle3d.core.ledger import judge
+from upcycle3d.core.ledger import Ledger, judge
 from upcycle3d.datasets.kitti import KittiDataset, read_ids
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
@@ -83,6 +83,34 @@ def test_points_and_boxes_behind_the_sensor_are_counted(tmp_path):
     ledger = survey(tmp_path, [front, behind], tiny.second_iou(around)).ledger
     assert ledger.boxes_behind == len(behind.labels)
     assert ledger.points_behind == int((behind.points.xyz[:, 0] < 0).sum()) > 0
+
+
+def test_labels_of_weight_0_are_no_boxes_of_the_class(tmp_path):
+    vans = [
+        replace(
+            f, labels=replace(f.labels, weight=torch.zeros(len(f.labels))), reading=Ledger(types_ignored={"Van": len(f.labels)})
+        )
+        for f in frames()[:1]
+    ]
+    ledger = survey(tmp_path, [*vans, *frames()[1:]], tiny.second_iou()).ledger
+    assert ledger.boxes == {"Car": sum(len(f.labels) for f in frames()[1:])}
+    assert ledger.types_ignored == {"Van": len(vans[0].labels)}
+
+
+@pytest.mark.parametrize(("axis", "words"), [(0, "beyond its sides (x, y)"), (2, "below or above it (z)")])
+def test_the_side_on_which_points_and_boxes_left_the_range_is_measured(tmp_path, axis, words):
+    shift = torch.zeros(3)
+    shift[axis] = 500.0
+    away = []
+    for frame in frames():
+        boxes = frame.labels.boxes.data.clone()
+        boxes[:, :3] += shift
+        labels = replace(frame.labels, boxes=replace(frame.labels.boxes, data=boxes))
+        away.append(replace(frame, points=replace(frame.points, xyz=frame.points.xyz + shift), labels=labels))
+    ledger = survey(tmp_path, away, tiny.second_iou()).ledger
+    assert all(words in finding.text for finding in judge(ledger) if "the detector's range" in finding.text)
+    outside = sum(ledger.boxes_outside_range.values())
+    assert (ledger.points_outside_height, ledger.boxes_outside_height) == ((ledger.points, outside) if axis == 2 else (0, 0))
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from upcycle3d.tools.console import (
     print_warning,
     progress_bar,
     run_command,
+    warnings_so_far,
     write_json,
 )
 
@@ -61,6 +62,16 @@ def test_a_full_disk_or_path_is_named_and_nothing_else_is_hidden(capsys):
     assert capsys.readouterr().err == "error: no such file: /data/[y]\n"
     assert run_command(nameless, []) == 2
     assert capsys.readouterr().err == "error: the system refused to read or write: something else\n"
+
+
+def test_warnings_of_a_command_are_kept_for_its_file_and_forgotten_by_the_next():
+    def warns(config: Arguments) -> None:
+        """Warn."""
+        print_warning(f"{config.steps} is odd")
+        assert warnings_so_far() == [f"{config.steps} is odd"]
+
+    assert run_command(warns, ["--steps", "3"]) == 0
+    assert run_command(warns, ["--steps", "5"]) == 0
 
 
 def test_brackets_in_a_message_survive(capsys):

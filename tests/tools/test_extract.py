@@ -222,7 +222,9 @@ def test_scans_without_a_point_in_range_end_with_the_likely_cause(detector, tmp_
     run(detector, tmp_path / "out", "--scans", tmp_path / "mm", code=2)
     printed = capsys.readouterr()
     assert "no point lies in the detector's range" in printed.err.replace("\n", " ")
-    assert "none of its 400 points" in " ".join(printed.out.replace("│", " ").split())
+    assert "nothing to upload: no point lies in the detector's range; all 400 lie beyond its sides" in " ".join(
+        printed.out.replace("│", " ").split()
+    )
     assert scenes_in(tmp_path / "out") == []
 
 

@@ -96,7 +96,7 @@ def test_scans_in_another_unit_end_with_an_error_after_everything_is_written(det
     assert predict(detector, tmp_path / "scans") == 2
     printed = capsys.readouterr()
     assert "no point lies in the detector's range" in printed.err
-    assert "--z-shift" in printed.err
+    assert "units that are not meters" in printed.err
     assert result(detector)["ledger"]["scans_without_points"] == 1
     assert json.loads((tmp_path / "out" / "a.json").read_text()) == []
 

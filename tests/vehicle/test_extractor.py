@@ -359,6 +359,20 @@ def test_points_and_cells_of_every_scan_are_counted(tmp_path):
     assert report.scans.points == (600 - counts.points_outside_range) / 2
 
 
+def test_a_scan_of_which_the_picture_leaves_almost_nothing_names_the_size_of_the_picture_and_not_the_z_shift(tmp_path):
+    extractor = Extractor(small_grid_encoder(250), RigSpec(z_shift=500.0), "int8")
+    cropped = Ledger(scans=1, points=58304, points_outside_camera=58004)
+    with extractor.shard_writer(tmp_path) as writer:
+        report = extract([lambda: (scan(0), cropped), scan(1)], extractor, writer)
+    first, second = (failure.reason for failure in report.failures)
+    assert "58,004 of 58,304 points lie outside the camera's view" in first
+    assert "--image-size" in first
+    assert "z-shift" not in first
+    assert "lie below or above it (z)" in second
+    assert "--z-shift" in second
+    assert report.ledger.points_outside_height > 0
+
+
 @pytest.mark.parametrize(("scenes_per_shard", "scans"), [(256, 40), (256, 3), (1, 3), (4, 9)])
 def test_scans_that_lose_many_cells_are_refused_before_anything_is_written(tmp_path, scenes_per_shard, scans):
     extractor = Extractor(small_grid_encoder(100), RigSpec(), "int8")
