@@ -34,6 +34,8 @@ OUTSIDE_CAMERA_WARNING = 0.97
 """Share of points that the camera does not see from which a warning follows. A camera of 80 degrees sees a sixth of a full turn."""
 OFF_CENTER_WARNING = 0.1
 """Share of scans whose calibration hardly belongs to their picture from which a warning follows."""
+EMPTY_SCANS_SHARE = 0.25
+"""Share of labeled scans of which no box holds a point, from which whole scans are the likely cause of empty boxes."""
 CELLS_WARNING = 0.02
 """Share of occupied cells lost to the voxel limit from which a warning follows."""
 CELLS_STOP = 0.10
@@ -114,6 +116,10 @@ class Ledger:
     """Kept boxes whose center lies outside the detector's range, by class."""
     boxes_outside_height: int = 0
     """Boxes of `boxes_outside_range` whose center lies within its sides (x, y), and so below or above it (z)."""
+    scans_with_boxes: int = 0
+    """Scans with a labeled box, counted by `prepare`."""
+    scans_with_empty_boxes: int = 0
+    """Those among them of which no box holds a point, counted by `prepare`."""
     points_behind: int = 0
     """Points in the detector's range behind the sensor (x < 0), in scans with labels."""
     boxes_behind: int = 0
@@ -150,6 +156,8 @@ class Ledger:
             boxes_empty={},
             boxes_outside_range={},
             boxes_outside_height=0,
+            scans_with_boxes=0,
+            scans_with_empty_boxes=0,
             types_ignored={},
             types_dropped={},
         )
@@ -325,12 +333,8 @@ def judge(ledger: Ledger, *, refuse_lost_cells: bool = False) -> tuple[Finding, 
         found.append(Finding(stops=False, text=text))
     boxes, empty = sum(ledger.boxes.values()), sum(ledger.boxes_empty.values())
     outside = sum(ledger.boxes_outside_range.values())
-    if boxes and empty > EMPTY_BOXES_WARNING * boxes:
-        text = (
-            f"{empty} of {boxes} boxes hold no point; likely causes are angles in degrees (--yaw degrees), another order of sizes "
-            "(--size-order), centers at the bottom (--origin bottom), a z shift that only the scans or only the labels got (--z-shift; in a reader "
-            "of your own, the frame's rig), other axes (--axes), or a calibration of other scans"
-        )
+    if boxes and empty >= EMPTY_BOXES_WARNING * boxes:
+        text = f"{empty} of {boxes} boxes hold no point; {_cause_of_empty_boxes(ledger)}"
         found.append(Finding(stops=empty == boxes >= FEWEST_BOXES, text=text))
     if boxes and outside > OUTSIDE_BOXES_WARNING * boxes:
         why = _why_outside(boxes, outside, ledger.boxes_outside_height)
@@ -406,6 +410,21 @@ def stop_if_absurd(findings: Iterable[Finding]) -> None:
 def _left(ledger: Ledger) -> int:
     """Points that are neither NaN, nor missing returns, nor in zones where nobody labeled."""
     return ledger.points - ledger.points_non_finite - ledger.points_zero - ledger.points_no_label_zone
+
+
+def _cause_of_empty_boxes(ledger: Ledger) -> str:
+    """What may be wrong: the boxes of all scans, or whole scans."""
+    labeled, wrong = ledger.scans_with_boxes, ledger.scans_with_empty_boxes
+    if 0 < wrong < labeled and wrong >= EMPTY_SCANS_SHARE * labeled:
+        return (
+            f"these are all boxes of {wrong} scans, while those of {labeled - wrong} other scans hold points; likely causes are scans of "
+            "another mounting height or in another unit among them, or labels that belong to other scans: prepare such scans apart"
+        )
+    return (
+        "likely causes are scans or labels that are not in meters (millimeters, centimeters), angles in degrees (--yaw degrees), another "
+        "order of sizes (--size-order), centers at the bottom (--origin bottom), a z shift that only the scans or only the labels got "
+        "(--z-shift; in a reader of your own, the frame's rig), other axes (--axes), or a calibration of other scans"
+    )
 
 
 def _added(one: Any, other: Any) -> Any:

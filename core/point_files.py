@@ -24,7 +24,7 @@ from .foreign_text import shown
 from .ledger import Ledger
 from .pcd_file import read_pcd
 from .rig import RigSpec, count_intensity, scale_intensity
-from .row_width import check_number_rows, number_type, usual_columns
+from .row_width import check_number_rows, check_outer_rows, number_type, usual_columns
 from .scan_options import ScanOptions
 from .structures import PointCloud, column_names, scan_of_table, warn_of_intensity
 
@@ -208,6 +208,10 @@ def write_bin(path: Path | str, points: PointCloud) -> None:
 def _read_table(path: Path, options: ScanOptions) -> tuple[tuple[str, ...], NDArray[np.float32], bool]:
     """Names of columns, their (N, C) values, and whether NaN marks a missing return in them."""
     if not path.is_file():
+        if path.exists() and not path.is_dir():
+            raise InvalidInput(
+                f"{shown(path)} is not a regular file but a pipe, a socket or a device; scans are read from files, so write it to one first"
+            )
         what = "a folder, not a scan" if path.is_dir() else "missing"
         raise InvalidInput(f"there is no scan at {path}: it is {what}; check the root folder and the frame id")
     try:
@@ -244,7 +248,9 @@ def _read_bin(path: Path, options: ScanOptions) -> tuple[tuple[str, ...], NDArra
     names = options.columns or XYZI
     data = np.fromfile(path, dtype=np.uint8)
     check_number_rows(data, names, options.dtype, named=bool(options.columns))
-    return names, _as_float32(data.view(number_type(options.dtype)).reshape(-1, len(names)))
+    rows = _as_float32(data.view(number_type(options.dtype)).reshape(-1, len(names)))
+    check_outer_rows(rows, names)
+    return names, rows
 
 
 def _read_npy(path: Path, columns: tuple[str, ...]) -> tuple[tuple[str, ...], NDArray[np.float32]]:

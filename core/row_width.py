@@ -30,6 +30,14 @@ _ADVANTAGE = 0.15
 """Mutual information in nats that another width needs in excess of the assumed one."""
 _CLEAR = 0.25
 """Mutual information in nats from which columns differ clearly."""
+_OUTER = 4
+"""Rows at each end of a file that may be a header or a footer."""
+_FAR_AWAY = 400.0
+"""Meters that a coordinate of a header exceeds."""
+_OUTLYING = 5.0
+"""Times the largest coordinate of all other points that it exceeds as well."""
+_TINY = 1e-25
+"""A coordinate below it is a whole number that was read as a float."""
 _LEAST_ROWS = 12
 """Rows below which nothing is judged."""
 
@@ -90,6 +98,47 @@ def check_number_rows(data: NDArray[np.uint8], names: Sequence[str], dtype: Numb
             f"the size fits {width} values per point ({' '.join(names)}), but the file looks like {other} values per point: "
             f"{_advice(part, other, dtype, dtype)}"
         )
+
+
+def check_outer_rows(rows: NDArray[np.float32], names: Sequence[str]) -> None:
+    """Refuse a file whose first or last rows are no points, while all others are: a header, or a footer.
+
+    A header of a whole number of rows fits every size, and it would become points that nobody measured.
+
+    Args:
+        rows: (N, C) the numbers of the file.
+        names: Names of the columns.
+
+    Raises:
+        InvalidInput: An outer row holds numbers that are absurd beside those of the other rows.
+    """
+    inner = rows[_OUTER:-_OUTER]
+    xyz = [names.index(axis) for axis in "xyz" if axis in names]
+    if len(inner) < _LEAST_ROWS or not xyz:
+        return
+    known = np.abs(inner[:, xyz])
+    with np.errstate(invalid="ignore"):
+        if ((known > 0) & (known < _TINY)).any() or not np.isfinite(known).all():
+            return  # the other rows are odd as well
+        most = max(_FAR_AWAY, _OUTLYING * float(known.max()))
+        for what, outer in (("first", rows[:_OUTER]), ("last", rows[-_OUTER:][::-1])):
+            size = np.abs(outer[:, xyz])
+            absurd = np.flatnonzero(((size > most) | ((size > 0) & (size < _TINY))).any(1))
+            counts = what == "first" and _is_count(outer[0], len(rows))
+            count = int(absurd.max()) + 1 if len(absurd) else int(counts)
+            if not count:
+                continue
+            values = " ".join(f"{value:.6g}" for value in outer[0])
+            kind = "a header in front of the points" if what == "first" else "something that was written after the points"
+            raise InvalidInput(
+                f"the {what} row ({values}) is no point: no other number of x y z exceeds {float(known.max()):.0f}; it is perhaps {kind}. Cut "
+                f"off the {what} {count * len(names)} numbers"
+            )
+
+
+def _is_count(row: NDArray[np.float32], total: int) -> bool:
+    """Whether a row says how many rows follow, and holds whole numbers only."""
+    return bool((row == np.round(row)).all() and row[0] in (total - 1, total) and total > _LEAST_ROWS)
 
 
 def usual_columns(width: int) -> str:

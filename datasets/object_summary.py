@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..core.trained_on import estimate_road_height
+from .box_poses import MOST_BOXES, LabelMistake, count_poses, joined, judge_poses
 from .prepared import PreparedDataset
 
 Size = tuple[float, float, float]
@@ -41,6 +42,11 @@ _FEWEST = 4  # boxes from which a mean says something
 _NEAR, _FAR = 5.0, 30.0  # m; where the height of the road is known
 _LIFT = 0.45  # share of a box's height between its bottom and the road from which a warning follows
 _FARTHEST = 400.0  # m; no LiDAR of a vehicle sees farther
+_AGREE = 0.6  # share of the boxes of a class that must lie alike above the road before their height says anything
+_UNEVEN = 0.9  # m between the roads of scans from which they are not one mounting
+_FEWEST_NEAR = 10  # boxes near the sensor from which few points in them say something
+_FEWEST_POINTS = 5  # median points in a box near the sensor below which a warning follows
+_NEARNESS = 12.0  # a box is near up to this multiple of the root of its side's area: a car up to 30 m, a pedestrian up to 14 m
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +80,11 @@ def summarize_objects(frames: PreparedDataset) -> tuple[tuple[ObjectSummary, ...
         meters (None where no road was found).
     """
     boxes, classes, counts = _labels(frames)
-    lifts, lift_classes, reach, road = _lifts(frames)
+    look = _look(frames)
     summaries, findings = [], []
     for number, name in enumerate(frames.classes):
         own = boxes[classes == number]
-        lift = lifts[lift_classes == number]
+        lift = look.lifts[look.classes == number]
         distance = np.hypot(own[:, 0], own[:, 1])
         summary = ObjectSummary(
             name=name,
@@ -90,13 +96,19 @@ def summarize_objects(frames: PreparedDataset) -> tuple[tuple[ObjectSummary, ...
             above_road=float(np.median(lift)) if len(lift) >= _FEWEST else None,
         )
         summaries.append(summary)
-        findings += _findings(summary, _Remedies.of_layout(frames.origin.layout))
-    if reach > _FARTHEST:
+        remedies = _Remedies.of_layout(frames.origin.layout)
+        findings += _about_sizes(summary, remedies)
+        findings += [] if look.uneven else _about_height(summary, lift, look.pose, remedies)
+    if look.uneven is not None:
+        findings.append(look.uneven)
+    if look.pose is not None and not _is_said(look.pose[0], findings, look.uneven):
+        findings.append(look.pose[1])
+    if look.reach > _FARTHEST:
         findings.append(
-            f"half of the points lie farther than {reach:,.0f} m from the sensor; scans must be in meters, and these are perhaps in "
+            f"half of the points lie farther than {look.reach:,.0f} m from the sensor; scans must be in meters, and these are perhaps in "
             "millimeters or centimeters"
         )
-    return tuple(summaries), tuple(findings), road
+    return tuple(summaries), tuple(findings + ([] if look.pose else _about_points(boxes, counts))), look.road
 
 
 def _labels(frames: PreparedDataset) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
@@ -112,25 +124,69 @@ def _labels(frames: PreparedDataset) -> tuple[NDArray[np.float32], NDArray[np.in
     return np.concatenate(boxes), np.concatenate(classes), np.concatenate(counts)
 
 
-def _lifts(frames: PreparedDataset) -> tuple[NDArray[np.float64], NDArray[np.int64], float, float | None]:
-    """Heights of boxes' bottoms above the road near them, their class numbers, the median distance of points, the median road; in m."""
-    lifts, classes, reach, roads = [np.zeros(0)], [np.zeros(0, np.int64)], [], []
-    for index in _spread(len(frames), _MOST_SCANS):
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """What a few scans say about boxes."""
+
+    lifts: NDArray[np.float64]
+    """Heights of the boxes' bottoms above the road near them, in m."""
+    classes: NDArray[np.int64]
+    """Their class numbers."""
+    reach: float
+    """Median distance of points in m."""
+    road: float | None
+    """Median height of the road in m; None where none was found."""
+    uneven: str | None
+    """A sentence where the road lies at other heights in some scans than in others."""
+    pose: tuple[LabelMistake, str] | None
+    """The pose in which the boxes hold clearly more points, and a sentence about it."""
+
+
+def _look(frames: PreparedDataset) -> _Look:
+    lifts, classes, reach, roads, poses = [np.zeros(0)], [np.zeros(0, np.int64)], [], [], []
+    looked_at = _spread(len(frames), _MOST_SCANS)
+    for index in looked_at:
         frame = frames[index]
         if len(frame.points):
             reach.append(float(torch.linalg.vector_norm(frame.points.xyz, dim=1).median()))
         road = estimate_road_height(frame.points)
-        roads += [] if math.isnan(road) else [road]
-        if frame.labels is None or math.isnan(road):
+        if not math.isnan(road):
+            roads.append(road)
+        if frame.labels is None:
             continue
         labels = frame.labels.select(frame.labels.weight > 0)
         box = labels.boxes.data.double().numpy()
+        poses.append(count_poses(frame.points.xyz.double().numpy(), box, max(MOST_BOXES // len(looked_at), 1)))
+        if math.isnan(road):
+            continue
         distance = np.hypot(box[:, 0], box[:, 1])
         near = (distance > _NEAR) & (distance < _FAR)
         lifts.append((box[:, 2] - box[:, 5] / 2 - road)[near])
         classes.append(labels.classes.numpy()[near])
-    height = float(np.median(roads)) if roads else None
-    return np.concatenate(lifts), np.concatenate(classes), float(np.median(reach)) if reach else 0.0, height
+    return _Look(
+        lifts=np.concatenate(lifts),
+        classes=np.concatenate(classes),
+        reach=float(np.median(reach)) if reach else 0.0,
+        road=float(np.median(roads)) if roads else None,
+        uneven=_uneven(roads),
+        pose=judge_poses(joined(poses)),
+    )
+
+
+def _uneven(roads: Sequence[float]) -> str | None:
+    """A sentence where scans fall into two groups, whose roads lie at clearly different heights."""
+    if len(roads) < _FEWEST:
+        return None
+    heights = np.sort(roads)
+    gap = int(np.diff(heights).argmax()) + 1
+    low, high = heights[:gap], heights[gap:]
+    if min(len(low), len(high)) < max(2, len(heights) // 5) or high[0] - low[-1] < _UNEVEN:
+        return None
+    return (
+        f"the road lies at about {np.median(low):+.2f} m in {len(low)} of {len(heights)} scans and at {np.median(high):+.2f} m in the others; "
+        "these are perhaps scans of two mounting heights, or scans to which the height was added and others: prepare them apart, each with "
+        "its own --z-shift"
+    )
 
 
 def _spread(count: int, most: int) -> Sequence[int]:
@@ -166,21 +222,55 @@ class _Remedies:
         return f"{options}, or labels with a mounting height that the scans do not have are likely causes"
 
 
-def _findings(summary: ObjectSummary, remedies: _Remedies) -> list[str]:
-    """Sentences about one class."""
-    found = []
-    if summary.size is not None and summary.usual is not None and summary.boxes >= _FEWEST:
-        text = _about_size(summary.name, summary.size, summary.usual, remedies)
-        found += [text] if text else []
-    if summary.size is not None and summary.above_road is not None:
-        height, lift = summary.size[2], summary.above_road
-        if -0.8 * height < lift < -_LIFT * 0.8 * height and -3.0 < lift < -0.25:
-            found.append(
-                f"the boxes of {summary.name} lie {-lift:.2f} m below the road, about half of their height; {remedies.bottom}"
-            )
-        elif abs(lift) > 1.0 and abs(lift) > _LIFT * height:
-            found.append(f"the bottoms of the boxes of {summary.name} lie {lift:+.2f} m from the road; {remedies.lifted}")
-    return found
+def _is_said(pose: LabelMistake, findings: Sequence[str], uneven: str | None) -> bool:
+    """Whether another sentence names the cause already: swapped sizes are a quarter turn as well."""
+    return (pose.name == "quarter turn" and any("perhaps swapped" in text for text in findings)) or (
+        pose.name == "lowered" and uneven is not None
+    )
+
+
+def _about_sizes(summary: ObjectSummary, remedies: _Remedies) -> list[str]:
+    """A sentence about the mean size of a class that is far from the usual."""
+    if summary.size is None or summary.usual is None or summary.boxes < _FEWEST:
+        return []
+    text = _about_size(summary.name, summary.size, summary.usual, remedies)
+    return [text] if text else []
+
+
+def _about_height(
+    summary: ObjectSummary, lifts: NDArray[np.float64], pose: tuple[LabelMistake, str] | None, remedies: _Remedies
+) -> list[str]:
+    """A sentence about boxes of a class that do not stand on the road."""
+    if summary.size is None or summary.above_road is None:
+        return []
+    height, lift = summary.size[2], summary.above_road
+    alike = float((np.abs(lifts - lift) < 0.25 * height + 0.1).mean()) >= _AGREE
+    if alike and -0.8 * height < lift < -_LIFT * 0.8 * height and -3.0 < lift < -0.25:
+        return [f"the boxes of {summary.name} lie {-lift:.2f} m below the road, about half of their height; {remedies.bottom}"]
+    if alike and 0.25 < lift < 3.0 and _LIFT * 0.8 * height < lift < 0.8 * height:
+        if pose is not None and pose[0].name == "lowered":
+            return []  # the points say the same
+        return [
+            f"the boxes of {summary.name} lie {lift:.2f} m above the road, about half of their height; the labels perhaps give the center "
+            "of the box where the middle of its bottom is expected. For a folder leave --origin bottom out; in KITTI's labels x y z is the "
+            "middle of the bottom, so add half of the height to y"
+        ]
+    if abs(lift) > 1.0 and abs(lift) > _LIFT * height:
+        return [f"the bottoms of the boxes of {summary.name} lie {lift:+.2f} m from the road; {remedies.lifted}"]
+    return []
+
+
+def _about_points(boxes: NDArray[np.float32], counts: NDArray[np.int64]) -> list[str]:
+    """A sentence about boxes near the sensor that hold hardly a point."""
+    distance = np.hypot(boxes[:, 0], boxes[:, 1])
+    near = counts[distance < np.minimum(_NEARNESS * np.sqrt(np.maximum(boxes[:, 3], boxes[:, 4]) * boxes[:, 5]), _FAR)]
+    if len(near) < _FEWEST_NEAR or np.median(near) >= _FEWEST_POINTS:
+        return []
+    return [
+        f"half of the {len(near)} labeled boxes near the sensor hold fewer than {_FEWEST_POINTS} points (median {np.median(near):.0f}), where "
+        "scans of a vehicle's LiDAR have dozens; likely causes are labels of other scans, other axes of labels or scans (--axes), a heading "
+        "in degrees (--yaw degrees), or a wrong calibration"
+    ]
 
 
 def _about_size(name: str, size: Size, usual: Size, remedies: _Remedies) -> str | None:

@@ -345,6 +345,8 @@ def _ledger(table: pa.Table, classes: tuple[str, ...], failed: int) -> Ledger:
             boxes=Counter(name for name, no in zip(names, ignored) if not no),
             boxes_empty=Counter(name for name, no, count in zip(names, ignored, box_points or ()) if not no and count == 0),
             types_ignored=read.types_ignored or Counter(name for name, no in zip(names, ignored) if no),
+            scans_with_boxes=int(not all(ignored)),
+            scans_with_empty_boxes=int(not all(ignored) and not any(n for n, no in zip(box_points or (), ignored) if not no)),
         )
         total = total + read
     return total

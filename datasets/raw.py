@@ -26,7 +26,7 @@ from ..core.scan_options import ScanOptions
 from .class_names import ClassRule, check_class_names, compare_types, nearest, spelled_map
 from .folder import FolderDataset, LabelForm, folder_ids
 from .frame_source import DescribedSource
-from .gt_database import build_gt_database
+from .gt_database import MIN_POINTS, build_gt_database
 from .id_lists import FramePlaces, find_listed, hidden_files, overlap_warnings, read_lists
 from .kitti import KITTI_CLASSES, TESTING, KittiDataset, PointsFolder
 from .label_shares import DRAWS, label_share_splits, labeled_split
@@ -38,6 +38,9 @@ from .prepared import PreparedDataset
 from .waymo import WAYMO_CLASSES, WaymoDataset
 from .waymo_geometry import TYPES
 from .waymo_places import find_waymo_frames, find_waymo_splits, segment_of
+
+_TEST_LISTS = ("test", "testing")  # names of KITTI's lists, in small letters, whose frames lie in testing
+_FEWEST_PASTED = 0.1  # share of the labeled objects of a split that can be pasted, below which a warning follows
 
 
 @runtime_checkable
@@ -154,6 +157,7 @@ def prepare_raw(
         fingerprint = frames.split_fingerprint()
         path = Path(out) / "gt_database" / name
         objects[name] = len(build_gt_database(frames, path, class_names=raw.classes, fingerprint=fingerprint))
+        warnings += _about_database(name, objects[name], frames)
     _drop_databases(Path(out), report.splits)
     summaries, findings, road = summarize_objects(PreparedDataset(out))
     return RawReport(
@@ -162,6 +166,18 @@ def prepare_raw(
         objects=summaries,
         road_height=road,
         warnings=(*warnings, *findings),
+    )
+
+
+def _about_database(split: str, objects: int, frames: PreparedDataset) -> tuple[str, ...]:
+    """A warning where hardly one labeled object of a split holds enough points to be pasted."""
+    labels = [labels for labels in map(frames.labels, range(len(frames))) if labels is not None]
+    boxes = sum(int((part.weight > 0).sum()) for part in labels)
+    if not boxes or objects > _FEWEST_PASTED * boxes:
+        return ()
+    return (
+        f"the split {split} has {objects} objects to paste although {boxes} are labeled: an object is pasted into other scans only if it "
+        f"holds at least {MIN_POINTS} points. Look at the points per box; if they are few, boxes and scans do not fit together",
     )
 
 
@@ -234,8 +250,8 @@ def open_kitti(
 ) -> RawDataset:
     """Open a folder in KITTI's object layout.
 
-    The frames of the split `test` lie in `testing` and have no labels. Where all lists are taken and there is no folder `testing`, that
-    split is left out with a warning.
+    The frames of the split `test` lie in `testing` and have no labels; `testing` is another name of it, in any case. Where all lists are
+    taken and there is no folder `testing`, that split is left out with a warning.
 
     Args:
         root: Folder with `training` and `ImageSets`.
@@ -261,24 +277,34 @@ def open_kitti(
     if not lists:
         raise InvalidInput(f"there is no split in {folder}; write NAME.txt with one frame id per line")
     warnings = []
-    if "test" in lists and not (root / "testing").is_dir():
-        if "test" in splits or len(lists) == 1:
+    tests = [name for name in lists if name.casefold() in _TEST_LISTS]
+    for name in tests if not (root / "testing").is_dir() else ():
+        if name in splits or len(lists) == 1:
             raise InvalidInput(
-                f"the frames of the split test lie in {root / 'testing'}, which does not exist; unpack it, or leave the split out. If these "
-                "frames lie in training, give the list another name, such as ImageSets/holdout.txt"
+                f"the frames of the split {shown(name)} lie in {root / 'testing'}, which does not exist; unpack it, or leave the split out. If "
+                "these frames lie in training, give the list another name, such as ImageSets/holdout.txt"
             )
-        del lists["test"]
-        warnings.append(f"the split test is left out, because there is no folder {root / 'testing'}, where its frames belong")
+        del lists[name]
+        warnings.append(
+            f"the split {shown(name)} is left out, because there is no folder {root / 'testing'}, where its frames belong"
+        )
+    tests = [name for name in tests if name in lists]
+    warnings += [
+        f"the list {shown(name)} is read from {root / 'training'} with the labels there, although its name begins with test; KITTI's own test "
+        "frames lie in testing and have no labels. If it means them, call the list test; otherwise give it a name such as holdout"
+        for name in lists
+        if name.casefold().startswith("test") and name not in tests
+    ]
     _refuse_unknown_splits(unlabeled, lists)
     scans = ("velodyne", "velodyne_reduced") if points_folder == "auto" else (points_folder,)
     places = {
         base: FramePlaces(ids=frozenset(_file_names(root / base, scans, (".bin",))), where=f"{root / base}/{' or '.join(scans)}")
         for base in ("training", "testing")
     }
-    found = find_listed(lists, {name: places["testing" if name == "test" else "training"] for name in lists}, folder)
-    if "test" in found:
-        found["test"] = tuple(TESTING + i for i in found["test"])
-    unlabeled = (*unlabeled, *(["test"] if "test" in found and "test" not in unlabeled else []))
+    found = find_listed(lists, {name: places["testing" if name in tests else "training"] for name in lists}, folder)
+    for name in tests:
+        found[name] = tuple(TESTING + i for i in found[name])
+    unlabeled = (*unlabeled, *(name for name in tests if name not in unlabeled))
     labels = set(_file_names(root / "training", ("label_2",), (".txt",)))
     _refuse_splits_without_labels(found, labels, unlabeled, root / "training" / "label_2")
     ids = _together(found)

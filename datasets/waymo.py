@@ -17,10 +17,12 @@ import torch
 
 from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
+from ..core.foreign_text import shown
 from ..core.frame import Frame
 from ..core.ledger import Ledger
 from ..core.rig import RigSpec
 from ..core.structures import Labels
+from .class_names import nearest
 from .frame_source import DatasetOrigin, described_origin
 from .kitti import with_point_counts
 from .waymo_geometry import MOST_POINTS_LEVEL_2, TYPES, WaymoFrame, WaymoObjects, count_no_label_points, frame_points
@@ -216,9 +218,14 @@ def _class_indices(classes: tuple[str, ...], class_map: Mapping[str, str]) -> di
     names = {number: class_map.get(name, name) for number, name in TYPES.items()}
     missing = [name for name in classes if name not in names.values()]
     if strangers or missing or not classes:
+        wrong = tuple(strangers or missing)
+        given = (
+            f"; the class map given is {', '.join(f'{shown(k)} {shown(n)}' for k, n in class_map.items())}" if class_map else ""
+        )
+        near = nearest(wrong[0], tuple(TYPES.values())) if wrong else ""
         raise InvalidInput(
-            f"no class {', '.join(strangers or missing) or 'given'}: Waymo has {', '.join(TYPES.values())}; "
-            f'for other names use class_map, for example {{"Vehicle": "Car"}}; found {dict(class_map)}'
+            f"no class {', '.join(map(shown, wrong)) or 'given'}: Waymo has {', '.join(TYPES.values())}{near}; a class map gives a type "
+            f"another name, for example --class-map Vehicle Car{given}"
         )
     return {number: classes.index(name) for number, name in names.items() if name in classes}
 

@@ -63,6 +63,9 @@ def _explain(kind: Any, words: Sequence[str], said: str, program: str) -> None:
     first = _subcommands(kind)
     if first and words and words[0].startswith("-"):
         raise InvalidInput(f"{program} takes the {_what(first)} first, before any option: one of {', '.join(first)}")
+    refused = re.search(r"Error parsing __tyro-dummy-inner__\S*?: (.+?)(?: For full helptext.*)?$", flat)
+    if refused is not None:  # a group of options whose values do not fit together; tyro names it by a name of its own
+        raise InvalidInput(refused[1])
     if "nrecognized" not in flat:
         return
     chosen = [word for word in words[:1] if not word.startswith("-") and re.fullmatch(r"[\w-]+", word)]

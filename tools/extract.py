@@ -302,7 +302,11 @@ def _scan_files(config: Extract, trained: TrainedOn | None) -> tuple[RigSpec, di
         load = partial(read_scan, path, config.read)  # the rig scales intensity and checks it
         if config.calib is not None:
             load = partial(_camera_view, load, config.calib, path.stem, config.read.image_size)
-        sources[check_name(path.stem, "scan name")] = _Source(name=path.stem, load=load, file=path)
+        try:
+            check_name(path.stem, "scan name")
+        except InvalidInput as error:  # a failure of this scan; the others go on
+            load = partial(_refuse, error)
+        sources[path.stem] = _Source(name=path.stem, load=load, file=path)
     rig, warnings = rig_of_scans(config.read, trained, files)
     for warning in warnings:
         print_warning(warning)
@@ -332,7 +336,7 @@ def _prepared_frames(config: Extract, trained: TrainedOn | None) -> tuple[RigSpe
 
     def load(index: int) -> tuple[PointCloud, Ledger]:
         frame = frames[index]
-        return rig.to_sensor(frame.points), frame.reading
+        return rig.to_sensor(frame.points), frame.reading.without_labels()  # no label is used here
 
     return rig, {name: _Source(name=name, load=partial(load, index)) for index, name in enumerate(frames.ids)}
 
@@ -345,6 +349,10 @@ def _only(sources: Mapping[str, _Source], ids: Path) -> dict[str, _Source]:
     if missing:
         raise InvalidInput(f"{len(missing)} of the {len(wanted)} scans named in {ids} are not among those given: {missing[:3]}")
     return {name: sources[name] for name in wanted}
+
+
+def _refuse(error: InvalidInput) -> tuple[PointCloud, Ledger]:
+    raise error
 
 
 def _camera_view(

@@ -183,8 +183,8 @@ def account_of_types(
         ]
     for name in classes:
         if objects[name] and not found[name]:
-            there = f"they hold {_listed(detections)}" if detections else "they are empty"
-            warnings.append(f"no detection is a {name}, but the labels hold {objects[name]}: AP is 0. Of the detections, {there}")
+            there = f"The detections hold {_listed(detections)}" if detections else "There is no detection at all"
+            warnings.append(f"no detection is a {name}, but the labels hold {objects[name]}: AP is 0. {there}")
     unheard = [name for name in absent if len(absent) < len(classes) and not found[name]]
     notes = [f"the labels hold no {' and no '.join(unheard)}, so there is no AP ('-')"] if unheard else []
     if frames_without_detections and sum(detections.values()):

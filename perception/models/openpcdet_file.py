@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -147,7 +148,10 @@ def _load_plain(path: Path) -> Any:
     allowed: list[Any] = [np.dtype, *numbers, *kinds, rebuild, (rebuild, "numpy.core.multiarray.scalar")]
     file = path.open("rb")  # outside the try: a file that may not be read is not a damaged one
     try:
-        with file, torch.serialization.safe_globals(allowed):
+        with file, torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # torch asks for a report where a pickle is of another version; what counts is said below
             return torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise

@@ -311,7 +311,7 @@ class ShardWriter:
         except OSError as error:
             raise ShardWriteError(
                 f"cannot write a shard of {len(self._blobs)} scenes into {self._folder}: {error}; the {len(self._shards)} shards finished before "
-                "are intact; make room, then flush again"
+                "are intact. Make room and go on: give the same command with --resume, or in a program of your own call flush() again"
             ) from error
         self._shards.append(self._folder / f"{manifest.stem}.json")
         self._forget()

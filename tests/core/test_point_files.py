@@ -1,5 +1,6 @@
 """Scans from files: right values from every format, and a readable refusal of everything broken."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -229,3 +230,10 @@ def test_folders_and_damaged_files_give_a_sentence(suffix, tmp_path):
         path = _write(tmp_path / f"damaged{suffix}", bytes(data[: rng.integers(len(data) // 2, len(data) + 1)]))
         with suppress(InvalidInput):
             read_points(path, intensity_scale=None)
+
+
+@pytest.mark.parametrize("make", [lambda path: os.mkfifo(path), lambda path: path.symlink_to("/dev/null")])
+def test_a_pipe_or_a_device_is_said_to_be_no_regular_file(tmp_path, make):
+    make(tmp_path / "000.bin")
+    with pytest.raises(InvalidInput, match="is not a regular file but a pipe, a socket or a device"):
+        read_scan(tmp_path / "000.bin")

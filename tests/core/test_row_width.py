@@ -37,6 +37,27 @@ def check(table, dtype: str = "float32", *, columns: int = 4, read_as: str = "fl
     check_number_rows(data, usual_columns(columns).split(), read_as, named=named)
 
 
+@pytest.mark.parametrize(
+    ("head", "foot"),
+    [
+        ([500, 4, 0, 0], []),
+        ([1e6, 0, 0, 0], []),
+        ([0, 0, 0, 0, 9999, 4, 1, 1], []),
+        (list(np.array([500, 4, 1, 0], np.uint32).view(np.float32)), []),
+        ([], [123456.0, 0, 0, 0]),
+    ],
+)
+def test_a_header_or_a_footer_of_whole_rows_is_no_point(tmp_path, head, foot):
+    table = scan(500).astype(np.float32)
+    (tmp_path / "000.bin").write_bytes(
+        np.concatenate([np.float32(head), table.ravel(), np.float32(foot)]).astype("<f4").tobytes()
+    )
+    with pytest.raises(InvalidInput, match=r"the (first|last) row .* is no point: .* Cut off the (first|last) [48] numbers"):
+        read_scan(tmp_path / "000.bin")
+    (tmp_path / "000.bin").write_bytes(table.tobytes())
+    assert len(read_scan(tmp_path / "000.bin")[0]) == 500
+
+
 @pytest.mark.parametrize("extra", ["ring", "again", "zero"])
 @pytest.mark.parametrize("width", [3, 5, 6, 7, 9, 10])
 def test_rows_of_another_width_are_refused_although_the_size_fits(width, extra):

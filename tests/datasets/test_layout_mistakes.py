@@ -319,6 +319,27 @@ def test_the_split_test_is_read_from_testing_without_labels(tmp_path, capsys):
     assert not torch.equal(test[0].points.xyz[:10], train[0].points.xyz[:10])
 
 
+@pytest.mark.parametrize("name", ["Test", "testing", "TESTING"])
+def test_other_spellings_of_test_are_read_from_testing_too(tmp_path, capsys, name):
+    root = tiny_layouts.kitti(tmp_path / "raw", splits={"train": IDS[:3], name: IDS[:2]})
+    code, said = prepare(capsys, "kitti", root, tmp_path / "without", "--classes", "Car")
+    assert (code, f"the split {name} is left out" in said) == (0, True)
+    for folder in ("velodyne", "calib"):
+        shutil.copytree(root / "training" / folder, root / "testing" / folder)
+    code, said = prepare(capsys, "kitti", root, tmp_path / "out", "--classes", "Car")
+    assert (code, "warning" in said) == (0, False)
+    frames = PreparedDataset(tmp_path / "out", name)
+    assert frames.ids == ("testing-000000", "testing-000001")
+    assert frames[0].labels is None
+
+
+@pytest.mark.parametrize("name", ["test_split", "Tests", "test-01"])
+def test_a_list_whose_name_begins_with_test_and_that_is_read_from_training_is_warned_about(tmp_path, capsys, name):
+    root = tiny_layouts.kitti(tmp_path / "raw", splits={"train": IDS[:3], name: IDS[3:]})
+    code, said = prepare(capsys, "kitti", root, tmp_path / "out", "--classes", "Car")
+    assert (code, f"the list {name} is read from" in said, "call the list test" in said) == (0, True, True)
+
+
 def test_splits_that_share_frames_are_warned_about(tmp_path, capsys):
     root = tiny_layouts.kitti(tmp_path / "raw", splits={"train": IDS[:3], "val": IDS[2:], "trainval": IDS})
     code, said = prepare(capsys, "kitti", root, tmp_path / "out", "--classes", "Car")

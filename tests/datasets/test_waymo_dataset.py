@@ -120,6 +120,8 @@ def test_classes_are_renamed_shifted_and_signs_dropped(written):
     for options in ({"classes": ("Car",)}, {"class_map": {"Bus": "Car"}}, {"classes": ()}):
         with pytest.raises(InvalidInput, match="Waymo has Vehicle, Pedestrian, Sign, Cyclist"):
             WaymoDataset(found, **options)
+    with pytest.raises(InvalidInput, match=r"no class Vehicule: .*did you mean 'Vehicle'\?.*--class-map Vehicle Car$"):
+        WaymoDataset(found, classes=("Vehicule",))
 
 
 def test_levels_follow_the_label_then_the_points_and_boxes_without_points_are_ignored():

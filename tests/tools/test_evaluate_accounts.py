@@ -146,7 +146,7 @@ def test_a_class_that_is_never_detected_is_named(files):
     files.frame([line(i) for i in range(5)], [line(0, kind="Cyclist", score=0.5)])
     result, said = files.score("--classes", "Car")
     assert moderate(result) == 0
-    assert "no detection is a Car, but the labels hold 5: AP is 0. Of the detections, they hold Cyclist 1" in said
+    assert "no detection is a Car, but the labels hold 5: AP is 0. The detections hold Cyclist 1" in said
 
 
 def test_detection_files_that_belong_to_no_frame_are_counted(files):

@@ -302,3 +302,22 @@ def test_full_turns_for_an_encoder_of_the_cameras_view_are_refused_unless_allowe
     capsys.readouterr()
     run(tmp_path, out, "--scans", tmp_path / "ahead.bin", "--axes", "y", "-x", "z", "--allow-full-turn", code=2)
     assert "the training scans were read with --axes x y z" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_scan_with_a_bad_name_is_a_failure_of_that_scan(tmp_path, detector, scans, capsys):
+    for i, name in enumerate(["good", "\x1b[31m[bold]", "two\nlines"]):
+        write_bin(tmp_path / "scans" / f"{name}.bin", some_scan(i))
+    run(detector, tmp_path / "out", "--scans", tmp_path / "scans")
+    said = capsys.readouterr()
+    assert len(scenes_in(tmp_path / "out")) == 1
+    assert "cannot be a file name" in said.out
+    assert "\x1b[31m[bold]" not in said.out + said.err
+
+
+def test_a_full_disk_names_the_option_that_goes_on(tmp_path, detector, scans, capsys, monkeypatch):
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "_stage", full)
+    run(detector, tmp_path / "out", "--scans", scans, code=2)
+    assert "the same command with --resume" in " ".join(capsys.readouterr().err.split())
