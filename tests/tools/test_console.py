@@ -327,7 +327,8 @@ def test_a_fraction_without_a_value_is_refused(value, capsys):
 def test_a_group_of_options_that_is_refused_is_named_without_the_parsers_own_names(capsys):
     from upcycle3d.tools import train
 
-    code = run_command(train.command, ["kitti_small", "--data", "d", "--out", "o", "--preset.train.loop.optim.lr", "1e20"])
+    words = ["kitti_small", "--data", "d", "--out", "o", "--preset.train.loop.optim.lr", "1e20"]
+    code = run_command(train.command, words, parsed_as=train.ARGUMENTS)
     said = " ".join(capsys.readouterr().err.split())
     assert code == 2
     assert said.startswith("error: a learning rate of 1e+20 is absurd")
