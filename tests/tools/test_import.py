@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -162,6 +163,17 @@ class Touch:
 
     def __reduce__(self) -> tuple[object, tuple[Path, ...]]:
         return pathlib.Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("protocol", [0, 4])
+def test_a_plain_pickle_is_refused_without_the_words_of_torch(tmp_path, capsys, protocol):
+    trace = tmp_path / "executed"
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model_state": Touch(trace)}, protocol=protocol))
+    assert run(tmp_path / "plain.pth", "small", "--out", tmp_path / "run") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("error: ")
+    assert "file an issue" not in said
+    assert not trace.exists()
 
 
 def test_a_file_that_needs_pickle_is_refused_unread_and_the_way_to_convert_it_works(published, tmp_path, capsys):
