@@ -30,6 +30,10 @@ from ..core.rig import RigSpec
 from ..core.strict_json import read_json, write_json_file
 from .class_names import check_class_names
 from .frame_source import DatasetOrigin, DescribedSource, FrameSource
+from .id_lists import overlap_warnings
+from .label_shares import label_share_of
+from .object_summary import ObjectSummary, summarize_objects
+from .prepared import PreparedDataset
 from .prepared_format import (
     INDEX_SCHEMA,
     PREPARED_VERSION,
@@ -71,7 +75,11 @@ class PrepareReport:
     kept_splits: tuple[str, ...] = ()
     """Splits of earlier starts that were kept, besides those of this one."""
     warnings: tuple[str, ...] = ()
-    """What deserves the user's attention, one sentence each."""
+    """What deserves the user's attention, one sentence each: all that `prepare` finds in the counts, splits and objects."""
+    objects: tuple[ObjectSummary, ...] = ()
+    """Sizes and points of the labeled objects, by class."""
+    road_height: float | None = None
+    """Median height of the road in the prepared scans, in meters; None where no road was found."""
 
 
 class AbsurdDataError(UpcycleError):
@@ -119,6 +127,9 @@ def prepare(
 
     Returns:
         Counts, and the frames that were left out.
+
+    Warns:
+        UserWarning: Each of the report's `warnings`, for a source of your own.
 
     Raises:
         InvalidInput: The arguments contradict each other, or an earlier start of this folder had other settings.
@@ -170,7 +181,16 @@ def prepare(
             table = pa.concat_tables([table, earlier.rows])
         report = _publish(out, table, classes, origin, {**earlier.splits, **splits}, reused)
         remove_superseded(parts, chunks, table, everything=replace_splits)
-        return replace(report, kept_splits=tuple(earlier.splits), warnings=earlier.warnings)
+    summaries, findings, road = summarize_objects(PreparedDataset(out))
+    drawn = {
+        name: names for name, names in splits.items() if label_share_of(name.removesuffix("-rest")) is None
+    }  # label shares share frames on purpose
+    judged = (finding.text for finding in judge(report.ledger))
+    said = tuple(dict.fromkeys((*earlier.warnings, *overlap_warnings(drawn), *findings, *judged)))
+    if origin.layout == "own":  # no command shows the report
+        for text in said:
+            warnings.warn(text, stacklevel=2)
+    return replace(report, kept_splits=tuple(earlier.splits), warnings=said, objects=summaries, road_height=road)
 
 
 @dataclass(frozen=True, kw_only=True)

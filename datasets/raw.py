@@ -27,12 +27,12 @@ from .class_names import ClassRule, check_class_names, compare_types, nearest, s
 from .folder import FolderDataset, LabelForm, folder_ids
 from .frame_source import DescribedSource
 from .gt_database import MIN_POINTS, build_gt_database
-from .id_lists import FramePlaces, find_listed, hidden_files, overlap_warnings, read_lists
+from .id_lists import FramePlaces, find_listed, hidden_files, read_lists
 from .kitti import KITTI_CLASSES, TESTING, KittiDataset, PointsFolder
 from .label_shares import DRAWS, label_share_splits, labeled_split
 from .nuscenes import Dialect, NuScenesDataset, draw_scenes, split_by_scene
 from .nuscenes_tables import read_tables
-from .object_summary import ObjectSummary, summarize_objects
+from .object_summary import ObjectSummary
 from .prepare import PrepareReport, ProgressCallback, prepare
 from .prepared import PreparedDataset
 from .waymo import WAYMO_CLASSES, WaymoDataset
@@ -137,7 +137,7 @@ def prepare_raw(
             raise InvalidInput(f"labeled split {shown(name)!r}: there is no such split among {', '.join(splits)}{hint}")
         if name in raw.unlabeled:
             raise InvalidInput(f"the split {name} has no labels, so it cannot be a labeled split; leave it out of --labeled")
-    warnings = [*raw.warnings, *overlap_warnings(raw.splits), *_compare_classes(raw)]
+    warnings = [*raw.warnings, *_compare_classes(raw)]
     report = prepare(
         raw.source,
         raw.ids,
@@ -159,13 +159,12 @@ def prepare_raw(
         objects[name] = len(build_gt_database(frames, path, class_names=raw.classes, fingerprint=fingerprint))
         warnings += _about_database(name, objects[name], frames)
     _drop_databases(Path(out), report.splits)
-    summaries, findings, road = summarize_objects(PreparedDataset(out))
     return RawReport(
         frames=replace(report, ledger=ledger),
         gt_objects=objects,
-        objects=summaries,
-        road_height=road,
-        warnings=(*warnings, *findings),
+        objects=report.objects,
+        road_height=report.road_height,
+        warnings=tuple(dict.fromkeys((*warnings, *report.warnings))),
     )
 
 

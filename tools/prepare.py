@@ -249,8 +249,10 @@ def command(
     write_json(dataset.json, _json(report))
     _print(report)
     settle(report.frames.ledger, "what was read")
-    for warning in (*report.warnings, *report.frames.warnings):
-        print_warning(warning)
+    said = warnings_of(report.frames.ledger)  # by `settle`
+    for warning in report.warnings:
+        if warning not in said:
+            print_warning(warning)
 
 
 def _json(report: RawReport) -> dict[str, object]:
@@ -261,7 +263,7 @@ def _json(report: RawReport) -> dict[str, object]:
         "gt_objects": dict(report.gt_objects),
         "objects": [asdict(summary) for summary in report.objects],
         "road_height": report.road_height,
-        "warnings": [*report.warnings, *frames.warnings, *warnings_of(frames.ledger)],
+        "warnings": list(dict.fromkeys((*report.warnings, *warnings_of(frames.ledger)))),
         "ledger": frames.ledger.to_json(),
     }
 
