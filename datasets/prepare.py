@@ -10,6 +10,7 @@ of objects to paste.
 from __future__ import annotations
 
 import re
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
