@@ -5,12 +5,16 @@ BIN := $(VENV)/bin
 # Threads that wait by spinning take the cores from everything else; see docs/decisions.md.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-full lint faults clean
+.PHONY: demo test test-full lint pytest faults clean
 
 demo: $(VENV)/installed
 	$(BIN)/upcycle3d demo --out demo
 
-test: lint
+# The linter and the type checker run beside the tests, which mostly use one core.
+test: $(VENV)/installed-dev
+	$(MAKE) -j2 lint pytest
+
+pytest: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow"
 
 test-full: lint
