@@ -36,6 +36,7 @@ from ...core.files import write_atomically
 from ...core.foreign_text import shown
 from ...core.smashed_scene import SmashedScene
 from ...core.strict_json import canonical_json, strict_json
+from ...datasets.parquet import read_parquet
 from ..wire.codec import CODECS, FINGERPRINT_PATTERN, decode_scene, max_encoded_bytes, round_trip, scene_id_of
 from ..wire.coordinates import count_cells
 from ..wire.cut_json import CorruptScene, cut_from_json, cut_to_json
@@ -235,11 +236,7 @@ def read_catalog(store: Path) -> Catalog | None:
         f"it is rebuilt from the shards by `upcycle3d ingest INCOMING --store {store} --detector DETECTOR --rebuild-catalog`, where "
         "INCOMING may be an empty folder"
     )
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-        table.validate(full=True)
-    except Exception as error:  # pyarrow has many ways to fail on damaged bytes
-        raise BrokenStore(f"the catalog {path} cannot be read: {shown(error)}; {remedy}") from error
+    table = read_parquet(path, None, remedy=remedy, error=BrokenStore)
     try:
         header = strict_json((table.schema.metadata or {}).get(_HEADER_KEY, b"null"), f"the catalog {path}", CorruptScene)
         version = header.get("version") if isinstance(header, dict) else None
