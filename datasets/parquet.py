@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.errors import InvalidInput, UpcycleError
+from .parquet_footer import declared_values
 
 MOST_BYTES = 4 << 30
 """Bytes of the largest file, and of the largest table in memory."""
@@ -64,13 +65,14 @@ def read_parquet(
         data = path.read_bytes()
         if checksum is not None and zlib.crc32(data) != checksum:
             raise error(f"{path} is damaged: its bytes have another checksum than the one recorded for them; {remedy}")
+        groups = declared_values(data)
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         if schema is not None and not file.schema_arrow.equals(schema):
             raise error(f"{path} has other columns than expected; {remedy}")
         rows = file.metadata.num_rows
         if rows > max_rows:
             raise error(f"{path} declares {rows:,} rows, more than the {max_rows:,} that are read; {remedy}")
-        table = read_within(file, None, max_bytes=max_bytes)
+        table = read_within(file, groups, None, max_bytes=max_bytes)
         if table is None:
             raise error(f"{path} unpacks into more than {max_bytes:,} bytes; {remedy}")
     except PARQUET_FAULTS as fault:
@@ -80,11 +82,14 @@ def read_parquet(
     return table
 
 
-def read_within(file: pq.ParquetFile, columns: Sequence[str] | None, *, max_bytes: int) -> pa.Table | None:
+def read_within(
+    file: pq.ParquetFile, groups: Sequence[Mapping[str, int]], columns: Sequence[str] | None, *, max_bytes: int
+) -> pa.Table | None:
     """Read columns of an open file, unless they take too much memory. A run of equal values needs few bytes in a file.
 
     Args:
         file: The file.
+        groups: What its columns declare, from `declared_values`.
         columns: Names of columns; None takes all.
         max_bytes: Bytes of the largest table.
 
@@ -94,7 +99,7 @@ def read_within(file: pq.ParquetFile, columns: Sequence[str] | None, *, max_byte
     Raises:
         ArrowException: The file is damaged; see `PARQUET_FAULTS`.
     """
-    if declared_values(file.metadata, columns) * 4 > max_bytes:
+    if sum_values(groups, columns) * 4 > max_bytes:
         return None
     batches, taken = [], 0
     for batch in file.iter_batches(_BATCH_ROWS, columns=None if columns is None else list(columns), use_threads=False):
@@ -110,26 +115,25 @@ def read_within(file: pq.ParquetFile, columns: Sequence[str] | None, *, max_byte
     return table
 
 
-def declared_values(metadata: pq.FileMetaData, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None) -> int:
-    """Count the values that a file declares.
+def sum_values(
+    groups: Sequence[Mapping[str, int]], columns: Sequence[str] | None = None, chosen: Sequence[int] | None = None
+) -> int:
+    """Add up the values that columns declare.
 
     Args:
-        metadata: Of the file.
+        groups: From `declared_values`.
         columns: Names of columns; None takes all.
-        groups: Row groups; None takes all.
+        chosen: Numbers of row groups; None takes all.
 
     Returns:
         The number of values of these columns, those inside lists counted one by one.
     """
-    total = 0
-    for i in range(metadata.num_row_groups) if groups is None else groups:
-        group = metadata.row_group(i)
-        for c in range(group.num_columns):
-            column = group.column(c)
-            path = column.path_in_schema
-            if columns is None or any(path == name or path.startswith(f"{name}.list.") for name in columns):
-                total += column.num_values
-    return total
+    return sum(
+        count
+        for group in (groups if chosen is None else [groups[i] for i in chosen])
+        for path, count in group.items()
+        if columns is None or any(path == name or path.startswith(f"{name}.list.") for name in columns)
+    )
 
 
 def checksum_in_name(path: Path | str) -> int | None:

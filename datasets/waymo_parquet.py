@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..core.errors import InvalidInput
-from .parquet import PARQUET_FAULTS, declared_values, read_within
+from .parquet import PARQUET_FAULTS, read_within, sum_values
+from .parquet_footer import declared_values
 from .waymo_geometry import Image, LaserScan, Matrix, WaymoFrame, WaymoObjects
 
 # Names of the columns.
@@ -195,6 +196,7 @@ class _Component:
             )
         self._columns = list(columns)
         with self._readable():
+            self._values = declared_values(self.path)
             self._file = pq.ParquetFile(self.path, page_checksum_verification=True)
             names = self._file.schema_arrow.names
             missing = [name for name in (SEGMENT, *columns) if name not in names]
@@ -219,7 +221,7 @@ class _Component:
             return self._read(self._columns)
 
     def _read(self, columns: list[str]) -> pa.Table:
-        table = read_within(self._file, columns, max_bytes=_MOST_TABLE_BYTES)
+        table = read_within(self._file, self._values, columns, max_bytes=_MOST_TABLE_BYTES)
         if table is None:
             raise InvalidInput(
                 f"{self.path}: {', '.join(columns)} take more than {_MOST_TABLE_BYTES:,} bytes; a real segment has a few megabytes"
@@ -249,7 +251,7 @@ class _Component:
 
     def _check_images(self, group: int) -> None:
         rows = self._file.metadata.row_group(group).num_rows
-        values = declared_values(self._file.metadata, self._columns, [group])
+        values = sum_values(self._values, self._columns, [group])
         if values > _MOST_ROW_VALUES * max(rows, 1):
             raise InvalidInput(
                 f"{self.path}: row group {group} declares {values:,} numbers in {rows} rows; a real row has fewer than two million"
