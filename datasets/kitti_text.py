@@ -401,9 +401,11 @@ def labels_from_kitti(
     own = {kind: None if is_dont_care(kind) else rule.number(kind) for kind in set(objects.types)}
     index_of = {kind: _neighbor(kind, rule) if number is None else number for kind, number in own.items()}
     kept = objects.select(torch.tensor([index_of[t] is not None for t in objects.types], dtype=torch.bool))
-    if bool((kept.dimensions <= 0).any()):
+    flat = (kept.dimensions <= 0).any(1).nonzero().flatten().tolist()
+    if flat:
         raise InvalidInput(
-            f"a label of {[shown(t, most=60) for t in sorted(set(kept.types))]} has no 3D box (size -1); it cannot become a label in the LiDAR frame"
+            f"a label of type {shown(kept.types[flat[0]], most=60)} has no 3D box (size -1), so it is no object in the LiDAR frame: give it a "
+            "size, or call it DontCare"
         )
     boxes = kitti_camera_to_lidar(kept.location, kept.dimensions, kept.rotation_y, calibration.lidar_to_camera)
     return Labels.make(
