@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from .errors import UpcycleError
 
 LOCK = ".lock"
 """Name of the file that `locked_folder` locks."""
+_LOCK_SECONDS = 1.5
 _LITTER = re.compile(r"\.([0-9a-f]{16}|objects\.[0-9]+)\.tmp")  # of `atomic_file`; and of the GT database of an earlier version
 
 
@@ -126,13 +128,27 @@ def locked_folder(folder: str | Path, busy: str, *, wait: bool = False, name: st
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UpcycleError(busy) from None
+        if wait:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        elif not _locked_soon(lock):
+            raise UpcycleError(busy)
         yield lock
     finally:
         os.close(lock)
+
+
+def _locked_soon(lock: int) -> bool:
+    """Take a lock within a second or two: a worker whose parent was just killed may hold it for a moment."""
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        else:
+            return True
 
 
 @contextmanager

@@ -7,6 +7,7 @@ compared first, because nothing else would notice a flipped bit in a weight.
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import warnings
@@ -14,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -72,12 +73,7 @@ def read_openpcdet(path: str | Path) -> dict[str, Tensor]:
         raise InvalidInput(
             f"{path} holds {size:,} bytes, more than the {LARGEST_FILE:,} that are read; save its model_state alone, without optimizer"
         )
-    state: Any
-    if path.suffix == ".safetensors":
-        state = dict(read_tensors(path).tensors)
-    else:
-        _check_checksums(path)
-        state = _weights_in(_load_plain(path), path)
+    state = dict(read_tensors(path).tensors) if path.suffix == ".safetensors" else _weights_in(_load_plain(path), path)
     state = _without_prefix(state)
     _check_values(state, path)
     return state
@@ -125,19 +121,30 @@ def _declared_size(path: Path) -> int:
         raise InvalidInput(f"{path} is damaged ({shown(error)}); get it again") from error
 
 
-def _check_checksums(path: Path) -> None:
-    """Compare the checksum of every member of a zip; torch does not, and would load a weight with a flipped bit."""
+def _checked_content(path: Path) -> BinaryIO:
+    """The file to load. Of a zip it is a copy of the members whose checksums were compared.
+
+    Torch compares no checksum, and finds the members of a damaged zip at other places than Python does. A copy holds exactly what was
+    checked.
+    """
     if not _is_zip(path):
         if path.read_bytes()[:2] == b"PK":
             raise InvalidInput(f"{path} is damaged: it begins like a checkpoint of torch and its end is missing; get it again")
-        return  # before torch 1.6; such files have no checksums
+        return path.open("rb")  # before torch 1.6; such files have no checksums
+    copy = io.BytesIO()
+    name = "the list of members"
     try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as checked:
+            members = archive.infolist()
+            if len({member.filename for member in members}) < len(members):
+                raise zipfile.BadZipFile("a name stands twice")
+            for member in members:
+                name = member.filename
+                checked.writestr(name, archive.read(member))
     except _DAMAGED_ZIP as error:
-        raise InvalidInput(f"{path} is damaged ({shown(error)}); get it again") from error
-    if bad is not None:
-        raise InvalidInput(f"{path} is damaged: the checksum of {shown(bad)} in it differs; get it again")
+        raise InvalidInput(f"{path} is damaged: {shown(name)} in it cannot be read ({shown(error)}); get it again") from error
+    copy.seek(0)
+    return copy
 
 
 def _load_plain(path: Path) -> Any:
@@ -146,7 +153,7 @@ def _load_plain(path: Path) -> Any:
     kinds = [type(np.dtype(number)) for number in numbers]
     rebuild = np.float64(0).__reduce__()[0]  # its module has another name in numpy 1, which the second entry is for
     allowed: list[Any] = [np.dtype, *numbers, *kinds, rebuild, (rebuild, "numpy.core.multiarray.scalar")]
-    file = path.open("rb")  # outside the try: a file that may not be read is not a damaged one
+    file = _checked_content(path)
     try:
         with file, torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter(

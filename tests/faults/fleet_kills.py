@@ -74,7 +74,8 @@ def _upload(root: Path) -> None:
     target = root / "uploaded"
     target.mkdir(exist_ok=True)
     for manifest in (root / "out").glob("*.json") if (root / "out").is_dir() else ():
-        os.replace(manifest.with_suffix(".tar"), target / f"{manifest.stem}.tar")
+        if manifest.with_suffix(".tar").exists():  # an uploader that died between the two moves goes on
+            os.replace(manifest.with_suffix(".tar"), target / f"{manifest.stem}.tar")
         os.replace(manifest, target / manifest.name)
 
 

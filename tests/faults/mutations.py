@@ -191,7 +191,7 @@ def _safetensors_header(data: bytes, rng: random.Random) -> bytes:
             name = rng.choice(sorted(meta))
             parsed["__metadata__"] = {**meta, name: _json_field(meta[name].encode(), rng).decode("utf-8", "replace")}
             changed = json.dumps(parsed).encode()
-        except (ValueError, IndexError, AttributeError, RecursionError):
+        except (ValueError, IndexError, AttributeError, RecursionError, TypeError):
             pass
     changed += b" " * (-len(changed) % 8)
     return len(changed).to_bytes(8, "little") + changed + data[8 + length :]
