@@ -96,7 +96,7 @@ class Checkout:
     def z_shift(self, command: str) -> str:
         """How this checkout's command names the mounting height: flat since scan options are the same everywhere."""
         text = (self.root / "tools" / f"{command}.py").read_text()
-        return "--rig.z-shift" if re.search(r"^    rig: ", text, re.MULTILINE) else "--z-shift"
+        return "--rig.z-shift" if re.search(r"^    rig: RigSpec = field\(", text, re.MULTILINE) else "--z-shift"
 
     # ---- running it
 

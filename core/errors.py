@@ -62,7 +62,7 @@ def require_numbers(owner: str, *, least: float, most: float, **numbers: float |
     for name, value in numbers.items():
         for number in value if isinstance(value, Sequence) else (value,):
             if not least <= number <= most:
-                raise InvalidInput(f"{owner}.{name} must be in {least:g}..{most:g}, found {str(number)[:80]}")
+                raise InvalidInput(f"{owner}.{name} must be in {least}..{most}, found {str(number)[:80]}")
 
 
 def require_counts(owner: str, *, least: int = 1, most: int = 65_536, **counts: int | Sequence[int]) -> None:
@@ -80,7 +80,4 @@ def require_counts(owner: str, *, least: int = 1, most: int = 65_536, **counts: 
     Raises:
         InvalidInput: A field has another value; the message names it.
     """
-    for name, value in counts.items():
-        for count in value if isinstance(value, Sequence) else (value,):
-            if not least <= count <= most:
-                raise InvalidInput(f"{owner}.{name} must be in {least}..{most}, found {str(value)[:80]}")
+    require_numbers(owner, least=least, most=most, **counts)

@@ -7,20 +7,34 @@ name starts with a dot and ends in `.tmp`. Whoever holds the folder's lock (`loc
 from __future__ import annotations
 
 import fcntl
+import lzma
 import os
 import re
 import secrets
 import shutil
+import struct
 import time
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tokenize import TokenError
 from typing import BinaryIO
 
 from .errors import UpcycleError
 
 LOCK = ".lock"
 """Name of the file that `locked_folder` locks."""
+NPY_FAULTS = (
+    ValueError, OSError, TypeError, SyntaxError, EOFError, KeyError, OverflowError, MemoryError, RecursionError, TokenError,
+)  # fmt: skip
+"""What numpy raises for a damaged `.npy` header, whose text it evaluates."""
+ZIP_FAULTS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, ValueError, OverflowError, EOFError, NotImplementedError,
+    RuntimeError, OSError,
+)  # fmt: skip
+"""What zipfile raises for a damaged archive."""
 _LOCK_SECONDS = 1.5
 _LITTER = re.compile(r"\.([0-9a-f]{16}|objects\.[0-9]+)\.tmp")  # of `atomic_file`; and of the GT database of an earlier version
 

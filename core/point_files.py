@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from .errors import InvalidInput
 from .field_names import find_fields
-from .files import write_atomically
+from .files import NPY_FAULTS, write_atomically
 from .foreign_text import shown
 from .ledger import Ledger
 from .pcd_file import read_pcd
@@ -35,19 +34,6 @@ POINT_SUFFIXES = (".bin", ".npy", ".pcd")
 """Suffixes of files that `read_points` reads."""
 
 _USUAL = ScanOptions()
-# What numpy raises for damaged headers, whose text it evaluates.
-_NPY_ERRORS = (
-    ValueError,
-    OSError,
-    TypeError,
-    SyntaxError,
-    EOFError,
-    KeyError,
-    OverflowError,
-    MemoryError,
-    RecursionError,
-    TokenError,
-)
 
 
 def read_scan(path: Path | str, options: ScanOptions = _USUAL, *, rig: RigSpec | None = None) -> tuple[PointCloud, Ledger]:
@@ -176,21 +162,6 @@ def find_scans(paths: Sequence[str | Path]) -> tuple[tuple[Path, ...], Ledger]:
     return tuple(found), Ledger(files_skipped=dict(skipped))
 
 
-def scan_files(paths: Sequence[str | Path]) -> tuple[Path, ...]:
-    """Find the scan files among paths: `find_scans` for a program that needs no counts.
-
-    Args:
-        paths: Files and folders.
-
-    Returns:
-        The files.
-
-    Raises:
-        InvalidInput: As for `find_scans`.
-    """
-    return find_scans(paths)[0]
-
-
 def write_bin(path: Path | str, points: PointCloud) -> None:
     """Write a scan as float32 rows of x, y, z and the features, completely or not at all.
 
@@ -259,7 +230,7 @@ def _read_npy(path: Path, columns: tuple[str, ...]) -> tuple[tuple[str, ...], ND
             raise InvalidInput("not a readable numpy array (another kind of file); save a plain array of shape (N, 4)")
     try:  # mapping checks the declared shape against the file's size before anything is allocated
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except _NPY_ERRORS as error:
+    except NPY_FAULTS as error:
         raise InvalidInput(f"not a readable numpy array ({shown(error)}); save a plain array of shape (N, 4)") from error
     if array.dtype.names and array.ndim == 1:
         names, wanted = find_fields(array.dtype.names, columns)

@@ -59,6 +59,18 @@ class ScanOptions:
         if self.image_size is not None and not all(0 < side <= 65_536 for side in self.image_size):
             raise InvalidInput(f"the image size must be two numbers of pixels in 1..65536, found {self.image_size}")
 
+    def refuse_image_size(self, why: str) -> None:
+        """Refuse an image size where nothing is cropped to a camera; it would do nothing.
+
+        Args:
+            why: Why there is no camera, and what to do.
+
+        Raises:
+            InvalidInput: An image size is given.
+        """
+        if self.image_size is not None:
+            raise InvalidInput(f"an image size (--image-size) is given, but {why}")
+
     def rig(self, default: RigSpec | None = None) -> RigSpec:
         """Give the rig that these options describe.
 

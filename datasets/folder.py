@@ -117,11 +117,7 @@ class FolderDataset:
         object.__setattr__(self, "classes", tuple(self.classes))
         object.__setattr__(self, "unlabeled", frozenset(self.unlabeled))
         if self.scan is not None:
-            rig = self.scan.rig()
-            object.__setattr__(self, "columns", self.scan.columns or None)
-            object.__setattr__(self, "intensity_scale", rig.intensity_scale)
-            object.__setattr__(self, "drop_non_finite", self.scan.drop_non_finite)
-            object.__setattr__(self, "z_shift", rig.z_shift)
+            self._take_scan_options(self.scan)
         if not (Path(self.root) / "points").is_dir():
             raise InvalidInput(
                 f"no folder {Path(self.root) / 'points'}; the root must hold points/<id>.bin|.npy|.pcd and labels/<id>.txt"
@@ -131,6 +127,21 @@ class FolderDataset:
         self._rule  # noqa: B018 - it checks classes and class map
         if self.with_labels and len(self.unlabeled) < len(self.ids):
             _label_axes(self._scan_options.axes)
+
+    def _take_scan_options(self, scan: ScanOptions) -> None:
+        """Fill the fields that `scan` replaces. A field with a third value was given beside `scan` and would be lost."""
+        scan.refuse_image_size("a folder of your own has no camera to crop to; leave it out")
+        rig = scan.rig()
+        for name, unset, value in (
+            ("columns", None, scan.columns or None),
+            ("intensity_scale", 1.0, rig.intensity_scale),
+            ("drop_non_finite", False, scan.drop_non_finite),
+            ("z_shift", 0.0, rig.z_shift),
+        ):
+            given = getattr(self, name)
+            if given not in (unset, value):
+                raise InvalidInput(f"{name}={given!r} is given beside scan, which says {value!r}; give it in ScanOptions only")
+            object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -83,7 +83,7 @@ class KittiDataset:
     """Ids of frames whose label files are not opened. Frames of `testing` have none in any case."""
     scan: ScanOptions = ScanOptions()
     """How the scan files are read. Its `image_size` is the size of every picture; by default that of the frame's own picture. Its z shift
-    is not used, `z_shift` is."""
+    must be that of `z_shift`, or None."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
@@ -96,6 +96,10 @@ class KittiDataset:
             )
         if self.points_folder not in ("auto", "velodyne", "velodyne_reduced"):
             raise InvalidInput(f"points_folder must be auto, velodyne or velodyne_reduced, found {self.points_folder!r}")
+        if self.scan.z_shift not in (None, self.z_shift):
+            raise InvalidInput(
+                f"z_shift is {self.z_shift:g} and that of scan is {self.scan.z_shift:g}; give one of them, or the same"
+            )
         if self.scan.axes != ("x", "y", "z"):
             raise InvalidInput(
                 f"the axes of scans in KITTI's layout cannot be turned (found {' '.join(self.scan.axes)}), because the calibrations belong "

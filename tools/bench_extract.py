@@ -11,7 +11,7 @@ import torch
 
 from ..core.device import find_device
 from ..core.errors import InvalidInput
-from ..core.point_files import read_points, scan_files
+from ..core.point_files import find_scans, read_points
 from ..core.rig import RigSpec
 from ..perception.recipes.presets import PRESETS
 from ..perception.recipes.speed import detectors_to_measure, extraction_speed, machine, rig_for, simulated_scans
@@ -52,7 +52,7 @@ def command(config: BenchExtract) -> None:
         raise InvalidInput("give --preset NAME or --detector RUN, or several of them")
     torch.set_num_threads(config.threads)
     where = machine()
-    given = [read_points(path, intensity_scale=None) for path in scan_files(config.scans)] if config.scans else []
+    given = [read_points(path, intensity_scale=None) for path in find_scans(config.scans)[0]] if config.scans else []
     scans = given or simulated_scans(config.domain, config.frames, view=config.view)
     found = {
         (name, codec): extraction_speed(

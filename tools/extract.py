@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from ..core.device import find_device
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.foreign_text import check_name, shown
 from ..core.ledger import Ledger, warnings_of
-from ..core.point_files import read_scan, scan_files
+from ..core.point_files import find_scans, read_scan
 from ..core.rig import RigSpec
 from ..core.scan_options import ScanOptions
 from ..core.structures import PointCloud
@@ -133,7 +133,7 @@ def command(config: Extract) -> None:
     with _stop_requests() as stop:
         device = find_device(config.device)
         encoder = load_encoder(config.detector)
-        rig, sources = (
+        rig, sources, skipped = (
             _scan_files(config, encoder.trained_on) if config.data is None else _prepared_frames(config, encoder.trained_on)
         )
         if config.ids is not None:
@@ -175,6 +175,7 @@ def command(config: Extract) -> None:
                     refuse_lost_cells=not config.allow_lost_cells,
                 )
     watch.finish()
+    report = replace(report, ledger=report.ledger + skipped)
     _show(config, report, [s.name for s in todo], extractor, len(sources), stop.signal)
 
 
@@ -293,11 +294,14 @@ def _check_camera_view(config: Extract, trained: TrainedOn | None, sources: Mapp
             )
 
 
-def _scan_files(config: Extract, trained: TrainedOn | None) -> tuple[RigSpec, dict[str, _Source]]:
+def _scan_files(config: Extract, trained: TrainedOn | None) -> tuple[RigSpec, dict[str, _Source], Ledger]:
+    """The rig, the scans by name, and the counts of files that are no scans."""
+    if config.calib is None:
+        config.read.refuse_image_size("nothing is cropped without a calibration; give --calib FOLDER too, or leave it out")
     if config.calib is not None and config.read.axes != ("x", "y", "z"):
         raise InvalidInput("--axes turns scans away from their calibrations; give scans in the axes of the --calib files")
     sources = {}
-    files = scan_files(config.scans)
+    files, skipped = find_scans(config.scans)
     for path in files:
         load = partial(read_scan, path, config.read)  # the rig scales intensity and checks it
         if config.calib is not None:
@@ -310,10 +314,10 @@ def _scan_files(config: Extract, trained: TrainedOn | None) -> tuple[RigSpec, di
     rig, warnings = rig_of_scans(config.read, trained, files)
     for warning in warnings:
         print_warning(warning)
-    return rig, sources
+    return rig, sources, skipped
 
 
-def _prepared_frames(config: Extract, trained: TrainedOn | None) -> tuple[RigSpec, dict[str, _Source]]:
+def _prepared_frames(config: Extract, trained: TrainedOn | None) -> tuple[RigSpec, dict[str, _Source], Ledger]:
     """The rig that the dataset was prepared with, and its frames with that rig taken back: the extractor applies it once."""
     from ..datasets.data_split import DataSplit
 
@@ -338,7 +342,7 @@ def _prepared_frames(config: Extract, trained: TrainedOn | None) -> tuple[RigSpe
         frame = frames[index]
         return rig.to_sensor(frame.points), frame.reading.without_labels()  # no label is used here
 
-    return rig, {name: _Source(name=name, load=partial(load, index)) for index, name in enumerate(frames.ids)}
+    return rig, {name: _Source(name=name, load=partial(load, index)) for index, name in enumerate(frames.ids)}, Ledger()
 
 
 def _only(sources: Mapping[str, _Source], ids: Path) -> dict[str, _Source]:

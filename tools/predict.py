@@ -66,7 +66,9 @@ def command(config: Predict) -> None:
     """Find objects in a scan or in a folder of scans. A scan that cannot be read is reported, and the others go on."""
     if config.format == "kitti" and config.calib is None:
         raise InvalidInput("KITTI's text format is in the camera frame, so it needs --calib; or use --format json")
-    if config.calib is not None and not config.calib.is_dir():
+    if config.calib is None:
+        config.reading.refuse_image_size("nothing is cropped without a calibration; give --calib FOLDER too, or leave it out")
+    elif not config.calib.is_dir():
         raise InvalidInput(f"there is no folder {config.calib} (--calib); it must hold one calibration file per scan")
     if not 0 <= config.min_score <= 1:
         raise InvalidInput(f"--min-score must be in 0..1, found {config.min_score:g}")

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import io
 import re
-import struct
 import warnings
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InvalidInput
+from ...core.files import ZIP_FAULTS
 from ...core.foreign_text import shown
 from ...core.tensor_file import listed, read_tensors
 
@@ -96,16 +95,10 @@ def _check_kind(path: Path) -> None:
         )
 
 
-# What zipfile raises for damaged bytes, besides its own class.
-_DAMAGED_ZIP = (
-    zipfile.BadZipFile, zlib.error, ValueError, OverflowError, EOFError, NotImplementedError, RuntimeError, OSError, struct.error,
-)  # fmt: skip
-
-
 def _is_zip(path: Path) -> bool:
     try:
         return zipfile.is_zipfile(path)
-    except _DAMAGED_ZIP as error:
+    except ZIP_FAULTS as error:
         raise InvalidInput(f"{path} is damaged ({shown(error)}); get it again") from error
 
 
@@ -117,7 +110,7 @@ def _declared_size(path: Path) -> int:
     try:
         with zipfile.ZipFile(path) as archive:
             return max(size, sum(member.file_size for member in archive.infolist()))
-    except _DAMAGED_ZIP as error:
+    except ZIP_FAULTS as error:
         raise InvalidInput(f"{path} is damaged ({shown(error)}); get it again") from error
 
 
@@ -141,7 +134,7 @@ def _checked_content(path: Path) -> BinaryIO:
             for member in members:
                 name = member.filename
                 checked.writestr(name, archive.read(member))
-    except _DAMAGED_ZIP as error:
+    except ZIP_FAULTS as error:
         raise InvalidInput(f"{path} is damaged: {shown(name)} in it cannot be read ({shown(error)}); get it again") from error
     copy.seek(0)
     return copy

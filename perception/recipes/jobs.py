@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from ..server.upcycle_config import UpcycleConfig
 from ..training.checkpoint import latest_checkpoint
 from ..training.detector_files import DETECTOR_FILE, TEACHER_FILE, load_detector, save_detector, save_run_detector
 from ..training.distributed import DistributedContext, init_distributed, per_rank
-from ..training.loop import create_run
+from ..training.loop import LoopConfig, create_run
 from ..training.run_folder import RunFolder
 from ..training.starting_weights import StartingWeights, take_weights
 from ..training.supervised import train_supervised
@@ -218,20 +219,13 @@ def train_preset(
         processes=context.world_size,
         trained_on=detector.trained_on,
     )
-    may_differ = (*planned, *what_may_differ(out, record, resume=resume))
     own = per_rank(lambda step, rank, ranks: labeled(step * ranks + rank), context)
 
     def look(step: int) -> None:
         if watch is not None and context.is_main:
             watch.look(step, detector, run, progress=progress)
 
-    with (
-        create_run(out, record, seed=seed, context=context, resume=resume, may_differ=may_differ) as run,
-        run.reporting_failure(loop.total_steps),
-    ):
-        if context.is_main:
-            _set_result_aside(out, planned)
-            write_ledger(out, survey.ledger)
+    with _started_run(out, record, loop, planned, survey.ledger, context=context, resume=resume) as run:
         result = train_supervised(
             detector, own, loop, run=run, workers=workers, context=context, after_step=look, progress=progress
         )
@@ -378,20 +372,13 @@ def upcycle_preset(
         processes=context.world_size,
         trained_on=student.trained_on,
     )
-    may_differ = (*planned, *what_may_differ(out, record, resume=resume))
 
     def look(step: int, now: Detector) -> None:
         if watch is not None and context.is_main:
             watch.look(step, now, run, progress=progress)
 
     # The folder is taken last: what is wrong with the arguments must not leave a folder that refuses the corrected ones.
-    with (
-        create_run(out, record, seed=seed, context=context, resume=resume, may_differ=may_differ) as run,
-        run.reporting_failure(loop.total_steps),
-    ):
-        if context.is_main:
-            _set_result_aside(out, planned)
-            write_ledger(out, ledger)
+    with _started_run(out, record, loop, planned, ledger, context=context, resume=resume) as run:
         pasted_objects = None
         if chosen.f_gt:
             pasted_objects = _objects_to_paste(run, split, student, settings, codec_used, context)
@@ -534,6 +521,29 @@ def _objects_to_paste(
             run.abandon()
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _started_run(
+    out: Path,
+    record: TrainingRecord | UpcyclingRecord,
+    loop: LoopConfig,
+    planned: tuple[str, ...],
+    ledger: Ledger,
+    *,
+    context: DistributedContext,
+    resume: bool,
+) -> Iterator[RunFolder]:
+    """Take the run folder of a job, which then says how the job ended, and write the ledger into it."""
+    may_differ = (*planned, *what_may_differ(out, record, resume=resume))
+    with (
+        create_run(out, record, seed=record.seed, context=context, resume=resume, may_differ=may_differ) as run,
+        run.reporting_failure(loop.total_steps),
+    ):
+        if context.is_main:
+            _set_result_aside(out, planned)
+            write_ledger(out, ledger)
+        yield run
 
 
 def _set_result_aside(out: Path, planned: tuple[str, ...]) -> None:

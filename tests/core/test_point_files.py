@@ -10,7 +10,7 @@ import torch
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.ledger import Ledger
-from upcycle3d.core.point_files import find_scans, read_points, read_scan, scan_files, write_bin
+from upcycle3d.core.point_files import find_scans, read_points, read_scan, write_bin
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.scan_options import ScanOptions
 from upcycle3d.core.structures import PointCloud
@@ -205,7 +205,7 @@ def test_hidden_files_and_folders_are_no_scans_and_are_counted(tmp_path):
     files, ledger = find_scans([tmp_path])
     assert [f.name for f in files] == ["a.bin", "b.bin"]
     assert ledger == Ledger(files_skipped={"hidden file": 2, "not a scan": 1, "folder": 1})
-    assert scan_files([tmp_path / "a.bin", tmp_path / "._a.bin"]) == (tmp_path / "a.bin",)
+    assert find_scans([tmp_path / "a.bin", tmp_path / "._a.bin"])[0] == (tmp_path / "a.bin",)
     with pytest.raises(InvalidInput, match=r"no scan .*; skipped were: hidden file \(1\)"):
         find_scans([tmp_path / "._a.bin"])
 

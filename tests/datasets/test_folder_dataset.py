@@ -1,12 +1,14 @@
 """Your own folder of scans and labels: what is read, and what is refused with which words."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.scan_options import ScanOptions
 from upcycle3d.datasets.folder import FolderDataset, folder_ids, read_labels
 
 LABELS = """# two objects
@@ -92,3 +94,20 @@ def test_two_scans_of_one_frame_are_refused(tmp_path: Path) -> None:
     (root / "points" / "b.bin").write_bytes(np.zeros((1, 4), np.float32).tobytes())
     with pytest.raises(InvalidInput, match="several scans"):
         FolderDataset(root, ("b",), ("Car",))[0]
+
+
+@pytest.mark.parametrize(
+    "beside", [{"z_shift": 1.8}, {"columns": ("x", "y", "z")}, {"intensity_scale": 0.5}, {"drop_non_finite": True}]
+)
+def test_an_option_beside_scan_is_refused_and_not_lost(tmp_path, beside):
+    (tmp_path / "points").mkdir()
+    with pytest.raises(InvalidInput, match="beside scan"):
+        FolderDataset(tmp_path, (), ("Car",), scan=ScanOptions(), **beside)
+    same = FolderDataset(tmp_path, (), ("Car",), z_shift=1.8, scan=ScanOptions(z_shift=1.8))
+    assert replace(same, ids=()).rig.z_shift == 1.8
+
+
+def test_an_image_size_for_a_folder_without_a_camera_is_refused(tmp_path):
+    (tmp_path / "points").mkdir()
+    with pytest.raises(InvalidInput, match="no camera"):
+        FolderDataset(tmp_path, (), ("Car",), scan=ScanOptions(image_size=(1920, 1080)))

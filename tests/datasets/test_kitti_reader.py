@@ -12,6 +12,7 @@ import tiny
 from upcycle3d.core.boxes import kitti_camera_to_lidar
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.frame import Calibration
+from upcycle3d.core.scan_options import ScanOptions
 from upcycle3d.core.structures import Boxes3D, PointCloud, Predictions
 from upcycle3d.datasets.id_lists import read_ids
 from upcycle3d.datasets.kitti import KittiDataset, crop_to_camera, project_points
@@ -318,3 +319,10 @@ def test_a_picture_to_which_the_calibration_hardly_belongs_is_counted(tmp_path: 
     png.parent.mkdir(exist_ok=True)
     png.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + struct.pack(">II", *size))
     assert KittiDataset(root, ["000007"])[0].reading.scans_off_center == odd
+
+
+def test_two_z_shifts_that_differ_are_refused(tmp_path):
+    root = _root(tmp_path)
+    assert KittiDataset(root, ["000007"], z_shift=1.7, scan=ScanOptions(z_shift=1.7)).rig.z_shift == 1.7
+    with pytest.raises(InvalidInput, match=r"z_shift is 0 and that of scan is 1\.7"):
+        KittiDataset(root, ["000007"], scan=ScanOptions(z_shift=1.7))

@@ -92,7 +92,7 @@ def _limited() -> Iterator[None]:
 
 
 def limit_memory(megabytes: int = 3000) -> None:
-    """Let allocations fail above what this process has now plus so much, instead of taking the machine's memory."""
+    """Make allocations of this process fail once it has taken this many megabytes more, so that the machine keeps its memory."""
     have = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (have + megabytes * 2**20,) * 2)
 

@@ -321,3 +321,16 @@ def test_a_full_disk_names_the_option_that_goes_on(tmp_path, detector, scans, ca
     monkeypatch.setattr(ShardWriter, "_stage", full)
     run(detector, tmp_path / "out", "--scans", scans, code=2)
     assert "the same command with --resume" in " ".join(capsys.readouterr().err.split())
+
+
+def test_files_that_are_no_scans_are_counted_and_an_image_size_without_a_camera_is_refused(tmp_path, detector, capsys):
+    folder = tmp_path / "scans"
+    write_bin(folder / "0000.bin", some_scan(0))
+    for name in ("._0000.bin", "0001.ply", "0002.laz"):
+        (folder / name).write_bytes(b"x")
+    run(detector, tmp_path / "out", "--scans", folder, "--json", tmp_path / "out.json")
+    ledger = json.loads((tmp_path / "out.json").read_text())["ledger"]
+    assert ledger["files_skipped"] == {"hidden file": 1, "not a scan": 2}
+    assert "files skipped: not a scan" in capsys.readouterr().out
+    run(detector, tmp_path / "no", "--scans", folder, "--image-size", 1920, 1080, code=2)
+    assert "--image-size" in capsys.readouterr().err

@@ -209,3 +209,8 @@ def test_axes_of_the_training_that_are_not_given_again_are_warned_of(tmp_path, s
     assert "boxes and features are turned: give --axes y -x z" in capsys.readouterr().err.replace("\n", " ")
     assert predict(tmp_path / "turned.safetensors", scans, "--axes", "y", "-x", "z") == 0
     assert "are turned" not in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_an_image_size_without_a_calibration_is_refused_because_nothing_is_cropped(detector, scans, capsys):
+    assert predict(detector, scans, "--image-size", 1920, 1080) == 2
+    assert "give --calib FOLDER too" in " ".join(capsys.readouterr().err.split())

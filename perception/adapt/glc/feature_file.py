@@ -9,12 +9,8 @@ Read next: `feature_labels.py`, which labels what was read.
 
 from __future__ import annotations
 
-import lzma
 import math
-import struct
-import tokenize
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ....core.errors import InvalidInput
+from ....core.files import NPY_FAULTS, ZIP_FAULTS
 from .pseudo_labels import check_target
 
 _KINDS = {"features": "f", "probabilities": "f", "labels": "iu", "weight": "f"}
@@ -84,13 +81,6 @@ def read_target_features(path: str | Path) -> TargetFeatures:
         raise InvalidInput(f"{path}: {error}") from error
 
 
-# What zipfile and numpy raise for damaged bytes, besides their own classes.
-_DAMAGED = (
-    ValueError, KeyError, TypeError, SyntaxError, RuntimeError, zipfile.BadZipFile, EOFError, OverflowError, NotImplementedError,
-    OSError, RecursionError, MemoryError, zlib.error, lzma.LZMAError, tokenize.TokenError, struct.error,
-)  # fmt: skip
-
-
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """The arrays of `_KINDS` that the file holds, and the names of all its arrays."""
     size = path.stat().st_size  # a missing file is its own error
@@ -101,7 +91,7 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
                 raise ValueError(f"{size:,} bytes that unpack to {unpacked:,} are no measured features")
             names = [member.filename.removesuffix(".npy") for member in archive.infolist()]
             arrays = {name: _read_member(archive, name) for name in _KINDS if name in names}
-    except _DAMAGED as error:
+    except (*ZIP_FAULTS, *NPY_FAULTS) as error:
         raise InvalidInput(f"{path}: not a readable npz file ({error}); write it with numpy.savez") from error
     return arrays, names
 

@@ -98,8 +98,7 @@ def outside_height(boxes: torch.Tensor, encoder: Encoder) -> torch.Tensor:
     Returns:
         (N,) bool.
     """
-    low, high = boxes.new_tensor(encoder.spec.grid.range[:3]), boxes.new_tensor(encoder.spec.grid.range[3:])
-    within = (boxes[:, :3] >= low) & (boxes[:, :3] < high)
+    within = _within_axes(boxes, encoder)
     return within[:, 0] & within[:, 1] & ~within[:, 2]
 
 
@@ -113,8 +112,13 @@ def boxes_outside_range(boxes: torch.Tensor, encoder: Encoder) -> torch.Tensor:
     Returns:
         (N,) bool.
     """
+    return ~_within_axes(boxes, encoder).all(1)
+
+
+def _within_axes(boxes: torch.Tensor, encoder: Encoder) -> torch.Tensor:
+    """(N, 3) bool: whether x, y and z each lie in the range of the encoder's grid."""
     low, high = boxes.new_tensor(encoder.spec.grid.range[:3]), boxes.new_tensor(encoder.spec.grid.range[3:])
-    return ~((boxes[:, :3] >= low) & (boxes[:, :3] < high)).all(1)
+    return (boxes[:, :3] >= low) & (boxes[:, :3] < high)
 
 
 def point_features(encoder: Encoder) -> tuple[str, ...]:
