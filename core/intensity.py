@@ -1,7 +1,7 @@
 """The factor that brings a sensor's intensity to 0..1, proposed from its numbers. `rig.py` applies it.
 
 A network trained on another unit finds nothing and gives no error, so intensity outside 0..1 is refused (`RigSpec.from_sensor`) or
-counted and warned of (`judge` in `ledger.py`).
+counted and warned of (`judge` in `ledger_rules.py`).
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import atomic_file, locked_folder, remove_litter
 from ..core.foreign_text import check_name
 from ..core.frame import are_ignored
-from ..core.ledger import Ledger, judge
+from ..core.ledger import Ledger
+from ..core.ledger_rules import judge
 from ..core.rig import RigSpec
 from ..core.strict_json import read_json, write_json_file
 from .class_names import check_class_names
@@ -135,7 +136,7 @@ def prepare(
     Raises:
         InvalidInput: The arguments contradict each other, or an earlier start of this folder had other settings.
         UpcycleError: A worker died, another process prepares the same folder, no frame of a split is good, or the counts are absurd
-            (`core/ledger.py`).
+            (`core/ledger_rules.py`).
 
     Example:
         source = KittiDataset("KITTI", ids, z_shift=1.73)

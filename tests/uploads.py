@@ -8,7 +8,8 @@ import torch
 
 from upcycle3d.core.cut import CutSpec, KeypointSpec, VoxelGrid
 from upcycle3d.core.smashed_scene import SmashedScene
-from upcycle3d.perception.server.ingest import IngestReport, ingest
+from upcycle3d.perception.server.ingest import ingest
+from upcycle3d.perception.server.ingest_report import IngestReport
 from upcycle3d.perception.wire.shards import ShardWriter
 
 GRID = VoxelGrid(range=(0.0, -8.0, -2.0, 16.0, 8.0, 2.0), voxel_size=(0.5, 0.5, 0.5))

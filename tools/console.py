@@ -13,7 +13,8 @@ from rich.table import Table
 
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.foreign_text import shown
-from ..core.ledger import Ledger, judge, stop_if_absurd
+from ..core.ledger import Ledger
+from ..core.ledger_rules import judge, stop_if_absurd
 from .arguments import parse_arguments
 from .terminal import SafeConsole, flush_output, plain, print_fault, print_labeled, silence, warnings_in_sentences
 
@@ -190,7 +191,7 @@ def settle(ledger: Ledger, title: str, *, refuse_lost_cells: bool = False) -> No
         refuse_lost_cells: See `judge`.
 
     Raises:
-        UpcycleError: A rule of `core/ledger.py` stops the command.
+        UpcycleError: A rule of `core/ledger_rules.py` stops the command.
     """
     print_table(title, ("", "number", "share"), ledger.rows())
     findings = judge(ledger, refuse_lost_cells=refuse_lost_cells)

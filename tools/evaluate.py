@@ -18,7 +18,8 @@ from ..core.device import find_device
 from ..core.errors import InvalidInput
 from ..core.files import write_atomically
 from ..core.foreign_text import check_name
-from ..core.ledger import Ledger, warnings_of
+from ..core.ledger import Ledger
+from ..core.ledger_rules import warnings_of
 from ..datasets.kitti import read_ids
 from ..datasets.kitti_text import write_objects
 from ..perception.evaluation.accounts import Account, account_of_kitti, extra_files, extra_files_warning

@@ -21,12 +21,14 @@ from typing import Literal
 from ..core.device import find_device
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.foreign_text import check_name, shown
-from ..core.ledger import Ledger, warnings_of
+from ..core.ledger import Ledger
+from ..core.ledger_rules import warnings_of
 from ..core.point_files import find_scans, read_scan
 from ..core.rig import RigSpec
+from ..core.scan_comparison import ScanWatch, reaches_behind, rig_differences, rig_of_scans
 from ..core.scan_options import ScanOptions
 from ..core.structures import PointCloud
-from ..core.trained_on import ScanWatch, TrainedOn, reaches_behind, rig_differences, rig_of_scans
+from ..core.trained_on import TrainedOn
 from ..perception.vehicle.extractor import ExtractionReport, Extractor, extract
 from ..perception.vehicle.progress import ExtractedScan, ScanIdentity, default_progress_path, open_progress
 from ..perception.wire.encoder_file import check_fingerprint, load_encoder

@@ -13,7 +13,8 @@ from ..core.errors import InvalidInput, UpcycleError
 from ..core.rig import RigSpec
 from ..core.scan_options import ScanOptions
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
-from ..perception.server.ingest import IngestReport, Refusal, ingest
+from ..perception.server.ingest import ingest
+from ..perception.server.ingest_report import IngestReport, Refusal
 from ..perception.wire.encoder_file import load_encoder
 from .console import console, print_table, print_warning, run_command, write_json
 

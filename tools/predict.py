@@ -17,12 +17,14 @@ from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import write_atomically
 from ..core.foreign_text import shown
 from ..core.frame import Calibration
-from ..core.ledger import Ledger, warnings_of
+from ..core.ledger import Ledger
+from ..core.ledger_rules import warnings_of
 from ..core.point_files import find_scans, read_scan
 from ..core.rig import RigSpec
+from ..core.scan_comparison import ScanWatch, reaches_behind, rig_of_scans
 from ..core.scan_options import ScanOptions
 from ..core.structures import PointCloud, Predictions
-from ..core.trained_on import ScanMeasures, ScanWatch, reaches_behind, rig_of_scans
+from ..core.trained_on import ScanMeasures
 from ..datasets.kitti import crop_to_camera
 from ..datasets.kitti_calibration import find_calibration, is_off_center, read_calibration, shift_calibration
 from ..datasets.kitti_text import predictions_to_kitti, write_objects

@@ -14,7 +14,7 @@ import tyro
 
 from ..core.errors import InvalidInput
 from ..core.foreign_text import shown
-from ..core.ledger import warnings_of
+from ..core.ledger_rules import warnings_of
 from ..core.scan_options import ScanOptions
 from ..datasets.folder import BoxOrigin, LabelForm, SizeLetter, YawUnit
 from ..datasets.kitti import PointsFolder

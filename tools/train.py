@@ -82,7 +82,7 @@ def settle_start(start: JobStart) -> None:
         start: What is known before the first step.
 
     Raises:
-        UpcycleError: A rule of `core/ledger.py` stops the job.
+        UpcycleError: A rule of `core/ledger_rules.py` stops the job.
     """
     for note in start.notes:
         print_warning(note)

@@ -10,8 +10,8 @@ from typing import Literal
 import tyro
 
 from ..core.foreign_text import shown
+from ..core.scan_comparison import rig_of_scans
 from ..core.scan_options import ScanOptions
-from ..core.trained_on import rig_of_scans
 from ..perception.recipes.jobs import upcycle_preset
 from ..perception.recipes.presets import Preset
 from ..perception.server.methods import METHODS

@@ -13,7 +13,8 @@ from ..core.errors import InvalidInput
 from ..core.files import write_atomically
 from ..core.foreign_text import check_name, shown
 from ..core.frame import Frame
-from ..core.ledger import Ledger, warnings_of
+from ..core.ledger import Ledger
+from ..core.ledger_rules import warnings_of
 from ..core.structures import Predictions
 from ..perception.models.detector import Detector
 from ..perception.recipes.scan_survey import data_warnings, survey_split

@@ -1,6 +1,6 @@
 """Looks at the scans that a detector is given in Python, as the commands look at theirs: a scan that does not suit it is not passed over.
 
-Read next: `core/trained_on.py`, which compares; `core/ledger.py`, which judges counts; `detector.py`, whose `detect` asks.
+Read next: `core/scan_comparison.py`, which compares; `core/ledger_rules.py`, which judges counts; `detector.py`, whose `detect` asks.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...core.features import VoxelCounts
-from ...core.ledger import Ledger, judge
+from ...core.ledger import Ledger
+from ...core.ledger_rules import judge
+from ...core.scan_comparison import ScanWatch
 from ...core.structures import PointCloud
-from ...core.trained_on import ScanMeasures, ScanWatch, TrainedOn
+from ...core.trained_on import ScanMeasures, TrainedOn
 from .encoders.scan_survey import measures_of
 
 COMPARED_ALONE = 10

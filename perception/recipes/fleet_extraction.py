@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ...core.errors import UpcycleError
 from ...core.files import write_atomically
-from ...core.ledger import judge
+from ...core.ledger_rules import judge
 from ...core.strict_json import read_json
 from ...core.structures import PointCloud
 from ..server.ingest import ingest

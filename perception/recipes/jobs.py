@@ -18,10 +18,11 @@ import torch
 
 from ...core.errors import InvalidInput
 from ...core.files import write_atomically
-from ...core.ledger import Ledger, judge, stop_if_absurd
+from ...core.ledger import Ledger
+from ...core.ledger_rules import judge, stop_if_absurd
 from ...core.rig import RigSpec
+from ...core.scan_comparison import rig_differences
 from ...core.tensor_file import content_digest
-from ...core.trained_on import rig_differences
 from ...datasets.data_split import DataSplit
 from ...datasets.prepared import PreparedDataset
 from ..evaluation.score import EvaluationReport, Protocol
@@ -99,7 +100,7 @@ def warn_or_stop(start: JobStart) -> None:
         start: What is known before the first step.
 
     Raises:
-        UpcycleError: A rule of `core/ledger.py` stops the job.
+        UpcycleError: A rule of `core/ledger_rules.py` stops the job.
     """
     findings = judge(start.ledger)
     stop_if_absurd(findings)
@@ -433,7 +434,7 @@ def evaluate_on(detector: Detector | str | Path, data: Data, *, protocol: Protoc
 
     Raises:
         InvalidInput: The dataset has no protocol of its own, or lacks what the protocol needs.
-        UpcycleError: A rule of `core/ledger.py` says that the score would be worthless: no point or no box lies in the range.
+        UpcycleError: A rule of `core/ledger_rules.py` says that the score would be worthless: no point or no box lies in the range.
 
     Example:
         report = upcycle3d.evaluate("runs/source", "data/kitti:val")

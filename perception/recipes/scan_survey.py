@@ -12,16 +12,9 @@ from ...core.errors import InvalidInput
 from ...core.frame import count_ignored
 from ...core.ledger import Ledger
 from ...core.rig import intensity_range
+from ...core.scan_comparison import compare_road, compare_scans, rig_differences
 from ...core.scan_options import Axis, NumberType
-from ...core.trained_on import (
-    ScanMeasures,
-    ScanStatistics,
-    TrainedOn,
-    compare_road,
-    compare_scans,
-    rig_differences,
-    summarize_scans,
-)
+from ...core.trained_on import ScanMeasures, ScanStatistics, TrainedOn, summarize_scans
 from ...datasets.data_split import DataSplit
 from ...datasets.nuscenes import INTENSITY_SCALE
 from ...datasets.prepared import PreparedDataset

@@ -16,8 +16,6 @@ Read next: `wire/manifest.py` and `wire/shards.py` (what a shard must look like)
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import re
@@ -25,159 +23,33 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from ...core.cut import CutSpec
 from ...core.errors import InvalidInput, UpcycleError
-from ...core.files import locked_folder, remove_litter, sync_folder, write_atomically
+from ...core.files import locked_folder, remove_litter
 from ...core.foreign_text import shown
 from ..wire.codec import FINGERPRINT_PATTERN, ForeignScene, decode_scene
 from ..wire.cut_json import CorruptScene
-from ..wire.manifest import MAX_MANIFEST_BYTES, BrokenShard, DuplicateScene, ShardManifest, open_regular, read_manifest
+from ..wire.manifest import MAX_MANIFEST_BYTES, BrokenShard, DuplicateScene, ShardManifest, read_manifest
 from ..wire.shards import SceneKind, read_members
+from .ingest_report import ForeignShards, IngestReport, Refusal, RepeatedShard
+from .quarantine import kept_files, move_durably, set_aside
 from .store import CATALOG, QUARANTINE, SHARDS, Catalog, catalog_rows, order_key, read_catalog, write_catalog
 
 _UPLOAD_NAME = re.compile(r"([0-9a-f]{32})((?:\.[0-9]{1,6})*)\.(json|tar)")  # the numbers are those of quarantine
-_COPY_BYTES = 1 << 22
 
 UPLOAD_SECONDS = 3600.0
 """Seconds since the last change of an unfinished file in which it is taken for an upload that still runs."""
 OVERDUE_SECONDS = 24 * 3600.0
 """Seconds after which half a shard that waits for its other half is reported as overdue."""
-QUARANTINE_BYTES = 1 << 30
-"""Size up to which a refused file is kept in quarantine. Of a larger one, and of a sparse one, only size, hash and reason are kept."""
-_HASHED_BYTES = 1 << 28  # of a file that is not kept
 
 
 class StoreWriteError(UpcycleError):
     """The store cannot be written (disk full, no permission). Every shard is still where it was, or complete in the store."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """A shard that was not taken in."""
-
-    shard: str
-    """The stem of its file names."""
-
-    reason: str
-    """Why, as a sentence for the operator."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForeignShards:
-    """Shards of another encoder or rig, which stay where they are for the store of that encoder."""
-
-    fingerprint: str
-    """Fingerprint of their encoder and rig."""
-
-    shards: tuple[str, ...]
-    """Stems of their file names."""
-
-    scenes: int
-    """Scenes that their manifests list."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RepeatedShard:
-    """A new shard that holds scenes with the content of other scenes of the store."""
-
-    shard: str
-    """The stem of its file names."""
-
-    scenes: int
-    """Its scenes."""
-
-    repeated: int
-    """Those of them that the store holds a second time."""
-
-    others: tuple[str, ...]
-    """Stems of the other shards that hold the same content; empty where the shard itself holds a scene twice."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class IngestReport:
-    """What one run of ingest did. Shards are named by the stem of their file names."""
-
-    accepted: tuple[str, ...]
-    """Shards that are new in the catalog."""
-
-    already_there: tuple[str, ...]
-    """Shards that the catalog had already. They were verified again, and nothing changed."""
-
-    quarantined: tuple[Refusal, ...]
-    """Shards that failed and were moved to quarantine."""
-
-    duplicates: tuple[Refusal, ...]
-    """Those of `quarantined` that hold a scene that the store or the shard itself holds already."""
-
-    foreign: tuple[ForeignShards, ...]
-    """Shards of other encoders, by fingerprint. They were left where they are."""
-
-    waiting: tuple[Refusal, ...]
-    """Shards left in the incoming folder, because a file has not come yet, is still growing, or cannot be read now."""
-
-    overdue: tuple[Refusal, ...]
-    """Those of `waiting` whose other half has not come in `OVERDUE_SECONDS`."""
-
-    unrecognized: tuple[str, ...]
-    """Names in the incoming folder that cannot be a shard. They were left alone."""
-
-    gone: tuple[str, ...]
-    """Shards of the catalog that were deleted from the store since; their rows were dropped."""
-
-    new_scenes: int
-    """Rows added to the catalog."""
-
-    empty_scenes: int
-    """Those of them without a cell."""
-
-    repeated_scenes: int
-    """Those of them whose content equals that of another scene in the store: most likely one scan that was extracted twice."""
-
-    total_scenes: int
-    """Rows of the catalog now."""
-
-    repeated_shards: tuple[RepeatedShard, ...] = ()
-    """The new shards that hold `repeated_scenes`."""
-
-    @staticmethod
-    def together(reports: Sequence[IngestReport]) -> IngestReport:
-        """Join the reports of several folders that were taken into one store, in order.
-
-        Args:
-            reports: At least one.
-
-        Returns:
-            All shards and sums of the scenes; shards that are foreign or already there stand once for each folder.
-        """
-        foreign: dict[str, list[ForeignShards]] = {}
-        for found in (found for report in reports for found in report.foreign):
-            foreign.setdefault(found.fingerprint, []).append(found)
-        joined: dict[str, Any] = {}
-        for f in fields(IngestReport):
-            values = [getattr(report, f.name) for report in reports]
-            joined[f.name] = sum(values) if isinstance(values[0], int) else tuple(v for part in values for v in part)
-        joined["total_scenes"] = reports[-1].total_scenes
-        joined["foreign"] = tuple(
-            ForeignShards(fingerprint=name, shards=tuple(s for p in parts for s in p.shards), scenes=sum(p.scenes for p in parts))
-            for name, parts in sorted(foreign.items())
-        )
-        return IngestReport(**joined)
-
-    @property
-    def nothing(self) -> bool:
-        """Whether there was no shard to take in, and none waits."""
-        return not (self.accepted or self.already_there or self.quarantined or self.foreign or self.waiting)
-
-    @property
-    def refused_all(self) -> bool:
-        """Whether shards were refused or foreign, and none was accepted or there already."""
-        return bool(self.quarantined or self.foreign) and not (self.accepted or self.already_there)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,85 +194,6 @@ def _cut_off_json(path: Path) -> bool:
     except (ValueError, RecursionError):
         return True
     return False
-
-
-# ---------------------------------------------------------------------------------------------------------------- move
-
-
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def _move(source: Path, target: Path) -> None:
-    """Give a file another name or folder. It is complete and durable there before it vanishes from where it was."""
-    descriptor = open_regular(source)
-    try:
-        os.fsync(descriptor)  # the uploader may not have
-        try:
-            os.replace(source, target)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            write_atomically(target, iter(lambda: os.read(descriptor, _COPY_BYTES), b""))
-            if _digest(source) != _digest(target):
-                raise OSError(errno.EIO, f"the copy of {source} differs from it; the original was kept", str(target)) from error
-            os.unlink(source)
-    finally:
-        os.close(descriptor)
-    sync_folder(target.parent)
-    sync_folder(source.parent)
-
-
-def _too_large(path: Path) -> str:
-    """Why a file is not kept in quarantine: huge, or sparse so that a copy would be; empty where it is kept."""
-    status = path.stat()
-    if status.st_size > QUARANTINE_BYTES:
-        return f"it has more than {QUARANTINE_BYTES:,} bytes"
-    if status.st_size > 1 << 20 and 4 * 512 * status.st_blocks < status.st_size:
-        return "most of it is holes, which no upload has"
-    return ""
-
-
-def _describe(path: Path, why: str) -> str:
-    digest, left = hashlib.sha256(), _HASHED_BYTES
-    with path.open("rb") as file:
-        while left and (piece := file.read(min(_COPY_BYTES, left))):
-            digest.update(piece)
-            left -= len(piece)
-    part = "" if left else f" of its first {_HASHED_BYTES:,} bytes"
-    return f"{path.name} was removed, because {why}: {path.stat().st_size:,} bytes, SHA-256{part} {digest.hexdigest()}"
-
-
-_KEPT = "Kept next to this file, unchanged: "
-
-
-def _kept(reason: Path) -> list[str]:
-    """Names of the files that belong to a text of quarantine."""
-    with reason.open(encoding="utf-8", errors="replace") as file:
-        lines = [line.removeprefix(_KEPT).rstrip(".") for line in file.read(20_000).splitlines() if line.startswith(_KEPT)]
-    return lines[0].split(", ") if lines else []
-
-
-def _quarantine(files: list[Path], folder: Path, stem: str, reason: str) -> None:
-    """Set files aside under a free name, next to the reason. The reason is written first, so that no file is without one."""
-    name, n = stem, 1
-    while any((folder / f"{name}{suffix}").exists() for suffix in (".tar", ".json", ".reason.txt")):
-        name, n = f"{stem}.{n}", n + 1
-    removed = {path: why for path in files if (why := _too_large(path))}
-    kept = ", ".join(f"{name}{path.suffix}" for path in files if path not in removed) or "nothing"
-    notes = "".join(f"{_describe(path, why)}.\n" for path, why in removed.items())
-    text = (
-        f"Shard {stem} was refused by ingest.\n\nReason: {shown(reason, most=4000)}\n\n{_KEPT}{kept}.\n{notes}"
-        "Upload it again from the vehicle. Once the cause is gone, `upcycle3d ingest … --retry-quarantine` tries what is kept again.\n"
-    )
-    write_atomically(folder / f"{name}.reason.txt", [text.encode("utf-8", "replace")])
-    for path in files:
-        if path in removed:
-            path.unlink()
-            sync_folder(path.parent)
-        else:
-            _move(path, folder / f"{name}{path.suffix}")
 
 
 # -------------------------------------------------------------------------------------------------------------- ingest
@@ -596,9 +389,9 @@ class _Ingest:
         folder = self.store / QUARANTINE
         for reason in sorted(folder.glob(f"{upload.stem}*.reason.txt")):
             name = reason.name.removesuffix(".reason.txt")
-            if (folder / f"{name}{suffix}").exists() or f"{name}{suffix}" not in _kept(reason):
+            if (folder / f"{name}{suffix}").exists() or f"{name}{suffix}" not in kept_files(reason):
                 continue
-            _move(path, folder / f"{name}{suffix}")
+            move_durably(path, folder / f"{name}{suffix}")
             self.quarantined.append(
                 Refusal(shard=upload.stem, reason="it was refused by an ingest that ended before it had moved all")
             )
@@ -628,7 +421,7 @@ class _Ingest:
         refusal = Refusal(shard=stem, reason=shown(error, most=4000))
         if folder != self.store / QUARANTINE:
             # A tar that is in the store already was verified before; a bad manifest must not take it away.
-            _quarantine(files, self.store / QUARANTINE, stem, f"{type(error).__name__}: {error}")
+            set_aside(files, self.store / QUARANTINE, stem, f"{type(error).__name__}: {error}")
         self.quarantined.append(refusal)
         if isinstance(error, DuplicateScene):
             self.duplicates.append(refusal)
@@ -663,7 +456,7 @@ class _Ingest:
             return
         for path in (tar, manifest_path):
             if path.parent != self.shards:
-                _move(path, self.shards / f"{stem}{path.suffix}")  # over an equal file, which repairs a decayed disk
+                move_durably(path, self.shards / f"{stem}{path.suffix}")  # over an equal file, which repairs a decayed disk
         if folder == self.store / QUARANTINE:
             manifest_path.with_suffix(".reason.txt").unlink(missing_ok=True)
         if stem in self.known:

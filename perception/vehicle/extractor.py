@@ -33,7 +33,8 @@ from ...core.device import find_device
 from ...core.errors import InvalidInput, UpcycleError
 from ...core.features import Keypoints, VoxelCounts
 from ...core.foreign_text import shown
-from ...core.ledger import CELLS_STOP, Ledger, judge
+from ...core.ledger import Ledger
+from ...core.ledger_rules import CELLS_STOP, judge
 from ...core.rig import RigSpec
 from ...core.smashed_scene import SmashedScene
 from ...core.structures import PointCloud

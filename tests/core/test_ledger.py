@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from upcycle3d.core.errors import UpcycleError
-from upcycle3d.core.ledger import Ledger, judge, stop_if_absurd
+from upcycle3d.core.ledger import Ledger
+from upcycle3d.core.ledger_rules import judge, stop_if_absurd
 
 
 def test_usual_counts_pass_without_a_word():

@@ -10,21 +10,10 @@ import torch
 
 import tiny
 from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.scan_comparison import ScanWatch, compare_road, compare_scans, reaches_behind, rig_differences, rig_of_scans
 from upcycle3d.core.scan_options import ScanOptions
 from upcycle3d.core.structures import PointCloud
-from upcycle3d.core.trained_on import (
-    ScanMeasures,
-    ScanStatistics,
-    ScanWatch,
-    TrainedOn,
-    compare_road,
-    compare_scans,
-    estimate_road_height,
-    reaches_behind,
-    rig_differences,
-    rig_of_scans,
-    summarize_scans,
-)
+from upcycle3d.core.trained_on import ScanMeasures, ScanStatistics, TrainedOn, estimate_road_height, summarize_scans
 from upcycle3d.perception.models.encoders.scan_survey import measure_scan
 from upcycle3d.perception.recipes.presets import PRESETS
 

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from upcycle3d.core.ledger import Ledger, judge
+from upcycle3d.core.ledger import Ledger
+from upcycle3d.core.ledger_rules import judge
 from upcycle3d.datasets.box_poses import POSES, count_poses, joined, judge_poses
 from upcycle3d.tests import tiny_layouts
 from upcycle3d.tests.tiny_layouts import BOXES, kitti_line, prepare

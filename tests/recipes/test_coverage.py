@@ -8,7 +8,8 @@ import torch
 import tiny
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.frame import Frame
-from upcycle3d.core.ledger import Ledger, judge
+from upcycle3d.core.ledger import Ledger
+from upcycle3d.core.ledger_rules import judge
 from upcycle3d.datasets.kitti import KittiDataset, read_ids
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset

@@ -14,9 +14,10 @@ import tiny
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.frame import Frame
 from upcycle3d.core.rig import RigSpec
+from upcycle3d.core.scan_comparison import compare_road
 from upcycle3d.core.scan_options import ScanOptions
 from upcycle3d.core.structures import PointCloud
-from upcycle3d.core.trained_on import ScanMeasures, compare_road, estimate_road_height, summarize_scans
+from upcycle3d.core.trained_on import ScanMeasures, estimate_road_height, summarize_scans
 from upcycle3d.datasets.data_split import DataSplit
 from upcycle3d.datasets.folder import FolderDataset
 from upcycle3d.datasets.prepare import prepare

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from upcycle3d.core.ledger import CELLS_WARNING, judge
+from upcycle3d.core.ledger_rules import CELLS_WARNING, judge
 from upcycle3d.core.structures import PointCloud
 from upcycle3d.ops.voxelize import voxelize
 from upcycle3d.perception.models.encoders.scan_survey import measure_scan

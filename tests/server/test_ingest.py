@@ -22,7 +22,9 @@ from safetensors import numpy as safetensors_numpy
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.strict_json import canonical_json
 from upcycle3d.perception.server import ingest as ingest_module
-from upcycle3d.perception.server.ingest import IngestReport, StoreWriteError, ingest
+from upcycle3d.perception.server import quarantine
+from upcycle3d.perception.server.ingest import StoreWriteError, ingest
+from upcycle3d.perception.server.ingest_report import IngestReport
 from upcycle3d.perception.server.store import SmashedStore
 from upcycle3d.perception.wire.codec import round_trip, scene_id_of
 from upcycle3d.perception.wire.manifest import read_manifest
@@ -462,13 +464,13 @@ def test_a_full_store_keeps_every_upload_and_goes_on_later(incoming, store, monk
 def test_a_copy_that_differs_does_not_remove_the_upload(incoming, store, monkeypatch):
     path = upload(incoming, [scene(0)])
     across_file_systems(monkeypatch)
-    write = ingest_module.write_atomically
+    write = quarantine.write_atomically
 
     def altered(target: Path, data: object) -> None:
         pieces = [data] if isinstance(data, bytes) else list(data)
         write(target, b"x" + b"".join(pieces)[1:])
 
-    monkeypatch.setattr(ingest_module, "write_atomically", altered)
+    monkeypatch.setattr(quarantine, "write_atomically", altered)
     with pytest.raises(StoreWriteError, match="differs"):
         ingest_all(incoming, store)
     assert names(incoming) == pair(path.stem)
@@ -665,7 +667,7 @@ def test_a_sparse_or_huge_tar_is_not_kept(incoming, store, monkeypatch):
     sparse, huge = upload(incoming, [scene(0)]), upload(incoming, [scene(1)])
     with sparse.with_suffix(".tar").open("r+b") as file:
         file.truncate(50 << 20)
-    monkeypatch.setattr(ingest_module, "QUARANTINE_BYTES", 4096)
+    monkeypatch.setattr(quarantine, "QUARANTINE_BYTES", 4096)
     huge.with_suffix(".tar").write_bytes(b"x" * 5000)
     across_file_systems(monkeypatch)
     assert len(ingest_all(incoming, store).quarantined) == 2

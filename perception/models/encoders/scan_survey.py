@@ -2,7 +2,7 @@
 
 Training stores the medians of these measures beside the weights; later commands measure their own scans and compare.
 
-Read next: `core/trained_on.py`, which summarizes and compares; `core/ledger.py`, which counts.
+Read next: `core/trained_on.py`, which summarizes; `core/ledger.py`, which counts.
 """
 
 from __future__ import annotations
