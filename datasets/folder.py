@@ -7,7 +7,7 @@
 x y z is the center of the box; meters and radians, x forward, y left, z up, as drawn in `core/boxes.py`. An empty label file says
 that the scene holds no object. A missing label file is an error, because it usually means a wrong path.
 
-Read next: `core/point_files.py` for the formats of scans, `raw.py` for the splits.
+Read next: `core/point_files.py` for the formats of scans, `layouts.py` for the splits.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A list may have a byte order mark, line ends of Windows, blank lines and `#` com
 its suffix or with its path; `000001` may be written `1` where only one frame has this number. Everything else is refused at once, with
 the line, before any scan is read.
 
-Read next: `raw.py`, which makes splits of these lists.
+Read next: `layouts.py`, which makes splits of these lists.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ as background.
 
 Training and testing frames have the same numbers in KITTI. So a testing frame is called `testing-<id>` here.
 
-Read next: `kitti_text.py` for the label files, `kitti_calibration.py` for the calibrations, `raw.py` for the splits.
+Read next: `kitti_text.py` for the label files, `kitti_calibration.py` for the calibrations, `layouts.py` for the splits.
 """
 
 from __future__ import annotations

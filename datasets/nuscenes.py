@@ -20,7 +20,7 @@ OpenPCDet and ST3D leave nuScenes' points unchanged, with x to the right; our de
 
 nuScenes counts intensity to 255. Lyft published no intensity and writes 100 everywhere. Both are divided by 255.
 
-Read next: `drive_tables.py`, `nuscenes_tables.py`; `raw.py` for the splits.
+Read next: `drive_tables.py`, `nuscenes_tables.py`; `layouts.py` for the splits.
 """
 
 from __future__ import annotations

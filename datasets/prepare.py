@@ -3,7 +3,7 @@
 Work is done in chunks of frames by worker processes (`prepared_parts.py`). Finished chunks are kept whatever happens, so killing
 preparation and starting it again does nothing twice. `prepared_format.py` draws the files.
 
-Read next: `prepared.py` reads the result; `raw.py` opens KITTI, Waymo, Lyft, nuScenes and your own folder, and adds the databases
+Read next: `prepared.py` reads the result; `raw.py` takes what `layouts.py` opened, and adds the databases
 of objects to paste.
 """
 

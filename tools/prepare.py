@@ -18,10 +18,11 @@ from ..core.ledger_rules import warnings_of
 from ..core.scan_options import ScanOptions
 from ..datasets.folder import BoxOrigin, LabelForm, SizeLetter, YawUnit
 from ..datasets.kitti import PointsFolder
+from ..datasets.layouts import open_folder, open_kitti, open_nuscenes, open_waymo
 from ..datasets.nuscenes import LYFT_DIALECT, NUSCENES_DIALECT, Dialect
 from ..datasets.object_summary import ObjectSummary, Size
 from ..datasets.prepare import AbsurdDataError
-from ..datasets.raw import RawDataset, RawReport, open_folder, open_kitti, open_nuscenes, open_waymo, prepare_raw
+from ..datasets.raw import RawDataset, RawReport, prepare_raw
 from .console import console, print_table, print_warning, progress_bar, run_command, settle, write_json
 from .scan_option import ScanOption
 

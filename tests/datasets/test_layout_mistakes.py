@@ -14,8 +14,9 @@ from tiny_layouts import BOXES, IDS, MOUNTING, PROJECTION, calibration, kitti_li
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.gt_database import GtDatabase
+from upcycle3d.datasets.layouts import open_folder, open_kitti
 from upcycle3d.datasets.prepared import PreparedDataset
-from upcycle3d.datasets.raw import open_folder, open_kitti, prepare_raw
+from upcycle3d.datasets.raw import prepare_raw
 from upcycle3d.datasets.simulation import places
 from upcycle3d.datasets.simulation.layout_lyft import write_lyft_layout
 from upcycle3d.perception.evaluation.score import score_detector

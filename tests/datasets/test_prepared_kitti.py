@@ -16,9 +16,10 @@ from upcycle3d.core.structures import Boxes3D, PointCloud, Predictions
 from upcycle3d.datasets.gt_database import GtDatabase
 from upcycle3d.datasets.kitti_text import KittiObjects, parse_objects, read_objects, write_objects
 from upcycle3d.datasets.label_shares import label_share_splits
+from upcycle3d.datasets.layouts import open_kitti
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
-from upcycle3d.datasets.raw import open_kitti, prepare_raw
+from upcycle3d.datasets.raw import prepare_raw
 from upcycle3d.datasets.simulation.layout_kitti import write_kitti_layout
 from upcycle3d.datasets.simulation.places import KITTI
 from upcycle3d.perception.evaluation.detect import kitti_detections

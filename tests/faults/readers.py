@@ -38,10 +38,10 @@ from upcycle3d.datasets.folder import read_labels
 from upcycle3d.datasets.gt_database import GtDatabase, build_gt_database
 from upcycle3d.datasets.kitti import read_calibration, read_ids
 from upcycle3d.datasets.kitti_text import read_objects
+from upcycle3d.datasets.layouts import open_kitti, open_nuscenes, open_waymo
 from upcycle3d.datasets.nuscenes import LYFT_DIALECT
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
-from upcycle3d.datasets.raw import open_kitti, open_nuscenes, open_waymo
 from upcycle3d.datasets.simulation.layout_kitti import write_kitti_layout
 from upcycle3d.datasets.simulation.layout_lyft import write_lyft_layout
 from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout
