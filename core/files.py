@@ -35,7 +35,7 @@ ZIP_FAULTS = (
     RuntimeError, OSError,
 )  # fmt: skip
 """What zipfile raises for a damaged archive."""
-_LOCK_SECONDS = 1.5
+_LOCK_SECONDS = 0.5
 _LITTER = re.compile(r"\.([0-9a-f]{16}|objects\.[0-9]+)\.tmp")  # of `atomic_file`; and of the GT database of an earlier version
 
 
@@ -152,7 +152,7 @@ def locked_folder(folder: str | Path, busy: str, *, wait: bool = False, name: st
 
 
 def _locked_soon(lock: int) -> bool:
-    """Take a lock within a second or two: a worker whose parent was just killed may hold it for a moment."""
+    """Take a lock within half a second: a worker whose parent was just killed may hold it for a moment."""
     end = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
