@@ -10,15 +10,16 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/installed
 	$(BIN)/upcycle3d demo --out demo
 
-# The linter and the type checker run beside the tests, which mostly use one core.
+# One test process per core, each with one thread: the networks of the tests are too small to gain from a second one.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 test: $(VENV)/installed-dev
 	$(MAKE) -j2 lint pytest
 
 pytest: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-full: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Damaged inputs and kills, for MINUTES per seed; docs/reliability.md explains the table.
 MINUTES ?= 20
