@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
+import torch
 from torch import nn
 
 from ....core.cut import CutSpec
@@ -72,6 +73,36 @@ class Encoder(nn.Module, ABC):
         Returns:
             Features at the cut, differentiable, one scene per scan.
         """
+
+    @property
+    def upload_spec(self) -> CutSpec:
+        """The shape of what leaves a vehicle. It is `spec` unless a defence changes the channels."""
+        return self.spec
+
+    def upload(self, points: Sequence[PointCloud], voxels: SparseVoxels, generator: torch.Generator | None = None) -> CutFeatures:
+        """Compute what leaves a vehicle, before the codec: the features at the cut, unless the encoder carries a defence.
+
+        Args:
+            points: the scans that `voxels` were made from.
+            voxels: what `voxelize` returned for `points`.
+            generator: where random defences draw from. A vehicle seeds it with numbers that nobody else knows. None draws from torch's
+                global generator, as a training does.
+
+        Returns:
+            Features with the shape `upload_spec`.
+        """
+        return self.features(points, voxels)
+
+    def restore(self, uploaded: CutFeatures) -> CutFeatures:
+        """Turn what a vehicle sent into features that the decoder reads: the server's half of a defence.
+
+        Args:
+            uploaded: features with the shape `upload_spec`.
+
+        Returns:
+            Features with the shape `spec`, differentiable.
+        """
+        return uploaded
 
     def forward(self, points: Sequence[PointCloud]) -> CutFeatures:
         """Run both stages.
