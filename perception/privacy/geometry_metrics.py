@@ -21,13 +21,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from ...core.cut import VoxelGrid
 from ...core.errors import require
-from ...core.structures import PointCloud
 from .frames import Rebuilt
 from .mean_score import MeanScore
 from .true_scan import Mask, Points, TrueScan, finite_points, occupied_cells
@@ -211,21 +208,6 @@ def choose_best(development: Sequence[tuple[Rebuilt, TrueScan]], *, candidates: 
         if len(truth.points):
             totals += _f_by_threshold(rebuilt, truth, thresholds)
     return OperatingPoint(threshold=float(thresholds[int(totals.argmax())]))
-
-
-def voxel_upper_bound(scan: PointCloud, grid: VoxelGrid) -> Rebuilt:
-    """Rebuild a scan from its own occupied voxels: what an attack that knows the input grid's occupancy exactly would give.
-
-    Args:
-        scan: The true scan, in the shifted frame.
-        grid: The input grid.
-
-    Returns:
-        The centers of the occupied voxels, each with the score 1.
-    """
-    cells = occupied_cells(finite_points(scan.xyz, "the true scan"), grid)
-    xyz = torch.from_numpy((cells + 0.5) * np.array(grid.voxel_size) + np.array(grid.range[:3])).float()
-    return Rebuilt(xyz=xyz, score=torch.ones(len(xyz)))
 
 
 def _scores(rebuilt: Rebuilt) -> NDArray[np.float64]:
