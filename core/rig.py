@@ -25,12 +25,16 @@ from .structures import Boxes3D, PointCloud
 HIGHEST_SHIFT = 10_000.0
 """Meters of the largest z shift: higher than any place on Earth, for scans whose z is the height above the sea."""
 
+HEIGHT_STEP = 0.5
+"""Meters between two mounting heights that count as two kinds of rig in an encoder fingerprint."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RigSpec:
     """How scans of one kind of vehicle become scans for the encoder.
 
-    The fields are part of the encoder fingerprint: another name or another value means another encoder to the server.
+    The encoder fingerprint covers the names of the fields and the values of the `rounded` rig: another kind of rig means another encoder to
+    the server.
 
     Example:
         rig = RigSpec(z_shift=1.73, intensity_scale=1 / 255)
@@ -57,6 +61,25 @@ class RigSpec:
             raise InvalidInput(
                 f"a rig's z_shift is in meters and at most {HIGHEST_SHIFT:,.0f}, found {self.z_shift:g}; give the mounting height, such as 1.73"
             )
+
+    def rounded(self, nominal: RigSpec) -> RigSpec:
+        """Name the kind of rig instead of the rig: what a vehicle may tell without telling which vehicle it is.
+
+        A mounting height that was calibrated to the millimeter names a vehicle. Rigs of one kind have one fingerprint instead.
+
+        Args:
+            nominal: The rig that the encoder was trained with.
+
+        Returns:
+            The height of `nominal` for a rig within half a `HEIGHT_STEP` of it, otherwise the nearest whole multiple of `HEIGHT_STEP`; and the
+            intensity scale of `nominal` for one within a factor of √2 of it, otherwise the nearest power of two.
+        """
+        near = abs(self.z_shift - nominal.z_shift) < HEIGHT_STEP / 2
+        alike = abs(math.log2(self.intensity_scale / nominal.intensity_scale)) < 0.5
+        return RigSpec(
+            z_shift=nominal.z_shift if near else HEIGHT_STEP * round(self.z_shift / HEIGHT_STEP),
+            intensity_scale=nominal.intensity_scale if alike else 2.0 ** round(math.log2(self.intensity_scale)),
+        )
 
     def __str__(self) -> str:
         return f"z_shift {self.z_shift:g}, intensity_scale {self.intensity_scale:g}"

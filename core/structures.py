@@ -320,6 +320,10 @@ class Labels(TensorValue):
     complete: bool = True
     """Whether everything else is background. False for pseudo labels, because a teacher misses objects."""
 
+    seen: Tensor | None = None
+    """(H, W) bool, the BEV cells of the cut where the scene shows what is there; nothing is learned elsewhere. None: everywhere. Only
+    scenes of which a vehicle sent a part have it (`perception/server/partial_scenes.py`)."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.boxes, Boxes3D):
             raise InvalidInput(f"Labels.boxes must be Boxes3D, found {shape_of(self.boxes)}; use Labels.make, which converts it")
@@ -412,15 +416,17 @@ class Labels(TensorValue):
             parts: At least one part.
 
         Returns:
-            All objects, in order; complete only if every part is.
+            All objects, in order; complete only if every part is, and seen where one part is.
 
         Raises:
             InvalidInput: There is no part.
         """
         require(len(parts) > 0, "Labels.concatenate needs at least one part")
+        seen = [p.seen for p in parts if p.seen is not None]
         return Labels(
             boxes=Boxes3D(data=torch.cat([p.boxes.data for p in parts])),
             complete=all(p.complete for p in parts),
+            seen=torch.stack(seen).any(0) if len(seen) == len(parts) else None,
             **{n: torch.cat([getattr(p, n) for p in parts]) for n in _LABEL_COLUMNS},
         )
 

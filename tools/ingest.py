@@ -63,7 +63,7 @@ def command(config: Ingest) -> None:
             folder,
             config.store,
             expected_fingerprint=fingerprint,
-            expected_spec=encoder.spec,
+            expected_spec=encoder.upload_spec,
             final=config.final,
             retry_quarantine=config.retry_quarantine and number == 0,
             rebuild_catalog=config.rebuild_catalog and number == 0,

@@ -160,6 +160,22 @@ class Detector(nn.Module):
             features: CutFeatures = self.encoder(clouds)
         return features
 
+    def upload(self, points: Sequence[PointCloud]) -> CutFeatures:
+        """Compute what a vehicle would send of a batch of scans, before the codec.
+
+        Args:
+            points: one scan per scene, as for `encode`.
+
+        Returns:
+            Features with the shape `encoder.upload_spec`, without gradient. Without a defence they are those of `encode`.
+
+        Raises:
+            InvalidInput: As for `encode`.
+        """
+        clouds = [p.to(self._device) for p in _scans(points)]
+        with torch.no_grad():
+            return self.encoder.upload(clouds, self.encoder.voxelize(clouds))
+
     def decode(self, features: CutFeatures, labels: Sequence[Labels] | None = None) -> Any:
         """Compute the raw outputs of a batch.
 

@@ -6,8 +6,9 @@ a configuration that holds the configurations of both and builds the detector; `
 
 from __future__ import annotations
 
+from .defended import DefendedDetectorConfig
 from .pv_rcnn import PvRcnnDetectorConfig
 from .second_iou import SecondIouDetectorConfig
 
-DetectorConfig = SecondIouDetectorConfig | PvRcnnDetectorConfig
+DetectorConfig = SecondIouDetectorConfig | PvRcnnDetectorConfig | DefendedDetectorConfig
 """Every configuration that a preset or a detector file may hold. `config.build()` makes the detector."""

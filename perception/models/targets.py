@@ -31,7 +31,7 @@ class AnchorTargets:
     """Targets of all A anchors of one scene, in the anchors' flat order. A positive anchor's class is the class of the anchor."""
 
     class_weight: Tensor
-    """(A,) 1 where the class head learns, 0 where the anchor is ignored. It is 1 for every positive anchor."""
+    """(A,) 1 where the class head learns, 0 where the anchor is ignored or out of sight. It is 1 for every positive anchor."""
     positive: Tensor
     """(A,) bool, the anchor stands for an object."""
     box_codes: Tensor
@@ -106,6 +106,9 @@ def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: La
         bins = torch.zeros(flat.shape[0], dtype=torch.int64, device=flat.device)
         bins[rows] = direction_bin(target[:, 6])
         direction[:, :, slots] = bins.view(*shape[:2], 2)
+    if labels.seen is not None:  # an object out of sight teaches nothing, and neither does empty space there
+        shown = labels.seen[:, :, None].expand(shape)
+        weight, box_weight, positive = weight * shown, box_weight * shown, positive & shown
     if known != len(labels):  # counted on the way, because asking a GPU for the largest class would make every step wait
         raise InvalidInput(
             f"{len(labels) - known} of {len(labels)} labels have a class outside 0..{len(classes) - 1}, the classes of the detector "

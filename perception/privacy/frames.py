@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,7 +84,7 @@ class RebuildAttack(Protocol):
 
 @torch.no_grad()
 def audit_frames(
-    frames: Iterable[Frame], encoder: Encoder, codec: str, *, generator: torch.Generator | None = None
+    frames: Iterable[Frame], encoder: Encoder, codec: str, *, rng: np.random.Generator | None = None
 ) -> list[AuditFrame]:
     """Smash frames as a vehicle would, and keep their scans beside the uploads.
 
@@ -91,7 +92,7 @@ def audit_frames(
         frames: Frames in the shifted frame, as a prepared dataset gives them.
         encoder: The encoder that the fleet runs, in evaluation mode.
         codec: "fp16" or "int8".
-        generator: Where random defences of the encoder draw from; None takes torch's global generator.
+        rng: Where random defences of the encoder draw from; None draws a seed from torch's global generator.
 
     Returns:
         One value per frame, in order.
@@ -99,7 +100,7 @@ def audit_frames(
     found = []
     for frame in frames:
         voxels = encoder.voxelize([frame.points])
-        upload = quantize_features(encoder.upload([frame.points], voxels, generator), codec)
+        upload = quantize_features(encoder.upload([frame.points], voxels, rng), codec)
         scan = inside_grid(frame.points, encoder.spec.grid)
         found.append(AuditFrame(id=frame.id, upload=upload, scan=scan, labels=frame.labels))
     return found

@@ -13,6 +13,7 @@ import torch
 from ...core.errors import InvalidInput
 from ...datasets.prepared import PreparedDataset
 from ..models.anchors import AnchorClass
+from ..models.defended import DefendedDetectorConfig
 from ..models.detectors import DetectorConfig
 from ..models.pv_rcnn import PvRcnnDetectorConfig
 from .presets import Preset
@@ -63,6 +64,10 @@ def preset_for_classes(preset: Preset, frames: PreparedDataset, classes: Sequenc
         size = (round(length, 2), round(width, 2), round(height, 2))
         anchors.append(replace(preset.detector.decoder.anchors[like], name=name, size=size, bottom_z=round(bottom, 2)))
     old = preset.detector
+    if isinstance(old, DefendedDetectorConfig):
+        raise InvalidInput(
+            "a detector with defences keeps its classes; train one without, then give it defences (`upcycle3d defend`)"
+        )
     detector: DetectorConfig
     if isinstance(old, PvRcnnDetectorConfig):
         detector = replace(old, decoder=replace(old.decoder, anchors=tuple(anchors)))

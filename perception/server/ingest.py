@@ -235,7 +235,7 @@ def ingest(
     Example:
         encoder = load_encoder("runs/source")
         report = ingest(
-            "incoming", "store", expected_fingerprint=encoder_fingerprint(encoder, rig), expected_spec=encoder.spec
+            "incoming", "store", expected_fingerprint=encoder_fingerprint(encoder, rig), expected_spec=encoder.upload_spec
         )
         report.quarantined  # shards that were refused, with reasons
     """

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from ...core.errors import InvalidInput
 from ...core.features import CutFeatures
 from ...core.frame import Frame, labels_of
-from ...core.structures import Labels, LossTerms
+from ...core.structures import Labels, LossTerms, PointCloud
 from ...datasets.batches import UnlabeledBatches, UnlabeledScan, epoch_indices
 from ..models.detector import Detector
 from ..training.distributed import DistributedContext
@@ -37,6 +38,7 @@ from .self_training import self_train
 from .store import SmashedStore, collate_scenes, quantize_features
 from .unlabeled_half import UnlabeledHalf, raw_half, smashed_half
 from .upcycle_config import UpcycleConfig
+from .uploaded import features_as_uploaded, only_seen
 
 _Given = TypeVar("_Given")
 
@@ -146,7 +148,7 @@ class UpcyclingStep:
         return self.student.loss(self.student.decode(features, labels), labels)
 
     def labeled_half(self, frames: tuple[Frame, ...]) -> tuple[CutFeatures, list[Labels]]:
-        """Encode labeled frames as a vehicle would: where the encoder is frozen, their features pass the codec too.
+        """Encode labeled frames as a vehicle would: where the encoder is frozen, their features pass defences and codec too.
 
         Args:
             frames: Labeled frames.
@@ -158,8 +160,26 @@ class UpcyclingStep:
             InvalidInput: A frame has no labels.
         """
         labels = labels_of(frames)
-        features = self.student.encode([f.points for f in frames])
-        return (features if self.method.trains == "all" else quantize_features(features, self.codec)), labels
+        points = [f.points for f in frames]
+        if self.method.trains == "all":
+            return self.student.encode(points), labels
+        if not self.student.encoder.defended:
+            return quantize_features(self.student.encode(points), self.codec), labels
+        return self._defended_half(points, labels)
+
+    def _defended_half(self, points: list[PointCloud], labels: list[Labels]) -> tuple[CutFeatures, list[Labels]]:
+        """Some scans as a vehicle sends them, the others as its own decoder sees them, so that no context is missed."""
+        sent = torch.rand(len(points)) < self.config.labeled_as_sent
+        scenes, known = [], []
+        for scan, truth, as_sent in zip(points, labels, sent.tolist(), strict=True):
+            if as_sent:
+                scene = features_as_uploaded(self.student, [scan], self.codec)
+            else:
+                scene = quantize_features(self.student.encode([scan]), self.codec)
+            partial = as_sent and not self.student.encoder.sends_everywhere
+            scenes.append(scene)
+            known.append(only_seen(truth.to(scene.voxels.coords.device), scene) if partial else truth)
+        return CutFeatures.collate(scenes), known
 
     def unlabeled_half(self, unlabeled: UnlabeledBatch, step: int) -> UnlabeledHalf:
         """Make pseudo labels, paste and augment.
@@ -174,6 +194,8 @@ class UpcyclingStep:
         method, config, scenes = self.method, self.config, unlabeled.scenes
         if isinstance(scenes, CutFeatures):
             rng = np.random.default_rng([config.loop.seed, self._part(step), 1])
+            with torch.no_grad():
+                scenes = self.teacher.encoder.restore(scenes.to(next(self.teacher.parameters()).device))
             return smashed_half(scenes, self.teacher, method=method, config=config, pasted_objects=self.pasted_objects, rng=rng)
         return raw_half(scenes, self.teacher, self.student, method=method, config=config)
 

@@ -33,6 +33,7 @@ from .feature_rotation import rotate_objects
 from .methods import Method, function_name
 from .pseudo_labels import labels_in_range
 from .upcycle_config import UpcycleConfig
+from .uploaded import only_seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,8 @@ def smashed_half(
             _checked_scene(method.mixing(*a, b[0], b[1], rng), method.mixing, "mixing", teacher, a, b)
             for a, b in zip(scenes, partners, strict=True)
         ]
+    if not teacher.encoder.sends_everywhere:
+        scenes = [(scene, only_seen(labels, scene)) for scene, labels in scenes]
     return UnlabeledHalf(
         features=CutFeatures.collate([scene for scene, _ in scenes]),
         labels=tuple(labels for _, labels in scenes),

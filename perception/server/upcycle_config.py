@@ -131,6 +131,10 @@ class UpcycleConfig:
     """No object is pasted over a teacher's box whose predicted IoU is at least this, even if the box is no label.
     There may be an object. Raise it when too few objects are pasted."""
 
+    labeled_as_sent: float = 0.5
+    """Share of the labeled scans that pass the encoder's defences as those of the fleet do, 0..1; the others show the decoder everything,
+    as on the vehicle that will run it. Only a detector with defences reads it."""
+
     ema_decay: float = 0.999
     """Upper limit of the EMA decay of the teacher; the decay rises to it as 1 - 1 / (step + 1). Use about 0.99 for a few hundred steps."""
 

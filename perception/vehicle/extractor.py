@@ -71,7 +71,7 @@ class Extractor:
     """Turns scans into smashed scenes with a frozen copy of an encoder.
 
     Attributes:
-        spec: The cut of the encoder.
+        spec: The cut of the encoder, as its defences leave it.
         rig: What is done to a scan first.
         codec: How the features will be stored.
         fingerprint: The fingerprint of encoder and rig. The server must expect the same.
@@ -100,7 +100,7 @@ class Extractor:
             raise InvalidInput(f"{type(encoder).__name__} cannot run on a vehicle: it has no {', '.join(missing)}")
         if not isinstance(rig, RigSpec):
             raise InvalidInput(f"an extractor needs the rig of the vehicle, found {type(rig).__name__}; give a RigSpec")
-        spec = encoder.spec
+        spec = encoder.upload_spec
         if spec.keypoints is not None and spec.keypoints.source == "raw_points":
             raise InvalidInput(
                 f"{type(encoder).__name__} cannot run on a vehicle: its keypoints are exact LiDAR points of the scan, as in the "
@@ -212,7 +212,9 @@ class Extractor:
             clouds = [shifted.to(self._device)]
             voxels = self._encoder.voxelize(clouds)
             voxelized = self._now()
-            features = self._encoder.features(clouds, voxels).to("cpu")
+            # 128 bits of the operating system for every scan: who knows the numbers could take a defence's noise away again.
+            rng = np.random.default_rng(secrets.randbits(128))
+            features = self._encoder.upload(clouds, voxels, rng).to("cpu")
         done = self._now()
         cells = features.voxels.sorted()
         keypoint_cells, keypoint_features = self._keypoints_at_rest(features.keypoints)

@@ -21,6 +21,7 @@ from upcycle3d.core.features import CutFeatures, Keypoints, SparseVoxels
 from upcycle3d.core.ledger import Ledger
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import PointCloud
+from upcycle3d.perception.models.encoders.encoder import Encoder
 from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder, PvRcnnEncoderConfig
 from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
@@ -41,7 +42,7 @@ class TinyConfig:
     max_points: float = 5.0
 
 
-class TinyEncoder(nn.Module):
+class TinyEncoder(Encoder):
     """Mean x, y, z, intensity of each occupied cell, a linear layer, batch norm, ReLU; cells in the order points come."""
 
     def __init__(self, config: TinyConfig | None = None) -> None:

@@ -110,7 +110,7 @@ def collect_from_store(
 
     def read(rows: range) -> _Batch:
         scenes = [store[i] for i in rows]
-        return collate_scenes(scenes).to(device), [s.scene_id for s in scenes], [None] * len(scenes)
+        return detector.encoder.restore(collate_scenes(scenes).to(device)), [s.scene_id for s in scenes], [None] * len(scenes)
 
     return _collect(detector, len(store), read, selection, data, batch_size, on_progress)
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
-import torch
+import numpy as np
 from torch import nn
 
 from ....core.cut import CutSpec
@@ -79,13 +79,23 @@ class Encoder(nn.Module, ABC):
         """The shape of what leaves a vehicle. It is `spec` unless a defence changes the channels."""
         return self.spec
 
-    def upload(self, points: Sequence[PointCloud], voxels: SparseVoxels, generator: torch.Generator | None = None) -> CutFeatures:
+    @property
+    def defended(self) -> bool:
+        """Whether what leaves a vehicle is not what the network computes."""
+        return False
+
+    @property
+    def sends_everywhere(self) -> bool:
+        """False where a defence leaves whole places out, so that an empty cell of an upload does not mean that nothing is there."""
+        return True
+
+    def upload(self, points: Sequence[PointCloud], voxels: SparseVoxels, rng: np.random.Generator | None = None) -> CutFeatures:
         """Compute what leaves a vehicle, before the codec: the features at the cut, unless the encoder carries a defence.
 
         Args:
             points: the scans that `voxels` were made from.
             voxels: what `voxelize` returned for `points`.
-            generator: where random defences draw from. A vehicle seeds it with numbers that nobody else knows. None draws from torch's
+            rng: where random defences draw from. A vehicle seeds it with numbers that nobody else knows. None draws a seed from torch's
                 global generator, as a training does.
 
         Returns:

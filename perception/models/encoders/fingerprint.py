@@ -1,9 +1,10 @@
 """Which encoder made a feature: one SHA-256 over everything that shapes the numbers at the cut.
 
 Features of two encoders do not mix: a decoder trained on one reads noise in the other. The fingerprint covers weights,
-batch-norm statistics, the cut, the settings of voxelization, the point features and their order, and what the rig does to a scan
-before the encoder sees it (z shift, intensity scale). The codec is not part of it; it is recorded separately. Manifests and stores
-carry the fingerprint: see `wire/manifest.py` and `server/ingest.py`.
+batch-norm statistics, the cut, the settings of voxelization, the point features and their order, defences, and the kind of rig
+that a scan passes before the encoder sees it (z shift, intensity scale). The rig is rounded (`RigSpec.rounded`): a mounting height to
+the millimeter would name a vehicle, and whoever has the encoder file could find it by trying heights. The codec is not part of it;
+it is recorded separately. Manifests and stores carry the fingerprint: see `wire/manifest.py` and `server/ingest.py`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def encoder_fingerprint(encoder: Encoder, rig: RigSpec) -> str:
 
     Args:
         encoder: an encoder whose `spec` and `config` are dataclasses of plain values.
-        rig: mounting height and intensity scale of the vehicles that run it.
+        rig: mounting height and intensity scale of the vehicles that run it. It is rounded with the rig of the encoder's training as the
+            nominal one (`trained_on`). An encoder without such notes, as files of version 0.1 hold, has no nominal rig, and its
+            fingerprint covers the rig as it is.
 
     Returns:
         SHA-256 as 64 hexadecimal digits.
@@ -70,12 +73,14 @@ def encoder_fingerprint(encoder: Encoder, rig: RigSpec) -> str:
             )
     tensors = dict(encoder.named_parameters(remove_duplicate=False)) | dict(encoder.named_buffers(remove_duplicate=False))
     kept = sorted((n, t) for n, t in tensors.items() if n.rpartition(".")[2] != "num_batches_tracked")
+    trained_on = getattr(encoder, "trained_on", None)
+    kind = rig if trained_on is None else rig.rounded(trained_on.rig)
     header = {
         "fingerprint_version": _FINGERPRINT_VERSION,
         "encoder": type(encoder).__name__,
         "spec": _plain(asdict(encoder.spec), "spec"),  # type: ignore[call-overload]
         "config": _plain(asdict(encoder.config), "config"),  # type: ignore[call-overload]
-        "rig": _plain(asdict(rig), "rig"),
+        "rig": _plain(asdict(kind), "rig"),
         "tensors": [[n, str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in kept],
     }
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

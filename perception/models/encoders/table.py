@@ -5,8 +5,9 @@ There are two tables because a vehicle knows encoders only: it must not load the
 
 from __future__ import annotations
 
+from .defended import DefendedEncoderConfig
 from .pv_rcnn import PvRcnnEncoderConfig
 from .second import SecondEncoderConfig
 
-EncoderConfig = SecondEncoderConfig | PvRcnnEncoderConfig
+EncoderConfig = SecondEncoderConfig | PvRcnnEncoderConfig | DefendedEncoderConfig
 """Every configuration that an encoder file may hold. `config.build()` makes the encoder."""

@@ -1,0 +1,174 @@
+"""An encoder that carries defences: what leaves the vehicle is not all that the network computes.
+
+    points ── encoder ─┬─ compute ───────────────────────────────────── features that the vehicle's own decoder reads
+                       └─ send 1 ─ send 2 ─ … ─ upload ─ … ─ restore 2 ─ restore 1 ── features that the server's decoder reads
+
+The defences are part of the configuration and of the weights, so the encoder file holds them and the encoder fingerprint covers
+them: a store refuses scenes that passed other defences, and the server's labeled scans pass the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from ....core.cut import CutSpec, VoxelGrid
+from ....core.errors import require
+from ....core.features import CutFeatures, SparseVoxels
+from ....core.structures import PointCloud
+from ..defences.defence import Defence
+from ..defences.table import DefenceConfig
+from .encoder import Encoder
+from .pv_rcnn import PvRcnnEncoderConfig
+from .second import SecondEncoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefendedEncoderConfig:
+    """An encoder and its defences, in the order in which features pass them."""
+
+    encoder: SecondEncoderConfig | PvRcnnEncoderConfig
+    """The encoder."""
+    defences: tuple[DefenceConfig, ...]
+    """The defences, the first one next to the encoder."""
+
+    def __post_init__(self) -> None:
+        require(1 <= len(self.defences) <= 16, f"a defended encoder has 1 to 16 defences, found {len(self.defences)}")
+
+    @property
+    def grid(self) -> VoxelGrid:
+        """Space and voxel size of the input."""
+        return self.encoder.grid
+
+    @property
+    def voxels(self) -> SecondEncoderConfig:
+        """The sparse backbone of the encoder."""
+        return self.encoder.voxels if isinstance(self.encoder, PvRcnnEncoderConfig) else self.encoder
+
+    def build(self) -> DefendedEncoder:
+        """Make the encoder with fresh weights.
+
+        Returns:
+            The encoder, in training mode.
+        """
+        return DefendedEncoder(self)
+
+
+class DefendedEncoder(Encoder):
+    """An encoder and its defences. Never rename this class or its modules: fingerprints and files hold the names."""
+
+    config: DefendedEncoderConfig
+    """The configuration that built this encoder."""
+
+    def __init__(self, config: DefendedEncoderConfig) -> None:
+        """Make the layers with fresh weights.
+
+        Args:
+            config: The encoder and its defences.
+
+        Raises:
+            InvalidInput: A defence does not fit the cut.
+        """
+        super().__init__()
+        self.config = config
+        self.encoder = cast(Encoder, config.encoder.build())
+        self.spec = self.encoder.spec
+        self.defences = nn.ModuleList()
+        spec = self.spec
+        for defence in config.defences:
+            built = defence.build(spec)
+            self.defences.append(built)
+            spec = built.upload_spec
+
+    @property
+    def upload_spec(self) -> CutSpec:
+        """The shape of what leaves the vehicle."""
+        return self.stages[-1].upload_spec
+
+    @property
+    def defended(self) -> bool:
+        """True: defences stand between network and upload."""
+        return True
+
+    @property
+    def sends_everywhere(self) -> bool:
+        """False where a defence leaves places out."""
+        return all(defence.sends_everywhere for defence in self.stages)
+
+    @property
+    def stages(self) -> list[Defence]:
+        """The defences in order."""
+        return [cast(Defence, defence) for defence in self.defences]
+
+    def voxelize(self, points: Sequence[PointCloud]) -> SparseVoxels:
+        """Sort the points of a batch into voxels, as the encoder does.
+
+        Args:
+            points: One scan per scene, in the shifted frame.
+
+        Returns:
+            The occupied voxels.
+        """
+        return self.encoder.voxelize(points)
+
+    def features(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> CutFeatures:
+        """Compute the features that the vehicle's own decoder reads: no cell is left out, and no noise is added.
+
+        Args:
+            points: The scans that `voxels` were made from.
+            voxels: What `voxelize` returned.
+
+        Returns:
+            Features at the cut.
+        """
+        found = self.encoder.features(points, voxels)
+        for defence in self.stages:
+            found = defence.compute(found)
+            if defence.upload_spec != defence.spec:
+                break  # later defences work on other channels, and only on what is sent
+        return found
+
+    def upload(self, points: Sequence[PointCloud], voxels: SparseVoxels, rng: np.random.Generator | None = None) -> CutFeatures:
+        """Compute what leaves the vehicle.
+
+        Args:
+            points: The scans that `voxels` were made from.
+            voxels: What `voxelize` returned.
+            rng: Where the defences draw random numbers from; None draws a seed from torch's global generator.
+
+        Returns:
+            Features with the shape `upload_spec`.
+        """
+        found = self.encoder.features(points, voxels)
+        rng = seeded_by_torch() if rng is None else rng
+        scenes = [found.scene(index) for index in range(found.batch_size)]
+        for defence in self.stages:
+            scenes = [defence.send(scene, rng) for scene in scenes]
+        return CutFeatures.collate(scenes)
+
+    def restore(self, uploaded: CutFeatures) -> CutFeatures:
+        """Turn what was sent into features for the decoder.
+
+        Args:
+            uploaded: Features with the shape `upload_spec`.
+
+        Returns:
+            Features with the shape `spec`.
+        """
+        for defence in reversed(self.stages):
+            uploaded = defence.restore(uploaded)
+        return uploaded
+
+
+def seeded_by_torch() -> np.random.Generator:
+    """Make a generator that repeats when torch's global generator does, as the training loop sees to for every step.
+
+    Returns:
+        The generator.
+    """
+    return np.random.default_rng(int(torch.randint(1 << 62, ()).item()))
