@@ -23,7 +23,7 @@ from ..kitti_text import KittiObjects, labels_from_kitti, project_boxes
 from .places import ALL_CLASS_NAMES, Domain
 from .raycast import Z, cast
 from .sensors import Sensor
-from .world import build_world
+from .world import World, build_world
 
 View = Literal["camera", "full"]
 
@@ -143,12 +143,27 @@ def simulate_frame(domain: Domain, *, seed: int, index: int, view: View) -> Simu
         raise InvalidInput(f"seed and index must not be negative, found {seed} and {index}")
     street, rays = np.random.SeedSequence([seed, index]).spawn(2)
     world = build_world(domain.place, np.random.default_rng(street))
+    return observe(domain, world, noise=int(rays.generate_state(1, np.uint64)[0]), view=view, frame_id=f"{index:06d}")
+
+
+def observe(domain: Domain, world: World, *, noise: int, view: View, frame_id: str) -> SimulatedFrame:
+    """Turn the sensor once in a world.
+
+    Args:
+        domain: The sensor.
+        world: What stands around it, from the ground under the sensor.
+        noise: Seed of the rays.
+        view: As for `simulate_frame`.
+        frame_id: Name of the frame.
+
+    Returns:
+        The frame.
+    """
     parts, boxes = world.parts.copy(), world.boxes.copy()
     parts[:, Z] -= domain.sensor.height
     boxes[:, 2] -= domain.sensor.height
 
     columns, beams = _window(domain.sensor, view)
-    noise = int(rays.generate_state(1, np.uint64)[0])
     hits = cast(parts, world.waves, len(boxes), domain.sensor, seed=noise, columns=columns, beams=beams)
     points, owners, rings = hits.points, hits.objects, hits.beams
     calibration = virtual_camera()
@@ -172,7 +187,7 @@ def simulate_frame(domain: Domain, *, seed: int, index: int, view: View) -> Simu
     )
     cloud = PointCloud(xyz=torch.from_numpy(points[:, :3].copy()), features=torch.from_numpy(points[:, 3:].copy()))
     return SimulatedFrame(
-        frame=Frame(id=f"{index:06d}", points=cloud, labels=labels, calibration=calibration),
+        frame=Frame(id=frame_id, points=cloud, labels=labels, calibration=calibration),
         class_names=ALL_CLASS_NAMES,
         objects=objects,
         visible=torch.from_numpy(visible[keep]),

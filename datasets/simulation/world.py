@@ -34,6 +34,48 @@ class World:
     """(N,) int64 into `ALL_CLASS_NAMES`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Road:
+    """The course of a street: an arc through the vehicle's lane."""
+
+    curvature: float
+    """1 / radius in 1/m, positive to the left."""
+    heading: float
+    """Direction of x in the world, in rad from the direction of the road at s = 0."""
+    lane: float
+    """m from the middle of the road to the origin of the world, positive to the left."""
+
+    def bend(self, s: float, d: float, yaw: float) -> tuple[float, float, float]:
+        """Turn road coordinates into those of the world.
+
+        Args:
+            s: m along the road.
+            d: m to the left of its middle.
+            yaw: Direction in rad from that of the road.
+
+        Returns:
+            x, y, yaw.
+        """
+        k = self.curvature if abs(self.curvature) > 1e-6 else 1e-6
+        x, y = math.sin(k * s) * (1 / k - d), (1 - math.cos(k * s)) / k + d * math.cos(k * s) - self.lane
+        c, sn = math.cos(-self.heading), math.sin(-self.heading)
+        return c * x - sn * y, sn * x + c * y, yaw + k * s - self.heading
+
+
+@dataclass(frozen=True, kw_only=True)
+class Street:
+    """A world and how it lies along its road, so that a vehicle can drive through it."""
+
+    world: World
+    """The street, seen from s = 0."""
+    road: Road
+    """Its course."""
+    half_road: float
+    """m from the middle of the road to the edge of its outer lane."""
+    users: np.ndarray
+    """(N, 3) float64 road coordinates s, d, yaw of the road users of `world`; NaN for those that an `OpenPlace` adds."""
+
+
 def ground_height(waves: np.ndarray, x: float, y: float) -> float:
     """Height of the ground, zero at the origin.
 
@@ -87,10 +129,12 @@ def _clash(a: np.ndarray, others: np.ndarray, margin: float) -> bool:
 class _Street:
     """What has been placed so far. Lives only inside `build_world`."""
 
-    def __init__(self, place: Place, rng: np.random.Generator) -> None:
-        self.place, self.rng = place, rng
+    def __init__(self, place: Place, rng: np.random.Generator, extent: float) -> None:
+        self.place, self.rng, self.extent = place, rng, extent
+        self.longer = extent / EXTENT
         self.waves = _waves(place, rng)
-        self.curvature = float(np.clip(rng.normal(0, 1 / 350), -1 / 120, 1 / 120))
+        sharpest = 1 / (120 * self.longer**2)  # a longer street bends less, or it would meet the row of houses behind it
+        self.curvature = float(np.clip(rng.normal(0, 1 / 350), -sharpest, sharpest))
         turning = rng.random() < place.turning
         self.heading = float(rng.uniform(-1.0, 1.0) if turning else rng.normal(0, 0.03))
         self.side = (rng.random(2) < place.angled).tolist()  # left, right: cars park at a right angle
@@ -99,10 +143,12 @@ class _Street:
         self.crossing = float(ahead) if crossing or turning else math.inf
         self.half_road = place.lanes * place.lane_width
         self.lane = -0.5 * place.lane_width if place.lanes == 1 or rng.random() < 0.5 else -1.5 * place.lane_width
+        self.road = Road(curvature=self.curvature, heading=self.heading, lane=self.lane)
         self.absent = {CLASS_NAMES.index(name) for name in place.absent} if isinstance(place, OpenPlace) else set()
         self.parts: list[np.ndarray] = []
         self.boxes: list[np.ndarray] = []
         self.classes: list[int] = []
+        self.users: list[tuple[float, float, float]] = []
         self.footprints = np.zeros((1024, 5))  # x, y, half length, half width, yaw; the first is the vehicle itself
         self.footprints[0, 2:4] = 2.6, 1.1
         self.placed = 1
@@ -113,10 +159,7 @@ class _Street:
 
     def bend(self, s: float, d: float, yaw: float) -> tuple[float, float, float]:
         """Road coordinates -> x, y, yaw seen from the vehicle, which stands at s = 0 in its lane."""
-        k = self.curvature if abs(self.curvature) > 1e-6 else 1e-6
-        x, y = math.sin(k * s) * (1 / k - d), (1 - math.cos(k * s)) / k + d * math.cos(k * s) - self.lane
-        c, sn = math.cos(-self.heading), math.sin(-self.heading)
-        return c * x - sn * y, sn * x + c * y, yaw + k * s - self.heading
+        return self.road.bend(s, d, yaw)
 
     def _put(self, parts: np.ndarray, x: float, y: float, yaw: float, z: float, owner: int) -> None:
         c, s = math.cos(yaw), math.sin(yaw)
@@ -139,12 +182,18 @@ class _Street:
         size = self.place.sizes[class_index].sample(self.rng)
         reflectivity = float(self.rng.uniform(0.06, 0.8) if class_index in (CAR, VAN, TRUCK) else self.rng.uniform(0.15, 0.7))
         style = int(self.rng.choice(4, p=self.place.car_styles))
-        x, y, yaw = self.bend(s, d, yaw + self.rng.normal(0, sway))
+        yaw += self.rng.normal(0, sway)
         if class_index not in self.absent:
-            self.stand(class_index, size, reflectivity, style, (x, y, yaw))
+            self.stand(class_index, size, reflectivity, style, self.bend(s, d, yaw), (s, d, yaw))
 
     def stand(
-        self, class_index: int, size: np.ndarray, reflectivity: float, style: int, pose: tuple[float, float, float]
+        self,
+        class_index: int,
+        size: np.ndarray,
+        reflectivity: float,
+        style: int,
+        pose: tuple[float, float, float],
+        on_road: tuple[float, float, float] = (math.nan, math.nan, math.nan),
     ) -> bool:
         """Put a road user of this look at `pose`, x y yaw seen from the vehicle, if there is room; returns whether."""
         x, y, yaw = pose
@@ -155,6 +204,7 @@ class _Street:
         self._put(body(class_index, size, reflectivity, style), x, y, yaw, z, len(self.boxes))
         self.boxes.append(np.array([x, y, z + size[2] / 2, *size, yaw]))
         self.classes.append(class_index)
+        self.users.append(on_road)
         return True
 
     def add_thing(self, parts: np.ndarray, s: float, d: float, yaw: float = 0.0, *, margin: float = 0.2) -> None:
@@ -176,8 +226,8 @@ def _traffic(street: _Street) -> None:
     place, rng = street.place, street.rng
     for lane in range(place.lanes):
         for way in (1, -1):
-            s = -EXTENT + rng.exponential(place.gap)
-            while s < EXTENT:
+            s = -street.extent + rng.exponential(place.gap)
+            while s < street.extent:
                 d = -way * (lane + 0.5) * place.lane_width + rng.normal(0, 0.2)
                 street.add_user(street.vehicle_class(), s, d, 0.0 if way == 1 else math.pi, sway=0.03)
                 s += 6.5 + rng.exponential(place.gap)
@@ -196,8 +246,8 @@ def _parking(street: _Street) -> None:
     for left in (True, False):
         angled = street.side[0 if left else 1]
         sign = 1 if left else -1
-        s = -EXTENT
-        while s < EXTENT:
+        s = -street.extent
+        while s < street.extent:
             s += 2.7 if angled else place.slot + rng.uniform(-0.5, 0.5)
             d = sign * (street.half_road + (2.7 if angled else 0.5 * place.parking_width) + rng.normal(0, 0.12))
             along = (
@@ -210,15 +260,15 @@ def _parking(street: _Street) -> None:
 
 def _people(street: _Street) -> None:
     place, rng = street.place, street.rng
-    for _ in range(rng.poisson(place.pedestrians)):
-        s, left = rng.uniform(-60, 60), rng.random() < 0.5
+    for _ in range(rng.poisson(place.pedestrians * street.longer)):
+        s, left = rng.uniform(-0.6 * street.extent, 0.6 * street.extent), rng.random() < 0.5
         on_road = rng.random() < 0.15
         beside = street.kerb(left) + rng.uniform(0.4, place.sidewalk_width)
         d = rng.uniform(-street.half_road, street.half_road) if on_road else (1 if left else -1) * beside
         yaw = rng.choice([-1, 1]) * math.pi / 2 if on_road else rng.choice([0, math.pi])
         street.add_user(PEDESTRIAN, s, d, yaw, sway=0.3)
-    for _ in range(rng.poisson(place.cyclists)):
-        s, left = rng.uniform(-60, 60), rng.random() < 0.5
+    for _ in range(rng.poisson(place.cyclists * street.longer)):
+        s, left = rng.uniform(-0.6 * street.extent, 0.6 * street.extent), rng.random() < 0.5
         d = (1 if left else -1) * (street.half_road - rng.uniform(0.4, 0.9))
         street.add_user(CYCLIST, s, d, math.pi if left else 0.0, sway=0.08)
 
@@ -228,16 +278,16 @@ def _surroundings(street: _Street) -> None:
     place, rng = street.place, street.rng
     for left in (True, False):
         sign, kerb = (1 if left else -1), street.kerb(left)
-        for _ in range(rng.poisson(place.trees * 2)):
-            s, height = rng.uniform(-EXTENT, EXTENT), rng.uniform(4, 11)
+        for _ in range(rng.poisson(place.trees * 2 * street.longer)):
+            s, height = rng.uniform(-street.extent, street.extent), rng.uniform(4, 11)
             parts = tree(height, crown=height * rng.uniform(0.2, 0.32), trunk=rng.uniform(0.1, 0.25))
             if not street.near_crossing(s, 4):
                 street.add_thing(parts, s, sign * (kerb + rng.uniform(0.3, 0.6)))
-        for s in np.arange(-EXTENT, EXTENT, 25.0) + rng.uniform(0, 25):
+        for s in np.arange(-street.extent, street.extent, 25.0) + rng.uniform(0, 25):
             parts = post(rng.uniform(2.4, 7), rng.uniform(0.04, 0.1), sign=bool(rng.random() < 0.5))
             street.add_thing(parts, float(s), sign * (kerb + 0.25), yaw=math.pi)
-        s = -EXTENT
-        while s < EXTENT:
+        s = -street.extent
+        while s < street.extent:
             width, depth, height = rng.uniform(8, 24), rng.uniform(4, 9), rng.uniform(4, 13)
             setback, built, reflectivity = rng.uniform(*place.setback), rng.random() < place.built, rng.uniform(0.2, 0.6)
             low, fenced = rng.uniform(0.8, 2.2), rng.random() < 0.3
@@ -259,7 +309,7 @@ def _surroundings(street: _Street) -> None:
                     street.add_thing(block((width / 2 - 0.7, 0.1, low / 2), 0.35), middle, sign * (line + 0.15), margin=0.0)
             s += width
         # Where the street crosses or the building line is open, the view ends at something far: a row of houses or a wood.
-        far = block((EXTENT, 2.0, rng.uniform(3, 6)), rng.uniform(0.3, 0.5))
+        far = block((street.extent, 2.0, rng.uniform(3, 6)), rng.uniform(0.3, 0.5))
         street.add_thing(far, 0.0, sign * (kerb + rng.uniform(45, 60)), margin=-100.0)
 
 
@@ -268,7 +318,7 @@ def _in_a_lane(street: _Street, rng: np.random.Generator, middle: float) -> tupl
     place, way = street.place, 1 if rng.random() < 0.5 else -1
     beside = -way * (int(rng.integers(place.lanes)) + 0.5) * place.lane_width
     beside = (0.0 if rng.random() < middle else beside) + rng.normal(0, 0.1)
-    along, crosses = rng.uniform(-0.85, 0.85) * EXTENT, rng.random() < 0.2
+    along, crosses = rng.uniform(-0.85, 0.85) * street.extent, rng.random() < 0.2
     if crosses and math.isfinite(street.crossing):
         return street.crossing + way * 0.5 * place.lane_width, 0.6 * along, way * math.pi / 2
     return along, beside, 0.0 if way == 1 else math.pi
@@ -276,7 +326,7 @@ def _in_a_lane(street: _Street, rng: np.random.Generator, middle: float) -> tupl
 
 def _parked_trailer(street: _Street, rng: np.random.Generator) -> tuple[float, float, float]:
     """s, d, yaw at the kerb, or in a drive between the houses."""
-    left, s, in_drive = rng.random() < 0.5, rng.uniform(-0.85, 0.85) * EXTENT, rng.random() < 0.2
+    left, s, in_drive = rng.random() < 0.5, rng.uniform(-0.85, 0.85) * street.extent, rng.random() < 0.2
     sign, along = (1 if left else -1), (math.pi if left else 0.0)
     if street.near_crossing(s, 5.0):
         s -= 2 * (street.half_road + 5.0)
@@ -329,7 +379,21 @@ def build_world(place: Place, rng: np.random.Generator) -> World:
     Returns:
         The street.
     """
-    street = _Street(place, rng)
+    return build_street(place, rng).world
+
+
+def build_street(place: Place, rng: np.random.Generator, extent: float = EXTENT) -> Street:
+    """Build a random street with its course. The same generator state gives the same street.
+
+    Args:
+        place: Kind of street.
+        rng: Random generator.
+        extent: m of street either way; a longer one bends less.
+
+    Returns:
+        The street.
+    """
+    street = _Street(place, rng, extent)
     _traffic(street)
     _parking(street)
     _people(street)
@@ -338,4 +402,6 @@ def build_world(place: Place, rng: np.random.Generator) -> World:
         _further_users(street, place)
     boxes = np.stack(street.boxes) if street.boxes else np.zeros((0, 7))
     boxes[:, 6] = (boxes[:, 6] + np.pi) % (2 * np.pi) - np.pi
-    return World(parts=np.concatenate(street.parts), waves=street.waves, boxes=boxes, classes=np.array(street.classes, np.int64))
+    world = World(parts=np.concatenate(street.parts), waves=street.waves, boxes=boxes, classes=np.array(street.classes, np.int64))
+    users = np.array(street.users, np.float64).reshape(-1, 3)
+    return Street(world=world, road=street.road, half_road=street.half_road, users=users)
