@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import CutFeatures, SparseVoxels
 from upcycle3d.perception.privacy.attacks.coordinates import CellCenters, MeanOccupancy, occupied_voxels, voxel_centers
@@ -52,7 +52,9 @@ def test_voxel_centers_are_the_occupied_voxels():
 
 
 def test_a_point_on_the_far_side_stays_in_the_grid():
-    edge = torch.tensor([[np.nextafter(np.float32(12.8), np.float32(0)), np.nextafter(np.float32(6.4), np.float32(0)), 2.9999998]])
+    edge = torch.tensor(
+        [[np.nextafter(np.float32(12.8), np.float32(0)), np.nextafter(np.float32(6.4), np.float32(0)), 2.9999998]]
+    )
     assert occupied_voxels(tiny.cloud(edge), tiny.GRID).tolist() == [[39, 127, 127]]
 
 

@@ -4,9 +4,9 @@ import math
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import CutFeatures
 from upcycle3d.core.frame import Frame
@@ -107,7 +107,7 @@ def test_what_is_learned_costs_few_bits(learned):
 
 
 def test_a_certain_and_right_prediction_costs_no_bits(learned):
-    attack, frames = learned
+    _, frames = learned
     sharp = OccupancyAttack(replace(CONFIG, steps=1))
     sharp.train(frames)
     # Every logit of an empty scan says no, a thousand times over.
@@ -152,7 +152,8 @@ def test_an_attacker_that_only_has_empty_uploads_learns_the_typical_scan():
     frames = [replace(f, upload=without_cells(f.upload)) for f in walls()]
     attack = OccupancyAttack(replace(CONFIG, steps=20))
     attack.train(frames)
-    assert attack.losses[-1] < 0.5 * attack.losses[0]
+    assert attack.losses[-1] < 0.7 * attack.losses[0]
+    assert attack.code_length(frames[0].upload, frames[0].scan) == attack.code_length(frames[1].upload, frames[0].scan)
 
 
 @pytest.mark.parametrize("sees", ["coordinates", "nothing"])

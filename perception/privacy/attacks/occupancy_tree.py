@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ....core.cut import CutSpec, VoxelGrid
+from ....ops.rulebook import ZYX
 
-ZYX = tuple[int, int, int]
 CHILDREN = 8
 """Children of a node, numbered (z * 2 + y) * 2 + x by the half that they lie in."""
 
