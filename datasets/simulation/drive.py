@@ -28,7 +28,7 @@ _ROOM = 9.0  # m from the vehicle to the next one of its lane, from middle to mi
 _WALK, _RIDE = 1.3, 4.5  # m/s of people on foot and on bicycles
 _STREET, _VISIT, _RAYS = 101, 102, 103  # purposes of a seed
 
-Pose = tuple[float, float, float]
+_Pose = tuple[float, float, float]
 """x, y, yaw."""
 
 
@@ -209,7 +209,7 @@ def _joined(street: Street, movers: World) -> World:
     )
 
 
-def _seen_from(world: World, vehicle: Pose) -> World:
+def _seen_from(world: World, vehicle: _Pose) -> World:
     """The world from the ground under a vehicle."""
     x, y, yaw = vehicle
     rise = -ground_height(world.waves, x, y)
@@ -229,7 +229,7 @@ def _seen_from(world: World, vehicle: Pose) -> World:
     )
 
 
-def _carried(parts: np.ndarray, before: Pose, after: Pose, rise: float, owner: int | None = None) -> np.ndarray:
+def _carried(parts: np.ndarray, before: _Pose, after: _Pose, rise: float, owner: int | None = None) -> np.ndarray:
     """Parts that stand to the pose `after` as the given ones to `before`."""
     moved = parts.copy()
     moved[:, X], moved[:, Y] = _placed(parts[:, X], parts[:, Y], before, after)
@@ -242,7 +242,7 @@ def _carried(parts: np.ndarray, before: Pose, after: Pose, rise: float, owner: i
     return moved
 
 
-def _carried_boxes(boxes: np.ndarray, before: Pose, after: Pose, rise: float) -> np.ndarray:
+def _carried_boxes(boxes: np.ndarray, before: _Pose, after: _Pose, rise: float) -> np.ndarray:
     moved = boxes.copy()
     moved[:, 0], moved[:, 1] = _placed(boxes[:, 0], boxes[:, 1], before, after)
     moved[:, 2] += rise
@@ -250,7 +250,7 @@ def _carried_boxes(boxes: np.ndarray, before: Pose, after: Pose, rise: float) ->
     return moved
 
 
-def _placed(x: np.ndarray, y: np.ndarray, before: Pose, after: Pose) -> tuple[np.ndarray, np.ndarray]:
+def _placed(x: np.ndarray, y: np.ndarray, before: _Pose, after: _Pose) -> tuple[np.ndarray, np.ndarray]:
     turn = after[2] - before[2]
     c, s = math.cos(turn), math.sin(turn)
     dx, dy = x - before[0], y - before[1]
