@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...core.errors import require
 from .decoders.pv_rcnn import PvRcnnConfig, PvRcnnDecoder
 from .detector import Detector
 from .encoders.pv_rcnn import PvRcnnEncoderConfig
@@ -23,6 +24,12 @@ class PvRcnnDetectorConfig:
     """The vehicle half: the sparse backbone and the keypoints."""
     decoder: PvRcnnConfig = PvRcnnConfig()
     """The server half: anchors, which name the classes, and the two stages."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.encoder.bev_map != self.decoder.bev_map,
+            f"keypoints need the BEV map from one side: encoder.bev_map and decoder.bev_map are both {self.encoder.bev_map}; change one",
+        )
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ stage, `pv_rcnn_loss.py` the losses of keypoints and regions; `../pv_rcnn.py` jo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from ....core.features import CutFeatures, Keypoints
 from ....core.structures import Labels, LossTerms, Predictions
 from ..anchors import KITTI_ANCHORS, AnchorClass, check_anchors, make_anchors
 from ..encoders.norm import RowBatchNorm
+from ..encoders.pv_rcnn import bev_under
 from ..encoders.set_abstraction import SetAbstraction, SetAbstractionConfig
 from ..post_processing import FinalNms, ProposalNms, Proposals, decode_regions, propose, select_detections
 from ..targets import RoiSampling
@@ -65,6 +66,9 @@ class PvRcnnConfig:
     """How refined proposals become detections."""
     dense_weights: DenseLossWeights = DenseLossWeights()
     """Weights of the anchor head's losses."""
+    bev_map: bool = False
+    """Whether the decoder computes the BEV map under the keypoints. True goes with `bev_map=False` of the encoder, which then does not
+    send it."""
 
     def __post_init__(self) -> None:
         check_anchors("PvRcnnConfig", self.anchors)
@@ -88,7 +92,7 @@ class PvRcnnOutputs:
     dense: DenseOutputs
     """Outputs of the anchor head."""
     keypoints: Keypoints
-    """The K keypoints, with their features at the cut."""
+    """The K keypoints, with their features at the cut, and the BEV map under them first."""
     keypoint_logits: Tensor
     """(K,) logits that a keypoint lies in an object."""
     proposals: Proposals
@@ -238,8 +242,9 @@ class PvRcnnDecoder(Decoder):
         self.spec, self.config = spec, config
         self.bev_backbone = BevBackbone(spec.channels * spec.shape[0], config.bev)
         self.anchor_head = AnchorHead(self.bev_backbone.out_channels, len(config.anchors))
-        self.fusion = nn.Sequential(*_linear(spec.keypoints.channels, config.fused_channels))
-        self.keypoint_head = KeypointHead(spec.keypoints.channels, config.keypoint_channels)
+        channels = spec.keypoints.channels + (spec.channels * spec.shape[0] if config.bev_map else 0)
+        self.fusion = nn.Sequential(*_linear(channels, config.fused_channels))
+        self.keypoint_head = KeypointHead(channels, config.keypoint_channels)
         self.roi_head = RegionHead(config)
         self.register_buffer("anchors", make_anchors(spec, config.anchors), persistent=False)
 
@@ -276,7 +281,11 @@ class PvRcnnDecoder(Decoder):
                 f"PV-RCNN's decoder reads keypoints; the features of the cut {features.spec.layer!r} have none: "
                 "encode the scans with PV-RCNN's encoder"
             )
-        return features.keypoints
+        given = features.keypoints
+        if not self.config.bev_map:
+            return given
+        below = bev_under(given.xyz, given.starts, features.voxels, self.spec)
+        return replace(given, features=torch.cat([below.to(given.features.dtype), given.features], 1))
 
     def _fuse(self, keypoints: Keypoints) -> tuple[Tensor, Keypoints]:
         """Logits (K,) that a keypoint lies in an object, and the keypoints with fused features weighted by that."""

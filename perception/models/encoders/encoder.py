@@ -18,6 +18,10 @@ from ....core.features import CutFeatures, SparseVoxels
 from ....core.structures import PointCloud
 from ....core.trained_on import TrainedOn
 
+ADDED_LATER: Mapping[str, bool] = {"added_later": True}
+"""Metadata of a field that a configuration did not have in version 0.1. At its default the encoder is the one of before, so the
+fingerprint leaves it out then. Write `field(default=…, metadata=ADDED_LATER)`."""
+
 
 class EncoderFactory(Protocol):
     """The configuration of an encoder: a frozen dataclass of plain values that can build it."""

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import sys
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -39,6 +39,18 @@ def _plain(value: Any, where: str) -> Any:
     raise InvalidInput(f"the encoder's {where} is a {type(value).__name__}; a fingerprint covers finite plain values only")
 
 
+def _values(config: Any) -> Any:
+    """`asdict`, without the fields that were added later and have their defaults."""
+    if isinstance(config, list | tuple):
+        return [_values(value) for value in config]
+    if isinstance(config, dict):
+        return {key: _values(value) for key, value in config.items()}
+    if not is_dataclass(config) or isinstance(config, type):
+        return config
+    kept = (f for f in fields(config) if not (f.metadata.get("added_later") and getattr(config, f.name) == f.default))
+    return {f.name: _values(getattr(config, f.name)) for f in kept}
+
+
 def _little_endian_bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     if sys.byteorder == "big":
@@ -50,8 +62,9 @@ def encoder_fingerprint(encoder: Encoder, rig: RigSpec) -> str:
     """Compute the fingerprint of an encoder that reads scans after a rig.
 
     It hashes the class name of the encoder, its `spec` and `config`, the rig, and every parameter and buffer (name, dtype, shape,
-    little-endian bytes, sorted by name). `num_batches_tracked` counts training steps and changes no feature, so it is left out.
-    Device and training or evaluation mode do not matter.
+    little-endian bytes, sorted by name). A field of `config` that was added later (`ADDED_LATER`) counts only where it is not at its
+    default, so that encoders of before keep their fingerprint. `num_batches_tracked` counts training steps and changes no feature, so
+    it is left out. Device and training or evaluation mode do not matter.
 
     Args:
         encoder: an encoder whose `spec` and `config` are dataclasses of plain values.
@@ -79,7 +92,7 @@ def encoder_fingerprint(encoder: Encoder, rig: RigSpec) -> str:
         "fingerprint_version": _FINGERPRINT_VERSION,
         "encoder": type(encoder).__name__,
         "spec": _plain(asdict(encoder.spec), "spec"),  # type: ignore[call-overload]
-        "config": _plain(asdict(encoder.config), "config"),  # type: ignore[call-overload]
+        "config": _plain(_values(encoder.config), "config"),
         "rig": _plain(asdict(kind), "rig"),
         "tensors": [[n, str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in kept],
     }

@@ -13,19 +13,20 @@ center of an occupied voxel unless a configuration asks for "raw_points", which 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ....core.cut import KeypointSpec, VoxelGrid, cell_centers
-from ....core.errors import require_counts
+from ....core.cut import CutSpec, KeypointSpec, VoxelGrid, cell_centers
+from ....core.errors import InvalidInput, require_counts
 from ....core.features import CutFeatures, Keypoints, SparseVoxels
 from ....core.structures import PointCloud
 from ....ops.bev_interpolate import bev_interpolate
 from ....ops.farthest_point import farthest_point_sample
-from .encoder import Encoder
+from .encoder import ADDED_LATER, Encoder
 from .second import SecondEncoder, SecondEncoderConfig
 from .set_abstraction import SetAbstraction, SetAbstractionConfig
 
@@ -54,9 +55,20 @@ class PvRcnnEncoderConfig:
     """The same after conv3 (stride 4)."""
     conv4: SetAbstractionConfig | None = SetAbstractionConfig(channels=(64, 64), radii=(2.4, 4.8), limits=(16, 32))
     """The same after conv4 (stride 8)."""
+    keypoint_stride: int = field(default=1, metadata=ADDED_LATER)
+    """Input voxels along each side of the cells that keypoints stand for. At 1 the keypoints of a scene are a thinned scan. Larger
+    cells say less about where points lie. Ignored for "raw_points"."""
+    bev_map: bool = field(default=True, metadata=ADDED_LATER)
+    """Whether keypoints carry the BEV map under them. Its values follow from the cells of the same scene: where this is False, set
+    `bev_map` of the decoder, which computes them, and scenes are smaller."""
 
     def __post_init__(self) -> None:
         require_counts("PvRcnnEncoderConfig", most=1_000_000, keypoints=self.keypoints)
+        require_counts("PvRcnnEncoderConfig", most=64, keypoint_stride=self.keypoint_stride)
+        if not self.bev_map and not any((self.raw_points, self.conv1, self.conv2, self.conv3, self.conv4)):
+            raise InvalidInput(
+                "keypoints need features: give PvRcnnEncoderConfig one of raw_points and conv1 to conv4, or bev_map"
+            )
 
     @property
     def grid(self) -> VoxelGrid:
@@ -113,15 +125,27 @@ class PvRcnnEncoder(Encoder):
         stages = [(k, 2**k, c) for k, c in enumerate((config.conv1, config.conv2, config.conv3, config.conv4)) if c]
         self._stages = [(k, stride) for k, stride, _ in stages]
         self.stage_abstractions = nn.ModuleList(SetAbstraction(channels[k], c) for k, _, c in stages)
-        gathered = [c.out_channels for c in (config.raw_points, *(c for _, _, c in stages)) if c]
         self.spec = replace(
             cut,
             keypoints=KeypointSpec(
                 count=config.keypoints,
-                channels=cut.channels * cut.shape[0] + sum(gathered),
+                channels=max(end for _, end in self.upload_channels().values()),
                 source=config.keypoint_source,
             ),
         )
+
+    def upload_channels(self) -> dict[str, tuple[int, int]]:
+        """List which channels of a keypoint come from what.
+
+        Returns:
+            First channel and end of each part, in order: "bev", "raw_points", "conv1" to "conv4", those that there are.
+        """
+        c, cut = self.config, self.second.spec
+        balls = {"raw_points": c.raw_points, "conv1": c.conv1, "conv2": c.conv2, "conv3": c.conv3, "conv4": c.conv4}
+        sizes = {"bev": cut.channels * cut.shape[0]} if c.bev_map else {}
+        sizes |= {name: ball.out_channels for name, ball in balls.items() if ball is not None}
+        ends = list(accumulate(sizes.values()))
+        return {name: (end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
     def voxelize(self, points: Sequence[PointCloud]) -> SparseVoxels:
         """Average the points of each voxel, the same as SECOND's encoder.
@@ -165,7 +189,7 @@ class PvRcnnEncoder(Encoder):
         Returns:
             The keypoints with their features.
         """
-        parts = [self._bev_features(stages[-1], xyz, starts)]
+        parts = [self._bev_features(stages[-1], xyz, starts)] if self.config.bev_map else []
         parts += [abstraction(xyz, starts, s.xyz, s.starts, s.features) for abstraction, s in self.sources(raw, stages)]
         return Keypoints(xyz=xyz, features=torch.cat(parts, 1), starts=starts)
 
@@ -224,11 +248,46 @@ class PvRcnnEncoder(Encoder):
         if self.config.keypoint_source == "raw_points":
             xyz, starts = raw.xyz, raw.starts
         else:
+            voxels = coarse_cells(voxels, self.config.keypoint_stride)
             xyz, starts = cell_centers(voxels.coords[:, 1:], self.spec.grid), voxels.starts()
         rows, starts = farthest_point_sample(xyz, starts, self.config.keypoints)
         return xyz[rows], starts
 
     def _bev_features(self, cut: SparseVoxels, xyz: Tensor, starts: tuple[int, ...]) -> Tensor:
         """The bird's-eye-view map at the cut under each keypoint."""
-        position = (xyz[:, :2] - xyz.new_tensor(self.spec.grid.range[:2])) / xyz.new_tensor(self.spec.cell_size())
-        return bev_interpolate(cut.features, cut.coords, cut.shape, position, starts, cut.batch_size)
+        return bev_under(xyz, starts, cut, self.spec)
+
+
+def coarse_cells(voxels: SparseVoxels, stride: int) -> SparseVoxels:
+    """Find the occupied cells of a coarser grid, each as the voxel in its middle.
+
+    Args:
+        voxels: occupied voxels of the input grid, sorted.
+        stride: voxels along each side of a cell; 1 gives `voxels` back.
+
+    Returns:
+        One voxel per occupied cell without features, sorted.
+    """
+    if stride == 1:
+        return voxels
+    coords = voxels.coords.clone()
+    coords[:, 1:] = torch.div(coords[:, 1:], stride, rounding_mode="floor") * stride + stride // 2
+    coords = coords.unique(dim=0)
+    coords[:, 1:] = coords[:, 1:].minimum(coords.new_tensor(voxels.shape) - 1)
+    return replace(voxels, coords=coords, features=voxels.features.new_zeros(len(coords), 0))
+
+
+def bev_under(xyz: Tensor, starts: tuple[int, ...], cut: SparseVoxels, spec: CutSpec) -> Tensor:
+    """Interpolate the BEV map at the cut under keypoints.
+
+    Args:
+        xyz: (K, 3) positions of the keypoints in meters.
+        starts: B + 1 bounds of the scenes in the rows of `xyz`.
+        cut: the cells at the cut.
+        spec: the cut.
+
+    Returns:
+        (K, C * Z) features, differentiable in those of the cells.
+    """
+    position = (xyz[:, :2] - xyz.new_tensor(spec.grid.range[:2])) / xyz.new_tensor(spec.cell_size())
+    return bev_interpolate(cut.features, cut.coords, cut.shape, position, starts, cut.batch_size)
