@@ -26,6 +26,7 @@ COMMANDS = {
     "train": ("train", "train a detector on labeled frames"),
     "import": ("import_weights", "load published OpenPCDet weights (SECOND, SECOND-IoU, PV-RCNN) as a detector"),
     "export": ("export", "write a checkpoint of a run as detector and encoder files"),
+    "defend": ("defend", "limit what the encoder of a detector lets out: region upload, noise, fewer channels and others"),
     "extract": ("extract", "vehicle: turn scans into shards of smashed scenes"),
     "ingest": ("ingest", "server: verify shards, quarantine bad ones, add the rest to a store"),
     "upcycle": ("upcycle", "train on labeled frames and smashed scenes, by UpCycling or a baseline (--method)"),

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from ...core.boxes import rotate_z, wrap_angle
 from ...core.cut import CutSpec
 from ...ops.iou3d import iou_bev
-from .feature_gt import FeatureObject, footprint
+from ..models.footprint import footprint
+from .feature_gt import FeatureObject
 from .upcycle_config import FeatureGtConfig
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ...core.features import CutFeatures
 from ...core.structures import Labels, PointCloud
 from ..models.detector import Detector
-from .feature_gt import footprint
+from ..models.footprint import footprint
 from .store import quantize_features
 
 SEEN_MARGIN = 2

@@ -10,7 +10,8 @@ import torch
 from upcycle3d.core.cut import CutSpec, VoxelGrid
 from upcycle3d.core.features import Keypoints
 from upcycle3d.ops.iou3d import iou_bev
-from upcycle3d.perception.server.feature_gt import FeatureObject, footprint
+from upcycle3d.perception.models.footprint import footprint
+from upcycle3d.perception.server.feature_gt import FeatureObject
 from upcycle3d.perception.server.feature_rotation import rotate_object, rotate_objects
 from upcycle3d.perception.server.upcycle_config import FeatureGtConfig
 

@@ -1,7 +1,18 @@
-"""The defences that there are. A new one adds one line here."""
+"""The defences that there are, and how a command line spells them. A new one adds one line here.
+
+A defence is written as its name and the fields that differ from their defaults, as in `region:margin_cells=2,background_share=0.1`.
+"""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import get_args
+
+from ....core.config_json import config_to_json
+from ....core.errors import InvalidInput
+from ....core.foreign_text import shown
 from .bottleneck import BottleneckConfig
 from .cells import DecoyConfig, DropConfig, JitterConfig
 from .noise import NoiseConfig, RoundingConfig
@@ -12,3 +23,68 @@ DefenceConfig = (
     RegionConfig | DropConfig | JitterConfig | DecoyConfig | NoiseConfig | RoundingConfig | BottleneckConfig | ObfuscatorConfig
 )
 """Every defence that an encoder file may hold. `config.build(spec)` makes it."""
+
+
+def defence_name(config: type[DefenceConfig]) -> str:
+    """Name a kind of defence as the command line does.
+
+    Args:
+        config: Its configuration.
+
+    Returns:
+        The name: `region` for `RegionConfig`.
+    """
+    return config.__name__.removesuffix("Config").lower()
+
+
+def parse_defence(text: str) -> DefenceConfig:
+    """Read a defence from a command line.
+
+    Args:
+        text: A name, and fields with values after a colon: `noise` or `noise:sigma=0.2`.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        InvalidInput: There is no such defence or field, or a value cannot be used.
+
+    Example:
+        >>> parse_defence("drop:share=0.5")
+        DropConfig(share=0.5)
+    """
+    name, _, settings = text.partition(":")
+    kinds = {defence_name(kind): kind for kind in get_args(DefenceConfig)}
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(kinds)}"
+        raise InvalidInput(f"there is no defence {shown(name, most=80)!r}; {hint}")
+    kind = kinds[name]
+    known = {f.name: f.default for f in fields(kind)}
+    values: dict[str, float] = {}
+    for setting in filter(None, settings.split(",")):
+        field, _, value = setting.partition("=")
+        field = field.strip().replace("-", "_")
+        if field not in known:
+            raise InvalidInput(f"the defence {name} has no setting {shown(field, most=80)!r}; it has {', '.join(known)}")
+        try:
+            values[field] = type(known[field])(value)
+        except ValueError as error:
+            wanted = "a whole number" if isinstance(known[field], int) else "a number"
+            raise InvalidInput(f"{name}:{field} needs {wanted}, found {shown(value, most=80)!r}") from error
+    return kind(**values)
+
+
+def describe_defences(configs: Sequence[DefenceConfig]) -> str:
+    """Write defences so that people and `parse_defence` can read them.
+
+    Args:
+        configs: The defences in order.
+
+    Returns:
+        Names and all settings, joined by ` + `; `none` without a defence.
+    """
+    texts = [
+        f"{defence_name(type(config))}:{','.join(f'{k}={v:g}' for k, v in config_to_json(config).items())}" for config in configs
+    ]
+    return " + ".join(texts) or "none"

@@ -1,0 +1,95 @@
+"""`upcycle3d defend`: defences are fitted, written, and read from a command line."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.structures import Boxes3D, Labels
+from upcycle3d.perception.models.defences.cells import DropConfig
+from upcycle3d.perception.models.defences.noise import NoiseConfig
+from upcycle3d.perception.models.defences.region import RegionConfig, RegionUpload
+from upcycle3d.perception.models.defences.table import describe_defences, parse_defence
+from upcycle3d.perception.recipes.defend import defend_detector
+from upcycle3d.perception.training.detector_files import save_run_detector
+from upcycle3d.perception.training.objectness import LabeledScene, train_objectness
+from upcycle3d.tools.defend import Defend, command
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_defences_are_written_as_they_are_read():
+    configs = [RegionConfig(margin_cells=2, background_share=0.1), NoiseConfig(sigma=0.25), DropConfig()]
+    texts = describe_defences(configs).split(" + ")
+    assert [parse_defence(text) for text in texts] == configs
+    assert describe_defences([]) == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("regoin", "did you mean 'region'"),
+        ("noise:sgima=1", "has no setting 'sgima'; it has sigma"),
+        ("noise:sigma=much", "needs a number"),
+        ("region:margin_cells=1.5", "needs a whole number"),
+        ("drop:share=2", "share"),
+        ("drop:share=nan", "share"),
+    ],
+)
+def test_a_mistyped_defence_is_named(text, message):
+    with pytest.raises(InvalidInput, match=message):
+        parse_defence(text)
+
+
+def test_the_head_finds_cells_that_differ_and_keeps_the_stated_share():
+    """Objects are planted: their cells have one channel set, which no other cell has."""
+    detector = tiny.second_iou().eval()
+    spec = detector.spec
+    rng = np.random.default_rng(0)
+    scenes = []
+    with torch.no_grad():
+        template = detector.encode([tiny.scan_with_car(0)])
+    for _ in range(16):
+        _, height, width = spec.shape
+        dense = torch.from_numpy(rng.random((height, width)) < 0.5)
+        row, column = int(rng.integers(2, height - 2)), int(rng.integers(2, width - 2))
+        dense[row, column] = True
+        rows, columns = dense.nonzero().unbind(1)
+        zero = torch.zeros_like(rows)
+        coords = torch.stack([zero, zero, rows, columns], 1).int()
+        features = torch.rand(len(coords), spec.channels) * 0.1
+        x, y = spec.position(torch.tensor(float(row)), torch.tensor(float(column)))
+        features[(rows == row) & (columns == column), 0] = 5.0
+        cell_x, cell_y = spec.cell_size()
+        box = torch.tensor([[float(x), float(y), 0.0, cell_x * 0.5, cell_y * 0.5, 1.0, 0.0]])
+        voxels = replace(template.voxels, features=features, coords=coords)
+        scenes.append(LabeledScene(features=replace(template, voxels=voxels), labels=Labels.make(Boxes3D(data=box), [0])))
+    torch.manual_seed(0)
+    defence = RegionUpload(spec, RegionConfig(margin_cells=0, background_share=0.0, recall=1.0, hidden=8))
+    found = train_objectness(defence, scenes, steps=150, seed=0)
+    assert (found.objects, found.objects_kept) == (4, 4)
+    assert found.object_cells_kept == 1.0
+    assert found.cells_kept < 0.2
+    with pytest.raises(InvalidInput, match="needs labeled objects"):
+        train_objectness(defence, [LabeledScene(features=s.features, labels=Labels.empty()) for s in scenes], steps=1, seed=0)
+
+
+def test_the_command_writes_a_detector_whose_encoder_is_defended(tmp_path, capsys):
+    data = tiny.prepared(tmp_path / "data")
+    save_run_detector(tmp_path / "source", tiny.second_iou())
+    options = Defend(
+        detector=tmp_path / "source", data=str(data), out=tmp_path / "out", defences=("drop:share=0.5", "noise"), steps=1
+    )
+    command(options)
+    assert "cells that are sent" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "defences.json").read_text())
+    assert record["defences"] == "drop:share=0.5 + noise:sigma=0.5"
+    assert 0 < record["cells_sent"] < record["cells"]
+    with pytest.raises(InvalidInput, match="already"):
+        command(options)
+    with pytest.raises(InvalidInput, match="without any"):
+        defend_detector(tmp_path / "out", data, tmp_path / "again", [DropConfig()])

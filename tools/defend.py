@@ -1,0 +1,60 @@
+"""`upcycle3d defend`: limit what the encoder of a detector lets out. Read next: `perception/recipes/defend.py`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..perception.models.defences.table import describe_defences, parse_defence
+from ..perception.recipes.defend import defend_detector
+from .console import console, print_table, run_command
+from .data_option import DataOption
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defend:
+    """Give a trained detector defences, which its encoder file then takes to the fleet."""
+
+    detector: Path
+    """Run folder or file of a detector without defences."""
+    data: DataOption
+    """Labeled split of a prepared dataset that the defences are fitted to, `train` where no split is named."""
+    out: Path
+    """Run folder to write."""
+    defences: tuple[str, ...]
+    """Defences in order, the first one next to the encoder: a name, and settings after a colon, as in `region:margin_cells=2 noise:sigma=0.1`.
+    docs/privacy.md says what each does and what was measured."""
+    steps: int = 400
+    """Optimizer steps of the head of a region upload."""
+    seed: int = 0
+    """Decides every random draw."""
+
+
+def command(config: Defend) -> None:
+    """Give a trained detector defences."""
+    defences = [parse_defence(text) for text in config.defences]
+    outcome = defend_detector(config.detector, config.data, config.out, defences, steps=config.steps, seed=config.seed)
+    rows: list[tuple[object, ...]] = [
+        ("defences", describe_defences(defences)),
+        ("labeled frames", outcome.frames),
+        ("cells of a scene", f"{outcome.cells:,.0f}"),
+        ("cells that are sent", f"{outcome.cells_sent:,.0f} ({outcome.cells_sent / max(outcome.cells, 1):.0%})"),
+    ]
+    if (found := outcome.objectness) is not None:
+        rows += [
+            ("objects in held-out frames", found.objects),
+            ("objects sent at least in part", f"{found.objects_kept} ({found.objects_kept / max(found.objects, 1):.1%})"),
+            ("cells of objects that are sent", f"{found.object_cells_kept:.1%}"),
+            ("cells near possible objects", f"{found.cells_kept:.1%}"),
+        ]
+    print_table("defended", ("what", "value"), rows)
+    console.print(
+        f"detector and encoder: {config.out}; give its encoder.safetensors to the fleet, and --detector {config.out} to extract, "
+        "ingest and upcycle. What is sent can still be turned back in part: measure it with `upcycle3d audit`",
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))
