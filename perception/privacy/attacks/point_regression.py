@@ -134,8 +134,9 @@ class PointRegressionAttack:
             upload: What left a vehicle, a batch of one, of the cut that the attack was trained for.
 
         Returns:
-            The places of all cells that lie inside the grid, with the probability that a true point is near ("chamfer"), or with how far
-            they are from padding, 0 to 1 ("mse", where places nearer to padding than to the cell are left out).
+            The places of all cells that lie inside the grid, the surest one of every input voxel: with the probability that a true point is
+            near ("chamfer"), or with how far they are from padding, 0 to 1 ("mse", where places nearer to padding than to the cell are left
+            out).
 
         Raises:
             InvalidInput: The attack was not trained, or was trained for another cut.
@@ -157,7 +158,12 @@ class PointRegressionAttack:
             keep = score > 0.5
         low, high = (xyz.new_tensor(side) for side in (upload.spec.grid.range[:3], upload.spec.grid.range[3:]))
         keep &= ((xyz >= low) & (xyz < high)).all(1)
-        return Rebuilt(xyz=xyz[keep], score=score[keep])
+        xyz, score = xyz[keep], score[keep]
+        order = score.argsort(
+            descending=True, stable=True
+        )  # cells with few points repeat them, so each voxel keeps the surest place
+        kept = order[_first_of_each_voxel(xyz[order], upload.spec)]
+        return Rebuilt(xyz=xyz[kept], score=score[kept])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +237,8 @@ class _Example:
     @staticmethod
     def of(upload: CutFeatures, scan: PointCloud, points_per_cell: int) -> _Example:
         spec, coords = upload.spec, upload.voxels.coords
-        xyz = _one_per_voxel(inside_grid(scan, spec.grid).xyz, spec)
+        xyz = inside_grid(scan, spec.grid).xyz
+        xyz = xyz[_first_of_each_voxel(xyz, spec)]
         rows = points_of_cells(xyz, coords, spec)
         xyz, rows = xyz[rows >= 0], rows[rows >= 0]
         order = rows.argsort(stable=True)  # the points come in the order z, y, x
@@ -331,14 +338,13 @@ def _rate(progress: float) -> float:
     return 0.1 + 9 * progress if progress < 0.1 else 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - 0.1) / 0.9))
 
 
-def _one_per_voxel(xyz: Tensor, spec: CutSpec) -> Tensor:
-    """The first point of every occupied voxel, in the order z, y, x of the voxels."""
+def _first_of_each_voxel(xyz: Tensor, spec: CutSpec) -> Tensor:
+    """Rows of the first point of every occupied voxel of the input grid, in the order z, y, x of the voxels."""
     start, size = xyz.new_tensor(spec.grid.range[:3]), xyz.new_tensor(spec.grid.voxel_size)
     cells = ((xyz - start) / size).floor().long().flip(1).clamp(min=0)
     number = cell_index(torch.minimum(cells, cells.new_tensor(spec.grid.shape) - 1), spec.grid.shape)
     number, order = number.sort(stable=True)
-    first = torch.cat([number.new_ones(1, dtype=torch.bool), number[1:] != number[:-1]])[: len(number)]
-    return xyz[order[first]]
+    return order[torch.cat([number.new_ones(1, dtype=torch.bool), number[1:] != number[:-1]])[: len(number)]]
 
 
 def _batches(examples: Sequence[_Example], config: PointRegressionConfig) -> Iterator[_Example]:
