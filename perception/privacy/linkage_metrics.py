@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 import torch
-from scipy.stats import kendalltau
 from torch import Tensor
 
 from ...core.errors import require
+from .ranking_metrics import auc, expected_absolute_tau, kendall_tau, linkage_top_1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +79,9 @@ def area_under_curve(scores: Tensor, positive: Tensor) -> float:
     Returns:
         The area, NaN where one side is empty.
     """
-    values, inverse, counts = np.unique(scores.double().numpy(), return_inverse=True, return_counts=True)
-    if not len(values):
+    if bool(positive.all()) or not bool(positive.any()):
         return float("nan")
-    ranks = (counts.cumsum() - (counts - 1) / 2)[inverse.reshape(-1)]
-    truth = positive.numpy().astype(bool)
-    ones, zeros = int(truth.sum()), int((~truth).sum())
-    return float((ranks[truth].sum() - ones * (ones + 1) / 2) / (ones * zeros)) if ones and zeros else float("nan")
+    return auc(scores[positive], scores[~positive]).value
 
 
 def score_linkage(
@@ -122,15 +117,14 @@ def score_linkage(
     tau = []
     for rows, order in zip(named.values(), orders, strict=True):
         true = [positions[i] for i in rows]
-        found = kendalltau(order.numpy(), true).statistic
-        tau.append(0.0 if np.isnan(found) else abs(float(found)))
+        tau.append(kendall_tau(order, [float(place) for place in true if place is not None]).absolute)
     return LinkageScores(
         neighbor=_top1(score, neighbors, others),
         neighbor_in_drive=_top1(score, neighbors, same),
         same_drive=_top1(score, same, others),
         drive_auc=area_under_curve(chains[upper], same[upper]),
         tau=tuple(tau),
-        tau_chance=tuple(_random_tau(len(rows)) for rows in named.values()),
+        tau_chance=tuple(expected_absolute_tau(len(rows)) for rows in named.values()),
     )
 
 
@@ -182,23 +176,7 @@ def _neighbors(drives: Sequence[str], positions: Sequence[int | None]) -> Tensor
 
 def _top1(score: Tensor, right: Tensor, allowed: Tensor) -> Rate:
     """How often the best allowed candidate is right, over the rows that have a right one; ties are broken fairly."""
-    asked = (right & allowed).any(1)
-    if not asked.any():
+    if not bool((right & allowed).any()):
         return Rate(found=float("nan"), chance=float("nan"), asked=0)
-    right, allowed = right[asked], allowed[asked]
-    best = torch.where(allowed, score[asked].double(), -torch.inf)
-    top = (best == best.amax(1, keepdim=True)) & allowed
-    found = (top & right).sum(1) / top.sum(1)
-    chance = (right & allowed).sum(1) / allowed.sum(1)
-    return Rate(found=found.mean().item(), chance=chance.mean().item(), asked=int(asked.sum()))
-
-
-def _random_tau(count: int) -> float:
-    """Mean |tau| of a random order of `count` scenes, of 2,000 draws."""
-    rng = np.random.default_rng(0)
-    draws = rng.random((2000, count))
-    lower, upper = np.tril_indices(count, -1)
-    pairs = len(lower)
-    if pairs * 2000 > 1 << 24:  # normal in the limit: sqrt(2 / pi) times the standard deviation of tau
-        return float(np.sqrt(2 / np.pi * 2 * (2 * count + 5) / (9 * count * (count - 1))))
-    return float(np.abs(np.sign(draws[:, lower] - draws[:, upper]).mean(1)).mean())
+    found = linkage_top_1(score, right, allowed)
+    return Rate(found=found.top_1, chance=found.chance, asked=found.queries)

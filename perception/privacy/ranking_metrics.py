@@ -3,14 +3,12 @@
 Ties are broken by chance on purpose: an attack that gives every candidate the same score reaches exactly the chance level, whatever
 order the candidates come in.
 
-Read next: `exact_points.py`.
+Read next: `linkage_metrics.py`, which scores a pile of uploads with them, and `exact_points.py`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,8 +145,8 @@ def linkage_top_1(likeness: Tensor, right: Tensor, candidates: Tensor | None = N
     Args:
         likeness: (Q, C) how sure the attacker is that query and candidate belong together.
         right: (Q, C) bool, which do.
-        candidates: (Q, C) bool, which candidates a query may choose. None: all of them. For scenes that are compared with one another
-            see `others`.
+        candidates: (Q, C) bool, which candidates a query may choose. None: all of them. Scenes that are compared with one
+            another leave out themselves.
 
     Returns:
         The share of right answers and its chance level.
@@ -175,53 +173,6 @@ def linkage_top_1(likeness: Tensor, right: Tensor, candidates: Tensor | None = N
         queries=len(right),
         without_answer=int((~answerable).sum()),
     )
-
-
-def others(scenes: int) -> Tensor:
-    """Give the candidates of scenes that are compared with one another: all but the scene itself.
-
-    Args:
-        scenes: Number of scenes.
-
-    Returns:
-        (N, N) bool.
-    """
-    return ~torch.eye(scenes, dtype=torch.bool)
-
-
-def same_group(groups: Sequence[str]) -> Tensor:
-    """Find the scenes that belong together.
-
-    Args:
-        groups: Drive or vehicle of each scene.
-
-    Returns:
-        (N, N) bool, whether two different scenes have one group.
-    """
-    number = torch.from_numpy(np.unique(np.array(groups, dtype=np.str_), return_inverse=True)[1].reshape(-1))
-    return (number[:, None] == number[None]) & others(len(groups))
-
-
-def time_neighbors(drives: Sequence[str], times: Sequence[float]) -> Tensor:
-    """Find the scenes that were recorded directly before or after one another, among the scenes that were uploaded.
-
-    Args:
-        drives: Drive of each scene.
-        times: When each scene was recorded.
-
-    Returns:
-        (N, N) bool, symmetric.
-
-    Raises:
-        InvalidInput: The lengths differ.
-    """
-    require(len(drives) == len(times), f"each scene needs a drive and a time, found {len(drives)} drives and {len(times)} times")
-    near = torch.zeros(len(drives), len(drives), dtype=torch.bool)
-    order = sorted(range(len(drives)), key=lambda i: (drives[i], times[i]))
-    for before, after in itertools.pairwise(order):
-        if drives[before] == drives[after]:
-            near[before, after] = near[after, before] = True
-    return near
 
 
 @dataclass(frozen=True, kw_only=True)
