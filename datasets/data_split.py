@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from ..core.errors import InvalidInput
+from .fingerprint import short
 from .gt_database import build_gt_database
 from .prepared import PreparedDataset
 
@@ -79,9 +80,9 @@ class DataSplit:
         return PreparedDataset(self.root, self.name)
 
     def summary(self) -> str:
-        """Number and fingerprint of the frames and their labels, to recognize the same frames again."""
+        """Number and fingerprint of the frames, their labels and points, to recognize the same frames again."""
         frames = self.open()
-        return f"{len(frames)} frames {frames.split_fingerprint()[:16]}"
+        return f"{len(frames)} frames {short(frames.split_fingerprint(), 16)}"
 
     @property
     def gt_database(self) -> Path:

@@ -33,7 +33,7 @@ from ..core.files import atomic_file, locked_folder, remove_litter
 from ..core.strict_json import json_digest, read_json, write_json_file
 from ..core.structures import PointCloud
 from ..ops.points_in_boxes import BoxSearch
-from .fingerprint import combine_digests, frame_digest
+from .fingerprint import combine_digests, frame_digest, points_checksum, same_split, short, with_points
 from .frame_source import FrameSource
 from .parquet import checksum_in_name, read_parquet
 
@@ -121,10 +121,10 @@ class GtDatabase:
             InvalidInput: There is no database, it was built from another split, or it is damaged.
         """
         database = cls(path)
-        if database.fingerprint != expected_fingerprint:
+        if not same_split(database.fingerprint, expected_fingerprint):
             raise InvalidInput(
-                f"the GT database in {path} was built from another labeled split: fingerprint {database.fingerprint[:12]} "
-                f"({database.num_frames} frames, {len(database)} objects), expected {expected_fingerprint[:12]}. Its objects could "
+                f"the GT database in {path} was built from another labeled split: fingerprint {short(database.fingerprint)} "
+                f"({database.num_frames} frames, {len(database)} objects), expected {short(expected_fingerprint)}. Its objects could "
                 "leak labels this run must not see; build a database from this run's labeled split"
             )
         return database
@@ -262,8 +262,9 @@ def build_gt_database(source: FrameSource, out: Path | str, *, class_names: Sequ
         source: The frames of a labeled split.
         out: Folder to write.
         class_names: Names of the class numbers.
-        fingerprint: Fingerprint of the split, from `split_fingerprint`. It is compared with the labels that are read, so that a
-            database cannot bear the name of a split that it was not made from.
+        fingerprint: Fingerprint of the split, from `PreparedDataset.split_fingerprint`, or its half of the labels, from the function
+            `split_fingerprint`. It is compared with the labels and points that are read, so that a database cannot bear the name of a
+            split that it was not made from.
 
     Returns:
         The database, opened.
@@ -280,10 +281,10 @@ def build_gt_database(source: FrameSource, out: Path | str, *, class_names: Sequ
                 cut = _cut(source, file, tuple(class_names))
                 file.flush()
                 os.fsync(file.fileno())
-            if cut.fingerprint != fingerprint:
+            if not same_split(cut.fingerprint, fingerprint):
                 raise InvalidInput(
-                    f"asked to build a GT database for the labeled split {fingerprint[:12]}, but the {len(source)} frames given have "
-                    f"the fingerprint {cut.fingerprint[:12]}; pass the frames of that split, or the fingerprint of these frames"
+                    f"asked to build a GT database for the labeled split {short(fingerprint)}, but the {len(source)} frames given have "
+                    f"the fingerprint {short(cut.fingerprint)}; pass the frames of that split, or the fingerprint of these frames"
                 )
             objects_name = f"objects-{cut.checksum:08x}.f32"
             os.replace(temporary, out / objects_name)
@@ -320,7 +321,7 @@ class _Cut:
     checksum: int
     """CRC-32 of the file of points."""
     fingerprint: str
-    """Of the labels that were read."""
+    """Of the labels and points that were read."""
 
 
 def _cut(source: FrameSource, file: BinaryIO, class_names: tuple[str, ...]) -> _Cut:
@@ -329,12 +330,13 @@ def _cut(source: FrameSource, file: BinaryIO, class_names: tuple[str, ...]) -> _
     if len(source) == 0:
         raise InvalidInput("a GT database needs at least one frame, but the split is empty")
     features = source[0].points.feature_names
-    search, frame_ids, digests = BoxSearch(), [], []
+    search, frame_ids, digests, checksums = BoxSearch(), [], [], []
     numbers, boxes = array("q"), array("f")  # class, difficulty, first row, rows, checksum; seven values
     offset = checksum = 0
     for i in range(len(source)):
         frame = source[i]
         digests.append(frame_digest(frame.id, frame.labels, classes=class_names))
+        checksums.append((frame.id, points_checksum(frame.points)))
         if frame.labels is None:
             continue
         if frame.points.feature_names != features:
@@ -356,7 +358,10 @@ def _cut(source: FrameSource, file: BinaryIO, class_names: tuple[str, ...]) -> _
             boxes.extend(labels.boxes.data[k].float().tolist())
             offset += len(rows)
     return _Cut(
-        index=_index_table(frame_ids, numbers, boxes), features=features, checksum=checksum, fingerprint=combine_digests(digests)
+        index=_index_table(frame_ids, numbers, boxes),
+        features=features,
+        checksum=checksum,
+        fingerprint=with_points(combine_digests(digests), checksums),
     )
 
 

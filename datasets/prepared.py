@@ -27,7 +27,7 @@ from ..core.frame import Frame
 from ..core.ledger import Ledger
 from ..core.rig import RigSpec
 from ..core.structures import Labels, PointCloud
-from .fingerprint import split_fingerprint
+from .fingerprint import split_fingerprint, with_points
 from .frame_source import DatasetOrigin
 from .kitti_text import KittiObjects
 from .label_shares import label_share_of
@@ -228,8 +228,9 @@ class PreparedDataset:
         return {frame_id: i for i, frame_id in enumerate(self.ids)}
 
     def split_fingerprint(self) -> str:
-        """Return the fingerprint of these frames and their labels; see `fingerprint.split_fingerprint`."""
-        return split_fingerprint(self.ids, (self.labels(i) for i in range(len(self))), classes=self.classes)
+        """Return the fingerprint of these frames, their labels and their points, which the checksums of the index stand for."""
+        labels = split_fingerprint(self.ids, (self.labels(i) for i in range(len(self))), classes=self.classes)
+        return with_points(labels, zip(self.ids, self._table["crc32"].to_pylist(), strict=True))
 
     def verify(self) -> tuple[str, ...]:
         """Read every point and compare checksums, to find a failing disk or a bad copy. `upcycle3d inspect --verify` calls it.

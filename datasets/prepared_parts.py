@@ -29,6 +29,7 @@ from ..core.files import atomic_file, remove_litter, write_atomically
 from ..core.foreign_text import shown
 from ..core.frame import Frame
 from ..core.intensity import propose_scale
+from .fingerprint import points_bytes
 from .frame_source import FrameSource, KittiLabelSource
 from .parquet import checksum_in_name
 from .prepared_format import INDEX_SCHEMA, frame_row, read_index
@@ -267,7 +268,7 @@ def _write_chunk(source: FrameSource, chunk: Chunk, parts: Path, num_classes: in
             if frame.id != frame_id:
                 raise InvalidInput(f"frame {i} of the source calls itself {frame.id!r}, expected {frame_id!r}")
             check_frame(frame, num_classes)
-            blob = torch.cat([frame.points.xyz, frame.points.features], 1).float().numpy().astype("<f4").tobytes()
+            blob = points_bytes(frame.points)
             labeled = frame.labels is not None
             kitti = source.kitti_objects(frame_id) if labeled and isinstance(source, KittiLabelSource) else None
             row = frame_row(frame, kitti, offset=offset, crc32=zlib.crc32(blob))

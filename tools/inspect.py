@@ -14,6 +14,7 @@ from ..core.errors import InvalidInput, UpcycleError
 from ..core.foreign_text import shown
 from ..core.rig import RigSpec
 from ..core.tensor_file import read_tensors
+from ..datasets.fingerprint import short
 from ..datasets.gt_database import GtDatabase
 from ..datasets.prepared import PreparedDataset
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
@@ -187,7 +188,7 @@ def _prepared(path: Path) -> dict[str, object]:
     dataset = PreparedDataset(path)
     facts: dict[str, object] = {"frames": len(dataset), "classes": ", ".join(dataset.classes)}
     facts |= {
-        f"split {name}": f"{n} frames, fingerprint {PreparedDataset(path, name).split_fingerprint()[:16]}"
+        f"split {name}": f"{n} frames, fingerprint {short(PreparedDataset(path, name).split_fingerprint(), 16)}"
         for name, n in dataset.splits.items()
     }
     facts |= {"point features": ", ".join(dataset.feature_names), "rig": str(dataset.rig), "layout": dataset.origin.layout}

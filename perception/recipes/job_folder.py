@@ -30,6 +30,7 @@ from ...core.files import write_atomically
 from ...core.rig import RigSpec
 from ...core.strict_json import read_json
 from ...datasets.data_split import DataSplit
+from ...datasets.fingerprint import as_recorded
 from ..evaluation.score import Protocol
 from ..models.detector import Detector
 from ..server.feature_object_database import FeatureObjectDatabase
@@ -112,7 +113,8 @@ class JobFolder:
     def __post_init__(self) -> None:
         path, wanted = self.folder / "job.json", self._identity()
         if path.exists():
-            difference = first_difference(read_json(path, "the configuration of a job", remedy="choose another folder"), wanted)
+            stored = read_json(path, "the configuration of a job", remedy="choose another folder")
+            difference = first_difference(stored, json.loads(as_recorded(json.dumps(wanted), json.dumps(stored))))
             if difference:
                 raise InvalidInput(f"{self.folder} holds a job with another configuration ({difference}); choose another folder")
         else:

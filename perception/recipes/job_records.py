@@ -1,7 +1,7 @@
 """What a run folder records of a job, and what a resumed run may change: the place of its data, and the number of steps.
 
 A record decides the result of a run, so a run is resumed only with an equal one. Data is known by its content: a split by the fingerprint
-of its frames and labels, a store by its scenes, a source model by its bytes. So data may be moved, and data that was changed in place is
+of its frames, labels and points, a store by its scenes, a source model by its bytes. So data may be moved, and data that was changed in place is
 noticed.
 
 Read next: `jobs.py`, which makes the records, and `perception/training/run_folder.py`, which compares them.
@@ -19,6 +19,7 @@ from ...core.errors import InvalidInput
 from ...core.rig import RigSpec
 from ...core.trained_on import TrainedOn
 from ...datasets.data_split import DataSplit
+from ...datasets.fingerprint import same_split, short
 from ..training.checkpoint import latest_checkpoint
 from ..training.loop import LoopConfig
 from ..training.optim import OneCycle
@@ -37,7 +38,7 @@ class TrainingRecord:
     seed: int
     """Seed of weights, order and augmentation."""
     data_fingerprint: str = ""
-    """Fingerprint of the frames and labels of `data`; empty in runs of earlier versions."""
+    """Fingerprint of the frames, labels and points of `data`; empty in runs of earlier versions."""
     init: Path | None = None
     """Where the first weights came from; None for random ones."""
     init_digest: str = ""
@@ -71,7 +72,7 @@ class UpcyclingRecord:
     seed: int
     """Seed of order, augmentation and pasting."""
     data_fingerprint: str = ""
-    """Fingerprint of the frames and labels of `data`; empty in runs of earlier versions."""
+    """Fingerprint of the frames, labels and points of `data`; empty in runs of earlier versions."""
     detector_digest: str = ""
     """SHA-256 of the tensors of the source model; empty in runs of earlier versions."""
     store_digest: str = ""
@@ -118,12 +119,12 @@ def what_may_differ(out: Path, record: TrainingRecord | UpcyclingRecord, *, resu
         if not before:  # a run of an earlier version: only the place can be compared
             allowed.append(content)
             continue
-        if before == now:
-            allowed.append(place)
+        if same_split(before, now):  # digests of other things are compared as they are
+            allowed += [place, content]  # an earlier version recorded half of the fingerprint; the record takes over the whole
         elif now and place != "store":
             raise InvalidInput(
-                f"{what} is not what the run in {out} began with ({option}): its content has the fingerprint {now[:12]}…, and then it was "
-                f"{before[:12]}…. Resume with the same data, wherever it lies now, or choose a new folder"
+                f"{what} is not what the run in {out} began with ({option}): its content has the fingerprint {short(now)}…, and then it was "
+                f"{short(before)}…. Resume with the same data, wherever it lies now, or choose a new folder"
             )
         elif now and str(getattr(record, "store", "")) == stored.get("store"):
             allowed.append(content)  # an ingest may add scenes to a store while a run is stopped

@@ -22,6 +22,7 @@ from ...core.config_json import Json, first_difference
 from ...core.errors import InvalidInput, require
 from ...core.files import write_atomically
 from ...core.strict_json import read_json
+from ...datasets.fingerprint import as_recorded
 from ..training.environment import describe_environment
 
 COMPARISON_FILE = "comparison.json"
@@ -51,7 +52,9 @@ class ResultCache:
         path = self.folder / COMPARISON_FILE
         if not path.exists():
             write_atomically(path, (json.dumps(self.configuration, indent=1) + "\n").encode())
-        difference = first_difference(_read_json(path), self.configuration)
+        stored = _read_json(path)
+        self.configuration = json.loads(as_recorded(json.dumps(self.configuration), json.dumps(stored)))
+        difference = first_difference(stored, self.configuration)
         if difference:
             raise InvalidInput(f"{self.folder} holds results of another configuration ({difference}); choose another folder")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ...core.errors import UpcycleError
 from ...datasets.data_split import DataSplit
+from ...datasets.fingerprint import same_split
 from ...datasets.prepared import PreparedDataset
 from ..training.run_folder import RunFolder
 
@@ -53,7 +54,7 @@ def shared_frames_note(detector: str | Path, frames: PreparedDataset) -> str | N
             learned = DataSplit(root=Path(data["root"]), name=name if isinstance(name, str) else None).open()
             shared = shared_with(learned, frames)
         except (UpcycleError, OSError):  # moved or removed
-            if record.get("data_fingerprint") == frames.split_fingerprint():
+            if same_split(str(record.get("data_fingerprint")), frames.split_fingerprint()):
                 shared = len(frames)
         if shared:
             which = "" if name is None else f":{name}"

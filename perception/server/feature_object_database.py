@@ -34,6 +34,7 @@ from ...core.files import atomic_file, sync_folder, write_atomically
 from ...core.foreign_text import shown
 from ...core.frame import labels_of
 from ...core.strict_json import json_digest, read_json, write_json_file
+from ...datasets.fingerprint import same_split, short
 from ...datasets.frame_source import FrameSource
 from ...datasets.object_sizes import shift_sizes
 from ...datasets.parquet import read_parquet
@@ -210,10 +211,10 @@ class FeatureObjectDatabase:
         """
         folder = Path(folder)
         meta = _read_meta(folder)
-        if meta.split_fingerprint != split_fingerprint:
+        if not same_split(meta.split_fingerprint, split_fingerprint):
             raise InvalidInput(
-                f"the object database at {folder} was cut from another labeled split ({meta.split_fingerprint[:12]}, this run "
-                f"has {split_fingerprint[:12]}); using it would leak labels: build one from this split"
+                f"the object database at {folder} was cut from another labeled split ({short(meta.split_fingerprint)}, this run "
+                f"has {short(split_fingerprint)}); using it would leak labels: build one from this split"
             )
         if meta.encoder_fingerprint != encoder_fingerprint:
             raise InvalidInput(

@@ -165,7 +165,7 @@ def test_version_1_is_read_bit_by_bit(split):
     """`data/version_0_1/prepared` and `expected.json` in it were made by the code of commit a53290a. Never make them anew."""
     expected, frames = json.loads((VERSION_1 / "expected.json").read_text())[split], PreparedDataset(VERSION_1, split)
     frame = frames[0]
-    assert (frame.id, frames.split_fingerprint()) == (expected["id"], expected["fingerprint"])
+    assert (frame.id, frames.split_fingerprint().partition("+")[0]) == (expected["id"], expected["fingerprint"])
     assert frames.rig == frame.rig == RigSpec(z_shift=1.73)
     assert (frames.origin.layout, frames.origin.root) == ("kitti", Path("/tmp/kitti"))
     values = {"xyz": frame.points.xyz, "features": frame.points.features, "boxes": frame.labels.boxes.data}

@@ -28,7 +28,7 @@ def test_a_folder_of_another_job_is_refused_and_names_the_difference(config, tmp
     Pipeline(config, tmp_path, QUIET)
     with pytest.raises(InvalidInput, match=r"seed: stored 0, now 1"):
         Pipeline(replace(config, seed=1), tmp_path, QUIET)
-    with pytest.raises(InvalidInput, match=r"labeled: stored '2 frames [0-9a-f]+', now '1 frames"):
+    with pytest.raises(InvalidInput, match=r"labeled: stored '2 frames [0-9a-f+]+', now '1 frames"):
         Pipeline(replace(config, labeled=config.fleet), tmp_path, QUIET)
 
 

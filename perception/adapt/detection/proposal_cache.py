@@ -12,6 +12,7 @@ from pathlib import Path
 from ....core.config_json import first_difference
 from ....core.errors import InvalidInput
 from ....datasets.data_split import DataSplit
+from ....datasets.fingerprint import as_recorded
 from ...models.detector import Detector
 from ...server.store import SmashedStore
 from .proposal_collection import OnProgress, collect_from_frames, collect_from_store, detector_digest
@@ -47,7 +48,7 @@ def cached_proposals(
         save_proposals(path, collect())
         return load_proposals(path)
     found = load_proposals(path)
-    wanted = {"detector": detector_digest(detector), "data": data, "selection": asdict(selection)}
+    wanted = {"detector": detector_digest(detector), "data": as_recorded(data, found.data), "selection": asdict(selection)}
     stored = {"detector": found.detector, "data": found.data, "selection": asdict(found.selection)}
     difference = first_difference(stored, wanted)
     if difference is not None:
