@@ -2,7 +2,8 @@
 
 The detector is one that was trained on raw scans; it never saw a rebuilt one. AP is KITTI's by the rules of ST3D, which need no camera
 (`perception/evaluation/cross_dataset.py`), on the same frames and labels for raw and rebuilt scans. Those rules sample the recall at 41
-places, so with fewer than 41 objects even a perfect detector stays below 100.
+places, so with fewer than 41 objects even a perfect detector stays below 100. Objects with fewer than five points in the true scan, such
+as those outside the grid, count neither as found nor as missed.
 
 Read next: `geometry_metrics.py`.
 """
@@ -10,18 +11,22 @@ Read next: `geometry_metrics.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...core.errors import InvalidInput, require
 from ...core.frame import Frame
-from ...core.structures import PointCloud
+from ...core.structures import Labels, PointCloud
+from ...ops.points_in_boxes import count_points_in_boxes
 from ..evaluation.kitti import LOOSE, OFFICIAL, KittiResult
 from ..evaluation.protocols import detect_labeled, score_cross_dataset
 from ..models.detector import Detector
 from .frames import AuditFrame
+
+FEWEST_POINTS = 5
+"""Points of the true scan that an object needs to count."""
 
 _MODERATE = 1  # without a camera all difficulties are equal
 
@@ -111,14 +116,19 @@ def detection_ap(
         InvalidInput: The numbers differ, there is no frame, a frame has no labels, or detector and labels share no class.
     """
     require(len(frames) == len(scans) > 0, f"each frame needs one scan, found {len(frames)} frames and {len(scans)} scans")
-    for frame in frames:
-        if frame.labels is None:
-            raise InvalidInput(f"frame {frame.id} has no labels to score against; take labeled frames")
-    shown = [Frame(id=frame.id, points=scan, labels=frame.labels) for frame, scan in zip(frames, scans)]
+    shown = [Frame(id=frame.id, points=scan, labels=_countable(frame)) for frame, scan in zip(frames, scans)]
     found = detect_labeled(detector, shown, label_classes=classes)
     official, loose = (score_cross_dataset(found, min_overlaps=overlaps) for overlaps in (OFFICIAL, LOOSE))
     scored = [name for name in official.classes if official.classes[name].ground_truths[_MODERATE]]
     return DetectionAp(frames=len(frames), classes=tuple(_class_ap(name, official, loose) for name in scored))
+
+
+def _countable(frame: AuditFrame) -> Labels:
+    """The labels of a frame; weight 0 for objects of which the true scan shows too little."""
+    if frame.labels is None:
+        raise InvalidInput(f"frame {frame.id} has no labels to score against; take labeled frames")
+    seen = count_points_in_boxes(frame.scan.xyz, frame.labels.boxes.data) >= FEWEST_POINTS
+    return replace(frame.labels, weight=frame.labels.weight * seen)
 
 
 def _class_ap(name: str, official: KittiResult, loose: KittiResult) -> ClassAp:

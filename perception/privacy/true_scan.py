@@ -163,7 +163,7 @@ class TrueScan:
         boxes = self._labels.boxes.data.double().clone()
         boxes[:, 3:6] += 2 * self.rules.margin
         inside = points_in_boxes_mask(torch.from_numpy(points), boxes).numpy() if len(boxes) else np.zeros((0, len(points)), bool)
-        background = ~inside.any(0)
+        background: Mask = np.logical_not(inside.any(axis=0))
         above = None
         if self._road is not None:
             above = background & (points[:, 2] >= self._road.at(points) + self.rules.above_road)

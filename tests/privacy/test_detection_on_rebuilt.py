@@ -75,3 +75,9 @@ def test_frames_without_labels_or_scans_are_refused(frames: list[AuditFrame]):
         detection_ap(tiny.second_iou(), frames, raw_scans(frames)[:1], ("Car",))
     with pytest.raises(InvalidInput, match="no labels"):
         detection_ap(tiny.second_iou(), [replace(frames[0], labels=None)], raw_scans(frames)[:1], ("Car",))
+
+
+def test_an_object_that_the_true_scan_does_not_show_is_nobodys_fault(frames: list[AuditFrame]):
+    hidden = torch.cat([BOXES, torch.tensor([[60.0, 0.0, 0.8, 4.2, 1.9, 1.6, 0.0]])])
+    more = [replace(f, labels=Labels.make(hidden, [0, 0, 0])) for f in frames]
+    assert detection_ap(Lookout(), more, raw_scans(more), ("Car",)).classes[0].box_3d == 100  # type: ignore[arg-type]
