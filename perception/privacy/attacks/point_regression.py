@@ -1,13 +1,15 @@
-"""Attack (b), the weak one: a network regresses the points of each cell from the features of the cells around it.
+"""Attack (b): a network regresses the points of each cell from the features of the cells around it.
 
-This is how feature uploads were first tested, and its failure was taken as a sign that features cannot be turned back. It fails because of
-its form: each cell gets the same number of places for points, the places that are left over have to be filled, and a point that may be
-in either of two voxels is put between them. The attack is kept as a lower row of every table; `occupancy.py` is the one to fear.
+This is how feature uploads were first tested, and its failure was taken as a sign that features cannot be turned back. The failure lies in
+the first form of the loss: each cell gets the same number of places for points, those that are left over are filled with zeros, and an
+order is demanded that points do not have. With another loss the same network is a serious attack. Both forms are here, so that a table
+can show the difference; `occupancy.py` is the attack that classifies instead.
 
 The points of a scan are thinned to one per input voxel and belong to the cell in whose box they lie; boxes part the grid among the cells.
 Two losses can be chosen:
 
-* `"mse"`: the points of a cell in a fixed order (z, y, x), then zeros, compared place by place. This is the form of the first test;
+* `"mse"`: the points of a cell in a fixed order (z, y, x), then zeros, compared place by place. This is the form of the first test, and
+  weak: do not take its failure for safety;
 * `"chamfer"`: the nearest place for each true point and the nearest true point for each place. There is no order and no padding, and a
   second output learns which places lie within 0.2 m of a true point. It is the stronger of the two and the default.
 
