@@ -5,6 +5,7 @@ Read next: `structures.py`, whose values check themselves with `require`.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 
 from .foreign_text import shown
@@ -31,6 +32,18 @@ class InvalidInput(UpcycleError, ValueError):
 
 class NonFiniteValue(InvalidInput):
     """A network computed NaN or infinite values: its weights are broken, or its input is."""
+
+
+class Interrupted(UpcycleError):
+    """Training was stopped by Ctrl-C or SIGTERM; the message says what is kept and how to resume.
+
+    Attributes:
+        signal: The signal. A command then ends with the exit code 128 + `signal`: 130 or 143.
+    """
+
+    def __init__(self, message: str = "", *, by: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.signal = int(by)
 
 
 def require(condition: bool, message: str) -> None:

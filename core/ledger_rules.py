@@ -16,6 +16,9 @@ OUTSIDE_POINTS_WARNING = 0.4
 """Share of points outside the detector's range from which a warning follows. Suitable scans lose 2 to 30 % (sky, far road)."""
 OUTSIDE_BOXES_WARNING = 0.2
 """Share of labeled boxes outside the detector's range from which a warning follows."""
+TURNED_POINTS_STOP = 0.5
+"""Share of a scan's points beyond the sides of the range from which `extract` refuses scans that are read with other axes than those of
+the training. With the same axes no share is safe: a full turn has more than half of its points beyond a range that looks ahead."""
 FAILED_SCANS_WARNING = 0.1
 """Share of scans that could not be read from which a warning follows."""
 FEWEST_BOXES = 4

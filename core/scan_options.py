@@ -59,6 +59,13 @@ class ScanOptions:
         if self.image_size is not None and not all(0 < side <= 65_536 for side in self.image_size):
             raise InvalidInput(f"the image size must be two numbers of pixels in 1..65536, found {self.image_size}")
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether the axes mirror the scene: they make a right-handed frame left-handed, and the other way round."""
+        letters = [axis.lstrip("-") for axis in self.axes]
+        turns = letters in (["x", "y", "z"], ["y", "z", "x"], ["z", "x", "y"])
+        return turns == (sum(axis.startswith("-") for axis in self.axes) % 2 == 1)
+
     def refuse_image_size(self, why: str) -> None:
         """Refuse an image size where nothing is cropped to a camera; it would do nothing.
 

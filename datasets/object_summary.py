@@ -44,6 +44,8 @@ _LIFT = 0.45  # share of a box's height between its bottom and the road from whi
 _FARTHEST = 400.0  # m; no LiDAR of a vehicle sees farther
 _AGREE = 0.6  # share of the boxes of a class that must lie alike above the road before their height says anything
 _UNEVEN = 0.9  # m between the roads of scans from which they are not one mounting
+_FEWEST_BEHIND = 10  # boxes from which it is no chance that nearly all of them lie behind the sensor
+_MOST_BEHIND = 0.9  # share of the boxes that lie behind the sensor, from which a warning follows
 _FEWEST_NEAR = 10  # boxes near the sensor from which few points in them say something
 _FEWEST_POINTS = 5  # median points in a box near the sensor below which a warning follows
 _NEARNESS = 12.0  # a box is near up to this multiple of the root of its side's area: a car up to 30 m, a pedestrian up to 14 m
@@ -107,6 +109,12 @@ def summarize_objects(frames: PreparedDataset) -> tuple[tuple[ObjectSummary, ...
         findings.append(
             f"half of the points lie farther than {look.reach:,.0f} m from the sensor; scans must be in meters, and these are perhaps in "
             "millimeters or centimeters"
+        )
+    behind = int((boxes[:, 0] < 0).sum())
+    if len(boxes) >= _FEWEST_BEHIND and behind > _MOST_BEHIND * len(boxes):
+        findings.append(
+            f"{behind} of {len(boxes)} labeled boxes lie behind the sensor (x < 0), and x must point forward; "
+            f"{_Remedies.of_layout(frames.origin.layout).backward}"
         )
     return tuple(summaries), tuple(findings + ([] if look.pose else _about_points(boxes, counts))), look.road
 
@@ -213,6 +221,11 @@ class _Remedies:
         if self.folder:
             return "x y z is perhaps the center of the bottom (--origin bottom)"
         return "x y z in the labels is perhaps the center of the bottom, and their format says another point: correct the label files or tables"
+
+    @property
+    def backward(self) -> str:
+        options = "other axes (--axes)" if self.folder else "a wrong calibration or sensor pose"
+        return f"{options} are a likely cause. Boxes that are turned together with their scans hold their points, so nothing else shows it"
 
     @property
     def lifted(self) -> str:

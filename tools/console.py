@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from rich.table import Table
 
-from ..core.errors import InvalidInput, UpcycleError
+from ..core.errors import Interrupted, InvalidInput, UpcycleError
 from ..core.foreign_text import shown
 from ..core.ledger import Ledger
 from ..core.ledger_rules import judge, stop_if_absurd
@@ -101,7 +101,7 @@ def run_command(
         parsed_as: Another type to parse, whose values are of the parameter's type (subcommands with defaults).
 
     Returns:
-        Exit code: 0, 1 after an error that nobody foresaw, 2 after one that the user can mend, 130 after an interrupt.
+        Exit code: 0, 1 after an error that nobody foresaw, 2 after one that the user can mend, 130 after Ctrl-C, 143 after SIGTERM.
     """
     console.quiet = False
     _said.clear()
@@ -130,6 +130,9 @@ def _run(function: Callable[..., Any], arguments: Sequence[str] | None, program:
         _refuse_renamed(function.__module__.rpartition(".")[2], arguments)
         (hint,) = [t for n, t in get_type_hints(function, include_extras=True).items() if n != "return"]
         function(parse_arguments(parsed_as or hint, arguments, program, function.__doc__))
+    except Interrupted as error:
+        _print_error(str(error))
+        return 128 + error.signal
     except UpcycleError as error:
         _print_error(str(error))
         return 2

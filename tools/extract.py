@@ -22,13 +22,15 @@ from ..core.device import find_device
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.foreign_text import check_name, shown
 from ..core.ledger import Ledger
-from ..core.ledger_rules import warnings_of
+from ..core.ledger_rules import TURNED_POINTS_STOP, warnings_of
 from ..core.point_files import find_scans, read_scan
 from ..core.rig import RigSpec
 from ..core.scan_comparison import ScanWatch, reaches_behind, rig_differences, rig_of_scans
 from ..core.scan_options import ScanOptions
 from ..core.structures import PointCloud
 from ..core.trained_on import TrainedOn
+from ..perception.models.encoders.encoder import Encoder
+from ..perception.models.encoders.scan_survey import boxes_outside_range, outside_height
 from ..perception.vehicle.extractor import ExtractionReport, Extractor, extract
 from ..perception.vehicle.progress import ExtractedScan, ScanIdentity, default_progress_path, open_progress
 from ..perception.wire.encoder_file import check_fingerprint, load_encoder
@@ -76,7 +78,8 @@ class Extract:
     expect_fingerprint: str | None = None
     """Refuse to run unless encoder and rig have this fingerprint (at least its first 12 digits), as the server told the fleet."""
     allow_full_turn: bool = False
-    """Go on with scans that reach behind the sensor although the encoder was trained on what a camera ahead sees."""
+    """Go on with scans that reach behind the sensor although the encoder was trained on what a camera ahead sees, or that lie mostly outside
+    the range and are read with other `--axes` than those of the training."""
     allow_lost_cells: bool = False
     """Go on where scans lose more than 10 % of their occupied cells to the encoder's voxel limit."""
     device: str = "cpu"
@@ -141,6 +144,7 @@ def command(config: Extract) -> None:
         if config.ids is not None:
             sources = _only(sources, config.ids)
         _check_camera_view(config, encoder.trained_on, sources)
+        _check_axes(config, encoder, rig, sources)
         extractor = Extractor(encoder.to(device), rig, config.codec)
         if config.expect_fingerprint is not None:
             check_fingerprint(extractor.fingerprint, config.expect_fingerprint, rig)
@@ -293,6 +297,26 @@ def _check_camera_view(config: Extract, trained: TrainedOn | None, sources: Mapp
             raise InvalidInput(
                 f"the encoder was trained on what a camera ahead sees, and the scan {shown(source.name)} reaches behind the sensor; {remedy}. "
                 "Other axes than those of the training look the same (--axes). Give --allow-full-turn to go on all the same"
+            )
+
+
+def _check_axes(config: Extract, encoder: Encoder, rig: RigSpec, sources: Mapping[str, _Source]) -> None:
+    """Refuse scans that are read with other axes than those of the training and lie mostly beside the range: they are turned."""
+    trained = encoder.trained_on
+    if config.data is not None or config.allow_full_turn or trained is None or trained.axes in (None, config.read.axes):
+        return
+    axes = " ".join(trained.axes or ())
+    for source in list(sources.values())[:_LOOKED_AT]:
+        try:
+            xyz = rig.from_sensor(source.load()[0].xyz)
+        except (UpcycleError, OSError):
+            continue  # it is listed later, with the reason
+        beside = int((boxes_outside_range(xyz, encoder) & ~outside_height(xyz, encoder)).sum())
+        if beside > TURNED_POINTS_STOP * len(xyz):
+            raise InvalidInput(
+                f"{beside:,} of the {len(xyz):,} points of the scan {shown(source.name)} lie beyond the sides of the detector's range, and the "
+                f"scans are read with --axes {' '.join(config.read.axes)} where the training had --axes {axes}; give --axes {axes}. If these are "
+                "scans of another logger that has these axes, --allow-full-turn goes on"
             )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -35,6 +35,8 @@ from ..perception.training.detector_files import load_detector
 from .console import console, print_table, print_warning, progress_bar, run_command, settle, warnings_so_far, write_json
 from .scan_option import ScanOption
 
+_SUFFIXES = {"json": ".json", "kitti": ".txt"}
+
 LISTED_FAILURES = 20
 """Scans that failed and are listed on the terminal; `--json` has all."""
 
@@ -48,7 +50,8 @@ class Predict:
     scans: tuple[Path, ...]
     """Scan files (.bin, .npy, .pcd) or folders of them."""
     out: Path
-    """Folder for the detections."""
+    """Folder for the detections, one file per scan under the name of the scan. Files of an earlier run with these names are replaced, the
+    others stay, and a warning counts both."""
     format: Literal["json", "kitti"] = "json"
     """`json`: boxes in the sensor frame. `kitti`: text in the camera frame, which needs `--calib`."""
     calib: Path | None = None
@@ -57,7 +60,8 @@ class Predict:
     reading: ScanOption = ScanOptions()
     """How the scans are read."""
     min_score: float = 0.1
-    """Detections with a lower score are left out."""
+    """Detections with a lower score are left out. The detector's own limits come first: the `score` and the `post` (most boxes per scan) of
+    `final` in its configuration, so 0 does not give every box."""
     device: str = "cpu"
     """`cpu`, `cuda` or `cuda:N`."""
     json: Path | None = None
@@ -77,10 +81,11 @@ def command(config: Predict) -> None:
     target = find_device(config.device)
     detector = load_detector(config.detector).to(target)
     scans, ledger = find_scans(config.scans)
+    done = _Done(earlier=_earlier_files(config, scans))
     rig, said = rig_of_scans(config.reading, detector.trained_on, scans)
     for text in said:
         print_warning(text)
-    watch, done, camera = ScanWatch(detector.trained_on, print_warning), _Done(), _CameraWatch(config, detector)
+    watch, camera = ScanWatch(detector.trained_on, print_warning), _CameraWatch(config, detector)
     with progress_bar("predict", len(scans)) as advance:
         for number, path in enumerate(scans, start=1):
             try:
@@ -109,9 +114,26 @@ class _Found:
 class _Done:
     """Results by file name: boxes written, boxes that lie outside the picture, and why scans failed."""
 
+    earlier: frozenset[str] = frozenset()
+    """Names of files of detections that lay in the folder before."""
     written: dict[str, int] = field(default_factory=dict)
     outside_picture: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+
+
+def _earlier_files(config: Predict, scans: Sequence[Path]) -> frozenset[str]:
+    """Find detections of an earlier run in the folder, and warn of them: nothing in a file says which run wrote it."""
+    suffix = _SUFFIXES[config.format]
+    if not config.out.is_dir():
+        return frozenset()
+    there = frozenset(p.name for p in config.out.iterdir() if p.suffix == suffix and not p.name.startswith("."))
+    replaced = len(there & {f"{scan.stem}{suffix}" for scan in scans})
+    if there:
+        print_warning(
+            f"{config.out} held {len(there)} {suffix} {'file' if len(there) == 1 else 'files'} before this run; number replaced because a scan "
+            f"has the same name: {replaced}, number that stay: {len(there) - replaced}. Give a new folder with --out where runs should not mix"
+        )
+    return there
 
 
 class _CameraWatch:
@@ -203,7 +225,11 @@ def _report(config: Predict, done: _Done, ledger: Ledger) -> None:
             "(--format json has). If they are many, look at the size of the picture (--image-size) and the calibrations"
         )
     if done.failed:
-        print_warning(f"{len(done.failed)} of {len(done.failed) + row[0]} scans failed and have no detections")
+        old = sum(f"{Path(name).stem}{_SUFFIXES[config.format]}" in done.earlier for name in done.failed)
+        print_warning(
+            f"{len(done.failed)} of {len(done.failed) + row[0]} scans failed and have no detections"
+            + (f"; the files of {old} of them in {config.out} are of an earlier run" if old else "")
+        )
     settle(ledger, "scans that were read")
 
 

@@ -233,6 +233,13 @@ def command(
 ) -> None:
     """Read every frame of a dataset once, check it, and write it for fast use. Kill it and start it again: nothing is done twice."""
     raw = dataset.open()
+    if isinstance(dataset, PrepareKitti | PrepareFolder) and dataset.scan.mirrors:
+        axes = dataset.scan.axes
+        console.print(
+            f"--axes {' '.join(axes)} mirrors the scene: right for files whose own axes are left-handed, as CARLA's; otherwise left and right "
+            "are swapped, which no check of the boxes can see",
+            soft_wrap=True,
+        )
     try:
         with progress_bar("prepare", len(raw.ids)) as advance:
             report = prepare_raw(

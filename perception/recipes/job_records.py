@@ -47,6 +47,8 @@ class TrainingRecord:
     """Number of processes: each brings its own frames to a step."""
     trained_on: TrainedOn | None = None
     """What the detector's file will say about its training. It decides nothing."""
+    preset_steps: int = 0
+    """Steps of the preset, of which `--steps` makes others; 0 in runs of earlier versions. It decides nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,8 @@ class UpcyclingRecord:
     """Number of processes: each brings its own frames and scenes to a step."""
     trained_on: TrainedOn | None = None
     """What the detector's file will say about its training. It decides nothing."""
+    preset_steps: int = 0
+    """Steps of the preset, of which `--steps` makes others; 0 in runs of earlier versions. It decides nothing."""
 
 
 _PLACES = {  # a place, the content there, what it is in messages, and the option that names it
@@ -109,9 +113,9 @@ def what_may_differ(out: Path, record: TrainingRecord | UpcyclingRecord, *, resu
         InvalidInput: The content at a place is not what the run began with.
     """
     if not resume or not (out / "config.json").is_file():
-        return ()
+        return ("preset_steps",)
     stored = RunFolder.open(out).config_json()
-    allowed = ["trained_on"]
+    allowed = ["trained_on", "preset_steps"]
     for place, (content, what, option) in _PLACES.items():
         if not hasattr(record, content):
             continue
@@ -156,14 +160,15 @@ def plan_loop(
         InvalidInput: The run has done `steps` steps already.
     """
     optim = loop.optim if steps is None else replace(loop.optim, total_steps=steps, cycles=())
-    stored = _stored_optim(out, name) if resume else None
+    record = _stored_record(out) if resume else {}
+    stored = _stored_optim(record, name)
     changed: tuple[str, ...] = ()
     if stored is not None:
         newest = latest_checkpoint(out / "checkpoints")
         done = 0 if newest is None else int(newest.name[5:])
         if steps is None or steps == stored.total_steps:
             first = stored.cycles[0][1] if stored.cycles else stored.total_steps
-            if optim.total_steps in (first, stored.total_steps):
+            if optim.total_steps in (first, stored.total_steps, record.get("preset_steps")):
                 optim = replace(optim, total_steps=stored.total_steps, cycles=stored.cycles)
         else:
             plan = stored.continued(done, steps)
@@ -172,10 +177,12 @@ def plan_loop(
     return replace(loop, seed=seed, optim=optim), changed
 
 
-def _stored_optim(out: Path, name: str) -> OneCycle | None:
-    if not (out / "config.json").is_file():
-        return None
-    found: Any = RunFolder.open(out).config_json()
+def _stored_record(out: Path) -> dict[str, Any]:
+    return dict(RunFolder.open(out).config_json()) if (out / "config.json").is_file() else {}
+
+
+def _stored_optim(record: dict[str, Any], name: str) -> OneCycle | None:
+    found: Any = record
     for key in ("preset", name, "loop", "optim"):
         found = found.get(key) if isinstance(found, dict) else None
     return config_from_json(OneCycle, found) if isinstance(found, dict) else None

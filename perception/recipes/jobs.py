@@ -191,6 +191,7 @@ def train_preset(
     if classes is not None:
         preset = preset_for_classes(preset, frames, classes)
     check_classes(preset, frames)
+    preset_steps = preset.train.loop.total_steps
     loop, planned = plan_loop(out, "train", preset.train.loop, seed=seed, steps=steps, resume=resume)
     preset = replace(preset, train=replace(preset.train, loop=loop))
     torch.manual_seed(seed)
@@ -219,6 +220,7 @@ def train_preset(
         init_digest="" if weights is None else weights.digest,
         processes=context.world_size,
         trained_on=detector.trained_on,
+        preset_steps=preset_steps,
     )
     own = per_rank(lambda step, rank, ranks: labeled(step * ranks + rank), context)
 
@@ -324,6 +326,7 @@ def upcycle_preset(
     student = load_detector(detector)
     rig = rig or (RigSpec() if student.trained_on is None else student.trained_on.rig)
     source_digest = content_digest(student.state_dict())
+    preset_steps = preset.upcycle.loop.total_steps
     loop, planned = plan_loop(out, "upcycle", preset.upcycle.loop, seed=seed, steps=steps, resume=resume)
     settings = replace(preset.upcycle, loop=loop)
     preset = _with_detector_of(student, replace(preset, upcycle=settings), detector)
@@ -372,6 +375,7 @@ def upcycle_preset(
         raw_fingerprint="" if raw_split is None else raw_split.open().split_fingerprint(),
         processes=context.world_size,
         trained_on=student.trained_on,
+        preset_steps=preset_steps,
     )
 
     def look(step: int, now: Detector) -> None:

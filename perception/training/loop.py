@@ -12,6 +12,7 @@ Read next: `step.py` for what one step does, and `run_folder.py` for what is kep
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ...core.errors import InvalidInput, NonFiniteValue, UpcycleError
+from ...core.errors import Interrupted, InvalidInput, NonFiniteValue, UpcycleError
 from ...core.structures import LossTerms
 from ..models.non_finite import first_broken_weight
 from .checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -36,10 +37,6 @@ from .step import Batch, OptimizerStep
 class NonFiniteLoss(UpcycleError):
     """A loss term, the gradient, a weight or the output of a layer is NaN or infinite. The message names it, the step and the frames of
     each rank where it was, and says which weights are kept."""
-
-
-class Interrupted(UpcycleError):
-    """Training was stopped by Ctrl-C (or SIGTERM) after a complete step, which is saved; the message says how to resume."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +170,7 @@ def run_steps(
 
     Raises:
         NonFiniteLoss: A loss or gradient is not finite; the last good weights are saved.
-        Interrupted: Ctrl-C or SIGTERM; the last step is saved. A second one aborts at once.
+        Interrupted: Ctrl-C or SIGTERM; the last step is saved. A second one aborts at once; with a run folder, that is `Interrupted` too.
         CorruptCheckpoint: The newest checkpoint is damaged.
         UpcycleError: The disk is full, or a process that makes batches died.
         InvalidInput: Modules, parameters or loss terms do not fit together.
@@ -237,7 +234,7 @@ def run_steps(
                 raise NonFiniteLoss(keeper.save_failed(done, fault))
             if outcome.stopping and not last:
                 keeper.save(done, "interrupted")
-                raise Interrupted(_how_to_resume(done, total, run, context))
+                raise Interrupted(_how_to_resume(done, total, run, context), by=stop.signal or signal.SIGINT)
             if last or done % config.checkpoint_every == 0:
                 keeper.save(done, "running")
         keeper.finish()

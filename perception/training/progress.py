@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 
@@ -90,14 +90,18 @@ class TrainingProgress:
 class StopRequest:
     """While entered, the first SIGINT or SIGTERM only sets `requested`; the second acts as usual (it aborts).
 
-    Outside the main thread, signals cannot be caught, and Ctrl-C acts as usual.
+    An abort in the middle of an import can come out as any error, or as none until much later. So every error that leaves the block after a
+    second Ctrl-C is a `KeyboardInterrupt`. Outside the main thread, signals cannot be caught, and Ctrl-C acts as usual.
 
     Attributes:
         requested: Whether a signal has come.
+        signal: The first signal; 0 for none.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.signal = 0
+        self._aborted = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -105,12 +109,22 @@ class StopRequest:
             self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
+        if self._aborted and isinstance(error, Exception):
+            raise KeyboardInterrupt from error
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
+        if self.requested:
+            previous = self._previous.get(number)
+            self._restore()
+            self._aborted = number == signal.SIGINT
+            if callable(previous):
+                previous(number, frame)
+            elif previous != signal.SIG_IGN:
+                signal.raise_signal(number)
+            return
+        self.requested, self.signal = True, number
         print("stopping after this step; once more to abort at once", file=sys.stderr, flush=True)
 
     def _restore(self) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, Self
 
 from ...core.config_json import Json, config_to_json, fill_defaults, first_difference
-from ...core.errors import InvalidInput, UpcycleError
+from ...core.errors import Interrupted, InvalidInput, UpcycleError
 from ...core.files import write_atomically
 from ...core.strict_json import strict_json
 from .checkpoint import latest_checkpoint, remove_unfinished
@@ -202,7 +202,7 @@ class RunFolder:
 
     @contextmanager
     def reporting_failure(self, total_steps: int) -> Iterator[None]:
-        """Write "failed" and the reason into the status when the block raises, unless the status says already why the run ended.
+        """Write "failed" and the reason, or "interrupted" after Ctrl-C, into the status when the block raises, unless it says already why.
 
         Args:
             total_steps: Steps of the whole run.
@@ -212,6 +212,7 @@ class RunFolder:
 
         Raises:
             UpcycleError: The disk is full; the message holds the command that resumes the run.
+            Interrupted: Ctrl-C ended the block (`KeyboardInterrupt`); the message holds the command as well.
         """
         before = self.status()
         try:
@@ -220,10 +221,19 @@ class RunFolder:
             now = self.status()
             unsaid = now.get("state") in (None, "running", "finished") or now.get("pid") != os.getpid()
             given_up = not (self.path / "config.json").exists()  # `abandon`
-            if self.writable and unsaid and not given_up and not (now == before and now.get("state") == "finished"):
+            unfinished = unsaid and not given_up and not (now == before and now.get("state") == "finished")
+            aborted = unfinished and _was_aborted(error)
+            if self.writable and unfinished:
                 with suppress(OSError):
                     step = now.get("step", 0) if now.get("state") != "finished" else total_steps
-                    self.set_status("failed", step=step, total_steps=total_steps, message=f"{type(error).__name__}: {error}")
+                    state, why = ("interrupted", "") if aborted else ("failed", f"{type(error).__name__}: {error}")
+                    self.set_status(state, step=step, total_steps=total_steps, message=why)
+            if aborted:
+                newest = latest_checkpoint(self.checkpoints)
+                kept = (
+                    "before its first checkpoint" if newest is None else f"and goes on from its newest checkpoint, {newest.name}"
+                )
+                raise Interrupted(f"the run was stopped at once, {kept}; resume with: {self.resume_command}") from error
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise UpcycleError(
                     f"the disk is full ({error.filename or self.path}); the checkpoints that were finished are kept. "
@@ -353,6 +363,18 @@ class RunFolder:
     def _require_writable(self) -> None:
         if not self.writable:
             raise InvalidInput(f"{self.path} is open for reading only; RunFolder.create(..., resume=True) continues it")
+
+
+def _was_aborted(error: BaseException) -> bool:
+    """Whether Ctrl-C ended a block: an abort in the middle of an import or of a cleanup may come out as another error."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        if isinstance(link, KeyboardInterrupt):
+            return True
+        seen.add(id(link))
+        link = link.__cause__ or link.__context__
+    return False
 
 
 def _lock(path: Path) -> IO[bytes]:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from tiny_layouts import BOXES, IDS, MOUNTING, PROJECTION, calibration, kitti_line, prepare, row
 
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.scan_options import ScanOptions
 from upcycle3d.datasets.gt_database import GtDatabase
 from upcycle3d.datasets.layouts import open_folder, open_kitti
 from upcycle3d.datasets.prepared import PreparedDataset
@@ -433,6 +435,25 @@ def test_axes_turn_scans_and_labels_together(tmp_path, capsys):
     assert labels.num_points.min() > 150
     code, said = prepare(capsys, "folder", root, tmp_path / "lying", "--axes", "x", "z", "y")
     assert (code, "must point up or down" in said) == (2, True)
+
+
+def test_axes_that_mirror_the_scene_and_boxes_behind_the_sensor_are_told(tmp_path, capsys):
+    """Scans and labels turn together, so the points in the boxes say nothing: the determinant and the place of the boxes do."""
+    root = tiny_layouts.folder(tmp_path / "raw")
+    for axes, mirrored in (("y x z", True), ("x -y z", True), ("-y x z", False), ("-x -y z", False)):
+        code, said = prepare(capsys, "folder", root, tmp_path / axes.replace(" ", "_"), "--axes", *axes.split())
+        assert (code, f"--axes {axes} mirrors the scene" in said) == (0, mirrored)
+        assert ("12 of 12 labeled boxes lie behind the sensor" in said) == (axes == "-x -y z")
+
+
+def test_axes_mirror_where_their_determinant_is_negative():
+    for letters in permutations("xyz"):
+        for signs in product((1, -1), repeat=3):
+            matrix = np.zeros((3, 3))
+            for row_number, (letter, sign) in enumerate(zip(letters, signs)):
+                matrix[row_number, "xyz".index(letter)] = sign
+            axes = tuple(f"{'-' if sign < 0 else ''}{letter}" for letter, sign in zip(letters, signs))
+            assert ScanOptions(axes=axes).mirrors == (np.linalg.det(matrix) < 0)
 
 
 @pytest.mark.parametrize(("factor", "unit"), [(100, "centimeters"), (1000, "millimeters")])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny
-from upcycle3d.core.errors import InvalidInput, UpcycleError
+from upcycle3d.core.errors import Interrupted, InvalidInput, UpcycleError
 from upcycle3d.core.frame import Frame
 from upcycle3d.core.structures import Labels
 from upcycle3d.datasets.data_split import DataSplit
@@ -180,12 +180,29 @@ def test_a_finished_run_goes_on_for_more_steps_with_a_new_cycle_however_often_it
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "train_supervised", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             train_preset(tiny.preset(), data, stopped, steps=8, resume=True, progress=False)
-    with pytest.raises(InvalidInput, match=r"this run failed at step 6 of 8 .*resume it with: .*newest checkpoint"):
+    with pytest.raises(InvalidInput, match=r"this run was interrupted at step 6 of 8.*resume it with: .*newest checkpoint"):
         load_detector(stopped)
     assert train_preset(tiny.preset(), data, stopped, resume=True, progress=False).steps == 8, "a run knows its number of steps"
     assert_equal(weights(stopped), weights(run))
+
+
+def test_a_run_with_its_own_number_of_steps_needs_no_number_to_go_on(data, tmp_path, monkeypatch):
+    """`--steps 3` with a preset of 4 steps: the resumed run keeps 3, and other changes of the preset are still refused."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted) as stopped:
+        patched.setattr(jobs, "train_supervised", interrupted)
+        train_preset(tiny.preset(), data, tmp_path / "run", steps=3, progress=False)
+    assert "resume with" in str(stopped.value)
+    assert RunFolder.open(tmp_path / "run").status()["state"] == "interrupted"
+    for preset in (tiny.preset(steps=7), replace(tiny.preset(), train=replace(tiny.preset().train, batch_size=1))):
+        with pytest.raises(InvalidInput, match="another configuration"):
+            train_preset(preset, data, tmp_path / "run", resume=True, progress=False)
+    assert train_preset(tiny.preset(), data, tmp_path / "run", resume=True, progress=False).steps == 3
 
 
 def test_a_run_cannot_end_before_where_it_is(data, finished, tmp_path):

@@ -304,6 +304,28 @@ def test_full_turns_for_an_encoder_of_the_cameras_view_are_refused_unless_allowe
     assert "the training scans were read with --axes x y z" in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_scans_read_with_other_axes_than_the_training_that_lie_beside_the_range_are_refused(tmp_path, capsys):
+    """An upload cannot be taken back, and no server sees that features are turned."""
+    encoder = tiny.source_model().encoder.eval()
+    encoder.trained_on = TrainedOn(
+        rig=RigSpec(), feature_names=("intensity",), classes=("Car",), point_range=tiny.GRID.range, axes=("y", "-x", "z")
+    )
+    save_encoder(tmp_path / "encoder.safetensors", encoder)
+    ours = some_scan(0)
+    x, y, z = (ours.xyz * torch.tensor([0.9, 1, 1])).T
+    write_bin(tmp_path / "right.bin", PointCloud(xyz=torch.stack([-y, x, z], 1), features=ours.features))  # x right, y forward
+    write_bin(tmp_path / "ahead.bin", PointCloud(xyz=torch.stack([x / 2, y, z], 1), features=ours.features))  # another logger's
+    out = tmp_path / "out"
+    run(tmp_path, out, "--scans", tmp_path / "right.bin", code=2)
+    assert "with --axes x y z where the training had --axes y -x z; give --axes y -x z" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not out.exists()
+    run(tmp_path, out, "--scans", tmp_path / "right.bin", "--axes", "y", "-x", "z")
+    run(tmp_path, tmp_path / "other", "--scans", tmp_path / "ahead.bin")
+    run(tmp_path, tmp_path / "again", "--scans", tmp_path / "right.bin", "--allow-full-turn")
+
+
 def test_a_scan_with_a_bad_name_is_a_failure_of_that_scan(tmp_path, detector, scans, capsys):
     for i, name in enumerate(["good", "\x1b[31m[bold]", "two\nlines"]):
         write_bin(tmp_path / "scans" / f"{name}.bin", some_scan(i))

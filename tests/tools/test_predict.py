@@ -191,6 +191,7 @@ def test_a_full_turn_for_a_detector_of_the_cameras_view_is_named_first_and_other
     write_bin(tmp_path / "ahead" / "a.bin", ahead)
     assert predict(detector, tmp_path / "ahead") == 0
     assert "warning" not in capsys.readouterr().err
+    (tmp_path / "out" / "a.json").unlink()
     behind = replace(ahead, xyz=torch.cat([ahead.xyz, -ahead.xyz]), features=torch.zeros(2 * len(ahead), 1))
     write_bin(tmp_path / "turn" / "a.bin", behind)
     assert predict(detector, tmp_path / "turn") == 0
@@ -214,3 +215,25 @@ def test_axes_of_the_training_that_are_not_given_again_are_warned_of(tmp_path, s
 def test_an_image_size_without_a_calibration_is_refused_because_nothing_is_cropped(detector, scans, capsys):
     assert predict(detector, scans, "--image-size", 1920, 1080) == 2
     assert "give --calib FOLDER too" in " ".join(capsys.readouterr().err.split())
+
+
+def test_files_of_an_earlier_run_are_counted_before_they_are_replaced(detector, scans, capsys):
+    assert predict(detector, scans) == 0
+    assert capsys.readouterr().err == "", "an empty folder needs no warning"
+    out = detector.parent / "out"
+    (out / "old.json").write_text("[]")
+    (out / "picture.png").write_bytes(b"")
+    (scans / "2.bin").write_bytes(b"")
+    assert predict(detector, scans) == 0, "predict may be run twice into one folder"
+    error = " ".join(capsys.readouterr().err.split())
+    assert "held 4 .json files before this run; number replaced because a scan has the same name: 3, number that stay: 1" in error
+    assert f"the files of 1 of them in {out} are of an earlier run" in error
+    assert result(detector)["warnings"][0].startswith(f"{out} held 4 .json files")
+    assert (out / "old.json").read_text() == "[]"
+
+
+def test_two_scans_of_one_name_are_refused_before_anything_is_written(detector, scans, capsys):
+    write_bin(scans.parent / "other" / "1.bin", tiny.scan_with_car(7))
+    assert predict(detector, scans, "--scans", scans, scans.parent / "other") == 2
+    assert "are both called '1'" in " ".join(capsys.readouterr().err.split())
+    assert not (detector.parent / "out").exists()

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from upcycle3d.core.errors import InvalidInput, UpcycleError
+from upcycle3d.core.errors import Interrupted, InvalidInput, UpcycleError
 from upcycle3d.core.structures import LossTerms
 from upcycle3d.perception.training.checkpoint import CorruptCheckpoint, latest_checkpoint, list_checkpoints
 from upcycle3d.perception.training.distributed import (
@@ -27,7 +28,7 @@ from upcycle3d.perception.training.distributed import (
     per_rank,
 )
 from upcycle3d.perception.training.ema import make_teacher, update_ema
-from upcycle3d.perception.training.loop import Interrupted, LoopConfig, NonFiniteLoss, create_run, run_steps
+from upcycle3d.perception.training.loop import LoopConfig, NonFiniteLoss, create_run, run_steps
 from upcycle3d.perception.training.optim import OneCycle
 from upcycle3d.perception.training.prefetch import prefetch
 from upcycle3d.perception.training.run_folder import RunFolder
@@ -207,10 +208,27 @@ def test_a_second_ctrl_c_aborts_at_once(tmp_path):
         return batch_at(step)
 
     with open_run(tmp_path / "run") as run:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match="before its first checkpoint; resume with: .+ --resume$") as stopped:
             Toy().train(run, batches=impatient)
-        assert run.status()["state"] == "failed"
+        assert stopped.value.signal == signal.SIGINT
+        assert run.status()["state"] == "interrupted"
         assert latest_checkpoint(run.checkpoints) is None
+
+
+@pytest.mark.usefixtures("python_handles_sigint")
+def test_an_abort_that_comes_out_as_another_error_is_an_abort_all_the_same(tmp_path):
+    """An import that Ctrl-C cuts off may swallow it, and whoever needs the module next fails in another way."""
+
+    def half_imported(step: int) -> ToyBatch:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("partially initialized module")
+
+    with open_run(tmp_path / "run") as run:
+        with pytest.raises(Interrupted, match="--resume$"):
+            Toy().train(run, batches=half_imported)
+        assert run.status()["state"] == "interrupted"
 
 
 # ---------------------------------------------------------------------------------------------------------- what goes wrong
