@@ -197,7 +197,7 @@ def overlap_warnings(splits: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
             shared = set(splits[one]) & set(splits[other])
             if shared and one not in other and other not in one:
                 warnings.append(
-                    f"the splits {one} and {other} share {len(shared)} frames ({', '.join(sorted(shared)[:3])}); a score on one of them says "
+                    f"the splits {one} and {other} share {len(shared)} {'frame' if len(shared) == 1 else 'frames'} ({', '.join(sorted(shared)[:3])}); a score on one of them says "
                     "nothing about a detector that was trained on the other"
                 )
     return tuple(warnings)

@@ -10,8 +10,9 @@ import hashlib
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from ..perception.models.encoders.scan_survey import boxes_outside_range, outsid
 from ..perception.vehicle.extractor import ExtractionReport, Extractor, extract
 from ..perception.vehicle.progress import ExtractedScan, ScanIdentity, default_progress_path, open_progress
 from ..perception.wire.encoder_file import check_fingerprint, load_encoder
+from ..perception.wire.manifest import read_manifest
 from .console import console, print_table, print_warning, progress_bar, run_command, settle, warnings_so_far, write_json
 from .scan_option import ScanOption
 
@@ -147,11 +149,12 @@ def command(config: Extract) -> None:
         _check_axes(config, encoder, rig, sources)
         extractor = Extractor(encoder.to(device), rig, config.codec)
         if config.expect_fingerprint is not None:
-            check_fingerprint(extractor.fingerprint, config.expect_fingerprint, rig)
+            check_fingerprint(extractor.fingerprint, config.expect_fingerprint, rig, encoder=encoder)
         had_shards = config.out.is_dir() and any(p.suffix == ".tar" and not p.name.startswith(".") for p in config.out.iterdir())
         path = config.progress or default_progress_path(config.out)
         if had_shards and not config.append and not (config.resume and path.exists()):
             raise InvalidInput(_holds_shards(config, path))
+        _warn_of_codecs(config)
         with open_progress(
             config.out, encoder_fingerprint=extractor.fingerprint, path=path, receipts=config.receipts
         ) as progress:
@@ -197,7 +200,8 @@ def _show(
         | {"warnings": [*warnings_so_far(), *warnings_of(report.ledger)]}
         | {"already_extracted": before, "stopped_by": by, "fingerprint": extractor.fingerprint, "rig": asdict(extractor.rig)},
     )
-    _print(report, names)
+    if names or not before:
+        _print(report, names)
     if before:
         console.print(f"{before} of {asked} scans were in finished shards before and were left out")
     if report.refused:
@@ -215,6 +219,9 @@ def _show(
         raise SystemExit(128 + stopped)
     if report.frames == 0 and names:
         raise UpcycleError(f"none of {len(names)} scans gave a scene, so nothing was written; the reasons are listed above")
+    if not names:
+        console.print(f"nothing new to extract; encoder fingerprint {extractor.fingerprint}")
+        return
     default = RigSpec() if extractor.trained_on is None else extractor.trained_on.rig
     rig = asdict(extractor.rig)
     options = "".join(f" --{k.replace('_', '-')} {v}" for k, v in rig.items() if v != getattr(default, k))
@@ -257,6 +264,22 @@ def _holds_shards(config: Extract, path: Path) -> str:
         f"{config.out} already holds shards. {why}; choose an empty folder, give --resume to go on with an extraction that was "
         "stopped, or --append if these are other scans"
     )
+
+
+def _warn_of_codecs(config: Extract) -> None:
+    """Warn where the folder holds shards of another codec: a store takes both, but a training rounds its labeled features like one."""
+    scenes: Counter[str] = Counter()
+    for path in config.out.glob("[0-9a-f]*.json") if config.out.is_dir() else ():
+        with suppress(UpcycleError, OSError):
+            manifest = read_manifest(path)
+            scenes[manifest.codec] += len(manifest.members)
+    others = {codec: count for codec, count in scenes.items() if codec != config.codec}
+    if others:
+        held = " and ".join(f"{count} scenes stored as {codec}" for codec, count in others.items())
+        print_warning(
+            f"{config.out} holds {held}, and this run stores {config.codec} (--codec). A store takes both, but a training can give its labeled "
+            "features the rounding of one codec only; give one --codec for the whole fleet"
+        )
 
 
 def _not_done(

@@ -120,6 +120,11 @@ def _judge(config: Ingest, report: IngestReport, rig: RigSpec, fingerprint: str)
             f"none of the {report.new_scenes} new scenes has a cell, so nothing can be learned from them: the scans had no point in the "
             "detector's range. Look at the rig and the crop of `extract`, delete these shards from the store and extract again"
         )
+    if report.accepted and len(report.codecs) > 1:
+        print_warning(
+            f"the store holds scenes of several codecs ({', '.join(f'{codec} {count}' for codec, count in report.codecs)}). A training uses "
+            "all of them, and gives its labeled features the rounding of one (`upcycle --codec`); extract with one --codec"
+        )
     if report.repeated_scenes:
         print_warning(
             f"{report.repeated_scenes} of {report.new_scenes} new scenes have the same content as another scene of the store; scans that "
@@ -163,7 +168,9 @@ def _rows(report: IngestReport) -> list[tuple[str, int, int | str]]:
         ("deleted from the store since", len(report.gone), ""),
         ("names that are no shard", len(report.unrecognized), ""),
     ]
-    return [row for row in rows if row[1] or row[0] == "accepted"] + [("in the store now", "", report.total_scenes)]  # type: ignore[list-item]
+    return [row for row in rows if row[1] or row[0] == "accepted"] + [
+        ("in the store now", report.total_shards, report.total_scenes)
+    ]
 
 
 def _list(title: str, refusals: Sequence[Refusal]) -> None:

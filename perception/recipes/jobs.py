@@ -341,7 +341,7 @@ def upcycle_preset(
     scans = None if fleet is None else unlabeled_batches(preset, fleet, batch_size=settings.unlabeled_batch, seed=seed)
     truth_labels = None if truth is None else read_truth(*truth)
     survey = survey_split(frames, student.encoder)
-    notes, ledger = data_warnings(student, frames, survey.statistics), survey.ledger
+    notes, ledger = data_warnings(student, frames, survey.statistics) + _codec_note(scenes, codec_used), survey.ledger
     known = student.trained_on
     as_read = known is not None and frames.rig == known.rig and not rig_differences(rig, known, "")  # its reader scaled intensity
     if store is not None and frames.rig != rig and not as_read:
@@ -590,6 +590,21 @@ def on_main(action: Callable[[], object], context: DistributedContext) -> None:
         raise InvalidInput(failed[0])
 
 
+def _by_codec(store: SmashedStore) -> str:
+    return ", ".join(f"{codec} {count}" for codec, count in store.codec_counts.items())
+
+
+def _codec_note(store: SmashedStore | None, codec: str) -> tuple[str, ...]:
+    """A sentence where a store mixes codecs: part of its scenes are rounded otherwise than the labeled features."""
+    if store is None or len(store.codecs) < 2:
+        return ()
+    other = len(store) - store.codec_counts.get(codec, 0)
+    return (
+        f"the labeled features get the rounding of {codec} (--codec), and {other} of {len(store)} scenes of the store have another one "
+        f"({_by_codec(store)}); all scenes are used",
+    )
+
+
 def _codec_of(store: SmashedStore | None) -> str:
     if store is None:
         return "fp16"
@@ -599,6 +614,7 @@ def _codec_of(store: SmashedStore | None) -> str:
         )
     if len(store.codecs) > 1:
         raise InvalidInput(
-            f"the store holds scenes of several codecs ({', '.join(store.codecs)}); choose one with codec=… (option --codec)"
+            f"the store holds scenes of several codecs ({_by_codec(store)}). All of them are used, and the labeled features get the rounding of "
+            "one: say which with codec=… (option --codec). To use the scenes of one codec only, ingest their shards into a store of their own"
         )
     return store.codecs[0]

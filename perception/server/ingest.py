@@ -228,7 +228,7 @@ def ingest(
         What happened to every shard.
 
     Raises:
-        InvalidInput: The incoming folder is missing, or the store holds scenes of another encoder or cut.
+        InvalidInput: The incoming folder is missing or is the store itself, or the store holds scenes of another encoder or cut.
         BrokenStore: The catalog is damaged.
         StoreWriteError: The store cannot be written, or another ingest is filling it.
 
@@ -242,6 +242,11 @@ def ingest(
     incoming, store = Path(incoming), Path(store)
     if not incoming.is_dir():
         raise InvalidInput(f"the incoming folder {incoming} does not exist; give the folder that the vehicles upload to")
+    if incoming.resolve() in (store.resolve(), (store / SHARDS).resolve()):
+        raise InvalidInput(
+            f"the incoming folder {incoming} is the store itself; give the folder that the vehicles upload to. An empty one is right where only "
+            "the store is looked at, as with --rebuild-catalog"
+        )
     if not FINGERPRINT_PATTERN.fullmatch(expected_fingerprint):
         raise InvalidInput(f"expected_fingerprint must be 64 hexadecimal digits, found {shown(expected_fingerprint, most=80)!r}")
     try:
@@ -341,7 +346,9 @@ class _Ingest:
             empty_scenes=sum(int((table["voxels"].to_numpy() == 0).sum()) for table in self.tables),
             repeated_scenes=sum(contents[key] > 1 for table in self.tables for key in table["order"].to_pylist()),
             total_scenes=len(catalog.rows),
+            total_shards=len(catalog.shards()),
             repeated_shards=repeated,
+            codecs=tuple(sorted(Counter(catalog.rows["codec"].to_pylist()).items())),
         )
 
     @staticmethod
@@ -371,8 +378,8 @@ class _Ingest:
         if upload.odd:
             reason = f"{upload.odd[0]} is a link, a folder or a device; only plain files are taken: copy the file itself"
             self._refuse(stem, folder, list(files.values()), BrokenShard(reason))
-        elif ".json" in files and (".tar" in files or tar_in_store):
-            self._take(upload, folder)
+        elif (".json" in files and (".tar" in files or tar_in_store)) or (".tar" in files and stem in self.known):
+            self._take(upload, folder)  # a tar that comes again has its manifest in the store
         elif again or self._complete_quarantine(upload):
             return  # a half shard in quarantine stays there
         elif self.final:
@@ -429,7 +436,7 @@ class _Ingest:
     def _take(self, upload: _Upload, folder: Path) -> None:
         """Verify one shard and move it where it belongs."""
         stem, files = upload.stem, upload.files
-        manifest_path = files[".json"]
+        manifest_path = files.get(".json", self.shards / f"{stem}.json")
         tar = files.get(".tar", self.shards / f"{stem}.tar")
         try:
             manifest = self._manifest(manifest_path, stem)
@@ -441,7 +448,7 @@ class _Ingest:
             if stem not in self.known:
                 self._refuse_known_scenes(shard)
         except _Unfinished as unfinished:
-            self._wait(stem, str(unfinished), manifest_path)
+            self._wait(stem, str(unfinished), files.get(".json", tar))
             return
         except UpcycleError as error:
             if folder == self.shards and isinstance(error, ForeignScene):
@@ -458,7 +465,7 @@ class _Ingest:
             if path.parent != self.shards:
                 move_durably(path, self.shards / f"{stem}{path.suffix}")  # over an equal file, which repairs a decayed disk
         if folder == self.store / QUARANTINE:
-            manifest_path.with_suffix(".reason.txt").unlink(missing_ok=True)
+            next(iter(files.values())).with_suffix(".reason.txt").unlink(missing_ok=True)
         if stem in self.known:
             self.already_there.append(stem)
             return

@@ -95,6 +95,12 @@ class IngestReport:
     repeated_shards: tuple[RepeatedShard, ...] = ()
     """The new shards that hold `repeated_scenes`."""
 
+    codecs: tuple[tuple[str, int], ...] = ()
+    """Codecs in the catalog now, each with its number of scenes."""
+
+    total_shards: int = 0
+    """Shards of the catalog now."""
+
     @staticmethod
     def together(reports: Sequence[IngestReport]) -> IngestReport:
         """Join the reports of several folders that were taken into one store, in order.
@@ -112,7 +118,7 @@ class IngestReport:
         for f in fields(IngestReport):
             values = [getattr(report, f.name) for report in reports]
             joined[f.name] = sum(values) if isinstance(values[0], int) else tuple(v for part in values for v in part)
-        joined["total_scenes"] = reports[-1].total_scenes
+        joined |= {name: getattr(reports[-1], name) for name in ("total_scenes", "total_shards", "codecs")}
         joined["foreign"] = tuple(
             ForeignShards(fingerprint=name, shards=tuple(s for p in parts for s in p.shards), scenes=sum(p.scenes for p in parts))
             for name, parts in sorted(foreign.items())

@@ -19,6 +19,7 @@ import hashlib
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -309,6 +310,7 @@ class SmashedStore:
         spec: The cut at which all scenes were made.
         fingerprint: Fingerprint of the encoder that made them.
         codecs: Names of the codecs that occur, sorted.
+        codec_counts: Number of scenes of each of them.
         voxels: (len,) int32 number of voxels of each scene.
         keypoints: (len,) int32 number of keypoints of each scene.
 
@@ -344,7 +346,8 @@ class SmashedStore:
         self._length = rows["length"].to_numpy()
         digests = b"".join(bytes.fromhex(h) for h in rows["sha256"].to_pylist())
         self._sha256 = np.frombuffer(digests, np.uint8).reshape(-1, 32)
-        self.codecs: tuple[str, ...] = tuple(sorted(rows["codec"].unique().to_pylist()))
+        self.codec_counts: dict[str, int] = dict(sorted(Counter(rows["codec"].to_pylist()).items()))
+        self.codecs: tuple[str, ...] = tuple(self.codec_counts)
         self.voxels: Tensor = torch.from_numpy(rows["voxels"].to_numpy().copy())
         self._lost: set[int] = set()
         self.keypoints: Tensor = torch.from_numpy(rows["keypoints"].to_numpy().copy())

@@ -147,7 +147,7 @@ class Extractor:
             rig = RigSpec() if encoder.trained_on is None else encoder.trained_on.rig
         extractor = cls(encoder.to(find_device(device)), rig, codec)
         if expected_fingerprint is not None:
-            check_fingerprint(extractor.fingerprint, expected_fingerprint, rig)
+            check_fingerprint(extractor.fingerprint, expected_fingerprint, rig, encoder=encoder)
         return extractor
 
     @property

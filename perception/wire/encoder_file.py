@@ -22,6 +22,7 @@ from ...core.rig import RigSpec
 from ...core.tensor_file import TensorFile, TensorFileKind, load_module, write_tensors
 from ...core.trained_on import TrainedOn
 from ..models.encoders.encoder import Encoder
+from ..models.encoders.fingerprint import encoder_fingerprint
 from ..models.encoders.scan_survey import point_features
 from ..models.encoders.table import EncoderConfig
 
@@ -95,13 +96,14 @@ def _builder(file: TensorFile) -> Callable[[], Encoder]:
     return config_from_json(_Stored, file.described("config")).encoder.build
 
 
-def check_fingerprint(found: str, expected: str, rig: RigSpec) -> None:
+def check_fingerprint(found: str, expected: str, rig: RigSpec, *, encoder: Encoder | None = None) -> None:
     """Refuse an encoder that is not the one that the server named. The hash in a file tells damage, not another file.
 
     Args:
         found: The fingerprint of the encoder with this rig.
         expected: The fingerprint that the server told, or at least its first 12 digits, in hexadecimal.
         rig: The rig, for the message.
+        encoder: The encoder, to recognize its fingerprint for no rig or for the rig of its training.
 
     Raises:
         InvalidInput: The two differ, or `expected` is no fingerprint.
@@ -112,7 +114,22 @@ def check_fingerprint(found: str, expected: str, rig: RigSpec) -> None:
             f"an encoder fingerprint has 64 hexadecimal digits, of which at least the first 12 are needed; found {shown(expected, most=80)!r}"
         )
     if not found.startswith(wanted):
+        _recognize(wanted, rig, encoder)
         raise InvalidInput(
             f"the encoder with the rig {rig} has the fingerprint {found}, and {wanted} is expected; nothing was extracted. Get the encoder "
             "file from the server again, and give the rig that the server expects (--z-shift, --intensity-scale)"
         )
+
+
+def _recognize(wanted: str, rig: RigSpec, encoder: Encoder | None) -> None:
+    """Raise with the cause where the expected fingerprint is of the right encoder and another rig."""
+    if encoder is None:
+        return
+    trained = None if encoder.trained_on is None else encoder.trained_on.rig
+    for other, what in ((trained, "the rig of its training"), (RigSpec(), "no rig")):
+        if other is not None and encoder_fingerprint(encoder, other).startswith(wanted):
+            options = f"--z-shift {other.z_shift:g} --intensity-scale {other.intensity_scale:g}"
+            raise InvalidInput(
+                f"{wanted} is the fingerprint of this encoder with {what} ({other}), and the rig is {rig}; nothing was extracted. Expect the "
+                f"fingerprint with the rig of the fleet, which `extract` prints and `ingest` needs, or give {options} if that is the rig"
+            )

@@ -14,6 +14,7 @@ import torch
 import tiny
 from upcycle3d.core.errors import Interrupted, InvalidInput, UpcycleError
 from upcycle3d.core.frame import Frame
+from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import Labels
 from upcycle3d.datasets.data_split import DataSplit
 from upcycle3d.datasets.prepare import prepare
@@ -21,10 +22,12 @@ from upcycle3d.perception.recipes import jobs
 from upcycle3d.perception.recipes.jobs import train_preset, upcycle_preset
 from upcycle3d.perception.recipes.own_classes import preset_for_classes
 from upcycle3d.perception.recipes.validation import Validation
+from upcycle3d.perception.server.ingest import ingest
 from upcycle3d.perception.training import checkpoint
 from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
 from upcycle3d.perception.training.optim import OneCycle, learning_rate
 from upcycle3d.perception.training.run_folder import RunFolder
+from upcycle3d.perception.vehicle.extractor import Extractor, extract
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -194,10 +197,10 @@ def test_a_run_with_its_own_number_of_steps_needs_no_number_to_go_on(data, tmp_p
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(Interrupted) as stopped:
+    with monkeypatch.context() as patched:
         patched.setattr(jobs, "train_supervised", interrupted)
-        train_preset(tiny.preset(), data, tmp_path / "run", steps=3, progress=False)
-    assert "resume with" in str(stopped.value)
+        with pytest.raises(Interrupted, match="resume with"):
+            train_preset(tiny.preset(), data, tmp_path / "run", steps=3, progress=False)
     assert RunFolder.open(tmp_path / "run").status()["state"] == "interrupted"
     for preset in (tiny.preset(steps=7), replace(tiny.preset(), train=replace(tiny.preset().train, batch_size=1))):
         with pytest.raises(InvalidInput, match="another configuration"):
@@ -297,6 +300,27 @@ def test_upcycling_takes_the_detector_of_the_source_model_and_goes_on_after_ever
     save_run_detector(moved["source"], tiny.preset().detector.build())
     with pytest.raises(InvalidInput):
         upcycle_preset(other, split, moved["source"], tmp_path / "run", store=moved["store"], steps=4, resume=True)
+
+
+def test_a_store_of_two_codecs_is_used_whole_and_the_rounding_of_the_labeled_half_is_told(data, finished, tmp_path):
+    detector, incoming = load_detector(finished), tmp_path / "in"
+    for seed, codec in ((0, "fp16"), (1, "int8"), (2, "int8")):
+        extractor = Extractor(detector.encoder, RigSpec(), codec)
+        with extractor.shard_writer(incoming) as writer:
+            extract([tiny.scan_with_car(seed)], extractor, writer)
+    ingest(incoming, tmp_path / "store", expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
+    with pytest.raises(InvalidInput, match=r"several codecs \(fp16 1, int8 2\). All of them are used"):
+        upcycle_preset(tiny.preset(), data, finished, tmp_path / "run", store=tmp_path / "store")
+    starts: list[jobs.JobStart] = []
+
+    def look(start: jobs.JobStart) -> None:
+        starts.append(start)
+        raise Stop
+
+    with pytest.raises(Stop):
+        upcycle_preset(tiny.preset(), data, finished, tmp_path / "run", store=tmp_path / "store", codec="fp16", on_start=look)
+    (note,) = [note for note in starts[0].notes if "rounding" in note]
+    assert "2 of 3 scenes of the store have another one (fp16 1, int8 2); all scenes are used" in note
 
 
 def test_a_preset_of_another_number_of_classes_does_not_fit_the_source_model(data, finished, tmp_path):

@@ -326,6 +326,44 @@ def test_scans_read_with_other_axes_than_the_training_that_lie_beside_the_range_
     run(tmp_path, tmp_path / "again", "--scans", tmp_path / "right.bin", "--allow-full-turn")
 
 
+def test_shards_of_two_codecs_in_one_folder_are_told(tmp_path, detector, scans, capsys):
+    out = tmp_path / "out"
+    run(detector, out, "--scans", scans / "0000.bin", scans / "0001.bin", "--codec", "int8")
+    run(detector, out, "--scans", scans / "0002.bin", "--codec", "int8", "--append")
+    assert "codec" not in capsys.readouterr().err
+    run(detector, out, "--scans", scans / "0003.bin", "--append")
+    assert "holds 3 scenes stored as int8, and this run stores fp16 (--codec)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_resumed_extraction_without_a_new_scan_says_so_and_names_no_next_step(tmp_path, detector, scans, capsys):
+    run(detector, tmp_path / "out", "--scans", scans)
+    assert "next: upcycle3d ingest" in capsys.readouterr().out
+    run(detector, tmp_path / "out", "--scans", scans, "--resume")
+    said = capsys.readouterr().out
+    assert "8 of 8 scans were in finished shards before" in said
+    assert "nothing new to extract" in said
+    assert "next:" not in said
+    assert "times the raw scan" not in " ".join(said.split())
+
+
+def test_the_fingerprint_of_another_rig_is_recognized(tmp_path, scans, capsys):
+    """`inspect` prints the fingerprint of an encoder file without a rig and with that of its training."""
+    encoder = tiny.source_model().encoder.eval()
+    encoder.trained_on = TrainedOn(
+        rig=RigSpec(z_shift=1.7), feature_names=("intensity",), classes=("Car",), point_range=tiny.GRID.range
+    )
+    save_encoder(tmp_path / "encoder.safetensors", encoder)
+    for rig, options, message in (
+        (RigSpec(), [], "of this encoder with no rig (z_shift 0, intensity_scale 1)"),
+        (RigSpec(z_shift=1.7), ["--z-shift", 0.0], "with the rig of its training (z_shift 1.7"),
+        (RigSpec(z_shift=3.0), [], "Get the encoder file from the server again"),
+    ):
+        wanted = encoder_fingerprint(encoder, rig)
+        run(tmp_path, tmp_path / "out", "--scans", scans, "--expect-fingerprint", wanted, *options, code=2)
+        assert message in " ".join(capsys.readouterr().err.split())
+    run(tmp_path, tmp_path / "out", "--scans", scans, "--expect-fingerprint", encoder_fingerprint(encoder, RigSpec(z_shift=1.65)))
+
+
 def test_a_scan_with_a_bad_name_is_a_failure_of_that_scan(tmp_path, detector, scans, capsys):
     for i, name in enumerate(["good", "\x1b[31m[bold]", "two\nlines"]):
         write_bin(tmp_path / "scans" / f"{name}.bin", some_scan(i))

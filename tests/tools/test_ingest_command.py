@@ -23,9 +23,9 @@ def encoder(tmp_path_factory) -> Path:
     return path
 
 
-def shard(folder: Path, seed: int, rig: RigSpec | None = None) -> Path:
+def shard(folder: Path, seed: int, rig: RigSpec | None = None, codec: str = "int8") -> Path:
     """One shard of two scenes; its manifest."""
-    extractor = Extractor(tiny.source_model().encoder, rig or RigSpec(), "int8")
+    extractor = Extractor(tiny.source_model().encoder, rig or RigSpec(), codec)
     with extractor.shard_writer(folder) as writer:
         return extract([tiny.scan_with_car(seed), tiny.scan_with_car(seed + 1)], extractor, writer).shards[0]
 
@@ -136,3 +136,47 @@ def test_one_foreign_shard_is_told_in_good_grammar(encoder, tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "1 shard is of another encoder or rig" in said
     assert "1 are" not in said
+
+
+def test_the_store_is_no_incoming_folder(encoder, tmp_path, capsys):
+    shard(tmp_path / "in", 0)
+    assert run(encoder, tmp_path / "in", tmp_path / "store") == 0
+    before = sorted(p.name for p in (tmp_path / "store" / "shards").iterdir())
+    for folder in ("store", "store/shards", "store/../store"):
+        assert run(encoder, tmp_path / folder, tmp_path / "store") == 2
+        assert "is the store itself; give the folder that the vehicles upload to" in " ".join(capsys.readouterr().err.split())
+    assert sorted(p.name for p in (tmp_path / "store" / "shards").iterdir()) == before
+
+
+def test_a_tar_that_comes_again_without_its_manifest_is_there_already_if_every_byte_is_the_same(encoder, tmp_path, capsys):
+    manifest = shard(tmp_path / "in", 0)
+    tar = manifest.with_suffix(".tar")
+    content = tar.read_bytes()
+    assert run(encoder, tmp_path / "in", tmp_path / "store") == 0
+    kept = (tmp_path / "store" / "shards" / manifest.name).read_bytes()
+    for final in ([], ["--final"]):
+        tar.write_bytes(content)
+        assert run(encoder, tmp_path / "in", tmp_path / "store", *final, "--json", tmp_path / "j") == 0
+        counts = json.loads((tmp_path / "j").read_text())["counts"]
+        assert {k: v for k, v in counts.items() if v} == {"shards_already_there": 1, "scenes_in_store": 2}
+        assert not tar.exists()
+    tar.write_bytes(content[:600] + bytes([content[600] ^ 1]) + content[601:])
+    assert run(encoder, tmp_path / "in", tmp_path / "store", "--json", tmp_path / "j") == 2
+    assert json.loads((tmp_path / "j").read_text())["counts"]["shards_refused"] == 1
+    assert (tmp_path / "store" / "shards" / manifest.name).read_bytes() == kept
+    assert (tmp_path / "store" / "shards" / tar.name).read_bytes() == content
+    assert (tmp_path / "store" / "quarantine" / tar.name).exists()
+
+
+def test_scenes_of_several_codecs_are_counted_when_the_second_one_comes(encoder, tmp_path, capsys):
+    shard(tmp_path / "in", 0)
+    assert run(encoder, tmp_path / "in", tmp_path / "store") == 0
+    assert capsys.readouterr().err == ""
+    shard(tmp_path / "in", 10, codec="fp16")
+    assert run(encoder, tmp_path / "in", tmp_path / "store") == 0
+    printed = capsys.readouterr()
+    assert "the store holds scenes of several codecs (fp16 2, int8 2). A training uses all of them" in " ".join(
+        printed.err.split()
+    )
+    (row,) = [line for line in printed.out.splitlines() if "in the store now" in line]
+    assert [cell.strip() for cell in row.strip("│ \n").split("│")] == ["in the store now", "2", "4"]

@@ -208,7 +208,7 @@ def test_a_second_ctrl_c_aborts_at_once(tmp_path):
         return batch_at(step)
 
     with open_run(tmp_path / "run") as run:
-        with pytest.raises(Interrupted, match="before its first checkpoint; resume with: .+ --resume$") as stopped:
+        with pytest.raises(Interrupted, match=r"before its first checkpoint; resume with: .+ --resume$") as stopped:
             Toy().train(run, batches=impatient)
         assert stopped.value.signal == signal.SIGINT
         assert run.status()["state"] == "interrupted"
@@ -226,7 +226,7 @@ def test_an_abort_that_comes_out_as_another_error_is_an_abort_all_the_same(tmp_p
         raise RuntimeError("partially initialized module")
 
     with open_run(tmp_path / "run") as run:
-        with pytest.raises(Interrupted, match="--resume$"):
+        with pytest.raises(Interrupted, match=r"--resume$"):
             Toy().train(run, batches=half_imported)
         assert run.status()["state"] == "interrupted"
 
