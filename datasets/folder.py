@@ -202,6 +202,18 @@ class FolderDataset:
         """
         return self.with_labels and frame_id not in self.unlabeled
 
+    def files_of(self, frame_id: str) -> tuple[Path, ...]:
+        """Name the files that a frame is read from; see `FiledSource`.
+
+        Args:
+            frame_id: Id of the frame.
+
+        Returns:
+            Its scan with every suffix, and its label file where that is opened.
+        """
+        scans = (Path(self.root) / "points" / (frame_id + suffix) for suffix in POINT_SUFFIXES)
+        return (*scans, *([self._label_path(frame_id)] if self.has_labels(frame_id) else []))
+
     def label_types(self) -> Mapping[str, int]:
         """Count the objects of all labeled frames by type, without reading a scan. A file that is broken counts as empty here.
 

@@ -72,6 +72,38 @@ class KittiLabelSource(FrameSource, Protocol):
         ...
 
 
+@runtime_checkable
+class FiledSource(FrameSource, Protocol):
+    """A source that reads files and names them, so that preparation reads again what was changed since."""
+
+    def files_of(self, frame_id: str) -> tuple[Path, ...]:
+        """Name the files that a frame is read from.
+
+        Args:
+            frame_id: Id of the frame.
+
+        Returns:
+            The files, among them those that are missing. A label file that is not opened is left out.
+        """
+        ...
+
+
+@runtime_checkable
+class LabelChoiceSource(FrameSource, Protocol):
+    """A source that knows, before it reads a frame, whether it gives labels."""
+
+    def has_labels(self, frame_id: str) -> bool:
+        """Say whether the labels of a frame are read.
+
+        Args:
+            frame_id: Id of the frame.
+
+        Returns:
+            Whether the frame is given with labels.
+        """
+        ...
+
+
 def described_origin(layout: Layout, root: Path | str | None, options: Mapping[str, object]) -> DatasetOrigin:
     """Describe how a reader was set up.
 

@@ -38,7 +38,7 @@ from ..ops.points_in_boxes import count_points_in_boxes
 from .class_names import ClassRule
 from .frame_source import DatasetOrigin, described_origin
 from .id_lists import read_ids as read_ids
-from .kitti_calibration import find_calibration, is_off_center, read_calibration, shift_calibration
+from .kitti_calibration import calibration_files, find_calibration, is_off_center, read_calibration, shift_calibration
 from .kitti_text import KittiObjects, count_label_types, dropped_types, ignored_types, labels_from_kitti, read_objects, read_types
 from .picture_size import find_picture, read_picture_size
 
@@ -158,6 +158,21 @@ class KittiDataset:
             False for frames of `testing`, those of `unlabeled`, and all where `with_labels` is False.
         """
         return self.with_labels and frame_id not in self.unlabeled and not frame_id.startswith(TESTING)
+
+    def files_of(self, frame_id: str) -> tuple[Path, ...]:
+        """Name the files that a frame is read from; see `FiledSource`.
+
+        Args:
+            frame_id: Id of the frame.
+
+        Returns:
+            Its scan in either folder, every calibration that may be its own, its picture, and its label file where that is opened.
+        """
+        base, name = self._base(frame_id), _name(frame_id)
+        scans = [base / folder / f"{name}.bin" for folder in ("velodyne", "velodyne_reduced")]
+        picture = None if self.scan.image_size is not None else find_picture(base / "image_2", name)
+        labels = [base / "label_2" / f"{name}.txt"] if self.has_labels(frame_id) else []
+        return (*scans, *calibration_files(base / "calib", name), *([] if picture is None else [picture]), *labels)
 
     def label_types(self) -> Mapping[str, int]:
         """Count the objects of all labeled frames by type, without reading a scan. A file that is broken counts as empty here.

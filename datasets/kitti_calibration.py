@@ -38,6 +38,19 @@ _FARTHEST = 10.0  # m between LiDAR and camera of one vehicle
 _OFF_CENTER = 0.15  # share of the width, and twice that of the height, by which a principal point may miss the picture's center
 
 
+def calibration_files(folder: Path, name: str) -> tuple[Path, ...]:
+    """Name every file that the calibration of a frame may be read from, whether it is there or not.
+
+    Args:
+        folder: Folder of the calibrations.
+        name: Name of the frame.
+
+    Returns:
+        The frame's own file and those of the whole recording.
+    """
+    return (folder / f"{name}.txt", *(folder / file for file in (*_RAW_FILES, "calib.txt")))
+
+
 def find_calibration(folder: Path, name: str) -> Path:
     """Find the calibration of a frame: its own file, or the one of the whole recording.
 

@@ -237,6 +237,21 @@ class NuScenesDataset:
         }
         return described_origin(self.dialect.name, self.tables.root, options)
 
+    def files_of(self, frame_id: str) -> tuple[Path, ...]:
+        """Name the files that a frame is read from; see `FiledSource`. The sweeps before the keyframe are not among them.
+
+        Args:
+            frame_id: Token of the sample.
+
+        Returns:
+            All tables, and the file of the keyframe.
+        """
+        tables = sorted((Path(self.tables.root) / self.tables.version).glob("*.json"))
+        try:
+            return (*tables, self.tables.keyframe(frame_id).path)
+        except InvalidInput:
+            return tuple(tables)
+
     def label_types(self) -> Mapping[str, int]:
         """Count the boxes of all frames by category, without reading a sweep.
 

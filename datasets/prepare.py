@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import atomic_file, locked_folder, remove_litter
-from ..core.foreign_text import check_name
+from ..core.foreign_text import check_name, shown
 from ..core.frame import are_ignored
 from ..core.ledger import Ledger
 from ..core.ledger_rules import judge
@@ -72,6 +72,8 @@ class PrepareReport:
     """Good frames by name of the split."""
     failures: tuple[FrameFailure, ...]
     """The frames that were left out, with reasons."""
+    changed_frames: int = 0
+    """Frames of finished chunks that were read again, because their files, or the choice of splits with labels, were changed since."""
     ledger: Ledger = Ledger()
     """What the readers counted and dropped, with the boxes by class."""
     kept_splits: tuple[str, ...] = ()
@@ -112,7 +114,8 @@ def prepare(
     """Read every frame of a source once, check it, and write a prepared dataset.
 
     A frame that cannot be read or breaks the contract of its values does not stop the rest: the report names it with the reason,
-    and index and splits leave it out. A later start tries chunks with such frames again, in case the cause was repaired.
+    and index and splits leave it out. A later start tries chunks with such frames again, in case the cause was repaired. It also reads
+    those chunks again in which a frame's files have another size or time than before, or a frame has labels now and had none before.
 
     Args:
         source: The frames. All good frames must have the same point features and the same rig.
@@ -163,7 +166,12 @@ def prepare(
         remove_leftovers(parts)
         chunks = [make_chunk(settings, first, ids[first : first + chunk_frames]) for first in range(0, len(ids), chunk_frames)]
         rows = rows_files(parts)
-        todo = [chunk for chunk in chunks if not finished(parts, chunk, rows.get(chunk.key))]
+        todo, changed = [], list[str]()
+        for chunk in chunks:
+            whole, other = finished(parts, chunk, rows.get(chunk.key), source)
+            changed += other
+            if not whole:
+                todo.append(chunk)
         for chunk in todo:
             if chunk.key in rows:
                 rows[chunk.key].unlink()  # it is written anew, perhaps under another checksum
@@ -173,7 +181,7 @@ def prepare(
             if on_progress:
                 on_progress(done, len(ids))
         rows = rows_files(parts)
-        table = pa.concat_tables([read_index(rows[chunk.key]) for chunk in chunks])
+        table = pa.concat_tables([read_index(rows[chunk.key]).replace_schema_metadata(None) for chunk in chunks])
         if table["error"].null_count == 0 and not (out / "dataset.json").exists():
             (out / "preparation.json").unlink(
                 missing_ok=True
@@ -188,11 +196,23 @@ def prepare(
         name: names for name, names in splits.items() if label_share_of(name.removesuffix("-rest")) is None
     }  # label shares share frames on purpose
     judged = (finding.text for finding in judge(report.ledger))
-    said = tuple(dict.fromkeys((*earlier.warnings, *overlap_warnings(drawn), *findings, *judged)))
+    said = tuple(dict.fromkeys((*earlier.warnings, *_about_changes(changed), *overlap_warnings(drawn), *findings, *judged)))
     if origin.layout == "own":  # no command shows the report
         for text in said:
             warnings.warn(text, stacklevel=2)
-    return replace(report, kept_splits=tuple(earlier.splits), warnings=said, objects=summaries, road_height=road)
+    return replace(
+        report, changed_frames=len(changed), kept_splits=tuple(earlier.splits), warnings=said, objects=summaries, road_height=road
+    )
+
+
+def _about_changes(changed: Sequence[str]) -> tuple[str, ...]:
+    if not changed:
+        return ()
+    return (
+        f"{len(changed)} frames were read again, because their files were changed since they were prepared, or because they have labels now and "
+        f"had none or the other way round (--unlabeled): {', '.join(map(shown, changed[:3]))}{' …' if len(changed) > 3 else ''}. What was "
+        "trained or scored on them before is of the older data",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 A chunk becomes two files, points (`KEY-CRC.f32`, float32 rows) and one row per frame (`KEY-CRC.parquet`). Each appears under its name
 by one rename of complete, synced bytes, the second after the first, so a chunk whose Parquet file exists is finished, whenever the
-process was killed. KEY is a hash of the settings and the frame ids, CRC is the checksum of the file, which the next start compares.
+process was killed. KEY is a hash of the settings and the frame ids, CRC is the checksum of the file, which the next start compares. The rows
+also keep what the files of each frame were (names, sizes, times), so that frames whose files were changed since are read again.
 
 Read next: `prepare.py`, which plans the chunks and publishes the result.
 """
@@ -30,10 +31,11 @@ from ..core.foreign_text import shown
 from ..core.frame import Frame
 from ..core.intensity import propose_scale
 from .fingerprint import points_bytes
-from .frame_source import FrameSource, KittiLabelSource
+from .frame_source import FiledSource, FrameSource, KittiLabelSource, LabelChoiceSource
 from .parquet import checksum_in_name
 from .prepared_format import INDEX_SCHEMA, frame_row, read_index
 
+_FILES = b"files"  # key of the metadata of a chunk's rows: what the files of each frame were
 _LONGEST_REASON = 1000  # letters; a reason may quote a label file, and dataset.json must stay a file that people can open
 
 
@@ -150,25 +152,55 @@ def make_chunk(settings: dict[str, Any], first: int, ids: tuple[str, ...]) -> Ch
     return Chunk(key=key, first=first, ids=ids)
 
 
-def finished(parts: Path, chunk: Chunk, rows: Path | None) -> bool:
-    """Say whether an earlier start wrote the whole chunk, no frame of it failed, and no byte of it was damaged since.
+def finished(parts: Path, chunk: Chunk, rows: Path | None, source: FrameSource) -> tuple[bool, tuple[str, ...]]:
+    """Say whether an earlier start wrote the whole chunk, no frame of it failed, and neither it nor what it was read from changed since.
 
     Args:
         parts: Folder of the part files.
         chunk: The chunk.
         rows: Its file among `rows_files`, if there is one.
+        source: The frames as they are read now.
 
     Returns:
-        True if the chunk need not be read again. A damaged chunk is read and written again.
+        True if the chunk need not be read again; a damaged chunk is read and written again. And the frames of a whole chunk whose files
+        were changed since, or which have labels now and had none, or the other way round.
     """
     if rows is None:
-        return False
+        return False, ()
     try:
         table = read_index(rows)
     except InvalidInput:
-        return False
+        return False, ()
     good = table["error"].null_count == len(table) and table["id"].to_pylist() == list(chunk.ids)
-    return good and all(_whole(parts / name) for name in table["part"].unique().to_pylist())
+    if not good or not all(_whole(parts / name) for name in table["part"].unique().to_pylist()):
+        return False, ()
+    changed = _changed_frames(table, source)
+    return not changed, changed
+
+
+def _changed_frames(table: pa.Table, source: FrameSource) -> tuple[str, ...]:
+    """The frames of a chunk that would be read otherwise now. A chunk of an earlier version knows nothing of its files."""
+    ids = table["id"].to_pylist()
+    before = json.loads((table.schema.metadata or {}).get(_FILES, b"{}"))
+    changed = {frame_id for frame_id in ids if frame_id in before and before[frame_id] != _state_of_files(source, frame_id)}
+    if isinstance(source, LabelChoiceSource):
+        labeled = table["boxes"].is_valid().to_pylist()
+        changed |= {frame_id for frame_id, had in zip(ids, labeled) if source.has_labels(frame_id) != had}
+    return tuple(frame_id for frame_id in ids if frame_id in changed)
+
+
+def _state_of_files(source: FrameSource, frame_id: str) -> str:
+    """A digest of names, sizes and times of the files of a frame; empty where the source does not name them."""
+    if not isinstance(source, FiledSource):
+        return ""
+    found = []
+    for path in source.files_of(frame_id):
+        try:
+            state = path.stat()
+            found.append([path.name, path.parent.name, state.st_size, state.st_mtime_ns])
+        except OSError:
+            found.append([path.name, path.parent.name, -1, -1])
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
 def _whole(path: Path) -> bool:
@@ -260,10 +292,13 @@ def _write_chunk(source: FrameSource, chunk: Chunk, parts: Path, num_classes: in
     rows: list[dict[str, Any]] = []
     blobs: list[bytes] = []
     offset = 0
+    states: dict[str, str] = {}
     for i, frame_id in enumerate(chunk.ids, chunk.first):
         if parent is not None and os.getppid() != parent:
             os._exit(0)  # orphaned by a kill: whoever starts again does the rest
         try:
+            if state := _state_of_files(source, frame_id):  # before the frame is read: a later change is noticed
+                states[frame_id] = state
             frame = source[i]
             if frame.id != frame_id:
                 raise InvalidInput(f"frame {i} of the source calls itself {frame.id!r}, expected {frame_id!r}")
@@ -285,6 +320,8 @@ def _write_chunk(source: FrameSource, chunk: Chunk, parts: Path, num_classes: in
     with atomic_file(parts / name) as file:
         file.write(points)
     table = pa.Table.from_pylist([row if "error" in row else {**row, "part": name} for row in rows], INDEX_SCHEMA)
+    if states:
+        table = table.replace_schema_metadata({_FILES: json.dumps(states).encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     data = sink.getvalue().to_pybytes()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from .class_names import nearest
 from .frame_source import DatasetOrigin, described_origin
 from .kitti import with_point_counts
 from .waymo_geometry import MOST_POINTS_LEVEL_2, TYPES, WaymoFrame, WaymoObjects, count_no_label_points, frame_points
-from .waymo_parquet import SegmentReader
+from .waymo_parquet import SegmentReader, TablePlace
 from .waymo_places import FramePlace
 from .waymo_proto import read_frame
 from .waymo_records import RecordPlace
@@ -132,6 +133,24 @@ class WaymoDataset:
             "with_labels": self._with_labels,
         }
         return described_origin("waymo", self._root, options)
+
+    def files_of(self, frame_id: str) -> tuple[Path, ...]:
+        """Name the files that a frame is read from; see `FiledSource`.
+
+        Args:
+            frame_id: Id of the frame.
+
+        Returns:
+            The file of its record, or the tables of its segment.
+        """
+        source = self._sources[frame_id]
+        if isinstance(source, RecordPlace):
+            return (source.path,)
+        return tuple(sorted(source.root.glob(f"*/{source.segment}.parquet"))) if isinstance(source, TablePlace) else ()
+
+    @cached_property
+    def _sources(self) -> dict[str, RecordPlace | TablePlace | str]:
+        return {place.id: place.source for place in self.places}
 
     def labels(self, index: int) -> Labels:
         """Read the labels of a frame without its range images, for a frame that has none.

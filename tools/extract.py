@@ -68,7 +68,8 @@ class Extract:
     shard_seconds: float | None = None
     """Close a shard after this time, also with fewer scenes. By default only the number of scenes and their size count."""
     resume: bool = False
-    """Go on after a kill, a full disk or with new scans: scans that are in finished shards are left out. Also right for the first run."""
+    """Go on after a kill, a full disk or with new scans: scans that are in finished shards are left out by their names, with a warning where
+    their content is another one now. Also right for the first run."""
     append: bool = False
     """Add to the shards that `--out` holds already. Scans that the progress file names are refused: one scan extracted twice is two
     scenes to the server."""
@@ -102,23 +103,31 @@ class _Source:
     def read(self) -> tuple[PointCloud, Ledger]:
         """Read the scan and remember its size and digest."""
         points, ledger = self.load()
-        digest = hashlib.sha256()
-        if self.file is not None:
-            with self.file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256")
-                size = stream.tell()
-        else:
-            size = 0
-            for tensor in (points.xyz, points.features):
-                data = tensor.contiguous().numpy().tobytes()
-                digest.update(data)
-                size += len(data)
-        self.identity = ScanIdentity(size=size, sha256=digest.hexdigest())
+        self.identity = self._identify(points)
         return points, ledger
 
     def changed_since(self, done: ExtractedScan) -> bool:
-        """Say whether the file has another size than when it was extracted."""
-        return self.file is not None and self.file.exists() and self.file.stat().st_size != done.size
+        """Say whether the scan has other content than when it was extracted; one that cannot be read has not."""
+        try:
+            if self.file is not None and self.file.stat().st_size != done.size:
+                return True
+            return self._identify(self.load()[0] if self.file is None else None).sha256 != done.sha256
+        except (UpcycleError, OSError):
+            return False
+
+    def _identify(self, points: PointCloud | None) -> ScanIdentity:
+        """Size and digest of the file, or of the points where there is none."""
+        if self.file is not None:
+            with self.file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256")
+                return ScanIdentity(size=stream.tell(), sha256=digest.hexdigest())
+        assert points is not None
+        digest, size = hashlib.sha256(), 0
+        for tensor in (points.xyz, points.features):
+            data = tensor.contiguous().numpy().tobytes()
+            digest.update(data)
+            size += len(data)
+        return ScanIdentity(size=size, sha256=digest.hexdigest())
 
 
 @dataclass(kw_only=True)
@@ -297,7 +306,8 @@ def _not_done(
     changed = [name for name in known if sources[name].changed_since(done[name])]
     if changed:
         print_warning(
-            f"{len(changed)} scans have another size than when they were extracted ({', '.join(changed[:3])}); they are not extracted again"
+            f"{len(changed)} of {len(known)} scans that are in finished shards by their names have other content now "
+            f"({', '.join(map(shown, changed[:3]))}); they are not extracted again. If these are new scans, rename them or give another --out"
         )
     return tuple(source for name, source in sources.items() if name not in done)
 

@@ -382,6 +382,51 @@ def test_a_second_preparation_adds_splits_and_keeps_databases(tmp_path, capsys):
     assert len(list((out / "parts").glob("*.f32"))) == 1
 
 
+# ---- the same command again, after something was changed
+
+
+@pytest.mark.parametrize("layout", ["kitti", "folder"])
+def test_labels_that_come_or_go_with_unlabeled_are_read_again(tmp_path, capsys, layout):
+    root = (tiny_layouts.kitti if layout == "kitti" else tiny_layouts.folder)(tmp_path / "raw")
+    options = ("--classes", "Car")
+    for number, unlabeled in enumerate([True, False, True]):
+        code, said = prepare(capsys, layout, root, tmp_path / "out", *options, *(("--unlabeled", "val") if unlabeled else ()))
+        assert (code, "1 frames were read again" in said) == (0, number > 0)
+        assert (PreparedDataset(tmp_path / "out", "val")[0].labels is None) == unlabeled
+        assert all(frame.labels is not None for frame in PreparedDataset(tmp_path / "out", "train"))
+
+
+@pytest.mark.parametrize("change", ["label", "label of the same size", "scan", "calibration"])
+def test_a_file_that_was_changed_is_read_again_and_told(tmp_path, capsys, change):
+    root, out = tiny_layouts.kitti(tmp_path / "raw"), tmp_path / "out"
+    assert prepare(capsys, "kitti", root, out, "--classes", "Car")[0] == 0
+    code, said = prepare(capsys, "kitti", root, out, "--classes", "Car")
+    assert (code, "read again" in said) == (0, False)
+    before = PreparedDataset(out, "train").split_fingerprint()
+    if change == "scan":
+        path = root / "training" / "velodyne" / f"{IDS[1]}.bin"
+        path = path if path.exists() else root / "training" / "velodyne_reduced" / f"{IDS[1]}.bin"
+        path.write_bytes(path.read_bytes()[:-160])
+    else:
+        path = root / "training" / ("calib" if change == "calibration" else "label_2") / f"{IDS[1]}.txt"
+        text = path.read_text()
+        changed = {
+            "label": "\n".join(text.splitlines()[:2]) + "\n",
+            "label of the same size": text.replace("24.7300", "25.7300"),
+            "calibration": text + "\n",
+        }
+        path.write_text(changed[change])
+    code, said = prepare(capsys, "kitti", root, out, "--classes", "Car")
+    assert (code, "1 frames were read again, because their files were changed since they were prepared" in said) == (0, True)
+    fresh = tmp_path / "fresh"
+    assert prepare(capsys, "kitti", root, fresh, "--classes", "Car")[0] == 0
+    now = PreparedDataset(out, "train").split_fingerprint()
+    assert now == PreparedDataset(fresh, "train").split_fingerprint()
+    assert (now != before) == (change != "calibration")
+    GtDatabase.open(out / "gt_database" / "train", expected_fingerprint=now)
+    assert prepare(capsys, "kitti", root, out, "--classes", "Car")[1].count("read again") == 0
+
+
 # ---- angles, sizes, axes
 
 

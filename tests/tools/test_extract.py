@@ -3,20 +3,25 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import tiny
+from upcycle3d.core.frame import Frame
 from upcycle3d.core.point_files import write_bin
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import PointCloud
 from upcycle3d.core.trained_on import ScanStatistics, TrainedOn
+from upcycle3d.datasets.prepare import prepare
 from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.vehicle.progress import open_progress
 from upcycle3d.perception.wire.codec import scene_id_of
@@ -87,6 +92,34 @@ def test_a_run_that_resumes_leaves_out_what_is_done_and_takes_new_scans(detector
     run(detector, out, "--scans", scans, "--receipts", receipts, "--resume")
     assert "8 of 8 scans were in finished shards before" in capsys.readouterr().out.replace("\n", " ")
     assert_each_scan_is_one_scene(out, receipts, ALL)
+
+
+def test_other_scans_under_names_that_are_done_are_told_whatever_their_size(detector, scans, tmp_path, capsys):
+    """Tomorrow's scans often have today's names, and an organized sensor gives the same number of points."""
+    out, own = tmp_path / "out", tmp_path / "own"
+    shutil.copytree(scans, own)
+    run(detector, out, "--scans", own)
+    run(detector, out, "--scans", own, "--resume")
+    assert "have other content now" not in capsys.readouterr().err.replace("\n", " ")
+    rows = np.fromfile(own / "0002.bin", np.float32).reshape(-1, 4)
+    rows[:, 1] *= -1
+    rows.tofile(own / "0002.bin")
+    run(detector, out, "--scans", own, "--resume")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 of 8 scans that are in finished shards by their names have other content now (0002)" in said
+
+
+def test_other_prepared_frames_under_ids_that_are_done_are_told(detector, tmp_path, capsys):
+    for name, shift in (("a", 0.0), ("b", 0.01)):
+        frames = [some_scan(seed) for seed in range(2)]
+        frames[1] = replace(frames[1], xyz=frames[1].xyz + shift)
+        listed = [Frame(id=str(i), points=points) for i, points in enumerate(frames)]
+        prepare(listed, ["0", "1"], tmp_path / name, splits={"all": ["0", "1"]}, classes=("Car",), workers=0)
+    rig = ("--z-shift", "0", "--intensity-scale", "1")
+    for name, told in (("a", False), ("a", False), ("b", True)):
+        run(detector, tmp_path / "out", "--data", tmp_path / name, "--resume", *rig)
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("1 of 2 scans that are in finished shards by their names have other content now (1)" in said) == told
 
 
 def test_scans_that_are_done_are_refused_without_resume_also_after_the_upload_left(detector, scans, tmp_path, capsys):
