@@ -41,6 +41,8 @@ class Ledger:
     """Scans that were read and used."""
     scans_failed: int = 0
     """Scans that could not be read or used; the command lists them with the reasons."""
+    scans_left_out: int = 0
+    """Scans that a rule kept on the vehicle (`extract --sample`)."""
     scans_without_points: int = 0
     """Scans of which no point was left after cropping, or none lay in the detector's range."""
     scans_off_center: int = 0
@@ -165,6 +167,12 @@ class Ledger:
         table: list[tuple[str, int, int, str]] = [
             ("scans", self.scans, 0, ""),
             ("scans that failed", self.scans_failed, self.scans + self.scans_failed, "of the scans"),
+            (
+                "scans kept on the vehicle by the sampling rule",
+                self.scans_left_out,
+                self.scans + self.scans_failed + self.scans_left_out,
+                "of the scans",
+            ),
             ("scans without a point", self.scans_without_points, self.scans, "of the scans"),
             (
                 "scans whose calibration hardly belongs to their picture",

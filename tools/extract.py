@@ -33,9 +33,11 @@ from ..core.trained_on import TrainedOn
 from ..perception.models.encoders.encoder import Encoder
 from ..perception.models.encoders.scan_survey import boxes_outside_range, outside_height
 from ..perception.vehicle.extractor import ExtractionReport, Extractor, extract
-from ..perception.vehicle.progress import ExtractedScan, ScanIdentity, default_progress_path, open_progress
+from ..perception.vehicle.progress import ExtractedScan, ExtractionProgress, ScanIdentity, default_progress_path, open_progress
+from ..perception.vehicle.scan_choice import choose_scans
 from ..perception.wire.encoder_file import check_fingerprint, load_encoder
 from ..perception.wire.manifest import read_manifest
+from ..perception.wire.sampling import EVERY_SCAN, FLEET_SAMPLING, SceneSampling
 from .console import console, print_table, print_warning, progress_bar, run_command, settle, warnings_so_far, write_json
 from .scan_option import ScanOption
 
@@ -75,6 +77,13 @@ class Extract:
     scenes to the server."""
     progress: Path | None = None
     """File that says which scans are in finished shards. By default `OUT.progress.json` beside the folder. Do not upload it."""
+    sample: Literal["all", "fleet"] = "all"
+    """Which scans leave the vehicle. `fleet` leaves most of a drive out, at random, because neighboring scenes tell its order (docs/fleet.md).
+    The scans must be given in the order of recording. What is left out stays left out when the extraction goes on."""
+    sample_gap: int | None = None
+    """Fewest scans left out between two uploads, instead of the value of `--sample`. Each gap is drawn from this number to twice as many."""
+    sample_share: float | None = None
+    """Chance that a scan which the gap allows is uploaded, instead of the value of `--sample`."""
     receipts: Path | None = None
     """File for a list of scene ids with their scans; new ones are added to those it holds. Keep it: no shard links the two.
     `upcycle --truth` measures pseudo labels with it."""
@@ -146,6 +155,7 @@ def command(config: Extract) -> None:
         raise InvalidInput("give either --scans (files or folders) or --data (a prepared dataset)")
     if config.resume and config.append:
         raise InvalidInput("give --resume (leave out scans that are done) or --append (refuse them), not both")
+    rule = _rule(config)
     with _stop_requests() as stop:
         device = find_device(config.device)
         encoder = load_encoder(config.detector)
@@ -167,9 +177,14 @@ def command(config: Extract) -> None:
         with open_progress(
             config.out, encoder_fingerprint=extractor.fingerprint, path=path, receipts=config.receipts
         ) as progress:
-            todo = _not_done(config, sources, progress.scans, path)
+            chosen = _chosen(sources, progress, rule)
+            todo = _not_done(config, chosen, progress.scans, path)
             writer = extractor.shard_writer(
-                config.out, scenes_per_shard=config.scenes_per_shard, max_seconds=config.shard_seconds, journal=progress
+                config.out,
+                scenes_per_shard=config.scenes_per_shard,
+                max_seconds=config.shard_seconds,
+                journal=progress,
+                sampling=rule,
             )
 
             def on_smashed(index: int, scene_id: str) -> None:
@@ -193,8 +208,34 @@ def command(config: Extract) -> None:
                     refuse_lost_cells=not config.allow_lost_cells,
                 )
     watch.finish()
-    report = replace(report, ledger=report.ledger + skipped)
-    _show(config, report, [s.name for s in todo], extractor, len(sources), stop.signal)
+    left_out = len(sources) - len(chosen)
+    report = replace(report, ledger=report.ledger + skipped + Ledger(scans_left_out=left_out))
+    if left_out:
+        console.print(
+            f"{left_out} of {len(sources)} scans stay on the vehicle: gaps of at least {rule.gap} scans, chance {rule.share:g} of each other "
+            "scan, and what was left out before",
+            soft_wrap=True,
+        )
+    _show(config, report, [s.name for s in todo], extractor, len(chosen), stop.signal)
+
+
+def _rule(config: Extract) -> SceneSampling:
+    """The sampling rule of the options."""
+    base = FLEET_SAMPLING if config.sample == "fleet" else EVERY_SCAN
+    return SceneSampling(
+        gap=base.gap if config.sample_gap is None else config.sample_gap,
+        share=base.share if config.sample_share is None else config.sample_share,
+    )
+
+
+def _chosen(sources: Mapping[str, _Source], progress: ExtractionProgress, rule: SceneSampling) -> dict[str, _Source]:
+    """The scans that leave the vehicle. What a rule decided is noted before anything is extracted, so that no resumed run fills gaps."""
+    decided = {**dict.fromkeys(progress.scans, True), **progress.sampled}
+    if rule.every_scan:
+        return {name: source for name, source in sources.items() if decided.get(name, True)}
+    chosen = choose_scans(tuple(sources), rule, decided=decided)
+    progress.decide(chosen)
+    return {name: source for name, source in sources.items() if chosen[name]}
 
 
 def _show(

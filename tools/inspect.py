@@ -126,6 +126,11 @@ def _shard(manifest_path: Path) -> dict[str, object]:
         **_keypoints(manifest.spec),
         "codec": manifest.codec,
         "encoder fingerprint": manifest.encoder_fingerprint,
+        **(
+            {}
+            if manifest.sampling.every_scan
+            else {"sampling": f"gaps of {manifest.sampling.gap} scans, share {manifest.sampling.share:g}"}
+        ),
         "tar file present": manifest_path.with_suffix(".tar").exists(),
     }
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "export": ("export", "write a checkpoint of a run as detector and encoder files"),
     "defend": ("defend", "limit what the encoder of a detector lets out: region upload, noise, fewer channels and others"),
     "extract": ("extract", "vehicle: turn scans into shards of smashed scenes"),
+    "mix": ("mix", "gateway: shuffle the scenes of many vehicles into new shards"),
     "ingest": ("ingest", "server: verify shards, quarantine bad ones, add the rest to a store"),
     "upcycle": ("upcycle", "train on labeled frames and smashed scenes, by UpCycling or a baseline (--method)"),
     "bench ops": ("bench_ops", "measure how fast the operators are"),

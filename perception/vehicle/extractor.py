@@ -44,6 +44,7 @@ from ..models.encoders.fingerprint import encoder_fingerprint
 from ..models.encoders.scan_survey import measures_of, points_outside_height
 from ..wire.codec import check_codec
 from ..wire.encoder_file import check_fingerprint, load_encoder
+from ..wire.sampling import EVERY_SCAN, SceneSampling
 from ..wire.shards import AddedScene, SceneKind, ShardJournal, ShardWriteError, ShardWriter
 
 
@@ -162,6 +163,7 @@ class Extractor:
         scenes_per_shard: int = 256,
         max_seconds: float | None = None,
         journal: ShardJournal | None = None,
+        sampling: SceneSampling = EVERY_SCAN,
     ) -> ShardWriter:
         """Make a writer for the scenes of this extractor.
 
@@ -170,6 +172,7 @@ class Extractor:
             scenes_per_shard: Number of scenes after which a shard is written.
             max_seconds: Seconds after which a shard is written, also with fewer scenes. None means no limit.
             journal: Told about every shard before and after it appears, such as the progress of `extract`.
+            sampling: The rule by which the caller leaves scans out (`choose_scans`); the manifests record it.
 
         Returns:
             The writer, for `extract`. Use it as a context manager.
@@ -186,6 +189,7 @@ class Extractor:
             scenes_per_shard=scenes_per_shard,
             max_seconds=max_seconds,
             journal=journal,
+            sampling=sampling,
         )
 
     def smash(self, points: PointCloud) -> tuple[SmashedScene, StageTimes]:

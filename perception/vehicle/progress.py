@@ -1,6 +1,7 @@
 """What `extract` has done so far, in a file, so that it can go on after a kill and never makes two scenes of one scan.
 
-    OUT.progress.json     scan -> scene id, shard, size and digest of the scan; the shard that is about to appear
+    OUT.progress.json     scan -> scene id, shard, size and digest of the scan; the shard that is about to appear; with a sampling
+                          rule also which scans it chose and which it keeps on the vehicle
     receipts (optional)   scene id -> scan, a list for `upcycle --truth`; several runs may share one
 
 The file lies beside the folder of shards, not in it, because the folder is uploaded and the file says which scene is of which
@@ -24,7 +25,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ class _File:
     encoder_fingerprint: str
     scans: Mapping[str, ExtractedScan]
     pending: str | None = None
+    sampled: Mapping[str, bool] = field(default_factory=dict)
+    """Scans that a sampling rule chose (true) or keeps on the vehicle (false)."""
 
 
 class ExtractionProgress:
@@ -91,6 +94,24 @@ class ExtractionProgress:
     def scans(self) -> Mapping[str, ExtractedScan]:
         """The scans that are in finished shards, by name."""
         return self._file.scans
+
+    @property
+    def sampled(self) -> Mapping[str, bool]:
+        """What a sampling rule decided about scans: true to upload one, false to keep it on the vehicle."""
+        return self._file.sampled
+
+    def decide(self, sampled: Mapping[str, bool]) -> None:
+        """Note durably what a sampling rule decided, before any of these scans is extracted.
+
+        Args:
+            sampled: Name of a scan to whether it is uploaded. Decisions noted before stay.
+
+        Raises:
+            OSError: The note cannot be written.
+        """
+        merged = {**sampled, **self._file.sampled}
+        if merged != self._file.sampled:
+            self._write(replace(self._file, sampled=merged))
 
     def smashed(self, scene_id: str, scan: str, identity: ScanIdentity) -> None:
         """Remember which scan a scene is of, before it is added to a shard.
@@ -137,6 +158,8 @@ class ExtractionProgress:
 
     def _write(self, file: _File) -> None:
         record = asdict(file)
+        if not file.sampled:  # without a rule the file is that of earlier versions
+            del record["sampled"]
         write_atomically(self.path, json.dumps(record, separators=(",", ":")).encode() + b"\n")
         self._file = file
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from ...core.cut import CutSpec
-from ...core.errors import UpcycleError
+from ...core.errors import InvalidInput, UpcycleError
 from ...core.foreign_text import shown
 from ...core.smashed_scene import SMASHED_SCHEMA_VERSION
 from ...core.strict_json import canonical_json, strict_json
 from .codec import CODECS, FINGERPRINT_PATTERN, ForeignScene, max_encoded_bytes
 from .cut_json import CorruptScene, cut_from_json, cut_to_json
+from .sampling import EVERY_SCAN, SceneSampling
 
 SCHEMA = "upcycle3d.smashed_shard"
 MEMBER_SUFFIX = ".safetensors.zst"
@@ -34,6 +35,7 @@ TAR_BLOCK = 512
 TAR_TRAILER = bytes(2 * TAR_BLOCK)
 _MEMBER_NAME = re.compile(r"[0-9a-f]{32}\.safetensors\.zst")
 _MANIFEST_KEYS = {"schema", "schema_version", "split", "encoder_fingerprint", "codec", "count", "tar", "members"}
+_SAMPLING_KEY = "sampling"  # only where a rule left scans out
 
 
 class BrokenShard(UpcycleError):
@@ -83,6 +85,9 @@ class ShardManifest:
     tar_bytes: int
     """Bytes of the whole tar."""
 
+    sampling: SceneSampling = EVERY_SCAN
+    """The rule by which scans were left out before."""
+
     @property
     def stem(self) -> str:
         """The name of both files without their suffix: the first 32 digits of the tar's SHA-256."""
@@ -95,7 +100,7 @@ class ShardManifest:
 
     def to_json(self) -> bytes:
         """Write the manifest file: one line of canonical JSON."""
-        record = {
+        record: dict[str, Any] = {
             "schema": SCHEMA,
             "schema_version": SMASHED_SCHEMA_VERSION,
             "split": cut_to_json(self.spec),
@@ -105,6 +110,8 @@ class ShardManifest:
             "tar": {"name": self.tar_name, "bytes": self.tar_bytes, "sha256": self.tar_sha256},
             "members": [{"name": m.name, "offset": m.offset, "length": m.length, "sha256": m.sha256} for m in self.members],
         }
+        if not self.sampling.every_scan:
+            record[_SAMPLING_KEY] = {"gap": self.sampling.gap, "share": self.sampling.share}
         return canonical_json(record) + b"\n"
 
 
@@ -186,6 +193,18 @@ def _member(record: Any, index: int, offset: int, limit: int) -> ShardMember:
     return ShardMember(name=name, offset=offset + TAR_BLOCK, length=length, sha256=digest)
 
 
+def _sampling(record: Any) -> SceneSampling:
+    _keys(record, {"gap", "share"}, "the manifest's sampling")
+    gap, share = record["gap"], record["share"]
+    try:
+        rule = SceneSampling(gap=gap, share=float(share) if type(share) is int else share)
+    except InvalidInput as error:
+        raise BrokenShard(f"the manifest's sampling cannot be read: {error}") from error
+    if rule.every_scan:
+        raise BrokenShard("the manifest names a sampling that leaves no scan out; it is left away then")
+    return rule
+
+
 def parse_manifest(data: bytes) -> ShardManifest:
     """Read a manifest that comes from outside; every field is checked, and all sizes against each other.
 
@@ -208,7 +227,8 @@ def parse_manifest(data: bytes) -> ShardManifest:
             f"the shard has schema version {shown(record.get('schema_version'), most=20)}, this reader knows {SMASHED_SCHEMA_VERSION}; "
             "update the older side"
         )
-    _keys(record, _MANIFEST_KEYS, "the manifest")
+    sampled = _SAMPLING_KEY in record
+    _keys(record, _MANIFEST_KEYS | {_SAMPLING_KEY} if sampled else _MANIFEST_KEYS, "the manifest")
     _keys(record["tar"], {"name", "bytes", "sha256"}, "the manifest's tar")
     if record["codec"] not in CODECS:
         raise BrokenShard(f"the manifest's codec must be one of {CODECS}, found {shown(record['codec'], most=80)!r}")
@@ -231,6 +251,7 @@ def parse_manifest(data: bytes) -> ShardManifest:
         members=tuple(members),
         tar_sha256=_hash(record["tar"]["sha256"], "the manifest's tar sha256"),
         tar_bytes=tar_size(members),
+        sampling=_sampling(record[_SAMPLING_KEY]) if sampled else EVERY_SCAN,
     )
     if record["tar"]["name"] != manifest.tar_name:
         raise BrokenShard(

@@ -49,6 +49,7 @@ from .manifest import (
     tar_padding,
     tar_size,
 )
+from .sampling import EVERY_SCAN, SceneSampling
 
 MAX_SHARD_RAW_BYTES = 1 << 30
 """Bytes that the scenes of one shard may have together after decompression. Ingest takes 12 s (fp16) to 25 s (int8) of one core for a
@@ -139,6 +140,53 @@ def _tar_header(name: str, length: int) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT)
 
 
+def stage_shard(folder: Path, kind: SceneKind, blobs: Sequence[bytes], sampling: SceneSampling = EVERY_SCAN) -> ShardManifest:
+    """Write tar and manifest of a shard, complete and durable, under temporary names (`staged_names`).
+
+    Args:
+        folder: Where the shard will appear.
+        kind: Kind of its scenes.
+        blobs: The encoded scenes in the order of the tar. The caller has put them into random order.
+        sampling: The rule by which scans were left out before.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        OSError: The files cannot be written; nothing of them stays.
+    """
+    members, chunks, offset = [], [], 0
+    for blob in blobs:
+        digest = hashlib.sha256(blob).hexdigest()
+        name = digest[:32] + MEMBER_SUFFIX
+        members.append(ShardMember(name=name, offset=offset + TAR_BLOCK, length=len(blob), sha256=digest))
+        chunks += [_tar_header(name, len(blob)), blob, tar_padding(len(blob))]
+        offset += TAR_BLOCK + len(blob) + len(tar_padding(len(blob)))
+    chunks.append(TAR_TRAILER)
+    whole = hashlib.sha256()
+    for chunk in chunks:
+        whole.update(chunk)
+    manifest = ShardManifest(
+        spec=kind.spec,
+        encoder_fingerprint=kind.encoder_fingerprint,
+        codec=kind.codec,
+        members=tuple(members),
+        tar_sha256=whole.hexdigest(),
+        tar_bytes=tar_size(members),
+        sampling=sampling,
+    )
+    halves = [folder / name for name in staged_names(manifest.stem)]
+    try:
+        for half, content in zip(halves, (chunks, [manifest.to_json()]), strict=True):
+            write_atomically(half, content)
+    except OSError:
+        for half in halves:
+            with suppress(OSError):
+                half.unlink(missing_ok=True)
+        raise
+    return manifest
+
+
 @dataclass(frozen=True, kw_only=True)
 class AddedScene:
     """What adding one scene to a shard cost."""
@@ -170,6 +218,7 @@ class ShardWriter:
         max_seconds: Seconds after which a shard is written, also with fewer scenes; looked at when a scene is added. None means no
             limit.
         journal: Told about every shard before and after it appears.
+        sampling: The rule by which scans were left out before; the manifest records it.
 
     Raises:
         InvalidInput: The codec is unknown, `scenes_per_shard` is outside 1..10000, or `max_seconds` is not positive.
@@ -194,6 +243,7 @@ class ShardWriter:
         max_bytes: int = 256 << 20,
         max_seconds: float | None = None,
         journal: ShardJournal | None = None,
+        sampling: SceneSampling = EVERY_SCAN,
     ) -> None:
         if not 1 <= scenes_per_shard <= MAX_MEMBERS:
             raise InvalidInput(f"scenes_per_shard must be 1..{MAX_MEMBERS}, found {scenes_per_shard}")
@@ -207,6 +257,7 @@ class ShardWriter:
         self._max_seconds = max_seconds
         self._max_raw_bytes = max(MAX_SHARD_RAW_BYTES, max_raw_bytes(spec))
         self._journal = journal
+        self._sampling = sampling
         self._blobs: list[bytes] = []
         self._scene_ids: list[str] = []
         self._raw_bytes = 0
@@ -319,35 +370,7 @@ class ShardWriter:
     def _stage(self) -> ShardManifest:
         """Write tar and manifest, complete and durable, under temporary names."""
         secrets.SystemRandom().shuffle(self._blobs)
-        members, chunks, offset = [], [], 0
-        for blob in self._blobs:
-            digest = hashlib.sha256(blob).hexdigest()
-            name = digest[:32] + MEMBER_SUFFIX
-            members.append(ShardMember(name=name, offset=offset + TAR_BLOCK, length=len(blob), sha256=digest))
-            chunks += [_tar_header(name, len(blob)), blob, tar_padding(len(blob))]
-            offset += TAR_BLOCK + len(blob) + len(tar_padding(len(blob)))
-        chunks.append(TAR_TRAILER)
-        whole = hashlib.sha256()
-        for chunk in chunks:
-            whole.update(chunk)
-        manifest = ShardManifest(
-            spec=self.kind.spec,
-            encoder_fingerprint=self.kind.encoder_fingerprint,
-            codec=self.kind.codec,
-            members=tuple(members),
-            tar_sha256=whole.hexdigest(),
-            tar_bytes=tar_size(members),
-        )
-        halves = [self._folder / name for name in staged_names(manifest.stem)]
-        try:
-            for half, content in zip(halves, (chunks, [manifest.to_json()]), strict=True):
-                write_atomically(half, content)
-        except OSError:
-            for half in halves:
-                with suppress(OSError):
-                    half.unlink(missing_ok=True)
-            raise
-        return manifest
+        return stage_shard(self._folder, self.kind, self._blobs, self._sampling)
 
     def _publish(self, manifest: ShardManifest) -> None:
         """Let a staged shard appear. It may be called again after it was interrupted; without a journal a failure takes all back."""

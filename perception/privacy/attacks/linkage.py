@@ -148,17 +148,25 @@ class _Scenes:
         return (features + shape) / 2
 
     def aligned(self, rows: slice, columns: slice) -> Tensor:
-        """(Q, N) highest correlation of the coarse maps over all turns and shifts, by a Fourier transform of the shifts."""
+        """(Q, N) highest correlation of the coarse maps over all turns and shifts, by a Fourier transform of the shifts.
+
+        What all scenes share, such as the road ahead, is subtracted, and fine structure counts as much as coarse: the correlation of two
+        views of one place has a sharp peak then, and that of two streets has none.
+        """
         c = self.config
         height, width = (math.ceil(side / c.coarse_cell) + 1 for side in self._extent())
         down, along = (math.floor(reach / c.coarse_cell) for reach in (c.sideways, c.reach))
         shape = (_fast(height + down), _fast(width + along))
         sides, ways = _shifts(down, shape[0]), _shifts(along, shape[1])
-        right = self._spectrum(0.0, columns, shape)
+        pile = self._spectrum(0.0, shape)
+        power = pile.abs().square().mean((1, 2))
+        weight = (power + 0.05 * power.mean() + 1e-12).rsqrt()[:, None, None]
+        right = _of_norm_1(weight * _without_mean(pile), shape)[:, :, columns].contiguous()
         best = torch.full((rows.stop - rows.start, columns.stop - columns.start), -1.0)
         step = max(1, _BLOCK_BYTES // (right.shape[0] * right.shape[2] * 16))
         for turn in c.turns:
-            left = self._spectrum(math.radians(turn), rows, shape).conj().transpose(1, 2)  # (F, Q, C)
+            turned = self._spectrum(math.radians(turn), shape)
+            left = _of_norm_1(weight * _without_mean(turned), shape)[:, :, rows].conj().transpose(1, 2)  # (F, Q, C)
             for first in range(0, len(best), step):
                 cross = torch.bmm(left[:, first : first + step], right).permute(1, 2, 0)  # (q, N, F)
                 maps = torch.fft.irfft2(cross.reshape(*cross.shape[:2], shape[0], -1), s=shape)
@@ -174,10 +182,9 @@ class _Scenes:
             abs(low_y), abs(high_y)
         )
 
-    def _spectrum(self, turn: float, scenes: slice, shape: tuple[int, int]) -> Tensor:
-        """(F, C, N) Fourier transform of the turned coarse maps of some scenes; each scene has norm 1."""
-        chosen = (self.owner >= scenes.start) & (self.owner < scenes.stop)
-        cells, owner, count = self.cells[chosen], self.owner[chosen] - scenes.start, scenes.stop - scenes.start
+    def _spectrum(self, turn: float, shape: tuple[int, int]) -> Tensor:
+        """(F, C, N) Fourier transform of the turned coarse maps."""
+        cells, owner, count = self.cells, self.owner, self.count
         x, y = self.spec.position(cells[:, 1].float(), cells[:, 2].float())
         x, y = math.cos(turn) * x - math.sin(turn) * y, math.sin(turn) * x + math.cos(turn) * y
         low = self.spec.grid.range
@@ -186,7 +193,7 @@ class _Scenes:
         row, column = ((at - start) / self.config.coarse_cell for at, start in ((y, start_y), (x, start_x)))
         levels, channels = self.spec.shape[0], self.values.shape[1]
         bins = shape[0] * shape[1]
-        values = torch.cat([self.values[chosen], torch.ones(len(cells), 1)], 1)
+        values = torch.cat([self.values, torch.ones(len(cells), 1)], 1)
         maps = torch.zeros(count * levels * bins, channels + 1)
         for corner_row, row_share in _corners(row, shape[0]):  # a cell is shared out to four bins: shifts between bins fit too
             for corner_column, column_share in _corners(column, shape[1]):
@@ -198,6 +205,22 @@ class _Scenes:
         maps = torch.cat([features * norms[0], occupied * norms[1]], 3)
         maps = maps.permute(1, 3, 0, 2).reshape(levels * (channels + 1), count, *shape)
         return torch.fft.rfft2(maps).flatten(2).permute(2, 0, 1).contiguous()
+
+
+def _without_mean(spectrum: Tensor) -> Tensor:
+    """Subtract what the scenes have in common; of few scenes little can be told to be common."""
+    count = spectrum.shape[2]
+    return spectrum - spectrum.mean(2, keepdim=True) * (count / (count + 10))
+
+
+def _of_norm_1(spectrum: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Scale each scene of a spectrum (F, C, N) so that its maps have norm 1; an empty scene has none and becomes 0."""
+    twice = torch.full((shape[0], shape[1] // 2 + 1), 2.0)  # the half of a real spectrum that is not stored
+    twice[:, 0] = 1.0
+    if shape[1] % 2 == 0:
+        twice[:, -1] = 1.0
+    energy = (spectrum.abs().square().sum(1) * twice.view(-1, 1)).sum(0) / math.prod(shape)
+    return spectrum * _inverse(energy)
 
 
 def _whiten(features: Tensor, channels: int) -> Tensor:
