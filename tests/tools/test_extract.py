@@ -427,3 +427,46 @@ def test_files_that_are_no_scans_are_counted_and_an_image_size_without_a_camera_
     assert "files skipped: not a scan" in capsys.readouterr().out
     run(detector, tmp_path / "no", "--scans", folder, "--image-size", 1920, 1080, code=2)
     assert "--image-size" in capsys.readouterr().err
+
+
+def progress_of(out: Path) -> dict:
+    return json.loads(out.with_name(f"{out.name}.progress.json").read_text())
+
+
+def test_a_sampling_rule_leaves_scans_out_counts_them_and_is_recorded_as_a_rule_only(detector, scans, tmp_path, capsys):
+    """The progress file stays on the vehicle and names scans; what is uploaded holds the rule, as often as it has a shard, and no more."""
+    out, result = tmp_path / "out", tmp_path / "result.json"
+    run(detector, out, "--scans", scans, "--sample-gap", 2, "--json", result)
+    kept = [name for name, chosen in sorted(progress_of(out)["sampled"].items()) if chosen]
+    places = [int(name) for name in kept]
+    assert all(b - a > 2 for a, b in zip(places, places[1:], strict=False))
+    assert len(scenes_in(out)) == len(kept)
+    found = json.loads(result.read_text())
+    assert found["ledger"]["scans_left_out"] == 8 - len(kept)
+    assert f"{8 - len(kept)} of 8 scans stay on the vehicle" in capsys.readouterr().out
+    for path in out.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert record["sampling"] == {"gap": 2, "share": 1.0}
+        assert not any(name in path.read_text() for name in ALL)
+        assert read_manifest(path).sampling.gap == 2
+
+
+def test_a_run_that_goes_on_fills_no_gap_whatever_its_rule(detector, scans, tmp_path):
+    out, half = tmp_path / "out", tmp_path / "half.txt"
+    half.write_text("\n".join(sorted(ALL)[:5]))
+    run(detector, out, "--scans", scans, "--ids", half, "--sample-gap", 1)
+    first = progress_of(out)["sampled"]
+    run(detector, out, "--scans", scans, "--resume", "--sample-gap", 1)
+    second = progress_of(out)["sampled"]
+    assert {name: second[name] for name in first} == first
+    before = scenes_in(out)
+    run(detector, out, "--scans", scans, "--resume")
+    assert scenes_in(out) == before
+
+
+def test_without_a_rule_every_scan_is_uploaded_and_no_file_says_anything_about_sampling(detector, scans, tmp_path):
+    out = tmp_path / "out"
+    run(detector, out, "--scans", scans)
+    assert len(scenes_in(out)) == 8
+    assert "sampled" not in progress_of(out)
+    assert not any("sampling" in path.read_text() for path in out.glob("*.json"))

@@ -34,16 +34,16 @@ class LinkageConfig:
     channels: int = 16
     """Principal directions of the features that are compared, at most; the rest is mostly noise."""
 
-    coarse_cell: float = 1.6
-    """Side in meters of a cell of the coarse map."""
+    coarse_cell: float = 0.8
+    """Side in meters of a cell of the second map. Larger ones cost less time and find less."""
 
     reach: float = 40.0
     """Farthest shift ahead and back in meters. A vehicle that moved farther between two uploads is compared only up to it."""
 
-    sideways: float = 8.0
+    sideways: float = 4.0
     """Farthest shift to a side in meters."""
 
-    turns: tuple[float, ...] = (-6.0, -3.0, 0.0, 3.0, 6.0)
+    turns: tuple[float, ...] = (-4.0, 0.0, 4.0)
     """Turns in degrees that are tried. More of them find scenes of a curve."""
 
     def __post_init__(self) -> None:
@@ -135,15 +135,15 @@ class _Scenes:
         used, place = cell_index(self.cells, self.spec.shape).unique(return_inverse=True)
         position = self.owner * len(used) + place
         size = self.count * len(used)
-        occupied = _scattered(position, torch.ones(len(position)), size).view(self.count, -1)
+        occupied = self._without_mean(_scattered(position, torch.ones(len(position)), size).view(self.count, -1).T).T
         products = torch.zeros(self.count, self.count)[rows, columns]
         energy = torch.zeros(self.count)
         for channel in self.values.T:
-            block = _scattered(position, channel, size).view(self.count, -1)
+            block = self._without_mean(_scattered(position, channel, size).view(self.count, -1).T).T
             products += block[rows] @ block[columns].T
             energy += block.square().sum(1)
         features = products * _inverse(energy[rows])[:, None] * _inverse(energy[columns])
-        energy = occupied.sum(1)
+        energy = occupied.square().sum(1)
         shape = (occupied[rows] @ occupied[columns].T) * _inverse(energy[rows])[:, None] * _inverse(energy[columns])
         return (features + shape) / 2
 
@@ -161,18 +161,24 @@ class _Scenes:
         pile = self._spectrum(0.0, shape)
         power = pile.abs().square().mean((1, 2))
         weight = (power + 0.05 * power.mean() + 1e-12).rsqrt()[:, None, None]
-        right = _of_norm_1(weight * _without_mean(pile), shape)[:, :, columns].contiguous()
+        right = _of_norm_1(weight * self._without_mean(pile), shape)[:, :, columns].contiguous()
         best = torch.full((rows.stop - rows.start, columns.stop - columns.start), -1.0)
         step = max(1, _BLOCK_BYTES // (right.shape[0] * right.shape[2] * 16))
         for turn in c.turns:
             turned = self._spectrum(math.radians(turn), shape)
-            left = _of_norm_1(weight * _without_mean(turned), shape)[:, :, rows].conj().transpose(1, 2)  # (F, Q, C)
+            left = _of_norm_1(weight * self._without_mean(turned), shape)[:, :, rows].conj().transpose(1, 2)  # (F, Q, C)
             for first in range(0, len(best), step):
                 cross = torch.bmm(left[:, first : first + step], right).permute(1, 2, 0)  # (q, N, F)
                 maps = torch.fft.irfft2(cross.reshape(*cross.shape[:2], shape[0], -1), s=shape)
                 found = maps[:, :, sides][..., ways].amax((2, 3))
                 best[first : first + step] = torch.maximum(best[first : first + step], found)
         return best.clamp_min(0.0)
+
+    def _without_mean(self, maps: Tensor) -> Tensor:
+        """Subtract what the scenes (..., N) have in common; of few scenes little can be told to be common. Empty scenes stay empty."""
+        filled = torch.bincount(self.owner, minlength=self.count) > 0
+        count = int(filled.sum())
+        return (maps - maps.sum(-1, keepdim=True) / (count + 10)) * filled
 
     def _extent(self) -> tuple[float, float]:
         """Sides y, x in meters that turned cells may take."""
@@ -205,12 +211,6 @@ class _Scenes:
         maps = torch.cat([features * norms[0], occupied * norms[1]], 3)
         maps = maps.permute(1, 3, 0, 2).reshape(levels * (channels + 1), count, *shape)
         return torch.fft.rfft2(maps).flatten(2).permute(2, 0, 1).contiguous()
-
-
-def _without_mean(spectrum: Tensor) -> Tensor:
-    """Subtract what the scenes have in common; of few scenes little can be told to be common."""
-    count = spectrum.shape[2]
-    return spectrum - spectrum.mean(2, keepdim=True) * (count / (count + 10))
 
 
 def _of_norm_1(spectrum: Tensor, shape: tuple[int, int]) -> Tensor:
