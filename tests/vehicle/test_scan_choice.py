@@ -1,5 +1,6 @@
 """Thinning in time: gaps are kept, chance decides within them, and nothing that was decided changes."""
 
+import itertools
 import random
 from collections import Counter
 
@@ -18,7 +19,7 @@ def kept(chosen: dict[str, bool]) -> list[int]:
 
 def test_gaps_are_at_least_the_rule_and_drawn_up_to_twice_as_many():
     places = kept(choose_scans(NAMES, SceneSampling(gap=10), rng=random.Random(1)))
-    gaps = Counter(b - a - 1 for a, b in zip(places, places[1:], strict=False))
+    gaps = Counter(b - a - 1 for a, b in itertools.pairwise(places))
     assert set(gaps) == set(range(10, 21))
     assert max(gaps.values()) < 4 * min(gaps.values())  # 3000 / 16 = 188 gaps over 11 numbers
 
