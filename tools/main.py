@@ -31,6 +31,7 @@ COMMANDS = {
     "mix": ("mix", "gateway: shuffle the scenes of many vehicles into new shards"),
     "ingest": ("ingest", "server: verify shards, quarantine bad ones, add the rest to a store"),
     "upcycle": ("upcycle", "train on labeled frames and smashed scenes, by UpCycling or a baseline (--method)"),
+    "audit": ("audit", "measure what uploads give away: attacks on every defence, bytes, and AP; resumable"),
     "bench ops": ("bench_ops", "measure how fast the operators are"),
     "bench step": ("bench_step", "measure a training step of a detector"),
     "bench extract": ("bench_extract", "measure an extraction: milliseconds and bytes per scan"),

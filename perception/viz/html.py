@@ -8,6 +8,7 @@ or dark scheme, fits narrow and wide windows, and prints. Read next: `charts.py`
 from __future__ import annotations
 
 import base64
+import hashlib
 import itertools
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ _SVG_ELEMENTS = {
     *("svg", "g", "defs", "clipPath", "path", "line", "rect", "circle", "ellipse", "polyline", "polygon", "text", "tspan"),
     *("title", "desc"),
 }
+MOST_TABS = 40
 _CHART = "<figure class=chart>"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -165,6 +167,31 @@ def columns(blocks: Sequence[Block]) -> Block:
         One block.
     """
     return Block(f"<div class=columns>{''.join(f'<div>{block.html}</div>' for block in blocks)}</div>")
+
+
+def tabs(parts: Sequence[tuple[str, Block]]) -> Block:
+    """Show one of several blocks at a time; the reader chooses. It works without a script.
+
+    Args:
+        parts: (name, block) each, at most 40.
+
+    Returns:
+        One block.
+
+    Raises:
+        InvalidInput: There is no part, or there are too many.
+    """
+    if not 1 <= len(parts) <= MOST_TABS:
+        raise InvalidInput(f"tabs need 1 to {MOST_TABS} parts, found {len(parts)}")
+    group = hashlib.sha256("".join(name + block.html for name, block in parts).encode()).hexdigest()[:12]
+    choices = "".join(
+        f"<input type=radio name=t{group} id=t{group}-{i}{' checked' if i == 0 else ''}><label for=t{group}-{i}>{_text(name)}</label>"
+        for i, (name, _) in enumerate(parts)
+    )
+    bodies = "".join(f"<div>{block.html}</div>" for _, block in parts)
+    shown = ",".join(f"#t{group}-{i}:checked~.bodies>div:nth-child({i + 1})" for i in range(len(parts)))
+    style = f"<style>.tabs .bodies>div{{display:none}}{shown}{{display:block}}</style>"
+    return Block(f"{style}<div class=tabs>{choices}<div class=bodies>{bodies}</div></div>")
 
 
 def page(

@@ -1,0 +1,362 @@
+"""The audit: what uploads of a detector give away, with and without defences, measured by attacks.
+
+    setting (defences, codec) ─┬─ what is sent: bytes and cells per frame
+                               ├─ each attack: trained on the attacker's frames, scored on the victims'
+                               └─ AP after UpCycling on such uploads, where asked for
+
+Each of these is a *cell*. It is stored as soon as it is known, so that an audit that was stopped goes on. Every attack learns from the
+attacker's frames, chooses thresholds on the last tenth of them, and is scored on the victims' frames, which nothing else has seen.
+
+Read next: `audit_cells.py`, which measures one cell, and `audit_report.py`, which makes tables, plots and pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ...core.config_json import Json, config_from_json, config_to_json
+from ...core.cut import VoxelGrid
+from ...core.errors import InvalidInput, require, require_counts
+from ...datasets.data_split import DataSplit
+from ..evaluation.score import own_protocol
+from ..models.defences.table import DefenceConfig, describe_defences
+from ..models.detector import Detector
+from ..privacy.attacks.occupancy_decoder import DecoderSize
+from ..privacy.frames import AuditFrame, audit_frames
+from ..training.detector_files import DETECTOR_FILE, load_detector
+from .audit_cells import (
+    REBUILDING,
+    AttackName,
+    ExactMeasured,
+    LinkageMeasured,
+    RebuildMeasured,
+    SentMeasured,
+    measure_exact,
+    measure_linkage,
+    measure_rebuild,
+    measure_sent,
+)
+from .defend import defend_detector
+from .job_folder import PipelineConfig, RunOptions
+from .method_run import MethodResult, MethodRun
+from .pipeline import Pipeline
+from .presets import Preset
+from .result_cache import ResultCache
+
+UNDEFENDED = "undefended"
+"""Name of the setting without defences, which every audit has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditSetting:
+    """One way of uploading."""
+
+    name: str
+    """Name in tables and files: letters, digits, `-` and `_`."""
+    defences: tuple[DefenceConfig, ...] = ()
+    """Defences between encoder and upload, in order."""
+    codec: Literal["fp16", "int8"] = "fp16"
+    """How features are stored."""
+
+    def __str__(self) -> str:
+        return f"{describe_defences(self.defences)}, {self.codec}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditBudget:
+    """How much work the attackers put in. A weak attack measures nothing: compare numbers of equal budgets only."""
+
+    attacker_frames: int = 150
+    """Frames of the attacker at most."""
+    victim_frames: int = 50
+    """Frames that are scored at most."""
+    steps: int = 600
+    """Optimizer steps of the occupancy attack, with two frames each."""
+    size: DecoderSize = DecoderSize()
+    """Size of its network."""
+    exact_frames: int = 10
+    """Frames for which single points are computed; each takes seconds."""
+    defence_steps: int = 400
+    """Optimizer steps of the head of a region upload."""
+
+    def __post_init__(self) -> None:
+        require_counts(
+            "AuditBudget",
+            most=10_000_000,
+            attacker_frames=self.attacker_frames,
+            victim_frames=self.victim_frames,
+            steps=self.steps,
+            exact_frames=self.exact_frames,
+            defence_steps=self.defence_steps,
+        )
+
+
+QUICK = AuditBudget(attacker_frames=60, victim_frames=12, steps=150, exact_frames=3, defence_steps=150)
+"""A first look in minutes. Its attacks are weaker than those of the default budget: they find less than there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditUse:
+    """How the uploads are used: the training whose AP stands beside what they give away."""
+
+    preset: Preset
+    """Its `upcycle` settings are taken; the detector is the audited one."""
+    labeled: DataSplit
+    """Labeled frames of the server."""
+    fleet: DataSplit
+    """Frames of the fleet, which are smashed by every setting."""
+    validation: DataSplit
+    """Frames to score on."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the training. One seed resolves no difference of a few points."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditPlan:
+    """Everything that decides the numbers of an audit."""
+
+    detector: Path
+    """Run folder or file of the detector without defences."""
+    labeled: DataSplit
+    """Labeled frames that defences are fitted to. The attacker should not have them."""
+    attacker: DataSplit
+    """Frames of the attacker."""
+    victims: DataSplit
+    """Frames that are attacked. Neither detector nor attacker may have learned from them."""
+    drives: Path | None = None
+    """CSV file with the columns `id`, `drive` and perhaps `position` for the victims' frames, which linkage is scored with. None: linkage
+    is not measured. Without positions the order of the ids counts."""
+    settings: tuple[AuditSetting, ...] = ()
+    """Ways of uploading. The undefended one is added where it is missing."""
+    attacks: tuple[AttackName, ...] = REBUILDING
+    """Attacks by name."""
+    budget: AuditBudget = AuditBudget()
+    """How much work the attackers put in."""
+    seed: int = 0
+    """Every random draw."""
+
+    def __post_init__(self) -> None:
+        names = [setting.name for setting in self.settings]
+        require(len(set(names)) == len(names), f"the settings of an audit need different names, found {', '.join(names)}")
+        if UNDEFENDED not in names:
+            object.__setattr__(self, "settings", (AuditSetting(name=UNDEFENDED), *self.settings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingResult:
+    """What was measured of one setting."""
+
+    setting: AuditSetting
+    """The setting."""
+    sent: SentMeasured
+    """What leaves the vehicle."""
+    rebuilt: dict[AttackName, RebuildMeasured]
+    """Results of the attacks that rebuild a scan."""
+    exact: ExactMeasured | None
+    """Points that were computed exactly; None where nobody tried."""
+    linkage: LinkageMeasured | None
+    """What the pile of uploads gave away about order and origin; None where nobody tried, or the frames have no drives."""
+    used: dict[int, MethodResult]
+    """AP after UpCycling by seed; empty where nobody trained."""
+
+
+class Audit:
+    """An audit in a folder.
+
+    Example:
+        audit = Audit(plan, Path("runs/audit"))
+        for result in audit.results():
+            print(result.setting.name, result.sent.bytes_per_frame)
+    """
+
+    def __init__(self, plan: AuditPlan, folder: Path, *, use: AuditUse | None = None, say: Callable[[str], None] = print) -> None:
+        """Open the folder of an audit, or make it.
+
+        Args:
+            plan: What decides the numbers.
+            folder: Folder of the audit.
+            use: The training whose AP is measured; None measures none.
+            say: Called with one line when something is measured.
+
+        Raises:
+            InvalidInput: The folder holds another audit, or a file of the plan cannot be read.
+        """
+        self.plan, self.folder, self.use, self.say = plan, folder, use, say
+        self._detector = load_detector(plan.detector)
+        self.cache = ResultCache(folder / "cells", self._identity())
+
+    def _identity(self) -> dict[str, Json]:
+        plan = self.plan
+        path = plan.detector / DETECTOR_FILE if plan.detector.is_dir() else plan.detector
+        return {
+            "detector": hashlib.sha256(path.read_bytes()).hexdigest(),
+            **{name: getattr(plan, name).summary() for name in ("labeled", "attacker", "victims")},
+            "drives": None if plan.drives is None else hashlib.sha256(plan.drives.read_bytes()).hexdigest(),
+            "budget": config_to_json(plan.budget),
+            "seed": plan.seed,
+        }
+
+    @property
+    def grid(self) -> VoxelGrid:
+        """The input grid of the detector."""
+        return self._detector.spec.grid
+
+    def results(self) -> Iterator[SettingResult]:
+        """Measure what is missing, setting by setting.
+
+        Yields:
+            The result of each setting as soon as it is complete.
+        """
+        for setting in self.plan.settings:
+            yield self._result(setting)
+
+    def _result(self, setting: AuditSetting) -> SettingResult:
+        lazy = _Frames(self, setting)
+        sent = config_from_json(
+            SentMeasured, self._cell(setting, "sent", lambda: measure_sent(lazy.detector, lazy.victims, setting.codec))
+        )
+        rebuilt: dict[AttackName, RebuildMeasured] = {}
+        exact: ExactMeasured | None = None
+        linkage: LinkageMeasured | None = None
+        for name in self.plan.attacks:
+            if name == "exact":
+                stored = self._cell(
+                    setting,
+                    name,
+                    lambda: measure_exact(
+                        lazy.detector, lazy.attacker, lazy.victims, setting.codec, self.plan.budget.exact_frames
+                    ),
+                )
+                exact = config_from_json(ExactMeasured, stored)
+            elif name == "linkage":
+                stored = self._cell(setting, name, lambda: measure_linkage(lazy.victims, self.plan.drives))
+                linkage = config_from_json(LinkageMeasured, stored) if stored else None
+            else:
+                stored = self._cell(setting, name, lambda name=name: self._rebuild(name, lazy))
+                rebuilt[name] = config_from_json(RebuildMeasured, stored)
+        return SettingResult(setting=setting, sent=sent, rebuilt=rebuilt, exact=exact, linkage=linkage, used=self._used(setting))
+
+    def _rebuild(self, name: AttackName, lazy: _Frames) -> RebuildMeasured:
+        budget = self.plan.budget
+        return measure_rebuild(
+            name,
+            lazy.attacker,
+            lazy.victims,
+            detector=self._detector,
+            steps=budget.steps,
+            size=budget.size,
+            seed=self.plan.seed,
+            picture=self.folder / "scenes" / f"{lazy.setting.name}__{name}.npy",
+        )
+
+    def _cell(self, setting: AuditSetting, what: str, measure: Callable[[], object]) -> Json:
+        key = f"{setting.name}__{what}"
+        stored = {"setting": config_to_json(setting)}
+        if self.cache.has(key, self.plan.seed):
+            found = self.cache.read(key, self.plan.seed)
+            if found["setting"] != _plain(stored["setting"]):
+                raise InvalidInput(
+                    f"{self.cache.path(key, self.plan.seed)} is of another setting with the name {setting.name!r}; give the new "
+                    "setting another name"
+                )
+            return found["measured"]
+        self.say(f"{setting.name} ({setting}): {what}")
+        measured = measure()
+        self.cache.write(key, self.plan.seed, {**stored, "measured": None if measured is None else config_to_json(measured)})
+        return self.cache.read(key, self.plan.seed)["measured"]
+
+    def detector_folder(self, setting: AuditSetting) -> Path:
+        """Find the run folder of the detector of a setting; it is made if it is not there.
+
+        Args:
+            setting: The setting.
+
+        Returns:
+            The folder or file; that of the plan where there is no defence.
+        """
+        if not setting.defences:
+            return self.plan.detector
+        folder = self.folder / "detectors" / setting.name
+        if not (folder / "defences.json").exists():
+            defend_detector(
+                self.plan.detector,
+                self.plan.labeled,
+                folder,
+                setting.defences,
+                steps=self.plan.budget.defence_steps,
+                seed=self.plan.seed,
+            )
+        return folder
+
+    def _used(self, setting: AuditSetting) -> dict[int, MethodResult]:
+        """AP after UpCycling by seed."""
+        use = self.use
+        if use is None:
+            return {}
+        found = {}
+        for seed in use.seeds:
+            folder = self.folder / "upcycling" / setting.name / f"seed{seed}"
+            config = PipelineConfig(
+                labeled=use.labeled,
+                fleet=use.fleet,
+                validation=use.validation,
+                protocol=own_protocol(use.validation.open()),
+                preset=use.preset,
+                seed=seed,
+                codec=setting.codec,
+                source_model=self.detector_folder(setting),
+            )
+            pipeline = Pipeline(config, folder, RunOptions(say=self.say, processes=1))
+            pipeline.extract_fleet()
+            found[seed] = dict(pipeline.results({"upcycling": MethodRun(method="upcycling", upcycle=use.preset.upcycle)}))[
+                "upcycling"
+            ]
+        return found
+
+
+class _Frames:
+    """The frames of one setting, smashed when they are first asked for."""
+
+    def __init__(self, audit: Audit, setting: AuditSetting) -> None:
+        self._audit, self.setting = audit, setting
+        self._detector: Detector | None = None
+        self._read: dict[str, list[AuditFrame]] = {}
+
+    @property
+    def detector(self) -> Detector:
+        """The detector of the setting."""
+        if self._detector is None:
+            self._detector = load_detector(self._audit.detector_folder(self.setting)).eval()
+        return self._detector
+
+    @property
+    def attacker(self) -> list[AuditFrame]:
+        """The attacker's frames."""
+        return self._frames("attacker", self._audit.plan.attacker, self._audit.plan.budget.attacker_frames)
+
+    @property
+    def victims(self) -> list[AuditFrame]:
+        """The victims' frames."""
+        return self._frames("victims", self._audit.plan.victims, self._audit.plan.budget.victim_frames)
+
+    def _frames(self, role: str, split: DataSplit, most: int) -> list[AuditFrame]:
+        if role not in self._read:
+            frames = split.open()
+            step = max(1, math.ceil(len(frames) / most))
+            torch.manual_seed(self._audit.plan.seed)
+            rows = range(0, len(frames), step)
+            self._read[role] = audit_frames((frames[i] for i in rows), self.detector.encoder, self.setting.codec)
+        return self._read[role]
+
+
+def _plain(value: Json) -> Json:
+    """A value as it comes back from a file."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,387 @@
+"""Measures one cell of an audit: what is sent, or what one attack makes of it.
+
+Read next: `perception/privacy/attacks/`, the attacks, and `perception/privacy/geometry_metrics.py`, the scores.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ...core.cut import cell_centers, cells_of_centers
+from ...core.errors import InvalidInput
+from ...core.features import CutFeatures
+from ...core.files import write_atomically
+from ...core.rig import RigSpec
+from ...core.smashed_scene import SmashedScene
+from ...core.text_files import read_text
+from ..models.detector import Detector
+from ..models.encoders.defended import DefendedEncoder
+from ..models.encoders.encoder import Encoder
+from ..models.encoders.fingerprint import encoder_fingerprint
+from ..models.encoders.pv_rcnn import PvRcnnEncoder
+from ..models.encoders.second import SecondEncoder
+from ..privacy.attacks.coordinates import CellCenters, MeanOccupancy, occupied_voxels, voxel_centers
+from ..privacy.attacks.exact_points import ExactPoints
+from ..privacy.attacks.linkage import chain_likeness, pile_likeness, recovered_order
+from ..privacy.attacks.lone_voxels import LoneVoxels
+from ..privacy.attacks.occupancy import OccupancyAttack, OccupancyConfig
+from ..privacy.attacks.occupancy_decoder import DecoderSize
+from ..privacy.attacks.point_regression import PointRegressionAttack
+from ..privacy.detection_on_rebuilt import DetectionAp, detection_ap, raw_scans, rebuilt_scan
+from ..privacy.exact_points import ExactPointScore, score_exact_points
+from ..privacy.frames import AuditFrame, RebuildAttack, Rebuilt
+from ..privacy.geometry_metrics import MATCHED, GeometryScores, choose_best, score_all
+from ..privacy.linkage_metrics import LinkageScores, ordered_drives, score_linkage
+from ..privacy.true_scan import RegionRules, TrueScan
+from ..wire.codec import encode_scene
+
+AttackName = Literal["nothing", "cells", "regression", "coordinates", "occupancy", "voxels", "exact", "linkage"]
+"""`nothing`: the typical scan, no upload. `cells`: centers of the cells. `regression`: points regressed from features. `coordinates`: the
+occupancy attack shown cells without features. `occupancy`: the occupancy attack. `voxels`: no attack, the voxel centers of the raw scan,
+which bound what can be rebuilt. `exact`: single points computed. `linkage`: order and origin of a pile of uploads."""
+
+REBUILDING: tuple[AttackName, ...] = ("nothing", "cells", "regression", "coordinates", "occupancy", "voxels")
+"""Attacks that rebuild a scan."""
+DEVELOPMENT_SHARE = 0.1
+"""Share of the attacker's frames, the last ones, on which thresholds are chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentMeasured:
+    """What leaves the vehicle, per frame."""
+
+    frames: int
+    """Number of frames."""
+    raw_bytes_per_frame: float
+    """Bytes of the points in the grid as float32 columns."""
+    bytes_per_frame: float
+    """Bytes of an encoded scene."""
+    cells_per_frame: float
+    """Cells that are sent."""
+    keypoints_per_frame: float
+    """Keypoints that are sent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RebuildMeasured:
+    """What an attack that rebuilds scans reached."""
+
+    matched: GeometryScores
+    """Scores of as many points as the truth has occupied voxels."""
+    best: GeometryScores
+    """Scores of the points above the threshold that is best on the attacker's own frames."""
+    bits_per_voxel: float | None
+    """What a true scan costs to store for somebody who has upload and attack, in bits for each occupied voxel; None for an attack
+    that gives no probabilities."""
+    ap: DetectionAp | None
+    """What the detector finds in the rebuilt scans, at matched density; None without labels."""
+    training_seconds: float
+    """Duration of the attack's training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactMeasured:
+    """Single points that were computed to the centimeter."""
+
+    raw_balls: ExactPointScore
+    """From balls of raw points around keypoints. No claims where the encoder has none."""
+    lone_voxels: ExactPointScore
+    """From everything else that was sent: voxels without neighbors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkageMeasured:
+    """What the pile of uploads gave away."""
+
+    scores: LinkageScores
+    """Neighbors in time, drives, and order."""
+    scenes: int
+    """Number of uploads in the pile."""
+    drives: int
+    """Number of drives."""
+
+
+@torch.no_grad()
+def measure_sent(detector: Detector, frames: Sequence[AuditFrame], codec: str) -> SentMeasured:
+    """Measure what leaves the vehicle.
+
+    Args:
+        detector: Its encoder made the uploads.
+        frames: The frames.
+        codec: How features are stored.
+
+    Returns:
+        Means over the frames.
+    """
+    fingerprint = encoder_fingerprint(detector.encoder, RigSpec())
+    sizes = [len(encode_scene(_at_rest(frame.upload, codec, fingerprint))) for frame in frames]
+    raw = [len(frame.scan) * 4 * (3 + frame.scan.features.shape[1]) for frame in frames]
+    return SentMeasured(
+        frames=len(frames),
+        raw_bytes_per_frame=float(np.mean(raw)),
+        bytes_per_frame=float(np.mean(sizes)),
+        cells_per_frame=float(np.mean([len(f.upload.voxels.coords) for f in frames])),
+        keypoints_per_frame=float(np.mean([0 if f.upload.keypoints is None else len(f.upload.keypoints.xyz) for f in frames])),
+    )
+
+
+def _at_rest(upload: CutFeatures, codec: str, fingerprint: str) -> SmashedScene:
+    cells = upload.voxels.sorted()
+    keypoints = upload.keypoints
+    return SmashedScene(
+        spec=upload.spec,
+        coords=cells.coords[:, 1:].contiguous(),
+        features=cells.features,
+        codec=codec,
+        encoder_fingerprint=fingerprint,
+        scene_id="0" * 32,
+        **(
+            {}
+            if keypoints is None
+            else {"keypoint_cells": cells_of_centers(keypoints.xyz, upload.spec.grid), "keypoint_features": keypoints.features}
+        ),
+    )
+
+
+def rebuild_attack(name: AttackName, *, steps: int, size: DecoderSize, seed: int) -> RebuildAttack:
+    """Make an attack that rebuilds scans.
+
+    Args:
+        name: Its name.
+        steps: Optimizer steps of an attack that learns.
+        size: Size of the network of the occupancy attack.
+        seed: Every random draw.
+
+    Returns:
+        The attack, not trained.
+
+    Raises:
+        InvalidInput: The name is that of another kind of attack.
+    """
+    match name:
+        case "nothing":
+            return MeanOccupancy()
+        case "cells":
+            return CellCenters()
+        case "regression":
+            return PointRegressionAttack()
+        case "coordinates":
+            return OccupancyAttack(OccupancyConfig(sees="coordinates", steps=steps, size=size, seed=seed))
+        case "occupancy":
+            return OccupancyAttack(OccupancyConfig(steps=steps, size=size, seed=seed))
+        case "voxels":
+            return _UpperBound()
+    raise InvalidInput(f"the attack {name} rebuilds no scan")
+
+
+class _UpperBound:
+    """No attack: the voxel centers of the true scan."""
+
+    def train(self, frames: Sequence[AuditFrame]) -> None:
+        """Learn nothing."""
+
+    def rebuild(self, upload: CutFeatures) -> Rebuilt:
+        """Not used: `_rebuilt` takes the scan itself."""
+        raise NotImplementedError
+
+
+def measure_rebuild(
+    name: AttackName,
+    attacker: Sequence[AuditFrame],
+    victims: Sequence[AuditFrame],
+    *,
+    detector: Detector,
+    steps: int,
+    size: DecoderSize,
+    seed: int,
+    picture: Path | None = None,
+) -> RebuildMeasured:
+    """Train an attack on the attacker's frames and score it on the victims'.
+
+    Args:
+        name: The attack.
+        attacker: Frames of the attacker; the last tenth only chooses the threshold of the operating point "best".
+        victims: Frames to score on.
+        detector: The detector without defences, whose AP on rebuilt scans is measured.
+        steps: Optimizer steps of an attack that learns.
+        size: Size of the network of the occupancy attack.
+        seed: Every random draw.
+        picture: Where the rebuilt scan of the first victim is written, (N, 3) float32 at matched density; None writes none.
+
+    Returns:
+        The scores.
+
+    Raises:
+        InvalidInput: The attacker has fewer than two frames.
+    """
+    if len(attacker) < 2:
+        raise InvalidInput(
+            f"an attacker needs at least two frames, one to learn from and one to choose a threshold, found {len(attacker)}"
+        )
+    held = max(1, math.ceil(DEVELOPMENT_SHARE * len(attacker)))
+    attack = rebuild_attack(name, steps=steps, size=size, seed=seed)
+    start = time.perf_counter()
+    attack.train(attacker[:-held])
+    seconds = time.perf_counter() - start
+    rules = RegionRules(classes=detector.class_names)
+    development = [(_rebuilt(attack, frame), TrueScan.of(frame, rules)) for frame in attacker[-held:]]
+    best = choose_best(development)
+    pairs = [(_rebuilt(attack, frame), TrueScan.of(frame, rules)) for frame in victims]
+    selected = [torch.from_numpy(MATCHED.select(rebuilt, truth)).float() for rebuilt, truth in pairs]
+    if picture is not None:
+        _write_points(picture, selected[0])
+    bits = None
+    if isinstance(attack, OccupancyAttack):
+        bits = float(np.mean([attack.code_length(frame.upload, frame.scan) for frame in victims]))
+    return RebuildMeasured(
+        matched=score_all(pairs),
+        best=score_all(pairs, best),
+        bits_per_voxel=bits,
+        ap=_ap(detector, victims, selected, attacker),
+        training_seconds=seconds,
+    )
+
+
+def _rebuilt(attack: RebuildAttack, frame: AuditFrame) -> Rebuilt:
+    if isinstance(attack, _UpperBound):
+        return voxel_centers(frame.scan, frame.upload.spec.grid)
+    return attack.rebuild(frame.upload)
+
+
+def _ap(
+    detector: Detector, victims: Sequence[AuditFrame], points: Sequence[torch.Tensor], attacker: Sequence[AuditFrame]
+) -> DetectionAp | None:
+    if any(frame.labels is None for frame in victims):
+        return None
+    names = detector.point_features
+    known = [f.scan.features.mean() for f in attacker if f.scan.features.numel()]
+    constant = float(torch.stack(known).mean()) if known else 0.0
+    return detection_ap(detector, victims, [rebuilt_scan(xyz, names, constant=constant) for xyz in points], detector.class_names)
+
+
+def raw_ap(detector: Detector, victims: Sequence[AuditFrame]) -> DetectionAp | None:
+    """Measure what the detector finds in the raw scans: the upper bound of AP on rebuilt ones.
+
+    Args:
+        detector: The detector.
+        victims: The frames.
+
+    Returns:
+        AP by class; None without labels.
+    """
+    if any(frame.labels is None for frame in victims):
+        return None
+    return detection_ap(detector, victims, raw_scans(victims), detector.class_names)
+
+
+def measure_exact(
+    detector: Detector, attacker: Sequence[AuditFrame], victims: Sequence[AuditFrame], codec: str, frames: int
+) -> ExactMeasured:
+    """Compute single points of the victims' scans.
+
+    Args:
+        detector: Its encoder made the uploads. Points are computed where no defence changes the features.
+        attacker: Frames that choose how large a residual may be.
+        victims: Frames to score on.
+        codec: How features were stored.
+        frames: How many frames of each are used.
+
+    Returns:
+        Points computed from balls of raw points, and from voxels without neighbors.
+    """
+    encoder = _solvable(detector.encoder)
+    balls = lone = ExactPointScore()
+    if encoder is None:
+        return ExactMeasured(raw_balls=balls, lone_voxels=lone)
+    chosen, scored = attacker[:frames], victims[:frames]
+    if isinstance(encoder, PvRcnnEncoder):
+        attack = ExactPoints(encoder, codec)
+        attack.train(chosen)
+        balls = _exact(attack, scored)
+    voxels = LoneVoxels(encoder, codec)
+    voxels.train(chosen)
+    return ExactMeasured(raw_balls=balls, lone_voxels=_exact(voxels, scored))
+
+
+def _solvable(encoder: Encoder) -> SecondEncoder | PvRcnnEncoder | None:
+    """The encoder whose equations are solved; None where a defence sends other channels than it computes."""
+    if isinstance(encoder, DefendedEncoder):
+        return None if encoder.upload_spec != encoder.spec else _solvable(encoder.encoder)
+    return encoder if isinstance(encoder, SecondEncoder | PvRcnnEncoder) else None
+
+
+def _exact(attack: ExactPoints | LoneVoxels, frames: Sequence[AuditFrame]) -> ExactPointScore:
+    total = ExactPointScore()
+    for frame in frames:
+        grid = frame.upload.spec.grid
+        guesses = cell_centers(occupied_voxels(frame.scan, grid), grid)
+        total = total + score_exact_points(attack.rebuild(frame.upload).xyz, frame.scan.xyz, guesses)
+    return total
+
+
+def measure_linkage(frames: Sequence[AuditFrame], drives: Path | None) -> LinkageMeasured | None:
+    """Look for order and origin in a pile of uploads.
+
+    Args:
+        frames: The frames whose uploads are the pile.
+        drives: CSV file with the drive, and perhaps the position, of each frame.
+
+    Returns:
+        The scores; None without a file.
+
+    Raises:
+        InvalidInput: The file cannot be read, or a frame is not in it.
+    """
+    if drives is None:
+        return None
+    known = read_drives(drives)
+    missing = [frame.id for frame in frames if frame.id not in known]
+    if missing:
+        raise InvalidInput(f"{drives} names no drive of {len(missing)} of {len(frames)} frames, such as {missing[0]}")
+    names = [known[frame.id][0] for frame in frames]
+    positions = [known[frame.id][1] for frame in frames]
+    shuffled = np.random.default_rng(0).permutation(len(frames)).tolist()  # the recording's order helps no attack
+    uploads = [frames[i].upload for i in shuffled]
+    names, positions = [names[i] for i in shuffled], [positions[i] for i in shuffled]
+    score = pile_likeness(uploads).score
+    orders = [recovered_order(score[rows][:, rows]) for rows in ordered_drives(names, positions).values()]
+    scores = score_linkage(score, chain_likeness(score), orders, names, positions)
+    return LinkageMeasured(scores=scores, scenes=len(frames), drives=len(set(names)))
+
+
+def read_drives(path: Path) -> dict[str, tuple[str, int]]:
+    """Read the drives of frames.
+
+    Args:
+        path: CSV file with the columns `id`, `drive` and perhaps `position`.
+
+    Returns:
+        Drive and position by frame id. Without positions, the order of the ids in each drive counts.
+
+    Raises:
+        InvalidInput: A column is missing, or a position is no whole number.
+    """
+    rows = list(csv.DictReader(io.StringIO(read_text(path, "the drives of frames"))))
+    if not rows or not {"id", "drive"} <= rows[0].keys():
+        raise InvalidInput(f"{path} needs the columns id and drive, found {', '.join(rows[0]) if rows else 'no row'}")
+    order = {row["id"]: number for number, row in enumerate(sorted(rows, key=lambda r: r["id"]))}
+    try:
+        return {row["id"]: (row["drive"], int(row["position"]) if row.get("position") else order[row["id"]]) for row in rows}
+    except ValueError as error:
+        raise InvalidInput(f"{path}: a position must be a whole number ({error})") from error
+
+
+def _write_points(path: Path, points: torch.Tensor) -> None:
+    content = io.BytesIO()
+    np.save(content, points.numpy())
+    write_atomically(path, content.getvalue())

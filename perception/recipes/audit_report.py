@@ -1,0 +1,313 @@
+"""Tables, plots, pictures and the page of an audit.
+
+Read next: `audit.py`, which measures, and `perception/privacy/leak_share.py` for the leak share.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...core.config_json import config_to_json
+from ...core.errors import InvalidInput
+from ...core.files import write_atomically
+from ...core.provenance import Provenance
+from ...core.structures import PointCloud
+from ...datasets.prepared import PreparedDataset
+from ..privacy.frames import inside_grid
+from ..privacy.geometry_metrics import GeometryScores
+from ..privacy.leak_share import leak_share
+from ..privacy.mean_score import MeanScore
+from ..viz.bev import Panel, bev_panels_png
+from ..viz.charts import Series, line_chart
+from ..viz.html import Block, Section, figure_png, figure_svg, page, paragraph, table, tabs, write_html
+from .audit import UNDEFENDED, Audit, SettingResult
+from .audit_cells import AttackName, RebuildMeasured
+from .upcycling_report import TextTable
+
+STRONGEST: AttackName = "occupancy"
+"""The attack that plots and leak shares are about."""
+_NAMES: dict[AttackName, str] = {
+    "nothing": "nothing (typical scan)",
+    "cells": "cell centers, no learning",
+    "regression": "points regressed from features",
+    "coordinates": "occupancy, cells without features",
+    "occupancy": "occupancy, everything sent",
+    "voxels": "upper bound: voxels of the raw scan",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingSummary:
+    """One row of the summary: a setting, its price and what it gives away."""
+
+    name: str
+    """Name of the setting."""
+    what: str
+    """Defences and codec."""
+    bytes_per_frame: float
+    """Bytes of an encoded scene."""
+    raw_bytes_per_frame: float
+    """Bytes of the raw scan."""
+    f_scene: float | None
+    """F-score at 0.2 m of the strongest attack, whole scene, matched density."""
+    f_above_road: float | None
+    """The same for the background above the road."""
+    f_objects: dict[str, float | None]
+    """The same inside objects, by class."""
+    leak: float | None
+    """Leak share of the whole scene."""
+    bits_per_voxel: float | None
+    """Code length of a scan given the upload."""
+    exact_per_scan: float | None
+    """Points computed to the centimeter, per scan."""
+    exact_chance: float | None
+    """The same for guesses of as many voxel centers."""
+    neighbor: float | None
+    """Share of scenes whose neighbor in time is found."""
+    neighbor_chance: float | None
+    """The same by guessing."""
+    ap: dict[str, tuple[float, ...]]
+    """AP after UpCycling, by metric: one value per seed."""
+
+
+def summarize_audit(results: Sequence[SettingResult]) -> list[SettingSummary]:
+    """Make one row per setting.
+
+    Args:
+        results: What was measured; the undefended setting among them.
+
+    Returns:
+        The rows in the same order.
+    """
+    plain = next((r for r in results if r.setting.name == UNDEFENDED), None)
+    return [_summary(result, plain) for result in results]
+
+
+def _summary(result: SettingResult, plain: SettingResult | None) -> SettingSummary:
+    found = result.rebuilt.get(STRONGEST)
+    scores = found.matched if found else None
+    exact = result.exact
+    linked = result.linkage.scores if result.linkage else None
+    metrics = {name for run in result.used.values() for name in run.student}
+    return SettingSummary(
+        name=result.setting.name,
+        what=str(result.setting),
+        bytes_per_frame=result.sent.bytes_per_frame,
+        raw_bytes_per_frame=result.sent.raw_bytes_per_frame,
+        f_scene=scores.scene.f_20cm.mean if scores else None,
+        f_above_road=scores.background_above_road.f_20cm.mean if scores else None,
+        f_objects={c.name: c.scores.f_20cm.mean for c in scores.objects} if scores else {},
+        leak=_leak(result, plain),
+        bits_per_voxel=found.bits_per_voxel if found else None,
+        exact_per_scan=None if exact is None else exact.raw_balls.recovered_per_scan + exact.lone_voxels.recovered_per_scan,
+        exact_chance=None if exact is None else exact.raw_balls.chance_per_scan + exact.lone_voxels.chance_per_scan,
+        neighbor=linked.neighbor.found if linked else None,
+        neighbor_chance=linked.neighbor.chance if linked else None,
+        ap={name: tuple(result.used[seed].student[name] for seed in sorted(result.used)) for name in sorted(metrics)},
+    )
+
+
+def _leak(result: SettingResult, plain: SettingResult | None) -> float | None:
+    if plain is None or STRONGEST not in result.rebuilt or not {STRONGEST, "nothing"} <= plain.rebuilt.keys():
+        return None
+    f = [_f20(r) for r in (result.rebuilt[STRONGEST], plain.rebuilt["nothing"], plain.rebuilt[STRONGEST])]
+    try:
+        return leak_share(f[0], nothing=f[1], undefended=f[2]).value
+    except InvalidInput:  # the attack sees no leak: there is none to share
+        return None
+
+
+def _f20(measured: RebuildMeasured) -> MeanScore:
+    return measured.matched.scene.f_20cm
+
+
+def summary_table(rows: Sequence[SettingSummary]) -> TextTable:
+    """The frontier as a table: one row per setting.
+
+    Args:
+        rows: The settings.
+
+    Returns:
+        The table.
+    """
+    classes = list(dict.fromkeys(name for row in rows for name in row.f_objects))
+    metrics = list(dict.fromkeys(name for row in rows for name in row.ap))
+    header = (
+        "setting",
+        "kB",
+        "of raw",
+        "F@0.2",
+        "L",
+        "above road",
+        *classes,
+        "bits",
+        "exact",
+        "neighbor",
+        *(f"AP {name}" for name in metrics),
+    )
+    body = [
+        (
+            row.name,
+            f"{row.bytes_per_frame / 1000:.1f}",
+            f"{row.bytes_per_frame / max(row.raw_bytes_per_frame, 1):.2f}",
+            _number(row.f_scene, 3),
+            _number(row.leak, 2),
+            _number(row.f_above_road, 3),
+            *(_number(row.f_objects.get(name), 3) for name in classes),
+            _number(row.bits_per_voxel, 2),
+            _with_chance(row.exact_per_scan, row.exact_chance, 2),
+            _with_chance(row.neighbor, row.neighbor_chance, 3),
+            *(_mean_and_spread(row.ap.get(name, ())) for name in metrics),
+        )
+        for row in rows
+    ]
+    caption = (
+        "What each setting sends and gives away. F@0.2: the occupancy attack at matched density; L: leak share; above road: background; "
+        "bits: of a scan given the upload; exact: points per scan within 1 cm (by chance); neighbor: found in time (by chance)"
+    )
+    return TextTable(caption, header, body)
+
+
+def attack_table(result: SettingResult) -> TextTable:
+    """All attacks on one setting that rebuild a scan.
+
+    Args:
+        result: What was measured of the setting.
+
+    Returns:
+        The table.
+    """
+    header = (
+        "attack", "F@0.1", "F@0.2", "F@0.5", "best F@0.2", "Chamfer m", "Hausdorff m", "above road F@0.2", "per voxel F@0.2",
+        "objects F@0.2", "IoU", "points per voxel", "bits", "AP 3D on it",
+    )  # fmt: skip
+    body = [(_NAMES.get(name, name), *_attack_row(found)) for name, found in result.rebuilt.items()]
+    return TextTable(f"Attacks on {result.setting.name} ({result.setting}), at matched density", header, body)
+
+
+def _attack_row(found: RebuildMeasured) -> tuple[str, ...]:
+    s: GeometryScores = found.matched
+    objects = ", ".join(f"{c.name} {c.scores.f_20cm}" for c in s.objects) or "-"
+    ap = "-" if found.ap is None else ", ".join(f"{c.name} {c.box_3d_loose:.1f}" for c in found.ap.classes) or "-"
+    return (
+        str(s.scene.f_10cm), str(s.scene.f_20cm), str(s.scene.f_50cm), str(found.best.scene.f_20cm), str(s.chamfer), str(s.hausdorff),
+        str(s.background_above_road.f_20cm), str(s.voxels.f_20cm), objects, str(s.iou), str(s.points_per_voxel),
+        _number(found.bits_per_voxel, 2), ap,
+    )  # fmt: skip
+
+
+def write_report(audit: Audit, results: Sequence[SettingResult], *, made_by: Provenance | None = None) -> Path:
+    """Write `summary.json`, `audit.md`, `scenes.png` and `audit.html` into the folder of an audit.
+
+    Args:
+        audit: The audit.
+        results: What was measured.
+        made_by: Command, version and commit for the foot of the page.
+
+    Returns:
+        The page.
+    """
+    rows = summarize_audit(results)
+    record = {
+        "settings": [config_to_json(row) for row in rows],
+        "victims": results[0].sent.frames if results else 0,
+        "budget": config_to_json(audit.plan.budget),
+    }
+    write_atomically(audit.folder / "summary.json", (json.dumps(record, indent=1) + "\n").encode())
+    tables = [summary_table(rows), *(attack_table(result) for result in results if result.rebuilt)]
+    text = "\n\n".join(f"{t.caption}.\n\n{_markdown(t)}" for t in tables) + "\n"
+    write_atomically(audit.folder / "audit.md", text.encode())
+    pictures = _pictures(audit, results)
+    if pictures:
+        write_atomically(audit.folder / "scenes.png", pictures[0][1])
+    sections = [
+        Section("Summary", [paragraph(_lead(audit, rows)), _html(tables[0])]),
+        Section("Frontier", _frontier(rows)),
+        *(
+            [
+                Section(
+                    "True and rebuilt", [tabs([(name, figure_png(png, f"one victim's scan, {name}")) for name, png in pictures])]
+                )
+            ]
+            if pictures
+            else []
+        ),
+        Section("All attacks", [_html(t) for t in tables[1:]]),
+    ]
+    title = "What uploads give away"
+    path = audit.folder / "audit.html"
+    write_html(path, page(title, sections, subtitle=str(audit.plan.detector), made_by=made_by))
+    return path
+
+
+def _lead(audit: Audit, rows: Sequence[SettingSummary]) -> str:
+    budget = audit.plan.budget
+    return (
+        f"{len(rows)} settings, attacked by networks trained on at most {budget.attacker_frames} frames for {budget.steps} steps and scored on at "
+        f"most {budget.victim_frames} other frames. A stronger attacker finds more: these numbers are lower bounds of what is given away, "
+        "and no setting makes an upload harmless."
+    )
+
+
+def _frontier(rows: Sequence[SettingSummary]) -> list[Block]:
+    """Leak against bytes, and leak against AP."""
+    shown = [row for row in rows if row.f_scene is not None]
+    if not shown:
+        return [paragraph("The occupancy attack was not run, so there is no frontier.")]
+    kb = [Series(row.name, [row.bytes_per_frame / 1000], [row.f_scene or 0.0]) for row in shown]
+    blocks = [
+        figure_svg(line_chart(kb, "kB per frame", "F@0.2 m of the rebuilt scan", "Leak and bytes"), "Lower left is better.")
+    ]
+    for metric in dict.fromkeys(name for row in shown for name in row.ap):
+        points = [Series(row.name, [float(np.mean(row.ap[metric]))], [row.f_scene or 0.0]) for row in shown if row.ap.get(metric)]
+        chart = line_chart(points, f"AP after UpCycling, {metric}", "F@0.2 m of the rebuilt scan", f"Leak and {metric}")
+        blocks.append(figure_svg(chart, "Lower right is better."))
+    return blocks
+
+
+def _pictures(audit: Audit, results: Sequence[SettingResult]) -> list[tuple[str, bytes]]:
+    """One picture per setting: the first victim's scan, and what the strongest attack made of it."""
+    frames: PreparedDataset = audit.plan.victims.open()
+    grid = audit.grid
+    truth = inside_grid(frames[0].points, grid)
+    x0, y0, _, x1, y1, _ = grid.range
+    found = []
+    for result in results:
+        path = audit.folder / "scenes" / f"{result.setting.name}__{STRONGEST}.npy"
+        if not path.exists():
+            continue
+        xyz = torch.from_numpy(np.load(path, allow_pickle=False))
+        rebuilt = PointCloud(xyz=xyz, features=torch.zeros(len(xyz), 0), feature_names=())
+        panels = [Panel("true scan", truth), Panel(f"rebuilt: {result.setting.name}", rebuilt)]
+        found.append((result.setting.name, bev_panels_png(panels, class_names=(), view_range=(x0, y0, x1, y1), columns=2)))
+    return found
+
+
+def _html(text: TextTable) -> Block:
+    return table(text.header, text.rows, text.caption)
+
+
+def _markdown(text: TextTable) -> str:
+    lines = ["| " + " | ".join(text.header) + " |", "|" + "---|" * len(text.header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in text.rows)])
+
+
+def _number(value: float | None, decimals: int) -> str:
+    return "-" if value is None else f"{value:.{decimals}f}"
+
+
+def _with_chance(value: float | None, chance: float | None, decimals: int) -> str:
+    return "-" if value is None else f"{value:.{decimals}f} ({_number(chance, decimals)})"
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"

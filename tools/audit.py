@@ -1,0 +1,125 @@
+"""`upcycle3d audit`: what uploads give away, with and without defences. Read next: `perception/recipes/audit.py`."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..core.errors import InvalidInput
+from ..core.provenance import provenance_of_process
+from ..datasets.data_split import DataSplit
+from ..perception.models.defences.table import DefenceConfig, parse_defence
+from ..perception.recipes.audit import QUICK, Audit, AuditBudget, AuditPlan, AuditSetting, AuditUse
+from ..perception.recipes.audit_cells import REBUILDING, AttackName
+from ..perception.recipes.audit_report import attack_table, summarize_audit, summary_table, write_report
+from ..perception.recipes.job_inputs import find_preset
+from .console import console, print_table, run_command
+from .data_option import DataOption
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions:
+    """Measure what uploads of a detector give away: train attacks on frames of the attacker, score them on others."""
+
+    detector: Path
+    """Run folder or file of a detector without defences."""
+    attacker: DataOption
+    """Frames of the attacker, whose scans he knows, `train` where no split is named."""
+    victims: DataOption
+    """Frames that are attacked, `val` where no split is named. Neither detector nor attacker may have learned from them."""
+    out: Path
+    """Folder of the audit. What is measured there already is not measured again."""
+    labeled: DataOption | None = None
+    """Labeled frames that defences are fitted to; by default the attacker's, which is wrong where those have no labels."""
+    settings: tuple[str, ...] = ()
+    """Ways of uploading besides the undefended one, as NAME=DEFENCE+DEFENCE@CODEC: `small=region+noise:sigma=0.1@int8`, `int8=none@int8`."""
+    attacks: tuple[AttackName, ...] = (*REBUILDING, "exact")
+    """Attacks. docs/privacy.md explains each."""
+    drives: Path | None = None
+    """CSV file with the columns `id`, `drive` and perhaps `position` of the victims' frames; the attack `linkage` needs it."""
+    quick: bool = False
+    """A first look in minutes, with weaker attacks."""
+    budget: AuditBudget = AuditBudget()
+    """How much work the attackers put in; `--quick` replaces it."""
+    preset: str | None = None
+    """Measure AP after UpCycling too, with the settings of this preset; `--labeled`, `--fleet` and `--validation` are needed then."""
+    fleet: DataOption | None = None
+    """Frames of the fleet, which every setting smashes for UpCycling."""
+    validation: DataOption | None = None
+    """Labeled frames to score on after UpCycling."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of UpCycling."""
+    seed: int = 0
+    """Every other random draw."""
+
+
+def command(config: AuditOptions) -> None:
+    """Measure what uploads give away."""
+    start = time.perf_counter()
+    attacker = _split(config.attacker, "train")
+    plan = AuditPlan(
+        detector=config.detector,
+        labeled=attacker if config.labeled is None else _split(config.labeled, "train"),
+        attacker=attacker,
+        victims=_split(config.victims, "val"),
+        drives=config.drives,
+        settings=tuple(parse_setting(text) for text in config.settings),
+        attacks=config.attacks,
+        budget=QUICK if config.quick else config.budget,
+        seed=config.seed,
+    )
+    audit = Audit(plan, config.out, use=_use(config, plan), say=lambda text: console.print(text, soft_wrap=True))
+    results = list(audit.results())
+    for text in (summary_table(summarize_audit(results)), *(attack_table(result) for result in results if result.rebuilt)):
+        print_table(text.caption, text.header, text.rows)
+    report = write_report(audit, results, made_by=provenance_of_process())
+    console.print(f"{time.perf_counter() - start:.0f} s; report: {report}; table: {config.out / 'audit.md'}", soft_wrap=True)
+
+
+def parse_setting(text: str) -> AuditSetting:
+    """Read a way of uploading from the command line.
+
+    Args:
+        text: NAME=DEFENCE+DEFENCE@CODEC; `none` for no defence; without @CODEC the codec is fp16.
+
+    Returns:
+        The setting.
+
+    Raises:
+        InvalidInput: The text has another form, or a defence or the codec is unknown.
+    """
+    match = re.fullmatch(r"([A-Za-z0-9_-]+)=([^@]+)(?:@(\w+))?", text)
+    if not match:
+        raise InvalidInput(f"a setting is NAME=DEFENCE+DEFENCE@CODEC, as in small=region+noise:sigma=0.1@int8; found {text!r}")
+    name, defences, codec = match.groups()
+    made: tuple[DefenceConfig, ...] = () if defences == "none" else tuple(parse_defence(part) for part in defences.split("+"))
+    codecs: dict[str, Literal["fp16", "int8"]] = {"fp16": "fp16", "int8": "int8"}
+    if (codec or "fp16") not in codecs:
+        raise InvalidInput(f"there is no codec {codec!r}; it is fp16 or int8")
+    return AuditSetting(name=name, defences=made, codec=codecs[codec or "fp16"])
+
+
+def _split(data: DataOption, default: str) -> DataSplit:
+    return data.or_split(default)
+
+
+def _use(config: AuditOptions, plan: AuditPlan) -> AuditUse | None:
+    if config.preset is None:
+        return None
+    if config.labeled is None or config.fleet is None or config.validation is None:
+        raise InvalidInput("AP after UpCycling needs --labeled, --fleet and --validation besides --preset")
+    return AuditUse(
+        preset=find_preset(config.preset),
+        labeled=plan.labeled,
+        fleet=_split(config.fleet, "train"),
+        validation=_split(config.validation, "val"),
+        seeds=config.seeds,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))
