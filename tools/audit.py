@@ -15,7 +15,7 @@ from ..datasets.data_split import DataSplit
 from ..perception.models.defences.table import DefenceConfig, parse_defence
 from ..perception.recipes.audit import QUICK, Audit, AuditBudget, AuditPlan, AuditSetting, AuditUse
 from ..perception.recipes.audit_cells import REBUILDING, AttackName
-from ..perception.recipes.audit_report import attack_table, summarize_audit, summary_table, write_report
+from ..perception.recipes.audit_report import attack_table, summarize_audit, summary_table, write_audit_report
 from ..perception.recipes.job_inputs import find_preset
 from .console import console, print_table, run_command
 from .data_option import DataOption
@@ -76,7 +76,7 @@ def command(config: AuditOptions) -> None:
     results = list(audit.results())
     for text in (summary_table(summarize_audit(results)), *(attack_table(result) for result in results if result.rebuilt)):
         print_table(text.caption, text.header, text.rows)
-    report = write_report(audit, results, made_by=provenance_of_process())
+    report = write_audit_report(audit, results, made_by=provenance_of_process())
     console.print(f"{time.perf_counter() - start:.0f} s; report: {report}; table: {config.out / 'audit.md'}", soft_wrap=True)
 
 

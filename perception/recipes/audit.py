@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -227,25 +228,21 @@ class Audit:
         exact: ExactMeasured | None = None
         linkage: LinkageMeasured | None = None
         for name in self.plan.attacks:
+            stored = self._cell(setting, name, partial(self._attack, name, lazy))
             if name == "exact":
-                stored = self._cell(
-                    setting,
-                    name,
-                    lambda: measure_exact(
-                        lazy.detector, lazy.attacker, lazy.victims, setting.codec, self.plan.budget.exact_frames
-                    ),
-                )
                 exact = config_from_json(ExactMeasured, stored)
             elif name == "linkage":
-                stored = self._cell(setting, name, lambda: measure_linkage(lazy.victims, self.plan.drives))
                 linkage = config_from_json(LinkageMeasured, stored) if stored else None
             else:
-                stored = self._cell(setting, name, lambda name=name: self._rebuild(name, lazy))
                 rebuilt[name] = config_from_json(RebuildMeasured, stored)
         return SettingResult(setting=setting, sent=sent, rebuilt=rebuilt, exact=exact, linkage=linkage, used=self._used(setting))
 
-    def _rebuild(self, name: AttackName, lazy: _Frames) -> RebuildMeasured:
+    def _attack(self, name: AttackName, lazy: _Frames) -> RebuildMeasured | ExactMeasured | LinkageMeasured | None:
         budget = self.plan.budget
+        if name == "exact":
+            return measure_exact(lazy.detector, lazy.attacker, lazy.victims, lazy.setting.codec, budget.exact_frames)
+        if name == "linkage":
+            return measure_linkage(lazy.victims, self.plan.drives)
         return measure_rebuild(
             name,
             lazy.attacker,

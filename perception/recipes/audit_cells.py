@@ -10,7 +10,7 @@ import io
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -136,21 +136,19 @@ def measure_sent(detector: Detector, frames: Sequence[AuditFrame], codec: str) -
 
 
 def _at_rest(upload: CutFeatures, codec: str, fingerprint: str) -> SmashedScene:
-    cells = upload.voxels.sorted()
-    keypoints = upload.keypoints
-    return SmashedScene(
-        spec=upload.spec,
+    cells, keypoints = upload.voxels.sorted(), upload.keypoints
+    scene = SmashedScene(
+        spec=upload.spec if keypoints is None else replace(upload.spec, keypoints=None),
         coords=cells.coords[:, 1:].contiguous(),
         features=cells.features,
         codec=codec,
         encoder_fingerprint=fingerprint,
         scene_id="0" * 32,
-        **(
-            {}
-            if keypoints is None
-            else {"keypoint_cells": cells_of_centers(keypoints.xyz, upload.spec.grid), "keypoint_features": keypoints.features}
-        ),
     )
+    if keypoints is None:
+        return scene
+    places = cells_of_centers(keypoints.xyz, upload.spec.grid)
+    return replace(scene, spec=upload.spec, keypoint_cells=places, keypoint_features=keypoints.features)
 
 
 def rebuild_attack(name: AttackName, *, steps: int, size: DecoderSize, seed: int) -> RebuildAttack:

@@ -202,7 +202,7 @@ def _attack_row(found: RebuildMeasured) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def write_report(audit: Audit, results: Sequence[SettingResult], *, made_by: Provenance | None = None) -> Path:
+def write_audit_report(audit: Audit, results: Sequence[SettingResult], *, made_by: Provenance | None = None) -> Path:
     """Write `summary.json`, `audit.md`, `scenes.png` and `audit.html` into the folder of an audit.
 
     Args:

@@ -13,7 +13,7 @@ from upcycle3d.perception.models.defences.region import RegionConfig
 from upcycle3d.perception.privacy.attacks.occupancy_decoder import DecoderSize
 from upcycle3d.perception.recipes.audit import UNDEFENDED, Audit, AuditBudget, AuditPlan, AuditSetting
 from upcycle3d.perception.recipes.audit_cells import measure_linkage, read_drives
-from upcycle3d.perception.recipes.audit_report import summarize_audit, summary_table, write_report
+from upcycle3d.perception.recipes.audit_report import summarize_audit, summary_table, write_audit_report
 from upcycle3d.perception.training.detector_files import save_run_detector
 from upcycle3d.tools.audit import parse_setting
 
@@ -79,7 +79,7 @@ def test_the_report_shows_every_setting_and_attack(measured):
     rows = summarize_audit(results)
     assert [row.name for row in rows] == [UNDEFENDED, "half"]
     assert len(summary_table(rows).rows) == 2
-    page = write_report(audit, results).read_text()
+    page = write_audit_report(audit, results).read_text()
     for wanted in ("half", "upper bound: voxels of the raw scan", "lower bounds"):
         assert wanted in page
     record = json.loads((audit.folder / "summary.json").read_text())

@@ -60,7 +60,7 @@ def parse_defence(text: str) -> DefenceConfig:
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(kinds)}"
         raise InvalidInput(f"there is no defence {shown(name, most=80)!r}; {hint}")
     kind = kinds[name]
-    known = {f.name: f.default for f in fields(kind)}
+    known: dict[str, type[int] | type[float]] = {f.name: int if f.type == "int" else float for f in fields(kind)}
     values: dict[str, float] = {}
     for setting in filter(None, settings.split(",")):
         field, _, value = setting.partition("=")
@@ -68,11 +68,11 @@ def parse_defence(text: str) -> DefenceConfig:
         if field not in known:
             raise InvalidInput(f"the defence {name} has no setting {shown(field, most=80)!r}; it has {', '.join(known)}")
         try:
-            values[field] = type(known[field])(value)
+            values[field] = known[field](value)
         except ValueError as error:
-            wanted = "a whole number" if isinstance(known[field], int) else "a number"
+            wanted = "a whole number" if known[field] is int else "a number"
             raise InvalidInput(f"{name}:{field} needs {wanted}, found {shown(value, most=80)!r}") from error
-    return kind(**values)
+    return kind(**values)  # type: ignore[arg-type]
 
 
 def describe_defences(configs: Sequence[DefenceConfig]) -> str:
