@@ -1,7 +1,7 @@
 """Which uploads belong together: the frames before and after, one drive, one place. From features alone, without names or order.
 
 Two maps of each upload are compared. On the fine map a cell meets the same cell of the other upload, which finds scenes that are a
-meter apart. On the coarse map one upload is turned and pushed over the other, and the best of all turns and shifts counts, which finds
+meter apart. On the second map one upload is turned and pushed over the other, and the best of all turns and shifts counts, which finds
 scenes of a vehicle that moved on. Both maps hold whitened features and which cells are occupied. The attack learns nothing from
 frames with known scans: all it needs is the pile of uploads. Whoever has the encoder can put scans of a known place into the pile.
 
@@ -65,7 +65,8 @@ class Likeness:
 
     @property
     def score(self) -> Tensor:
-        """(Q, N) the mean of both, which the attack decides by."""
+        """(Q, N) the mean of both: best for scenes a few meters apart. `aligned` alone is better from about 10 m on, so an audit reports the
+        best of the three."""
         return (self.fine + self.aligned) / 2
 
 
