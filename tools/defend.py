@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..perception.models.defences.table import describe_defences, parse_defence
+from ..perception.privacy.obfuscator_training import ObfuscatorTraining
 from ..perception.recipes.defend import defend_detector
 from .console import console, print_table, run_command
 from .data_option import DataOption
@@ -27,6 +28,8 @@ class Defend:
     docs/privacy.md says what each does and what was measured."""
     steps: int = 400
     """Optimizer steps of the head of a region upload."""
+    obfuscator: ObfuscatorTraining = ObfuscatorTraining()
+    """How a learned obfuscator is trained."""
     seed: int = 0
     """Decides every random draw."""
 
@@ -34,20 +37,29 @@ class Defend:
 def command(config: Defend) -> None:
     """Give a trained detector defences."""
     defences = [parse_defence(text) for text in config.defences]
-    outcome = defend_detector(config.detector, config.data, config.out, defences, steps=config.steps, seed=config.seed)
+    outcome = defend_detector(
+        config.detector, config.data, config.out, defences, steps=config.steps, training=config.obfuscator, seed=config.seed
+    )
     rows: list[tuple[object, ...]] = [
         ("defences", describe_defences(defences)),
         ("labeled frames", outcome.frames),
         ("cells of a scene", f"{outcome.cells:,.0f}"),
         ("cells that are sent", f"{outcome.cells_sent:,.0f} ({outcome.cells_sent / max(outcome.cells, 1):.0%})"),
     ]
-    if (found := outcome.objectness) is not None:
+    if (found := outcome.fitted.objectness) is not None:
         rows += [
             ("objects in held-out frames", found.objects),
             ("objects sent at least in part", f"{found.objects_kept} ({found.objects_kept / max(found.objects, 1):.1%})"),
             ("cells of objects that are sent", f"{found.object_cells_kept:.1%}"),
             ("cells near possible objects", f"{found.cells_kept:.1%}"),
         ]
+    if (learned := outcome.fitted.obfuscator) is not None:
+        rows.append(
+            (
+                "adversary of the obfuscator",
+                f"{learned.adversary_bits:.1f} bits per cell; without features {learned.blind_bits:.1f}",
+            )
+        )
     print_table("defended", ("what", "value"), rows)
     console.print(
         f"detector and encoder: {config.out}; give its encoder.safetensors to the fleet, and --detector {config.out} to extract, "

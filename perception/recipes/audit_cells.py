@@ -36,7 +36,7 @@ from ..privacy.attacks.linkage import chain_likeness, pile_likeness, recovered_o
 from ..privacy.attacks.lone_voxels import LoneVoxels
 from ..privacy.attacks.occupancy import OccupancyAttack, OccupancyConfig
 from ..privacy.attacks.occupancy_decoder import DecoderSize
-from ..privacy.attacks.point_regression import PointRegressionAttack
+from ..privacy.attacks.point_regression import PointRegressionAttack, PointRegressionConfig
 from ..privacy.detection_on_rebuilt import DetectionAp, detection_ap, raw_scans, rebuilt_scan
 from ..privacy.exact_points import ExactPointScore, score_exact_points
 from ..privacy.frames import AuditFrame, RebuildAttack, Rebuilt
@@ -45,12 +45,13 @@ from ..privacy.linkage_metrics import LinkageScores, ordered_drives, score_linka
 from ..privacy.true_scan import RegionRules, TrueScan
 from ..wire.codec import encode_scene
 
-AttackName = Literal["nothing", "cells", "regression", "coordinates", "occupancy", "voxels", "exact", "linkage"]
-"""`nothing`: the typical scan, no upload. `cells`: centers of the cells. `regression`: points regressed from features. `coordinates`: the
+AttackName = Literal["nothing", "cells", "regression", "chamfer", "coordinates", "occupancy", "voxels", "exact", "linkage"]
+"""`nothing`: the typical scan, no upload. `cells`: centers of the cells. `regression`: points regressed from features by squared error, the
+weak attack of the first paper. `chamfer`: the same by Chamfer distance, which is not weak. `coordinates`: the
 occupancy attack shown cells without features. `occupancy`: the occupancy attack. `voxels`: no attack, the voxel centers of the raw scan,
 which bound what can be rebuilt. `exact`: single points computed. `linkage`: order and origin of a pile of uploads."""
 
-REBUILDING: tuple[AttackName, ...] = ("nothing", "cells", "regression", "coordinates", "occupancy", "voxels")
+REBUILDING: tuple[AttackName, ...] = ("nothing", "cells", "regression", "chamfer", "coordinates", "occupancy", "voxels")
 """Attacks that rebuild a scan."""
 DEVELOPMENT_SHARE = 0.1
 """Share of the attacker's frames, the last ones, on which thresholds are chosen."""
@@ -172,7 +173,9 @@ def rebuild_attack(name: AttackName, *, steps: int, size: DecoderSize, seed: int
         case "cells":
             return CellCenters()
         case "regression":
-            return PointRegressionAttack()
+            return PointRegressionAttack(PointRegressionConfig(loss="mse", seed=seed))
+        case "chamfer":
+            return PointRegressionAttack(PointRegressionConfig(loss="chamfer", seed=seed))
         case "coordinates":
             return OccupancyAttack(OccupancyConfig(sees="coordinates", steps=steps, size=size, seed=seed))
         case "occupancy":

@@ -35,7 +35,8 @@ STRONGEST: AttackName = "occupancy"
 _NAMES: dict[AttackName, str] = {
     "nothing": "nothing (typical scan)",
     "cells": "cell centers, no learning",
-    "regression": "points regressed from features",
+    "regression": "points regressed, squared error",
+    "chamfer": "points regressed, Chamfer distance",
     "coordinates": "occupancy, cells without features",
     "occupancy": "occupancy, everything sent",
     "voxels": "upper bound: voxels of the raw scan",

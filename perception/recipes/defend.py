@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 
-from ...core.errors import InvalidInput
+from ...core.errors import InvalidInput, require
 from ...core.features import CutFeatures
 from ...core.files import write_atomically
 from ...core.frame import Frame
@@ -25,11 +25,13 @@ from ...datasets.prepared import PreparedDataset
 from ..models.defences.bottleneck import Bottleneck
 from ..models.defences.defence import Defence
 from ..models.defences.noise import NoisyFeatures
+from ..models.defences.obfuscator import Obfuscator
 from ..models.defences.region import RegionUpload
 from ..models.defences.table import DefenceConfig, describe_defences
 from ..models.defended import defended
 from ..models.detector import Detector
 from ..models.encoders.defended import DefendedEncoder
+from ..privacy.obfuscator_training import ObfuscatorReport, ObfuscatorTraining, train_obfuscator
 from ..training.detector_files import DETECTOR_FILE, load_detector, save_run_detector
 from ..training.objectness import LabeledScene, ObjectnessReport, train_objectness
 from .job_inputs import Data, check_path, find_data
@@ -50,8 +52,18 @@ class DefendOutcome:
     """Mean number of cells of a scene without defences."""
     cells_sent: float
     """Mean number of cells of a scene with them."""
-    objectness: ObjectnessReport | None
+    fitted: FitReport
+    """How the defences that learn were fitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitReport:
+    """How the defences that learn were fitted."""
+
+    objectness: ObjectnessReport | None = None
     """What the objectness head of a region upload keeps of frames it did not learn from; None without one."""
+    obfuscator: ObfuscatorReport | None = None
+    """How the training of a learned obfuscator ended; None without one."""
 
 
 def defend_detector(
@@ -61,6 +73,7 @@ def defend_detector(
     defences: Sequence[DefenceConfig],
     *,
     steps: int = 400,
+    training: ObfuscatorTraining | None = None,
     augmented: int = 2,
     most_frames: int = 300,
     seed: int = 0,
@@ -73,6 +86,7 @@ def defend_detector(
         out: Folder to write; it must not hold a detector.
         defences: The defences, the first one next to the encoder.
         steps: Optimizer steps of an objectness head.
+        training: How a learned obfuscator is trained; None takes the defaults.
         augmented: Flipped, turned and scaled copies of each labeled frame that the head learns from, besides the frame itself.
         most_frames: Frames that are read at most.
         seed: Decides which frames are read and every random draw.
@@ -96,7 +110,8 @@ def defend_detector(
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(len(frames))[:most_frames]).tolist()
     encoder = cast(DefendedEncoder, guarded.encoder)
-    objectness = fit_defences(encoder, _scenes(encoder, frames, rows, augmented, rng), steps=steps, seed=seed)
+    scenes = _scenes(encoder, frames, rows, augmented, rng)
+    fitted = fit_defences(guarded, scenes, steps=steps, training=training or ObfuscatorTraining(), seed=seed)
     plain = [_encoded(encoder, frames[row]) for row in rows[:20]]
     sent = [_through(encoder.stages, scene, rng) for scene in plain]
     save_run_detector(out, guarded)
@@ -105,40 +120,50 @@ def defend_detector(
         frames=len(rows),
         cells=_mean_cells(plain),
         cells_sent=_mean_cells(sent),
-        objectness=objectness,
+        fitted=fitted,
     )
     record = {
         "defences": describe_defences(defences),
         "frames": outcome.frames,
         "cells": outcome.cells,
         "cells_sent": outcome.cells_sent,
-        "objectness": None if objectness is None else asdict(objectness),
+        "objectness": fitted.objectness and asdict(fitted.objectness),
+        "obfuscator": fitted.obfuscator and asdict(fitted.obfuscator),
     }
     write_atomically(out / REPORT_FILE, (json.dumps(record, indent=1) + "\n").encode())
     return outcome
 
 
-def fit_defences(encoder: DefendedEncoder, scenes: Sequence[LabeledScene], *, steps: int, seed: int) -> ObjectnessReport | None:
-    """Fit every defence of an encoder to labeled scenes, in place: each sees what the ones before it send.
+def fit_defences(
+    detector: Detector, scenes: Sequence[LabeledScene], *, steps: int, training: ObfuscatorTraining, seed: int
+) -> FitReport:
+    """Fit every defence of a detector to labeled scenes, in place: each sees what the ones before it send.
 
     Args:
-        encoder: The encoder with fresh defences.
-        scenes: Scenes as the encoder without defences computes them.
+        detector: The detector with fresh defences.
+        scenes: Scenes as its encoder computes them without defences.
         steps: Optimizer steps of an objectness head.
+        training: How a learned obfuscator is trained.
         seed: Every random draw.
 
     Returns:
-        What the head of a region upload keeps; None without one.
+        How the defences that learn were fitted.
+
+    Raises:
+        InvalidInput: A learned obfuscator stands behind a defence that changes the channels.
     """
-    found: ObjectnessReport | None = None
-    rng = np.random.default_rng([seed, 1])
-    for defence in encoder.stages:
+    report, rng = FitReport(), np.random.default_rng([seed, 1])
+    for defence in cast(DefendedEncoder, detector.encoder).stages:
         if isinstance(defence, RegionUpload):
-            found = train_objectness(defence, scenes, steps=steps, seed=seed)
+            report = replace(report, objectness=train_objectness(defence, scenes, steps=steps, seed=seed))
         elif isinstance(defence, NoisyFeatures | Bottleneck):
             defence.measure(CutFeatures.collate([scene.features for scene in scenes[:50]]))
-        scenes = [LabeledScene(features=_through([defence], s.features, rng), labels=s.labels) for s in scenes]
-    return found
+        elif isinstance(defence, Obfuscator):
+            require(defence.spec == detector.spec, "a learned obfuscator must stand before defences that change the channels")
+            pairs = [(scene.features, scene.scan) for scene in scenes]
+            report = replace(report, obfuscator=train_obfuscator(defence, detector, pairs, training, seed=seed))
+        scenes = [replace(scene, features=_through([defence], scene.features, rng)) for scene in scenes]
+    return report
 
 
 def _scenes(
@@ -153,7 +178,7 @@ def _scenes(
 
 def _labeled(encoder: DefendedEncoder, frame: Frame) -> LabeledScene:
     assert frame.labels is not None
-    return LabeledScene(features=_encoded(encoder, frame), labels=frame.labels)
+    return LabeledScene(features=_encoded(encoder, frame), labels=frame.labels, scan=frame.points)
 
 
 @torch.no_grad()

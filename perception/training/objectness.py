@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...core.errors import InvalidInput
 from ...core.features import CutFeatures
-from ...core.structures import Labels
+from ...core.structures import Labels, PointCloud
 from ..models.defences.region import RegionUpload
 from ..models.footprint import footprint
 from ..models.losses import sigmoid_focal_loss
@@ -33,6 +33,8 @@ class LabeledScene:
     """Features at the cut, a batch of one."""
     labels: Labels
     """The objects."""
+    scan: PointCloud
+    """The points that the features were computed from."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,10 @@ from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.structures import Boxes3D, Labels
 from upcycle3d.perception.models.defences.cells import DropConfig
 from upcycle3d.perception.models.defences.noise import NoiseConfig
+from upcycle3d.perception.models.defences.obfuscator import Obfuscator, ObfuscatorConfig
 from upcycle3d.perception.models.defences.region import RegionConfig, RegionUpload
 from upcycle3d.perception.models.defences.table import describe_defences, parse_defence
+from upcycle3d.perception.privacy.obfuscator_training import ObfuscatorReport, ObfuscatorTraining, train_obfuscator
 from upcycle3d.perception.recipes.defend import defend_detector
 from upcycle3d.perception.training.detector_files import save_run_detector
 from upcycle3d.perception.training.objectness import LabeledScene, train_objectness
@@ -67,7 +69,11 @@ def test_the_head_finds_cells_that_differ_and_keeps_the_stated_share():
         cell_x, cell_y = spec.cell_size()
         box = torch.tensor([[float(x), float(y), 0.0, cell_x * 0.5, cell_y * 0.5, 1.0, 0.0]])
         voxels = replace(template.voxels, features=features, coords=coords)
-        scenes.append(LabeledScene(features=replace(template, voxels=voxels), labels=Labels.make(Boxes3D(data=box), [0])))
+        scenes.append(
+            LabeledScene(
+                features=replace(template, voxels=voxels), labels=Labels.make(Boxes3D(data=box), [0]), scan=tiny.scan_with_car(0)
+            )
+        )
     torch.manual_seed(0)
     defence = RegionUpload(spec, RegionConfig(margin_cells=0, background_share=0.0, recall=1.0, hidden=8))
     found = train_objectness(defence, scenes, steps=150, seed=0)
@@ -75,7 +81,7 @@ def test_the_head_finds_cells_that_differ_and_keeps_the_stated_share():
     assert found.object_cells_kept == 1.0
     assert found.cells_kept < 0.2
     with pytest.raises(InvalidInput, match="needs labeled objects"):
-        train_objectness(defence, [LabeledScene(features=s.features, labels=Labels.empty()) for s in scenes], steps=1, seed=0)
+        train_objectness(defence, [replace(s, labels=Labels.empty()) for s in scenes], steps=1, seed=0)
 
 
 def test_the_command_writes_a_detector_whose_encoder_is_defended(tmp_path, capsys):
@@ -93,3 +99,23 @@ def test_the_command_writes_a_detector_whose_encoder_is_defended(tmp_path, capsy
         command(options)
     with pytest.raises(InvalidInput, match="without any"):
         defend_detector(tmp_path / "out", data, tmp_path / "again", [DropConfig()])
+
+
+@pytest.mark.parametrize("kind", ["second_iou", "pv_rcnn"])
+def test_an_obfuscator_learns_to_serve_the_detector_and_to_tell_its_adversary_less(kind):
+    detector, scans = getattr(tiny, kind)(), [tiny.scan_with_car(i) for i in range(3)]
+    with torch.no_grad():
+        for _ in range(40):  # an untrained encoder gives features near 0 until its batch norms have seen scans
+            detector.train().encode(scans)
+        scenes = [(detector.eval().encode([scan]), scan) for scan in scans]
+
+    def trained(weight: float, steps: int) -> ObfuscatorReport:
+        torch.manual_seed(0)
+        defence = Obfuscator(detector.spec, ObfuscatorConfig(channels=4, keypoint_channels=4, hidden=16, sigma=0.05))
+        training = ObfuscatorTraining(steps=steps, adversary_weight=weight, lr=0.01)
+        return train_obfuscator(defence, detector, scenes, training, seed=0)
+
+    begun, served, fought = trained(0.0, 5), trained(0.0, 60), trained(100.0, 60)
+    assert served.detector_loss < begun.detector_loss
+    assert fought.adversary_bits > served.adversary_bits
+    assert served.adversary_bits < served.blind_bits
