@@ -174,7 +174,9 @@ def _moved(visit: Street, street: Street, drive: SimulatedDrive, lane: float, ti
     """The traffic and the people of a visit, at a time, on the ground of the street."""
     speeds = _speeds(visit, drive, lane)
     extent = max(EXTENT, drive.length / 2 + _SIGHT)
-    parts, boxes, classes = [], [], []
+    parts: list[np.ndarray] = []
+    boxes: list[np.ndarray] = []
+    classes: list[int] = []
     for user in np.flatnonzero(np.isfinite(speeds)):
         s, d, yaw = (float(v) for v in visit.users[user])
         now = (s + speeds[user] * time + extent) % (2 * extent) - extent  # who leaves at one end enters at the other

@@ -164,7 +164,8 @@ def _make_plan(
 ) -> tuple[_Plan, tuple[Unmixed, ...]]:
     """Verify every shard completely and deal the scenes of each kind into new shards."""
     kinds: dict[tuple[SceneKind, SceneSampling], list[tuple[Path, ShardManifest]]] = {}
-    unmixed, known = [], set()
+    unmixed: list[Unmixed] = []
+    known: set[str] = set()
     for path in (path for folder in dict.fromkeys(folders) for path in sorted(folder.glob("[!.]*.json"))):
         try:
             manifest = read_manifest(path)
