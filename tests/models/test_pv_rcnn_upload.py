@@ -34,17 +34,18 @@ def test_an_encoder_at_the_defaults_keeps_its_fingerprint():
     assert len(set(found)) == 3
 
 
-@pytest.mark.parametrize("stride", [2, 3, 4, 8])
+@pytest.mark.parametrize("stride", [2, 3, 4, 8, 12])
 def test_coarse_keypoints_are_the_middles_of_occupied_cells(stride):
     config = tiny.pv_rcnn_config(keypoints=4000)
     encoder = replace(config.encoder, keypoint_stride=stride).build().eval()
-    scan = tiny.scan_with_car()
+    corner = torch.tensor([[12.75, 6.35, 2.95]])
+    scan = tiny.cloud(torch.cat([tiny.scan_with_car().xyz, corner]))
     keypoints = encoder([scan]).keypoints
     assert keypoints is not None
     cells = cells_of_centers(keypoints.xyz, encoder.spec.grid)
     occupied = {tuple(c) for c in (encoder.voxelize([scan]).coords[:, 1:] // stride).tolist()}
     assert sorted(tuple(c) for c in (cells // stride).tolist()) == sorted(occupied)
-    limits = torch.tensor(encoder.second.sparse_shape) - 1
+    limits = torch.tensor(encoder.spec.grid.shape) - 1
     assert torch.equal(cells, (cells // stride * stride + stride // 2).minimum(limits.to(torch.int32)))
 
 

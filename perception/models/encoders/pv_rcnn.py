@@ -248,7 +248,7 @@ class PvRcnnEncoder(Encoder):
         if self.config.keypoint_source == "raw_points":
             xyz, starts = raw.xyz, raw.starts
         else:
-            voxels = coarse_cells(voxels, self.config.keypoint_stride)
+            voxels = coarse_cells(voxels, self.config.keypoint_stride, self.spec.grid)
             xyz, starts = cell_centers(voxels.coords[:, 1:], self.spec.grid), voxels.starts()
         rows, starts = farthest_point_sample(xyz, starts, self.config.keypoints)
         return xyz[rows], starts
@@ -258,12 +258,13 @@ class PvRcnnEncoder(Encoder):
         return bev_under(xyz, starts, cut, self.spec)
 
 
-def coarse_cells(voxels: SparseVoxels, stride: int) -> SparseVoxels:
+def coarse_cells(voxels: SparseVoxels, stride: int, grid: VoxelGrid) -> SparseVoxels:
     """Find the occupied cells of a coarser grid, each as the voxel in its middle.
 
     Args:
         voxels: occupied voxels of the input grid, sorted.
         stride: voxels along each side of a cell; 1 gives `voxels` back.
+        grid: the input grid. The cells at its end may be cut off, and then the last voxel stands for the middle.
 
     Returns:
         One voxel per occupied cell without features, sorted.
@@ -273,7 +274,7 @@ def coarse_cells(voxels: SparseVoxels, stride: int) -> SparseVoxels:
     coords = voxels.coords.clone()
     coords[:, 1:] = torch.div(coords[:, 1:], stride, rounding_mode="floor") * stride + stride // 2
     coords = coords.unique(dim=0)
-    coords[:, 1:] = coords[:, 1:].minimum(coords.new_tensor(voxels.shape) - 1)
+    coords[:, 1:] = coords[:, 1:].minimum(coords.new_tensor(grid.shape) - 1)
     return replace(voxels, coords=coords, features=voxels.features.new_zeros(len(coords), 0))
 
 

@@ -99,13 +99,18 @@ class _Contents:
     """Whether the ball holds nothing else. A ball with more points only gives a lower limit."""
 
 
-WALL = 0.001
+_SPARE = (1, 6)
+"""Equations that an answer of one point and of two points needs besides one per unknown. Two points explain the 16 numbers of one ball in
+several ways; answers that two balls confirm are right."""
+_MOST = 4.0
+"""No threshold lies above this number; the residual of a right answer is about 1."""
+_WALL = 0.001
 """Standard deviation in meters of a point that leaves the cell which it must lie in."""
-ONE_POINT = (
+_ONE_POINT = (
     _Contents(members=(1, 1), exact=(True, False)),
     _Contents(members=(1, 1), exact=(True, True)),
 )
-TWO_POINTS = (
+_TWO_POINTS = (
     _Contents(members=(2, 2), exact=(True, True)),
     _Contents(members=(1, 2), exact=(True, True)),
     _Contents(members=(2, 2), exact=(True, False)),
@@ -148,7 +153,7 @@ class ExactPoints:
     """
 
     def __init__(
-        self, encoder: PvRcnnEncoder, codec: str, *, seed: int = 0, starts: tuple[int, int] = (16, 16), iterations: int = 24
+        self, encoder: PvRcnnEncoder, codec: str, *, seed: int = 0, starts: tuple[int, int] = (8, 8), iterations: int = 21
     ) -> None:
         self.encoder, self.codec, self.seed, self.starts, self.iterations = encoder, codec, seed, starts, iterations
         self.thresholds = (2.0, 2.0)
@@ -192,9 +197,9 @@ class ExactPoints:
         features = _raw_ball_features(self.encoder, keypoints)
         if features is None or not len(keypoints.xyz):
             return no_answers(len(self.encoder.config.voxels.point_features))
-        one = self._answers(keypoints, features, ONE_POINT, points=1)
+        one = self._answers(keypoints, features, _ONE_POINT, points=1)
         rest = ~((one.residual <= self.thresholds[0]) & (one.error <= SURE))
-        two = self._answers(keypoints, features, TWO_POINTS, points=2, rows=rest.nonzero()[:, 0])
+        two = self._answers(keypoints, features, _TWO_POINTS, points=2, rows=rest.nonzero()[:, 0])
         return SolvedPoints.concatenate([one.select(~rest), two])
 
     def _answers(
@@ -226,7 +231,7 @@ class ExactPoints:
             blurred = [(values, noise.clamp_min(0.01)) for values, noise in parts]
             rough = _ball_model(balls, blurred, assumed, points, half_cell)
             start = self._start(len(rows), points, width, config.radii[order[-1]])
-            x, rms, error = solve(model, start, iterations=self.iterations, spare=2 * points - 1, rough=rough)
+            x, rms, error = solve(model, start, iterations=self.iterations, spare=_SPARE[points - 1], rough=rough)
             position = error.view(-1, points, width)[:, :, :3].square().sum(2).sqrt().amax(1)
             wrong = ~_inside(x.view(-1, points, width), assumed, [config.radii[k] for k in order], half_cell)
             rank = rms + 1e3 * (position > SURE) + 1e6 * wrong
@@ -289,8 +294,8 @@ def _ball_model(
         given = x.view(len(x), points, -1)
         width = given.shape[2]
         out = given[:, 0, :3].abs() > half_cell
-        outside = (given[:, 0, :3] - given[:, 0, :3].sign() * half_cell) * out / WALL
-        wall = torch.diag_embed(out.double() / WALL)
+        outside = (given[:, 0, :3] - given[:, 0, :3].sign() * half_cell) * out / _WALL
+        wall = torch.diag_embed(out.double() / _WALL)
         residuals, jacobians = [outside], [nn.functional.pad(wall, (0, x.shape[1] - 3))]
         for ball, (observed, noise), members, exact in zip(balls, parts, assumed.members, assumed.exact, strict=True):
             values, slopes = ball(given[:, :members])
@@ -371,6 +376,6 @@ def choose_thresholds(solved: Sequence[tuple[SolvedPoints, Tensor]], *, precisio
         right = torch.cat([torch.zeros(0), *((distance_to_nearest(part.xyz, truth) <= EXACT).float() for part, truth in answers)])
         values, order = residual.sort()
         share = right[order].cumsum(0) / torch.arange(1, len(values) + 1)
-        good = (share >= precision).nonzero()
+        good = ((share >= precision) & (values <= _MOST)).nonzero()
         found.append(float(values[good[-1, 0]]) if len(good) else 0.0)
     return found[0], found[1]

@@ -14,6 +14,8 @@ from torch import Tensor
 Model = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes unknowns (N, U) and the numbers (N,) of the problems that they belong to. Gives the residuals (N, R) and the Jacobian (N, R, U)."""
 
+HOPELESS = 200.0
+"""Sum of squares of the rough equations above which a problem is given up: no start has come near an answer."""
 SURE = 0.005
 """Standard error in meters below which a solution counts as fixed by its equations."""
 
@@ -41,10 +43,14 @@ def solve(
         return start[0], start.new_zeros(0), start[0]
     first = iterations // 3
     x, cost = _descend(model if rough is None else rough, start, first)
-    best = cost.topk(min(kept, starts), dim=0, largest=False).indices
-    x, cost = _descend(model, x.gather(0, best[:, :, None].expand(-1, -1, unknowns)), iterations - first)
-    rows = torch.arange(problems, device=x.device)
-    x = x[cost.argmin(0), rows]
+    best = cost.topk(min(kept, starts), dim=0, largest=False)
+    x = x.gather(0, best.indices[:, :, None].expand(-1, -1, unknowns))
+    answer = x[0].clone()
+    going = (best.values[0] <= (torch.inf if rough is None else HOPELESS)).nonzero()[:, 0]
+    if len(going):
+        x, cost = _descend(lambda u, rows: model(u, going[rows]), x[:, going], iterations - first)
+        answer[going] = x[cost.argmin(0), torch.arange(len(going), device=x.device)]
+    x, rows = answer, torch.arange(problems, device=x.device)
     residual, jacobian = model(x, rows)
     left = (jacobian != 0).any(2).sum(1) - unknowns
     rms = (residual.square().sum(1) / left.clamp_min(1)).sqrt()
