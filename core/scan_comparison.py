@@ -33,27 +33,28 @@ INTENSITY_FACTOR = 4.0
 up to 3.8."""
 
 
-def compare_scans(trained: ScanStatistics, found: ScanStatistics) -> tuple[str, ...]:
+def compare_scans(trained: ScanStatistics, found: ScanStatistics, *, rig: RigSpec | None = None) -> tuple[str, ...]:
     """Compare scans with those of training.
 
     Args:
         trained: Statistics of the training scans.
         found: Statistics of the scans at hand.
+        rig: The rig that brought them to the shifted frame, to name the z shift that fits; None names the difference only.
 
     Returns:
         One sentence for each difference that is large enough to spoil detections, with the option that mends it.
     """
-    return tuple(_differences(trained, found).values())
+    return tuple(_differences(trained, found, rig).values())
 
 
-def _differences(trained: ScanStatistics, found: ScanStatistics) -> dict[str, str]:
+def _differences(trained: ScanStatistics, found: ScanStatistics, rig: RigSpec | None) -> dict[str, str]:
     """The sentences of `compare_scans` by the name of what differs."""
     warnings: dict[str, str] = {}
     lift = found.ground_height - trained.ground_height
     if abs(lift) > GROUND_TOLERANCE:
         warnings["road"] = (
             f"the road lies at z = {found.ground_height:.2f} m in these scans and at {trained.ground_height:.2f} m in the training scans; "
-            f"a z shift that is {-lift:+.2f} m different would bring them together (--z-shift, for prepared data when they are prepared)"
+            f"{_shift(lift, rig)} would bring them together (for prepared data when they are prepared)"
         )
     crop = "another sensor, range or crop (--calib)"
     for what, now, then, factor, hint, form in (
@@ -75,6 +76,12 @@ def _differences(trained: ScanStatistics, found: ScanStatistics) -> dict[str, st
     if "points per scan" in warnings:
         warnings.pop("occupied cells per scan", None)  # the same cause once
     return warnings
+
+
+def _shift(lift: float, rig: RigSpec | None) -> str:
+    if rig is None:
+        return f"a z shift that is {-lift:+.2f} m different (--z-shift)"
+    return f"--z-shift {rig.z_shift - lift:.2f} instead of {rig.z_shift:g}"
 
 
 def compare_road(
@@ -196,16 +203,19 @@ class ScanWatch:
         watch.finish()
     """
 
-    def __init__(self, trained: TrainedOn | None, warn: Callable[[str], None], *, first: int = 50) -> None:
+    def __init__(
+        self, trained: TrainedOn | None, warn: Callable[[str], None], *, first: int = 50, rig: RigSpec | None = None
+    ) -> None:
         """Begin with no scan.
 
         Args:
             trained: What the training knew. None, or one without statistics, never warns.
             warn: Called with each warning.
             first: Number of scans after which the first comparison is made.
+            rig: The rig of the scans, for a warning that names the z shift that fits.
         """
         self._trained = None if trained is None else trained.scans
-        self._warn, self._first = warn, first
+        self._warn, self._first, self._rig = warn, first, rig
         self._measures: list[ScanMeasures] = []
         self._warned: set[str] = set()
 
@@ -233,7 +243,7 @@ class ScanWatch:
         found = summarize_scans(measures)
         if self._trained is None or found is None:
             return
-        for what, text in _differences(self._trained, found).items():
+        for what, text in _differences(self._trained, found, self._rig).items():
             if what not in self._warned:
                 self._warned.add(what)
                 self._warn(text)

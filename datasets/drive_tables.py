@@ -168,7 +168,7 @@ class DriveTables:
         if sample not in self.keyframes:
             raise InvalidInput(
                 f"sample {sample}: no keyframe of {self.channel} in {self.version}/sample_data.json names it; "
-                "leave the frame out, or unpack the tables again"
+                "unpack the tables again, or leave its scene out: write the other scenes, one name per line, into ImageSets/NAME.txt"
             )
         return self.sweep(self.keyframes[sample])
 

@@ -67,6 +67,10 @@ def open_kitti(
     """
     root = Path(root)
     folder = root / "ImageSets"
+    if root.is_dir() and not folder.is_dir():
+        raise InvalidInput(
+            f"there is no folder {folder}; make it, with a file train.txt (and val.txt, test.txt) that lists the frames, one id per line"
+        )
     lists = read_lists(folder, splits)
     if not lists:
         raise InvalidInput(f"there is no split in {folder}; write NAME.txt with one frame id per line")

@@ -362,13 +362,15 @@ def _read_counted(path: Path) -> tuple[PointCloud, Ledger]:
     """`read_sweep`, with the counts of `read_scan`."""
     if not path.is_file():
         raise InvalidInput(
-            f"there is no sweep {path}; unpack the LiDAR archive (earlier sweeps are in one of their own), or leave the frame out"
+            f"there is no sweep {path}; unpack the LiDAR archive (earlier sweeps are in one of their own), or leave its scene out: write the "
+            "other scenes, one name per line, into ImageSets/NAME.txt"
         )
     size = path.stat().st_size
     if size % (4 * _COLUMNS) or not size:
         raise InvalidInput(
             f"{path}: {size} bytes are not a whole number of rows of {_COLUMNS} float32 (x y z intensity ring): the sweep is cut off. "
-            "Download it again (Lyft's host-a011_lidar1_1233090652702363606.bin is cut off in v1.01 and whole in v1.02), or leave the frame out"
+            "Download it again (Lyft's host-a011_lidar1_1233090652702363606.bin is cut off in v1.01 and whole in v1.02), or leave its scene "
+            "out: write the other scenes, one name per line, into ImageSets/NAME.txt"
         )
     data = np.fromfile(path, np.uint8)
     try:

@@ -368,7 +368,11 @@ def _distinct_reasons(failures: Sequence[FrameFailure]) -> str:
     for failure in failures:
         alike.setdefault(re.sub(r"\d+", "#", failure.reason.replace(failure.id, "#")), []).append(failure)
     most = sorted(alike.values(), key=len, reverse=True)[:3]
-    said = [f"{first.id}{f' and {len(more)} more like it' if more else ''}: {first.reason}" for first, *more in most]
+    said = []
+    for first, *more in most:
+        others = f" and {len(more)} more like it" if more else ""
+        named = first.id in first.reason  # the reader names the frame itself
+        said.append(f"{first.reason}{f' ({others.strip()})' if more else ''}" if named else f"{first.id}{others}: {first.reason}")
     return "; ".join(said)
 
 

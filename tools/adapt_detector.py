@@ -15,7 +15,7 @@ from ..core.device import find_device
 from ..core.errors import InvalidInput
 from ..core.scan_options import ScanOptions
 from ..datasets.data_split import DataSplit
-from ..perception.adapt.detection.adapt_detector import DetectorAdaptation, StageProgress, adapt_detector
+from ..perception.adapt.detection.adapt_detector import DetectorAdaptation, StageProgress, adapt_detector, check_classes_to_adapt
 from ..perception.adapt.detection.adaptation import DetectorAdaptConfig
 from ..perception.adapt.detection.class_map import ClassMap, changed_map, map_by_name, pair_map
 from ..perception.adapt.detection.classifier_file import load_classifier
@@ -38,7 +38,7 @@ class AdaptDetector:
     """Adapt the classes of a detector's proposals to a target with other categories. Nothing is learned from target labels."""
 
     detector: Path
-    """Run folder of the detector, or its detector.safetensors."""
+    """Run folder of the detector, or its detector.safetensors. It must know two classes or more."""
     source: DataOption | None = None
     """Labeled split of the source, `train` where none is named. It trains the proposal classifier, once."""
     trained: Path | None = None
@@ -91,6 +91,7 @@ def command(config: AdaptDetector) -> None:
     if config.target_labels_for_metrics and config.target is None:
         raise InvalidInput("smashed scenes have no labels to measure against; give --target DIR[:SPLIT]")
     detector = load_detector(config.detector).to(find_device(config.device))
+    check_classes_to_adapt(detector)
     given = ScanOptions(z_shift=config.z_shift, intensity_scale=config.intensity_scale)
     if config.target_store is None and given != ScanOptions():
         raise InvalidInput("--z-shift and --intensity-scale belong to --target-store; --target was shifted when it was prepared")

@@ -148,6 +148,7 @@ def _run(function: Callable[..., Any], arguments: Sequence[str] | None, program:
         )
         return 2
     except KeyboardInterrupt:
+        _print_error("stopped by Ctrl-C; what was finished is kept, and the command may be given again")
         return 130
     except Exception as error:
         print_fault(error)

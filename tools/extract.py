@@ -196,7 +196,7 @@ def command(config: Extract) -> None:
                         return
                     yield source.read
 
-            watch = ScanWatch(extractor.trained_on, print_warning)
+            watch = ScanWatch(extractor.trained_on, print_warning, rig=rig)
             with progress_bar("extract", len(todo)) as advance, writer:
                 report = extract(
                     until_stopped(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import re
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from ..core.errors import InvalidInput, UpcycleError
 from ..core.foreign_text import shown
 from ..core.rig import RigSpec
 from ..core.tensor_file import read_tensors
+from ..core.trained_on import TrainedOn
 from ..datasets.fingerprint import short
 from ..datasets.gt_database import GtDatabase
 from ..datasets.prepared import PreparedDataset
@@ -29,7 +32,7 @@ _LISTED = 30
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Say what a path holds: a shard (.tar or its .json), a store, a run folder, weights, an encoder or a prepared dataset."""
+    """Say what a path holds: a shard (.tar or its .json), a folder of shards, a store, a run folder, weights, an encoder or a prepared dataset."""
 
     path: tyro.conf.Positional[Path]
     """The file or folder to look at."""
@@ -41,7 +44,7 @@ class Inspect:
 
 
 def command(config: Inspect) -> None:
-    """What a shard, a store, a run folder, a detector or a prepared dataset holds."""
+    """What a shard, a folder of shards, a store, a run folder, a detector or a prepared dataset holds."""
     path = config.path
     if not path.exists():
         raise InvalidInput(f"there is nothing at {path}")
@@ -111,7 +114,11 @@ def facts_of(path: Path) -> tuple[str, dict[str, object]]:
         return "prepared dataset", _prepared(path)
     if path.suffix == ".safetensors":
         return "weights", _weights(path)
-    raise InvalidInput(f"{path} is not a shard, store, run folder, prepared dataset or safetensors file of this program")
+    if path.is_dir() and (manifests := _manifests(path)):
+        return "folder of shards", _shards(manifests)
+    raise InvalidInput(
+        f"{path} is not a shard, folder of shards, store, run folder, prepared dataset or safetensors file of this program"
+    )
 
 
 def _shard(manifest_path: Path) -> dict[str, object]:
@@ -132,6 +139,39 @@ def _shard(manifest_path: Path) -> dict[str, object]:
             else {"sampling": f"gaps of {manifest.sampling.gap} scans, share {manifest.sampling.share:g}"}
         ),
         "tar file present": manifest_path.with_suffix(".tar").exists(),
+    }
+
+
+def _manifests(folder: Path) -> list[Path]:
+    """The manifests among the files of a folder, by their names."""
+    return sorted(path for path in folder.glob("*.json") if re.fullmatch(r"[0-9a-f]{32}", path.stem))
+
+
+def _shards(manifests: Sequence[Path]) -> dict[str, object]:
+    """All shards of a folder together, then one row for each; one that cannot be read has the reason in its row."""
+    rows: dict[str, object] = {}
+    scenes: Counter[str] = Counter()
+    encoders: set[str] = set()
+    for path in manifests:
+        try:
+            manifest = read_manifest(path)
+        except UpcycleError as error:
+            rows[path.name] = str(error)
+            continue
+        scenes[manifest.codec] += len(manifest.members)
+        encoders.add(manifest.encoder_fingerprint)
+        missing = "" if path.with_suffix(".tar").exists() else ", tar file missing"
+        rows[path.name] = (
+            f"{len(manifest.members)} scenes, {manifest.codec}, encoder {manifest.encoder_fingerprint[:16]}…{missing}"
+        )
+    left = len(rows) - _LISTED
+    return {
+        "shards": len(manifests),
+        "scenes": sum(scenes.values()),
+        "codecs": ", ".join(f"{codec} {count}" for codec, count in sorted(scenes.items())) or "none",
+        "encoder fingerprints" if len(encoders) > 1 else "encoder fingerprint": ", ".join(sorted(encoders)) or "none",
+        **dict(list(rows.items())[:_LISTED]),
+        **({"more shards": left} if left > 0 else {}),
     }
 
 
@@ -184,7 +224,7 @@ def _run(path: Path) -> dict[str, object]:
     status = {f"status {k}": v for k, v in run.status().items() if v not in ("", None)}
     return status | {
         "metrics": len(metrics),
-        "last metrics": json.dumps(metrics[-1] if metrics else {}),
+        **{f"last {name}": _short(value) for name, value in (metrics[-1] if metrics else {}).items()},
         "files": ", ".join(files),
     }
 
@@ -204,12 +244,43 @@ def _weights(path: Path) -> dict[str, object]:
     file = read_tensors(path)
     tensors, meta = file.tensors, file.meta
     facts: dict[str, object] = {"tensors": len(tensors), "values": sum(t.numel() for t in tensors.values())}
-    facts |= {name: value if len(value) < 200 else value[:200] + "…" for name, value in meta.items()}
+    for name, value in meta.items():
+        if name == "trained_on" and (trained := TrainedOn.from_metadata(file)) is not None:
+            facts |= _training(trained)
+        else:
+            facts[name] = value if len(value) < 200 else f"{value[:200].rpartition(' ')[0] or value[:200]} …"
     if meta.get("format", "").startswith("upcycle3d encoder"):
         encoder = load_encoder(path)
         facts["fingerprint without a rig"] = encoder_fingerprint(encoder, RigSpec())
         if encoder.trained_on is not None:
             facts["fingerprint with the rig of the training"] = encoder_fingerprint(encoder, encoder.trained_on.rig)
+    return facts
+
+
+def _short(value: object) -> object:
+    """A number as people read it; other values as they are."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _training(trained: TrainedOn) -> dict[str, object]:
+    """What the training of weights knew, one fact per row."""
+    facts: dict[str, object] = {
+        "rig of the training": str(trained.rig),
+        "classes": ", ".join(trained.classes),
+        "point features": ", ".join(trained.feature_names) or "none",
+        "range (x, y, z from; to)": "{:g}, {:g}, {:g}; {:g}, {:g}, {:g} m".format(*trained.point_range),
+        "scans of the training": "what a camera sees" if trained.camera_view else "not cropped to a camera",
+    }
+    read = {"axes": trained.axes, "columns": trained.columns, "dtype": trained.dtype}
+    facts |= {f"read with {name}": value if isinstance(value, str) else " ".join(value) for name, value in read.items() if value}
+    if trained.reader_scale != 1:
+        facts["intensity factor of the reader"] = f"{trained.reader_scale:.6g}"
+    if trained.scans is not None:
+        s = trained.scans
+        facts["medians of the training"] = (
+            f"{s.points:,.0f} points in range, {s.cells:,.0f} cells, road at z = {s.ground_height:.2f} m, intensity {s.intensity:.3g} "
+            f"({s.scans} scans)"
+        )
     return facts
 
 

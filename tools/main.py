@@ -45,7 +45,7 @@ COMMANDS = {
     "adapt detector": ("adapt_detector", "GLC on a detector's proposals: labels and unknown scores on another domain"),
     "predict": ("predict", "find objects in a scan or in a folder of scans"),
     "evaluate": ("evaluate", "compute AP by the protocol of KITTI, Waymo, Lyft or ST3D"),
-    "inspect": ("inspect", "say what a shard, store, run folder, detector or prepared dataset holds"),
+    "inspect": ("inspect", "say what a shard, a folder of shards, a store, run folder, detector or prepared dataset holds"),
     "view": ("view", "draw frames, labels and detections in BEV"),
     "doctor": ("doctor", "say what is installed and which backends run"),
 }

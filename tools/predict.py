@@ -85,7 +85,7 @@ def command(config: Predict) -> None:
     rig, said = rig_of_scans(config.reading, detector.trained_on, scans)
     for text in said:
         print_warning(text)
-    watch, camera = ScanWatch(detector.trained_on, print_warning), _CameraWatch(config, detector)
+    watch, camera = ScanWatch(detector.trained_on, print_warning, rig=rig), _CameraWatch(config, detector)
     with progress_bar("predict", len(scans)) as advance:
         for number, path in enumerate(scans, start=1):
             try:

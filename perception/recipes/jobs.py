@@ -37,7 +37,7 @@ from ..training.checkpoint import latest_checkpoint
 from ..training.detector_files import DETECTOR_FILE, TEACHER_FILE, load_detector, save_detector, save_run_detector
 from ..training.distributed import DistributedContext, init_distributed, per_rank
 from ..training.loop import LoopConfig, create_run
-from ..training.run_folder import RunFolder
+from ..training.run_folder import RunFolder, check_unused
 from ..training.starting_weights import StartingWeights, take_weights
 from ..training.supervised import train_supervised
 from ..wire.codec import check_codec
@@ -186,6 +186,8 @@ def train_preset(
     preset, split = find_preset(preset), find_data(data, "train")
     out = check_path(out, "out", "the run folder to write")
     context = init_distributed()
+    if not resume:
+        on_main(lambda: check_unused(out), context)
     frames = split.open()
     check_labels(split, frames)
     if classes is not None:
@@ -323,6 +325,8 @@ def upcycle_preset(
             f"the method {name} learns from smashed scenes; give store=… (option --store), which `extract` and `ingest` make"
         )
     context = init_distributed()
+    if not resume:
+        on_main(lambda: check_unused(out), context)
     student = load_detector(detector)
     rig = rig or (RigSpec() if student.trained_on is None else student.trained_on.rig)
     source_digest = content_digest(student.state_dict())

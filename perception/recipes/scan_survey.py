@@ -195,7 +195,7 @@ def data_warnings(detector: Detector, frames: PreparedDataset, statistics: ScanS
             f"{', '.join(trained.feature_names)}; the detector reads {', '.join(read)}"
         )
     if trained.scans is not None and statistics is not None:
-        said += compare_scans(trained.scans, statistics)
+        said += compare_scans(trained.scans, statistics, rig=frames.rig)
     elif trained.scans is None:
         said += road_warning(detector, frames, statistics)
     return tuple(said)

@@ -226,7 +226,8 @@ class RunFolder:
             if self.writable and unfinished:
                 with suppress(OSError):
                     step = now.get("step", 0) if now.get("state") != "finished" else total_steps
-                    state, why = ("interrupted", "") if aborted else ("failed", f"{type(error).__name__}: {error}")
+                    state: State = "interrupted" if aborted else "failed"
+                    why = "" if aborted else f"{type(error).__name__}: {error}"
                     self.set_status(state, step=step, total_steps=total_steps, message=why)
             if aborted:
                 newest = latest_checkpoint(self.checkpoints)
@@ -395,6 +396,23 @@ def _without(config: Json, names: Sequence[str]) -> Json:
     here = {name for name in names if "." not in name}
     inner = {key: [name.partition(".")[2] for name in names if name.startswith(f"{key}.")] for key in config}
     return {key: _without(value, inner[key]) for key, value in config.items() if key not in here}
+
+
+def check_unused(path: Path) -> None:
+    """Refuse a folder that `RunFolder.create` would refuse for a new run, before any work is done for the run.
+
+    Args:
+        path: The folder; it may not exist.
+
+    Raises:
+        InvalidInput: The folder holds a run, or other files.
+    """
+    if (path / "config.json").exists():
+        raise InvalidInput(
+            f"{path} already holds a run; resume it with the options that it was begun with (--resume), or choose a new folder"
+        )
+    if path.exists() and not (path.is_dir() and ((path / ".lock").exists() or not any(path.iterdir()))):
+        raise InvalidInput(f"{path} is not empty and holds no run; choose a new folder")
 
 
 def why_unfinished(path: str | Path) -> str:

@@ -28,6 +28,8 @@ def test_a_forgotten_mounting_height_names_the_option_and_the_shift():
     (warning,) = compare_scans(TRAINED, replace(TRAINED, ground_height=-1.68))
     assert "--z-shift" in warning
     assert "+1.73" in warning
+    (warning,) = compare_scans(TRAINED, replace(TRAINED, ground_height=-1.68), rig=RigSpec(z_shift=0.2))
+    assert "--z-shift 1.93 instead of 0.2 would bring them together" in warning, "0.2 + 0.05 + 1.68"
 
 
 def test_a_wrong_intensity_scale_and_a_sparse_sensor_are_named():

@@ -347,7 +347,7 @@ def test_splits_that_share_frames_are_warned_about(tmp_path, capsys):
     root = tiny_layouts.kitti(tmp_path / "raw", splits={"train": IDS[:3], "val": IDS[2:], "trainval": IDS})
     code, said = prepare(capsys, "kitti", root, tmp_path / "out", "--classes", "Car")
     assert code == 0
-    assert said.count("share 1 frames (000002)") == 1
+    assert said.count("share 1 frame (000002)") == 1
 
 
 @pytest.mark.parametrize("layout", ["kitti", "folder"])
@@ -489,6 +489,13 @@ def test_axes_that_mirror_the_scene_and_boxes_behind_the_sensor_are_told(tmp_pat
         code, said = prepare(capsys, "folder", root, tmp_path / axes.replace(" ", "_"), "--axes", *axes.split())
         assert (code, f"--axes {axes} mirrors the scene" in said) == (0, mirrored)
         assert ("12 of 12 labeled boxes lie behind the sensor" in said) == (axes == "-x -y z")
+
+
+def test_the_folder_of_lists_that_is_missing_is_named(tmp_path, capsys):
+    root = tiny_layouts.kitti(tmp_path / "raw")
+    shutil.rmtree(root / "ImageSets")
+    code, said = prepare(capsys, "kitti", root, tmp_path / "out")
+    assert (code, f"there is no folder {root / 'ImageSets'}; make it, with a file train.txt" in said) == (2, True)
 
 
 def test_axes_mirror_where_their_determinant_is_negative():

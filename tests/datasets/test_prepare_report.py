@@ -54,6 +54,6 @@ def test_bottoms_that_were_taken_for_centers_are_said(tmp_path):
 
 def test_splits_that_share_frames_are_said_and_label_shares_are_not(tmp_path):
     report = prepared(tmp_path / "a", splits={"train": ["s0", "s1", "s2"], "val": ["s2", "s3"]})
-    assert any("the splits train and val share 1 frames" in text for text in report.warnings)
+    assert any("the splits train and val share 1 frame" in text for text in report.warnings)
     shares = {"train": ["s0", "s1"], "train-0.5-0": ["s0"], "train-0.5-1": ["s1"], "train-0.5-1-rest": ["s0"]}
     assert prepared(tmp_path / "b", splits=shares).warnings == ()

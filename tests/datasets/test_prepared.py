@@ -483,7 +483,7 @@ def test_a_reason_that_every_frame_shares_is_told_once_with_its_number(tmp_path:
 
     with pytest.raises(UpcycleError) as error:
         run(Source(6, dict.fromkeys(range(6), fail)), tmp_path / "d")
-    assert "000000 and 5 more like it: frame 000000: there is no file /k/000000.txt" in str(error.value)
+    assert "frame 000000: there is no file /k/000000.txt (and 5 more like it)" in str(error.value)
     assert str(error.value).count("there is no file") == 1
     assert "InvalidInput" not in str(error.value)
 

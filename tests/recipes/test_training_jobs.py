@@ -208,6 +208,17 @@ def test_a_run_with_its_own_number_of_steps_needs_no_number_to_go_on(data, tmp_p
     assert train_preset(tiny.preset(), data, tmp_path / "run", resume=True, progress=False).steps == 3
 
 
+def test_a_folder_that_is_taken_is_refused_before_the_data_are_read(data, finished, tmp_path):
+    def read(start: jobs.JobStart) -> None:
+        raise AssertionError("the data were read")
+
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("x")
+    for out, message in ((finished, r"already holds a run; resume it with .*--resume"), (tmp_path / "notes", "holds no run")):
+        with pytest.raises(InvalidInput, match=message):
+            train_preset(tiny.preset(), data, out, on_start=read)
+
+
 def test_a_run_cannot_end_before_where_it_is(data, finished, tmp_path):
     run = copied(finished, tmp_path / "run")
     with pytest.raises(InvalidInput, match="has done 4 steps, so it cannot end after 3"):

@@ -98,11 +98,7 @@ def adapt_detector(
     out, config, selection = Path(out), config or DetectorAdaptConfig(), selection or ProposalSelection()
     if not isinstance(detector, Detector):
         detector = load_detector(Path(detector))
-    if len(detector.class_names) < 2:
-        raise InvalidInput(
-            f"this detector knows one class, {', '.join(detector.class_names)}, and unknown scores of proposals need two: with one known "
-            "class every object that is not background looks known. Train a detector of more classes, such as the preset small_three_classes"
-        )
+    check_classes_to_adapt(detector)
     target, frames = _opened(target, class_map)
     if rig is None:
         trained = RigSpec() if detector.trained_on is None else detector.trained_on.rig
@@ -188,3 +184,19 @@ def _proposals_on(
 
 def _stage(stage: str, on_progress: StageProgress | None) -> Callable[[int, int], None] | None:
     return None if on_progress is None else lambda done, total: on_progress(stage, done, total)
+
+
+def check_classes_to_adapt(detector: Detector) -> None:
+    """Refuse a detector of one class.
+
+    Args:
+        detector: The detector.
+
+    Raises:
+        InvalidInput: It knows one class only.
+    """
+    if len(detector.class_names) < 2:
+        raise InvalidInput(
+            f"this detector knows one class, {', '.join(detector.class_names)}, and unknown scores of proposals need two: with one known "
+            "class every object that is not background looks known. Train a detector of more classes, such as the preset small_three_classes"
+        )
