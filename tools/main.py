@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Collection
 
@@ -100,7 +101,10 @@ def _main() -> None:
         print(f"error: {name} cannot start, because a library finds no folder that it can write: {error}", file=sys.stderr)
         sys.exit(2)
     parsed_as = getattr(module, "ARGUMENTS", None)
-    sys.exit(run_command(module.command, rest, program=f"upcycle3d {name}", parsed_as=parsed_as))
+    code = run_command(module.command, rest, program=f"upcycle3d {name}", parsed_as=parsed_as)
+    if code == 128 + signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not change what the first one ended with
+    sys.exit(code)
 
 
 def _usage(names: Collection[str] = COMMANDS) -> str:

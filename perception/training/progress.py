@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -85,6 +86,23 @@ class TrainingProgress:
             self._bar.console.print(text, markup=False)
         elif self._enabled:
             print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def without_ctrl_c() -> Iterator[None]:
+    """Ignore Ctrl-C in a block that must come to its end, such as the report about an earlier one. Only the main thread can.
+
+    Yields:
+        Nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 class StopRequest:

@@ -33,6 +33,7 @@ from ...core.files import write_atomically
 from ...core.strict_json import strict_json
 from .checkpoint import latest_checkpoint, remove_unfinished
 from .environment import describe_environment
+from .progress import without_ctrl_c
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
@@ -218,28 +219,31 @@ class RunFolder:
         try:
             yield
         except BaseException as error:
-            now = self.status()
-            unsaid = now.get("state") in (None, "running", "finished") or now.get("pid") != os.getpid()
-            given_up = not (self.path / "config.json").exists()  # `abandon`
-            unfinished = unsaid and not given_up and not (now == before and now.get("state") == "finished")
-            aborted = unfinished and _was_aborted(error)
-            if self.writable and unfinished:
-                with suppress(OSError):
-                    step = now.get("step", 0) if now.get("state") != "finished" else total_steps
-                    state: State = "interrupted" if aborted else "failed"
-                    why = "" if aborted else f"{type(error).__name__}: {error}"
-                    self.set_status(state, step=step, total_steps=total_steps, message=why)
-            if aborted:
-                newest = latest_checkpoint(self.checkpoints)
-                kept = (
-                    "before its first checkpoint" if newest is None else f"and goes on from its newest checkpoint, {newest.name}"
-                )
-                raise Interrupted(f"the run was stopped at once, {kept}; resume with: {self.resume_command}") from error
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise UpcycleError(
-                    f"the disk is full ({error.filename or self.path}); the checkpoints that were finished are kept. "
-                    f"Make room, then resume with: {self.resume_command}"
-                ) from error
+            with without_ctrl_c():
+                now = self.status()
+                unsaid = now.get("state") in (None, "running", "finished") or now.get("pid") != os.getpid()
+                given_up = not (self.path / "config.json").exists()  # `abandon`
+                unfinished = unsaid and not given_up and not (now == before and now.get("state") == "finished")
+                aborted = unfinished and _was_aborted(error)
+                if self.writable and unfinished:
+                    with suppress(OSError):
+                        step = now.get("step", 0) if now.get("state") != "finished" else total_steps
+                        state: State = "interrupted" if aborted else "failed"
+                        why = "" if aborted else f"{type(error).__name__}: {error}"
+                        self.set_status(state, step=step, total_steps=total_steps, message=why)
+                if aborted:
+                    newest = latest_checkpoint(self.checkpoints)
+                    kept = (
+                        "before its first checkpoint"
+                        if newest is None
+                        else f"and goes on from its newest checkpoint, {newest.name}"
+                    )
+                    raise Interrupted(f"the run was stopped at once, {kept}; resume with: {self.resume_command}") from error
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    raise UpcycleError(
+                        f"the disk is full ({error.filename or self.path}); the checkpoints that were finished are kept. "
+                        f"Make room, then resume with: {self.resume_command}"
+                    ) from error
             raise
 
     def log(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
