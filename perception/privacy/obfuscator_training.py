@@ -29,7 +29,8 @@ from ...ops.rulebook import submanifold_rulebook
 from ...ops.sparse_conv import SubmanifoldConv3d
 from ..models.defences.obfuscator import Obfuscator
 from ..models.detector import Detector
-from .attacks.coordinates import occupied_voxels
+from .frames import inside_grid
+from .true_scan import occupied_cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,8 @@ def _bits(logits: Tensor, truth: Tensor) -> Tensor:
 def _occupancy(features: CutFeatures, scan: PointCloud) -> Tensor:
     """(M, V) bool: which of the V input voxels of each cell hold a point."""
     spec = features.spec
-    voxels = occupied_voxels(scan, spec.grid)
+    points = inside_grid(scan, spec.grid).xyz.double().numpy()
+    voxels = torch.from_numpy(occupied_cells(points, spec.grid)).flip(1)  # z, y, x
     stride = torch.tensor(spec.stride)
     cells, inside = torch.div(voxels, stride, rounding_mode="floor"), voxels % stride
     shape = spec.shape
