@@ -184,6 +184,8 @@ class MembershipScore:
     found_at_1_percent: float | None
     """Share of the members that are found when one non-member in a hundred is called a member; chance is 0.01. None with fewer than 100
     non-members, where one in a hundred is less than one frame."""
+    found_at_5_percent: float | None = None
+    """The same where one non-member in twenty is called a member; chance is 0.05. None with fewer than 20 non-members."""
 
 
 def membership_score(members: ArrayLike | Tensor, outsiders: ArrayLike | Tensor) -> MembershipScore:
@@ -200,11 +202,11 @@ def membership_score(members: ArrayLike | Tensor, outsiders: ArrayLike | Tensor)
         InvalidInput: One side is empty, or a score is NaN.
     """
     area, inside, outside = auc(members, outsiders), _numbers(members), _numbers(outsiders)
-    found = None
-    if len(outside) * FALSE_POSITIVES >= 1:
-        allowed = int(len(outside) * FALSE_POSITIVES)
-        found = float((inside > np.sort(outside)[-allowed - 1]).mean())
-    return MembershipScore(auc=area, found_at_1_percent=found)
+    found = [
+        float((inside > np.sort(outside)[-int(len(outside) * share) - 1]).mean()) if len(outside) * share >= 1 else None
+        for share in (FALSE_POSITIVES, 5 * FALSE_POSITIVES)
+    ]
+    return MembershipScore(auc=area, found_at_1_percent=found[0], found_at_5_percent=found[1])
 
 
 def _numbers(values: ArrayLike | Tensor) -> NDArray[np.float64]:

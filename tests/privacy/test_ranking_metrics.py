@@ -100,6 +100,8 @@ def test_membership_with_few_false_alarms():
     score = membership_score(members, outside)
     assert score.found_at_1_percent == 0.3  # the one false alarm is the non-member above all members
     assert score.auc.value == pytest.approx(0.3 * 0.99)
+    assert score.found_at_5_percent == 0.3
+    assert membership_score(members, outside[:19]).found_at_5_percent is None
     assert membership_score(members, outside[:99]).found_at_1_percent is None
     assert membership_score([1.0] * 10, [1.0] * 100).found_at_1_percent == 0
 

@@ -9,7 +9,7 @@ Read next: `people.py`, where the attacker has to find the objects first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from ....core.errors import InvalidInput, require
 from ....core.structures import Labels
 from ....ops.points_in_boxes import count_points_in_boxes, points_in_boxes
 from ..frames import AuditFrame
-from .fits import Fit, fit_best
-from .leak_row import LeakRow, balanced_accuracy, explained_share, ranking_auc
+from ..ranking_metrics import auc
+from .fits import fit_best
+from .leak_row import LeakRow, balanced_accuracy, explained_share
 from .scene_views import SceneView, view_of_coordinates, view_of_nothing, view_of_points, view_of_upload, voxel_means
 
 MIN_POINTS = 5
@@ -136,7 +137,8 @@ def views_of(known: Sequence[AuditFrame], unseen: Sequence[AuditFrame]) -> dict[
         "nothing": lambda f: view_of_nothing(f.upload.spec),
         "coordinates": lambda f: view_of_coordinates(f.upload),
         "upload": lambda f: view_of_upload(f.upload),
-        "raw": lambda f: view_of_points(f.scan.xyz, f.upload.spec.grid),
+        # Who has the scan can compute the upload, so this row sees both: otherwise it would be no upper bound.
+        "raw": lambda f: replace(view_of_points(f.scan.xyz, f.upload.spec.grid), also=view_of_upload(f.upload)),
     }
     return {name: Views(known=[see(f) for f in known], unseen=[see(f) for f in unseen]) for name, see in kinds.items()}
 
@@ -191,13 +193,37 @@ def objects_of(frame: AuditFrame) -> Labels:
     return labels.select(inside & (labels.weight > 0) & (points >= MIN_POINTS))
 
 
-def _learn_and_answer(
-    views: Views, ask: Callable[[SceneView, int, bool], Tensor], targets: Tensor, *, seed: int, classes: bool, steps: int = 400
-) -> Tensor:
-    """Answers on the unseen frames; `ask` describes what is asked about in frame `i` of the known (True) or unseen frames."""
-    inputs = torch.cat([ask(view, i, True) for i, view in enumerate(views.known)])
-    fit: Fit = fit_best(inputs, targets, seed=seed, classes=classes, steps=steps)
-    return fit.predict(torch.cat([ask(view, i, False) for i, view in enumerate(views.unseen)]))
+ROWS = ("nothing", "coordinates", "upload", "raw")
+
+
+def _answers(
+    every: dict[str, Views],
+    ask: Callable[[SceneView, int, bool], Tensor],
+    targets: Tensor,
+    *,
+    seed: int,
+    classes: bool,
+    names: tuple[str, ...] = ROWS,
+    steps: int = 400,
+) -> dict[str, Tensor]:
+    """Answers on the unseen frames by row; `ask` describes what is asked about in frame `i` of the known (True) or unseen frames.
+
+    Who sees more may ignore it: a row takes over the answers of the row before where its own learner is worse on frames held out.
+    """
+    found: dict[str, Tensor] = {}
+    best = error = None
+    for name in names:
+        parts = [ask(view, i, True) for i, view in enumerate(every[name].known)]
+        frames = torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts)])
+        fit = fit_best(torch.cat(parts), targets, seed=seed, groups=frames, classes=classes, steps=steps)
+        answer = fit.predict(torch.cat([ask(view, i, False) for i, view in enumerate(every[name].unseen)]))
+        if best is None or error is None:
+            best, error = answer, fit.held_error
+        else:
+            best = torch.where(fit.held_error < error, answer, best)
+            error = torch.minimum(fit.held_error, error)
+        found[name] = best
+    return found
 
 
 def _intensity(
@@ -209,22 +235,15 @@ def _intensity(
     column, generator = names.index("intensity"), torch.Generator().manual_seed(seed)
     rows = [[torch.randperm(len(f.scan), generator=generator)[:POINTS_PER_FRAME] for f in part] for part in (known, unseen)]
     truth = [torch.cat([f.scan.features[r, column] for f, r in zip(part, row)]) for part, row in zip((known, unseen), rows)]
-    frames, shape = (unseen, known), every["raw"]
+    frames, shapes = (known, unseen), (every["raw"].known, every["raw"].unseen)
 
-    def asking(blind: bool) -> Callable[[SceneView, int, bool], Tensor]:
-        def ask(view: SceneView, i: int, learns: bool) -> Tensor:
-            xyz = frames[learns][i].scan.xyz[rows[not learns][i]]
-            geometry = (shape.known if learns else shape.unseen)[i].read(xyz[:, :2])  # it is given, so every row has it
-            return torch.cat([view.at(xyz), geometry], 1)
+    def ask(view: SceneView, i: int, learns: bool) -> Tensor:
+        part = 0 if learns else 1
+        xyz = frames[part][i].scan.xyz[rows[part][i]]
+        return torch.cat([view.at(xyz), shapes[part][i].read(xyz[:, :2])], 1)  # the geometry is given, so every row has it
 
-        return ask
-
-    found = {
-        name: explained_share(
-            truth[1], _learn_and_answer(every[name], asking(False), truth[0][:, None], seed=seed, classes=False, steps=1000)[:, 0]
-        )
-        for name in ("nothing", "coordinates", "upload")
-    }
+    answers = _answers(every, ask, truth[0][:, None], seed=seed, classes=False, names=ROWS[:3], steps=1000)
+    found = {name: explained_share(truth[1], answer[:, 0]) for name, answer in answers.items()}
     means = torch.cat([voxel_means(f.scan, f.upload.spec.grid, column)[r] for f, r in zip(unseen, rows[1])])
     return IntensityLeak(r2=LeakRow(**found, raw=explained_share(truth[1], means)), points=len(truth[1]), frames=len(unseen))
 
@@ -250,10 +269,8 @@ def _classes(truth: list[list[Labels]], every: dict[str, Views], count: int, see
         return view.around(places_of(truth[0 if learns else 1][i]))
 
     targets = torch.nn.functional.one_hot(learned, count).float()
-    found = {
-        name: balanced_accuracy(asked, _learn_and_answer(views, ask, targets, seed=seed, classes=True).argmax(1), count)
-        for name, views in every.items()
-    }
+    answers = _answers(every, ask, targets, seed=seed, classes=True)
+    found = {name: balanced_accuracy(asked, answer.argmax(1), count) for name, answer in answers.items()}
     numbers = tuple(torch.bincount(asked, minlength=count).tolist())
     return ClassLeak(accuracy=LeakRow(**found), objects=numbers, frames=len(truth[1]))
 
@@ -278,14 +295,15 @@ def _cells(
         return view.around(parts[0 if learns else 1][i][0])
 
     targets = torch.nn.functional.one_hot(learned, count + 1).float()  # the last class is background
-    scores = {name: _learn_and_answer(views, ask, targets, seed=seed, classes=True) for name, views in every.items()}
+    scores = _answers(every, ask, targets, seed=seed, classes=True)
     found = []
     for c, name in enumerate(class_names):
         mine, others = asked == c, asked == count
-        if int((learned == c).sum()) < 20 or not bool(mine.any()):
+        if int((learned == c).sum()) < 20 or not bool(mine.any()) or not bool(others.any()):
             continue
-        auc = {row: ranking_auc((s[mine, c] - s[mine, count]), (s[others, c] - s[others, count])) for row, s in scores.items()}
-        found.append(CellLeak(class_name=name, auc=LeakRow(**auc), cells=int(mine.sum())))
+        sure = {row: s[:, c] - s[:, count] for row, s in scores.items()}
+        areas = {row: auc(s[mine], s[others]).value for row, s in sure.items()}
+        found.append(CellLeak(class_name=name, auc=LeakRow(**areas), cells=int(mine.sum())))
     return tuple(found)
 
 
@@ -317,7 +335,7 @@ def _sizes(truth: list[list[Labels]], every: dict[str, Views], class_names: tupl
         def ask(view: SceneView, i: int, learns: bool, learned: list[Labels] = learned, asked: list[Labels] = asked) -> Tensor:
             return view.around(places_of((learned if learns else asked)[i]))
 
-        answers = {n: _learn_and_answer(views, ask, known, seed=seed, classes=False) for n, views in every.items()}
+        answers = _answers(every, ask, known, seed=seed, classes=False)
         for k, side in enumerate(SIZES):
             found.append(
                 SizeLeak(

@@ -31,6 +31,9 @@ class Fit:
     learners: tuple[str, ...]
     """Which learner won for each value: "mean", "ridge" or "network"."""
 
+    held_error: Tensor
+    """(K,) squared error of the winner on the held-out rows, in units of the variance; the same for all classes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Scale:
@@ -41,13 +44,17 @@ class _Scale:
         return ((inputs - self.mean) / self.step).clamp(-10, 10)
 
 
-def fit_best(inputs: Tensor, targets: Tensor, *, seed: int, classes: bool = False, steps: int = 400) -> Fit:
+def fit_best(
+    inputs: Tensor, targets: Tensor, *, seed: int, groups: Tensor | None = None, classes: bool = False, steps: int = 400
+) -> Fit:
     """Learn values or classes from rows.
 
     Args:
         inputs: (N, D) what the attacker sees.
         targets: (N, K) values, or one column per class with a single 1 in each row. Classes get the same weight, however rare.
         seed: Decides the held-out rows and the network's start; the result follows from it.
+        groups: (N,) frame of each row. Whole frames are held out, because a learner that knows a frame by its features would look better
+            than it is. None: every row is a frame of its own.
         classes: Whether the targets are classes.
         steps: Training steps of the network.
 
@@ -62,8 +69,7 @@ def fit_best(inputs: Tensor, targets: Tensor, *, seed: int, classes: bool = Fals
         f"a fit needs inputs (N, D) and targets (N, K) with at least 10 rows, found {shape_of(inputs)} and {shape_of(targets)}",
     )
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(inputs), generator=generator)
-    held, kept = order[: len(inputs) // 5], order[len(inputs) // 5 :]
+    held, kept = _divided(torch.arange(len(inputs)) if groups is None else groups, generator)
     step = inputs[kept].std(0)
     scale = _Scale(mean=inputs[kept].mean(0), step=torch.where(step > 1e-6, step, torch.inf))
     rows = scale(inputs)
@@ -84,11 +90,24 @@ def fit_best(inputs: Tensor, targets: Tensor, *, seed: int, classes: bool = Fals
     epochs = max(50, 30 * len(kept) // BATCH)
     network = _network(rows, targets, weight, kept, errors, held, generator, classes, min(steps, epochs))
     found.append(("network", errors(network(rows[held])), network))
-    winner = torch.stack([error for _, error, _ in found]).argmin(0).tolist()
+    lowest, which = torch.stack([error for _, error, _ in found]).min(0)
+    winner = which.tolist()
     return Fit(
         predict=lambda x: torch.stack([found[w][2](scale(x))[:, k] for k, w in enumerate(winner)], 1),
         learners=tuple(found[w][0] for w in winner),
+        held_error=lowest,
     )
+
+
+def _divided(groups: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows of a fifth of the groups, and rows of the others."""
+    names = groups.unique()
+    if len(names) < 2:
+        groups = torch.arange(len(groups))
+        names = groups
+    out = names[torch.randperm(len(names), generator=generator)[: max(1, len(names) // 5)]]
+    mask = torch.isin(groups, out)
+    return mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
 
 
 def _balanced(targets: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ the calibrated score (Watson et al., 2022), with several references the likeliho
 classifier learns from a reference what members look like. The encoder file alone is attacked through its batch norms: the statistics of
 a training frame lie nearer to those that the network kept.
 
-Read next: `leak_row.py` for the scores.
+Read next: `ranking_metrics.py` for the scores.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ....core.frame import Frame, labels_of
 from ....core.structures import Boxes3D
 from ...models.detector import Detector
 from ...models.encoders.encoder import Encoder
+from ..ranking_metrics import MembershipScore, membership_score
 from .fits import fit_best
-from .leak_row import auc_error, ranking_auc
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,25 +41,8 @@ class ReferenceDetector:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MembershipScore:
-    """How well members are told from other frames. No information gives an AUC of 0.5, full knowledge 1."""
-
-    auc: float
-    """Area under the ROC curve; chance is 0.5."""
-
-    auc_error: float
-    """One standard error of it. Within two of 0.5, nothing was seen."""
-
-    tpr_at_1: float
-    """Share of members found where at most 1 % of the others are called members; chance is 0.01."""
-
-    tpr_at_5: float
-    """The same at 5 %; chance is 0.05."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class MembershipLeak:
-    """What weights tell about the frames that they were trained on."""
+    """What weights tell about the frames that they were trained on. No information gives an AUC of 0.5, full knowledge gives 1."""
 
     loss: MembershipScore
     """The loss of each frame with its labels, no reference."""
@@ -71,7 +54,7 @@ class MembershipLeak:
     """The loss compared with the references'. None without references."""
 
     shadow: MembershipScore | None
-    """A classifier of losses and scores, learned from the references. None without references."""
+    """A classifier of losses and scores, learned from the references. None without references, or where they know fewer than 10 frames."""
 
     encoder: MembershipScore
     """From the encoder file alone: distance of a frame's statistics from those of the batch norms, no reference."""
@@ -122,7 +105,8 @@ def attack_membership(
         outside = torch.stack([_signals(r.detector, candidates) for r in references])
         spread = outside[:, :, 0].std(0) if len(references) > 2 else own.new_ones(len(own))
         calibrated = _score((outside[:, :, 0].mean(0) - own[:, 0]) / (spread + 0.1 * spread.mean()), count)
-        shadow = _score(_shadow(target, own, outside.mean(0), references, seed), count)
+        if sum(len(r.members) + len(r.others) for r in references) >= 10:
+            shadow = _score(_shadow(target, own, outside.mean(0), references, seed), count)
         away = torch.stack([_drift(r.detector.encoder, candidates) for r in references]).mean(0)
         encoder_calibrated = _score((away - drift).mean(1), count)
     return MembershipLeak(
@@ -138,33 +122,8 @@ def attack_membership(
     )
 
 
-def membership_score(scores_of_members: Tensor, scores_of_others: Tensor) -> MembershipScore:
-    """Say how well scores tell members from others.
-
-    Args:
-        scores_of_members: (M,) scores of members, higher for a surer member.
-        scores_of_others: (N,) scores of others.
-
-    Returns:
-        Area under the ROC curve, and the share of members found at few false alarms.
-    """
-    auc = ranking_auc(scores_of_members, scores_of_others)
-    return MembershipScore(
-        auc=auc,
-        auc_error=auc_error(auc, len(scores_of_members), len(scores_of_others)),
-        tpr_at_1=_found_at(scores_of_members, scores_of_others, 0.01),
-        tpr_at_5=_found_at(scores_of_members, scores_of_others, 0.05),
-    )
-
-
 def _score(scores: Tensor, members: int) -> MembershipScore:
     return membership_score(scores[:members], scores[members:])
-
-
-def _found_at(members: Tensor, others: Tensor, alarms: float) -> float:
-    """Share of members above the score that at most this share of the others exceeds."""
-    threshold = others.sort(descending=True).values[int(alarms * len(others))]
-    return float((members > threshold).double().mean())
 
 
 def _shadow(target: Detector, own: Tensor, outside: Tensor, references: Sequence[ReferenceDetector], seed: int) -> Tensor:

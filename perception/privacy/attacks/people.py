@@ -241,7 +241,8 @@ def _heights(
     if not matched:
         return {"height_error": math.nan, "height_guess": math.nan, "height_correlation": 0.0}
     inputs = torch.cat([s.view.around(F.pad(s.people[:, :2], (0, 1))) for s in known])
-    fit = fit_best(inputs, people[:, 5:6], seed=seed)
+    frames = torch.cat([torch.full((len(s.people),), i) for i, s in enumerate(known)])
+    fit = fit_best(inputs, people[:, 5:6], seed=seed, groups=frames)
     asked = torch.cat([unseen[i].view.around(F.pad(answers[i].xy[a : a + 1], (0, 1))) for i, a, _ in matched])
     truth = torch.stack([unseen[i].people[p, 5] for i, _, p in matched])
     said = fit.predict(asked)[:, 0]

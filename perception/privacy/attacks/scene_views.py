@@ -50,6 +50,9 @@ class SceneView(TensorValue):
     points: Tensor | None = None
     """(N, 3) points in meters, None where the attacker has none."""
 
+    also: SceneView | None = None
+    """A second view of the same scene, which is described too. None without."""
+
     def around(self, places: Tensor) -> Tensor:
         """Describe the surroundings of objects.
 
@@ -68,6 +71,8 @@ class SceneView(TensorValue):
             parts += [_near_keypoints(self.keypoints, places), profile(self.keypoints.xyz, places)]
         if self.points is not None:
             parts.append(profile(self.points, places))
+        if self.also is not None:
+            parts.append(self.also.around(places))
         return torch.cat(parts, 1)
 
     def at(self, xyz: Tensor) -> Tensor:
