@@ -23,7 +23,7 @@ from .fits import fit_best
 from .leak_row import LeakRow, balanced_accuracy, explained_share
 from .scene_views import SceneView, view_of_coordinates, view_of_nothing, view_of_points, view_of_upload, voxel_means
 
-MIN_POINTS = 5
+ASKED_POINTS = 5
 """Objects with fewer points are not asked about."""
 POINTS_PER_FRAME = 150
 BACKGROUND_PER_FRAME = 40
@@ -190,7 +190,7 @@ def objects_of(frame: AuditFrame) -> Labels:
     boxes = labels.boxes.data
     inside = (boxes[:, 0] >= x0) & (boxes[:, 0] < x1) & (boxes[:, 1] >= y0) & (boxes[:, 1] < y1)
     points = count_points_in_boxes(frame.scan.xyz, boxes)
-    return labels.select(inside & (labels.weight > 0) & (points >= MIN_POINTS))
+    return labels.select(inside & (labels.weight > 0) & (points >= ASKED_POINTS))
 
 
 ROWS = ("nothing", "coordinates", "upload", "raw")

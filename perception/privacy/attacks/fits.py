@@ -18,7 +18,7 @@ from ....core.tensor_value import shape_of
 RIDGE = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Penalties that are tried, for each sample and each unit of a standardized input."""
 HIDDEN = 64
-BATCH = 128
+BATCH_ROWS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ def fit_best(
     tried = [errors(ridge(rows[held])) for ridge in _ridges(rows[kept], targets[kept], weight[kept], RIDGE)]
     for error, ridge in zip(tried, _ridges(rows, targets, weight, RIDGE), strict=True):
         found.append(("ridge", error, ridge))
-    epochs = max(50, 30 * len(kept) // BATCH)
+    epochs = max(50, 30 * len(kept) // BATCH_ROWS)
     network = _network(rows, targets, weight, kept, errors, held, generator, classes, min(steps, epochs))
     found.append(("network", errors(network(rows[held])), network))
     lowest, which = torch.stack([error for _, error, _ in found]).min(0)
@@ -161,7 +161,7 @@ def _network(
 
     best, state = float("inf"), {k: v.clone() for k, v in net.state_dict().items()}
     for step in range(steps):
-        batch = kept[torch.randint(len(kept), (min(BATCH, len(kept)),), generator=generator)]
+        batch = kept[torch.randint(len(kept), (min(BATCH_ROWS, len(kept)),), generator=generator)]
         out = net(rows[batch])
         if classes:
             each = nn.functional.cross_entropy(out, targets[batch].argmax(1), reduction="none")

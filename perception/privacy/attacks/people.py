@@ -20,7 +20,7 @@ from ....core.errors import require
 from ..frames import AuditFrame, RebuildAttack
 from .attributes import correlation, objects_of
 from .fits import fit_best
-from .person_finder import NEAR, Answers, Sight, train_finder
+from .person_finder import FOUND_WITHIN, Answers, Sight, train_finder
 from .scene_views import SceneView, view_of_coordinates, view_of_nothing, view_of_points, view_of_upload
 
 
@@ -188,11 +188,11 @@ def _match(answers: Answers, sight: Sight) -> tuple[Tensor, Tensor]:
     for a in answers.score.argsort(descending=True, stable=True).tolist():
         if len(sight.people):
             d = torch.where(free, distance[a], torch.inf)
-            if float(d.min()) <= NEAR:
+            if float(d.min()) <= FOUND_WITHIN:
                 owner[a] = int(d.argmin())
                 free[owner[a]] = False
                 continue
-        if len(sight.ignored) and float(torch.cdist(answers.xy[a : a + 1], sight.ignored).min()) <= 2 * NEAR:
+        if len(sight.ignored) and float(torch.cdist(answers.xy[a : a + 1], sight.ignored).min()) <= 2 * FOUND_WITHIN:
             owner[a] = -2
     return owner, free
 

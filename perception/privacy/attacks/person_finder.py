@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .scene_views import SceneView
 
-NEAR = 0.5
+FOUND_WITHIN = 0.5
 """Meters in BEV within which an answer is right."""
 WIDTH = 32
 HEAT = 0.3
@@ -24,7 +24,7 @@ HEAT = 0.3
 MOST_PER_FRAME = 60
 CROP = 12.8
 """Side in meters of the parts of a map that the finder trains on; half of them hold a person."""
-BATCH = 8
+CROPS = 8
 ANSWER_CELL = 0.45
 """The network answers in cells of at most this size in meters."""
 
@@ -144,7 +144,7 @@ def train_finder(known: Sequence[Sight], generator: torch.Generator, steps: int)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
     for _ in range(steps):
-        crops = [_crop(net, maps, targets, standing, first.cell, generator, there=k % 2 == 0) for k in range(BATCH)]
+        crops = [_crop(net, maps, targets, standing, first.cell, generator, there=k % 2 == 0) for k in range(CROPS)]
         seen, heat, offset, weight = (torch.stack([crop[k] for crop in crops]) for k in range(4))
         loss = _finder_loss(net(seen), heat, offset, weight)
         optimizer.zero_grad()
@@ -160,7 +160,7 @@ def train_finder(known: Sequence[Sight], generator: torch.Generator, steps: int)
         peak = heat == F.max_pool2d(heat[None], 3, 1, 1)[0]
         score, row = torch.where(peak, heat, 0.0).flatten().topk(min(MOST_PER_FRAME, heat.numel()))
         xy = (centers + out[1:]).flatten(1).T[row]
-        apart = torch.cdist(xy, xy) < NEAR
+        apart = torch.cdist(xy, xy) < FOUND_WITHIN
         keep = ~(torch.tril(apart, -1).any(1))  # a weaker answer beside a stronger one
         return Answers(xy=xy[keep], score=score[keep])
 
@@ -209,13 +209,13 @@ def _targets(centers: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
     shape = centers.shape[1:]
     heat, offset, weight = flat.new_zeros(len(flat)), torch.zeros_like(flat), flat.new_ones(len(flat))
     if len(sight.ignored):
-        weight[torch.cdist(flat, sight.ignored).amin(1) < 2 * NEAR] = 0.0
+        weight[torch.cdist(flat, sight.ignored).amin(1) < 2 * FOUND_WITHIN] = 0.0
     if len(sight.people):
         distance, owner = torch.cdist(flat, sight.people[:, :2]).min(1)
         heat = (-0.5 * (distance / HEAT).square()).exp()
         heat[torch.cdist(sight.people[:, :2], flat).argmin(1)] = 1.0
         offset = sight.people[owner, :2] - flat
-        weight[distance < 2 * NEAR] = 1.0
+        weight[distance < 2 * FOUND_WITHIN] = 1.0
     return heat.view(1, *shape), offset.T.reshape(2, *shape), weight.view(1, *shape)
 
 
