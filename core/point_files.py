@@ -23,7 +23,7 @@ from .foreign_text import shown
 from .ledger import Ledger
 from .pcd_file import read_pcd
 from .rig import RigSpec, count_intensity, scale_intensity
-from .row_width import check_number_rows, check_outer_rows, number_type, usual_columns
+from .row_width import check_distances, check_number_rows, check_outer_rows, number_type, usual_columns
 from .scan_options import ScanOptions
 from .structures import PointCloud, column_names, scan_of_table, warn_of_intensity
 
@@ -221,6 +221,7 @@ def _read_bin(path: Path, options: ScanOptions) -> tuple[tuple[str, ...], NDArra
     check_number_rows(data, names, options.dtype, named=bool(options.columns))
     rows = _as_float32(data.view(number_type(options.dtype)).reshape(-1, len(names)))
     check_outer_rows(rows, names)
+    check_distances(rows, names)
     return names, rows
 
 

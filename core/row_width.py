@@ -8,7 +8,8 @@ point often fits 4 as well. Two simple facts decide:
   for the right width of real scans of KITTI, nuScenes, Lyft and Waymo, below 0.45 for every other width that is no multiple of it.
 - Numbers of another type are absurd: a double read as two floats has random exponents in every second of them.
 
-What is only unlikely passes. Read next: `point_files.py`, which asks.
+A header of text is refused, and one whose numbers are no points (`check_outer_rows`). A header of whole rows that could be points (a pose, a
+time, 128 small numbers) cannot be told from points and passes, as does what is only unlikely. Read next: `point_files.py`, which asks.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InvalidInput
+from .foreign_text import shown
 from .scan_options import NumberType
 
-_WIDTHS = range(3, 11)
-_CHUNK = 2520 * 8  # bytes; a whole number of rows of every width and type
+_WIDTHS = (*range(3, 17), 20, 24)  # PCL's padded points have 8, 12 (PointXYZINormal) or more
+_CHUNK = 5040 * 8  # bytes; a whole number of rows of every type and of every width but 11 and 13
 _CHUNKS = 4
+_FIRST = 5040
+"""Values of any type that lie in the first chunk."""
 _EXACT: tuple[NumberType, ...] = ("float32", ">f4", "float64", ">f8")  # absurd numbers give a wrong reading with these away
 _ADVANTAGE = 0.15
 """Mutual information in nats that another width needs in excess of the assumed one."""
@@ -38,6 +42,14 @@ _OUTLYING = 5.0
 """Times the largest coordinate of all other points that it exceeds as well."""
 _TINY = 1e-25
 """A coordinate below it is a whole number that was read as a float."""
+_FARTHEST = 10_000.0
+"""Meters from the sensor that no LiDAR reaches."""
+_FEW = 10
+"""Points that may lie farther away: noise of a sensor."""
+_FEW_SHARE = 0.01
+_TEXT_HEAD = 16
+"""Bytes at the begin of a file that are no text if they are a point."""
+_LEAST_LETTERS = 4
 _LEAST_ROWS = 12
 """Rows below which nothing is judged."""
 
@@ -70,6 +82,12 @@ def check_number_rows(data: NDArray[np.uint8], names: Sequence[str], dtype: Numb
     part = _sample(data)
     if len(data) >= 16 and _is_text(part):
         raise InvalidInput("the file holds text; write the points as float32, or in a `.pcd` file with DATA ascii")
+    head = data[:_TEXT_HEAD]
+    if len(head) == _TEXT_HEAD and _is_text(head) and sum(chr(byte).isalpha() for byte in head.tolist()) >= _LEAST_LETTERS:
+        raise InvalidInput(
+            f"the file begins with text ({shown(bytes(head.tolist()).decode('ascii').strip())!r}): a header in front of the points. Cut it off, "
+            "or write the points into a `.pcd` or `.npy` file"
+        )
     if len(data) % (item * width):
         raise InvalidInput(
             f"{len(data)} bytes are not a whole number of rows of {width} {dtype} ({' '.join(names)}); {_hint(data, width, dtype)}"
@@ -136,6 +154,29 @@ def check_outer_rows(rows: NDArray[np.float32], names: Sequence[str]) -> None:
             )
 
 
+def check_distances(rows: NDArray[np.float32], names: Sequence[str]) -> None:
+    """Refuse a file in which more than a few points lie farther away than any LiDAR reaches.
+
+    Args:
+        rows: (N, C) the numbers of the file.
+        names: Names of the columns.
+
+    Raises:
+        InvalidInput: More than 10 points, and more than 1 % of them, have a coordinate beyond 10 km.
+    """
+    size = np.abs(rows[:, [names.index(axis) for axis in "xyz" if axis in names]])
+    with np.errstate(invalid="ignore"):
+        beyond = ((size > _FARTHEST) & np.isfinite(size)).any(1)
+    count = int(beyond.sum())
+    if count > max(_FEW, _FEW_SHARE * len(rows)):
+        most = float(size[beyond][np.isfinite(size[beyond])].max())
+        raise InvalidInput(
+            f"{count:,} of {len(rows):,} points have a coordinate beyond {_FARTHEST / 1000:g} km (up to {most:.3g} m), which no LiDAR reaches. "
+            "Likely causes: numbers of another type, such as float16 (--dtype), other columns (--columns), millimeters, or coordinates of a "
+            "map; write the points in meters in the sensor's own frame"
+        )
+
+
 def _is_count(row: NDArray[np.float32], total: int) -> bool:
     """Whether a row says how many rows follow, and holds whole numbers only."""
     return bool((row == np.round(row)).all() and row[0] in (total - 1, total) and total > _LEAST_ROWS)
@@ -177,9 +218,16 @@ def _magnitudes(values: NDArray[Any]) -> NDArray[np.int64]:
     return found
 
 
+def _whole_rows(values: NDArray[Any], width: int) -> NDArray[Any]:
+    """The values of a sample in rows of a width. Chunks after the first one begin in the middle of a row of 11 or 13 values."""
+    if _CHUNK % width:
+        values = values[:_FIRST]
+    return values[: len(values) // width * width].reshape(-1, width)
+
+
 def _separation(classes: NDArray[np.int64], width: int) -> tuple[float, float]:
     """Mutual information of column and magnitude in nats, freed of the excess that few values give; and that excess."""
-    rows = classes[: len(classes) // width * width].reshape(-1, width)
+    rows = _whole_rows(classes, width)
     if not len(rows):
         return 0.0, 1.0
     counts = np.stack([np.bincount(rows[:, j], minlength=128) for j in range(width)]).astype(np.float64)
@@ -277,28 +325,36 @@ def _better_width(values: NDArray[Any], total: int, width: int, *, named: bool) 
 
 
 def _is_multiple(values: NDArray[Any], width: int, other: int) -> bool:
-    """Whether every second row of the assumed width holds no point: neither its x nor its y nor its direction is like the first's."""
-    rows = values[: len(values) // other * other].reshape(-1, other)
+    """Whether of the rows of the assumed width that make one row of `other`, one after the first holds no point: neither its x nor its y nor
+    its direction is like the first's."""
+    rows = _whole_rows(values, other)
+    return any(_is_no_point(rows, start) for start in range(width, other, width))
+
+
+def _is_no_point(rows: NDArray[Any], start: int) -> bool:
+    """Whether the columns from `start` on hold no second point beside the one of the first columns."""
+    places = [0, 1, start, start + 1]
+    rows = rows[np.isfinite(rows[:, places]).all(1)]  # a missing return in every third row says nothing about rows
     if len(rows) < 40:
         return False
     for j in (0, 1):
-        pair = np.stack([rows[:, j], rows[:, j + width]], 1).ravel()
+        pair = np.stack([rows[:, j], rows[:, j + start]], 1).ravel()
         with np.errstate(invalid="ignore"):
             whole = pair == np.floor(pair)
         if _separation(_magnitudes(pair) * 2 + whole, 2)[0] < 0.3:
             return False
     # Two lasers that fire alternately, one up and one down, see near and far: but in one direction.
     wide = rows.astype(np.float64)
-    sines = [np.sin(np.arctan2(wide[:, j + 1], wide[:, j])) for j in (0, width)]
+    sines = [np.sin(np.arctan2(wide[:, j + 1], wide[:, j])) for j in (0, start)]
     with np.errstate(all="ignore"):
         alike = float(np.corrcoef(np.stack(sines))[0, 1])
     return not alike > 0.5  # NaN where a column is constant
 
 
 def _is_repeated(values: NDArray[Any], width: int, other: int) -> bool:
-    """Whether every second row of the assumed width is the row before it again, moved by a constant."""
-    rows = values[: len(values) // other * other].reshape(-1, other).astype(np.float64)
-    if other != 2 * width or len(rows) < 20 or not np.isfinite(rows).all() or rows[:, :2].std(0).min() < 0.5:
+    """Whether the second row of the assumed width in each row of `other` is the first one again, moved by a constant."""
+    rows = _whole_rows(values, other).astype(np.float64)
+    if len(rows) < 20 or not np.isfinite(rows).all() or rows[:, :2].std(0).min() < 0.5:
         return False
     moved = rows[:, width : width + 3] - rows[:, :3]
     return bool((np.abs(moved - np.median(moved, 0)) < 1e-4).all(1).mean() > 0.995)
@@ -306,7 +362,7 @@ def _is_repeated(values: NDArray[Any], width: int, other: int) -> bool:
 
 def _is_stationary(values: NDArray[Any], width: int, wide: int) -> bool:
     """Whether rows of `width` go on alike across the borders of rows of `wide`, so that these borders mean nothing."""
-    rows = values[: len(values) // wide * wide].reshape(-1, width)[:, :3].astype(np.float64)
+    rows = _whole_rows(values, wide).reshape(-1, width)[:, :3].astype(np.float64)
     if len(rows) < 100 or not np.isfinite(rows).all():
         return False
     borders = np.arange(1, len(rows)) % (wide // width) == 0
@@ -333,7 +389,7 @@ def _hint(data: NDArray[np.uint8], width: int, dtype: NumberType) -> str:
         return f"it looks like {better[0]} values per point of type {better[1]}: {_advice(part, better[0], better[1], dtype)}"
     if fitting:
         return f"the size fits {' or '.join(map(str, fitting))} values per point: name them with --columns"
-    return f"no row of 3 to 10 {dtype} fits; the file is cut off, or of another type (--dtype)"
+    return f"no row of {_WIDTHS[0]} to {_WIDTHS[-1]} {dtype} fits; the file is cut off, or of another type (--dtype)"
 
 
 def _advice(part: NDArray[np.uint8], width: int, dtype: NumberType, assumed: NumberType) -> str:

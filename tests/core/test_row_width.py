@@ -66,6 +66,68 @@ def test_rows_of_another_width_are_refused_although_the_size_fits(width, extra):
     check(rows(width, 4000, extra), columns=width, named=True)
 
 
+@pytest.mark.parametrize("extra", ["ring", "again", "zero"])
+@pytest.mark.parametrize("width", [11, 12, 13, 15, 16, 20, 24])
+def test_wide_rows_are_refused_also_where_they_are_a_multiple_of_four(width, extra):
+    with pytest.raises(InvalidInput, match=rf"looks like {width} values per point: give --columns {usual_columns(width)},"):
+        check(rows(width, 4000, extra))
+    check(rows(width, 4000, extra), columns=width, named=True)
+
+
+@pytest.mark.parametrize("n", [400, 30_000])
+@pytest.mark.parametrize("toward", [1, -1])
+def test_points_of_pcl_with_intensity_and_normals_have_twelve_values(n, toward):
+    """pcl::PointXYZINormal: x y z 1, nx ny nz 0, intensity curvature 0 0; the normals of walls lie along the ray."""
+    table = scan(n)
+    ray = table[:, :3] / np.linalg.norm(table[:, :3], axis=1, keepdims=True)
+    normal = np.where(np.arange(n)[:, None] % 3 == 0, toward * ray, [[0.01, -0.02, 0.999]])
+    zero, one = np.zeros((n, 1)), np.ones((n, 1))
+    twelve = np.concatenate([table[:, :3], one, normal, zero, table[:, 3:], 0.1 * table[:, 3:], zero, zero], 1)
+    with pytest.raises(InvalidInput, match="looks like 12 values per point"):
+        check(twelve)
+
+
+def test_three_or_four_lasers_that_fire_in_turn_are_points(tmp_path):
+    for lasers in (3, 4, 5):
+        n = 6000 // lasers * lasers
+        angle = np.linspace(0, 2 * np.pi, n // lasers).repeat(lasers)
+        up = np.tile(np.linspace(-0.3, 0.1, lasers), n // lasers)
+        reach = np.tile(np.linspace(8, 60, lasers), n // lasers)
+        check(
+            np.stack(
+                [reach * np.cos(angle), reach * np.sin(angle), reach * up, np.tile(np.linspace(0.1, 0.9, lasers), n // lasers)], 1
+            )
+        )
+
+
+@pytest.mark.parametrize("head", [b"LIDARSCANv1.0   ", b"LIDAR" + b" " * 59, b"# my scan\nx y z intensity time\n\n "])
+def test_a_header_of_text_is_refused_by_name(tmp_path, head):
+    (tmp_path / "000.bin").write_bytes(head + scan(500).astype("<f4").tobytes())
+    with pytest.raises(InvalidInput, match="the file begins with text .* a header in front of the points"):
+        read_scan(tmp_path / "000.bin")
+
+
+@pytest.mark.parametrize("width", [4, 5])
+@pytest.mark.parametrize("n", [3000, 3001])
+def test_half_floats_never_become_points_light_years_away(tmp_path, width, n):
+    table = rows(width, n // 2 * 2)
+    table[:, 0] = np.abs(table[:, 0]) + 4  # ahead only, like a camera's view
+    (tmp_path / "000.bin").write_bytes(table.astype("<f2").tobytes())
+    with pytest.raises(InvalidInput):
+        read_scan(tmp_path / "000.bin")
+
+
+def test_a_few_far_points_pass_and_many_are_named_with_their_causes(tmp_path):
+    table = scan(2000).astype("<f4")
+    table[100:110, 0] = 5e6
+    table.tofile(tmp_path / "000.bin")
+    assert len(read_scan(tmp_path / "000.bin")[0]) == 2000
+    for factor in (1000.0, 1e12):
+        (scan(2000) * [factor, factor, factor, 1]).astype("<f4").tofile(tmp_path / "000.bin")
+        with pytest.raises(InvalidInput, match=r"beyond 10 km .* float16 .* millimeters|make no sense"):
+            read_scan(tmp_path / "000.bin")
+
+
 @pytest.mark.parametrize("n", [40, 41, 42, 43])
 def test_forty_points_are_enough_whether_the_size_fits_or_not(n):
     with pytest.raises(InvalidInput, match="looks like 5 values per point"):

@@ -92,7 +92,7 @@ def test_where_every_scan_fails_the_command_fails_and_says_why(detector, tmp_pat
 
 
 def test_scans_in_another_unit_end_with_an_error_after_everything_is_written(detector, tmp_path, capsys):
-    write_bin(tmp_path / "scans" / "a.bin", replace(tiny.scan_with_car(), xyz=tiny.scan_with_car().xyz * 1000))
+    write_bin(tmp_path / "scans" / "a.bin", replace(tiny.scan_with_car(), xyz=tiny.scan_with_car().xyz * 300))
     assert predict(detector, tmp_path / "scans") == 2
     printed = capsys.readouterr()
     assert "no point lies in the detector's range" in printed.err
