@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import struct
 import time
 import zipfile
@@ -22,7 +23,8 @@ from pathlib import Path
 from tokenize import TokenError
 from typing import BinaryIO
 
-from .errors import UpcycleError
+from .errors import InvalidInput, UpcycleError
+from .foreign_text import shown
 
 LOCK = ".lock"
 """Name of the file that `locked_folder` locks."""
@@ -37,6 +39,31 @@ ZIP_FAULTS = (
 """What zipfile raises for a damaged archive."""
 _LOCK_SECONDS = 0.5
 _LITTER = re.compile(r"\.([0-9a-f]{16}|objects\.[0-9]+)\.tmp")  # of `atomic_file`; and of the GT database of an earlier version
+
+
+def check_input_file(path: str | Path, what: str, *, most: int | None = None) -> None:
+    """Refuse, before it is opened, what a reader would wait for or read without end: a pipe, a socket, a device, a file that is too large.
+
+    What does not exist or is a folder passes: the reader says so in its own words.
+
+    Args:
+        path: The file.
+        what: What it is, for the message: "label file".
+        most: Bytes of the largest file that is read; None for no limit.
+
+    Raises:
+        InvalidInput: It is no regular file, or it is larger.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise InvalidInput(
+            f"the {what} {shown(path)} is not a regular file but a pipe, a socket or a device; write it to a file first, and give that"
+        )
+    if most is not None and stat.S_ISREG(found.st_mode) and found.st_size > most:
+        raise InvalidInput(f"the {what} {shown(path)} has {found.st_size:,} bytes, more than the {most:,} that are read")
 
 
 @contextmanager

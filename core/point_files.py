@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .errors import InvalidInput
 from .field_names import find_fields
-from .files import NPY_FAULTS, write_atomically
+from .files import NPY_FAULTS, check_input_file, write_atomically
 from .foreign_text import shown
 from .ledger import Ledger
 from .pcd_file import read_pcd
@@ -32,6 +32,9 @@ XYZI = ("x", "y", "z", "intensity")
 
 POINT_SUFFIXES = (".bin", ".npy", ".pcd")
 """Suffixes of files that `read_points` reads."""
+
+MOST_SCAN_BYTES = 256 << 20
+"""Bytes of the largest scan file that is read: 16 million points of four values, about fifty times those of the largest sensor."""
 
 _USUAL = ScanOptions()
 
@@ -185,6 +188,7 @@ def _read_table(path: Path, options: ScanOptions) -> tuple[tuple[str, ...], NDAr
             )
         what = "a folder, not a scan" if path.is_dir() else "missing"
         raise InvalidInput(f"there is no scan at {path}: it is {what}; check the root folder and the frame id")
+    check_input_file(path, "scan", most=MOST_SCAN_BYTES)
     try:
         if path.suffix == ".pcd":
             names, numbers, organized = read_pcd(path.read_bytes(), options.columns)

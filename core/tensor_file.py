@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import InvalidInput
-from .files import write_atomically
+from .files import check_input_file, write_atomically
 from .foreign_text import shown
 from .safetensors_bytes import FILE_DIGEST_KEY, METADATA_KEY, file_digest_of, safetensors_pieces
 from .strict_json import strict_json
@@ -151,6 +151,7 @@ def read_tensors(path: str | Path, kind: TensorFileKind | None = None) -> Tensor
     """
     path = Path(path)
     advice = kind.advice if kind is not None else "copy it again from its source"
+    check_input_file(path, "file" if kind is None else kind.name)
     try:
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size

@@ -9,7 +9,13 @@ import codecs
 from pathlib import Path
 
 from .errors import InvalidInput
+from .files import check_input_file
 from .foreign_text import shown
+
+MOST_TEXT_BYTES = 16 << 20
+"""Bytes of the largest text file that is read. A list of a million frames has about as many."""
+MOST_LINES = 1_000_000
+"""Lines of the longest text file that is read."""
 
 
 def read_text(path: Path | str, what: str) -> str:
@@ -23,8 +29,9 @@ def read_text(path: Path | str, what: str) -> str:
         The text, without the byte order mark.
 
     Raises:
-        InvalidInput: The file cannot be read, or is not UTF-8 text; the message says what it looks like.
+        InvalidInput: The file cannot be read, is a pipe or a device, has more than 16 MiB or a million lines, or is not UTF-8 text; the message says what it looks like.
     """
+    check_input_file(path, what, most=MOST_TEXT_BYTES)
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -34,6 +41,8 @@ def read_text(path: Path | str, what: str) -> str:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:1000]:
         looks = "UTF-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "no text"
         raise InvalidInput(f"the {what} {shown(path)} is {looks}; save it as text in UTF-8")
+    if (lines := data.count(b"\n")) > MOST_LINES:
+        raise InvalidInput(f"the {what} {shown(path)} has {lines:,} lines, more than the {MOST_LINES:,} that are read; divide it")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -38,10 +38,11 @@ from torch import Tensor
 
 from ..core.boxes import wrap_angle
 from ..core.errors import InvalidInput
+from ..core.files import check_input_file
 from ..core.foreign_text import shown
 from ..core.frame import Frame
 from ..core.ledger import Ledger
-from ..core.point_files import read_scan
+from ..core.point_files import MOST_SCAN_BYTES, read_scan
 from ..core.rig import RigSpec
 from ..core.row_width import check_number_rows
 from ..core.scan_options import ScanOptions
@@ -365,6 +366,7 @@ def _read_counted(path: Path) -> tuple[PointCloud, Ledger]:
             f"there is no sweep {path}; unpack the LiDAR archive (earlier sweeps are in one of their own), or leave its scene out: write the "
             "other scenes, one name per line, into ImageSets/NAME.txt"
         )
+    check_input_file(path, "sweep", most=MOST_SCAN_BYTES)
     size = path.stat().st_size
     if size % (4 * _COLUMNS) or not size:
         raise InvalidInput(

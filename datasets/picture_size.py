@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 from ..core.errors import InvalidInput
+from ..core.files import check_input_file
 from ..core.foreign_text import shown
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
@@ -44,6 +45,7 @@ def read_picture_size(path: Path | str) -> tuple[int, int]:
     Raises:
         InvalidInput: The file is neither, is cut off, or states a size outside 1 to 65,536 pixels.
     """
+    check_input_file(path, "picture")
     with open(path, "rb") as file:
         head = file.read(24)
         if head[:8] == b"\x89PNG\r\n\x1a\n":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,7 +130,9 @@ def _run(function: Callable[..., Any], arguments: Sequence[str] | None, program:
         arguments = _without_fractions(sys.argv[1:] if arguments is None else arguments)
         _refuse_renamed(function.__module__.rpartition(".")[2], arguments)
         (hint,) = [t for n, t in get_type_hints(function, include_extras=True).items() if n != "return"]
-        function(parse_arguments(parsed_as or hint, arguments, program, function.__doc__))
+        options = parse_arguments(parsed_as or hint, arguments, program, function.__doc__)
+        _check_options(options)
+        function(options)
     except Interrupted as error:
         _print_error(str(error))
         return 128 + error.signal
@@ -154,6 +157,30 @@ def _run(function: Callable[..., Any], arguments: Sequence[str] | None, program:
         print_fault(error)
         return 1
     return 0
+
+
+def _check_options(options: Any) -> None:
+    """Refuse, before any work, what every command would only find at its end: places that cannot be written, seeds that no generator takes."""
+    if (path := getattr(options, "json", None)) is not None:
+        _check_writable(Path(path), "--json", "the name of a file")
+    out = getattr(options, "out", None)
+    if isinstance(out, Path) and out.resolve().parent == out.resolve():
+        raise InvalidInput(f"--out must be a folder of its own, found {out}, the root of the file system; give another one")
+    seeds = (getattr(options, "seed", None), *(getattr(options, "seeds", None) or ()))
+    for seed in seeds:
+        if isinstance(seed, int) and not 0 <= seed < 1 << 63:
+            raise InvalidInput(f"a seed must be a whole number from 0 to {(1 << 63) - 1}, found {seed}")
+
+
+def _check_writable(path: Path, option: str, wanted: str) -> None:
+    if path.is_dir() or not path.name:
+        raise InvalidInput(f"{option} takes {wanted}, and {path} is a folder; add one, as in {path / 'result.json'}")
+    if path.exists() and not path.is_file():
+        return  # such as /dev/stdout, and what the system thinks of it
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        what = "is not a folder" if not folder.is_dir() else "cannot be written to"
+        raise InvalidInput(f"{option} names {path}, and {folder} {what}; give another file")
 
 
 def _sentence(error: OSError) -> str:

@@ -50,8 +50,8 @@ class Predict:
     scans: tuple[Path, ...]
     """Scan files (.bin, .npy, .pcd) or folders of them."""
     out: Path
-    """Folder for the detections, one file per scan under the name of the scan. Files of an earlier run with these names are replaced, the
-    others stay, and a warning counts both."""
+    """Folder for the detections, one file per scan under the name of the scan. Files of an earlier run with these names are replaced, or
+    removed where the scan fails now; the others stay, and a warning counts both."""
     format: Literal["json", "kitti"] = "json"
     """`json`: boxes in the sensor frame. `kitti`: text in the camera frame, which needs `--calib`."""
     calib: Path | None = None
@@ -92,6 +92,7 @@ def command(config: Predict) -> None:
                 found = _detect(path, config, detector, rig, watch.add, camera)
             except UpcycleError as error:
                 done.failed[path.name] = str(error)
+                done.drop_earlier(config.out / f"{path.stem}{_SUFFIXES[config.format]}")
                 ledger = ledger + Ledger(scans_failed=1)
             else:
                 _write(path, found, config, rig, detector.class_names, done)
@@ -119,6 +120,14 @@ class _Done:
     written: dict[str, int] = field(default_factory=dict)
     outside_picture: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    removed: int = 0
+    """Files of detections of an earlier run that were removed, because their scan failed now."""
+
+    def drop_earlier(self, file: Path) -> None:
+        """Remove the detections that an earlier run found in a scan that fails now: nothing in the file says that they are old."""
+        if file.name in self.earlier and file.is_file():
+            file.unlink()
+            self.removed += 1
 
 
 def _earlier_files(config: Predict, scans: Sequence[Path]) -> frozenset[str]:
@@ -214,7 +223,7 @@ def _report(config: Predict, done: _Done, ledger: Ledger) -> None:
     if not done.written:
         (name, reason), *others = done.failed.items()
         raise UpcycleError(
-            f"none of {1 + len(others)} scans could be used, so nothing was written; {name} failed because: {reason}"
+            f"none of {1 + len(others)} scans could be used, so nothing was written{_about_removed(done)}; {name} failed because: {reason}"
         )
     row = (len(done.written), sum(done.written.values()), str(config.out))
     print_table("detections", ("scans", "boxes written", "folder"), [row])
@@ -225,12 +234,18 @@ def _report(config: Predict, done: _Done, ledger: Ledger) -> None:
             "(--format json has). If they are many, look at the size of the picture (--image-size) and the calibrations"
         )
     if done.failed:
-        old = sum(f"{Path(name).stem}{_SUFFIXES[config.format]}" in done.earlier for name in done.failed)
         print_warning(
-            f"{len(done.failed)} of {len(done.failed) + row[0]} scans failed and have no detections"
-            + (f"; the files of {old} of them in {config.out} are of an earlier run" if old else "")
+            f"{len(done.failed)} of {len(done.failed) + row[0]} scans failed and have no detections{_about_removed(done)}"
         )
     settle(ledger, "scans that were read")
+
+
+def _about_removed(done: _Done) -> str:
+    return (
+        f"; the files of an earlier run with the names of scans that failed now were removed: {done.removed}"
+        if done.removed
+        else ""
+    )
 
 
 def boxes_json(found: Predictions, class_names: tuple[str, ...]) -> list[dict[str, object]]:

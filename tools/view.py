@@ -23,6 +23,13 @@ from ..perception.viz.bev import bev_png, in_view, renumbered
 from .console import console, print_table, print_warning, run_command, settle, write_json
 from .data_option import DataOption
 
+_FARTHEST = 1_000.0
+"""Meters from the sensor that a picture may show."""
+_SHORTEST = 1.0
+"""Meters of the shortest side that is drawn."""
+_MOST_STRETCHED = 20
+"""Longest side of a picture, in shortest sides."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrawFrames:
@@ -69,8 +76,15 @@ class Picture:
 def command(config: DrawFrames) -> None:
     """Draw frames, labels and detections in BEV."""
     x0, y0, x1, y1 = config.range
+    found = " ".join(f"{value:g}" for value in config.range)
     if not (x1 > x0 and y1 > y0 and all(map(math.isfinite, config.range))):
-        raise InvalidInput(f"--range must be x0 y0 x1 y1 with x1 > x0 and y1 > y0, found {' '.join(map(str, config.range))}")
+        raise InvalidInput(f"--range must be x0 y0 x1 y1 with x1 > x0 and y1 > y0, found {found}")
+    sides = (x1 - x0, y1 - y0)
+    if min(sides) < _SHORTEST or max(map(abs, config.range)) > _FARTHEST or max(sides) > _MOST_STRETCHED * min(sides):
+        raise InvalidInput(
+            f"--range must lie within {_FARTHEST:g} m, with sides of at least {_SHORTEST:g} m of which one is at most {_MOST_STRETCHED} times the "
+            f"other, found {found}: sides of {sides[0]:g} and {sides[1]:g} m"
+        )
     if config.limit < 1 or not 0 <= config.min_score <= 1:
         raise InvalidInput(
             f"--limit must be at least 1 and --min-score between 0 and 1, found {config.limit} and {config.min_score}"

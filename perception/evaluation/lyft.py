@@ -206,7 +206,7 @@ def read_lyft_boxes(path: Path | str, *, scored: bool) -> LyftBoxes:
     Raises:
         InvalidInput: The file is not JSON, or a record lacks a field or has one of the wrong form; the message names both.
     """
-    records = read_json(path, "a list of boxes", remedy="write the file again", kind=list, max_bytes=4 << 30, allow_nan=True)
+    records = read_json(path, "a list of boxes", remedy="write the file again", kind=list, max_bytes=1 << 30, allow_nan=True)
     rows: list[list[float]] = []
     for number, record in enumerate(records):
         try:

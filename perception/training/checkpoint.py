@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import InvalidInput
-from ...core.files import sync_folder
+from ...core.files import check_input_file, sync_folder
 from ...core.strict_json import strict_json
 from ...core.tensor_file import CorruptFile, decode_tensors, encode_tensors, fill_module
 
@@ -329,6 +329,7 @@ def _fill_optimizer(
 
 
 def _read(path: Path) -> bytes:
+    check_input_file(path, "file of a checkpoint")
     try:
         if path.name == INDEX and path.stat().st_size > MAX_INDEX_BYTES:
             raise CorruptCheckpoint(f"{path} has more than {MAX_INDEX_BYTES} bytes, so it is not a checkpoint index")

@@ -31,7 +31,7 @@ from typing import Any
 
 from ...core.config_json import config_from_json
 from ...core.errors import InvalidInput
-from ...core.files import locked_folder, remove_litter, sync_folder, write_atomically
+from ...core.files import check_input_file, locked_folder, remove_litter, sync_folder, write_atomically
 from ...core.strict_json import strict_json
 from ..wire.shards import staged_names
 
@@ -283,6 +283,7 @@ def _read(path: Path) -> _File | None:
 
 
 def _json(path: Path, remedy: str) -> Any:
+    check_input_file(path, "list of scans")
     try:
         size = path.stat().st_size
         if size > _MAX_BYTES:

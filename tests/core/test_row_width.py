@@ -103,7 +103,7 @@ def test_three_or_four_lasers_that_fire_in_turn_are_points(tmp_path):
 @pytest.mark.parametrize("head", [b"LIDARSCANv1.0   ", b"LIDAR" + b" " * 59, b"# my scan\nx y z intensity time\n\n "])
 def test_a_header_of_text_is_refused_by_name(tmp_path, head):
     (tmp_path / "000.bin").write_bytes(head + scan(500).astype("<f4").tobytes())
-    with pytest.raises(InvalidInput, match="the file begins with text .* a header in front of the points"):
+    with pytest.raises(InvalidInput, match=r"the file begins with text .* a header in front of the points"):
         read_scan(tmp_path / "000.bin")
 
 

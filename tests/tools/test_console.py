@@ -74,6 +74,42 @@ def test_warnings_of_a_command_are_kept_for_its_file_and_forgotten_by_the_next()
     assert run_command(warns, ["--steps", "5"]) == 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What most commands have."""
+
+    out: Path = Path("out")
+    json: Path | None = None
+    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
+
+
+def test_places_that_cannot_be_written_and_impossible_seeds_are_refused_before_the_work(capsys, tmp_path, monkeypatch):
+    worked = []
+
+    def works(config: Outputs) -> None:
+        """Work."""
+        worked.append(config)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for words, message in (
+        (["--json", "/"], "--json takes the name of a file, and / is a folder"),
+        (["--json", "."], "--json takes the name of a file, and . is a folder"),
+        (["--json", "file/x.json"], "is not a folder"),
+        (["--out", "/"], "--out must be a folder of its own"),
+        (["--seed", "-5"], "a seed must be a whole number from 0 to 9223372036854775807, found -5"),
+        (["--seed", str(2**64)], "found 18446744073709551616"),
+        (["--seeds", "0", "-1"], "found -1"),
+    ):
+        assert run_command(works, words) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert not worked
+    for words in (["--json", "new/folder/x.json"], ["--json", "file"], ["--json", "/dev/stdout"], ["--seed", str(2**63 - 1)]):
+        assert run_command(works, words) == 0
+    assert len(worked) == 4
+
+
 def test_brackets_in_a_message_survive(capsys):
     def fails(config: Arguments) -> None:
         """Fail."""

@@ -227,7 +227,7 @@ def test_files_of_an_earlier_run_are_counted_before_they_are_replaced(detector, 
     assert predict(detector, scans) == 0, "predict may be run twice into one folder"
     error = " ".join(capsys.readouterr().err.split())
     assert "held 4 .json files before this run; number replaced because a scan has the same name: 3, number that stay: 1" in error
-    assert f"the files of 1 of them in {out} are of an earlier run" in error
+    assert "the files of an earlier run with the names of scans that failed now were removed: 1" in error
     assert result(detector)["warnings"][0].startswith(f"{out} held 4 .json files")
     assert (out / "old.json").read_text() == "[]"
 

@@ -159,3 +159,11 @@ def test_detections_keep_their_names_where_the_labels_have_other_numbers():
 def test_boxes_outside_the_picture_are_not_counted():
     boxes = Boxes3D(data=tiny.CAR + torch.tensor([[0.0] * 7, [3.0, 0, 0, 0, 0, 0, 0], [60.0, 0, 0, 0, 0, 0, 0]]))
     assert in_view(boxes, (0.0, -6.4, 8.0, 6.4)).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("part", ["0 0 1e-9 1e-9", "0 0 1e30 1e30", "-1e308 0 1e308 1", "0 0 1000 0.001", "0 0 900 10"])
+def test_parts_that_no_picture_can_show_are_refused(prepared, capsys, part):
+    words = ["--data", str(prepared), "--out", str(prepared.parent / "p"), "--limit", "1", "--range", *part.split()]
+    assert run_command(view.command, words) == 2
+    assert "--range must lie within 1000 m, with sides of at least 1 m" in " ".join(capsys.readouterr().err.split())
+    assert not (prepared.parent / "p").exists()

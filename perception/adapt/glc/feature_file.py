@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ....core.errors import InvalidInput
-from ....core.files import NPY_FAULTS, ZIP_FAULTS
+from ....core.files import NPY_FAULTS, ZIP_FAULTS, check_input_file
 from .pseudo_labels import check_target
 
 _KINDS = {"features": "f", "probabilities": "f", "labels": "iu", "weight": "f"}
@@ -49,8 +49,30 @@ class TargetFeatures:
 
     def __post_init__(self) -> None:
         check_target(self.features, self.probabilities)
+        if not bool(self.features.any()):
+            raise InvalidInput(
+                f"all {len(self.features)} features are zero, so nothing tells the samples apart; extract them again"
+            )
+        if len(self.features) > 1 and bool((self.features == self.features[0]).all()):
+            raise InvalidInput(
+                f"all {len(self.features)} features are equal, so nothing tells the samples apart; extract them again"
+            )
         if self.labels is not None and self.labels.shape != (len(self.features),):
             raise InvalidInput(f"labels must be ({len(self.features)},) like the features, found {self.labels.shape}")
+
+
+def at_one_scale(features: Tensor) -> Tensor:
+    """Bring every feature to a length near 1 without changing its direction, so that its square neither overflows nor vanishes.
+
+    Args:
+        features: (N, D) features of any length.
+
+    Returns:
+        (N, D) float32; each row is multiplied by a power of two, so that no digit of a normal number changes.
+    """
+    wide = features.double()
+    _, exponent = torch.frexp(wide.abs().amax(1, keepdim=True))
+    return torch.ldexp(wide, -exponent).float()
 
 
 def read_target_features(path: str | Path) -> TargetFeatures:
@@ -73,7 +95,11 @@ def read_target_features(path: str | Path) -> TargetFeatures:
     for name, array in arrays.items():
         if array.dtype.kind not in _KINDS[name]:
             raise InvalidInput(f"{path}: {name} must be {'integers' if 'i' in _KINDS[name] else 'floats'}, found {array.dtype}")
-    tensors = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items() if name != "labels"}
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite and is refused
+        tensors = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items() if name != "labels"}
+    wide = torch.from_numpy(arrays["features"].astype(np.float64))
+    if wide.ndim == 2 and wide.numel() and bool(wide.isfinite().all()):
+        tensors["features"] = at_one_scale(wide)  # float32 does not hold every length that a file may have
     labels = arrays["labels"].astype(np.int64) if "labels" in arrays else None
     try:
         return TargetFeatures(labels=labels, **tensors)
@@ -83,6 +109,7 @@ def read_target_features(path: str | Path) -> TargetFeatures:
 
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """The arrays of `_KINDS` that the file holds, and the names of all its arrays."""
+    check_input_file(path, "features")
     size = path.stat().st_size  # a missing file is its own error
     try:
         with zipfile.ZipFile(path) as archive:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ....core.errors import InvalidInput
 from ....core.files import atomic_file
 from .class_number import ClassNumber, ClassNumberConfig, class_number_candidates, estimate_class_number
-from .feature_file import TargetFeatures
+from .feature_file import TargetFeatures, at_one_scale
 from .lead_labels import LeadConfig, lead_labels
 from .one_vs_all import OneVsAllConfig, one_vs_all_labels
 from .pseudo_labels import PseudoLabels
@@ -85,6 +85,11 @@ def label_features(target: TargetFeatures, config: FeatureLabelConfig = FeatureL
         InvalidInput: LEAD was asked for without a weight, or the number of target classes cannot be estimated.
     """
     estimate, class_number, labeling = None, config.class_number, config.labeling
+    if class_number is not None and not 1 <= class_number <= len(target.features):
+        raise InvalidInput(
+            f"the number of target classes (--class-number) must be from 1 to the number of samples, {len(target.features)}, found {class_number}"
+        )
+    target = replace(target, features=at_one_scale(target.features))
     if class_number is None:
         candidates = class_number_candidates(target.probabilities.shape[1], config.estimate.candidates)
         estimate = estimate_class_number(target.features, candidates, config.estimate, seed=config.seed)

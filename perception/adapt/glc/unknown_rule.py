@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....core.errors import InvalidInput, require
+from ....core.errors import InvalidInput, require, require_numbers
 
 ThresholdKind = Literal["fixed", "otsu", "yen", "two_means"]
 
@@ -45,7 +45,11 @@ def normalized_entropy(probabilities: Tensor, *, epsilon: float = 1e-5) -> Tenso
 
 @dataclass(frozen=True, kw_only=True)
 class UnknownRule:
-    """How the threshold is chosen above which a score means unknown."""
+    """How the threshold is chosen above which a score means unknown.
+
+    Raises:
+        InvalidInput: The value lies outside 0 to 1.
+    """
 
     kind: ThresholdKind = "otsu"
     """"fixed" uses `value`; "otsu", "yen" and "two_means" read the threshold off the unlabeled scores.
@@ -55,6 +59,9 @@ class UnknownRule:
 
     value: float = 0.55
     """Threshold of "fixed", 0 to 1. 0.55 is the paper's. Lower it to reject more samples."""
+
+    def __post_init__(self) -> None:
+        require_numbers("UnknownRule", least=0, most=1, value=self.value)
 
     def threshold(self, scores: Tensor) -> float:
         """Choose the threshold.

@@ -10,7 +10,7 @@ import torch
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.adapt.glc.adapt_features import adapt_features
-from upcycle3d.perception.adapt.glc.feature_file import TargetFeatures
+from upcycle3d.perception.adapt.glc.feature_file import TargetFeatures, at_one_scale
 from upcycle3d.tools import adapt
 from upcycle3d.tools.console import run_command
 
@@ -60,6 +60,41 @@ def test_options_run(tmp_path: Path, extra):
     data = arrays(80)
     np.savez(tmp_path / "a.npz", **data, weight=np.random.default_rng(0).normal(size=(4, 12)))
     assert run(tmp_path / "a.npz", "--out", tmp_path / "out", *extra) == 0
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30, 1e200, 1e-200, 3.0])
+def test_the_length_of_features_decides_nothing(tmp_path: Path, scale):
+    """Only directions count; squares of very long and very short features overflow or vanish in float32."""
+    data = arrays(80)
+    np.savez(tmp_path / "a.npz", **data)
+    np.savez(tmp_path / "b.npz", **(data | {"features": data["features"].astype(float) * scale}))
+    assert run(tmp_path / "a.npz", tmp_path / "b.npz", "--out", tmp_path / "out") == 0
+    with np.load(tmp_path / "out" / "a.npz") as a, np.load(tmp_path / "out" / "b.npz") as b:
+        assert (a["labels"] == b["labels"]).all()
+    assert torch.equal(at_one_scale(torch.tensor([[0.0, -1e-40], [3e38, 0]])) != 0, torch.tensor([[False, True], [True, False]]))
+
+
+@pytest.mark.parametrize("features", [np.zeros((80, 12)), np.ones((80, 12))])
+def test_features_that_tell_nothing_apart_are_refused(tmp_path: Path, capsys, features):
+    np.savez(tmp_path / "a.npz", **(arrays(80) | {"features": features}))
+    assert run(tmp_path / "a.npz", "--out", tmp_path / "out") == 2
+    assert "so nothing tells the samples apart" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--class-number", "81", "from 1 to the number of samples, 80, found 81"),
+        ("--class-number", "0", "from 1 to the number of samples, 80, found 0"),
+        ("--fixed-threshold", "7", "UnknownRule.value must be in 0..1, found 7.0"),
+        ("--fixed-threshold", "nan", "UnknownRule.value must be in 0..1"),
+        ("--seed", "-5", "a seed must be a whole number from 0 to"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path: Path, capsys, option, value, message):
+    np.savez(tmp_path / "a.npz", **arrays(80))
+    assert run(tmp_path / "a.npz", "--out", tmp_path / "out", option, value) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def bad(name: str) -> dict[str, np.ndarray]:
