@@ -111,10 +111,10 @@ def test_a_certain_and_right_prediction_costs_no_bits(learned):
     sharp = OccupancyAttack(replace(CONFIG, steps=1))
     sharp.train(frames)
     # Every logit of an empty scan says no, a thousand times over.
-    sharp.decoder.calibration = torch.tensor([[0.0, -1000.0]]).repeat(4, 1)
+    sharp.decoder.calibration = torch.tensor([[0.0, -1000.0]]).repeat(2, 4, 1)
     assert sharp.code_length(frames[0].upload, tiny.NO_POINTS) == 0.0
     # At even odds every candidate costs one bit, whatever the truth: all roots, and eight children for each occupied node above voxels.
-    sharp.decoder.calibration = torch.zeros(4, 2)
+    sharp.decoder.calibration = torch.zeros(2, 4, 2)
     tree, scan, grid = sharp.decoder.tree, frames[0].scan, frames[0].upload.spec.grid
     voxels = torch.nn.functional.pad(occupied_voxels(scan, grid), (1, 0))
     nodes = [len(level) for level in tree.truth(voxels)]

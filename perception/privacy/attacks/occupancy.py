@@ -25,6 +25,7 @@ from ....core.structures import PointCloud
 from ..frames import AuditFrame, Rebuilt, inside_grid
 from .coordinates import voxel_of_points
 from .occupancy_decoder import DecoderSize, LevelGuess, OccupancyDecoder
+from .occupancy_points import neighbors, worth_of_points
 from .occupancy_tree import OccupancyTree, row_of
 
 Sees = Literal["everything", "coordinates", "nothing"]
@@ -46,10 +47,12 @@ class OccupancyConfig:
     """Highest learning rate."""
     focal_gamma: float = 0.5
     """How much less a node counts that is already classified well. 0 is cross entropy, the code length itself."""
-    offset_weight: float = 0.2
-    """Weight of the loss of places inside voxels."""
-    keep: float = 0.08
-    """Nodes with a lower probability are given up when a scan is rebuilt. A lower number costs time and finds more."""
+    inside_weight: float = 0.1
+    """Weight of the loss of places and numbers of points inside voxels."""
+    keep: float = 0.04
+    """Nodes with a lower probability are given up. A lower number costs time and finds more."""
+    reach: float = 0.2
+    """Distance in meters within which a claimed point should be right; points are ordered for it."""
     calibration_share: float = 0.1
     """Share of the attacker's frames, the last ones, that the network does not learn from. On them probabilities are set right."""
     seed: int = 0
@@ -62,8 +65,8 @@ class OccupancyConfig:
             0 < self.keep < 1
             and 0 <= self.calibration_share < 1
             and self.lr > 0
-            and min(self.focal_gamma, self.offset_weight) >= 0,
-            f"OccupancyConfig needs keep between 0 and 1, calibration_share from 0 to below 1, a positive lr and weights of at least 0, "
+            and min(self.focal_gamma, self.inside_weight) >= 0,
+            f"OccupancyConfig needs keep between 0 and 1, a positive reach, calibration_share from 0 to below 1, a positive lr and weights of at least 0, "
             f"found {self}",
         )
 
@@ -125,7 +128,7 @@ class OccupancyAttack:
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=c.lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, c.lr, total_steps=c.steps, pct_start=0.2)
         for step, batch in enumerate(_batches(examples, c)):
-            loss = self._loss(batch, own_guesses=step % 2 == 1)
+            loss = self._loss(batch, known=step % 3 == 0)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(decoder.parameters(), 5.0)
@@ -136,47 +139,50 @@ class OccupancyAttack:
                 self.losses.append(sum(recent) / len(recent))
                 recent = []
 
-    def _loss(self, batch: _Example, *, own_guesses: bool) -> Tensor:
-        """Focal loss of all levels, each divided by its number of occupied nodes, and the loss of places inside voxels."""
+    def _loss(self, batch: _Example, *, known: bool) -> Tensor:
+        """Focal loss of all levels, each divided by its number of occupied nodes, and the loss of what is inside voxels."""
         c, tree = self.config, self.decoder.tree
         truth = tree.truth(batch.voxels)
-        least = math.log(c.keep)
+        total = torch.zeros(())
+        guesses = self._guesses(batch, truth, known=known, most=2)
+        for level, (guess, target) in guesses.items():
+            total = total + focal_loss(guess.logit, target, c.focal_gamma).sum() / max(1, len(truth[level]))
+        return total + c.inside_weight * _inside_loss(tree, batch, truth[0], guesses[0][0])
+
+    def _guesses(
+        self, example: _Example, truth: list[Tensor], *, known: bool, most: int | None = None
+    ) -> dict[int, tuple[LevelGuess, Tensor]]:
+        """For each level the guess and which candidates are occupied, as 0 and 1.
+
+        The kept nodes are the occupied ones where they are known. Otherwise they are the likeliest ones, at most `most` times as many.
+        """
+        tree = self.decoder.tree
 
         def keep(level: int, guess: LevelGuess) -> Tensor:
-            occupied = _occupied(tree, truth, level, guess)
-            if not own_guesses:
-                return occupied
-            tempting = torch.where(occupied, -torch.inf, guess.score)
-            wrong = tempting.topk(min(len(tempting), max(64, len(truth[level])))).indices
-            return occupied.index_fill(0, wrong[tempting[wrong] > least], True)
+            if known:
+                return _occupied(tree, truth, level, guess)
+            likely = guess.probability > self.config.keep
+            if most is None or int(likely.sum()) <= (limit := most * len(truth[level]) + 64):
+                return likely
+            return torch.zeros_like(likely).index_fill(0, guess.logit.detach().topk(limit).indices, True)
 
-        guesses = self.decoder(batch.upload, keep)
-        total = torch.zeros(())
-        for level, guess in zip(range(tree.levels, -1, -1), guesses, strict=True):
-            target = _occupied(tree, truth, level, guess).float()
-            total = total + focal_loss(guess.logit, target, c.focal_gamma).sum() / max(1, len(truth[level]))
-        return total + c.offset_weight * _offset_loss(tree, batch, truth[0], guesses[-1])
+        guesses = self.decoder(example.upload, keep, known=known)
+        levels = range(tree.levels, -1, -1)
+        return {k: (guess, _occupied(tree, truth, k, guess).float()) for k, guess in zip(levels, guesses, strict=True)}
 
     def _calibrate(self, examples: Sequence[_Example]) -> None:
         """Scale and shift the logits of each level so that they are probabilities on frames that the network did not learn from."""
-        tree = self.decoder.tree
-        logits: list[list[Tensor]] = [[] for _ in range(tree.levels + 1)]
-        targets: list[list[Tensor]] = [[] for _ in range(tree.levels + 1)]
-        with torch.no_grad():
-            for example in examples:
-                for level, (guess, target) in self._along_truth(example).items():
-                    logits[level].append(guess.logit)
-                    targets[level].append(target)
-        rows = [_platt(torch.cat(x), torch.cat(y)) for x, y in zip(logits, targets, strict=True)]
-        self.decoder.calibration = torch.stack(rows)
-
-    def _along_truth(self, example: _Example) -> dict[int, tuple[LevelGuess, Tensor]]:
-        """For each level the guess when all nodes above are known, and which candidates are occupied, as 0 and 1."""
-        tree = self.decoder.tree
-        truth = tree.truth(example.voxels)
-        guesses = self.decoder(example.upload, lambda level, guess: _occupied(tree, truth, level, guess))
-        levels = range(tree.levels, -1, -1)
-        return {k: (guess, _occupied(tree, truth, k, guess).float()) for k, guess in zip(levels, guesses, strict=True)}
+        tree, calibration = self.decoder.tree, []
+        for known in (True, False):
+            logits: list[list[Tensor]] = [[] for _ in range(tree.levels + 1)]
+            targets: list[list[Tensor]] = [[] for _ in range(tree.levels + 1)]
+            with torch.no_grad():
+                for example in examples:
+                    for level, (guess, target) in self._guesses(example, tree.truth(example.voxels), known=known, most=4).items():
+                        logits[level].append(guess.logit)
+                        targets[level].append(target)
+            calibration.append(torch.stack([_platt(torch.cat(x), torch.cat(y)) for x, y in zip(logits, targets, strict=True)]))
+        self.decoder.calibration = torch.stack(calibration)
 
     @torch.no_grad()
     def rebuild(self, upload: CutFeatures) -> Rebuilt:
@@ -186,16 +192,17 @@ class OccupancyAttack:
             upload: What left a vehicle, a batch of one.
 
         Returns:
-            One point in each voxel that may be occupied, with its probability.
+            One point in each voxel that may be occupied. The score is its worth by `worth_of_points`, between 0 and a few.
         """
-        least = math.log(self.config.keep)
-        guesses = self.decoder(_shown(upload, self.config.sees), lambda level, guess: guess.score > least)
-        voxels, tree = guesses[-1], self.decoder.tree
-        chosen = voxels.score > least
-        xyz = tree.centers(voxels.nodes[chosen], 0)
-        if voxels.offset is not None:
-            xyz = xyz + voxels.offset[chosen].clamp(-0.5, 0.5) * torch.tensor(tree.grid.voxel_size)
-        return Rebuilt(xyz=xyz, score=voxels.score[chosen].exp())
+        c, tree = self.config, self.decoder.tree
+        voxels = self.decoder(_shown(upload, c.sees), lambda level, guess: guess.probability > c.keep, known=False)[-1]
+        chosen = (voxels.probability > c.keep).nonzero()[:, 0]
+        chosen = chosen[tree.keys(voxels.nodes[chosen], 0).argsort()]
+        nodes, probability = voxels.nodes[chosen], voxels.probability[chosen]
+        inside = torch.zeros(len(chosen), 4) if voxels.inside is None else voxels.inside[chosen]
+        xyz = tree.centers(nodes, 0) + inside[:, :3].clamp(-0.5, 0.5) * torch.tensor(tree.grid.voxel_size)
+        worth = worth_of_points(probability, inside[:, 3].clamp(0, 6).exp(), neighbors(nodes, tree, c.reach))
+        return Rebuilt(xyz=xyz, score=worth)
 
     @torch.no_grad()
     def code_length(self, upload: CutFeatures, scan: PointCloud) -> float:
@@ -210,7 +217,7 @@ class OccupancyAttack:
         """
         example = _Example.of(upload, scan, self.config.sees)
         bits = 0.0
-        for guess, target in self._along_truth(example).values():
+        for guess, target in self._guesses(example, self.decoder.tree.truth(example.voxels), known=True).values():
             bits += nn.functional.binary_cross_entropy_with_logits(guess.logit.double(), target.double(), reduction="sum").item()
         return bits / math.log(2) / max(1, len(example.voxels))
 
@@ -237,8 +244,8 @@ class _Example:
     upload: CutFeatures
     voxels: Tensor
     """(M, 4) int32 scene, z, y, x of the occupied voxels."""
-    offsets: Tensor
-    """(M, 3) mean place x, y, z of the points of a voxel, in voxels from its center."""
+    inside: Tensor
+    """(M, 4) mean place x, y, z of the points of a voxel, in voxels from its center, and the logarithm of their number."""
 
     @classmethod
     def of(cls, upload: CutFeatures, scan: PointCloud, sees: Sees) -> _Example:
@@ -248,14 +255,14 @@ class _Example:
         voxels, row = torch.unique(of_points, dim=0, return_inverse=True)
         count = torch.bincount(row, minlength=len(voxels))[:, None]
         mean = torch.zeros(len(voxels), 3).index_add(0, row, xyz) / count
-        offsets = (mean - tree.centers(voxels, 0)) / torch.tensor(grid.voxel_size)
-        return cls(upload=_shown(upload, sees), voxels=voxels, offsets=offsets)
+        places = (mean - tree.centers(voxels, 0)) / torch.tensor(grid.voxel_size)
+        return cls(upload=_shown(upload, sees), voxels=voxels, inside=torch.cat([places, count.float().log()], 1))
 
     @staticmethod
     def collate(parts: Sequence[_Example]) -> _Example:
         voxels = torch.cat([p.voxels + torch.tensor([k, 0, 0, 0], dtype=torch.int32) for k, p in enumerate(parts)])
         upload = CutFeatures.collate([p.upload for p in parts])
-        return _Example(upload=upload, voxels=voxels, offsets=torch.cat([p.offsets for p in parts]))
+        return _Example(upload=upload, voxels=voxels, inside=torch.cat([p.inside for p in parts]))
 
 
 def _shown(upload: CutFeatures, sees: Sees) -> CutFeatures:
@@ -277,14 +284,14 @@ def _occupied(tree: OccupancyTree, truth: list[Tensor], level: int, guess: Level
     return row_of(truth[level], tree.keys(guess.nodes, level)) >= 0
 
 
-def _offset_loss(tree: OccupancyTree, batch: _Example, truth: Tensor, guess: LevelGuess) -> Tensor:
-    if guess.offset is None:
+def _inside_loss(tree: OccupancyTree, batch: _Example, truth: Tensor, guess: LevelGuess) -> Tensor:
+    if guess.inside is None:
         return torch.zeros(())
     row = row_of(truth, tree.keys(guess.nodes, 0))
     found = row >= 0  # `truth` ascends like `batch.voxels`
     if not bool(found.any()):
         return torch.zeros(())
-    return nn.functional.smooth_l1_loss(guess.offset[found], batch.offsets[row[found]], beta=0.1) * 3
+    return nn.functional.smooth_l1_loss(guess.inside[found], batch.inside[row[found]], beta=0.1) * 4
 
 
 def _batches(examples: Sequence[_Example], c: OccupancyConfig) -> Iterator[_Example]:

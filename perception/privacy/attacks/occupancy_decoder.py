@@ -3,8 +3,8 @@
     upload ── BEV map (dense, so that cells which were not sent are guessed from their surroundings) ── roots
     kept nodes ── sparse convolutions ── which of the 8 children hold a point ── kept children ── ... ── voxels with offsets
 
-Only children of kept nodes are computed. In training the kept nodes are those that hold a point, and in half of the steps also those
-that the network would keep itself. The idea is ConcreTizer's (ICLR 2025): classify occupancy block by block with a focal loss, instead
+Only children of kept nodes are computed. In a third of the training steps the kept nodes are those that hold a point ("known"), in the
+others those that the network keeps itself. It reads which of the two it is. The idea is ConcreTizer's (ICLR 2025): classify occupancy block by block with a focal loss, instead
 of regressing points. Keypoints, where the cut has them, enter on every level. Read next: `occupancy.py`, which trains and uses it.
 """
 
@@ -54,11 +54,15 @@ class LevelGuess:
     nodes: Tensor
     """(M, 4) int32 scene, z, y, x of the candidates: all roots, or the children of the kept nodes above."""
     logit: Tensor
-    """(M,) logit that a candidate holds a point, given that its parent does."""
-    score: Tensor
-    """(M,) logarithm of the probability that it holds a point, all its ancestors considered. Without gradient."""
-    offset: Tensor | None = None
-    """(M, 3) place x, y, z of the point in the voxel, in voxels from the center; only on level 0."""
+    """(M,) logit that a candidate holds a point."""
+    inside: Tensor | None = None
+    """(M, 4) mean place x, y, z of the points in the voxel, in voxels from its center, and the logarithm of their number; only on
+    level 0."""
+
+    @property
+    def probability(self) -> Tensor:
+        """(M,) how likely each candidate holds a point, without gradient."""
+        return self.logit.detach().sigmoid()
 
 
 Keep = Callable[[int, LevelGuess], Tensor]
@@ -81,13 +85,14 @@ class OccupancyDecoder(nn.Module):
         self.register_buffer("cell_scale", torch.stack([torch.zeros(spec.channels), torch.ones(spec.channels)]))
         kp = spec.keypoints
         self.register_buffer("keypoint_scale", torch.stack([torch.zeros(kp.channels), torch.ones(kp.channels)]) if kp else None)
-        self.register_buffer("calibration", torch.tensor([[1.0, 0.0]]).repeat(self.tree.levels + 1, 1))
+        # For "known" parents and for guessed ones, per level from the voxels up: factor and shift of the logits.
+        self.register_buffer("calibration", torch.tensor([1.0, 0.0]).repeat(2, self.tree.levels + 1, 1))
         self.keypoint_layers = _KeypointLayers(kp.channels, size.keypoint_channels) if kp else None
         extra = size.keypoint_channels if kp else 0
         self.position = _Position(size.frequencies)
         self.bev = _BevNetwork((spec.channels + 1) * cells + extra + self.position.channels, c, size.bev_blocks)
         slabs = self.tree.shape(self.tree.levels)[0]
-        self.root_logits = nn.Conv2d(c, slabs * (4 if self.tree.levels == 0 else 1), 1)
+        self.root_logits = nn.Conv2d(c, slabs * (5 if self.tree.levels == 0 else 1), 1)
         self.root_features = nn.Parameter(torch.randn(slabs, c, n) / math.sqrt(c))
         self.stages = nn.ModuleList(
             _Stage(n, size.node_blocks, self.position.channels, extra, last=level == 1)
@@ -105,12 +110,14 @@ class OccupancyDecoder(nn.Module):
         if self.keypoint_scale is not None:
             self.keypoint_scale = _scale(torch.cat([u.keypoints.features for u in uploads if u.keypoints is not None]))
 
-    def forward(self, upload: CutFeatures, keep: Keep) -> list[LevelGuess]:
+    def forward(self, upload: CutFeatures, keep: Keep, *, known: bool) -> list[LevelGuess]:
         """Guess the occupancy of all levels.
 
         Args:
             upload: Uploads of one or several scenes.
             keep: Chooses the nodes to go on with.
+            known: The kept nodes are known to hold a point, as somebody knows who decodes a scan level by level. Otherwise they are
+                guesses, each node reads how likely it is, and its children's logits count that it may be empty.
 
         Returns:
             The guesses, roots first. With nothing kept, the levels below have no candidates.
@@ -124,7 +131,7 @@ class OccupancyDecoder(nn.Module):
             )
         tree, keypoints = self.tree, self._keypoint_rows(upload.keypoints)
         bev = self.bev(self._bev_input(upload, keypoints))
-        guess = self._roots(bev, upload.batch_size)
+        guess = self._roots(bev, upload.batch_size, known)
         guesses = [guess]
 
         def features_of(rows: Tensor) -> Tensor:
@@ -138,40 +145,39 @@ class OccupancyDecoder(nn.Module):
             position = self.position(tree.centers(nodes, level))
             gathered = None if keypoints is None else keypoints.gather(tree, nodes, level)
             rulebook = submanifold_rulebook(nodes, tree.shape(level), upload.batch_size)
-            features = stage(features_of(kept), position, gathered, rulebook)
-            guess, features_of = self._children(stage, features, nodes, guess.score[kept], level - 1)
+            evidence = torch.zeros(len(kept)) if known else guess.logit.detach()[kept] / 4
+            evidence = torch.stack([evidence, torch.full_like(evidence, float(known))], 1)
+            features = stage(features_of(kept), torch.cat([position, evidence], 1), gathered, rulebook)
+            guess, features_of = self._children(stage, features, nodes, level - 1, known)
             guesses.append(guess)
         return guesses
 
-    def _roots(self, bev: Tensor, scenes: int) -> LevelGuess:
+    def _roots(self, bev: Tensor, scenes: int, known: bool) -> LevelGuess:
         slabs = self.tree.shape(self.tree.levels)[0]
         out = self.root_logits(bev)
-        logit = self._calibrated(out[:, :slabs].reshape(-1), self.tree.levels)
-        offset = None
+        logit = self._calibrated(out[:, :slabs].reshape(-1), self.tree.levels, known)
+        inside = None
         if self.tree.levels == 0:
-            offset = out[:, slabs:].unflatten(1, (3, slabs)).permute(0, 2, 3, 4, 1).reshape(-1, 3)
-        score = nn.functional.logsigmoid(logit.detach())
-        return LevelGuess(nodes=self.tree.roots(scenes), logit=logit, score=score, offset=offset)
+            inside = out[:, slabs:].unflatten(1, (4, slabs)).permute(0, 2, 3, 4, 1).reshape(-1, 4)
+        return LevelGuess(nodes=self.tree.roots(scenes), logit=logit, inside=inside)
 
     def _children(
-        self, stage: _Stage, features: Tensor, nodes: Tensor, score: Tensor, level: int
+        self, stage: _Stage, features: Tensor, nodes: Tensor, level: int, known: bool
     ) -> tuple[LevelGuess, Callable[[Tensor], Tensor]]:
         """The candidates below some nodes, and what gives the features of chosen candidates."""
-        logit, offset = stage.heads(features)
+        logit, inside = stage.heads(features)
         candidates = children_of(nodes).view(-1, 4)
         real = self.tree.inside(candidates, level).nonzero()[:, 0]
-        logit = self._calibrated(logit.reshape(-1)[real], level)
         parent, child = real // CHILDREN, real % CHILDREN
         guess = LevelGuess(
             nodes=candidates[real],
-            logit=logit,
-            score=score[parent] + nn.functional.logsigmoid(logit.detach()),
-            offset=None if offset is None else offset.reshape(-1, 3)[real],
+            logit=self._calibrated(logit.reshape(-1)[real], level, known),
+            inside=None if inside is None else inside.reshape(-1, 4)[real],
         )
         return guess, lambda rows: stage.descend(features, parent[rows], child[rows])
 
-    def _calibrated(self, logit: Tensor, level: int) -> Tensor:
-        factor, shift = cast(Tensor, self.calibration)[level]
+    def _calibrated(self, logit: Tensor, level: int, known: bool) -> Tensor:
+        factor, shift = cast(Tensor, self.calibration)[0 if known else 1, level]
         return logit * factor + shift
 
     def _bev_input(self, upload: CutFeatures, keypoints: _KeypointRows | None) -> Tensor:
@@ -299,13 +305,13 @@ class _Stage(nn.Module):
 
     def __init__(self, channels: int, blocks: int, position: int, keypoints: int, *, last: bool) -> None:
         super().__init__()
-        self.position = nn.Linear(position, channels)
+        self.position = nn.Linear(position + 2, channels)
         self.keypoints = nn.Linear(keypoints + CHILDREN, channels) if keypoints else None
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(blocks))
         self.convs = nn.ModuleList(SubmanifoldConv3d(channels, channels) for _ in range(blocks))
         self.out = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.ReLU())
         self.occupied = nn.Linear(channels, CHILDREN)
-        self.offsets = nn.Linear(channels, CHILDREN * 3) if last else None
+        self.inside = nn.Linear(channels, CHILDREN * 4) if last else None
         self.below = None if last else nn.Parameter(torch.randn(CHILDREN, channels, channels) / math.sqrt(channels))
 
     def forward(self, features: Tensor, position: Tensor, keypoints: Tensor | None, rulebook: Rulebook) -> Tensor:
@@ -317,7 +323,7 @@ class _Stage(nn.Module):
         return self.out(x)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.occupied(x), None if self.offsets is None else self.offsets(x)
+        return self.occupied(x), None if self.inside is None else self.inside(x)
 
     def descend(self, x: Tensor, parent: Tensor, child: Tensor) -> Tensor:
         return _by_kind(x[parent], child, cast(Tensor, self.below))

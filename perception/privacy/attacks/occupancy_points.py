@@ -1,0 +1,71 @@
+"""Which points to claim, given how likely each voxel is: the last step of the occupancy attack.
+
+The likeliest voxels alone are a poor scan: they crowd where the network is sure and leave out where it knows that something is near but not
+in which voxel. So points are ordered by what they add. A point is worth the chance that a true point is within reach of it, and the true
+points within its reach that no earlier point has found.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .occupancy_tree import OccupancyTree, row_of
+
+
+def neighbors(nodes: Tensor, tree: OccupancyTree, reach: float) -> Tensor:
+    """Find the voxels around each voxel.
+
+    Args:
+        nodes: (M, 4) int32 scene, z, y, x of voxels, in ascending order.
+        tree: The tree they belong to.
+        reach: Largest distance between two centers in meters.
+
+    Returns:
+        (M, K) int64 rows of `nodes`, the voxel itself among them; -1 where there is none.
+    """
+    size = torch.tensor(tree.grid.voxel_size).flip(0)
+    axes = [torch.arange(-int(reach / s + 1e-3), int(reach / s + 1e-3) + 1) for s in size.tolist()]
+    steps = torch.cartesian_prod(*axes)
+    steps = steps[(steps * size).norm(dim=1) <= reach + 1e-4]
+    found = torch.empty(len(nodes), len(steps), dtype=torch.int64)
+    keys, most = tree.keys(nodes, 0), nodes.new_tensor(tree.shape(0))
+    for k, step in enumerate(steps.to(torch.int32)):
+        moved = torch.cat([nodes[:, :1], nodes[:, 1:] + step], 1)
+        real = ((moved[:, 1:] >= 0) & (moved[:, 1:] < most)).all(1)
+        found[:, k] = torch.where(real, row_of(keys, tree.keys(moved, 0)), -1)
+    return found
+
+
+def worth_of_points(probability: Tensor, points: Tensor, near: Tensor, *, rounds: int = 16) -> Tensor:
+    """Order voxels so that the first ones make a good scan together.
+
+    In each round every voxel that is worth more than all voxels around it is taken, and what is within its reach counts as found.
+
+    Args:
+        probability: (M,) how likely each voxel holds a point.
+        points: (M,) how many points it holds if it holds one.
+        near: (M, K) what is within reach of each voxel, from `neighbors`.
+        rounds: Number of rounds; what is left then is worth what it would be worth in the next round.
+
+    Returns:
+        (M,) worth. The chance to be right counts at most 1. The newly found points count in parts of the mean number of points in a
+        voxel.
+    """
+    if not len(probability):
+        return probability
+    real, rows = near >= 0, near.clamp(min=0)
+    right = 1 - torch.where(real, torch.log1p(-probability.clamp(max=0.999))[rows], 0.0).sum(1).exp()
+    missing = probability * points * (probability.sum() / (probability * points).sum().clamp(min=1e-9))
+    worth, left = torch.zeros_like(probability), torch.ones_like(probability, dtype=torch.bool)
+    for _ in range(rounds):
+        now = right + torch.where(real, missing[rows], 0.0).sum(1)
+        now[~left] = -1.0
+        taken = left & (now >= torch.where(real, now[rows], -1.0).amax(1))
+        worth[taken], left = now[taken], left & ~taken
+        found = near[taken]
+        missing[found[found >= 0]] = 0.0
+        if not bool(left.any()):
+            return worth
+    rest = right + torch.where(real, missing[rows], 0.0).sum(1)
+    return torch.where(left, rest, worth)
