@@ -61,7 +61,9 @@ def worth_of_points(probability: Tensor, points: Tensor, near: Tensor, *, rounds
     for _ in range(rounds):
         now = right + torch.where(real, missing[rows], 0.0).sum(1)
         now[~left] = -1.0
-        taken = left & (now >= torch.where(real, now[rows], -1.0).amax(1))
+        place = torch.empty_like(rows[:, 0])
+        place[now.argsort(stable=True)] = torch.arange(len(now))  # unlike `now` it has no ties
+        taken = left & (place == torch.where(real, place[rows], -1).amax(1))
         worth[taken], left = now[taken], left & ~taken
         found = near[taken]
         missing[found[found >= 0]] = 0.0
