@@ -98,7 +98,8 @@ class CellCenters:
 class MeanOccupancy:
     """What is known without any upload: how often each voxel holds a point in other scans of such a vehicle.
 
-    The shares are blurred, because a few hundred scans are few for millions of voxels, and they are made the same to the left and right.
+    The shares are blurred, because a few hundred scans are few for millions of voxels. Where the grid reaches as far to the left as to the
+    right, they are made the same on both sides.
     """
 
     def __init__(self, *, blur: float = 1.5, share: float = 0.02) -> None:
@@ -132,7 +133,9 @@ class MeanOccupancy:
         for frame in frames:
             z, y, x = occupied_voxels(frame.scan, grid).numpy().T
             count[z, y, x] += 1 / len(frames)
-        mean = gaussian_filter((count + count[:, ::-1]) / 2, (self.blur / 4, self.blur, self.blur), mode="constant")
+        if abs(grid.range[1] + grid.range[4]) < 1e-6:
+            count = (count + count[:, ::-1]) / 2
+        mean = gaussian_filter(count, (self.blur / 4, self.blur, self.blur), mode="constant")
         cells = torch.from_numpy(np.argwhere(mean > self.share).astype(np.int32))
         score = torch.from_numpy(mean[mean > self.share])
         self._rebuilt = Rebuilt(xyz=cell_centers(cells, grid), score=score)
