@@ -39,7 +39,7 @@ class OccupancyConfig:
     """How large the network is."""
     sees: Sees = "everything"
     """What the network is shown of an upload."""
-    steps: int = 600
+    steps: int = 400
     """Optimizer steps. More steps and more frames make a stronger attack."""
     batch: int = 2
     """Frames per step."""
@@ -49,10 +49,12 @@ class OccupancyConfig:
     """How much less a node counts that is already classified well. 0 is cross entropy, the code length itself."""
     inside_weight: float = 0.1
     """Weight of the loss of places and numbers of points inside voxels."""
-    keep: float = 0.04
+    keep: float = 0.02
     """Nodes with a lower probability are given up. A lower number costs time and finds more."""
     reach: float = 0.2
     """Distance in meters within which a claimed point should be right; points are ordered for it."""
+    recall_weight: float = 0.8
+    """How much newly found points count against the chance to be right when points are ordered. Lower numbers claim surer points."""
     calibration_share: float = 0.1
     """Share of the attacker's frames, the last ones, that the network does not learn from. On them probabilities are set right."""
     seed: int = 0
@@ -201,7 +203,9 @@ class OccupancyAttack:
         nodes, probability = voxels.nodes[chosen], voxels.probability[chosen]
         inside = torch.zeros(len(chosen), 4) if voxels.inside is None else voxels.inside[chosen]
         xyz = tree.centers(nodes, 0) + inside[:, :3].clamp(-0.5, 0.5) * torch.tensor(tree.grid.voxel_size)
-        worth = worth_of_points(probability, inside[:, 3].clamp(0, 6).exp(), neighbors(nodes, tree, c.reach))
+        # The square root of the number of points: between a score over points and one over voxels.
+        points = (inside[:, 3] / 2).clamp(0, 3).exp()
+        worth = worth_of_points(probability, points, neighbors(nodes, tree, c.reach), recall_weight=c.recall_weight)
         return Rebuilt(xyz=xyz, score=worth)
 
     @torch.no_grad()

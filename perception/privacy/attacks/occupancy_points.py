@@ -37,7 +37,7 @@ def neighbors(nodes: Tensor, tree: OccupancyTree, reach: float) -> Tensor:
     return found
 
 
-def worth_of_points(probability: Tensor, points: Tensor, near: Tensor, *, rounds: int = 16) -> Tensor:
+def worth_of_points(probability: Tensor, points: Tensor, near: Tensor, *, recall_weight: float = 1.0, rounds: int = 16) -> Tensor:
     """Order voxels so that the first ones make a good scan together.
 
     In each round every voxel that is worth more than all voxels around it is taken, and what is within its reach counts as found.
@@ -46,7 +46,8 @@ def worth_of_points(probability: Tensor, points: Tensor, near: Tensor, *, rounds
         probability: (M,) how likely each voxel holds a point.
         points: (M,) how many points it holds if it holds one.
         near: (M, K) what is within reach of each voxel, from `neighbors`.
-        rounds: Number of rounds; what is left then is worth what it would be worth in the next round.
+        recall_weight: How much newly found points count compared with the chance to be right.
+        rounds: Largest number of rounds; what is left then is worth what it would be worth in the next round.
 
     Returns:
         (M,) worth. The chance to be right counts at most 1. The newly found points count in parts of the mean number of points in a
@@ -54,20 +55,22 @@ def worth_of_points(probability: Tensor, points: Tensor, near: Tensor, *, rounds
     """
     if not len(probability):
         return probability
-    real, rows = near >= 0, near.clamp(min=0)
-    right = 1 - torch.where(real, torch.log1p(-probability.clamp(max=0.999))[rows], 0.0).sum(1).exp()
-    missing = probability * points * (probability.sum() / (probability * points).sum().clamp(min=1e-9))
-    worth, left = torch.zeros_like(probability), torch.ones_like(probability, dtype=torch.bool)
+    nothing = probability.new_zeros(1)  # the row that -1 finds, the last one
+    certain = torch.cat([torch.log1p(-probability.clamp(max=0.999)), nothing])
+    right = 1 - certain[near].sum(1).exp()
+    weight = recall_weight * probability.sum() / (probability * points).sum().clamp(min=1e-9)
+    missing = torch.cat([probability * points * weight, nothing])
+    worth, waiting, most = right.clone(), torch.arange(len(right)), missing.sum() * 0.01
+    place = torch.full((len(right) + 1,), -1)
     for _ in range(rounds):
-        now = right + torch.where(real, missing[rows], 0.0).sum(1)
-        now[~left] = -1.0
-        place = torch.empty_like(rows[:, 0])
-        place[now.argsort(stable=True)] = torch.arange(len(now))  # unlike `now` it has no ties
-        taken = left & (place == torch.where(real, place[rows], -1).amax(1))
-        worth[taken], left = now[taken], left & ~taken
-        found = near[taken]
-        missing[found[found >= 0]] = 0.0
-        if not bool(left.any()):
-            return worth
-    rest = right + torch.where(real, missing[rows], 0.0).sum(1)
-    return torch.where(left, rest, worth)
+        gain = missing[near[waiting]].sum(1)
+        worth[waiting] = right[waiting] + gain
+        waiting = waiting[gain > 0]
+        if missing.sum() <= most:
+            break
+        place[waiting[worth[waiting].argsort(stable=True)]] = torch.arange(len(waiting))  # unlike `worth` it has no ties
+        first = place[waiting] == place[near[waiting]].amax(1)
+        missing[near[waiting[first]]] = 0.0
+        place.fill_(-1)
+        waiting = waiting[~first]
+    return worth
