@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .foreign_text import shown
 from .rig import RigSpec
 from .scan_options import ScanOptions
 from .structures import PointCloud
@@ -31,6 +32,51 @@ BEHIND_SHARE = 0.1
 INTENSITY_FACTOR = 4.0
 """Factor by which the mean intensity may differ from that of training before a warning follows. Sensors of several data sets differ by
 up to 3.8."""
+
+
+ODD_HEIGHT = 1.2
+"""Meters between the road of one scan and that of most scans of a run from which the scan is odd: a vehicle with another mounting height."""
+ODD_INTENSITY = 20.0
+"""Factor between the mean intensity of one scan and that of most: it was divided by 255 once too often, or never."""
+ODD_COUNT = 10.0
+"""Factor between the points in range of one scan and those of most: it is in another unit."""
+FEWEST_ODD_HEIGHTS = 2
+"""Scans with another height of the road that are told: a single one may stand on a ramp."""
+
+
+def odd_scans(measures: Sequence[ScanMeasures], names: Sequence[str]) -> dict[str, str]:
+    """Find the few scans of a run that are unlike most of them. The medians over all scans do not show them.
+
+    Args:
+        measures: One entry per scan.
+        names: Their names, in the same order; empty where nobody knows.
+
+    Returns:
+        A sentence by the name of what is odd, with the number of scans and the first names.
+    """
+    usual = summarize_scans(measures)
+    if usual is None:
+        return {}
+
+    def far(value: float, other: float, factor: float) -> bool:
+        return value > 0 and other > 0 and not other / factor <= value <= other * factor
+
+    kinds = {
+        "road": ([abs(m.ground_height - usual.ground_height) > ODD_HEIGHT for m in measures],
+                 f"the road at another height than in most scans ({usual.ground_height:.2f} m)", "another mounting height (--z-shift)"),
+        "mean intensity": ([far(m.intensity, usual.intensity, ODD_INTENSITY) for m in measures],
+                           f"another mean intensity than most scans ({usual.intensity:.3g})", "another intensity scale (--intensity-scale)"),
+        "points per scan": ([far(m.points, usual.points, ODD_COUNT) for m in measures],
+                            f"ten times more or fewer points in the detector's range than most scans ({usual.points:,.0f})",
+                            "another unit than meters, or another sensor"),
+    }  # fmt: skip
+    said = {}
+    for what, (odd, found, cause) in kinds.items():
+        listed = [shown(name) for name, is_odd in zip(names, odd, strict=True) if is_odd and name]
+        if sum(odd) >= (FEWEST_ODD_HEIGHTS if what == "road" else 1):
+            which = f" ({', '.join(listed[:3])}{' …' if len(listed) > 3 else ''})" if listed else ""
+            said[what] = f"{sum(odd)} of {len(odd)} scans{which} have {found}; a likely cause is {cause}: read such scans apart"
+    return said
 
 
 def compare_scans(trained: ScanStatistics, found: ScanStatistics, *, rig: RigSpec | None = None) -> tuple[str, ...]:
@@ -209,7 +255,7 @@ class ScanWatch:
         """Begin with no scan.
 
         Args:
-            trained: What the training knew. None, or one without statistics, never warns.
+            trained: What the training knew. None, or one without statistics, compares the scans with each other only.
             warn: Called with each warning.
             first: Number of scans after which the first comparison is made.
             rig: The rig of the scans, for a warning that names the z shift that fits.
@@ -217,22 +263,28 @@ class ScanWatch:
         self._trained = None if trained is None else trained.scans
         self._warn, self._first, self._rig = warn, first, rig
         self._measures: list[ScanMeasures] = []
+        self._names: list[str] = []
         self._warned: set[str] = set()
 
-    def add(self, measures: ScanMeasures) -> None:
+    def add(self, measures: ScanMeasures, name: str = "") -> None:
         """Add one scan.
 
         Args:
             measures: From `measure_scan` or `measures_of` (`perception/models/encoders/scan_survey.py`).
+            name: Name of the scan, for a warning of a few scans among many.
         """
-        if self._trained is not None:
-            self._measures.append(measures)
-            if len(self._measures) == self._first:
-                self.finish()
+        self._measures.append(measures)
+        self._names.append(name)
+        if self._trained is not None and len(self._measures) == self._first:
+            self.check(self._measures)
 
     def finish(self) -> None:
-        """Compare all scans so far and warn of what was not yet warned of."""
+        """Compare all scans so far and warn of what was not yet warned of: of all of them, and of a few that are unlike the others."""
         self.check(self._measures)
+        for what, text in odd_scans(self._measures, self._names).items():
+            if not {what, f"odd {what}"} & self._warned:
+                self._warned.add(f"odd {what}")
+                self._warn(text)
 
     def check(self, measures: Sequence[ScanMeasures]) -> None:
         """Compare only these scans and warn of what was not yet warned of.

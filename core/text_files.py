@@ -13,8 +13,8 @@ from .files import check_input_file
 from .foreign_text import shown
 
 MOST_TEXT_BYTES = 16 << 20
-"""Bytes of the largest text file that is read. A list of a million frames has about as many."""
-MOST_LINES = 1_000_000
+"""Bytes of the largest text file that is read. Lists of frames are far smaller."""
+MOST_LINES = 400_000
 """Lines of the longest text file that is read."""
 
 
@@ -29,7 +29,7 @@ def read_text(path: Path | str, what: str) -> str:
         The text, without the byte order mark.
 
     Raises:
-        InvalidInput: The file cannot be read, is a pipe or a device, has more than 16 MiB or a million lines, or is not UTF-8 text; the message says what it looks like.
+        InvalidInput: The file cannot be read, is a pipe or a device, has more than 16 MiB or 400,000 lines, or is not UTF-8 text; the message says what it looks like.
     """
     check_input_file(path, what, most=MOST_TEXT_BYTES)
     try:

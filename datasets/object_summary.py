@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..core.foreign_text import shown
+from ..core.scan_comparison import FEWEST_ODD_HEIGHTS, ODD_COUNT, ODD_HEIGHT, ODD_INTENSITY
+from ..core.structures import PointCloud
 from ..core.trained_on import estimate_road_height
 from .box_poses import MOST_BOXES, LabelMistake, count_poses, joined, judge_poses
 from .prepared import PreparedDataset
@@ -110,6 +113,9 @@ def summarize_objects(frames: PreparedDataset) -> tuple[tuple[ObjectSummary, ...
             f"half of the points lie farther than {look.reach:,.0f} m from the sensor; scans must be in meters, and these are perhaps in "
             "millimeters or centimeters"
         )
+    findings += look.odd
+    findings += _about_copies(frames)
+    findings += _about_degrees(frames, boxes)
     behind = int((boxes[:, 0] < 0).sum())
     if len(boxes) >= _FEWEST_BEHIND and behind > _MOST_BEHIND * len(boxes):
         findings.append(
@@ -146,12 +152,15 @@ class _Look:
     """Median height of the road in m; None where none was found."""
     uneven: str | None
     """A sentence where the road lies at other heights in some scans than in others."""
+    odd: tuple[str, ...]
+    """Sentences about a few scans that are unlike the others."""
     pose: tuple[LabelMistake, str] | None
     """The pose in which the boxes hold clearly more points, and a sentence about it."""
 
 
 def _look(frames: PreparedDataset) -> _Look:
     lifts, classes, reach, roads, poses = [np.zeros(0)], [np.zeros(0, np.int64)], [], [], []
+    seen: list[tuple[str, float, float, float]] = []
     looked_at = _spread(len(frames), _MOST_SCANS)
     for index in looked_at:
         frame = frames[index]
@@ -160,6 +169,7 @@ def _look(frames: PreparedDataset) -> _Look:
         road = estimate_road_height(frame.points)
         if not math.isnan(road):
             roads.append(road)
+        seen.append((frame.id, road, _mean_intensity(frame.points), reach[-1] if len(frame.points) else math.nan))
         if frame.labels is None:
             continue
         labels = frame.labels.select(frame.labels.weight > 0)
@@ -171,12 +181,14 @@ def _look(frames: PreparedDataset) -> _Look:
         near = (distance > _NEAR) & (distance < _FAR)
         lifts.append((box[:, 2] - box[:, 5] / 2 - road)[near])
         classes.append(labels.classes.numpy()[near])
+    uneven = _uneven(roads)
     return _Look(
         lifts=np.concatenate(lifts),
         classes=np.concatenate(classes),
         reach=float(np.median(reach)) if reach else 0.0,
         road=float(np.median(roads)) if roads else None,
-        uneven=_uneven(roads),
+        uneven=uneven,
+        odd=_odd(seen, heights=uneven is None),
         pose=judge_poses(joined(poses)),
     )
 
@@ -195,6 +207,76 @@ def _uneven(roads: Sequence[float]) -> str | None:
         "these are perhaps scans of two mounting heights, or scans to which the height was added and others: prepare them apart, each with "
         "its own --z-shift"
     )
+
+
+def _mean_intensity(points: PointCloud) -> float:
+    if "intensity" not in points.feature_names or not len(points):
+        return math.nan
+    return float(points.features[:, points.feature_names.index("intensity")].mean())
+
+
+def _odd(seen: Sequence[tuple[str, float, float, float]], *, heights: bool) -> tuple[str, ...]:
+    """Sentences about scans whose road, mean intensity or reach is unlike that of most of the scans that were looked at."""
+    if len(seen) < _FEWEST:
+        return ()
+    names, table = [row[0] for row in seen], np.array([row[1:] for row in seen])
+    with np.errstate(all="ignore"):
+        usual = np.array([np.median(column[~np.isnan(column)]) if not np.isnan(column).all() else np.nan for column in table.T])
+        ratio = table / usual
+        odd = np.stack(
+            [
+                np.abs(table[:, 0] - usual[0]) > ODD_HEIGHT,
+                (ratio[:, 1] > ODD_INTENSITY) | (ratio[:, 1] < 1 / ODD_INTENSITY),
+                (ratio[:, 2] > ODD_COUNT) | (ratio[:, 2] < 1 / ODD_COUNT),
+            ]
+        )
+    said = []
+    for rows, what, cause, fewest in zip(
+        odd,
+        ("the road at another height", "another mean intensity", "points ten times farther or nearer"),
+        ("another mounting height (--z-shift)", "another intensity scale (--intensity-scale)", "another unit than meters"),
+        (FEWEST_ODD_HEIGHTS if heights else len(seen) + 1, 1, 1),
+    ):
+        if rows.sum() >= fewest:
+            listed = [shown(name) for name, is_odd in zip(names, rows) if is_odd]
+            said.append(
+                f"{rows.sum()} of {len(rows)} scans that were looked at ({', '.join(listed[:3])}{' …' if len(listed) > 3 else ''}) have {what} "
+                f"compared with the others; a likely cause is {cause}: prepare such scans apart"
+            )
+    return tuple(said)
+
+
+def _about_copies(frames: PreparedDataset) -> list[str]:
+    """A sentence where labels are written twice: two equal boxes of one class in one frame."""
+    copies, total, where = 0, 0, list[str]()
+    for index in _spread(len(frames), _MOST_LABELED):
+        labels = frames.labels(index)
+        if labels is None:
+            continue
+        rows = np.concatenate([labels.classes[:, None].double().numpy(), labels.boxes.data.double().numpy()], 1)
+        twice = len(rows) - len(np.unique(rows, axis=0))
+        total, copies = total + len(rows), copies + twice
+        where += [frames.ids[index]] if twice else []
+    if not copies:
+        return []
+    return [
+        f"{copies} of {total} labeled boxes are written twice, with the same numbers and class, in {len(where)} frames "
+        f"({', '.join(map(shown, where[:3]))}{' …' if len(where) > 3 else ''}); each counts as an object of its own, in training and in scores: "
+        "remove the copies"
+    ]
+
+
+def _about_degrees(frames: PreparedDataset, boxes: NDArray[np.float32]) -> list[str]:
+    """A sentence where angles that were read as degrees are so small that they are perhaps radians."""
+    if dict(frames.origin.options).get("yaw") != "degrees" or len(boxes) < _FEWEST_BEHIND:
+        return []
+    quarter = np.pi / 2  # other axes turn all boxes by quarters
+    if (np.abs(boxes[:, 6] - quarter * np.round(boxes[:, 6] / quarter)) > math.radians(math.pi) + 1e-4).any():
+        return []
+    return [
+        f"all {len(boxes)} yaws that were read as degrees (--yaw degrees) lie within {math.pi:.2f} of the axes; they are perhaps in radians: "
+        "leave --yaw out"
+    ]
 
 
 def _spread(count: int, most: int) -> Sequence[int]:

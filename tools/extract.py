@@ -187,7 +187,10 @@ def command(config: Extract) -> None:
                 sampling=rule,
             )
 
+            smashed: list[str] = []  # names; the measures of a scan follow
+
             def on_smashed(index: int, scene_id: str) -> None:
+                smashed.append(todo[index].name)
                 progress.smashed(scene_id, todo[index].name, todo[index].identity)
 
             def until_stopped() -> Iterator[Callable[[], tuple[PointCloud, Ledger]]]:
@@ -204,7 +207,7 @@ def command(config: Extract) -> None:
                     writer,
                     on_frame=lambda done: advance(done, len(todo)),
                     on_smashed=on_smashed,
-                    on_measures=watch.add,
+                    on_measures=lambda measures: watch.add(measures, smashed[-1]),
                     refuse_lost_cells=not config.allow_lost_cells,
                 )
     watch.finish()

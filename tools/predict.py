@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -89,7 +90,7 @@ def command(config: Predict) -> None:
     with progress_bar("predict", len(scans)) as advance:
         for number, path in enumerate(scans, start=1):
             try:
-                found = _detect(path, config, detector, rig, watch.add, camera)
+                found = _detect(path, config, detector, rig, partial(watch.add, name=path.name), camera)
             except UpcycleError as error:
                 done.failed[path.name] = str(error)
                 done.drop_earlier(config.out / f"{path.stem}{_SUFFIXES[config.format]}")

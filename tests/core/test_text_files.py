@@ -45,8 +45,8 @@ def test_what_never_ends_and_what_is_too_large_is_refused_before_it_is_read(tmp_
         file.truncate(MOST_TEXT_BYTES + 1)
     with pytest.raises(InvalidInput, match=r"has 16,777,217 bytes, more than the 16,777,216 that are read"):
         read_text(tmp_path / "large.txt", "label file")
-    (tmp_path / "long.txt").write_bytes(b"\n" * 1_000_001)
-    with pytest.raises(InvalidInput, match=r"has 1,000,001 lines"):
+    (tmp_path / "long.txt").write_bytes(b"\n" * 400_001)
+    with pytest.raises(InvalidInput, match=r"has 400,001 lines"):
         read_text(tmp_path / "long.txt", "label file")
 
 

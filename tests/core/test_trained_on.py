@@ -6,11 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import tiny
 from upcycle3d.core.rig import RigSpec
-from upcycle3d.core.scan_comparison import ScanWatch, compare_road, compare_scans, reaches_behind, rig_differences, rig_of_scans
+from upcycle3d.core.scan_comparison import (
+    ScanWatch,
+    compare_road,
+    compare_scans,
+    odd_scans,
+    reaches_behind,
+    rig_differences,
+    rig_of_scans,
+)
 from upcycle3d.core.scan_options import ScanOptions
 from upcycle3d.core.structures import PointCloud
 from upcycle3d.core.trained_on import ScanMeasures, ScanStatistics, TrainedOn, estimate_road_height, summarize_scans
@@ -106,6 +115,29 @@ def test_scans_are_compared_after_the_first_ones_and_at_the_end_and_each_differe
     assert said == []
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ground_height": 1.73}, "2 of 40 scans (b3, b7) have the road at another height than in most scans (0.00 m)"),
+        ({"intensity": 0.3 / 255}, "2 of 40 scans (b3, b7) have another mean intensity than most scans (0.3)"),
+        (
+            {"points": 300},
+            "2 of 40 scans (b3, b7) have ten times more or fewer points in the detector's range than most scans (20,000)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("trained", [KNOWN, None])
+def test_a_few_scans_that_are_unlike_the_others_are_counted_and_named(change, message, trained):
+    usual = ScanMeasures(points=20_000, cells=6_000, ground_height=0.0, intensity=0.3)
+    said: list[str] = []
+    watch = ScanWatch(trained, said.append)
+    for i in range(40):
+        watch.add(replace(usual, **change) if i in (3, 7) else replace(usual, ground_height=0.4 * (i % 2)), f"b{i}")
+    watch.finish()
+    watch.finish()
+    assert [message.partition(" (0.00")[0] in text for text in said] == [True]
+
+
 def test_real_scans_of_one_sensor_do_not_warn_and_a_forgotten_mounting_height_or_crop_does():
     kitti = tiny.shared("data/kitti", "the tolerances fit the real KITTI scans")
     encoder = PRESETS["kitti_small"].detector.encoder.build()
@@ -120,6 +152,7 @@ def test_real_scans_of_one_sensor_do_not_warn_and_a_forgotten_mounting_height_or
     here = measured(val)
     for scans in (here, *([scan] for scan in here)):
         assert compare_scans(known, summarize_scans(scans)) == ()
+    assert odd_scans(here, val) == {}
     for shift in (0.0, 1.0, 3.46):
         warnings = compare_scans(known, summarize_scans(measured(val[::4], rig=RigSpec(z_shift=shift))))
         assert "--z-shift" in warnings[0]

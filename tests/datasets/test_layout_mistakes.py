@@ -446,6 +446,37 @@ def test_angles_in_degrees_are_refused_and_an_option_reads_them(tmp_path, capsys
     assert (code, "rotation_y of Car is -88.5, which is beyond 2 pi" in said) == (2, True)
 
 
+def test_radians_that_are_read_as_degrees_are_warned_about(tmp_path, capsys):
+    root = tiny_layouts.folder(tmp_path / "raw")
+    code, said = prepare(capsys, "folder", root, tmp_path / "out", "--yaw", "degrees")
+    assert (code, "all 12 yaws that were read as degrees (--yaw degrees) lie within 3.14 of the axes" in said) == (0, True)
+    assert "read as degrees" not in prepare(capsys, "folder", root, tmp_path / "right")[1]
+
+
+def test_labels_that_are_written_twice_are_counted(tmp_path, capsys):
+    root = tiny_layouts.kitti(
+        tmp_path / "raw", label=lambda i: "".join(kitti_line(box) for box in (*BOXES, *BOXES[: 3 * (i == 1)]))
+    )
+    code, said = prepare(capsys, "kitti", root, tmp_path / "out", "--classes", "Car")
+    assert (code, "3 of 15 labeled boxes are written twice, with the same numbers and class, in 1 frames (000001)" in said) == (
+        0,
+        True,
+    )
+    assert "twice" not in prepare(capsys, "kitti", tiny_layouts.kitti(tmp_path / "k"), tmp_path / "once", "--classes", "Car")[1]
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [([1, 1, 1, 1 / 255], "another mean intensity"), ([100, 100, 100, 1], "points ten times farther or nearer")],
+)
+def test_one_scan_that_is_unlike_the_others_is_named(tmp_path, capsys, factors, message):
+    root = tiny_layouts.folder(tmp_path / "raw")
+    path = root / "points" / "000002.bin"
+    (np.fromfile(path, "<f4").reshape(-1, 4) * factors).astype("<f4").tofile(path)
+    code, said = prepare(capsys, "folder", root, tmp_path / "out", "--unlabeled", "train", "val")
+    assert (code, f"1 of 4 scans that were looked at (000002) have {message} compared with the others" in said) == (0, True)
+
+
 def test_swapped_sizes_are_warned_about_and_an_option_reads_them(tmp_path, capsys):
     root = tiny_layouts.folder(tmp_path / "raw", line=lambda box: write(box[[0, 1, 2, 4, 3, 5, 6]]))
     code, said = prepare(capsys, "folder", root, tmp_path / "out")
@@ -508,11 +539,14 @@ def test_axes_mirror_where_their_determinant_is_negative():
             assert ScanOptions(axes=axes).mirrors == (np.linalg.det(matrix) < 0)
 
 
-@pytest.mark.parametrize(("factor", "unit"), [(100, "centimeters"), (1000, "millimeters")])
-def test_other_units_are_noticed(tmp_path, capsys, factor, unit):
+@pytest.mark.parametrize(
+    ("factor", "code", "message"),
+    [(100, 0, "perhaps in centimeters"), (1000, 2, "which no LiDAR reaches. Likely causes: numbers of another type")],
+)
+def test_other_units_are_noticed(tmp_path, capsys, factor, code, message):
     root = tiny_layouts.folder(tmp_path / "raw", line=lambda box: write([*(factor * box[:6]), box[6]]), points=factor * np.eye(3))
-    code, said = prepare(capsys, "folder", root, tmp_path / "out")
-    assert (code, f"perhaps in {unit}" in said) == (0, True)
+    found, said = prepare(capsys, "folder", root, tmp_path / "out")
+    assert (found, message in said) == (code, True)
 
 
 def test_boxes_without_any_point_stop_before_anything_is_published(tmp_path, capsys):

@@ -252,7 +252,7 @@ def test_an_encoder_without_the_expected_fingerprint_does_not_run(detector, scan
 def test_scans_without_a_point_in_range_end_with_the_likely_cause(detector, tmp_path, capsys):
     for i in range(3):
         points = some_scan(i)
-        write_bin(tmp_path / "mm" / f"{i}.bin", PointCloud(xyz=points.xyz * 1000 + 1e5, features=points.features))
+        write_bin(tmp_path / "mm" / f"{i}.bin", PointCloud(xyz=points.xyz * 100 + 5e3, features=points.features))
     run(detector, tmp_path / "out", "--scans", tmp_path / "mm", code=2)
     printed = capsys.readouterr()
     assert "no point lies in the detector's range" in printed.err.replace("\n", " ")
