@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
@@ -129,12 +130,12 @@ class MeanOccupancy:
         if not frames:
             raise InvalidInput("the mean occupancy needs at least one frame; give the attacker frames of its own")
         grid = frames[0].upload.spec.grid
-        count = np.zeros(grid.shape, np.float32)
+        count: NDArray[np.float32] = np.zeros(grid.shape, np.float32)
         for frame in frames:
             z, y, x = occupied_voxels(frame.scan, grid).numpy().T
             count[z, y, x] += 1 / len(frames)
         if abs(grid.range[1] + grid.range[4]) < 1e-6:
-            count = (count + count[:, ::-1]) / 2
+            count = ((count + count[:, ::-1]) / 2).astype(np.float32)
         mean = gaussian_filter(count, (self.blur / 4, self.blur, self.blur), mode="constant")
         cells = torch.from_numpy(np.argwhere(mean > self.share).astype(np.int32))
         score = torch.from_numpy(mean[mean > self.share])

@@ -275,8 +275,9 @@ def _shown(upload: CutFeatures, sees: Sees) -> CutFeatures:
         return upload
     if sees == "nothing":
         voxels = replace(voxels, features=voxels.features[:0], coords=voxels.coords[:0])
-        empty = None if keypoints is None else (0,) * (keypoints.batch_size + 1)
-        keypoints = keypoints and replace(keypoints, xyz=keypoints.xyz[:0], features=keypoints.features[:0], starts=empty)
+        if keypoints is not None:
+            starts = (0,) * (keypoints.batch_size + 1)
+            keypoints = replace(keypoints, xyz=keypoints.xyz[:0], features=keypoints.features[:0], starts=starts)
     blank = replace(voxels, features=torch.zeros_like(voxels.features))
     return replace(
         upload, voxels=blank, keypoints=keypoints and replace(keypoints, features=torch.zeros_like(keypoints.features))

@@ -72,6 +72,13 @@ Keep = Callable[[int, LevelGuess], Tensor]
 class OccupancyDecoder(nn.Module):
     """Upload in, occupancy of every level out."""
 
+    cell_scale: Tensor
+    """(2, C) mean and spread of the channels of cells."""
+    keypoint_scale: Tensor | None
+    """(2, C) the same of keypoints."""
+    calibration: Tensor
+    """(2, levels + 1, 2) for known and for guessed parents, per level from the voxels up: factor and shift of the logits."""
+
     def __init__(self, size: DecoderSize, spec: CutSpec) -> None:
         """Make the layers with fresh weights.
 
@@ -85,7 +92,6 @@ class OccupancyDecoder(nn.Module):
         self.register_buffer("cell_scale", torch.stack([torch.zeros(spec.channels), torch.ones(spec.channels)]))
         kp = spec.keypoints
         self.register_buffer("keypoint_scale", torch.stack([torch.zeros(kp.channels), torch.ones(kp.channels)]) if kp else None)
-        # For "known" parents and for guessed ones, per level from the voxels up: factor and shift of the logits.
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]).repeat(2, self.tree.levels + 1, 1))
         self.keypoint_layers = _KeypointLayers(kp.channels, size.keypoint_channels) if kp else None
         extra = size.keypoint_channels if kp else 0
@@ -134,10 +140,11 @@ class OccupancyDecoder(nn.Module):
         guess = self._roots(bev, upload.batch_size, known)
         guesses = [guess]
 
-        def features_of(rows: Tensor) -> Tensor:
+        def of_roots(rows: Tensor) -> Tensor:
             scene, z, y, x = guesses[0].nodes[rows].long().unbind(1)
             return _by_kind(bev.permute(0, 2, 3, 1)[scene, y, x], z, self.root_features)
 
+        features_of: Callable[[Tensor], Tensor] = of_roots
         for level, stage in zip(range(tree.levels, 0, -1), cast(list[_Stage], list(self.stages)), strict=True):
             kept = keep(level, guess).nonzero()[:, 0]
             kept = kept[tree.keys(guess.nodes[kept], level).argsort()]  # kernels are fastest in the order of the grid
@@ -177,12 +184,12 @@ class OccupancyDecoder(nn.Module):
         return guess, lambda rows: stage.descend(features, parent[rows], child[rows])
 
     def _calibrated(self, logit: Tensor, level: int, known: bool) -> Tensor:
-        factor, shift = cast(Tensor, self.calibration)[0 if known else 1, level]
+        factor, shift = self.calibration[0 if known else 1, level]
         return logit * factor + shift
 
     def _bev_input(self, upload: CutFeatures, keypoints: _KeypointRows | None) -> Tensor:
         """(B, C, Y, X) of the roots' columns: features of the cut, which cells were sent, keypoints, positions."""
-        mean, spread = cast(Tensor, self.cell_scale)
+        mean, spread = self.cell_scale
         cells = upload.voxels
         rows = torch.cat([(cells.features - mean) / spread, torch.ones(len(cells.features), 1)], 1)
         depth, height, width = upload.spec.shape
@@ -205,9 +212,9 @@ class OccupancyDecoder(nn.Module):
         return torch.cat(parts, 3).permute(0, 3, 1, 2)
 
     def _keypoint_rows(self, keypoints: Keypoints | None) -> _KeypointRows | None:
-        if keypoints is None or self.keypoint_layers is None:
+        if keypoints is None or self.keypoint_layers is None or self.keypoint_scale is None:
             return None
-        mean, spread = cast(Tensor, self.keypoint_scale)
+        mean, spread = self.keypoint_scale
         scene = torch.repeat_interleave(torch.arange(keypoints.batch_size), torch.tensor(keypoints.starts).diff())
         low, high = (keypoints.xyz.new_tensor(side) for side in (self.spec.grid.range[:3], self.spec.grid.range[3:]))
         inside = ((keypoints.xyz >= low) & (keypoints.xyz <= high)).all(1)
