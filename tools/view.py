@@ -76,14 +76,14 @@ class Picture:
 def command(config: DrawFrames) -> None:
     """Draw frames, labels and detections in BEV."""
     x0, y0, x1, y1 = config.range
-    found = " ".join(f"{value:g}" for value in config.range)
+    part = " ".join(f"{value:g}" for value in config.range)
     if not (x1 > x0 and y1 > y0 and all(map(math.isfinite, config.range))):
-        raise InvalidInput(f"--range must be x0 y0 x1 y1 with x1 > x0 and y1 > y0, found {found}")
+        raise InvalidInput(f"--range must be x0 y0 x1 y1 with x1 > x0 and y1 > y0, found {part}")
     sides = (x1 - x0, y1 - y0)
     if min(sides) < _SHORTEST or max(map(abs, config.range)) > _FARTHEST or max(sides) > _MOST_STRETCHED * min(sides):
         raise InvalidInput(
             f"--range must lie within {_FARTHEST:g} m, with sides of at least {_SHORTEST:g} m of which one is at most {_MOST_STRETCHED} times the "
-            f"other, found {found}: sides of {sides[0]:g} and {sides[1]:g} m"
+            f"other, found {part}: sides of {sides[0]:g} and {sides[1]:g} m"
         )
     if config.limit < 1 or not 0 <= config.min_score <= 1:
         raise InvalidInput(
