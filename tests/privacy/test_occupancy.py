@@ -11,7 +11,7 @@ from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import CutFeatures
 from upcycle3d.core.frame import Frame
 from upcycle3d.perception.privacy.attacks.coordinates import occupied_voxels, voxel_centers
-from upcycle3d.perception.privacy.attacks.occupancy import OccupancyAttack, OccupancyConfig, focal_loss
+from upcycle3d.perception.privacy.attacks.occupancy import RECALL_WEIGHTS, OccupancyAttack, OccupancyConfig, focal_loss
 from upcycle3d.perception.privacy.attacks.occupancy_decoder import DecoderSize
 from upcycle3d.perception.privacy.attacks.occupancy_tree import OccupancyTree, children_of, row_of
 from upcycle3d.perception.privacy.frames import AuditFrame, audit_frames
@@ -120,6 +120,14 @@ def test_a_certain_and_right_prediction_costs_no_bits(learned):
     nodes = [len(level) for level in tree.truth(voxels)]
     candidates = len(tree.roots(1)) + 8 * sum(nodes[1:])
     assert sharp.code_length(frames[0].upload, scan) == pytest.approx(candidates / nodes[0])
+
+
+def test_the_recall_weight_is_chosen_or_given(learned):
+    attack, frames = learned
+    given = OccupancyAttack(replace(CONFIG, steps=1, recall_weight=0.3))
+    given.train(frames)
+    assert given.recall_weight == 0.3
+    assert attack.recall_weight in RECALL_WEIGHTS
 
 
 def test_the_same_seed_gives_the_same_scan():

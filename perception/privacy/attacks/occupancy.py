@@ -17,18 +17,26 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from ....core.errors import InvalidInput, require, require_counts
 from ....core.features import CutFeatures
 from ....core.structures import PointCloud
 from ..frames import AuditFrame, Rebuilt, inside_grid
+from ..geometry_metrics import harmonic_mean
 from .coordinates import voxel_of_points
 from .occupancy_decoder import DecoderSize, LevelGuess, OccupancyDecoder
 from .occupancy_points import neighbors, worth_of_points
 from .occupancy_tree import OccupancyTree, row_of
 
 Sees = Literal["everything", "coordinates", "nothing"]
+RECALL_WEIGHTS = (0.1, 0.25, 0.5, 0.8, 1.2)
+"""Recall weights that an attacker tries."""
+CALIBRATION_REBUILDS = 4
+"""Frames on which they are tried; each costs seconds."""
+MOST_CANDIDATES = 24
+"""Candidates for each voxel that is expected to be occupied, the likeliest ones. More cost memory and add little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +61,9 @@ class OccupancyConfig:
     """Nodes with a lower probability are given up. A lower number costs time and finds more."""
     reach: float = 0.2
     """Distance in meters within which a claimed point should be right; points are ordered for it."""
-    recall_weight: float = 0.8
-    """How much newly found points count against the chance to be right when points are ordered. Lower numbers claim surer points."""
+    recall_weight: float | None = None
+    """How much newly found points count against the chance to be right when points are ordered. None chooses it on the frames of the
+    calibration: an attacker who knows little does better with the surest points."""
     calibration_share: float = 0.1
     """Share of the attacker's frames, the last ones, that the network does not learn from. On them probabilities are set right."""
     seed: int = 0
@@ -87,6 +96,8 @@ class OccupancyAttack:
         """Duration of the last training."""
         self.losses: list[float] = []
         """Mean loss of every twentieth of the last training."""
+        self.recall_weight = 1.0
+        """The recall weight that was chosen, see `OccupancyConfig`."""
         self._decoder: OccupancyDecoder | None = None
 
     @property
@@ -123,6 +134,7 @@ class OccupancyAttack:
         self._optimize(learned)
         decoder.eval()
         self._calibrate(calibration or learned)
+        self.recall_weight = self._best_recall_weight(calibration or learned) if c.recall_weight is None else c.recall_weight
         self.seconds = time.perf_counter() - start
 
     def _optimize(self, examples: Sequence[_Example]) -> None:
@@ -196,17 +208,35 @@ class OccupancyAttack:
         Returns:
             One point in each voxel that may be occupied. The score is its worth by `worth_of_points`, between 0 and a few.
         """
+        xyz, *chances = self._candidates(_shown(upload, self.config.sees))
+        return Rebuilt(xyz=xyz, score=worth_of_points(*chances, recall_weight=self.recall_weight))
+
+    def _candidates(self, shown: CutFeatures) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Points x, y, z of voxels that may be occupied, how likely they are, what each counts, and which are within reach."""
         c, tree = self.config, self.decoder.tree
-        voxels = self.decoder(_shown(upload, c.sees), lambda level, guess: guess.probability > c.keep, known=False)[-1]
-        chosen = (voxels.probability > c.keep).nonzero()[:, 0]
+        voxels = self.decoder(shown, lambda level, guess: guess.probability > c.keep, known=False)[-1]
+        chosen = voxels.probability * (voxels.probability > c.keep)
+        chosen = chosen.topk(min(int((chosen > 0).sum()), int(MOST_CANDIDATES * chosen.sum()) + 64)).indices
         chosen = chosen[tree.keys(voxels.nodes[chosen], 0).argsort()]
-        nodes, probability = voxels.nodes[chosen], voxels.probability[chosen]
+        nodes = voxels.nodes[chosen]
         inside = torch.zeros(len(chosen), 4) if voxels.inside is None else voxels.inside[chosen]
         xyz = tree.centers(nodes, 0) + inside[:, :3].clamp(-0.5, 0.5) * torch.tensor(tree.grid.voxel_size)
         # The square root of the number of points: between a score over points and one over voxels.
-        points = (inside[:, 3] / 2).clamp(0, 3).exp()
-        worth = worth_of_points(probability, points, neighbors(nodes, tree, c.reach), recall_weight=c.recall_weight)
-        return Rebuilt(xyz=xyz, score=worth)
+        return xyz, voxels.probability[chosen], (inside[:, 3] / 2).clamp(0, 3).exp(), neighbors(nodes, tree, c.reach)
+
+    @torch.no_grad()
+    def _best_recall_weight(self, examples: Sequence[_Example]) -> float:
+        """The recall weight with the best F-score, as many and twice as many points as occupied voxels being claimed."""
+        tree, totals = self.decoder.tree, [0.0] * len(RECALL_WEIGHTS)
+        size = torch.tensor(tree.grid.voxel_size)
+        for example in examples[:CALIBRATION_REBUILDS]:
+            xyz, *chances = self._candidates(example.upload)
+            truth, count = tree.centers(example.voxels, 0) + example.inside[:, :3] * size, example.inside[:, 3].exp()
+            for k, weight in enumerate(RECALL_WEIGHTS):
+                order = worth_of_points(*chances, recall_weight=weight).argsort(descending=True)
+                for share in (1, 2):
+                    totals[k] += _f_score(xyz[order[: share * len(truth)]], truth, count, self.config.reach)
+        return RECALL_WEIGHTS[max(range(len(totals)), key=totals.__getitem__)]
 
     @torch.no_grad()
     def code_length(self, upload: CutFeatures, scan: PointCloud) -> float:
@@ -308,6 +338,15 @@ def _batches(examples: Sequence[_Example], c: OccupancyConfig) -> Iterator[_Exam
             waiting += torch.randperm(len(examples), generator=generator).tolist()
         chosen, waiting = waiting[: c.batch], waiting[c.batch :]
         yield _Example.collate([examples[k] for k in chosen])
+
+
+def _f_score(claimed: Tensor, truth: Tensor, count: Tensor, reach: float) -> float:
+    """F-score within `reach` meters; each true point counts `count` times in the recall."""
+    if not len(claimed) or not len(truth):
+        return 0.0
+    precision = float((cKDTree(truth).query(claimed)[0] <= reach).mean())
+    found = torch.from_numpy(cKDTree(claimed).query(truth)[0] <= reach)
+    return harmonic_mean(precision, float(count[found].sum() / count.sum()))
 
 
 def _platt(logit: Tensor, target: Tensor) -> Tensor:
