@@ -67,7 +67,8 @@ class PeopleLeak:
     """From the scan that another attack rebuilt; None where none was given."""
 
     raw: PeopleScore
-    """The upper bound: from the raw scan at the encoder's input grid."""
+    """From the raw scan at the encoder's input grid: the upper bound of finding. Heights may be told better from an upload, whose features
+    describe a body better than this attacker's description of points."""
 
     people: int
     """People in the unseen frames with at least 5 points. Others are neither missed nor wrong answers."""
