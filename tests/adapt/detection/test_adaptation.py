@@ -152,7 +152,7 @@ def test_objects_longer_than_their_class_may_be_are_ignored():
 def test_the_classifier_learns_every_class_and_repeats(classifier, tmp_path: Path):
     ids = matched(SOURCE, SOURCE_LABELS).ids
     classified = classify_without_adaptation(
-        classifier, SOURCE, OpenSetConfig.classifier_alone("known", UnknownRule(kind="fixed", value=2.0))
+        classifier, SOURCE, OpenSetConfig.classifier_alone("known", UnknownRule(kind="fixed", value=1.0))
     )
     for c in range(3):
         assert (classified.nearest[ids == c] == c).float().mean() > 0.8, NAMES[c]
