@@ -33,8 +33,8 @@ XYZI = ("x", "y", "z", "intensity")
 POINT_SUFFIXES = (".bin", ".npy", ".pcd")
 """Suffixes of files that `read_points` reads."""
 
-MOST_SCAN_BYTES = 256 << 20
-"""Bytes of the largest scan file that is read: 16 million points of four values, about fifty times those of the largest sensor."""
+MOST_SCAN_BYTES = 120 << 20
+"""Bytes of the largest scan file that is read: 7.8 million points of four values, some thirty times those of the largest sensor."""
 
 _USUAL = ScanOptions()
 
