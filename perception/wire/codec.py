@@ -19,7 +19,7 @@ tenth smaller (measured: 8 % with fp16, 11 % with int8).
 Nothing here protects what a scan shows. The cells alone are a coarse scan. An attacker who has the encoder can rebuild much of
 the scan from the features: on simulated scans, coordinates alone gave an F-score at 0.2 m of .58, coordinates with features .82
 (guessing from typical streets: .40). From PV-RCNN scenes single LiDAR points were computed to within 1 mm (fp16) or 1 cm (int8).
-Both codecs are chosen for size, not to protect anything.
+Both codecs are chosen for size, not to protect anything; `docs/privacy.md` names defences and attacks.
 
 The reader trusts nothing: sizes are limited before memory is taken, the checksum must be there and agree, and the header must
 be what the reader expects. Anything else is a `CorruptScene` or a `ForeignScene`.
