@@ -15,7 +15,7 @@ from ..datasets.data_split import DataSplit
 from ..perception.models.defences.table import DefenceConfig, parse_defence
 from ..perception.recipes.audit import QUICK, Audit, AuditBudget, AuditPlan, AuditSetting, AuditUse
 from ..perception.recipes.audit_cells import REBUILDING, AttackName
-from ..perception.recipes.audit_report import attack_table, summarize_audit, summary_table, write_audit_report
+from ..perception.recipes.audit_report import attack_table, attribute_table, summarize_audit, summary_table, write_audit_report
 from ..perception.recipes.job_inputs import find_preset
 from .console import console, print_table, run_command
 from .data_option import DataOption
@@ -74,7 +74,9 @@ def command(config: AuditOptions) -> None:
     )
     audit = Audit(plan, config.out, use=_use(config, plan), say=lambda text: console.print(text, soft_wrap=True))
     results = list(audit.results())
-    for text in (summary_table(summarize_audit(results)), *(attack_table(result) for result in results if result.rebuilt)):
+    told = attribute_table(results)
+    tables = [summary_table(summarize_audit(results)), *(attack_table(result) for result in results if result.rebuilt)]
+    for text in [*tables, told] if told else tables:
         print_table(text.caption, text.header, text.rows)
     report = write_audit_report(audit, results, made_by=provenance_of_process())
     console.print(f"{time.perf_counter() - start:.0f} s; report: {report}; table: {config.out / 'audit.md'}", soft_wrap=True)

@@ -30,7 +30,9 @@ from ...datasets.data_split import DataSplit
 from ..evaluation.score import own_protocol
 from ..models.defences.table import DefenceConfig, describe_defences
 from ..models.detector import Detector
+from ..privacy.attacks.attributes import AttributeLeak
 from ..privacy.attacks.occupancy_decoder import DecoderSize
+from ..privacy.attacks.people import PeopleLeak
 from ..privacy.frames import AuditFrame, audit_frames
 from ..training.detector_files import DETECTOR_FILE, load_detector
 from .audit_cells import (
@@ -40,8 +42,10 @@ from .audit_cells import (
     LinkageMeasured,
     RebuildMeasured,
     SentMeasured,
+    measure_attributes,
     measure_exact,
     measure_linkage,
+    measure_people,
     measure_rebuild,
     measure_sent,
 )
@@ -52,6 +56,8 @@ from .pipeline import Pipeline
 from .presets import Preset
 from .result_cache import ResultCache
 
+Measured = RebuildMeasured | ExactMeasured | LinkageMeasured | AttributeLeak | PeopleLeak | None
+"""What an attack may give."""
 UNDEFENDED = "undefended"
 """Name of the setting without defences, which every audit has."""
 
@@ -165,6 +171,10 @@ class SettingResult:
     """Points that were computed exactly; None where nobody tried."""
     linkage: LinkageMeasured | None
     """What the pile of uploads gave away about order and origin; None where nobody tried, or the frames have no drives."""
+    attributes: AttributeLeak | None
+    """What was told of intensity, class and size of objects; None where nobody tried, or there are no labels."""
+    people: PeopleLeak | None
+    """Whether pedestrians were found; None where nobody tried, or nobody labeled them."""
     used: dict[int, MethodResult]
     """AP after UpCycling by seed; empty where nobody trained."""
 
@@ -227,22 +237,41 @@ class Audit:
         rebuilt: dict[AttackName, RebuildMeasured] = {}
         exact: ExactMeasured | None = None
         linkage: LinkageMeasured | None = None
+        attributes: AttributeLeak | None = None
+        people: PeopleLeak | None = None
         for name in self.plan.attacks:
             stored = self._cell(setting, name, partial(self._attack, name, lazy))
             if name == "exact":
                 exact = config_from_json(ExactMeasured, stored)
             elif name == "linkage":
                 linkage = config_from_json(LinkageMeasured, stored) if stored else None
+            elif name == "attributes":
+                attributes = config_from_json(AttributeLeak, stored) if stored else None
+            elif name == "people":
+                people = config_from_json(PeopleLeak, stored) if stored else None
             else:
                 rebuilt[name] = config_from_json(RebuildMeasured, stored)
-        return SettingResult(setting=setting, sent=sent, rebuilt=rebuilt, exact=exact, linkage=linkage, used=self._used(setting))
+        return SettingResult(
+            setting=setting,
+            sent=sent,
+            rebuilt=rebuilt,
+            exact=exact,
+            linkage=linkage,
+            attributes=attributes,
+            people=people,
+            used=self._used(setting),
+        )
 
-    def _attack(self, name: AttackName, lazy: _Frames) -> RebuildMeasured | ExactMeasured | LinkageMeasured | None:
+    def _attack(self, name: AttackName, lazy: _Frames) -> Measured:
         budget = self.plan.budget
         if name == "exact":
             return measure_exact(lazy.detector, lazy.attacker, lazy.victims, lazy.setting.codec, budget.exact_frames)
         if name == "linkage":
             return measure_linkage(lazy.victims, self.plan.drives)
+        if name == "attributes":
+            return measure_attributes(self._detector, lazy.attacker, lazy.victims, seed=self.plan.seed)
+        if name == "people":
+            return measure_people(self._detector, lazy.attacker, lazy.victims, seed=self.plan.seed)
         return measure_rebuild(
             name,
             lazy.attacker,

@@ -30,12 +30,14 @@ from ..models.encoders.encoder import Encoder
 from ..models.encoders.fingerprint import encoder_fingerprint
 from ..models.encoders.pv_rcnn import PvRcnnEncoder
 from ..models.encoders.second import SecondEncoder
+from ..privacy.attacks.attributes import AttributeLeak, attack_attributes
 from ..privacy.attacks.coordinates import CellCenters, MeanOccupancy, occupied_voxels, voxel_centers
 from ..privacy.attacks.exact_points import ExactPoints
 from ..privacy.attacks.linkage import chain_likeness, pile_likeness, recovered_order
 from ..privacy.attacks.lone_voxels import LoneVoxels
 from ..privacy.attacks.occupancy import OccupancyAttack, OccupancyConfig
 from ..privacy.attacks.occupancy_decoder import DecoderSize
+from ..privacy.attacks.people import PeopleLeak, attack_people
 from ..privacy.attacks.point_regression import PointRegressionAttack, PointRegressionConfig
 from ..privacy.detection_on_rebuilt import DetectionAp, detection_ap, raw_scans, rebuilt_scan
 from ..privacy.exact_points import ExactPointScore, score_exact_points
@@ -45,11 +47,14 @@ from ..privacy.linkage_metrics import LinkageScores, ordered_drives, score_linka
 from ..privacy.true_scan import RegionRules, TrueScan
 from ..wire.codec import encode_scene
 
-AttackName = Literal["nothing", "cells", "regression", "chamfer", "coordinates", "occupancy", "voxels", "exact", "linkage"]
+AttackName = Literal[
+    "nothing", "cells", "regression", "chamfer", "coordinates", "occupancy", "voxels", "exact", "linkage", "attributes", "people"
+]
 """`nothing`: the typical scan, no upload. `cells`: centers of the cells. `regression`: points regressed from features by squared error, the
 weak attack of the first paper. `chamfer`: the same by Chamfer distance, which is not weak. `coordinates`: the
 occupancy attack shown cells without features. `occupancy`: the occupancy attack. `voxels`: no attack, the voxel centers of the raw scan,
-which bound what can be rebuilt. `exact`: single points computed. `linkage`: order and origin of a pile of uploads."""
+which bound what can be rebuilt. `exact`: single points computed. `linkage`: order and origin of a pile of uploads. `attributes`: intensity, class and size of objects.
+`people`: finding pedestrians and their height."""
 
 REBUILDING: tuple[AttackName, ...] = ("nothing", "cells", "regression", "chamfer", "coordinates", "occupancy", "voxels")
 """Attacks that rebuild a scan."""
@@ -380,6 +385,45 @@ def read_drives(path: Path) -> dict[str, tuple[str, int]]:
         return {row["id"]: (row["drive"], int(row["position"]) if row.get("position") else order[row["id"]]) for row in rows}
     except ValueError as error:
         raise InvalidInput(f"{path}: a position must be a whole number ({error})") from error
+
+
+def measure_attributes(
+    detector: Detector, attacker: Sequence[AuditFrame], victims: Sequence[AuditFrame], *, seed: int
+) -> AttributeLeak | None:
+    """Look for intensity, class and size of objects in the uploads.
+
+    Args:
+        detector: Its classes are those of the labels.
+        attacker: Labeled frames of the attacker.
+        victims: Labeled frames to score on.
+        seed: Every random draw.
+
+    Returns:
+        The scores; None where a frame has no labels.
+    """
+    if any(frame.labels is None for frame in (*attacker, *victims)):
+        return None
+    return attack_attributes(attacker, victims, class_names=detector.class_names, seed=seed)
+
+
+def measure_people(
+    detector: Detector, attacker: Sequence[AuditFrame], victims: Sequence[AuditFrame], *, seed: int
+) -> PeopleLeak | None:
+    """Look for pedestrians and their height in the uploads.
+
+    Args:
+        detector: Its classes are those of the labels.
+        attacker: Labeled frames of the attacker.
+        victims: Labeled frames to score on.
+        seed: Every random draw.
+
+    Returns:
+        The scores; None where a frame has no labels or nobody labeled pedestrians.
+    """
+    names = [name.casefold() for name in detector.class_names]
+    if "pedestrian" not in names or any(frame.labels is None for frame in (*attacker, *victims)):
+        return None
+    return attack_people(attacker, victims, person=names.index("pedestrian"), seed=seed)
 
 
 def _write_points(path: Path, points: torch.Tensor) -> None:

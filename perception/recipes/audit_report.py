@@ -203,6 +203,36 @@ def _attack_row(found: RebuildMeasured) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def attribute_table(results: Sequence[SettingResult]) -> TextTable | None:
+    """What was told of objects and people, setting by setting.
+
+    Args:
+        results: What was measured.
+
+    Returns:
+        The table; None where nothing of this was measured.
+    """
+    body: list[tuple[str, ...]] = []
+    for result in results:
+        name, found, people = result.setting.name, result.attributes, result.people
+        if found is not None:
+            rows = [] if found.intensity is None else [("intensity, R2", found.intensity.r2)]
+            rows += [] if found.classes is None else [("class of objects, balanced accuracy", found.classes.accuracy)]
+            rows += [(f"cells of {c.class_name}, AUC", c.auc) for c in found.cells]
+            rows += [(f"{s.side} of {s.class_name}, error in m", s.error) for s in found.sizes]
+            body += [(name, what, *(f"{v:.3f}" for v in (r.nothing, r.coordinates, r.upload, r.raw))) for what, r in rows]
+        if people is not None:
+            views = (people.nothing, people.coordinates, people.upload, people.raw)
+            body.append((name, "people found, AP", *(f"{v.average_precision:.3f}" for v in views)))
+            body.append((name, "height of those found, error in cm", *(f"{v.height_error:.1f}" for v in views)))
+    if not body:
+        return None
+    header = ("setting", "what", "nothing", "coordinates", "upload", "raw scan")
+    return TextTable(
+        "Objects and people: what the same attacker tells with nothing, less, the upload, and the raw scan", header, body
+    )
+
+
 def write_audit_report(audit: Audit, results: Sequence[SettingResult], *, made_by: Provenance | None = None) -> Path:
     """Write `summary.json`, `audit.md`, `scenes.png` and `audit.html` into the folder of an audit.
 
@@ -222,6 +252,8 @@ def write_audit_report(audit: Audit, results: Sequence[SettingResult], *, made_b
     }
     write_atomically(audit.folder / "summary.json", (json.dumps(record, indent=1) + "\n").encode())
     tables = [summary_table(rows), *(attack_table(result) for result in results if result.rebuilt)]
+    told = attribute_table(results)
+    tables += [told] if told else []
     text = "\n\n".join(f"{t.caption}.\n\n{_markdown(t)}" for t in tables) + "\n"
     write_atomically(audit.folder / "audit.md", text.encode())
     pictures = _pictures(audit, results)

@@ -33,7 +33,7 @@ def plan(tmp_path_factory):
         attacker=data,
         victims=data,
         settings=(AuditSetting(name="half", defences=(DropConfig(share=0.5),)),),
-        attacks=("nothing", "cells", "voxels", "exact"),
+        attacks=("nothing", "cells", "voxels", "exact", "attributes", "people"),
         budget=BUDGET,
     )
 
@@ -55,7 +55,9 @@ def test_every_setting_is_measured_and_the_undefended_one_is_among_them(measured
     for result in results:
         assert result.rebuilt["voxels"].matched.scene.f_20cm.mean == 1.0  # the upper bound is the scan itself
         assert result.exact is not None
-    assert len(said) == 2 * (1 + 4)
+        assert result.attributes is not None
+        assert result.people is None  # nobody labeled pedestrians
+    assert len(said) == 2 * (1 + 6)
 
 
 def test_an_audit_goes_on_where_it_was_and_measures_nothing_twice(measured, plan):
@@ -80,7 +82,7 @@ def test_the_report_shows_every_setting_and_attack(measured):
     assert [row.name for row in rows] == [UNDEFENDED, "half"]
     assert len(summary_table(rows).rows) == 2
     page = write_audit_report(audit, results).read_text()
-    for wanted in ("half", "upper bound: voxels of the raw scan", "lower bounds"):
+    for wanted in ("half", "upper bound: voxels of the raw scan", "lower bounds", "cells of Car, AUC"):
         assert wanted in page
     record = json.loads((audit.folder / "summary.json").read_text())
     assert [row["name"] for row in record["settings"]] == [UNDEFENDED, "half"]
