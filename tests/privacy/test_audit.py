@@ -82,11 +82,11 @@ def test_the_report_shows_every_setting_and_attack(measured):
     assert [row.name for row in rows] == [UNDEFENDED, "half"]
     assert len(summary_table(rows).rows) == 2
     page = write_audit_report(audit, results).read_text()
-    for wanted in ("half", "upper bound: voxels of the raw scan", "lower bounds", "intensity, R2"):
+    for wanted in ("half", "upper bound: voxels of the raw scan", "lower bounds", "cells of Car, AUC"):
         assert wanted in page
     record = json.loads((audit.folder / "summary.json").read_text())
     assert [row["name"] for row in record["settings"]] == [UNDEFENDED, "half"]
-    assert (audit.folder / "audit.md").read_text().count("| half |") == 1
+    assert (audit.folder / "audit.md").read_text().count("| half |") >= 1
     assert "anonym" not in page.lower()
 
 
