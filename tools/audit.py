@@ -20,6 +20,9 @@ from ..perception.recipes.job_inputs import find_preset
 from .console import console, print_table, run_command
 from .data_option import DataOption
 
+QUICK_ATTACKS: tuple[AttackName, ...] = ("nothing", "cells", "occupancy", "voxels")
+"""Attacks of a first look."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AuditOptions:
@@ -37,8 +40,8 @@ class AuditOptions:
     """Labeled frames that defences are fitted to; by default the attacker's, which is wrong where those have no labels."""
     settings: tuple[str, ...] = ()
     """Ways of uploading besides the undefended one, as NAME=DEFENCE+DEFENCE@CODEC: `small=region+noise:sigma=0.1@int8`, `int8=none@int8`."""
-    attacks: tuple[AttackName, ...] = (*REBUILDING, "exact")
-    """Attacks. docs/privacy.md explains each."""
+    attacks: tuple[AttackName, ...] | None = None
+    """Attacks, which docs/privacy.md explains. By default all that rebuild a scan, and `exact`; with `--quick` four cheap ones."""
     drives: Path | None = None
     """CSV file with the columns `id`, `drive` and perhaps `position` of the victims' frames; the attack `linkage` needs it."""
     quick: bool = False
@@ -68,7 +71,7 @@ def command(config: AuditOptions) -> None:
         victims=_split(config.victims, "val"),
         drives=config.drives,
         settings=tuple(parse_setting(text) for text in config.settings),
-        attacks=config.attacks,
+        attacks=config.attacks or (QUICK_ATTACKS if config.quick else (*REBUILDING, "exact")),
         budget=QUICK if config.quick else config.budget,
         seed=config.seed,
     )

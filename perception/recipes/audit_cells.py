@@ -178,9 +178,9 @@ def rebuild_attack(name: AttackName, *, steps: int, size: DecoderSize, seed: int
         case "cells":
             return CellCenters()
         case "regression":
-            return PointRegressionAttack(PointRegressionConfig(loss="mse", seed=seed))
+            return PointRegressionAttack(PointRegressionConfig(loss="mse", steps=min(steps, 400), seed=seed))
         case "chamfer":
-            return PointRegressionAttack(PointRegressionConfig(loss="chamfer", seed=seed))
+            return PointRegressionAttack(PointRegressionConfig(loss="chamfer", steps=min(steps, 400), seed=seed))
         case "coordinates":
             return OccupancyAttack(OccupancyConfig(sees="coordinates", steps=steps, size=size, seed=seed))
         case "occupancy":
