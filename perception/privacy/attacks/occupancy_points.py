@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .occupancy_tree import OccupancyTree, row_of
+from ....ops.rulebook import submanifold_rulebook
+from .occupancy_tree import OccupancyTree
 
 
 def neighbors(nodes: Tensor, tree: OccupancyTree, reach: float) -> Tensor:
@@ -25,16 +26,16 @@ def neighbors(nodes: Tensor, tree: OccupancyTree, reach: float) -> Tensor:
         (M, K) int64 rows of `nodes`, the voxel itself among them; -1 where there is none.
     """
     size = torch.tensor(tree.grid.voxel_size).flip(0)
-    axes = [torch.arange(-int(reach / s + 1e-3), int(reach / s + 1e-3) + 1) for s in size.tolist()]
-    steps = torch.cartesian_prod(*axes)
-    steps = steps[(steps * size).norm(dim=1) <= reach + 1e-4]
-    found = torch.empty(len(nodes), len(steps), dtype=torch.int64)
-    keys, most = tree.keys(nodes, 0), nodes.new_tensor(tree.shape(0))
-    for k, step in enumerate(steps.to(torch.int32)):
-        moved = torch.cat([nodes[:, :1], nodes[:, 1:] + step], 1)
-        real = ((moved[:, 1:] >= 0) & (moved[:, 1:] < most)).all(1)
-        found[:, k] = torch.where(real, row_of(keys, tree.keys(moved, 0)), -1)
-    return found
+    z, y, x = (int(reach / s + 1e-3) for s in size.tolist())
+    scenes = int(nodes[-1, 0]) + 1 if len(nodes) else 1
+    pairs = submanifold_rulebook(nodes, tree.shape(0), scenes, (2 * z + 1, 2 * y + 1, 2 * x + 1))
+    steps = torch.cartesian_prod(*(torch.arange(-r, r + 1) for r in (z, y, x)))
+    within = ((steps * size).norm(dim=1) <= reach + 1e-4).nonzero()[:, 0]
+    found = torch.full((len(within), len(nodes)), -1)
+    for row, k in zip(found, within.tolist(), strict=True):
+        here = slice(pairs.starts[k], pairs.starts[k + 1])
+        row[pairs.pairs_out[here].long()] = pairs.pairs_in[here].long()
+    return found.t().contiguous()
 
 
 def worth_of_points(probability: Tensor, points: Tensor, near: Tensor, *, recall_weight: float = 1.0, rounds: int = 16) -> Tensor:
