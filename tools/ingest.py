@@ -12,9 +12,14 @@ import tyro
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.rig import RigSpec
 from ..core.scan_options import ScanOptions
+from ..perception.models.defences.table import describe_defences
+from ..perception.models.encoders.defended import DefendedEncoder
+from ..perception.models.encoders.encoder import Encoder
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
+from ..perception.recipes.audit_summary import SettingSummary, read_audit_summary, sentence
 from ..perception.server.ingest import ingest
 from ..perception.server.ingest_report import IngestReport, Refusal
+from ..perception.server.store_note import StoreNote, read_store_note, write_store_note
 from ..perception.wire.encoder_file import load_encoder
 from .console import console, print_table, print_warning, run_command, write_json
 
@@ -37,6 +42,8 @@ class Ingest:
     """The fleet's z shift, where `extract` got another one than the detector's training data."""
     intensity_scale: float | None = None
     """The fleet's intensity scale, where `extract` got another one than the detector's training data."""
+    audit: Path | None = None
+    """Folder of an audit of this encoder (`upcycle3d audit`). `inspect STORE` then says what was measured of such uploads."""
     final: bool = False
     """No upload is running any more: set incomplete shards aside instead of waiting for the rest."""
     retry_quarantine: bool = False
@@ -53,6 +60,7 @@ def command(config: Ingest) -> None:
     given = ScanOptions(z_shift=config.z_shift, intensity_scale=config.intensity_scale)
     rig = given.rig(None if encoder.trained_on is None else encoder.trained_on.rig)
     fingerprint = encoder_fingerprint(encoder, rig)
+    audited = [] if config.audit is None else read_audit_summary(config.audit)
     if not config.incoming:
         raise InvalidInput("no folder is given; name the folders that the vehicles upload to")
     missing = [folder for folder in config.incoming if not folder.is_dir()]
@@ -71,6 +79,7 @@ def command(config: Ingest) -> None:
         for number, folder in enumerate(dict.fromkeys(config.incoming))
     ]
     report = IngestReport.together(reports)
+    _write_note(config, encoder, audited)
     write_json(config.json, ingest_json(report) | {"fingerprint": fingerprint, "rig": asdict(rig)})
     print_table("what became of the uploads", ("", "shards", "scenes"), _rows(report))
     _list("quarantined", report.quarantined)
@@ -93,6 +102,23 @@ def command(config: Ingest) -> None:
         print_warning(f"{len(report.overdue)} shards have waited for more than a day for their other half; see the table")
     console.print(f"store: {config.store}", soft_wrap=True)
     _judge(config, report, rig, fingerprint)
+
+
+def _write_note(config: Ingest, encoder: Encoder, audited: Sequence[SettingSummary]) -> None:
+    """Write down which defences the uploads of the store passed, and what an audit measured of them."""
+    defences = describe_defences(encoder.config.defences) if isinstance(encoder, DefendedEncoder) else "none"
+    earlier = read_store_note(config.store)
+    measured = earlier.measured if earlier is not None and earlier.defences == defences else ()
+    if config.audit is not None:
+        own = encoder_fingerprint(encoder, RigSpec())
+        measured = tuple(sentence(row) for row in audited if row.encoder == own)
+        if not measured:
+            print_warning(
+                f"no setting of the audit in {config.audit} has the encoder of {config.detector}; it measured {', '.join(row.name for row in audited) or 'nothing'}. "
+                "The encoder of each setting is in its folder `detectors`; that one must go to the fleet"
+            )
+    if config.store.is_dir():
+        write_store_note(config.store, StoreNote(defences=defences, measured=measured))
 
 
 def _judge(config: Ingest, report: IngestReport, rig: RigSpec, fingerprint: str) -> None:

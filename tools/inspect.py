@@ -22,6 +22,7 @@ from ..datasets.gt_database import GtDatabase
 from ..datasets.prepared import PreparedDataset
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
 from ..perception.server.store import CATALOG, QUARANTINE, SmashedStore
+from ..perception.server.store_note import read_store_note
 from ..perception.training.run_folder import RunFolder
 from ..perception.wire.encoder_file import load_encoder
 from ..perception.wire.manifest import read_manifest
@@ -198,6 +199,10 @@ def _store(path: Path) -> dict[str, object]:
     }
     if store.spec.keypoints is not None and len(store):
         facts["keypoints per scene, median"] = int(store.keypoints.median())
+    note = read_store_note(path)
+    if note is not None:
+        facts["defences of its uploads"] = note.defences
+        facts["what these give away"] = "; ".join(note.measured) or "not measured here; `upcycle3d audit`, then `ingest --audit`"
     return facts | {
         "encoder fingerprint": store.fingerprint,
         "quarantined shards": len(quarantine),

@@ -27,7 +27,7 @@ from ...core.config_json import Json, config_from_json, config_to_json
 from ...core.cut import VoxelGrid
 from ...core.errors import InvalidInput, require, require_counts
 from ...datasets.data_split import DataSplit
-from ..evaluation.score import own_protocol
+from ..evaluation.score import Protocol, own_protocol
 from ..models.defences.table import DefenceConfig, describe_defences
 from ..models.detector import Detector
 from ..privacy.attacks.attributes import AttributeLeak
@@ -124,6 +124,8 @@ class AuditUse:
     """Frames to score on."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the training. One seed resolves no difference of a few points."""
+    protocol: Protocol | None = None
+    """How detections are scored. None takes that of the validation frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,7 +336,7 @@ class Audit:
                 labeled=use.labeled,
                 fleet=use.fleet,
                 validation=use.validation,
-                protocol=own_protocol(use.validation.open()),
+                protocol=use.protocol or own_protocol(use.validation.open()),
                 preset=use.preset,
                 seed=seed,
                 codec=setting.codec,

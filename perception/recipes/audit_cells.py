@@ -44,6 +44,7 @@ from ..privacy.exact_points import ExactPointScore, score_exact_points
 from ..privacy.frames import AuditFrame, RebuildAttack, Rebuilt
 from ..privacy.geometry_metrics import MATCHED, GeometryScores, choose_best, score_all
 from ..privacy.linkage_metrics import LinkageScores, ordered_drives, score_linkage
+from ..privacy.noise_bound import noise_bound
 from ..privacy.true_scan import RegionRules, TrueScan
 from ..wire.codec import encode_scene
 
@@ -58,6 +59,8 @@ which bound what can be rebuilt. `exact`: single points computed. `linkage`: ord
 
 REBUILDING: tuple[AttackName, ...] = ("nothing", "cells", "regression", "chamfer", "coordinates", "occupancy", "voxels")
 """Attacks that rebuild a scan."""
+BOUND_FRAMES = 3
+"""Frames for which the bound of a noise is computed; each takes a second."""
 DEVELOPMENT_SHARE = 0.1
 """Share of the attacker's frames, the last ones, on which thresholds are chosen."""
 
@@ -76,6 +79,11 @@ class SentMeasured:
     """Cells that are sent."""
     keypoints_per_frame: float
     """Keypoints that are sent."""
+    encoder: str
+    """Fingerprint of the encoder and its defences, without a rig."""
+    noise_bound: float | None
+    """Least root mean squared error in meters per coordinate of an unbiased attacker who places the points of the voxels
+    (`noise_bound`); None where no noise proves one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +140,16 @@ def measure_sent(detector: Detector, frames: Sequence[AuditFrame], codec: str) -
     fingerprint = encoder_fingerprint(detector.encoder, RigSpec())
     sizes = [len(encode_scene(_at_rest(frame.upload, codec, fingerprint))) for frame in frames]
     raw = [len(frame.scan) * 4 * (3 + frame.scan.features.shape[1]) for frame in frames]
+    bounds = [bound for frame in frames[:BOUND_FRAMES] if (bound := noise_bound(detector.encoder, frame.scan)) is not None]
+    finite = [bound for bound in bounds if math.isfinite(bound)]
     return SentMeasured(
         frames=len(frames),
         raw_bytes_per_frame=float(np.mean(raw)),
         bytes_per_frame=float(np.mean(sizes)),
         cells_per_frame=float(np.mean([len(f.upload.voxels.coords) for f in frames])),
         keypoints_per_frame=float(np.mean([0 if f.upload.keypoints is None else len(f.upload.keypoints.xyz) for f in frames])),
+        encoder=fingerprint,
+        noise_bound=float(np.sqrt(np.mean(np.square(finite)))) if finite else None,
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from ..viz.charts import Series, line_chart
 from ..viz.html import Block, Section, figure_png, figure_svg, page, paragraph, table, tabs, write_html
 from .audit import UNDEFENDED, Audit, SettingResult
 from .audit_cells import AttackName, RebuildMeasured
+from .audit_summary import SUMMARY_FILE, SettingSummary
 from .upcycling_report import TextTable
 
 STRONGEST: AttackName = "occupancy"
@@ -41,40 +41,6 @@ _NAMES: dict[AttackName, str] = {
     "occupancy": "occupancy, everything sent",
     "voxels": "upper bound: voxels of the raw scan",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class SettingSummary:
-    """One row of the summary: a setting, its price and what it gives away."""
-
-    name: str
-    """Name of the setting."""
-    what: str
-    """Defences and codec."""
-    bytes_per_frame: float
-    """Bytes of an encoded scene."""
-    raw_bytes_per_frame: float
-    """Bytes of the raw scan."""
-    f_scene: float | None
-    """F-score at 0.2 m of the strongest attack, whole scene, matched density."""
-    f_above_road: float | None
-    """The same for the background above the road."""
-    f_objects: dict[str, float | None]
-    """The same inside objects, by class."""
-    leak: float | None
-    """Leak share of the whole scene."""
-    bits_per_voxel: float | None
-    """Code length of a scan given the upload."""
-    exact_per_scan: float | None
-    """Points computed to the centimeter, per scan."""
-    exact_chance: float | None
-    """The same for guesses of as many voxel centers."""
-    neighbor: float | None
-    """Share of scenes whose neighbor in time is found."""
-    neighbor_chance: float | None
-    """The same by guessing."""
-    ap: dict[str, tuple[float, ...]]
-    """AP after UpCycling, by metric: one value per seed."""
 
 
 def summarize_audit(results: Sequence[SettingResult]) -> list[SettingSummary]:
@@ -101,6 +67,10 @@ def _summary(result: SettingResult, plain: SettingResult | None) -> SettingSumma
         what=str(result.setting),
         bytes_per_frame=result.sent.bytes_per_frame,
         raw_bytes_per_frame=result.sent.raw_bytes_per_frame,
+        encoder=result.sent.encoder,
+        codec=result.setting.codec,
+        noise_bound=result.sent.noise_bound,
+        f_nothing=_f20(plain.rebuilt["nothing"]).mean if plain is not None and "nothing" in plain.rebuilt else None,
         f_scene=scores.scene.f_20cm.mean if scores else None,
         f_above_road=scores.background_above_road.f_20cm.mean if scores else None,
         f_objects={c.name: c.scores.f_20cm.mean for c in scores.objects} if scores else {},
@@ -250,7 +220,7 @@ def write_audit_report(audit: Audit, results: Sequence[SettingResult], *, made_b
         "victims": results[0].sent.frames if results else 0,
         "budget": config_to_json(audit.plan.budget),
     }
-    write_atomically(audit.folder / "summary.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_atomically(audit.folder / SUMMARY_FILE, (json.dumps(record, indent=1) + "\n").encode())
     tables = [summary_table(rows), *(attack_table(result) for result in results if result.rebuilt)]
     told = attribute_table(results)
     tables += [told] if told else []

@@ -7,6 +7,7 @@ import pytest
 
 import tiny
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.rig import RigSpec
 from upcycle3d.perception.models.defences.cells import DropConfig
 from upcycle3d.perception.models.defences.noise import NoiseConfig
 from upcycle3d.perception.models.defences.region import RegionConfig
@@ -14,8 +15,12 @@ from upcycle3d.perception.privacy.attacks.occupancy_decoder import DecoderSize
 from upcycle3d.perception.recipes.audit import UNDEFENDED, Audit, AuditBudget, AuditPlan, AuditSetting
 from upcycle3d.perception.recipes.audit_cells import measure_linkage, read_drives
 from upcycle3d.perception.recipes.audit_report import summarize_audit, summary_table, write_audit_report
-from upcycle3d.perception.training.detector_files import save_run_detector
+from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
+from upcycle3d.perception.vehicle.extractor import Extractor, extract
+from upcycle3d.perception.wire.encoder_file import save_encoder
+from upcycle3d.tools import ingest, inspect
 from upcycle3d.tools.audit import parse_setting
+from upcycle3d.tools.console import run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,3 +116,36 @@ def test_drives_are_read_and_frames_without_one_are_named(tmp_path):
     with pytest.raises(InvalidInput, match="needs the columns"):
         read_drives(path)
     assert measure_linkage([], None) is None
+
+
+def test_a_store_says_which_defences_its_uploads_passed_and_what_the_audit_measured(measured, plan, tmp_path):
+    audit, results, _ = measured
+    write_audit_report(audit, results)
+    detector = audit.detector_folder(plan.settings[-1])
+    extractor = Extractor(load_detector(detector).encoder, RigSpec(), "fp16")
+    with extractor.shard_writer(tmp_path / "in") as writer:
+        extract([tiny.scan_with_car(0)], extractor, writer)
+    words = [tmp_path / "in", "--store", tmp_path / "store", "--detector", detector]
+    assert run_command(ingest.command, [*map(str, words), "--audit", str(audit.folder)]) == 0
+    assert run_command(inspect.command, [str(tmp_path / "store"), "--json", str(tmp_path / "j")]) == 0
+    facts = json.loads((tmp_path / "j").read_text())
+    assert facts["defences of its uploads"] == "drop:share=0.5"
+    assert facts["what these give away"].startswith("fp16: no trained attack on geometry was run; 0.0 single points")
+    assert run_command(ingest.command, list(map(str, words))) == 0  # another day, without the audit: the note stays
+    assert run_command(inspect.command, [str(tmp_path / "store"), "--json", str(tmp_path / "j")]) == 0
+    assert json.loads((tmp_path / "j").read_text()) == facts
+
+
+def test_ingest_warns_where_the_audit_measured_another_encoder(measured, plan, tmp_path, capsys):
+    audit, results, _ = measured
+    write_audit_report(audit, results)
+    encoder = tiny.second_iou(seed=5).encoder.eval()
+    extractor = Extractor(encoder, RigSpec(), "fp16")
+    save_encoder(tmp_path / "encoder.safetensors", encoder)
+    with extractor.shard_writer(tmp_path / "in") as writer:
+        extract([tiny.scan_with_car(0)], extractor, writer)
+    words = [tmp_path / "in", "--store", tmp_path / "store", "--detector", tmp_path / "encoder.safetensors"]
+    assert run_command(ingest.command, [*map(str, words), "--audit", str(audit.folder)]) == 0
+    assert "has the encoder of" in capsys.readouterr().err
+    assert run_command(ingest.command, [*map(str, words), "--audit", str(tmp_path)]) == 2
+    assert "holds no finished audit" in capsys.readouterr().err

@@ -1,9 +1,9 @@
 """Gaussian noise on the features, and what it is worth as a bound.
 
 Noise is the one defence here for which bounds can be proven: no unbiased attacker estimates the values of the input voxels with a smaller
-mean squared error than the Fisher information of the noisy features allows (Hannun et al. 2021; dFIL, Maeng et al., NeurIPS 2023). The
-toolkit does not compute that bound yet. It would say nothing about the list of cells, which is sent exactly, and nothing about biased
-attackers who know typical streets; an uncertainty of centimeters does not hide a wall.
+mean squared error than the Fisher information of the noisy features allows (Hannun et al. 2021; dFIL, Maeng et al., NeurIPS 2023);
+`perception/privacy/noise_bound.py` computes that bound. It says nothing about the list of cells, which is sent exactly, and nothing about
+biased attackers who know typical streets; an uncertainty of centimeters does not hide a wall.
 """
 
 from __future__ import annotations

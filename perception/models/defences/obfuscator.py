@@ -95,7 +95,7 @@ class Obfuscator(Defence):
         Returns:
             The same cells and keypoints with other channels.
         """
-        sent = self._mapped(features)
+        sent = self.mapped(features)
         voxels = replace(sent.voxels, features=self._noisy(sent.voxels.features, rng))
         keypoints = sent.keypoints
         if keypoints is not None:
@@ -126,9 +126,17 @@ class Obfuscator(Defence):
         Returns:
             What the decoder reads on the vehicle.
         """
-        return self.restore(self._mapped(features))
+        return self.restore(self.mapped(features))
 
-    def _mapped(self, features: CutFeatures) -> CutFeatures:
+    def mapped(self, features: CutFeatures) -> CutFeatures:
+        """Compute what is sent, before the noise. Differentiable.
+
+        Args:
+            features: A batch.
+
+        Returns:
+            The same cells and keypoints with other channels, in -1..1.
+        """
         voxels = replace(features.voxels, features=torch.tanh(self.sender(features.voxels.features)))
         keypoints = features.keypoints
         if keypoints is not None and self.keypoint_sender is not None:

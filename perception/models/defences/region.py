@@ -112,9 +112,8 @@ class RegionUpload(Defence):
         size = 2 * self.config.margin_cells + 1
         return F.max_pool2d(found[:, None], size, stride=1, padding=self.config.margin_cells)[:, 0] > 0
 
-    @torch.no_grad()
     def send(self, features: CutFeatures, rng: np.random.Generator) -> CutFeatures:
-        """Select the cells and keypoints that are sent.
+        """Select the cells and keypoints that are sent. What is kept stays differentiable, the choice is not.
 
         Args:
             features: One scene.
@@ -123,8 +122,9 @@ class RegionUpload(Defence):
         Returns:
             Fewer cells and keypoints of the scene, unchanged.
         """
-        kept = self.regions(features)[0]
-        kept = kept | self._background(kept, rng)
+        with torch.no_grad():
+            kept = self.regions(features)[0]
+            kept = kept | self._background(kept, rng)
         coords = features.voxels.coords.long()
         points = None
         if features.keypoints is not None:

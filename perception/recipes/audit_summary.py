@@ -1,0 +1,101 @@
+"""The summary of an audit: one row per setting, as tables, plots and stores take it.
+
+Read next: `audit_report.py`, which makes it of what was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...core.config_json import config_from_json
+from ...core.errors import InvalidInput
+from ...core.strict_json import read_json
+
+SUMMARY_FILE = "summary.json"
+"""The file in the folder of an audit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingSummary:
+    """One row of the summary: a setting, its price and what it gives away."""
+
+    name: str
+    """Name of the setting."""
+    what: str
+    """Defences and codec."""
+    bytes_per_frame: float
+    """Bytes of an encoded scene."""
+    raw_bytes_per_frame: float
+    """Bytes of the raw scan."""
+    encoder: str
+    """Fingerprint of the encoder and its defences, without a rig. `upcycle3d ingest --audit` finds the setting of its store by it."""
+    codec: str
+    """How features are stored."""
+    noise_bound: float | None
+    """Least error in meters of an unbiased attacker, where noise proves one."""
+    f_nothing: float | None
+    """F-score at 0.2 m of the typical scan, which no upload is needed for; None where it was not measured."""
+    f_scene: float | None
+    """F-score at 0.2 m of the strongest attack, whole scene, matched density."""
+    f_above_road: float | None
+    """The same for the background above the road."""
+    f_objects: dict[str, float | None]
+    """The same inside objects, by class."""
+    leak: float | None
+    """Leak share of the whole scene."""
+    bits_per_voxel: float | None
+    """Code length of a scan given the upload."""
+    exact_per_scan: float | None
+    """Points computed to the centimeter, per scan."""
+    exact_chance: float | None
+    """The same for guesses of as many voxel centers."""
+    neighbor: float | None
+    """Share of scenes whose neighbor in time is found."""
+    neighbor_chance: float | None
+    """The same by guessing."""
+    ap: dict[str, tuple[float, ...]]
+    """AP after UpCycling, by metric: one value per seed."""
+
+
+def read_audit_summary(folder: Path) -> list[SettingSummary]:
+    """Read the summary of an audit.
+
+    Args:
+        folder: Folder of the audit.
+
+    Returns:
+        One row per setting.
+
+    Raises:
+        InvalidInput: There is no summary, or the file is none.
+    """
+    path = folder / SUMMARY_FILE
+    if not path.is_file():
+        raise InvalidInput(f"{folder} holds no finished audit: there is no {SUMMARY_FILE}; run `upcycle3d audit --out {folder}`")
+    record = read_json(path, "the summary of an audit", remedy=f"run `upcycle3d audit --out {folder}` again")
+    if not isinstance(record, dict) or not isinstance(rows := record.get("settings"), list):
+        raise InvalidInput(f"{path} is no summary of an audit; run `upcycle3d audit --out {folder}` again")
+    return [config_from_json(SettingSummary, row) for row in rows]
+
+
+def sentence(row: SettingSummary) -> str:
+    """Say in one sentence what was measured of a setting.
+
+    Args:
+        row: The setting.
+
+    Returns:
+        The sentence; it names what was not measured as such.
+    """
+    if row.f_scene is None:
+        geometry = "no trained attack on geometry was run"
+    else:
+        floor = "" if row.f_nothing is None else f", a guess without upload {row.f_nothing:.2f}"
+        above = "" if row.f_above_road is None else f", above the road {row.f_above_road:.2f}"
+        cars = "".join(f", {name} {value:.2f}" for name, value in row.f_objects.items() if value is not None)
+        geometry = f"a trained attack rebuilds scans with F@0.2 m {row.f_scene:.2f}{above}{cars}{floor}"
+    exact = "single points were not computed"
+    if row.exact_per_scan is not None:
+        exact = f"{row.exact_per_scan:.1f} single points per scan were computed to 1 cm (by chance {row.exact_chance or 0:.1f})"
+    return f"{row.codec}: {geometry}; {exact}"
