@@ -7,9 +7,14 @@ points within its reach that no earlier point has found.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ....core.compiled import compiled
 from ....ops.rulebook import submanifold_rulebook
 from .occupancy_tree import OccupancyTree
 
@@ -56,22 +61,49 @@ def worth_of_points(probability: Tensor, points: Tensor, near: Tensor, *, recall
     """
     if not len(probability):
         return probability
-    nothing = probability.new_zeros(1)  # the row that -1 finds, the last one
-    certain = torch.cat([torch.log1p(-probability.clamp(max=0.999)), nothing])
-    right = 1 - certain[near].sum(1).exp()
-    weight = recall_weight * probability.sum() / (probability * points).sum().clamp(min=1e-9)
-    missing = torch.cat([probability * points * weight, nothing])
-    worth, waiting, most = right.clone(), torch.arange(len(right)), missing.sum() * 0.01
-    place = torch.full((len(right) + 1,), -1)
+    table = near.numpy()
+    chance, count = probability.double().numpy(), points.double().numpy()
+    certain = np.append(np.log1p(-np.minimum(chance, 0.999)), 0)  # -1 finds the last entry, nothing
+    waiting = np.arange(len(chance))
+    right = 1 - np.exp(_sums(certain, table, waiting))
+    missing = np.append(chance * count * recall_weight * chance.sum() / max(float((chance * count).sum()), 1e-9), 0)
+    worth, most = right.copy(), missing.sum() * 0.01
+    rival = np.full(len(chance) + 1, -np.inf)  # the worth of what waits
     for _ in range(rounds):
-        gain = missing[near[waiting]].sum(1)
+        gain = _sums(missing, table, waiting)
         worth[waiting] = right[waiting] + gain
         waiting = waiting[gain > 0]
         if missing.sum() <= most:
             break
-        place[waiting[worth[waiting].argsort(stable=True)]] = torch.arange(len(waiting))  # unlike `worth` it has no ties
-        first = place[waiting] == place[near[waiting]].amax(1)
-        missing[near[waiting[first]]] = 0.0
-        place.fill_(-1)
+        rival[waiting] = worth[waiting]
+        first = _are_first(rival, table, waiting)
+        missing[table[waiting[first]]] = 0.0
+        rival.fill(-np.inf)
         waiting = waiting[~first]
-    return worth
+    return torch.from_numpy(worth).to(probability)
+
+
+@compiled()
+def _sums(values: NDArray[Any], near: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
+    """For each of the rows, the sum of the values that are near."""
+    out = np.empty(len(rows))
+    for i, row in enumerate(rows):
+        total = 0.0
+        for k in near[row]:
+            total += values[k]
+        out[i] = total
+    return out
+
+
+@compiled()
+def _are_first(worth: NDArray[Any], near: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
+    """For each of the rows, whether no near one is worth more; of equal ones the last is the first."""
+    out = np.empty(len(rows), np.bool_)
+    for i, row in enumerate(rows):
+        own = worth[row]
+        out[i] = True
+        for k in near[row]:
+            if worth[k] > own or (worth[k] == own and k > row):
+                out[i] = False
+                break
+    return out
