@@ -22,7 +22,7 @@ from upcycle3d.datasets.simulation import places
 from upcycle3d.datasets.simulation.layout_lyft import write_lyft_layout
 from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout
 from upcycle3d.perception.models.openpcdet import openpcdet_state
-from upcycle3d.perception.recipes.presets import KITTI_PV_RCNN
+from upcycle3d.perception.recipes.presets import KITTI_PV_RCNN_PUBLISHED
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.tools import main
 
@@ -115,6 +115,6 @@ def test_simulate_of_the_readme(tmp_path, monkeypatch):
 def test_import_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    torch.save({"model_state": openpcdet_state(KITTI_PV_RCNN.detector.build())}, "pv_rcnn_8369.pth")
+    torch.save({"model_state": openpcdet_state(KITTI_PV_RCNN_PUBLISHED.detector.build())}, "pv_rcnn_8369.pth")
     run(printed("README.md", "import openpcdet"), monkeypatch)
-    assert load_detector("runs/published").config == KITTI_PV_RCNN.detector
+    assert load_detector("runs/published").config == KITTI_PV_RCNN_PUBLISHED.detector

@@ -26,7 +26,7 @@ from upcycle3d.datasets.simulation.simulate import simulate_frame
 from upcycle3d.ops.ball_query import ball_query
 from upcycle3d.ops.farthest_point import farthest_point_sample
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder
-from upcycle3d.perception.recipes.architectures import KITTI_PV_RCNN_DETECTOR
+from upcycle3d.perception.recipes.architectures import KITTI_PV_RCNN_PUBLISHED_DETECTOR
 from upcycle3d.perception.recipes.speed import machine, measure_in_turns
 from upcycle3d.tools.console import print_table, write_json
 
@@ -39,7 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    encoder = PvRcnnEncoder(KITTI_PV_RCNN_DETECTOR.encoder).eval()
+    encoder = PvRcnnEncoder(KITTI_PV_RCNN_PUBLISHED_DETECTOR.encoder).eval()
     points = [simulate_frame(domain("kitti"), seed=0, index=0, view="camera").frame.points]
     with torch.inference_mode():
         voxels = encoder.voxelize(points)

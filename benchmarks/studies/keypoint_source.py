@@ -34,6 +34,7 @@ from upcycle3d.perception.evaluation.detect import evaluate_detector
 from upcycle3d.perception.evaluation.kitti import LOOSE, OFFICIAL
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig
+from upcycle3d.perception.recipes.architectures import SMALL_PV_RCNN_PUBLISHED_DETECTOR
 from upcycle3d.perception.recipes.assembly import labeled_batches
 from upcycle3d.perception.recipes.presets import SMALL_PV_RCNN
 from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
@@ -47,8 +48,7 @@ KINDS: tuple[Kind, ...] = ("raw_points", "voxel_centers")
 
 
 def with_keypoints(kind: Kind) -> PvRcnnDetectorConfig:
-    detector = SMALL_PV_RCNN.detector
-    assert isinstance(detector, PvRcnnDetectorConfig)
+    detector = SMALL_PV_RCNN_PUBLISHED_DETECTOR
     return replace(detector, encoder=replace(detector.encoder, keypoint_source=kind))
 
 

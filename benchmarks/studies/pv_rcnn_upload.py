@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from upcycle3d.perception.models.encoders.set_abstraction import SetAbstractionConfig
-from upcycle3d.perception.models.pv_rcnn import PvRcnnDetectorConfig
+from upcycle3d.perception.recipes import architectures
 from upcycle3d.perception.recipes.experiment_data import ExperimentData, SimulationSize, simulated_adaptation
 from upcycle3d.perception.recipes.job_folder import RunOptions
 from upcycle3d.perception.recipes.presets import DEMO_PV_RCNN
@@ -24,19 +23,11 @@ from upcycle3d.perception.recipes.upcycling_experiment import SCENARIOS, Compari
 METHODS = ("source_only", "upcycling")
 
 
-def variant(*, raw_points: bool, stride: int) -> PvRcnnDetectorConfig:
-    """The small PV-RCNN with or without balls of raw points, and with keypoints of coarser cells."""
-    detector = DEMO_PV_RCNN.detector
-    assert isinstance(detector, PvRcnnDetectorConfig)
-    balls = SetAbstractionConfig(channels=(16, 16), radii=(0.4, 0.8), limits=(16, 16)) if raw_points else None
-    encoder = replace(detector.encoder, raw_points=balls, keypoint_stride=stride, bev_map=raw_points)
-    return replace(detector, encoder=encoder, decoder=replace(detector.decoder, bev_map=not raw_points))
-
-
+PUBLISHED = architectures.SMALL_PV_RCNN_PUBLISHED_DETECTOR
 VARIANTS = {
-    "undefended": variant(raw_points=True, stride=1),
-    "no_raw_stride_2": variant(raw_points=False, stride=2),
-    "no_raw_stride_4": variant(raw_points=False, stride=4),
+    "undefended": PUBLISHED,
+    "no_raw_stride_2": architectures.coarse_keypoints(PUBLISHED, 2),
+    "no_raw_stride_4": architectures.coarse_keypoints(PUBLISHED, 4),
 }
 
 

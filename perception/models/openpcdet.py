@@ -165,6 +165,13 @@ def _advice(detector: Detector, wanted: Mapping[str, Tensor], given: Mapping[str
             f"this detector is {detector.label}, the weights have {'a' if theirs else 'no'} keypoint part ({_KEYPOINTS}*): choose a "
             "preset of the detector that was trained"
         )
+    balls = "pfe.SA_rawpoints"
+    ours, theirs = (any(name.startswith(balls) for name in names) for names in (wanted, given))
+    if theirs and not ours:
+        advice.append(
+            "the weights gather from raw points, this detector does not, because single points can be computed from such uploads: choose "
+            "a preset of PV-RCNN as published, such as kitti_pv_rcnn_published"
+        )
     box, columns = "dense_head.conv_box.bias", "backbone_3d.conv_input.0.weight"
     if box in given and box in wanted and given[box].shape != wanted[box].shape:
         names = ", ".join(detector.class_names)

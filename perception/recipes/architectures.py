@@ -30,7 +30,27 @@ KITTI_SECOND_IOU_DETECTOR = SecondIouDetectorConfig(
     decoder=SecondIouConfig(anchors=KITTI_ANCHORS),
 )
 # OpenPCDet samples keypoints from raw points. Ours are voxel centers, because raw points never leave a vehicle.
-KITTI_PV_RCNN_DETECTOR = PvRcnnDetectorConfig(encoder=PvRcnnEncoderConfig(voxels=KITTI_SECOND_IOU_DETECTOR.encoder))
+KITTI_PV_RCNN_PUBLISHED_DETECTOR = PvRcnnDetectorConfig(encoder=PvRcnnEncoderConfig(voxels=KITTI_SECOND_IOU_DETECTOR.encoder))
+
+
+def coarse_keypoints(detector: PvRcnnDetectorConfig, stride: int) -> PvRcnnDetectorConfig:
+    """Make the upload of a published PV-RCNN give away less, and smaller: the default of every preset (docs/privacy.md).
+
+    Single points can be computed from balls around keypoints that hold raw points or fine voxels, so keypoints gather from the two coarse
+    stages alone, and stand for cells of `stride` voxels. The BEV map under keypoints follows from the cells, so the server computes it.
+
+    Args:
+        detector: PV-RCNN as published.
+        stride: Input voxels along each side of a keypoint's cell; 0.4 m or more give less than the cells of SECOND-IoU.
+
+    Returns:
+        The detector; weights of the published one do not fit.
+    """
+    encoder = replace(detector.encoder, raw_points=None, conv1=None, conv2=None, keypoint_stride=stride, bev_map=False)
+    return replace(detector, encoder=encoder, decoder=replace(detector.decoder, bev_map=True))
+
+
+KITTI_PV_RCNN_DETECTOR = coarse_keypoints(KITTI_PV_RCNN_PUBLISHED_DETECTOR, 8)
 
 # ---- across datasets, the values of ST3D: points have x, y, z only; z is shifted so that the road is at 0; one class; the quality that the
 # second stage predicts is the IoU itself
@@ -46,22 +66,24 @@ CROSS_DATASET_SECOND_IOU_DETECTOR = SecondIouDetectorConfig(
         iou_target=(0.0, 1.0),
     ),
 )
-CROSS_DATASET_PV_RCNN_DETECTOR = PvRcnnDetectorConfig(
+CROSS_DATASET_PV_RCNN_PUBLISHED_DETECTOR = PvRcnnDetectorConfig(
     encoder=PvRcnnEncoderConfig(voxels=CROSS_DATASET_SECOND_IOU_DETECTOR.encoder, keypoints=4096, conv1=None, conv2=None),
     decoder=PvRcnnConfig(anchors=CROSS_DATASET_SECOND_IOU_DETECTOR.decoder.anchors, quality_target=(0.0, 1.0)),
 )
+CROSS_DATASET_PV_RCNN_DETECTOR = coarse_keypoints(CROSS_DATASET_PV_RCNN_PUBLISHED_DETECTOR, 4)
 
 # ---- Waymo, the values of OpenPCDet's tools/cfgs/waymo_models
 
-WAYMO_PV_RCNN_DETECTOR = PvRcnnDetectorConfig(
+WAYMO_PV_RCNN_PUBLISHED_DETECTOR = PvRcnnDetectorConfig(
     encoder=replace(
-        CROSS_DATASET_PV_RCNN_DETECTOR.encoder,
+        CROSS_DATASET_PV_RCNN_PUBLISHED_DETECTOR.encoder,
         voxels=replace(CROSS_DATASET_SECOND_IOU_DETECTOR.encoder, point_features=("intensity", "elongation"), max_voxels=150_000),
     ),
     decoder=PvRcnnConfig(
         anchors=WAYMO_ANCHORS, test_proposals=ProposalNms(pre=4096, iou=0.85, post=300), final=FinalNms(iou=0.7)
     ),
 )
+WAYMO_PV_RCNN_DETECTOR = coarse_keypoints(WAYMO_PV_RCNN_PUBLISHED_DETECTOR, 4)
 
 # ---- for two CPU cores: what a front camera sees up to 51 m, voxels of 0.1 m, 64 x 64 cells at the cut, one class, the road at z = 0
 
@@ -117,7 +139,8 @@ SMALL_SECOND_IOU_DETECTOR = SecondIouDetectorConfig(
     ),
     decoder=_small_decoder(AnchorClass(name="Car", size=(4.2, 2.0, 1.6), bottom_z=0.0, matched=0.55, unmatched=0.40)),
 )
-SMALL_PV_RCNN_DETECTOR = _small_pv_rcnn(SMALL_SECOND_IOU_DETECTOR)
+SMALL_PV_RCNN_PUBLISHED_DETECTOR = _small_pv_rcnn(SMALL_SECOND_IOU_DETECTOR)
+SMALL_PV_RCNN_DETECTOR = coarse_keypoints(SMALL_PV_RCNN_PUBLISHED_DETECTOR, 4)
 
 # Cars, pedestrians and cyclists, up to 32 m ahead. With voxels of 10 cm a cell at the cut is 0.8 m wide, and pedestrians and cyclists look
 # alike (docs/adapt.md). So these voxels are finer and the range is shorter. Even then a pedestrian overlaps its best anchor by half at
@@ -145,7 +168,7 @@ KITTI_SMALL_SECOND_IOU_DETECTOR = SecondIouDetectorConfig(
     ),
     decoder=_small_decoder(replace(KITTI_ANCHORS[0], matched=0.55, unmatched=0.40)),
 )
-KITTI_SMALL_PV_RCNN_DETECTOR = _small_pv_rcnn(KITTI_SMALL_SECOND_IOU_DETECTOR)
+KITTI_SMALL_PV_RCNN_DETECTOR = coarse_keypoints(_small_pv_rcnn(KITTI_SMALL_SECOND_IOU_DETECTOR), 4)
 
 # ---- scans of a full turn, in every direction alike, with the road at z = 0. Occupied cells of real full turns (docs/results.md, section 11):
 # at most 55,000 of KITTI, 12,000 of nuScenes and 62,000 of Waymo in the small grid; at most 65,000, 16,000 and 76,000 in the large one. The
@@ -160,7 +183,7 @@ FULL_TURN_SMALL_DETECTOR = replace(
         max_voxels=100_000,
     ),
 )
-_FULL_TURN_SMALL_PV_RCNN = _small_pv_rcnn(FULL_TURN_SMALL_DETECTOR)
+_FULL_TURN_SMALL_PV_RCNN = coarse_keypoints(_small_pv_rcnn(FULL_TURN_SMALL_DETECTOR), 4)
 FULL_TURN_SMALL_PV_RCNN_DETECTOR = replace(
     _FULL_TURN_SMALL_PV_RCNN, encoder=replace(_FULL_TURN_SMALL_PV_RCNN.encoder, keypoints=2048)
 )

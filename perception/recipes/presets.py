@@ -123,6 +123,11 @@ WAYMO_PV_RCNN = Preset(
     upcycle=replace(KITTI_PV_RCNN.upcycle, loop=_loop(0.01, 40_000, weight_decay=0.001, amp=True)),
 )
 
+# PV-RCNN as published, for published weights. Single points can be computed from its uploads (docs/privacy.md).
+KITTI_PV_RCNN_PUBLISHED = replace(KITTI_PV_RCNN, detector=architectures.KITTI_PV_RCNN_PUBLISHED_DETECTOR)
+WAYMO_PV_RCNN_PUBLISHED = replace(WAYMO_PV_RCNN, detector=architectures.WAYMO_PV_RCNN_PUBLISHED_DETECTOR)
+CROSS_DATASET_PV_RCNN_PUBLISHED = replace(CROSS_DATASET_PV_RCNN, detector=architectures.CROSS_DATASET_PV_RCNN_PUBLISHED_DETECTOR)
+
 # ---- for two CPU cores, minutes per training
 
 SMALL = Preset(
@@ -204,4 +209,7 @@ PRESETS = {
     "waymo_pv_rcnn": WAYMO_PV_RCNN,
     "cross_dataset_second_iou": CROSS_DATASET_SECOND_IOU,
     "cross_dataset_pv_rcnn": CROSS_DATASET_PV_RCNN,
+    "kitti_pv_rcnn_published": KITTI_PV_RCNN_PUBLISHED,
+    "waymo_pv_rcnn_published": WAYMO_PV_RCNN_PUBLISHED,
+    "cross_dataset_pv_rcnn_published": CROSS_DATASET_PV_RCNN_PUBLISHED,
 }

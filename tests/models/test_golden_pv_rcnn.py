@@ -19,7 +19,7 @@ from upcycle3d.perception.models.decoders.pv_rcnn import PvRcnnOutputs
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.openpcdet import load_openpcdet
 from upcycle3d.perception.models.post_processing import decode_regions
-from upcycle3d.perception.recipes.architectures import KITTI_PV_RCNN_DETECTOR
+from upcycle3d.perception.recipes.architectures import KITTI_PV_RCNN_PUBLISHED_DETECTOR
 
 LABEL = "stage by stage, on a real KITTI frame, the numbers of OpenPCDet"
 GOLDEN = tiny.shared("reference/golden", LABEL)
@@ -44,7 +44,7 @@ def golden() -> Golden:
 def run(rule_weights) -> Run:
     spec = json.loads((GOLDEN / "state_dict_pv_rcnn.json").read_text())
     detector = replace(
-        KITTI_PV_RCNN_DETECTOR, encoder=replace(KITTI_PV_RCNN_DETECTOR.encoder, keypoint_source="raw_points")
+        KITTI_PV_RCNN_PUBLISHED_DETECTOR, encoder=replace(KITTI_PV_RCNN_PUBLISHED_DETECTOR.encoder, keypoint_source="raw_points")
     ).build()
     load_openpcdet(detector, rule_weights(spec["entries"]))
     detector.eval()

@@ -18,10 +18,10 @@ from upcycle3d.perception.models.encoders.second import SecondEncoderConfig
 from upcycle3d.perception.models.openpcdet import load_openpcdet, openpcdet_parts, openpcdet_state
 from upcycle3d.perception.models.second_iou import SecondIouDetectorConfig
 from upcycle3d.perception.recipes.architectures import (
-    KITTI_PV_RCNN_DETECTOR,
+    KITTI_PV_RCNN_PUBLISHED_DETECTOR,
     KITTI_SECOND_IOU_DETECTOR,
-    SMALL_PV_RCNN_DETECTOR,
-    WAYMO_PV_RCNN_DETECTOR,
+    SMALL_PV_RCNN_PUBLISHED_DETECTOR,
+    WAYMO_PV_RCNN_PUBLISHED_DETECTOR,
 )
 
 Shapes = dict[str, tuple[int, ...]]
@@ -109,8 +109,8 @@ KITTI_PV_RCNN_TABLE = pv_rcnn(4, (1, 2, 3, 4), 640)
     ("config", "table"),
     [
         pytest.param(KITTI_SECOND_IOU_DETECTOR, second_iou(), id="second_iou"),
-        pytest.param(KITTI_PV_RCNN_DETECTOR, KITTI_PV_RCNN_TABLE, id="pv_rcnn"),
-        pytest.param(WAYMO_PV_RCNN_DETECTOR, pv_rcnn(5, (3, 4), 544), id="waymo_pv_rcnn"),
+        pytest.param(KITTI_PV_RCNN_PUBLISHED_DETECTOR, KITTI_PV_RCNN_TABLE, id="pv_rcnn"),
+        pytest.param(WAYMO_PV_RCNN_PUBLISHED_DETECTOR, pv_rcnn(5, (3, 4), 544), id="waymo_pv_rcnn"),
     ],
 )
 def test_names_and_shapes_are_those_of_openpcdet_in_both_directions(config: DetectorConfig, table: Shapes):
@@ -144,7 +144,7 @@ SECOND_IOU = SecondIouDetectorConfig(
         bev=BevBackboneConfig(layers=(1, 1), channels=(2, 2), up_channels=(2, 2)), head_channels=4, pool_size=2
     ),
 )
-PV_RCNN = SMALL_PV_RCNN_DETECTOR
+PV_RCNN = SMALL_PV_RCNN_PUBLISHED_DETECTOR
 BOTH = pytest.mark.parametrize("config", [SECOND_IOU, PV_RCNN], ids=["second_iou", "pv_rcnn"])
 
 

@@ -24,6 +24,8 @@ from upcycle3d.core.structures import PointCloud
 from upcycle3d.core.trained_on import ScanStatistics, TrainedOn
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
+from upcycle3d.perception.recipes.architectures import coarse_keypoints
+from upcycle3d.perception.recipes.presets import PRESETS
 from upcycle3d.perception.vehicle.progress import open_progress
 from upcycle3d.perception.wire.codec import scene_id_of
 from upcycle3d.perception.wire.encoder_file import save_encoder
@@ -471,3 +473,16 @@ def test_without_a_rule_every_scan_is_uploaded_and_no_file_says_anything_about_s
     assert len(scenes_in(out)) == 8
     assert "sampled" not in progress_of(out)
     assert not any("sampling" in path.read_text() for path in out.glob("*.json"))
+
+
+def test_an_encoder_that_gathers_from_raw_points_is_warned_of(scans, tmp_path, capsys):
+    for name, config in (("published", tiny.pv_rcnn().config), ("coarse", coarse_keypoints(tiny.pv_rcnn().config, 4))):
+        save_encoder(tmp_path / f"{name}.safetensors", config.encoder.build().eval())
+        run(tmp_path / f"{name}.safetensors", tmp_path / name, "--scans", scans, "--receipts", tmp_path / f"{name}.json")
+        assert ("single points" in capsys.readouterr().err) == (name == "published")
+
+
+def test_no_preset_sends_fine_balls_unless_it_is_called_published():
+    sending = {name for name, preset in PRESETS.items() if preset.detector.encoder.build().sends_fine_balls}
+    assert sending == {name for name in PRESETS if name.endswith("_published")}
+    assert len(sending) == 3

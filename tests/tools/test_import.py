@@ -20,7 +20,11 @@ from upcycle3d.perception.models import openpcdet_file
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.openpcdet import openpcdet_state
 from upcycle3d.perception.models.openpcdet_file import read_openpcdet
-from upcycle3d.perception.recipes.architectures import SMALL_PV_RCNN_DETECTOR, SMALL_SECOND_IOU_DETECTOR
+from upcycle3d.perception.recipes.architectures import (
+    KITTI_PV_RCNN_PUBLISHED_DETECTOR,
+    SMALL_PV_RCNN_PUBLISHED_DETECTOR,
+    SMALL_SECOND_IOU_DETECTOR,
+)
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.perception.wire.encoder_file import load_encoder
 from upcycle3d.tools import import_weights
@@ -137,16 +141,22 @@ def test_second_needs_the_flag_and_says_that_scores_mean_nothing_yet(published, 
 
 
 def test_pv_rcnn_says_where_its_keypoints_lie_and_can_have_the_references(tmp_path, capsys):
-    torch.save({"model_state": openpcdet_state(SMALL_PV_RCNN_DETECTOR.build())}, tmp_path / "pv_rcnn.pth")
-    assert run(tmp_path / "pv_rcnn.pth", "small_pv_rcnn", "--out", tmp_path / "ours") == 0
+    torch.save({"model_state": openpcdet_state(KITTI_PV_RCNN_PUBLISHED_DETECTOR.build())}, tmp_path / "pv_rcnn.pth")
+    assert run(tmp_path / "pv_rcnn.pth", "kitti_pv_rcnn_published", "--out", tmp_path / "ours") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "AP may differ" in printed
     assert "--preset.detector.encoder.keypoint-source raw_points" in printed
     option = ("--preset.detector.encoder.keypoint-source", "raw_points")
-    assert run(tmp_path / "pv_rcnn.pth", "small_pv_rcnn", "--out", tmp_path / "reference", *option) == 0
+    assert run(tmp_path / "pv_rcnn.pth", "kitti_pv_rcnn_published", "--out", tmp_path / "reference", *option) == 0
     assert "AP may differ" not in capsys.readouterr().out
-    assert load_detector(tmp_path / "ours").config == SMALL_PV_RCNN_DETECTOR
+    assert load_detector(tmp_path / "ours").config == KITTI_PV_RCNN_PUBLISHED_DETECTOR
     assert load_detector(tmp_path / "reference").spec.keypoints.source == "raw_points"
+
+
+def test_pv_rcnn_as_published_given_to_a_preset_with_coarse_keypoints_names_the_right_preset(tmp_path, capsys):
+    torch.save({"model_state": openpcdet_state(SMALL_PV_RCNN_PUBLISHED_DETECTOR.build())}, tmp_path / "pv_rcnn.pth")
+    assert run(tmp_path / "pv_rcnn.pth", "kitti_pv_rcnn", "--out", tmp_path / "run") == 2
+    assert "kitti_pv_rcnn_published" in capsys.readouterr().err
 
 
 def test_weights_that_do_not_fit_the_preset_leave_no_folder(file, tmp_path, capsys):

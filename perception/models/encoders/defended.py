@@ -101,6 +101,11 @@ class DefendedEncoder(Encoder):
         return all(defence.sends_everywhere for defence in self.stages)
 
     @property
+    def sends_fine_balls(self) -> bool:
+        """As the encoder without defences; noise makes the points less certain."""
+        return self.encoder.sends_fine_balls
+
+    @property
     def stages(self) -> list[Defence]:
         """The defences in order."""
         return [cast(Defence, defence) for defence in self.defences]

@@ -93,6 +93,11 @@ class Encoder(nn.Module, ABC):
         """False where a defence leaves whole places out, so that an empty cell of an upload does not mean that nothing is there."""
         return True
 
+    @property
+    def sends_fine_balls(self) -> bool:
+        """Whether what is sent was gathered in balls of raw points or of fine voxels, from which single points can be computed."""
+        return False
+
     def upload(self, points: Sequence[PointCloud], voxels: SparseVoxels, rng: np.random.Generator | None = None) -> CutFeatures:
         """Compute what leaves a vehicle, before the codec: the features at the cut, unless the encoder carries a defence.
 

@@ -134,6 +134,11 @@ class PvRcnnEncoder(Encoder):
             ),
         )
 
+    @property
+    def sends_fine_balls(self) -> bool:
+        """True where keypoints gather from raw points or from the voxels after conv1 or conv2 (docs/privacy.md)."""
+        return any((self.config.raw_points, self.config.conv1, self.config.conv2))
+
     def upload_channels(self) -> dict[str, tuple[int, int]]:
         """List which channels of a keypoint come from what.
 
