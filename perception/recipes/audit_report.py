@@ -32,6 +32,8 @@ from .upcycling_report import TextTable
 
 STRONGEST: AttackName = "occupancy"
 """The attack that plots and leak shares are about."""
+PICTURE = "scenes.png"
+"""Picture of the first victim's scan beside what the strongest attack made of the undefended upload."""
 _NAMES: dict[AttackName, str] = {
     "nothing": "nothing (typical scan)",
     "cells": "cell centers, no learning",
@@ -228,7 +230,7 @@ def write_audit_report(audit: Audit, results: Sequence[SettingResult], *, made_b
     write_atomically(audit.folder / "audit.md", text.encode())
     pictures = _pictures(audit, results)
     if pictures:
-        write_atomically(audit.folder / "scenes.png", pictures[0][1])
+        write_atomically(audit.folder / PICTURE, pictures[0][1])
     sections = [
         Section("Summary", [paragraph(_lead(audit, rows)), _html(tables[0])]),
         Section("Frontier", _frontier(rows)),

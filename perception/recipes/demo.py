@@ -12,7 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...core.config_json import Json
+from ...core.config_json import Json, config_to_json
+from .audit import Audit, AuditBudget, AuditPlan
+from .audit_report import summarize_audit, write_audit_report
+from .audit_summary import SettingSummary
 from .experiment_data import DatasetName, SimulationSize, simulated_adaptation
 from .job_folder import JobFolder, PipelineConfig, RunOptions
 from .method_run import MethodResult, MethodRun
@@ -22,7 +25,9 @@ from .result_summary import closed_gap
 
 DEMO_METHODS = ("source_only", "source_continued", "pseudo_label", "upcycling", "oracle_frozen", "oracle_full")
 CAR_3D, CAR_BEV = "Car 3D 0.7", "Car BEV 0.7"
-_STAGES = ("simulate and prepare", "train source", "extract", "ingest", "trials")
+_STAGES = ("simulate and prepare", "train source", "extract", "ingest", "trials", "audit")
+DEMO_BUDGET = AuditBudget(attacker_frames=60, victim_frames=8, steps=150)
+"""Attackers of the demo work for a minute; they find less than there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,8 @@ class DemoResult:
     """Results by method, in the order of `DEMO_METHODS`."""
     extraction: Mapping[str, float]
     """Bytes and milliseconds per frame; see `fleet_extraction.extract_fleet`."""
+    leak: SettingSummary
+    """What an attacker rebuilt from uploads like those of the fleet."""
     seconds: float
     """Duration of all stages, earlier starts of the same demo included."""
     peak_memory_gb: float
@@ -65,6 +72,7 @@ class DemoResult:
             "closed_gap": gaps,
             "teacher": {name: dict(r.teacher) for name, r in self.results.items()},
             **self.extraction,
+            "leak": config_to_json(self.leak),
             "seconds": self.seconds,
             "peak_memory_gb": self.peak_memory_gb,
             "cores": os.cpu_count(),
@@ -107,15 +115,37 @@ def run_demo(
     pipeline.train_source_model()
     extraction = pipeline.extract_fleet()
     results = dict(pipeline.results({name: MethodRun(method=name, upcycle=preset.upcycle) for name in DEMO_METHODS}))
+    say("attacking uploads like those of the fleet")
+    with pipeline.job.timed("audit"):
+        leak = _audit(pipeline.job, preset)
     return DemoResult(
         job=pipeline.job,
         source=source,
         target=target,
         results={name: results[name] for name in DEMO_METHODS},
         extraction=extraction,
+        leak=leak,
         seconds=sum(v for stage, v in pipeline.job.seconds.items() if stage in _STAGES),
         peak_memory_gb=_peak_memory_gb(),
     )
+
+
+def _audit(job: JobFolder, preset: Preset) -> SettingSummary:
+    """A first look at what undefended uploads give away: the attacker has the fleet's kind of vehicle, the victims' frames are new."""
+    config = job.config
+    plan = AuditPlan(
+        detector=job.source_model,
+        labeled=config.labeled,
+        attacker=config.fleet,
+        victims=config.validation,
+        attacks=("nothing", "occupancy"),
+        budget=DEMO_BUDGET,
+        seed=config.seed,
+    )
+    audit = Audit(plan, job.folder / "audit", say=lambda text: None)
+    results = list(audit.results())
+    write_audit_report(audit, results)
+    return summarize_audit(results)[0]
 
 
 def _peak_memory_gb() -> float:

@@ -16,7 +16,9 @@ from ..training.run_folder import RunFolder
 from ..viz.bev import bev_features_png, bev_panels_png
 from ..viz.charts import Series, bar_chart, gap_chart, line_chart, stacked_bars
 from ..viz.html import Block, Section, figure_png, figure_svg, key_numbers, page, paragraph, table, write_html
-from .demo import CAR_3D, CAR_BEV, DemoResult
+from .audit_report import PICTURE
+from .audit_summary import sentence
+from .demo import CAR_3D, CAR_BEV, DEMO_BUDGET, DemoResult
 from .method_styles import METHOD_STYLES, style_of
 
 PICTURED_FRAMES = 3
@@ -47,6 +49,7 @@ def write_report(path: Path, demo: DemoResult) -> None:
         Section("Training data of the server: pseudo labels over time", _pseudo_labels(demo)),
         Section("Training", _losses(demo)),
         Section("What leaves the vehicle", _smashed_scene(demo)),
+        Section("What an attacker rebuilds", _leak(demo)),
         Section("Detections in BEV, before and after", _pictures(demo)),
         Section("Where the time went", _time(demo)),
     ]
@@ -83,9 +86,26 @@ def _story(demo: DemoResult) -> list[Block]:
         ),
         paragraph(
             "Read the numbers with care: the world is simulated, the detector is small, and the validation set has a few hundred cars. "
-            "How much the features reveal about the scan is a question of its own. Nothing here says that they hide it."
+            "The features do not hide the scan: see below what an attacker rebuilds from them."
         ),
     ]
+
+
+def _leak(demo: DemoResult) -> list[Block]:
+    folder, row = demo.job.folder / "audit", demo.leak
+    blocks: list[Block] = [
+        paragraph(
+            f"Whoever has the encoder file and scans of his own can train a network that turns uploads back into scans. One such network "
+            f"learned for {DEMO_BUDGET.steps} steps from {DEMO_BUDGET.attacker_frames} frames and was scored on {DEMO_BUDGET.victim_frames} "
+            f"others: {sentence(row)}. It is a weak attacker; a longer training finds more. Region uploads and other "
+            "defences, and what each costs: `upcycle3d audit`, docs/privacy.md."
+        )
+    ]
+    if (folder / PICTURE).exists():
+        blocks.append(
+            figure_png((folder / PICTURE).read_bytes(), "A scan of the fleet, and what the attacker made of its upload")
+        )
+    return blocks
 
 
 def _scores(demo: DemoResult) -> list[Block]:
