@@ -33,7 +33,7 @@ from ..models.encoders.second import SecondEncoder
 from ..privacy.attacks.attributes import AttributeLeak, attack_attributes
 from ..privacy.attacks.coordinates import CellCenters, MeanOccupancy, occupied_voxels, voxel_centers
 from ..privacy.attacks.exact_points import ExactPoints
-from ..privacy.attacks.linkage import chain_likeness, pile_likeness, recovered_order
+from ..privacy.attacks.linkage import attack_linkage
 from ..privacy.attacks.lone_voxels import LoneVoxels
 from ..privacy.attacks.occupancy import OccupancyAttack, OccupancyConfig
 from ..privacy.attacks.occupancy_decoder import DecoderSize
@@ -43,7 +43,7 @@ from ..privacy.detection_on_rebuilt import DetectionAp, detection_ap, raw_scans,
 from ..privacy.exact_points import ExactPointScore, score_exact_points
 from ..privacy.frames import AuditFrame, RebuildAttack, Rebuilt
 from ..privacy.geometry_metrics import MATCHED, GeometryScores, choose_best, score_all
-from ..privacy.linkage_metrics import LinkageScores, ordered_drives, score_linkage
+from ..privacy.linkage_metrics import LinkageScores
 from ..privacy.noise_bound import noise_bound
 from ..privacy.true_scan import RegionRules, TrueScan
 from ..wire.codec import encode_scene
@@ -371,10 +371,7 @@ def measure_linkage(frames: Sequence[AuditFrame], drives: Path | None) -> Linkag
     shuffled = np.random.default_rng(0).permutation(len(frames)).tolist()  # the recording's order helps no attack
     uploads = [frames[i].upload for i in shuffled]
     names, positions = [names[i] for i in shuffled], [positions[i] for i in shuffled]
-    score = pile_likeness(uploads).score
-    orders = [recovered_order(score[rows][:, rows]) for rows in ordered_drives(names, positions).values()]
-    scores = score_linkage(score, chain_likeness(score), orders, names, positions)
-    return LinkageMeasured(scores=scores, scenes=len(frames), drives=len(set(names)))
+    return LinkageMeasured(scores=attack_linkage(uploads, names, positions), scenes=len(frames), drives=len(set(names)))
 
 
 def read_drives(path: Path) -> dict[str, tuple[str, int]]:

@@ -11,6 +11,7 @@ from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.features import CutFeatures, SparseVoxels
 from upcycle3d.perception.privacy.attacks.linkage import (
     LinkageConfig,
+    attack_linkage,
     chain_likeness,
     cross_likeness,
     pile_likeness,
@@ -188,3 +189,16 @@ def test_scores_by_hand():
     assert found.tau == pytest.approx((1.0,))
     assert found.tau_chance[0] == pytest.approx((2 * 1 + 4 / 3) / 6, abs=0.02)  # of 6 orders 2 have |tau| 1 and 4 have 1/3
     assert found.neighbor.times_chance == pytest.approx((1 / 5) / (6 / 25))
+
+
+def test_the_attack_reports_the_measure_that_finds_most_neighbors():
+    streets, places = [Street(seed) for seed in (1, 2)], shuffled(16)
+    uploads = [streets[place % 2].seen(4 * (place // 2)) for place in places]
+    drives, positions = [str(place % 2) for place in places], [place // 2 for place in places]
+    likeness, rates = pile_likeness(uploads), []
+    for score in (likeness.score, likeness.fine, likeness.aligned):
+        orders = [torch.arange(8), torch.arange(8)]
+        rates.append(score_linkage(score, chain_likeness(score), orders, drives, positions).neighbor.found)
+    best = attack_linkage(uploads, drives, positions)
+    assert best.neighbor.found == max(rates) > min(rates)
+    assert len(best.tau) == 2

@@ -22,6 +22,7 @@ from torch import Tensor
 from ....core.cut import CutSpec, cell_index
 from ....core.errors import require
 from ....core.features import CutFeatures
+from ..linkage_metrics import LinkageScores, ordered_drives, score_linkage
 
 _BLOCK_BYTES = 1 << 28  # memory of one block of correlations
 _FLOOR = 1e-6  # distance of two equal scenes: a graph takes 0 for "no edge"
@@ -326,3 +327,21 @@ def _distance(score: Tensor) -> np.ndarray:
     distance = (2 - 2 * score.double()).clamp_min(0).sqrt().clamp_min(_FLOOR).numpy()
     np.fill_diagonal(distance, 0.0)
     return distance
+
+
+def attack_linkage(uploads: Sequence[CutFeatures], drives: Sequence[str], positions: Sequence[int | None]) -> LinkageScores:
+    """Look for order and origin in a pile of uploads, by each measure of likeness.
+
+    Args:
+        uploads: Uploads of one cut, each a batch of one, in an order that tells nothing.
+        drives: Drive of each, for scoring.
+        positions: Place of each in its drive, for scoring; None where nobody knows it.
+
+    Returns:
+        The scores of the measure that finds most neighbors in time.
+    """
+    likeness, named, found = pile_likeness(uploads), ordered_drives(drives, positions), []
+    for score in (likeness.score, likeness.fine, likeness.aligned):
+        orders = [recovered_order(score[rows][:, rows]) for rows in named.values()]
+        found.append(score_linkage(score, chain_likeness(score), orders, drives, positions))
+    return max(found, key=lambda scores: scores.neighbor.found if scores.neighbor.asked else scores.same_drive.found)
