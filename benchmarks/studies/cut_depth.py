@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--victims", required=True, help="DIR:SPLIT")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--attack", choices=["occupancy", "coordinates"], default="occupancy")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--attack-seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--attacks", nargs="+", default=["nothing", "coordinates", "occupancy"])
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the occupancy attack")
+    parser.add_argument("--steps", type=int, default=800, help="optimizer steps of the occupancy attack")
     parser.add_argument("--victims", type=int, default=30, help="frames that are attacked")
     options = parser.parse_args()
     study = Study(

@@ -85,8 +85,8 @@ class AuditBudget:
     """Frames of the attacker at most."""
     victim_frames: int = 50
     """Frames that are scored at most."""
-    steps: int = 600
-    """Optimizer steps of the occupancy attack, with two frames each."""
+    steps: int = 800
+    """Optimizer steps of the occupancy attack, with one frame each."""
     size: DecoderSize = DecoderSize()
     """Size of its network."""
     exact_frames: int = 10
@@ -106,7 +106,7 @@ class AuditBudget:
         )
 
 
-QUICK = AuditBudget(attacker_frames=60, victim_frames=12, steps=150, exact_frames=3, defence_steps=150)
+QUICK = AuditBudget(attacker_frames=60, victim_frames=12, steps=200, exact_frames=3, defence_steps=150)
 """A first look in minutes. Its attacks are weaker than those of the default budget: they find less than there is."""
 
 

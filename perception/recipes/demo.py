@@ -26,7 +26,7 @@ from .result_summary import closed_gap
 DEMO_METHODS = ("source_only", "source_continued", "pseudo_label", "upcycling", "oracle_frozen", "oracle_full")
 CAR_3D, CAR_BEV = "Car 3D 0.7", "Car BEV 0.7"
 _STAGES = ("simulate and prepare", "train source", "extract", "ingest", "trials", "audit")
-DEMO_BUDGET = AuditBudget(attacker_frames=60, victim_frames=8, steps=150)
+DEMO_BUDGET = AuditBudget(attacker_frames=60, victim_frames=8, steps=200)
 """Attackers of the demo work for a minute; they find less than there is."""
 
 

@@ -158,7 +158,7 @@ def test_an_upload_without_cells_is_attacked_too(learned):
 
 def test_an_attacker_that_only_has_empty_uploads_learns_the_typical_scan():
     frames = [replace(f, upload=without_cells(f.upload)) for f in walls()]
-    attack = OccupancyAttack(replace(CONFIG, steps=20))
+    attack = OccupancyAttack(replace(CONFIG, steps=60))
     attack.train(frames)
     assert attack.losses[-1] < 0.7 * attack.losses[0]
     assert attack.code_length(frames[0].upload, frames[0].scan) == attack.code_length(frames[1].upload, frames[0].scan)

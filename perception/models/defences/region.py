@@ -30,12 +30,13 @@ from .defence import Defence, bev_cells, keep_cells, uniform
 class RegionConfig:
     """Which cells are sent."""
 
-    margin_cells: int = 1
-    """Cells that are sent around every cell with a score above the threshold. Raise it when objects are cut off."""
+    margin_cells: int = 0
+    """Cells that are sent around every cell with a score above the threshold. Raise it when objects are cut off. The head itself learns to
+    name cells within half a meter of an object."""
 
-    recall: float = 0.99
-    """Share of the labeled object cells that the calibrated threshold keeps, 0..1. Raise it when the fleet drives elsewhere than the
-    labeled frames; more background is sent then."""
+    recall: float = 0.97
+    """Share of the labeled objects that the calibrated threshold keeps at least one cell of, 0..1. Raise it when the fleet drives
+    elsewhere than the labeled frames; more background is sent then."""
 
     background_share: float = 0.05
     """Share of the background that is sent anyway, as random blocks, 0..1."""
