@@ -33,7 +33,7 @@ from .upcycling_report import TextTable
 STRONGEST: AttackName = "occupancy"
 """The attack that plots and leak shares are about."""
 PICTURE = "scenes.png"
-"""Picture of the first victim's scan beside what the strongest attack made of the undefended upload."""
+"""Picture of the first victim's scan beside what the strongest attack made of its upload in each setting."""
 _NAMES: dict[AttackName, str] = {
     "nothing": "nothing (typical scan)",
     "cells": "cell centers, no learning",
@@ -277,21 +277,24 @@ def _frontier(rows: Sequence[SettingSummary]) -> list[Block]:
 
 
 def _pictures(audit: Audit, results: Sequence[SettingResult]) -> list[tuple[str, bytes]]:
-    """One picture per setting: the first victim's scan, and what the strongest attack made of it."""
+    """All settings together, then one picture per setting: the first victim's scan, and what the strongest attack made of its upload."""
     frames: PreparedDataset = audit.plan.victims.open()
-    grid = audit.grid
-    truth = inside_grid(frames[0].points, grid)
-    x0, y0, _, x1, y1, _ = grid.range
-    found = []
+    x0, y0, _, x1, y1, _ = audit.grid.range
+    truth = Panel("true scan", inside_grid(frames[0].points, audit.grid))
+    rebuilt: list[tuple[str, Panel]] = []
     for result in results:
-        path = audit.folder / "scenes" / f"{result.setting.name}__{STRONGEST}.npy"
-        if not path.exists():
-            continue
-        xyz = torch.from_numpy(np.load(path, allow_pickle=False))
-        rebuilt = PointCloud(xyz=xyz, features=torch.zeros(len(xyz), 0), feature_names=())
-        panels = [Panel("true scan", truth), Panel(f"rebuilt: {result.setting.name}", rebuilt)]
-        found.append((result.setting.name, bev_panels_png(panels, class_names=(), view_range=(x0, y0, x1, y1), columns=2)))
-    return found
+        name, path = result.setting.name, audit.folder / "scenes" / f"{result.setting.name}__{STRONGEST}.npy"
+        if path.exists():
+            xyz = torch.from_numpy(np.load(path, allow_pickle=False))
+            points = PointCloud(xyz=xyz, features=torch.zeros(len(xyz), 0), feature_names=())
+            rebuilt.append((name, Panel(f"rebuilt: {name}", points)))
+
+    def picture(panels: list[Panel]) -> bytes:
+        columns = 2 if len(panels) in (2, 4) else 3
+        return bev_panels_png(panels, class_names=(), view_range=(x0, y0, x1, y1), columns=columns)
+
+    together = [("all", picture([truth, *(panel for _, panel in rebuilt)]))] if len(rebuilt) > 1 else []
+    return together + [(name, picture([truth, panel])) for name, panel in rebuilt]
 
 
 def _html(text: TextTable) -> Block:
