@@ -2,8 +2,8 @@
 
     python benchmarks/studies/linkage.py --detector examples/detector.safetensors --gaps 0 20 50 100
 
-A drive is a street of 390 m at 10 m/s and 10 scans per second. Each rule leaves at least so many scans out between two uploads, and at
-most twice as many, as `extract --sample-gap` does; `extract --sample fleet` is 100. For each rule there are as many drives as give about
+A drive is a street of 390 m at 10 m/s and 10 scans per second. Each rule leaves at least `gap` scans out between two uploads, and at most
+twice as many, as `extract --sample-gap` does; `extract --sample fleet` is 100. For each rule there are as many drives as give about
 `--scenes` uploads, in one pile of random order. docs/results.md has the numbers.
 """
 
