@@ -12,18 +12,20 @@ the numbers.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from upcycle3d.core.provenance import provenance_of_process
-from upcycle3d.perception.recipes.audit import Audit, AuditBudget, AuditPlan, AuditSetting, AuditUse, SettingResult
+from upcycle3d.perception.recipes.audit import Audit, AuditBudget, AuditPlan, AuditSetting, AuditUse
 from upcycle3d.perception.recipes.audit_cells import AttackName
 from upcycle3d.perception.recipes.audit_report import SettingSummary, summarize_audit, write_audit_report
 from upcycle3d.perception.recipes.experiment_data import SimulationSize, simulated_adaptation
 from upcycle3d.perception.recipes.job_folder import PipelineConfig, RunOptions
+from upcycle3d.perception.recipes.method_run import MethodRun
 from upcycle3d.perception.recipes.pipeline import Pipeline
 from upcycle3d.perception.recipes.presets import DEMO, DEMO_PV_RCNN, Preset
 from upcycle3d.perception.recipes.upcycling_experiment import SCENARIOS, Scenario, protocol_for
@@ -48,7 +50,16 @@ class Study:
     """How much work attackers put in."""
 
 
-def run_seed(study: Study, seed: int, attacks: tuple[AttackName, ...]) -> list[SettingResult]:
+class SeedResult(NamedTuple):
+    """What was measured with one seed."""
+
+    rows: list[SettingSummary]
+    """One row per setting."""
+    others: dict[str, dict[str, Mapping[str, float]]]
+    """AP of further methods on the same uploads: setting, method, metric."""
+
+
+def run_seed(study: Study, seed: int, attacks: tuple[AttackName, ...], methods: Sequence[str]) -> SeedResult:
     """Measure what is missing of one seed: a source model, then AP and attacks of each setting."""
     scenario, size = study.scenario, SimulationSize()
     data = simulated_adaptation(
@@ -81,7 +92,11 @@ def run_seed(study: Study, seed: int, attacks: tuple[AttackName, ...]) -> list[S
     audit = Audit(plan, study.out / "audit" / f"seed{seed}", use=use, say=say)
     results = list(audit.results())
     write_audit_report(audit, results, made_by=provenance_of_process())
-    return results
+    runs = {name: MethodRun(method=name, upcycle=study.preset.upcycle) for name in methods}
+    others = {}
+    for setting in audit.plan.settings if runs else ():
+        others[setting.name] = {name: found.student for name, found in audit.pipeline(setting, seed).results(runs)}
+    return SeedResult(summarize_audit(results), others)
 
 
 def print_prices(rows: dict[int, list[SettingSummary]]) -> None:
@@ -100,6 +115,19 @@ def print_prices(rows: dict[int, list[SettingSummary]]) -> None:
         share = np.mean([row.bytes_per_frame / base.bytes_per_frame for row, base in zip(own, plain, strict=True)])
         size = np.mean([row.bytes_per_frame for row in own]) / 1000
         print(f"{name:16} {size:6.1f} kB {share:5.2f}   {'   '.join(parts)}")
+
+
+def print_others(found: dict[int, SeedResult]) -> None:
+    """AP of further methods on the same uploads, and the paired difference from UpCycling on them."""
+    first = next(iter(found.values()))
+    for setting, methods in first.others.items():
+        for method, metrics in methods.items():
+            parts = []
+            for metric in metrics:
+                values = np.array([result.others[setting][method][metric] for result in found.values()])
+                own = [next(row for row in result.rows if row.name == setting).ap[metric][0] for result in found.values()]
+                parts.append(f"{metric} {_spread(values)} ({_spread(values - np.array(own))})")
+            print(f"{setting:16} {method:18}  {'   '.join(parts)}")
 
 
 def print_leaks(rows: dict[int, list[SettingSummary]]) -> None:
@@ -129,6 +157,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--attack-seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--attacks", nargs="+", default=["nothing", "coordinates", "occupancy"])
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        default=[],
+        help="further methods to train on the same uploads, such as hybrid and source_continued",
+    )
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps of the occupancy attack")
     parser.add_argument("--victims", type=int, default=30, help="frames that are attacked")
     options = parser.parse_args()
@@ -139,11 +173,13 @@ def main() -> None:
         settings=tuple(parse_setting(text) for text in options.settings),
         budget=AuditBudget(steps=options.steps, victim_frames=options.victims),
     )
-    rows: dict[int, list[SettingSummary]] = {}
+    found: dict[int, SeedResult] = {}
     for seed in options.seeds:
         attacks = tuple(options.attacks) if seed in options.attack_seeds else ()
-        rows[seed] = summarize_audit(run_seed(study, seed, attacks))
+        found[seed] = run_seed(study, seed, attacks, options.methods)
+        rows = {number: result.rows for number, result in found.items()}
         print_prices(rows)
+        print_others(found)
         print_leaks(rows)
 
 

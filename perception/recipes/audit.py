@@ -324,30 +324,42 @@ class Audit:
             )
         return folder
 
+    def pipeline(self, setting: AuditSetting, seed: int) -> Pipeline:
+        """Open the job that trains on uploads of a setting.
+
+        Args:
+            setting: The setting.
+            seed: Seed of the training.
+
+        Returns:
+            The job, with the fleet's uploads in its store.
+
+        Raises:
+            InvalidInput: The audit trains nothing: it was opened without `use`.
+        """
+        if (use := self.use) is None:
+            raise InvalidInput("the audit was opened without `use`, so nothing is trained")
+        config = PipelineConfig(
+            labeled=use.labeled,
+            fleet=use.fleet,
+            validation=use.validation,
+            protocol=use.protocol or own_protocol(use.validation.open()),
+            preset=use.preset,
+            seed=seed,
+            codec=setting.codec,
+            source_model=self.detector_folder(setting),
+        )
+        options = RunOptions(say=self.say, processes=1)
+        job = Pipeline(config, self.folder / "upcycling" / setting.name / f"seed{seed}", options)
+        job.extract_fleet()
+        return job
+
     def _used(self, setting: AuditSetting) -> dict[int, MethodResult]:
         """AP after UpCycling by seed."""
-        use = self.use
-        if use is None:
+        if self.use is None:
             return {}
-        found = {}
-        for seed in use.seeds:
-            folder = self.folder / "upcycling" / setting.name / f"seed{seed}"
-            config = PipelineConfig(
-                labeled=use.labeled,
-                fleet=use.fleet,
-                validation=use.validation,
-                protocol=use.protocol or own_protocol(use.validation.open()),
-                preset=use.preset,
-                seed=seed,
-                codec=setting.codec,
-                source_model=self.detector_folder(setting),
-            )
-            pipeline = Pipeline(config, folder, RunOptions(say=self.say, processes=1))
-            pipeline.extract_fleet()
-            found[seed] = dict(pipeline.results({"upcycling": MethodRun(method="upcycling", upcycle=use.preset.upcycle)}))[
-                "upcycling"
-            ]
-        return found
+        run = {"upcycling": MethodRun(method="upcycling", upcycle=self.use.preset.upcycle)}
+        return {seed: dict(self.pipeline(setting, seed).results(run))["upcycling"] for seed in self.use.seeds}
 
 
 class _Frames:
@@ -378,9 +390,8 @@ class _Frames:
     def _frames(self, role: str, split: DataSplit, most: int) -> list[AuditFrame]:
         if role not in self._read:
             frames = split.open()
-            step = max(1, math.ceil(len(frames) / most))
+            rows = range(0, len(frames), max(1, math.ceil(len(frames) / most)))
             torch.manual_seed(self._audit.plan.seed)
-            rows = range(0, len(frames), step)
             self._read[role] = audit_frames((frames[i] for i in rows), self.detector.encoder, self.setting.codec)
         return self._read[role]
 
