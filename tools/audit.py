@@ -17,7 +17,7 @@ from ..perception.recipes.audit import QUICK, Audit, AuditBudget, AuditPlan, Aud
 from ..perception.recipes.audit_cells import REBUILDING, AttackName
 from ..perception.recipes.audit_report import attack_table, attribute_table, summarize_audit, summary_table, write_audit_report
 from ..perception.recipes.job_inputs import find_preset
-from .console import console, print_table, run_command
+from .console import console, print_table, print_warning, run_command
 from .data_option import DataOption
 
 QUICK_ATTACKS: tuple[AttackName, ...] = ("nothing", "cells", "occupancy", "voxels")
@@ -81,6 +81,11 @@ def command(config: AuditOptions) -> None:
     tables = [summary_table(summarize_audit(results)), *(attack_table(result) for result in results if result.rebuilt)]
     for text in [*tables, told] if told else tables:
         print_table(text.caption, text.header, text.rows)
+    if config.quick:
+        print_warning(
+            "these attacks were trained for a minute; the full ones find more, above all of defended uploads. Use --quick to see that everything "
+            "works, not to choose a defence"
+        )
     report = write_audit_report(audit, results, made_by=provenance_of_process())
     console.print(f"{time.perf_counter() - start:.0f} s; report: {report}; table: {config.out / 'audit.md'}", soft_wrap=True)
 
