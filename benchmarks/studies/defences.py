@@ -12,6 +12,8 @@ the numbers.
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from upcycle3d.core.files import write_atomically
 from upcycle3d.core.provenance import provenance_of_process
 from upcycle3d.perception.recipes.audit import Audit, AuditBudget, AuditPlan, AuditSetting, AuditUse
 from upcycle3d.perception.recipes.audit_cells import AttackName
@@ -142,6 +145,34 @@ def print_leaks(rows: dict[int, list[SettingSummary]]) -> None:
             print(f"seed {seed} {row.name:16} " + "  ".join("  -  " if v is None else f"{v:5.3f}" for v in numbers))
 
 
+def write_table(path: Path, found: dict[int, SeedResult]) -> None:
+    """All numbers as CSV, one row per seed and setting."""
+    metrics = list(next(iter(found.values())).rows[0].ap)
+    header = [
+        "seed",
+        "setting",
+        "what",
+        "bytes",
+        "f_20cm",
+        "leak_share",
+        "above_road",
+        "car",
+        "bits_per_voxel",
+        "exact",
+        *metrics,
+    ]
+    lines = []
+    for seed, result in found.items():
+        for row in result.rows:
+            car = next(iter(row.f_objects.values()), None)
+            numbers = (row.bytes_per_frame, row.f_scene, row.leak, row.f_above_road, car, row.bits_per_voxel, row.exact_per_scan)
+            numbers += tuple(row.ap[metric][0] for metric in metrics)
+            lines.append([seed, row.name, row.what, *("" if value is None else f"{value:.4f}" for value in numbers)])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *lines])
+    write_atomically(path, text.getvalue().encode())
+
+
 def _spread(values: Sequence[float] | np.ndarray) -> str:
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{spread}"
@@ -181,6 +212,7 @@ def main() -> None:
         print_prices(rows)
         print_others(found)
         print_leaks(rows)
+        write_table(study.out / "table.csv", found)
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ class Audit:
         stored = {"setting": config_to_json(setting)}
         if self.cache.has(key, self.plan.seed):
             found = self.cache.read(key, self.plan.seed)
-            if found["setting"] != _plain(stored["setting"]):
+            if found["setting"] != json.loads(json.dumps(stored["setting"])):
                 raise InvalidInput(
                     f"{self.cache.path(key, self.plan.seed)} is of another setting with the name {setting.name!r}; give the new "
                     "setting another name"
@@ -349,8 +349,8 @@ class Audit:
             codec=setting.codec,
             source_model=self.detector_folder(setting),
         )
-        options = RunOptions(say=self.say, processes=1)
-        job = Pipeline(config, self.folder / "upcycling" / setting.name / f"seed{seed}", options)
+        folder = self.folder / "upcycling" / setting.name / f"seed{seed}"
+        job = Pipeline(config, folder, RunOptions(say=self.say, processes=1))
         job.extract_fleet()
         return job
 
@@ -394,8 +394,3 @@ class _Frames:
             torch.manual_seed(self._audit.plan.seed)
             self._read[role] = audit_frames((frames[i] for i in rows), self.detector.encoder, self.setting.codec)
         return self._read[role]
-
-
-def _plain(value: Json) -> Json:
-    """A value as it comes back from a file."""
-    return json.loads(json.dumps(value))
