@@ -106,6 +106,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "perception.evaluation",
         "perception.privacy",
     ),
+    "perception.moe": ("core",),
     "perception.recipes": (
         *GROUND,
         "datasets",
@@ -124,6 +125,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "perception.adapt.detection",
         "perception.privacy",
         "perception.privacy.attacks",
+        "perception.moe",
     ),
 }
 ALLOWED["tools"] = tuple(ALLOWED)  # everything below, but no benchmark
