@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...core.errors import require
+from ...core.errors import InvalidInput, require
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "quick_gelu", "silu"]
 """Non-linear functions that an FFN of this project may have. `gelu` is exact, `gelu_tanh` its approximation by tanh, and `quick_gelu` is
@@ -25,7 +25,7 @@ ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """Apply an activation to each element.
+    """Apply an activation to each element. Each of them maps 0 to 0, so hidden units of zeros contribute nothing.
 
     Args:
         x: Tensor of any shape.
@@ -33,6 +33,9 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
     Returns:
         Tensor of the same shape.
+
+    Raises:
+        InvalidInput: The activation is unknown.
     """
     if activation == "relu":
         return functional.relu(x)
@@ -42,7 +45,9 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
         return functional.gelu(x, approximate="tanh")
     if activation == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
-    return functional.silu(x)
+    if activation == "silu":
+        return functional.silu(x)
+    raise InvalidInput(f"an FFN's activation must be one of {ACTIVATIONS}, found {activation!r}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,8 +57,9 @@ class DenseFfn:
     The weights have the layout of `torch.nn.Linear`: (output width, input width).
 
     Example:
-        ffn = DenseFfn(up=torch.randn(64, 16), down=torch.randn(16, 64), activation="gelu")
-        y = ffn.apply(torch.randn(5, 16))
+        >>> ffn = DenseFfn(up=torch.eye(2), down=torch.ones(1, 2), activation="relu")
+        >>> ffn.apply(torch.tensor([[3.0, -1.0]])).tolist()
+        [[3.0]]
     """
 
     up: Tensor
@@ -73,9 +79,16 @@ class DenseFfn:
 
     def __post_init__(self) -> None:
         require(self.activation in ACTIVATIONS, f"an FFN's activation must be one of {ACTIVATIONS}, found {self.activation!r}")
+        require(
+            self.up.dtype.is_floating_point,
+            f"an FFN's weights must be floating-point numbers, found {self.up.dtype}; convert quantized weights first",
+        )
         for name in ("up", "down"):
             shape = tuple(getattr(self, name).shape)
-            require(len(shape) == 2, f"DenseFfn.{name} must be a matrix (output width, input width), found the shape {shape}")
+            require(
+                len(shape) == 2,
+                f"DenseFfn.{name} must be a matrix (output width, input width), found {shape}; squeeze the kernel of a 1x1 convolution",
+            )
         hidden, width = self.up.shape
         wanted = {
             "down": (self.down.shape[0], hidden),
@@ -96,21 +109,20 @@ class DenseFfn:
                 tensor.dtype == self.up.dtype and tensor.device == self.up.device,
                 f"DenseFfn.{name} is {tensor.dtype} on {tensor.device}, but `up` is {self.up.dtype} on {self.up.device}",
             )
-        require(self.up.dtype.is_floating_point, f"an FFN's weights must be floating-point numbers, found {self.up.dtype}")
         require(self.gate is not None or self.gate_bias is None, "DenseFfn.gate_bias needs a gate")
 
     @property
-    def width_in(self) -> int:
+    def d_in(self) -> int:
         """Input width D."""
         return self.up.shape[1]
 
     @property
-    def width_hidden(self) -> int:
+    def d_hidden(self) -> int:
         """Hidden width F."""
         return self.up.shape[0]
 
     @property
-    def width_out(self) -> int:
+    def d_out(self) -> int:
         """Output width O."""
         return self.down.shape[0]
 
