@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Literal
 
 from ..core.errors import InvalidInput
+from ..core.foreign_text import shown
 from ..core.provenance import provenance_of_process
 from ..datasets.data_split import DataSplit
 from ..perception.models.defences.table import DefenceConfig, parse_defence
-from ..perception.recipes.audit import QUICK, Audit, AuditBudget, AuditPlan, AuditSetting, AuditUse
+from ..perception.recipes.audit import QUICK, Audit, AuditBudget, AuditPlan, AuditSetting, AuditUse, SettingResult
 from ..perception.recipes.audit_cells import REBUILDING, AttackName
-from ..perception.recipes.audit_report import attack_table, attribute_table, summarize_audit, summary_table, write_audit_report
+from ..perception.recipes.audit_report import (
+    attack_table,
+    attribute_table,
+    summarize_audit,
+    summary_table,
+    weak_attacks,
+    write_audit_report,
+)
 from ..perception.recipes.job_inputs import find_preset
 from .console import console, print_table, print_warning, run_command
 from .data_option import DataOption
@@ -41,19 +49,20 @@ class AuditOptions:
     settings: tuple[str, ...] = ()
     """Ways of uploading besides the undefended one, as NAME=DEFENCE+DEFENCE@CODEC: `small=region+noise:sigma=0.1@int8`, `int8=none@int8`."""
     attacks: tuple[AttackName, ...] | None = None
-    """Attacks, which docs/privacy.md explains. By default all that rebuild a scan, and `exact`; with `--quick` four cheap ones."""
+    """Attacks, which docs/privacy.md explains. By default all that rebuild a scan, and `exact`; with `--quick` four cheap ones; with
+    `--drives` also `linkage`."""
     drives: Path | None = None
     """CSV file with the columns `id`, `drive` and perhaps `position` of the victims' frames; the attack `linkage` needs it."""
     quick: bool = False
-    """A first look in minutes, with weaker attacks."""
+    """A first look in minutes, with weaker attacks. It takes no `--budget` options."""
     budget: AuditBudget = AuditBudget()
-    """How much work the attackers put in; `--quick` replaces it."""
+    """How much work the attackers put in."""
     preset: str | None = None
     """Measure AP after UpCycling too, with the settings of this preset; `--labeled`, `--fleet` and `--validation` are needed then."""
     fleet: DataOption | None = None
-    """Frames of the fleet, which every setting smashes for UpCycling."""
+    """Frames of the fleet, which every setting smashes for UpCycling, `train` where no split is named."""
     validation: DataOption | None = None
-    """Labeled frames to score on after UpCycling."""
+    """Labeled frames to score on after UpCycling, `val` where no split is named."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of UpCycling."""
     seed: int = 0
@@ -63,16 +72,18 @@ class AuditOptions:
 def command(config: AuditOptions) -> None:
     """Measure what uploads give away."""
     start = time.perf_counter()
-    attacker = _split(config.attacker, "train")
+    attacker, victims = _split(config.attacker, "train"), _split(config.victims, "val")
+    attacks, budget = _attacks(config), _budget(config)
+    _refuse_shared_frames(attacker, victims)
     plan = AuditPlan(
         detector=config.detector,
         labeled=attacker if config.labeled is None else _split(config.labeled, "train"),
         attacker=attacker,
-        victims=_split(config.victims, "val"),
+        victims=victims,
         drives=config.drives,
         settings=tuple(parse_setting(text) for text in config.settings),
-        attacks=config.attacks or (QUICK_ATTACKS if config.quick else (*REBUILDING, "exact")),
-        budget=QUICK if config.quick else config.budget,
+        attacks=attacks,
+        budget=budget,
         seed=config.seed,
     )
     audit = Audit(plan, config.out, use=_use(config, plan), say=lambda text: console.print(text, soft_wrap=True))
@@ -81,6 +92,8 @@ def command(config: AuditOptions) -> None:
     tables = [summary_table(summarize_audit(results)), *(attack_table(result) for result in results if result.rebuilt)]
     for text in [*tables, told] if told else tables:
         print_table(text.caption, text.header, text.rows)
+    for warning in (*weak_attacks(results), *_not_measured(attacks, results)):
+        print_warning(warning)
     if config.quick:
         print_warning(
             "these attacks were trained for a minute; the full ones find more, above all of defended uploads. Use --quick to see that everything "
@@ -111,6 +124,51 @@ def parse_setting(text: str) -> AuditSetting:
     if (codec or "fp16") not in codecs:
         raise InvalidInput(f"there is no codec {codec!r}; it is fp16 or int8")
     return AuditSetting(name=name, defences=made, codec=codecs[codec or "fp16"])
+
+
+def _attacks(config: AuditOptions) -> tuple[AttackName, ...]:
+    """The attacks that run: `linkage` needs drives, and drives are given for `linkage`."""
+    attacks = config.attacks
+    if attacks is None:
+        attacks = QUICK_ATTACKS if config.quick else (*REBUILDING, "exact")
+        return attacks if config.drives is None else (*attacks, "linkage")
+    if ("linkage" in attacks) != (config.drives is not None):
+        given, missing = ("--attacks linkage", "--drives") if config.drives is None else ("--drives", "`linkage` among --attacks")
+        raise InvalidInput(
+            f"{given} is given without {missing}, so nothing can be said of order and drives; give both or neither"
+        )
+    return attacks
+
+
+def _budget(config: AuditOptions) -> AuditBudget:
+    if config.quick and config.budget != AuditBudget():
+        raise InvalidInput("--quick sets the whole budget; leave out the --budget options, or leave out --quick")
+    return QUICK if config.quick else config.budget
+
+
+def _refuse_shared_frames(attacker: DataSplit, victims: DataSplit) -> None:
+    if attacker.root.resolve() != victims.root.resolve():
+        return
+    known = set(attacker.open().ids)
+    shared = [name for name in victims.open().ids if name in known]
+    if shared:
+        raise InvalidInput(
+            f"{len(shared)} of the victims' frames in {victims} are frames of the attacker ({attacker}) too, such as {shown(shared[0])}. An attack "
+            "must be scored on frames that it did not learn from; name two splits without common frames"
+        )
+
+
+def _not_measured(attacks: tuple[AttackName, ...], results: list[SettingResult]) -> list[str]:
+    """Attacks on objects and people that were asked for and could not run, with the reason."""
+    reasons = {
+        "attributes": "a frame of the attacker or of the victims has no labels",
+        "people": "the detector has no class Pedestrian, or a frame of the attacker or of the victims has no labels",
+    }
+    found = {
+        "attributes": any(result.attributes is not None for result in results),
+        "people": any(result.people is not None for result in results),
+    }
+    return [f"the attack {name} was not measured: {why}" for name, why in reasons.items() if name in attacks and not found[name]]
 
 
 def _split(data: DataOption, default: str) -> DataSplit:

@@ -25,7 +25,8 @@ class Defend:
     """Run folder to write."""
     defences: tuple[str, ...]
     """Defences in order, the first one next to the encoder: a name, and settings after a colon, as in `region:margin_cells=2 noise:sigma=0.1`.
-    docs/privacy.md says what each does and what was measured."""
+    The names are region, drop, jitter, decoy, noise, rounding, bottleneck and obfuscator; a wrong setting is answered with the settings that
+    the defence has. docs/privacy.md says what each does and what was measured."""
     steps: int = 400
     """Optimizer steps of the head of a region upload."""
     obfuscator: ObfuscatorTraining = ObfuscatorTraining()
@@ -63,7 +64,8 @@ def command(config: Defend) -> None:
     print_table("defended", ("what", "value"), rows)
     console.print(
         f"detector and encoder: {config.out}; give its encoder.safetensors to the fleet, and --detector {config.out} to extract, "
-        "ingest and upcycle. What is sent can still be turned back in part: measure it with `upcycle3d audit`",
+        f"ingest and upcycle. What is sent can still be turned back in part. To measure how much, run `upcycle3d audit --detector {config.detector}` "
+        f"with these defences in --settings: its folder `detectors` then holds a detector for each setting, and the numbers are about that one",
         soft_wrap=True,
     )
 

@@ -30,6 +30,7 @@ from ..core.scan_comparison import ScanWatch, reaches_behind, rig_differences, r
 from ..core.scan_options import ScanOptions
 from ..core.structures import PointCloud
 from ..core.trained_on import TrainedOn
+from ..perception.models.encoders.defended import defences_of
 from ..perception.models.encoders.encoder import Encoder
 from ..perception.models.encoders.scan_survey import boxes_outside_range, outside_height
 from ..perception.vehicle.extractor import ExtractionReport, Extractor, extract
@@ -171,6 +172,7 @@ def command(config: Extract) -> None:
             sources = _only(sources, config.ids)
         _check_camera_view(config, encoder.trained_on, sources)
         _check_axes(config, encoder, rig, sources)
+        console.print(f"defences of the uploads: {defences_of(encoder)}", soft_wrap=True)
         extractor = Extractor(encoder.to(device), rig, config.codec)
         if config.expect_fingerprint is not None:
             check_fingerprint(extractor.fingerprint, config.expect_fingerprint, rig, encoder=encoder)

@@ -12,8 +12,7 @@ import tyro
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.rig import RigSpec
 from ..core.scan_options import ScanOptions
-from ..perception.models.defences.table import describe_defences
-from ..perception.models.encoders.defended import DefendedEncoder
+from ..perception.models.encoders.defended import defences_of
 from ..perception.models.encoders.encoder import Encoder
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
 from ..perception.recipes.audit_summary import SettingSummary, read_audit_summary, sentence
@@ -106,7 +105,7 @@ def command(config: Ingest) -> None:
 
 def _write_note(config: Ingest, encoder: Encoder, audited: Sequence[SettingSummary]) -> None:
     """Write down which defences the uploads of the store passed, and what an audit measured of them."""
-    defences = describe_defences(encoder.config.defences) if isinstance(encoder, DefendedEncoder) else "none"
+    defences = defences_of(encoder)
     earlier = read_store_note(config.store)
     measured = earlier.measured if earlier is not None and earlier.defences == defences else ()
     if config.audit is not None:

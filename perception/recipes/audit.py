@@ -30,6 +30,7 @@ from ...datasets.data_split import DataSplit
 from ..evaluation.score import Protocol, own_protocol
 from ..models.defences.table import DefenceConfig, describe_defences
 from ..models.detector import Detector
+from ..models.encoders.defended import DefendedEncoder, defences_of
 from ..privacy.attacks.attributes import AttributeLeak
 from ..privacy.attacks.occupancy_decoder import DecoderSize
 from ..privacy.attacks.people import PeopleLeak
@@ -200,10 +201,15 @@ class Audit:
             say: Called with one line when something is measured.
 
         Raises:
-            InvalidInput: The folder holds another audit, or a file of the plan cannot be read.
+            InvalidInput: The folder holds another audit, the detector carries defences, or a file of the plan cannot be read.
         """
         self.plan, self.folder, self.use, self.say = plan, folder, use, say
         self._detector = load_detector(plan.detector)
+        if isinstance(self._detector.encoder, DefendedEncoder):
+            raise InvalidInput(
+                f"{plan.detector} carries defences ({defences_of(self._detector.encoder)}); give the detector that it was made from, and name the "
+                "defences in --settings, as in guarded=region+noise:sigma=0.1@fp16"
+            )
         self.cache = ResultCache(folder / "cells", self._identity())
 
     def _identity(self) -> dict[str, Json]:
@@ -296,7 +302,7 @@ class Audit:
                     "setting another name"
                 )
             return found["measured"]
-        self.say(f"{setting.name} ({setting}): {what}")
+        self.say(f"{setting.name} ({setting}): {what}" if what == "sent" else f"{setting.name}: {what}")
         measured = measure()
         self.cache.write(key, self.plan.seed, {**stored, "measured": None if measured is None else config_to_json(measured)})
         return self.cache.read(key, self.plan.seed)["measured"]

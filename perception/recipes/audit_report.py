@@ -34,14 +34,14 @@ STRONGEST: AttackName = "occupancy"
 """The attack that plots and leak shares are about."""
 PICTURE = "scenes.png"
 """Picture of the first victim's scan beside what the strongest attack made of its upload in each setting."""
-_NAMES: dict[AttackName, str] = {
-    "nothing": "nothing (typical scan)",
-    "cells": "cell centers, no learning",
-    "regression": "points regressed, squared error",
-    "chamfer": "points regressed, Chamfer distance",
-    "coordinates": "occupancy, cells without features",
-    "occupancy": "occupancy, everything sent",
-    "voxels": "upper bound: voxels of the raw scan",
+_EXPLAINED: dict[AttackName, str] = {
+    "nothing": "no upload: the typical scan of the attacker's frames",
+    "cells": "the centers of the cells that were sent, without learning",
+    "regression": "a network that regresses points by squared error",
+    "chamfer": "the same network, trained by Chamfer distance",
+    "coordinates": "the occupancy attack, shown cells without features",
+    "occupancy": "the occupancy attack, shown everything that was sent",
+    "voxels": "no attack but an upper bound: the voxel centers of the raw scan",
 }
 
 
@@ -147,6 +147,35 @@ def summary_table(rows: Sequence[SettingSummary]) -> TextTable:
     return TextTable(caption, header, body)
 
 
+def weak_attacks(results: Sequence[SettingResult]) -> list[str]:
+    """Find settings on which the occupancy attack learned too little, so that its row in the summary says nothing about the uploads.
+
+    An attacker may always ignore the upload, so an attack that learned enough reaches at least the score of the typical scan; and it
+    sees at least as much as the other attacks that rebuild a scan.
+
+    Args:
+        results: What was measured.
+
+    Returns:
+        One sentence per setting whose occupancy attack scores below another row of its table.
+    """
+    texts = []
+    for result in results:
+        scores = {name: _f20(found).mean for name, found in result.rebuilt.items() if name != "voxels"}
+        known = {name: value for name, value in scores.items() if value is not None}
+        own = known.get(STRONGEST)
+        if own is None:
+            continue
+        best = max(known, key=lambda name: known[name])
+        if known[best] > own:
+            texts.append(
+                f"the occupancy attack on the setting {result.setting.name!r} scores F@0.2 {own:.3f}, less than `{best}` with {known[best]:.3f}. It "
+                "learned too little, so do not read its low score as protection. Give the attacker more steps and frames (--budget.steps, "
+                "--budget.attacker-frames) in a new folder"
+            )
+    return texts
+
+
 def attack_table(result: SettingResult) -> TextTable:
     """All attacks on one setting that rebuild a scan.
 
@@ -158,9 +187,9 @@ def attack_table(result: SettingResult) -> TextTable:
     """
     header = (
         "attack", "F@0.1", "F@0.2", "F@0.5", "best F@0.2", "Chamfer m", "Hausdorff m", "above road F@0.2", "per voxel F@0.2",
-        "objects F@0.2", "IoU", "points per voxel", "bits", "AP 3D on it",
+        "objects F@0.2", "IoU", "points per voxel", "bits", "AP 3D of rebuilt",
     )  # fmt: skip
-    body = [(_NAMES.get(name, name), *_attack_row(found)) for name, found in result.rebuilt.items()]
+    body = [(name, *_attack_row(found)) for name, found in result.rebuilt.items()]
     return TextTable(f"Attacks on {result.setting.name} ({result.setting}), at matched density", header, body)
 
 
@@ -226,24 +255,21 @@ def write_audit_report(audit: Audit, results: Sequence[SettingResult], *, made_b
     tables = [summary_table(rows), *(attack_table(result) for result in results if result.rebuilt)]
     told = attribute_table(results)
     tables += [told] if told else []
-    text = "\n\n".join(f"{t.caption}.\n\n{_markdown(t)}" for t in tables) + "\n"
+    warnings = [f"Warning: {text}." for text in weak_attacks(results)]
+    text = "\n\n".join([*warnings, *(f"{t.caption}.\n\n{_markdown(t)}" for t in tables)]) + "\n"
     write_atomically(audit.folder / "audit.md", text.encode())
     pictures = _pictures(audit, results)
     if pictures:
         write_atomically(audit.folder / PICTURE, pictures[0][1])
     sections = [
-        Section("Summary", [paragraph(_lead(audit, rows)), _html(tables[0])]),
+        Section("Summary", [paragraph(_lead(audit, rows)), *map(paragraph, warnings), _html(tables[0])]),
         Section("Frontier", _frontier(rows)),
         *(
-            [
-                Section(
-                    "True and rebuilt", [tabs([(name, figure_png(png, f"one victim's scan, {name}")) for name, png in pictures])]
-                )
-            ]
+            [Section("True and rebuilt", [tabs([(name, figure_png(png, _figure_text(name))) for name, png in pictures])])]
             if pictures
             else []
         ),
-        Section("All attacks", [_html(t) for t in tables[1:]]),
+        Section("All attacks", [*_explained(results), *(_html(t) for t in tables[1:])]),
     ]
     title = "What uploads give away"
     path = audit.folder / "audit.html"
@@ -258,6 +284,17 @@ def _lead(audit: Audit, rows: Sequence[SettingSummary]) -> str:
         f"most {budget.victim_frames} other frames. A stronger attacker finds more: these numbers are lower bounds of what is given away, "
         "and no setting makes an upload harmless."
     )
+
+
+def _figure_text(name: str) -> str:
+    return f"The scan of one victim, and what the occupancy attack rebuilt of its upload: {name}"
+
+
+def _explained(results: Sequence[SettingResult]) -> list[Block]:
+    """What the names of the attacks mean, for a reader who has only the page."""
+    names = dict.fromkeys(name for result in results for name in result.rebuilt)
+    rows = [(name, _EXPLAINED[name]) for name in names if name in _EXPLAINED]
+    return [table(("attack", "what it does"), rows, "The attacks that rebuild a scan")] if rows else []
 
 
 def _frontier(rows: Sequence[SettingSummary]) -> list[Block]:
@@ -287,7 +324,7 @@ def _pictures(audit: Audit, results: Sequence[SettingResult]) -> list[tuple[str,
         if path.exists():
             xyz = torch.from_numpy(np.load(path, allow_pickle=False))
             points = PointCloud(xyz=xyz, features=torch.zeros(len(xyz), 0), feature_names=())
-            rebuilt.append((name, Panel(f"rebuilt: {name}", points)))
+            rebuilt.append((name, Panel(f"rebuilt: {name}" if len(xyz) else f"rebuilt: {name}, no points", points)))
 
     def picture(panels: list[Panel]) -> bytes:
         columns = 2 if len(panels) in (2, 4) else 3

@@ -95,6 +95,8 @@ def sentence(row: SettingSummary) -> str:
         above = "" if row.f_above_road is None else f", above the road {row.f_above_road:.2f}"
         cars = "".join(f", {name} {value:.2f}" for name, value in row.f_objects.items() if value is not None)
         geometry = f"a trained attack rebuilds scans with F@0.2 m {row.f_scene:.2f}{above}{cars}{floor}"
+        if row.f_nothing is not None and row.f_scene < row.f_nothing:
+            geometry += ", so the attack learned too little to measure anything"
     exact = "single points were not computed"
     if row.exact_per_scan is not None:
         exact = f"{row.exact_per_scan:.1f} single points per scan were computed to 1 cm (by chance {row.exact_chance or 0:.1f})"

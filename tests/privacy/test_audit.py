@@ -11,15 +11,18 @@ from upcycle3d.core.rig import RigSpec
 from upcycle3d.perception.models.defences.cells import DropConfig
 from upcycle3d.perception.models.defences.noise import NoiseConfig
 from upcycle3d.perception.models.defences.region import RegionConfig
+from upcycle3d.perception.models.defended import defended
 from upcycle3d.perception.privacy.attacks.occupancy_decoder import DecoderSize
 from upcycle3d.perception.recipes.audit import UNDEFENDED, Audit, AuditBudget, AuditPlan, AuditSetting
 from upcycle3d.perception.recipes.audit_cells import measure_linkage, read_drives
-from upcycle3d.perception.recipes.audit_report import summarize_audit, summary_table, write_audit_report
+from upcycle3d.perception.recipes.audit_report import summarize_audit, summary_table, weak_attacks, write_audit_report
+from upcycle3d.perception.recipes.audit_summary import sentence
 from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
 from upcycle3d.perception.wire.encoder_file import save_encoder
 from upcycle3d.tools import ingest, inspect
-from upcycle3d.tools.audit import parse_setting
+from upcycle3d.tools.audit import AuditOptions, _attacks, _budget, _not_measured, parse_setting
+from upcycle3d.tools.audit import command as audit_command
 from upcycle3d.tools.console import run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,7 +90,7 @@ def test_the_report_shows_every_setting_and_attack(measured):
     assert [row.name for row in rows] == [UNDEFENDED, "half"]
     assert len(summary_table(rows).rows) == 2
     page = write_audit_report(audit, results).read_text()
-    for wanted in ("half", "upper bound: voxels of the raw scan", "lower bounds", "cells of Car, AUC"):
+    for wanted in ("half", "the voxel centers of the raw scan", "lower bounds", "cells of Car, AUC"):
         assert wanted in page
     record = json.loads((audit.folder / "summary.json").read_text())
     assert [row["name"] for row in record["settings"]] == [UNDEFENDED, "half"]
@@ -149,3 +152,64 @@ def test_ingest_warns_where_the_audit_measured_another_encoder(measured, plan, t
     assert "has the encoder of" in capsys.readouterr().err
     assert run_command(ingest.command, [*map(str, words), "--audit", str(tmp_path)]) == 2
     assert "holds no finished audit" in capsys.readouterr().err
+
+
+def _with_f20(measured, mean):
+    scene = measured.matched.scene
+    scores = replace(measured.matched, scene=replace(scene, f_20cm=replace(scene.f_20cm, total=mean * scene.f_20cm.frames)))
+    return replace(measured, matched=scores)
+
+
+def test_an_occupancy_attack_below_another_row_is_named_as_too_weak(measured, tmp_path):
+    audit, results, _ = measured
+    plain = results[0]
+    weak, strong = (
+        replace(
+            plain,
+            rebuilt={
+                "nothing": _with_f20(plain.rebuilt["nothing"], 0.2),
+                "occupancy": _with_f20(plain.rebuilt["nothing"], value),
+                "voxels": plain.rebuilt["voxels"],
+            },
+        )
+        for value in (0.1, 0.3)
+    )
+    (text,) = weak_attacks([weak])
+    assert "'undefended' scores F@0.2 0.100, less than `nothing` with 0.200" in text
+    assert weak_attacks([strong]) == weak_attacks([plain]) == []
+    assert "the attack learned too little" in sentence(summarize_audit([weak])[0])
+    assert "too little" not in sentence(summarize_audit([strong])[0])
+    shown = Audit(audit.plan, audit.folder)
+    shown.folder = tmp_path
+    assert "do not read its low score as protection" in write_audit_report(shown, [weak]).read_text()
+    assert (tmp_path / "audit.md").read_text().startswith("Warning: the occupancy attack")
+
+
+def test_options_that_contradict_each_other_are_refused_before_anything_is_measured(plan, tmp_path, capsys):
+    drives = tmp_path / "frames.csv"
+    base = ["--detector", str(plan.detector), "--out", str(tmp_path / "out"), "--attacker", str(plan.attacker)]
+    for more, message in (
+        (["--victims", str(plan.victims)], "of the victims' frames"),
+        (["--victims", str(plan.victims), "--attacks", "linkage"], "--attacks linkage is given without --drives"),
+        (["--victims", str(plan.victims), "--attacks", "cells", "--drives", str(drives)], "without `linkage` among --attacks"),
+    ):
+        assert run_command(audit_command, [*base, *more]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    options = AuditOptions(detector=plan.detector, attacker=plan.attacker, victims=plan.victims, out=tmp_path, drives=drives)
+    assert _attacks(options)[-1] == "linkage"
+    with pytest.raises(InvalidInput, match="--quick sets the whole budget"):
+        _budget(replace(options, quick=True, budget=AuditBudget(steps=3)))
+
+
+def test_attacks_that_were_asked_for_and_could_not_run_are_named(measured):
+    _, results, _ = measured
+    (text,) = _not_measured(("attributes", "people"), results)
+    assert text.startswith("the attack people was not measured: the detector has no class Pedestrian")
+    assert _not_measured(("cells",), results) == []
+
+
+def test_a_detector_with_defences_is_not_audited_as_undefended(plan, tmp_path):
+    guarded = tmp_path / "guarded"
+    save_run_detector(guarded, defended(tiny.second_iou(), (DropConfig(share=0.5),)))
+    with pytest.raises(InvalidInput, match=r"carries defences \(drop:share=0.5\); give the detector that it was made from"):
+        Audit(replace(plan, detector=guarded), tmp_path / "out")

@@ -1,7 +1,9 @@
 """`upcycle3d defend`: defences are fitted, written, and read from a command line."""
 
+import inspect
 import json
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from upcycle3d.perception.models.defences.cells import DropConfig
 from upcycle3d.perception.models.defences.noise import NoiseConfig
 from upcycle3d.perception.models.defences.obfuscator import Obfuscator, ObfuscatorConfig
 from upcycle3d.perception.models.defences.region import RegionConfig, RegionUpload
-from upcycle3d.perception.models.defences.table import describe_defences, parse_defence
+from upcycle3d.perception.models.defences.table import DefenceConfig, defence_name, describe_defences, parse_defence
 from upcycle3d.perception.privacy.obfuscator_training import ObfuscatorReport, ObfuscatorTraining, train_obfuscator
 from upcycle3d.perception.recipes.defend import defend_detector
 from upcycle3d.perception.training.detector_files import save_run_detector
@@ -91,7 +93,9 @@ def test_the_command_writes_a_detector_whose_encoder_is_defended(tmp_path, capsy
         detector=tmp_path / "source", data=str(data), out=tmp_path / "out", defences=("drop:share=0.5", "noise"), steps=1
     )
     command(options)
-    assert "cells that are sent" in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert "cells that are sent" in told
+    assert f"run `upcycle3d audit --detector {tmp_path / 'source'}` with these defences in --settings" in told
     record = json.loads((tmp_path / "out" / "defences.json").read_text())
     assert record["defences"] == "drop:share=0.5 + noise:sigma=0.5"
     assert 0 < record["cells_sent"] < record["cells"]
@@ -119,3 +123,8 @@ def test_an_obfuscator_learns_to_serve_the_detector_and_to_tell_its_adversary_le
     assert served.detector_loss < begun.detector_loss
     assert fought.adversary_bits > served.adversary_bits
     assert served.adversary_bits < served.blind_bits
+
+
+def test_the_help_of_the_command_names_every_defence():
+    text = inspect.getsource(Defend)
+    assert [defence_name(kind) for kind in get_args(DefenceConfig) if defence_name(kind) not in text] == []

@@ -93,7 +93,9 @@ def test_a_run_that_resumes_leaves_out_what_is_done_and_takes_new_scans(detector
     assert_each_scan_is_one_scene(out, receipts, ALL)
     assert json.loads((tmp_path / "j").read_text())["already_extracted"] == 4
     run(detector, out, "--scans", scans, "--receipts", receipts, "--resume")
-    assert "8 of 8 scans were in finished shards before" in capsys.readouterr().out.replace("\n", " ")
+    told = capsys.readouterr().out.replace("\n", " ")
+    assert "8 of 8 scans were in finished shards before" in told
+    assert "defences of the uploads: none" in told
     assert_each_scan_is_one_scene(out, receipts, ALL)
 
 

@@ -22,7 +22,7 @@ from ....core.errors import require
 from ....core.features import CutFeatures, SparseVoxels
 from ....core.structures import PointCloud
 from ..defences.defence import Defence
-from ..defences.table import DefenceConfig
+from ..defences.table import DefenceConfig, describe_defences
 from .encoder import Encoder
 from .pv_rcnn import PvRcnnEncoderConfig
 from .second import SecondEncoderConfig
@@ -177,3 +177,15 @@ def seeded_by_torch() -> np.random.Generator:
         The generator.
     """
     return np.random.default_rng(int(torch.randint(1 << 62, ()).item()))
+
+
+def defences_of(encoder: nn.Module) -> str:
+    """Say which defences an encoder carries.
+
+    Args:
+        encoder: Any encoder.
+
+    Returns:
+        The defences with all settings; `none` for an encoder without defences.
+    """
+    return describe_defences(encoder.config.defences) if isinstance(encoder, DefendedEncoder) else "none"
