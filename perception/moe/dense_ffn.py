@@ -112,17 +112,17 @@ class DenseFfn:
         require(self.gate is not None or self.gate_bias is None, "DenseFfn.gate_bias needs a gate")
 
     @property
-    def d_in(self) -> int:
+    def width_in(self) -> int:
         """Input width D."""
         return self.up.shape[1]
 
     @property
-    def d_hidden(self) -> int:
+    def width_hidden(self) -> int:
         """Hidden width F."""
         return self.up.shape[0]
 
     @property
-    def d_out(self) -> int:
+    def width_out(self) -> int:
         """Output width O."""
         return self.down.shape[0]
 

@@ -24,7 +24,7 @@ def by_loops(ffn: DenseFfn, x: torch.Tensor) -> torch.Tensor:
     rows = []
     for token in x.tolist():
         hidden = []
-        for f in range(ffn.d_hidden):
+        for f in range(ffn.width_hidden):
             up = sum(a * b for a, b in zip(ffn.up[f].tolist(), token)) + (0 if ffn.up_bias is None else float(ffn.up_bias[f]))
             if ffn.gate is None:
                 hidden.append(scalar_activation(ffn.activation, up))
