@@ -139,13 +139,18 @@ class PreparedDataset:
         """
         return row_labels(self._row(index))
 
+    @property
+    def labeled(self) -> bool:
+        """Whether any frame has labels."""
+        return bool(self._table["classes"].null_count < len(self))
+
     def check_labeled(self) -> None:
         """Refuse a split that nobody labeled, before any work on it.
 
         Raises:
             InvalidInput: No frame has labels. The message names the split and those that have labels.
         """
-        if self._table["classes"].null_count < len(self):
+        if self.labeled:
             return
         what = f"{self.root} has no labels" if self._split is None else f"the split {self._split} of {self.root} has no labels"
         others = [name for name in self.splits if name not in self._unlabeled and name != self._split]

@@ -65,6 +65,7 @@ def command(config: Ingest) -> None:
     missing = [folder for folder in config.incoming if not folder.is_dir()]
     if missing:
         raise InvalidInput(f"the incoming folder {missing[0]} does not exist; give the folder that the vehicles upload to")
+    read_store_note(config.store)  # a damaged note ends the command before a shard moves
     reports = [
         ingest(
             folder,

@@ -26,11 +26,12 @@ import torch
 from ...core.config_json import Json, config_from_json, config_to_json
 from ...core.cut import VoxelGrid
 from ...core.errors import InvalidInput, require, require_counts
+from ...core.scan_comparison import rig_differences
 from ...datasets.data_split import DataSplit
 from ..evaluation.score import Protocol, own_protocol
 from ..models.defences.table import DefenceConfig, describe_defences
 from ..models.detector import Detector
-from ..models.encoders.defended import DefendedEncoder, defences_of
+from ..models.encoders.defended import DefendedEncoder
 from ..privacy.attacks.attributes import AttributeLeak
 from ..privacy.attacks.occupancy_decoder import DecoderSize
 from ..privacy.attacks.people import PeopleLeak
@@ -50,7 +51,7 @@ from .audit_cells import (
     measure_rebuild,
     measure_sent,
 )
-from .defend import defend_detector
+from .defend import REPORT_FILE, defend_detector
 from .job_folder import PipelineConfig, RunOptions
 from .method_run import MethodResult, MethodRun
 from .pipeline import Pipeline
@@ -156,6 +157,11 @@ class AuditPlan:
     def __post_init__(self) -> None:
         names = [setting.name for setting in self.settings]
         require(len(set(names)) == len(names), f"the settings of an audit need different names, found {', '.join(names)}")
+        wrong = [setting.name for setting in self.settings if setting.name == UNDEFENDED and setting.defences]
+        require(
+            not wrong,
+            f"the setting {UNDEFENDED} is what all others are compared with, so it has no defences; give yours another name",
+        )
         if UNDEFENDED not in names:
             object.__setattr__(self, "settings", (AuditSetting(name=UNDEFENDED), *self.settings))
 
@@ -201,16 +207,40 @@ class Audit:
             say: Called with one line when something is measured.
 
         Raises:
-            InvalidInput: The folder holds another audit, the detector carries defences, or a file of the plan cannot be read.
+            InvalidInput: The folder holds another audit, a file of the plan cannot be read, the detector carries defences, or the frames
+                cannot be used: a victim is a frame of the attacker too, or labels have other classes than the detector.
         """
         self.plan, self.folder, self.use, self.say = plan, folder, use, say
         self._detector = load_detector(plan.detector)
-        if isinstance(self._detector.encoder, DefendedEncoder):
-            raise InvalidInput(
-                f"{plan.detector} carries defences ({defences_of(self._detector.encoder)}); give the detector that it was made from, and name the "
-                "defences in --settings, as in guarded=region+noise:sigma=0.1@fp16"
-            )
+        self._check_inputs()
         self.cache = ResultCache(folder / "cells", self._identity())
+
+    def _check_inputs(self) -> None:
+        """Refuse a plan whose numbers would look right and be wrong."""
+        plan, names = self.plan, [name.casefold() for name in self._detector.class_names]
+        require(
+            not isinstance(self._detector.encoder, DefendedEncoder),
+            f"{plan.detector} carries defences already, and an audit compares with uploads without any; give the detector that `defend` was "
+            "given, and its defences with --settings",
+        )
+        for role in ("attacker", "victims"):
+            frames = getattr(plan, role).open()
+            if frames.labeled and [name.casefold() for name in frames.classes] != names[: len(frames.classes)]:
+                raise InvalidInput(
+                    f"the dataset {frames.root} was prepared for the classes {', '.join(frames.classes)}, and {plan.detector} detects "
+                    f"{', '.join(self._detector.class_names)}; prepare it again into another folder with --classes "
+                    f"{' '.join(self._detector.class_names)}"
+                )
+            trained = self._detector.trained_on
+            for warning in () if trained is None else rig_differences(frames.rig, trained, f"the rig of {frames.root}"):
+                self.say(f"warning: {warning}")
+        for role in ("attacker", "labeled"):
+            other: DataSplit = getattr(plan, role)
+            if other.root.resolve() == plan.victims.root.resolve() and (both := {*other.open().ids} & {*plan.victims.open().ids}):
+                raise InvalidInput(
+                    f"{len(both)} frames of the victims ({plan.victims}), such as {min(both)}, are among the {role} ones ({other}) too. An "
+                    "attack is scored on frames that nothing has learned from; choose another split"
+                )
 
     def _identity(self) -> dict[str, Json]:
         plan = self.plan
@@ -319,7 +349,8 @@ class Audit:
         if not setting.defences:
             return self.plan.detector
         folder = self.folder / "detectors" / setting.name
-        if not (folder / "defences.json").exists():
+        if not (folder / REPORT_FILE).exists():
+            (folder / DETECTOR_FILE).unlink(missing_ok=True)  # of a run that was killed
             defend_detector(
                 self.plan.detector,
                 self.plan.labeled,
@@ -327,6 +358,11 @@ class Audit:
                 setting.defences,
                 steps=self.plan.budget.defence_steps,
                 seed=self.plan.seed,
+            )
+        encoder = load_detector(folder).encoder
+        if not isinstance(encoder, DefendedEncoder) or encoder.config.defences != setting.defences:
+            raise InvalidInput(
+                f"{folder} is the detector of another setting with the name {setting.name!r}; give the new setting another name"
             )
         return folder
 

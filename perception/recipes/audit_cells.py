@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from ...core.cut import cell_centers, cells_of_centers
-from ...core.errors import InvalidInput
+from ...core.errors import InvalidInput, require
 from ...core.features import CutFeatures
 from ...core.files import write_atomically
 from ...core.rig import RigSpec
@@ -384,16 +385,28 @@ def read_drives(path: Path) -> dict[str, tuple[str, int]]:
         Drive and position by frame id. Without positions, the order of the ids in each drive counts.
 
     Raises:
-        InvalidInput: A column is missing, or a position is no whole number.
+        InvalidInput: A column is missing, a frame is named twice or has no drive, only some frames have a position, or a position is no
+            whole number.
     """
     rows = list(csv.DictReader(io.StringIO(read_text(path, "the drives of frames"))))
     if not rows or not {"id", "drive"} <= rows[0].keys():
         raise InvalidInput(f"{path} needs the columns id and drive, found {', '.join(rows[0]) if rows else 'no row'}")
-    order = {row["id"]: number for number, row in enumerate(sorted(rows, key=lambda r: r["id"]))}
+    ids = [row["id"] for row in rows]
+    require(len(set(ids)) == len(ids), f"{path} names the frame {max(ids, key=ids.count)} twice; give one row for each frame")
+    alone = [row["id"] for row in rows if not row["drive"]]
+    require(not alone, f"{path} names no drive of {len(alone)} of {len(rows)} frames, such as {alone[:1]}")
+    placed = sum(bool(row.get("position")) for row in rows)
+    require(placed in (0, len(rows)), f"{path} has a position of {placed} of {len(rows)} frames; give all of them or none")
+    order = {frame: number for number, frame in enumerate(sorted(ids, key=_counted))}
     try:
         return {row["id"]: (row["drive"], int(row["position"]) if row.get("position") else order[row["id"]]) for row in rows}
     except ValueError as error:
         raise InvalidInput(f"{path}: a position must be a whole number ({error})") from error
+
+
+def _counted(frame: str) -> tuple[tuple[int, str], ...]:
+    """Sort frame 9 before frame 10."""
+    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", frame))
 
 
 def measure_attributes(

@@ -80,8 +80,8 @@ def _summary(result: SettingResult, plain: SettingResult | None) -> SettingSumma
         bits_per_voxel=found.bits_per_voxel if found else None,
         exact_per_scan=None if exact is None else exact.raw_balls.recovered_per_scan + exact.lone_voxels.recovered_per_scan,
         exact_chance=None if exact is None else exact.raw_balls.chance_per_scan + exact.lone_voxels.chance_per_scan,
-        neighbor=linked.neighbor.found if linked else None,
-        neighbor_chance=linked.neighbor.chance if linked else None,
+        neighbor=linked.neighbor.found if linked and linked.neighbor.asked else None,
+        neighbor_chance=linked.neighbor.chance if linked and linked.neighbor.asked else None,
         ap={name: tuple(result.used[seed].student[name] for seed in sorted(result.used)) for name in sorted(metrics)},
     )
 
@@ -225,7 +225,8 @@ def attribute_table(results: Sequence[SettingResult]) -> TextTable | None:
         if people is not None:
             views = (people.nothing, people.coordinates, people.upload, people.raw)
             body.append((name, "people found, AP", *(f"{v.average_precision:.3f}" for v in views)))
-            body.append((name, "height of those found, error in cm", *(f"{v.height_error:.1f}" for v in views)))
+            errors = (v.height_error if v.found else None for v in views)  # without a person found there is no error
+            body.append((name, "height of those found, error in cm", *(_number(v, 1) for v in errors)))
     if not body:
         return None
     header = ("setting", "what", "nothing", "coordinates", "upload", "raw scan")

@@ -76,7 +76,10 @@ def read_audit_summary(folder: Path) -> list[SettingSummary]:
     record = read_json(path, "the summary of an audit", remedy=f"run `upcycle3d audit --out {folder}` again")
     if not isinstance(record, dict) or not isinstance(rows := record.get("settings"), list):
         raise InvalidInput(f"{path} is no summary of an audit; run `upcycle3d audit --out {folder}` again")
-    return [config_from_json(SettingSummary, row) for row in rows]
+    try:
+        return [config_from_json(SettingSummary, row) for row in rows]
+    except InvalidInput as error:
+        raise InvalidInput(f"{path} is no summary of an audit: {error}; run `upcycle3d audit --out {folder}` again") from error
 
 
 def sentence(row: SettingSummary) -> str:

@@ -16,7 +16,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from ...core.errors import InvalidInput, require
+from ...core.errors import InvalidInput, require, require_counts
 from ...core.features import CutFeatures
 from ...core.files import write_atomically
 from ...core.frame import Frame
@@ -95,7 +95,8 @@ def defend_detector(
         The detector and what its defences keep.
 
     Raises:
-        InvalidInput: The detector carries defences already, `out` holds a detector, or the frames hold too few objects.
+        InvalidInput: The detector carries defences already, `out` holds a detector, a number is outside its limits, or the frames have no
+            labels or hold too few objects.
 
     Example:
         outcome = defend_detector("runs/source", "data/kitti:train", "runs/defended", [RegionConfig(), NoiseConfig(sigma=0.1)])
@@ -104,9 +105,11 @@ def defend_detector(
     out = check_path(out, "out", "the run folder to write")
     if (out / DETECTOR_FILE).exists():
         raise InvalidInput(f"{out} holds a {DETECTOR_FILE} already; choose another folder")
+    require_counts("defend", most=10_000_000, steps=steps, most_frames=most_frames)
     torch.manual_seed(seed)
     guarded = defended(load_detector(detector), tuple(defences))
     frames = find_data(data, "train").open()
+    frames.check_labeled()
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(len(frames))[:most_frames]).tolist()
     encoder = cast(DefendedEncoder, guarded.encoder)

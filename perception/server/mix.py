@@ -166,7 +166,7 @@ def _make_plan(
     kinds: dict[tuple[SceneKind, SceneSampling], list[tuple[Path, ShardManifest]]] = {}
     unmixed: list[Unmixed] = []
     known: set[str] = set()
-    for path in (path for folder in dict.fromkeys(folders) for path in sorted(folder.glob("[!.]*.json"))):
+    for path in (path for folder in {f.resolve(): f for f in folders}.values() for path in sorted(folder.glob("[!.]*.json"))):
         try:
             manifest = read_manifest(path)
             shard = verify_shard(

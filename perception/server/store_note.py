@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.config_json import config_from_json, config_to_json
+from ...core.errors import InvalidInput
 from ...core.files import write_atomically
 from ...core.strict_json import read_json
 
@@ -52,5 +53,9 @@ def read_store_note(store: Path) -> StoreNote | None:
     path = store / NOTE
     if not path.exists():
         return None
-    stored = read_json(path, "the note on the uploads of a store", remedy=f"delete {path} and run `upcycle3d ingest` again")
-    return config_from_json(StoreNote, stored)
+    remedy = f"delete {path} and run `upcycle3d ingest` again"
+    stored = read_json(path, "the note on the uploads of a store", remedy=remedy)
+    try:
+        return config_from_json(StoreNote, stored)
+    except InvalidInput as error:
+        raise InvalidInput(f"{path} is no note on the uploads of a store: {error}; {remedy}") from error

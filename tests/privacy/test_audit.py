@@ -39,7 +39,7 @@ def plan(tmp_path_factory):
         detector=folder / "source",
         labeled=data,
         attacker=data,
-        victims=data,
+        victims=replace(data, name="val"),
         settings=(AuditSetting(name="half", defences=(DropConfig(share=0.5),)),),
         attacks=("nothing", "cells", "voxels", "exact", "attributes", "people"),
         budget=BUDGET,
@@ -84,6 +84,28 @@ def test_an_audit_goes_on_where_it_was_and_measures_nothing_twice(measured, plan
         list(Audit(other, audit.folder).results())
 
 
+def test_an_audit_whose_numbers_would_be_wrong_is_refused(plan, tmp_path):
+    with pytest.raises(InvalidInput, match="2 frames of the victims"):
+        Audit(replace(plan, attacker=replace(plan.attacker, name=None)), tmp_path / "a")
+    other = tiny.prepared(tmp_path / "other", classes=("Pedestrian", "Car"))
+    with pytest.raises(InvalidInput, match="prepared for the classes Pedestrian, Car"):
+        Audit(replace(plan, victims=replace(other, name="val")), tmp_path / "b")
+    save_run_detector(tmp_path / "defended", defended(load_detector(plan.detector), (DropConfig(),)))
+    with pytest.raises(InvalidInput, match="carries defences already"):
+        Audit(replace(plan, detector=tmp_path / "defended"), tmp_path / "c")
+    with pytest.raises(InvalidInput, match="has no defences"):
+        replace(plan, settings=(AuditSetting(name=UNDEFENDED, defences=(DropConfig(),)),))
+
+
+def test_the_detector_of_a_killed_run_is_made_again_and_that_of_another_setting_is_refused(plan, tmp_path):
+    audit, setting = Audit(plan, tmp_path), plan.settings[-1]
+    folder = audit.detector_folder(setting)
+    (folder / "defences.json").unlink()
+    assert (audit.detector_folder(setting) / "defences.json").exists()
+    with pytest.raises(InvalidInput, match="of another setting"):
+        audit.detector_folder(replace(setting, defences=(DropConfig(share=0.1),)))
+
+
 def test_the_report_shows_every_setting_and_attack(measured):
     audit, results, _ = measured
     rows = summarize_audit(results)
@@ -115,13 +137,19 @@ def test_drives_are_read_and_frames_without_one_are_named(tmp_path):
     path.write_text("id,drive,position\n1,a,x\n")
     with pytest.raises(InvalidInput, match="whole number"):
         read_drives(path)
+    path.write_text("id,drive\n10,a\n9,a\n")
+    assert read_drives(path) == {"10": ("a", 1), "9": ("a", 0)}
+    for text, message in (("1,a,1\n1,b,2\n", "twice"), ("1,a,1\n2,a,\n", "1 of 2"), ("1,,1\n", "names no drive")):
+        path.write_text(f"id,drive,position\n{text}")
+        with pytest.raises(InvalidInput, match=message):
+            read_drives(path)
     path.write_text("name\n1\n")
     with pytest.raises(InvalidInput, match="needs the columns"):
         read_drives(path)
     assert measure_linkage([], None) is None
 
 
-def test_a_store_says_which_defences_its_uploads_passed_and_what_the_audit_measured(measured, plan, tmp_path):
+def test_a_store_says_which_defences_its_uploads_passed_and_what_the_audit_measured(measured, plan, tmp_path, capsys):
     audit, results, _ = measured
     write_audit_report(audit, results)
     detector = audit.detector_folder(plan.settings[-1])
@@ -137,6 +165,10 @@ def test_a_store_says_which_defences_its_uploads_passed_and_what_the_audit_measu
     assert run_command(ingest.command, list(map(str, words))) == 0  # another day, without the audit: the note stays
     assert run_command(inspect.command, [str(tmp_path / "store"), "--json", str(tmp_path / "j")]) == 0
     assert json.loads((tmp_path / "j").read_text()) == facts
+    (tmp_path / "store" / "uploads.json").write_text('{"defences": 1}')
+    for call, given in ((ingest.command, list(map(str, words))), (inspect.command, [str(tmp_path / "store")])):
+        assert run_command(call, given) == 2
+        assert "uploads.json" in capsys.readouterr().err
 
 
 def test_ingest_warns_where_the_audit_measured_another_encoder(measured, plan, tmp_path, capsys):

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_defences_are_written_as_they_are_read():
-    configs = [RegionConfig(margin_cells=2, background_share=0.1), NoiseConfig(sigma=0.25), DropConfig()]
+    configs = [RegionConfig(margin_cells=2, background_share=0.1), NoiseConfig(sigma=0.25), DropConfig(share=0.12345678)]
     texts = describe_defences(configs).split(" + ")
     assert [parse_defence(text) for text in texts] == configs
     assert describe_defences([]) == "none"
@@ -42,6 +42,7 @@ def test_defences_are_written_as_they_are_read():
         ("region:margin_cells=1.5", "needs a whole number"),
         ("drop:share=2", "share"),
         ("drop:share=nan", "share"),
+        ("drop:share=0.1,share=0.9", "twice"),
     ],
 )
 def test_a_mistyped_defence_is_named(text, message):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ....core.cut import CutSpec
-from ....core.errors import require_numbers
+from ....core.errors import require_counts, require_numbers
 from ....core.features import CutFeatures
 from .defence import Defence, normal
 
@@ -97,7 +97,7 @@ class RoundingConfig:
     """Levels per channel and scene; 256 is what int8 has."""
 
     def __post_init__(self) -> None:
-        require_numbers("RoundingConfig", least=2, most=256, levels=self.levels)
+        require_counts("RoundingConfig", least=2, most=256, levels=self.levels)
 
     def build(self, spec: CutSpec) -> RoundedFeatures:
         """Make the defence.

@@ -67,6 +67,8 @@ def parse_defence(text: str) -> DefenceConfig:
         field = field.strip().replace("-", "_")
         if field not in known:
             raise InvalidInput(f"the defence {name} has no setting {shown(field, most=80)!r}; it has {', '.join(known)}")
+        if field in values:
+            raise InvalidInput(f"the defence {name} is given {field} twice; give it once")
         try:
             values[field] = known[field](value)
         except ValueError as error:
@@ -85,6 +87,13 @@ def describe_defences(configs: Sequence[DefenceConfig]) -> str:
         Names and all settings, joined by ` + `; `none` without a defence.
     """
     texts = [
-        f"{defence_name(type(config))}:{','.join(f'{k}={v:g}' for k, v in config_to_json(config).items())}" for config in configs
+        f"{defence_name(type(config))}:{','.join(f'{k}={_written(v)}' for k, v in config_to_json(config).items())}"
+        for config in configs
     ]
     return " + ".join(texts) or "none"
+
+
+def _written(value: float) -> str:
+    """A number as people write it, with all digits that it needs."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
