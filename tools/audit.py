@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 from ..core.errors import InvalidInput
-from ..core.foreign_text import shown
 from ..core.provenance import provenance_of_process
 from ..datasets.data_split import DataSplit
 from ..perception.models.defences.table import DefenceConfig, parse_defence

@@ -26,7 +26,6 @@ import torch
 from ...core.config_json import Json, config_from_json, config_to_json
 from ...core.cut import VoxelGrid
 from ...core.errors import InvalidInput, require, require_counts
-from ...core.scan_comparison import rig_differences
 from ...datasets.data_split import DataSplit
 from ..evaluation.score import Protocol, own_protocol
 from ..models.defences.table import DefenceConfig, describe_defences
@@ -51,6 +50,7 @@ from .audit_cells import (
     measure_rebuild,
     measure_sent,
 )
+from .audit_inputs import check_audit_inputs
 from .defend import REPORT_FILE, defend_detector
 from .job_folder import PipelineConfig, RunOptions
 from .method_run import MethodResult, MethodRun
@@ -212,35 +212,10 @@ class Audit:
         """
         self.plan, self.folder, self.use, self.say = plan, folder, use, say
         self._detector = load_detector(plan.detector)
-        self._check_inputs()
-        self.cache = ResultCache(folder / "cells", self._identity())
-
-    def _check_inputs(self) -> None:
-        """Refuse a plan whose numbers would look right and be wrong."""
-        plan, names = self.plan, [name.casefold() for name in self._detector.class_names]
-        require(
-            not isinstance(self._detector.encoder, DefendedEncoder),
-            f"{plan.detector} carries defences already, and an audit compares with uploads without any; give the detector that `defend` was "
-            "given, and its defences with --settings",
+        check_audit_inputs(
+            self._detector, plan.detector, attacker=plan.attacker, labeled=plan.labeled, victims=plan.victims, warn=say
         )
-        for role in ("attacker", "victims"):
-            frames = getattr(plan, role).open()
-            if frames.labeled and [name.casefold() for name in frames.classes] != names[: len(frames.classes)]:
-                raise InvalidInput(
-                    f"the dataset {frames.root} was prepared for the classes {', '.join(frames.classes)}, and {plan.detector} detects "
-                    f"{', '.join(self._detector.class_names)}; prepare it again into another folder with --classes "
-                    f"{' '.join(self._detector.class_names)}"
-                )
-            trained = self._detector.trained_on
-            for warning in () if trained is None else rig_differences(frames.rig, trained, f"the rig of {frames.root}"):
-                self.say(f"warning: {warning}")
-        for role in ("attacker", "labeled"):
-            other: DataSplit = getattr(plan, role)
-            if other.root.resolve() == plan.victims.root.resolve() and (both := {*other.open().ids} & {*plan.victims.open().ids}):
-                raise InvalidInput(
-                    f"{len(both)} frames of the victims ({plan.victims}), such as {min(both)}, are among the {role} ones ({other}) too. An "
-                    "attack is scored on frames that nothing has learned from; choose another split"
-                )
+        self.cache = ResultCache(folder / "cells", self._identity())
 
     def _identity(self) -> dict[str, Json]:
         plan = self.plan

@@ -161,8 +161,10 @@ def weak_attacks(results: Sequence[SettingResult]) -> list[str]:
     """
     texts = []
     for result in results:
-        scores = {name: _f20(found).mean for name, found in result.rebuilt.items() if name != "voxels"}
-        known = {name: value for name, value in scores.items() if value is not None}
+        scores: dict[AttackName, float | None] = {
+            name: _f20(found).mean for name, found in result.rebuilt.items() if name != "voxels"
+        }
+        known: dict[AttackName, float] = {name: value for name, value in scores.items() if value is not None}
         own = known.get(STRONGEST)
         if own is None:
             continue

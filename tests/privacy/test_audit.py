@@ -221,7 +221,6 @@ def test_options_that_contradict_each_other_are_refused_before_anything_is_measu
     drives = tmp_path / "frames.csv"
     base = ["--detector", str(plan.detector), "--out", str(tmp_path / "out"), "--attacker", str(plan.attacker)]
     for more, message in (
-        (["--victims", str(plan.victims)], "of the victims' frames"),
         (["--victims", str(plan.victims), "--attacks", "linkage"], "--attacks linkage is given without --drives"),
         (["--victims", str(plan.victims), "--attacks", "cells", "--drives", str(drives)], "without `linkage` among --attacks"),
     ):
@@ -238,10 +237,3 @@ def test_attacks_that_were_asked_for_and_could_not_run_are_named(measured):
     (text,) = _not_measured(("attributes", "people"), results)
     assert text.startswith("the attack people was not measured: the detector has no class Pedestrian")
     assert _not_measured(("cells",), results) == []
-
-
-def test_a_detector_with_defences_is_not_audited_as_undefended(plan, tmp_path):
-    guarded = tmp_path / "guarded"
-    save_run_detector(guarded, defended(tiny.second_iou(), (DropConfig(share=0.5),)))
-    with pytest.raises(InvalidInput, match=r"carries defences \(drop:share=0.5\); give the detector that it was made from"):
-        Audit(replace(plan, detector=guarded), tmp_path / "out")

@@ -1,0 +1,52 @@
+"""Refuses inputs of an audit whose numbers would look right and be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ...core.errors import InvalidInput
+from ...core.scan_comparison import rig_differences
+from ...datasets.data_split import DataSplit
+from ..models.detector import Detector
+from ..models.encoders.defended import DefendedEncoder, defences_of
+
+
+def check_audit_inputs(
+    detector: Detector, path: Path, *, attacker: DataSplit, labeled: DataSplit, victims: DataSplit, warn: Callable[[str], None]
+) -> None:
+    """Check that detector and frames fit, and that no victim is a frame that an attack or a defence learns from.
+
+    Args:
+        detector: The audited detector.
+        path: Where it was read from.
+        attacker: Frames of the attacker.
+        labeled: Frames that defences are fitted to.
+        victims: Frames that are scored.
+        warn: Called with a sentence where a rig is not that of the training.
+
+    Raises:
+        InvalidInput: The detector carries defences, labels have other classes than the detector, or a victim is among the other frames.
+    """
+    if isinstance(detector.encoder, DefendedEncoder):
+        raise InvalidInput(
+            f"{path} carries defences already ({defences_of(detector.encoder)}), and an audit compares with uploads without any; give the "
+            "detector that it was made from, and name the defences in --settings, as in guarded=region+noise:sigma=0.1@fp16"
+        )
+    names = [name.casefold() for name in detector.class_names]
+    for split in (attacker, victims):
+        frames = split.open()
+        if frames.labeled and [name.casefold() for name in frames.classes] != names[: len(frames.classes)]:
+            raise InvalidInput(
+                f"the dataset {frames.root} was prepared for the classes {', '.join(frames.classes)}, and {path} detects "
+                f"{', '.join(detector.class_names)}; prepare it again into another folder with --classes {' '.join(detector.class_names)}"
+            )
+        trained = detector.trained_on
+        for warning in () if trained is None else rig_differences(frames.rig, trained, f"the rig of {frames.root}"):
+            warn(f"warning: {warning}")
+    for role, other in (("attacker", attacker), ("labeled", labeled)):
+        if other.root.resolve() == victims.root.resolve() and (both := {*other.open().ids} & {*victims.open().ids}):
+            raise InvalidInput(
+                f"{len(both)} frames of the victims ({victims}), such as {min(both)}, are among the {role} ones ({other}) too. An attack is scored "
+                "on frames that nothing has learned from; choose another split"
+            )
