@@ -33,7 +33,7 @@ from upcycle3d.perception.wire.sampling import SceneSampling
 def uploads_of(encoder: Encoder, name: str, gap: int, scenes: int, seed: int) -> tuple[list[CutFeatures], list[str], list[int]]:
     """Drive until there are enough uploads: these, their drives and their places in them."""
     where, chance = domain(name), random.Random(seed)
-    rig = RigSpec(z_shift=where.sensor.height)
+    rig = RigSpec() if encoder.trained_on is None else encoder.trained_on.rig
     found: tuple[list[CutFeatures], list[str], list[int]] = ([], [], [])
     street = 0
     while len(found[0]) < scenes:
