@@ -57,8 +57,9 @@ class ExpertWeights:
         Returns:
             The weights in that type; the gradient flows back to the originals.
         """
-        biases = {name: None if (b := getattr(self, name)) is None else b.to(dtype) for name in ("up_bias", "down_bias")}
-        return replace(self, up=self.up.to(dtype), down=self.down.to(dtype), **biases)
+        up_bias = None if self.up_bias is None else self.up_bias.to(dtype)
+        down_bias = None if self.down_bias is None else self.down_bias.to(dtype)
+        return replace(self, up=self.up.to(dtype), down=self.down.to(dtype), up_bias=up_bias, down_bias=down_bias)
 
     def act(self, hidden: Tensor) -> Tensor:
         """Apply gate, activation and dropout.

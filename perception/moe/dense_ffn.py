@@ -9,7 +9,7 @@ Read next: `bank.py`, which stacks several of these values.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -165,7 +165,8 @@ class DenseFfn:
         Returns:
             An FFN with tensors of its own.
         """
-        return replace(self, **{name: tensor.detach().clone() for name, tensor in self.tensors().items()})
+        copies: dict[str, Any] = {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
+        return replace(self, **copies)
 
     def apply(self, x: Tensor) -> Tensor:
         """Compute the FFN with plain operators: the reference for every faster path.
