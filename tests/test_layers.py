@@ -106,7 +106,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "perception.evaluation",
         "perception.privacy",
     ),
-    "perception.moe": ("core",),
+    "perception.moe": ("core", "perception.adapt.glc"),
     "perception.recipes": (
         *GROUND,
         "datasets",
