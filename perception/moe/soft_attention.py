@@ -43,6 +43,10 @@ class SoftAttention(nn.Module):
         dropout: Share of attention weights that are dropped in training mode.
     """
 
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
     q_bias: Tensor | None
     k_bias: Tensor | None
     v_bias: Tensor | None

@@ -177,7 +177,7 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _digest(tensor: Tensor) -> str:
     values = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{values.dtype} {tuple(values.shape)}".encode())
-    digest.update(values.reshape(-1).view(torch.uint8).numpy())
+    digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
