@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +51,13 @@ def command(config: Mix) -> None:
         rows = [(shard.manifest, shard.reason) for shard in report.unmixed[:_LISTED]]
         more = len(report.unmixed) - len(rows)
         print_table("stay where they are", ("shard", "why"), [*rows, *([("…", f"and {more} more")] if more else [])])
-    if not report.shards:
+    if report.shards:
+        console.print(
+            f"next, on the server: upcycle3d ingest {shlex.quote(str(config.out))} --store STORE --detector DETECTOR; the detector is the run folder "
+            "or encoder file that the vehicles extract with",
+            soft_wrap=True,
+        )
+    else:
         if report.unmixed:
             raise UpcycleError(f"nothing was mixed: {len(report.unmixed)} shards stay where they are, with the reasons above")
         print_warning("there is nothing to mix: no shard lies in the folders that were given")

@@ -140,7 +140,7 @@ def mix(
         if folder.resolve() == out.resolve():
             raise InvalidInput(f"{folder} is both a source and the folder of mixed shards; give another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    plan_file = out.absolute().with_name(f"{out.absolute().name}{PLAN_SUFFIX}")
+    plan_file = out.resolve().with_name(f"{out.resolve().name}{PLAN_SUFFIX}")  # one plan, whatever name the folder is given by
     with locked_folder(out, f"another mix is writing into {out}; wait for it to end"):
         remove_litter(out)
         completed, done = _read_plan(plan_file), MixReport(shards=(), scenes=0, sources=0, unmixed=(), completed=False)

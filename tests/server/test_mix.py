@@ -2,6 +2,8 @@
 
 import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -170,6 +172,39 @@ def test_sampling_rules_are_kept_apart_and_recorded(tmp_path: Path):
     assert sorted(rules, key=lambda r: r.gap) == [SceneSampling(), rule]
 
 
+def test_a_second_run_into_a_folder_is_refused_until_the_first_one_ends_or_is_killed(tmp_path: Path):
+    """Oracle: another process, which holds the folder when the second run starts and is killed without a chance to clean up."""
+    folders, owner = vehicles(tmp_path, count=2, scenes=2)
+    (tmp_path / "alias").symlink_to(tmp_path / "out")
+    code = (
+        "import sys, time\nfrom upcycle3d.perception.server import mix as m\n"
+        "m._make_plan = lambda *given: (print('held', flush=True), time.sleep(600))\n"
+        "m.mix(sys.argv[2:], sys.argv[1])"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "out"), *map(str, folders)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout.readline() == "held\n"
+            for out in ("out", "alias"):
+                with pytest.raises(UpcycleError, match="another mix is writing into"):
+                    mix(folders, tmp_path / out)
+        finally:
+            first.kill()
+    assert mix(folders, tmp_path / "alias").scenes == len(owner)
+
+
+def test_a_dead_run_is_completed_under_any_name_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folders, owner = vehicles(tmp_path, count=2, scenes=2)
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "alias").symlink_to(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(mixing, "sync_folder", lambda folder: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            mix(folders, tmp_path / "out")
+    assert mix(folders, tmp_path / "far" / "alias").completed
+    assert sorted(s for ids in scenes_in(tmp_path / "out").values() for s in ids) == sorted(owner)
+
+
 def test_mistakes_are_refused(tmp_path: Path):
     folders, _ = vehicles(tmp_path, count=2, scenes=1)
     with pytest.raises(InvalidInput, match="does not exist"):
@@ -186,10 +221,13 @@ def test_mistakes_are_refused(tmp_path: Path):
 def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folders, _ = vehicles(tmp_path, count=2, scenes=2)
     command(Mix(incoming=tuple(folders), out=tmp_path / "out", json=tmp_path / "report.json"))
-    assert "4 scenes of 2 shards are in 1 new shards" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "4 scenes of 2 shards are in 1 new shards" in told
+    assert f"next, on the server: upcycle3d ingest {tmp_path / 'out'} --store STORE --detector DETECTOR" in told
     assert '"sources": 2' in (tmp_path / "report.json").read_text()
     uploads.upload(tmp_path / "v0", [uploads.scene(5)])
     with pytest.raises(UpcycleError, match="nothing was mixed"):
         command(Mix(incoming=tuple(folders), out=tmp_path / "out"))
+    assert "ingest" not in capsys.readouterr().out  # there is nothing to ingest
     empty: MixReport = mix([tmp_path / "v1"], tmp_path / "out")
     assert (empty.shards, empty.unmixed) == ((), ())
