@@ -12,7 +12,7 @@ from typing import Literal
 from ..core.errors import InvalidInput
 from ..core.provenance import provenance_of_process
 from ..datasets.data_split import DataSplit
-from ..perception.models.defences.table import DefenceConfig, parse_defence
+from ..perception.models.defences.table import parse_defences
 from ..perception.recipes.audit import QUICK, Audit, AuditBudget, AuditPlan, AuditSetting, AuditUse, SettingResult
 from ..perception.recipes.audit_cells import REBUILDING, AttackName
 from ..perception.recipes.audit_report import (
@@ -117,7 +117,7 @@ def parse_setting(text: str) -> AuditSetting:
     if not match:
         raise InvalidInput(f"a setting is NAME=DEFENCE+DEFENCE@CODEC, as in small=region+noise:sigma=0.1@int8; found {text!r}")
     name, defences, codec = match.groups()
-    made: tuple[DefenceConfig, ...] = () if defences == "none" else tuple(parse_defence(part) for part in defences.split("+"))
+    made = parse_defences(defences)
     codecs: dict[str, Literal["fp16", "int8"]] = {"fp16": "fp16", "int8": "int8"}
     if (codec or "fp16") not in codecs:
         raise InvalidInput(f"there is no codec {codec!r}; it is fp16 or int8")

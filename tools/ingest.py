@@ -12,13 +12,14 @@ import tyro
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.rig import RigSpec
 from ..core.scan_options import ScanOptions
+from ..perception.models.defences.table import same_defences
 from ..perception.models.encoders.defended import defences_of
 from ..perception.models.encoders.encoder import Encoder
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
 from ..perception.recipes.audit_summary import SettingSummary, read_audit_summary, sentence
 from ..perception.server.ingest import ingest
 from ..perception.server.ingest_report import IngestReport, Refusal
-from ..perception.server.store_note import StoreNote, read_store_note, write_store_note
+from ..perception.server.store_note import NOTE, StoreNote, read_store_note, write_store_note
 from ..perception.wire.encoder_file import load_encoder
 from .console import console, print_table, print_warning, run_command, write_json
 
@@ -42,7 +43,8 @@ class Ingest:
     intensity_scale: float | None = None
     """The fleet's intensity scale, where `extract` got another one than the detector's training data."""
     audit: Path | None = None
-    """Folder of an audit of this encoder (`upcycle3d audit`). `inspect STORE` then says what was measured of such uploads."""
+    """Folder of an audit of this encoder (`upcycle3d audit`). `inspect STORE` then says what was measured of such uploads. An audit that did
+    not measure this encoder changes nothing."""
     final: bool = False
     """No upload is running any more: set incomplete shards aside instead of waiting for the rest."""
     retry_quarantine: bool = False
@@ -108,15 +110,17 @@ def _write_note(config: Ingest, encoder: Encoder, audited: Sequence[SettingSumma
     """Write down which defences the uploads of the store passed, and what an audit measured of them."""
     defences = defences_of(encoder)
     earlier = read_store_note(config.store)
-    measured = earlier.measured if earlier is not None and earlier.defences == defences else ()
+    measured = earlier.measured if earlier is not None and same_defences(earlier.defences, defences) else ()
     if config.audit is not None:
         own = encoder_fingerprint(encoder, RigSpec())
-        measured = tuple(sentence(row) for row in audited if row.encoder == own)
-        if not measured:
+        found = tuple(sentence(row) for row in audited if row.encoder == own)
+        if not found:
+            kept = f". What {config.store / NOTE} says of an earlier audit stays there" if measured else ""
             print_warning(
                 f"no setting of the audit in {config.audit} has the encoder of {config.detector}; it measured {', '.join(row.name for row in audited) or 'nothing'}. "
-                "The encoder of each setting is in its folder `detectors`; that one must go to the fleet"
+                f"The encoder of each setting is in its folder `detectors`; that one must go to the fleet{kept}"
             )
+        measured = found or measured
     if config.store.is_dir():
         write_store_note(config.store, StoreNote(defences=defences, measured=measured))
 

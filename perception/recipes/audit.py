@@ -50,7 +50,7 @@ from .audit_cells import (
     measure_rebuild,
     measure_sent,
 )
-from .audit_inputs import check_audit_inputs
+from .audit_inputs import check_audit_defences, check_audit_inputs
 from .defend import REPORT_FILE, defend_detector
 from .job_folder import PipelineConfig, RunOptions
 from .method_run import MethodResult, MethodRun
@@ -75,8 +75,13 @@ class AuditSetting:
     codec: Literal["fp16", "int8"] = "fp16"
     """How features are stored."""
 
+    @property
+    def what(self) -> str:
+        """Defences and codec as `upcycle3d audit --settings` takes them after the name."""
+        return f"{describe_defences(self.defences)}@{self.codec}"
+
     def __str__(self) -> str:
-        return f"{describe_defences(self.defences)}, {self.codec}"
+        return f"{self.name}={self.what}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,14 +212,16 @@ class Audit:
             say: Called with one line when something is measured.
 
         Raises:
-            InvalidInput: The folder holds another audit, a file of the plan cannot be read, the detector carries defences, or the frames
-                cannot be used: a victim is a frame of the attacker too, or labels have other classes than the detector.
+            InvalidInput: The folder holds another audit, a file of the plan cannot be read, the detector carries defences or cannot have
+                those of a setting, or the frames cannot be used: a victim is a frame of the attacker too, labels have other classes
+                than the detector, or there are none to fit defences to.
         """
         self.plan, self.folder, self.use, self.say = plan, folder, use, say
         self._detector = load_detector(plan.detector)
         check_audit_inputs(
             self._detector, plan.detector, attacker=plan.attacker, labeled=plan.labeled, victims=plan.victims, warn=say
         )
+        check_audit_defences(self._detector, {setting.name: setting.defences for setting in plan.settings}, plan.labeled)
         self.cache = ResultCache(folder / "cells", self._identity())
 
     def _identity(self) -> dict[str, Json]:
@@ -307,7 +314,7 @@ class Audit:
                     "setting another name"
                 )
             return found["measured"]
-        self.say(f"{setting.name} ({setting}): {what}" if what == "sent" else f"{setting.name}: {what}")
+        self.say(f"{setting}: {what}" if what == "sent" else f"{setting.name}: {what}")
         measured = measure()
         self.cache.write(key, self.plan.seed, {**stored, "measured": None if measured is None else config_to_json(measured)})
         return self.cache.read(key, self.plan.seed)["measured"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ...core.errors import InvalidInput
 from ...core.scan_comparison import rig_differences
 from ...datasets.data_split import DataSplit
+from ..models.defences.table import DefenceConfig
 from ..models.detector import Detector
 from ..models.encoders.defended import DefendedEncoder, defences_of
+from .defend import fresh_defences
 
 
 def check_audit_inputs(
@@ -50,3 +52,24 @@ def check_audit_inputs(
                 f"{len(both)} frames of the victims ({victims}), such as {min(both)}, are among the {role} ones ({other}) too. An attack is scored "
                 "on frames that nothing has learned from; choose another split"
             )
+
+
+def check_audit_defences(detector: Detector, settings: Mapping[str, Sequence[DefenceConfig]], labeled: DataSplit) -> None:
+    """Check that every setting can be made, before hours of attacks on the others.
+
+    Args:
+        detector: The audited detector.
+        settings: Defences by the name of the setting.
+        labeled: Frames that defences are fitted to.
+
+    Raises:
+        InvalidInput: The detector cannot have the defences of a setting, or the frames that they are fitted to have no labels.
+    """
+    guarded = {name: defences for name, defences in settings.items() if defences}
+    for name, defences in guarded.items():
+        try:
+            fresh_defences(detector, defences)
+        except InvalidInput as error:
+            raise InvalidInput(f"the setting {name!r}: {error}") from error
+    if guarded:
+        labeled.open().check_labeled()

@@ -66,7 +66,7 @@ def _summary(result: SettingResult, plain: SettingResult | None) -> SettingSumma
     metrics = {name for run in result.used.values() for name in run.student}
     return SettingSummary(
         name=result.setting.name,
-        what=str(result.setting),
+        what=result.setting.what,
         bytes_per_frame=result.sent.bytes_per_frame,
         raw_bytes_per_frame=result.sent.raw_bytes_per_frame,
         encoder=result.sent.encoder,
@@ -192,7 +192,7 @@ def attack_table(result: SettingResult) -> TextTable:
         "objects F@0.2", "IoU", "points per voxel", "bits", "AP 3D of rebuilt",
     )  # fmt: skip
     body = [(name, *_attack_row(found)) for name, found in result.rebuilt.items()]
-    return TextTable(f"Attacks on {result.setting.name} ({result.setting}), at matched density", header, body)
+    return TextTable(f"Attacks on {result.setting}, at matched density", header, body)
 
 
 def _attack_row(found: RebuildMeasured) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ class SettingSummary:
     name: str
     """Name of the setting."""
     what: str
-    """Defences and codec."""
+    """Defences and codec, as in `region+noise:sigma=0.1@int8`."""
     bytes_per_frame: float
     """Bytes of an encoded scene."""
     raw_bytes_per_frame: float

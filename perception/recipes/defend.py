@@ -95,8 +95,8 @@ def defend_detector(
         The detector and what its defences keep.
 
     Raises:
-        InvalidInput: The detector carries defences already, `out` holds a detector, a number is outside its limits, or the frames have no
-            labels or hold too few objects.
+        InvalidInput: The detector carries defences already or cannot have these, `out` holds a detector, a number is outside its limits,
+            or the frames have no labels or hold too few objects.
 
     Example:
         outcome = defend_detector("runs/source", "data/kitti:train", "runs/defended", [RegionConfig(), NoiseConfig(sigma=0.1)])
@@ -107,7 +107,7 @@ def defend_detector(
         raise InvalidInput(f"{out} holds a {DETECTOR_FILE} already; choose another folder")
     require_counts("defend", most=10_000_000, steps=steps, most_frames=most_frames)
     torch.manual_seed(seed)
-    guarded = defended(load_detector(detector), tuple(defences))
+    guarded = fresh_defences(load_detector(detector), defences)
     frames = find_data(data, "train").open()
     frames.check_labeled()
     rng = np.random.default_rng(seed)
@@ -137,6 +137,37 @@ def defend_detector(
     return outcome
 
 
+def fresh_defences(detector: Detector, defences: Sequence[DefenceConfig]) -> Detector:
+    """Give a detector defences that are not fitted yet, and refuse those that no fitting could make work. It takes no time.
+
+    Args:
+        detector: A detector without defences.
+        defences: The defences, the first one next to the encoder.
+
+    Returns:
+        A new detector in evaluation mode, on the CPU.
+
+    Raises:
+        InvalidInput: The detector carries defences already, there is no defence or more than 16, one sends more channels than it is given,
+            or a learned obfuscator stands behind a defence that changes the channels.
+    """
+    made = defended(detector, tuple(defences))
+    _check_obfuscators(made)
+    return made
+
+
+def _check_obfuscators(detector: Detector) -> None:
+    """The receiver of an obfuscator is trained for the decoder, so it must be given what the decoder reads."""
+    stages = cast(DefendedEncoder, detector.encoder).stages
+    late = [stage for stage in stages if isinstance(stage, Obfuscator) and stage.spec != detector.spec]
+    require(
+        not late,
+        "a learned obfuscator must stand before defences that change the channels (bottleneck, another obfuscator), because it is trained "
+        f"for the channels that the decoder reads; found {describe_defences(cast(DefendedEncoder, detector.encoder).config.defences)}. "
+        "Put it before them",
+    )
+
+
 def fit_defences(
     detector: Detector, scenes: Sequence[LabeledScene], *, steps: int, training: ObfuscatorTraining, seed: int
 ) -> FitReport:
@@ -155,6 +186,7 @@ def fit_defences(
     Raises:
         InvalidInput: A learned obfuscator stands behind a defence that changes the channels.
     """
+    _check_obfuscators(detector)
     report, rng = FitReport(), np.random.default_rng([seed, 1])
     for defence in cast(DefendedEncoder, detector.encoder).stages:
         if isinstance(defence, RegionUpload):
@@ -162,7 +194,6 @@ def fit_defences(
         elif isinstance(defence, NoisyFeatures | Bottleneck):
             defence.measure(CutFeatures.collate([scene.features for scene in scenes[:50]]))
         elif isinstance(defence, Obfuscator):
-            require(defence.spec == detector.spec, "a learned obfuscator must stand before defences that change the channels")
             pairs = [(scene.features, scene.scan) for scene in scenes]
             report = replace(report, obfuscator=train_obfuscator(defence, detector, pairs, training, seed=seed))
         scenes = [replace(scene, features=_through([defence], scene.features, rng)) for scene in scenes]

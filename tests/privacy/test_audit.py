@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 import tiny
+from upcycle3d.core.config_json import config_to_json
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.perception.models.defences.cells import DropConfig
@@ -97,6 +98,16 @@ def test_an_audit_whose_numbers_would_be_wrong_is_refused(plan, tmp_path):
         replace(plan, settings=(AuditSetting(name=UNDEFENDED, defences=(DropConfig(),)),))
 
 
+def test_a_setting_that_cannot_be_made_is_refused_before_anything_is_measured(plan, tmp_path):
+    for text, message in (
+        ("late=bottleneck:channels=4+obfuscator", "the setting 'late': a learned obfuscator must stand before"),
+        ("wide=bottleneck:channels=999", "the setting 'wide': a bottleneck sends at most"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            Audit(replace(plan, settings=(parse_setting(text),)), tmp_path)
+    assert not (tmp_path / "cells").exists()
+
+
 def test_the_detector_of_a_killed_run_is_made_again_and_that_of_another_setting_is_refused(plan, tmp_path):
     audit, setting = Audit(plan, tmp_path), plan.settings[-1]
     folder = audit.detector_folder(setting)
@@ -125,6 +136,8 @@ def test_settings_are_read_from_the_command_line():
         name="a", defences=(RegionConfig(margin_cells=2), NoiseConfig()), codec="int8"
     )
     assert parse_setting("b=none@int8") == AuditSetting(name="b", codec="int8")
+    for name in ("a=region:margin_cells=2+noise@int8", "undefended=none@fp16"):
+        assert str(parse_setting(name)) == name
     for text, message in (("region", "NAME=DEFENCE"), ("a=nothing", "there is no defence"), ("a=none@int4", "no codec")):
         with pytest.raises(InvalidInput, match=message):
             parse_setting(text)
@@ -165,6 +178,19 @@ def test_a_store_says_which_defences_its_uploads_passed_and_what_the_audit_measu
     assert run_command(ingest.command, list(map(str, words))) == 0  # another day, without the audit: the note stays
     assert run_command(inspect.command, [str(tmp_path / "store"), "--json", str(tmp_path / "j")]) == 0
     assert json.loads((tmp_path / "j").read_text()) == facts
+    for old in ('"drop:share=0.5"', '"drop:share=0.50"'):  # settings may be spelled in another way by an earlier version
+        note = tmp_path / "store" / "uploads.json"
+        note.write_text(note.read_text().replace('"drop:share=0.5"', old))
+        other = replace(summarize_audit(results)[0], encoder="0" * 64, name="elsewhere")
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "summary.json").write_text(json.dumps({"settings": [config_to_json(other)]}))
+        capsys.readouterr()
+        assert run_command(ingest.command, [*map(str, words), "--audit", str(tmp_path / "other")]) == 0
+        told = " ".join(capsys.readouterr().err.split())
+        assert "it measured elsewhere" in told
+        assert "says of an earlier audit stays there" in told
+        assert run_command(inspect.command, [str(tmp_path / "store"), "--json", str(tmp_path / "j")]) == 0
+        assert json.loads((tmp_path / "j").read_text()) == facts
     (tmp_path / "store" / "uploads.json").write_text('{"defences": 1}')
     for call, given in ((ingest.command, list(map(str, words))), (inspect.command, [str(tmp_path / "store")])):
         assert run_command(call, given) == 2
@@ -181,7 +207,9 @@ def test_ingest_warns_where_the_audit_measured_another_encoder(measured, plan, t
         extract([tiny.scan_with_car(0)], extractor, writer)
     words = [tmp_path / "in", "--store", tmp_path / "store", "--detector", tmp_path / "encoder.safetensors"]
     assert run_command(ingest.command, [*map(str, words), "--audit", str(audit.folder)]) == 0
-    assert "has the encoder of" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "has the encoder of" in told
+    assert "earlier audit" not in told
     assert run_command(ingest.command, [*map(str, words), "--audit", str(tmp_path)]) == 2
     assert "holds no finished audit" in capsys.readouterr().err
 

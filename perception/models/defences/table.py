@@ -1,6 +1,7 @@
 """The defences that there are, and how a command line spells them. A new one adds one line here.
 
 A defence is written as its name and the fields that differ from their defaults, as in `region:margin_cells=2,background_share=0.1`.
+Several are joined by `+`, as in `region+noise:sigma=0.1`; `none` is no defence. What `describe_defences` writes, `parse_defences` reads.
 """
 
 from __future__ import annotations
@@ -77,23 +78,68 @@ def parse_defence(text: str) -> DefenceConfig:
     return kind(**values)  # type: ignore[arg-type]
 
 
+def parse_defences(text: str) -> tuple[DefenceConfig, ...]:
+    """Read several defences from a command line.
+
+    Args:
+        text: Defences in order, joined by `+`, as `describe_defences` writes them; `none` for no defence. Spaces around `+` are allowed.
+
+    Returns:
+        Their configurations.
+
+    Raises:
+        InvalidInput: There is no such defence or field, or a value cannot be used.
+
+    Example:
+        >>> parse_defences("drop:share=0.5+jitter:cells=2")
+        (DropConfig(share=0.5), JitterConfig(cells=2, voxels=4, share=0.5))
+    """
+    return () if text.strip() == "none" else tuple(parse_defence(part.strip()) for part in text.split("+"))
+
+
 def describe_defences(configs: Sequence[DefenceConfig]) -> str:
-    """Write defences so that people and `parse_defence` can read them.
+    """Write defences so that people and `parse_defences` can read them.
 
     Args:
         configs: The defences in order.
 
     Returns:
-        Names and all settings, joined by ` + `; `none` without a defence.
+        Names with the settings that differ from the defaults, joined by `+`; `none` without a defence.
+
+    Example:
+        >>> describe_defences([RegionConfig(recall=0.9), NoiseConfig()])
+        'region:recall=0.9+noise'
     """
-    texts = [
-        f"{defence_name(type(config))}:{','.join(f'{k}={_written(v)}' for k, v in config_to_json(config).items())}"
-        for config in configs
-    ]
-    return " + ".join(texts) or "none"
+    return "+".join(map(_described, configs)) or "none"
+
+
+def same_defences(text: str, other: str) -> bool:
+    """Say whether two texts name the same defences, also where one leaves settings at their defaults out.
+
+    Args:
+        text: Defences as `describe_defences` writes them, or as an earlier version did.
+        other: The same.
+
+    Returns:
+        True where both give the same defences. Texts that cannot be read are the same only letter by letter.
+
+    Example:
+        >>> same_defences("noise:sigma=0.5", "noise")
+        True
+    """
+    try:
+        return parse_defences(text) == parse_defences(other)
+    except InvalidInput:
+        return text == other
+
+
+def _described(config: DefenceConfig) -> str:
+    values = config_to_json(config)
+    own = ",".join(f"{f.name}={_written(values[f.name])}" for f in fields(config) if values[f.name] != f.default)
+    return defence_name(type(config)) + (f":{own}" if own else "")
 
 
 def _written(value: float) -> str:
-    """A number as people write it, with all digits that it needs."""
+    """A number as people write it, with all digits that it needs and without the `+` that separates defences."""
     short = f"{value:g}"
-    return short if float(short) == value else repr(value)
+    return (short if float(short) == value and isinstance(value, float) else repr(value)).replace("e+", "e")
