@@ -262,6 +262,12 @@ def _show(
     )
     if names or not before:
         _print(report, names)
+    if extractor.defended and report.frames:
+        console.print(
+            f"cells at the cut: the defences sent {report.cells_sent:,} of {report.cells:,} in this run "
+            f"({report.cells_sent / max(report.cells, 1):.1%})",
+            soft_wrap=True,
+        )
     if before:
         console.print(f"{before} of {asked} scans were in finished shards before and were left out")
     if report.refused:

@@ -28,7 +28,8 @@ def extract_fleet(job: JobFolder) -> dict[str, float]:
 
     Returns:
         `bytes_per_frame` of the scenes, `raw_bytes_per_frame` of the scans, and the median milliseconds per frame of each stage:
-        `voxelize_ms`, `backbone_ms`, `codec_ms`, `write_ms`.
+        `voxelize_ms`, `backbone_ms`, `codec_ms`, `write_ms`. `cells` counts the cells at the cut of all scenes before the defences of the
+        encoder, and `cells_sent` those that were sent; files of earlier versions lack these two.
     """
     summary = job.folder / "extraction.json"
     if not summary.exists():
@@ -83,4 +84,5 @@ def extraction_numbers(report: ExtractionReport) -> dict[str, float]:
     """
     stages = {"voxelize": report.voxelize, "backbone": report.backbone, "codec": report.codec, "write": report.write}
     values = {f"{name}_ms": stage.median_ms for name, stage in stages.items()}
-    return values | {"bytes_per_frame": report.smashed_bytes_per_frame, "raw_bytes_per_frame": report.raw_bytes_per_frame}
+    values |= {"bytes_per_frame": report.smashed_bytes_per_frame, "raw_bytes_per_frame": report.raw_bytes_per_frame}
+    return values | {"cells": report.cells, "cells_sent": report.cells_sent}

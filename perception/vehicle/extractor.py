@@ -67,6 +67,9 @@ class StageTimes:
     points_outside_height: int = 0
     """Points that lie within the sides of the range, and below or above it; 0 for an encoder that does not count."""
 
+    cells: int = 0
+    """Cells at the cut before the defences of the encoder; the scene holds those that are sent."""
+
 
 class Extractor:
     """Turns scans into smashed scenes with a frozen copy of an encoder.
@@ -75,6 +78,7 @@ class Extractor:
         spec: The cut of the encoder, as its defences leave it.
         rig: What is done to a scan first.
         codec: How the features will be stored.
+        defended: Whether what leaves is not what the network computes, because the encoder carries defences.
         fingerprint: The fingerprint of encoder and rig. The server must expect the same.
         trained_on: What the training of the encoder knew about its scans; None for an encoder without such notes.
 
@@ -116,6 +120,7 @@ class Extractor:
         self.rig = rig
         self.trained_on: TrainedOn | None = getattr(encoder, "trained_on", None)
         self.codec = codec
+        self.defended = encoder.defended
 
     @classmethod
     def from_file(
@@ -218,7 +223,8 @@ class Extractor:
             voxelized = self._now()
             # 128 bits of the operating system for every scan: who knows the numbers could take a defence's noise away again.
             rng = np.random.default_rng(secrets.randbits(128))
-            features = self._encoder.upload(clouds, voxels, rng).to("cpu")
+            computed = self._encoder.before_defences(clouds, voxels)
+            features = self._encoder.after_defences(computed, rng).to("cpu")
         done = self._now()
         cells = features.voxels.sorted()
         keypoint_cells, keypoint_features = self._keypoints_at_rest(features.keypoints)
@@ -239,6 +245,7 @@ class Extractor:
             counts=counts,
             measures=None if counts is None else measures_of(shifted.to("cpu"), counts),
             points_outside_height=0 if counts is None else points_outside_height(shifted, self._encoder),
+            cells=len(computed.voxels.coords),
         )
 
     def _keypoints_at_rest(self, keypoints: Keypoints | None) -> tuple[Tensor, Tensor]:
@@ -315,6 +322,12 @@ class ExtractionReport:
     scans: ScanStatistics | None = None
     """Medians of the first `MEASURED_SCANS` scans in the frame of the encoder, to compare with those of training."""
 
+    cells: int = 0
+    """Cells at the cut of all scenes written, before the defences of the encoder."""
+
+    cells_sent: int = 0
+    """Cells that these scenes hold. A defence that adds false cells can make this the larger number."""
+
     refused: bool = False
     """Whether the run ended because too many cells were lost to the voxel limit (`refuse_lost_cells`)."""
 
@@ -334,7 +347,7 @@ class _Tally:
 
     def __init__(self) -> None:
         self._times: dict[str, array[float]] = {name: array("d") for name in ("voxelize", "backbone", "codec", "write")}
-        self._bytes: list[tuple[int, int]] = []
+        self._sizes: list[tuple[int, int, int, int]] = []  # bytes of scan and scene, cells before the defences and sent
         self._measures: list[ScanMeasures] = []
         self.failures: list[ScanFailure] = []
         self.ledger = Ledger()
@@ -345,19 +358,20 @@ class _Tally:
         self.failures.append(ScanFailure(index=index, reason=shown(reason, most=2000)))
         self.ledger = self.ledger + replace(read, scans=0, scans_failed=1, scans_without_points=int(empty))
 
-    def count(self, points: PointCloud, stage: StageTimes, added: AddedScene, total: Ledger) -> None:
+    def count(self, points: PointCloud, scene: SmashedScene, stage: StageTimes, added: AddedScene, total: Ledger) -> None:
         self.ledger = total
         if stage.measures is not None and len(self._measures) < MEASURED_SCANS:
             self._measures.append(stage.measures)
-        self._bytes.append((len(points) * 4 * (3 + points.features.shape[1]), added.length))
+        raw = len(points) * 4 * (3 + points.features.shape[1])
+        self._sizes.append((raw, added.length, stage.cells, len(scene.coords)))
         row = (stage.voxelize_ms, stage.backbone_ms, added.encode_ms, added.write_ms)
         for series, value in zip(self._times.values(), row, strict=True):
             series.append(value)
 
     def drop(self, scenes: int) -> None:
         """Leave the last scenes out of the counts of what was written."""
-        kept = len(self._bytes) - scenes
-        del self._bytes[kept:]
+        kept = len(self._sizes) - scenes
+        del self._sizes[kept:]
         for series in self._times.values():
             del series[kept:]
 
@@ -366,15 +380,18 @@ class _Tally:
             self._times["write"][-1] += milliseconds
 
     def report(self, shards: tuple[Path, ...], *, refused: bool = False, ledger: Ledger | None = None) -> ExtractionReport:
+        raw, smashed, cells, sent = (sum(column) for column in zip((0, 0, 0, 0), *self._sizes, strict=True))
         return ExtractionReport(
             frames=len(self._times["write"]),
             failures=tuple(self.failures),
-            raw_bytes=sum(raw for raw, _ in self._bytes),
-            smashed_bytes=sum(smashed for _, smashed in self._bytes),
+            raw_bytes=raw,
+            smashed_bytes=smashed,
             **{name: _summary(series) for name, series in self._times.items()},
             shards=shards,
             ledger=ledger or self.ledger,
             scans=summarize_scans(self._measures),
+            cells=cells,
+            cells_sent=sent,
             refused=refused,
         )
 
@@ -473,6 +490,8 @@ def extract(
                 if stage.counts is not None:
                     read = stage.counts.ledger(read) + Ledger(points_outside_height=stage.points_outside_height)
                 if not len(scene.coords):
+                    if stage.cells:
+                        raise InvalidInput(f"the defences left out all of its {stage.cells} cells, so there is nothing to upload")
                     raise _NothingToUpload(_without_cells(points, read))
                 total = tally.ledger + (read if read.scans else replace(read, scans=1))
                 if refuse_lost_cells and (index + 1 >= EARLY_SCANS or writer.next_fills) and _too_many_lost(total):
@@ -493,7 +512,7 @@ def extract(
                     on_frame(index + 1)
             if on_measures is not None and stage.measures is not None:
                 on_measures(stage.measures)
-            tally.count(points, stage, added, total)
+            tally.count(points, scene, stage, added, total)
     except ShardWriteError:
         raise
     except Exception:

@@ -23,11 +23,13 @@ from upcycle3d.core.rig import RigSpec
 from upcycle3d.core.structures import PointCloud
 from upcycle3d.core.trained_on import ScanStatistics, TrainedOn
 from upcycle3d.datasets.prepare import prepare
+from upcycle3d.perception.models.defences.cells import DropConfig
+from upcycle3d.perception.models.defended import defended
 from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.recipes.architectures import coarse_keypoints
 from upcycle3d.perception.recipes.presets import PRESETS
 from upcycle3d.perception.vehicle.progress import open_progress
-from upcycle3d.perception.wire.codec import scene_id_of
+from upcycle3d.perception.wire.codec import decode_scene, scene_id_of
 from upcycle3d.perception.wire.encoder_file import save_encoder
 from upcycle3d.perception.wire.manifest import read_manifest
 from upcycle3d.perception.wire.shards import ShardWriter, read_members
@@ -488,3 +490,32 @@ def test_no_preset_sends_fine_balls_unless_it_is_called_published():
     sending = {name for name, preset in PRESETS.items() if preset.detector.encoder.build().sends_fine_balls}
     assert sending == {name for name in PRESETS if name.endswith("_published")}
     assert len(sending) == 3
+
+
+def test_a_defended_extraction_says_which_share_of_the_cells_it_sent(scans, tmp_path, capsys):
+    """Oracle: the cells of an extraction without defences, and those that the shards hold."""
+    plain = tiny.source_model()
+    save_encoder(tmp_path / "plain.safetensors", plain.encoder.eval())
+    save_encoder(tmp_path / "half.safetensors", defended(plain, (DropConfig(share=0.5),)).encoder.eval())
+    run(tmp_path / "plain.safetensors", tmp_path / "all", "--scans", scans, "--json", tmp_path / "all.json")
+    assert "defences sent" not in capsys.readouterr().out
+    whole = json.loads((tmp_path / "all.json").read_text())
+    run(tmp_path / "half.safetensors", tmp_path / "out", "--scans", scans, "--json", tmp_path / "half.json")
+    half = json.loads((tmp_path / "half.json").read_text())
+    held = 0
+    for path in (tmp_path / "out").glob("*.json"):
+        m = read_manifest(path)
+        for _, blob in read_members(tmp_path / "out" / m.tar_name, m):
+            held += len(decode_scene(blob, expected_spec=m.spec, expected_fingerprint=m.encoder_fingerprint).coords)
+    assert whole["cells"] == whole["cells_sent"] == half["cells"] > 0
+    assert half["cells_sent"] == held < whole["cells"]
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"the defences sent {held:,} of {whole['cells']:,} in this run ({held / whole['cells']:.1%})" in told
+
+
+def test_a_scan_of_which_the_defences_leave_out_every_cell_is_named_as_such(scans, tmp_path, capsys):
+    save_encoder(tmp_path / "none.safetensors", defended(tiny.source_model(), (DropConfig(share=1.0),)).encoder.eval())
+    run(tmp_path / "none.safetensors", tmp_path / "out", "--scans", scans, "--json", tmp_path / "j", code=2)
+    report = json.loads((tmp_path / "j").read_text())
+    assert "the defences left out all of its" in report["failures"][0]["reason"]
+    assert (report["frames"], report["cells_sent"]) == (0, 0)

@@ -25,6 +25,7 @@ from upcycle3d.perception.models.encoders.encoder import Encoder
 from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder, PvRcnnEncoderConfig
 from upcycle3d.perception.models.encoders.second import SecondEncoder, SecondEncoderConfig
+from upcycle3d.perception.recipes.fleet_extraction import extraction_numbers
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
 from upcycle3d.perception.wire.codec import decode_scene, encode_scene, round_trip
 from upcycle3d.perception.wire.encoder_file import save_encoder
@@ -285,6 +286,9 @@ def test_the_report_counts_bytes_and_times_of_every_stage(tmp_path):
     assert report.smashed_bytes == sum(stored)
     assert report.smashed_bytes_per_frame == sum(stored) / 5
     assert len(report.shards) == 3
+    assert report.cells == report.cells_sent > 0  # no defence
+    numbers = extraction_numbers(report)  # `extraction.json` of a job
+    assert (numbers["cells"], numbers["cells_sent"]) == (report.cells, report.cells_sent)
     for stage in (report.voxelize, report.backbone, report.codec, report.write):
         assert 0 <= stage.median_ms <= stage.p95_ms
     assert min(report.voxelize.mean_ms, report.backbone.mean_ms, report.codec.mean_ms, report.write.mean_ms) > 0

@@ -138,20 +138,30 @@ class DefendedEncoder(Encoder):
                 break  # later defences work on other channels, and only on what is sent
         return found
 
-    def upload(self, points: Sequence[PointCloud], voxels: SparseVoxels, rng: np.random.Generator | None = None) -> CutFeatures:
-        """Compute what leaves the vehicle.
+    def before_defences(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> CutFeatures:
+        """Compute the features that the defences are given.
 
         Args:
             points: The scans that `voxels` were made from.
             voxels: What `voxelize` returned.
+
+        Returns:
+            Features with the shape `spec`.
+        """
+        return self.encoder.features(points, voxels)
+
+    def after_defences(self, features: CutFeatures, rng: np.random.Generator | None = None) -> CutFeatures:
+        """Compute what leaves the vehicle.
+
+        Args:
+            features: What `before_defences` returned.
             rng: Where the defences draw random numbers from; None draws a seed from torch's global generator.
 
         Returns:
             Features with the shape `upload_spec`.
         """
-        found = self.encoder.features(points, voxels)
         rng = seeded_by_torch() if rng is None else rng
-        scenes = [found.scene(index) for index in range(found.batch_size)]
+        scenes = [features.scene(index) for index in range(features.batch_size)]
         for defence in self.stages:
             scenes = [defence.send(scene, rng) for scene in scenes]
         return CutFeatures.collate(scenes)

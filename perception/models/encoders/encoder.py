@@ -110,7 +110,31 @@ class Encoder(nn.Module, ABC):
         Returns:
             Features with the shape `upload_spec`.
         """
+        return self.after_defences(self.before_defences(points, voxels), rng)
+
+    def before_defences(self, points: Sequence[PointCloud], voxels: SparseVoxels) -> CutFeatures:
+        """Compute what an upload is made of: every cell at the cut, before a defence leaves any of them out.
+
+        Args:
+            points: one scan per scene, as for `voxelize`.
+            voxels: what `voxelize` returned.
+
+        Returns:
+            Features with the shape `spec`.
+        """
         return self.features(points, voxels)
+
+    def after_defences(self, features: CutFeatures, rng: np.random.Generator | None = None) -> CutFeatures:
+        """Compute what leaves a vehicle of the features at the cut.
+
+        Args:
+            features: what `before_defences` returned.
+            rng: where random defences draw from, as for `upload`.
+
+        Returns:
+            Features with the shape `upload_spec`; the same where the encoder carries no defence.
+        """
+        return features
 
     def restore(self, uploaded: CutFeatures) -> CutFeatures:
         """Turn what a vehicle sent into features that the decoder reads: the server's half of a defence.
