@@ -16,6 +16,7 @@ from ..perception.models.defences.table import parse_defences
 from ..perception.recipes.audit import QUICK, Audit, AuditBudget, AuditPlan, AuditSetting, AuditUse, SettingResult
 from ..perception.recipes.audit_cells import REBUILDING, AttackName
 from ..perception.recipes.audit_report import (
+    LEAK_NOTE,
     attack_table,
     attribute_table,
     summarize_audit,
@@ -87,8 +88,10 @@ def command(config: AuditOptions) -> None:
     audit = Audit(plan, config.out, use=_use(config, plan), say=lambda text: console.print(text, soft_wrap=True))
     results = list(audit.results())
     told = attribute_table(results)
-    tables = [summary_table(summarize_audit(results)), *(attack_table(result) for result in results if result.rebuilt)]
-    for text in [*tables, told] if told else tables:
+    summary = summary_table(summarize_audit(results))
+    print_table(summary.caption, summary.header, summary.rows)
+    console.print(LEAK_NOTE, soft_wrap=True)
+    for text in (*(attack_table(result) for result in results if result.rebuilt), *([told] if told else [])):
         print_table(text.caption, text.header, text.rows)
     for warning in (*weak_attacks(results), *_not_measured(attacks, results)):
         print_warning(warning)

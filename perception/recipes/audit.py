@@ -38,6 +38,7 @@ from ..privacy.frames import AuditFrame, audit_frames
 from ..training.detector_files import DETECTOR_FILE, load_detector
 from .audit_cells import (
     REBUILDING,
+    WITHOUT_UPLOADS,
     AttackName,
     ExactMeasured,
     LinkageMeasured,
@@ -209,7 +210,7 @@ class Audit:
             plan: What decides the numbers.
             folder: Folder of the audit.
             use: The training whose AP is measured; None measures none.
-            say: Called with one line when something is measured.
+            say: Called with one line when something is measured, such as `3 of 27: small: occupancy`.
 
         Raises:
             InvalidInput: The folder holds another audit, a file of the plan cannot be read, the detector carries defences or cannot have
@@ -217,6 +218,7 @@ class Audit:
                 than the detector, or there are none to fit defences to.
         """
         self.plan, self.folder, self.use, self.say = plan, folder, use, say
+        self._counted = 0
         self._detector = load_detector(plan.detector)
         check_audit_inputs(
             self._detector, plan.detector, attacker=plan.attacker, labeled=plan.labeled, victims=plan.victims, warn=say
@@ -240,12 +242,18 @@ class Audit:
         """The input grid of the detector."""
         return self._detector.spec.grid
 
+    @property
+    def cells(self) -> int:
+        """Number of cells of the whole audit: for every setting what is sent, each attack, and each training on its uploads."""
+        return len(self.plan.settings) * (1 + len(self.plan.attacks) + (0 if self.use is None else len(self.use.seeds)))
+
     def results(self) -> Iterator[SettingResult]:
         """Measure what is missing, setting by setting.
 
         Yields:
             The result of each setting as soon as it is complete.
         """
+        self._counted = 0
         for setting in self.plan.settings:
             yield self._result(setting)
 
@@ -304,6 +312,7 @@ class Audit:
         )
 
     def _cell(self, setting: AuditSetting, what: str, measure: Callable[[], object]) -> Json:
+        self._counted += 1
         key = f"{setting.name}__{what}"
         stored = {"setting": config_to_json(setting)}
         if self.cache.has(key, self.plan.seed):
@@ -314,10 +323,23 @@ class Audit:
                     "setting another name"
                 )
             return found["measured"]
-        self.say(f"{setting}: {what}" if what == "sent" else f"{setting.name}: {what}")
-        measured = measure()
-        self.cache.write(key, self.plan.seed, {**stored, "measured": None if measured is None else config_to_json(measured)})
+        place = f"{self._counted} of {self.cells}: {setting if what == 'sent' else setting.name}: {what}"
+        known = self._measured_of_another(what)
+        if known is None:
+            self.say(place)
+            measured = measure()
+            found = None if measured is None else config_to_json(measured)
+        else:
+            self.say(f"{place}, the same as of {known.name}")
+            found = self.cache.read(f"{known.name}__{what}", self.plan.seed)["measured"]
+        self.cache.write(key, self.plan.seed, {**stored, "measured": found})
         return self.cache.read(key, self.plan.seed)["measured"]
+
+    def _measured_of_another(self, what: str) -> AuditSetting | None:
+        """A setting whose cell of this name is there already and is that of every setting, because the attack looks at no upload."""
+        if what not in WITHOUT_UPLOADS:
+            return None
+        return next((s for s in self.plan.settings if self.cache.has(f"{s.name}__{what}", self.plan.seed)), None)
 
     def detector_folder(self, setting: AuditSetting) -> Path:
         """Find the run folder of the detector of a setting; it is made if it is not there.
@@ -383,7 +405,12 @@ class Audit:
         if self.use is None:
             return {}
         run = {"upcycling": MethodRun(method="upcycling", upcycle=self.use.preset.upcycle)}
-        return {seed: dict(self.pipeline(setting, seed).results(run))["upcycling"] for seed in self.use.seeds}
+        found = {}
+        for seed in self.use.seeds:
+            self._counted += 1
+            self.say(f"{self._counted} of {self.cells}: {setting.name}: UpCycling with seed {seed}")
+            found[seed] = dict(self.pipeline(setting, seed).results(run))["upcycling"]
+        return found
 
 
 class _Frames:

@@ -60,6 +60,8 @@ which bound what can be rebuilt. `exact`: single points computed. `linkage`: ord
 
 REBUILDING: tuple[AttackName, ...] = ("nothing", "cells", "regression", "chamfer", "coordinates", "occupancy", "voxels")
 """Attacks that rebuild a scan."""
+WITHOUT_UPLOADS: tuple[AttackName, ...] = ("nothing", "voxels")
+"""Those that look at no upload: their rows are the same for every setting, so they are measured once."""
 BOUND_FRAMES = 3
 """Frames for which the bound of a noise is computed; each takes a second."""
 DEVELOPMENT_SHARE = 0.1

@@ -34,6 +34,11 @@ STRONGEST: AttackName = "occupancy"
 """The attack that plots and leak shares are about."""
 PICTURE = "scenes.png"
 """Picture of the first victim's scan beside what the strongest attack made of its upload in each setting."""
+LEAK_NOTE = (
+    "Leak share L: what the occupancy attack rebuilds beyond a guess without upload; 0 is no more than the guess, 1 is as much as from "
+    "undefended uploads"
+)
+"""The line below the summary table."""
 _EXPLAINED: dict[AttackName, str] = {
     "nothing": "no upload: the typical scan of the attacker's frames",
     "cells": "the centers of the cells that were sent, without learning",
@@ -113,15 +118,15 @@ def summary_table(rows: Sequence[SettingSummary]) -> TextTable:
     metrics = list(dict.fromkeys(name for row in rows for name in row.ap))
     header = (
         "setting",
-        "kB",
-        "of raw",
-        "F@0.2",
-        "L",
-        "above road",
-        *classes,
-        "bits",
-        "exact",
-        "neighbor",
+        "kB per frame",
+        "share of raw bytes",
+        "F@0.2 m whole scene",
+        "leak share L",
+        "F@0.2 m above road",
+        *(f"F@0.2 m in {name}" for name in classes),
+        "bits per voxel",
+        "exact points (by chance)",
+        "neighbors found (by chance)",
         *(f"AP {name}" for name in metrics),
     )
     body = [
@@ -141,10 +146,12 @@ def summary_table(rows: Sequence[SettingSummary]) -> TextTable:
         for row in rows
     ]
     caption = (
-        "What each setting sends and gives away. F@0.2: the occupancy attack at matched density; L: leak share; above road: background; "
-        "bits: of a scan given the upload; exact: points per scan within 1 cm (by chance); neighbor: found in time (by chance)"
+        "What each setting sends and gives away. F@0.2 m: F-score of the scan that the occupancy attack rebuilds, at 0.2 m and matched density; "
+        "bits: what storing a scan costs who has its upload; exact points: per scan, within 1 cm; neighbors: in time"
     )
-    return TextTable(caption, header, body)
+    always = ("setting", "kB per frame", "share of raw bytes", "F@0.2 m whole scene", "leak share L")
+    shown = [i for i, name in enumerate(header) if name in always or any(row[i] != "-" for row in body)]  # what somebody measured
+    return TextTable(caption, tuple(header[i] for i in shown), [tuple(row[i] for i in shown) for row in body])
 
 
 def weak_attacks(results: Sequence[SettingResult]) -> list[str]:
@@ -259,13 +266,16 @@ def write_audit_report(audit: Audit, results: Sequence[SettingResult], *, made_b
     told = attribute_table(results)
     tables += [told] if told else []
     warnings = [f"Warning: {text}." for text in weak_attacks(results)]
-    text = "\n\n".join([*warnings, *(f"{t.caption}.\n\n{_markdown(t)}" for t in tables)]) + "\n"
+    shown = [f"{t.caption}.\n\n{_markdown(t)}" for t in tables]
+    text = "\n\n".join([*warnings, shown[0], f"{LEAK_NOTE}.", *shown[1:]]) + "\n"
     write_atomically(audit.folder / "audit.md", text.encode())
     pictures = _pictures(audit, results)
     if pictures:
         write_atomically(audit.folder / PICTURE, pictures[0][1])
     sections = [
-        Section("Summary", [paragraph(_lead(audit, rows)), *map(paragraph, warnings), _html(tables[0])]),
+        Section(
+            "Summary", [paragraph(_lead(audit, rows)), *map(paragraph, warnings), _html(tables[0]), paragraph(f"{LEAK_NOTE}.")]
+        ),
         Section("Frontier", _frontier(rows)),
         *(
             [Section("True and rebuilt", [tabs([(name, figure_png(png, _figure_text(name))) for name, png in pictures])])]

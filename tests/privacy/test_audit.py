@@ -1,6 +1,7 @@
 """The audit: every cell is measured once, stored, and shown; a setting without defences is always there to compare with."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -15,8 +16,8 @@ from upcycle3d.perception.models.defences.region import RegionConfig
 from upcycle3d.perception.models.defended import defended
 from upcycle3d.perception.privacy.attacks.occupancy_decoder import DecoderSize
 from upcycle3d.perception.recipes.audit import UNDEFENDED, Audit, AuditBudget, AuditPlan, AuditSetting
-from upcycle3d.perception.recipes.audit_cells import measure_linkage, read_drives
-from upcycle3d.perception.recipes.audit_report import summarize_audit, summary_table, weak_attacks, write_audit_report
+from upcycle3d.perception.recipes.audit_cells import WITHOUT_UPLOADS, measure_linkage, read_drives
+from upcycle3d.perception.recipes.audit_report import LEAK_NOTE, summarize_audit, summary_table, weak_attacks, write_audit_report
 from upcycle3d.perception.recipes.audit_summary import sentence
 from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
@@ -69,6 +70,39 @@ def test_every_setting_is_measured_and_the_undefended_one_is_among_them(measured
     assert len(said) == 2 * (1 + 6)
 
 
+def test_the_progress_counts_all_cells_and_names_a_setting_as_it_is_given(measured):
+    audit, _, said = measured
+    assert [text.split(": ")[0] for text in said] == [f"{n} of 14" for n in range(1, 15)]
+    assert said[0] == "1 of 14: undefended=none@fp16: sent"
+    assert said[7] == "8 of 14: half=drop:share=0.5@fp16: sent"
+    assert audit.cells == 14
+
+
+def test_rows_that_no_upload_decides_are_measured_once_and_stand_in_every_table(measured, plan, tmp_path, monkeypatch):
+    """Oracle: measuring them again for the defended setting gives the same scores."""
+    _, results, said = measured
+    assert [text for text in said if "the same as" in text] == [
+        "9 of 14: half: nothing, the same as of undefended", "11 of 14: half: voxels, the same as of undefended"
+    ]  # fmt: skip
+    plain, half = results
+    for name in WITHOUT_UPLOADS:
+        assert half.rebuilt[name] == plain.rebuilt[name]
+    alone = Audit(replace(plan, attacks=WITHOUT_UPLOADS), tmp_path)
+    monkeypatch.setattr(alone, "_measured_of_another", lambda what: None)
+    for result in alone.results():
+        for name in WITHOUT_UPLOADS:
+            assert replace(result.rebuilt[name], training_seconds=0) == replace(plain.rebuilt[name], training_seconds=0)
+
+
+def test_cells_of_a_folder_in_which_they_were_measured_for_each_setting_are_taken(measured, plan, tmp_path):
+    audit, results, _ = measured
+    shutil.copytree(audit.folder, tmp_path / "old")
+    (tmp_path / "old" / "cells" / "undefended__nothing_seed0.json").unlink()
+    said: list[str] = []
+    assert list(Audit(plan, tmp_path / "old", say=said.append).results()) == results
+    assert said == ["2 of 14: undefended: nothing, the same as of half"]
+
+
 def test_an_audit_goes_on_where_it_was_and_measures_nothing_twice(measured, plan):
     audit, results, _ = measured
     said: list[str] = []
@@ -77,7 +111,7 @@ def test_an_audit_goes_on_where_it_was_and_measures_nothing_twice(measured, plan
     assert said == []
     more = replace(plan, settings=(*plan.settings, AuditSetting(name="noise", defences=(NoiseConfig(),))))
     assert len(list(Audit(more, audit.folder, say=said.append).results())) == 3
-    assert all(text.startswith("noise") for text in said)
+    assert all(" of 21: noise" in text for text in said)
     with pytest.raises(InvalidInput, match="another configuration"):
         Audit(replace(plan, seed=1), audit.folder)
     other = replace(plan, settings=(AuditSetting(name="half", defences=(DropConfig(share=0.4),)),))
@@ -121,13 +155,18 @@ def test_the_report_shows_every_setting_and_attack(measured):
     audit, results, _ = measured
     rows = summarize_audit(results)
     assert [row.name for row in rows] == [UNDEFENDED, "half"]
-    assert len(summary_table(rows).rows) == 2
+    table = summary_table(rows)
+    assert len(table.rows) == 2
+    assert table.header[:5] == ("setting", "kB per frame", "share of raw bytes", "F@0.2 m whole scene", "leak share L")
+    assert table.header[5:] == ("exact points (by chance)",)  # nobody attacked order, and no network rebuilt objects
     page = write_audit_report(audit, results).read_text()
-    for wanted in ("half", "the voxel centers of the raw scan", "lower bounds", "cells of Car, AUC"):
+    for wanted in (LEAK_NOTE, "half", "the voxel centers of the raw scan", "lower bounds", "cells of Car, AUC"):
         assert wanted in page
     record = json.loads((audit.folder / "summary.json").read_text())
     assert [row["name"] for row in record["settings"]] == [UNDEFENDED, "half"]
-    assert (audit.folder / "audit.md").read_text().count("| half |") >= 1
+    text = (audit.folder / "audit.md").read_text()
+    assert text.count("| half |") >= 1
+    assert text.index("| half |") < text.index(LEAK_NOTE) < text.index("Attacks on")
     assert "anonym" not in page.lower()
 
 
