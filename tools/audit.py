@@ -13,8 +13,10 @@ from ..core.errors import InvalidInput
 from ..core.provenance import provenance_of_process
 from ..datasets.data_split import DataSplit
 from ..perception.models.defences.table import parse_defences
-from ..perception.recipes.audit import QUICK, Audit, AuditBudget, AuditPlan, AuditSetting, AuditUse, SettingResult
+from ..perception.recipes.audit import Audit, SettingResult
 from ..perception.recipes.audit_cells import REBUILDING, AttackName
+from ..perception.recipes.audit_membership import MembershipPlan, ReferencePlan, membership_table
+from ..perception.recipes.audit_plan import QUICK, AuditBudget, AuditPlan, AuditSetting, AuditUse
 from ..perception.recipes.audit_report import (
     LEAK_NOTE,
     attack_table,
@@ -53,6 +55,13 @@ class AuditOptions:
     `--drives` also `linkage`."""
     drives: Path | None = None
     """CSV file with the columns `id`, `drive` and perhaps `position` of the victims' frames; the attack `linkage` needs it."""
+    members: DataOption | None = None
+    """Labeled frames that the detector was trained on, `train` where no split is named. The audit then also attacks membership: do the
+    weights tell these frames from the victims?"""
+    references: tuple[str, ...] = ()
+    """Detectors of the attacker for the attack on membership, as DETECTOR=MEMBERS=OTHERS: a run folder, the split that it was trained on, and a
+    split that neither it nor the audited detector was trained on. Give two or more: without them the attack mostly tells which frames are
+    hard."""
     quick: bool = False
     """A first look in minutes, with weaker attacks. It takes no `--budget` options."""
     budget: AuditBudget = AuditBudget()
@@ -80,6 +89,7 @@ def command(config: AuditOptions) -> None:
         attacker=attacker,
         victims=victims,
         drives=config.drives,
+        membership=_membership(config),
         settings=tuple(parse_setting(text) for text in config.settings),
         attacks=attacks,
         budget=budget,
@@ -91,7 +101,9 @@ def command(config: AuditOptions) -> None:
     summary = summary_table(summarize_audit(results))
     print_table(summary.caption, summary.header, summary.rows)
     console.print(LEAK_NOTE, soft_wrap=True)
-    for text in (*(attack_table(result) for result in results if result.rebuilt), *([told] if told else [])):
+    member = audit.membership()
+    more = [*([told] if told else []), *([membership_table(member)] if member else [])]
+    for text in (*(attack_table(result) for result in results if result.rebuilt), *more):
         print_table(text.caption, text.header, text.rows)
     for warning in (*weak_attacks(results), *_not_measured(attacks, results)):
         print_warning(warning)
@@ -125,6 +137,36 @@ def parse_setting(text: str) -> AuditSetting:
     if (codec or "fp16") not in codecs:
         raise InvalidInput(f"there is no codec {codec!r}; it is fp16 or int8")
     return AuditSetting(name=name, defences=made, codec=codecs[codec or "fp16"])
+
+
+def parse_reference(text: str) -> ReferencePlan:
+    """Read a reference detector from the command line.
+
+    Args:
+        text: DETECTOR=MEMBERS=OTHERS, the last two as `DIR:SPLIT`.
+
+    Returns:
+        The reference.
+
+    Raises:
+        InvalidInput: The text has another form.
+    """
+    parts = text.split("=")
+    if len(parts) != 3 or not all(parts):
+        raise InvalidInput(
+            f"a reference is DETECTOR=MEMBERS=OTHERS, as in runs/mine=data/mine:train=data/mine:val; found {text!r}"
+        )
+    detector, members, others = parts
+    return ReferencePlan(detector=Path(detector), members=DataSplit.parse(members), others=DataSplit.parse(others))
+
+
+def _membership(config: AuditOptions) -> MembershipPlan | None:
+    if config.members is None:
+        if config.references:
+            raise InvalidInput("--references belong to --members, the frames that the detector was trained on; give them too")
+        return None
+    references = tuple(parse_reference(text) for text in config.references)
+    return MembershipPlan(members=_split(config.members, "train"), references=references)
 
 
 def _attacks(config: AuditOptions) -> tuple[AttackName, ...]:

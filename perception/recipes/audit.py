@@ -7,7 +7,8 @@
 Each of these is a *cell*. It is stored as soon as it is known, so that an audit that was stopped goes on. Every attack learns from the
 attacker's frames, chooses thresholds on the last tenth of them, and is scored on the victims' frames, which nothing else has seen.
 
-Read next: `audit_cells.py`, which measures one cell, and `audit_report.py`, which makes tables, plots and pages.
+Read next: `audit_plan.py`, which says what is measured, `audit_cells.py`, which measures one cell, and `audit_report.py`, which makes
+tables, plots and pages.
 """
 
 from __future__ import annotations
@@ -19,25 +20,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from ...core.config_json import Json, config_from_json, config_to_json
 from ...core.cut import VoxelGrid
-from ...core.errors import InvalidInput, require, require_counts
+from ...core.errors import InvalidInput
 from ...datasets.data_split import DataSplit
-from ..evaluation.score import Protocol, own_protocol
-from ..models.defences.table import DefenceConfig, describe_defences
+from ..evaluation.score import own_protocol
 from ..models.detector import Detector
 from ..models.encoders.defended import DefendedEncoder
 from ..privacy.attacks.attributes import AttributeLeak
-from ..privacy.attacks.occupancy_decoder import DecoderSize
+from ..privacy.attacks.membership import MembershipLeak
 from ..privacy.attacks.people import PeopleLeak
 from ..privacy.frames import AuditFrame, audit_frames
 from ..training.detector_files import DETECTOR_FILE, load_detector
 from .audit_cells import (
-    REBUILDING,
     WITHOUT_UPLOADS,
     AttackName,
     ExactMeasured,
@@ -52,124 +50,16 @@ from .audit_cells import (
     measure_sent,
 )
 from .audit_inputs import check_audit_defences, check_audit_inputs
+from .audit_membership import check_membership, measure_membership
+from .audit_plan import AuditPlan, AuditSetting, AuditUse
 from .defend import REPORT_FILE, defend_detector
 from .job_folder import PipelineConfig, RunOptions
 from .method_run import MethodResult, MethodRun
 from .pipeline import Pipeline
-from .presets import Preset
 from .result_cache import ResultCache
 
 Measured = RebuildMeasured | ExactMeasured | LinkageMeasured | AttributeLeak | PeopleLeak | None
 """What an attack may give."""
-UNDEFENDED = "undefended"
-"""Name of the setting without defences, which every audit has."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuditSetting:
-    """One way of uploading."""
-
-    name: str
-    """Name in tables and files: letters, digits, `-` and `_`."""
-    defences: tuple[DefenceConfig, ...] = ()
-    """Defences between encoder and upload, in order."""
-    codec: Literal["fp16", "int8"] = "fp16"
-    """How features are stored."""
-
-    @property
-    def what(self) -> str:
-        """Defences and codec as `upcycle3d audit --settings` takes them after the name."""
-        return f"{describe_defences(self.defences)}@{self.codec}"
-
-    def __str__(self) -> str:
-        return f"{self.name}={self.what}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuditBudget:
-    """How much work the attackers put in. A weak attack measures nothing: compare numbers of equal budgets only."""
-
-    attacker_frames: int = 150
-    """Frames of the attacker at most."""
-    victim_frames: int = 50
-    """Frames that are scored at most."""
-    steps: int = 800
-    """Optimizer steps of the occupancy attack, with one frame each."""
-    size: DecoderSize = DecoderSize()
-    """Size of its network."""
-    exact_frames: int = 10
-    """Frames for which single points are computed; each takes seconds."""
-    defence_steps: int = 400
-    """Optimizer steps of the head of a region upload."""
-
-    def __post_init__(self) -> None:
-        require_counts(
-            "AuditBudget",
-            most=10_000_000,
-            attacker_frames=self.attacker_frames,
-            victim_frames=self.victim_frames,
-            steps=self.steps,
-            exact_frames=self.exact_frames,
-            defence_steps=self.defence_steps,
-        )
-
-
-QUICK = AuditBudget(attacker_frames=60, victim_frames=12, steps=200, exact_frames=3, defence_steps=150)
-"""A first look in minutes. Its attacks are weaker than those of the default budget: they find less than there is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuditUse:
-    """How the uploads are used: the training whose AP stands beside what they give away."""
-
-    preset: Preset
-    """Its `upcycle` settings are taken; the detector is the audited one."""
-    labeled: DataSplit
-    """Labeled frames of the server."""
-    fleet: DataSplit
-    """Frames of the fleet, which are smashed by every setting."""
-    validation: DataSplit
-    """Frames to score on."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of the training. One seed resolves no difference of a few points."""
-    protocol: Protocol | None = None
-    """How detections are scored. None takes that of the validation frames."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuditPlan:
-    """Everything that decides the numbers of an audit."""
-
-    detector: Path
-    """Run folder or file of the detector without defences."""
-    labeled: DataSplit
-    """Labeled frames that defences are fitted to. The attacker should not have them."""
-    attacker: DataSplit
-    """Frames of the attacker."""
-    victims: DataSplit
-    """Frames that are attacked. Neither detector nor attacker may have learned from them."""
-    drives: Path | None = None
-    """CSV file with the columns `id`, `drive` and perhaps `position` for the victims' frames, which linkage is scored with. None: linkage
-    is not measured. Without positions the order of the ids counts."""
-    settings: tuple[AuditSetting, ...] = ()
-    """Ways of uploading. The undefended one is added where it is missing."""
-    attacks: tuple[AttackName, ...] = REBUILDING
-    """Attacks by name."""
-    budget: AuditBudget = AuditBudget()
-    """How much work the attackers put in."""
-    seed: int = 0
-    """Every random draw."""
-
-    def __post_init__(self) -> None:
-        names = [setting.name for setting in self.settings]
-        require(len(set(names)) == len(names), f"the settings of an audit need different names, found {', '.join(names)}")
-        wrong = [setting.name for setting in self.settings if setting.name == UNDEFENDED and setting.defences]
-        require(
-            not wrong,
-            f"the setting {UNDEFENDED} is what all others are compared with, so it has no defences; give yours another name",
-        )
-        if UNDEFENDED not in names:
-            object.__setattr__(self, "settings", (AuditSetting(name=UNDEFENDED), *self.settings))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +113,8 @@ class Audit:
         check_audit_inputs(
             self._detector, plan.detector, attacker=plan.attacker, labeled=plan.labeled, victims=plan.victims, warn=say
         )
+        if plan.membership is not None:
+            check_membership(plan.membership, self._detector, plan.detector, plan.victims)
         check_audit_defences(self._detector, {setting.name: setting.defences for setting in plan.settings}, plan.labeled)
         self.cache = ResultCache(folder / "cells", self._identity())
 
@@ -244,8 +136,9 @@ class Audit:
 
     @property
     def cells(self) -> int:
-        """Number of cells of the whole audit: for every setting what is sent, each attack, and each training on its uploads."""
-        return len(self.plan.settings) * (1 + len(self.plan.attacks) + (0 if self.use is None else len(self.use.seeds)))
+        """Number of cells of the whole audit: for every setting what is sent, each attack, and each training on its uploads; and membership."""
+        each = 1 + len(self.plan.attacks) + (0 if self.use is None else len(self.use.seeds))
+        return len(self.plan.settings) * each + (self.plan.membership is not None)
 
     def results(self) -> Iterator[SettingResult]:
         """Measure what is missing, setting by setting.
@@ -256,6 +149,23 @@ class Audit:
         self._counted = 0
         for setting in self.plan.settings:
             yield self._result(setting)
+
+    def membership(self) -> MembershipLeak | None:
+        """Measure what the weights of the detector tell of the frames that it was trained on. No defence changes them, so this is one cell.
+
+        Returns:
+            The scores; None where the plan names no such frames.
+        """
+        if (plan := self.plan.membership) is None:
+            return None
+
+        def measure() -> Json:
+            self.say(f"{self.cells} of {self.cells}: membership of frames in the training set")
+            most = self.plan.budget.victim_frames
+            return config_to_json(measure_membership(plan, self._detector, self.plan.victims, most=most, seed=self.plan.seed))
+
+        stored = self.cache.read_or_make(f"membership_{plan.digest()}", self.plan.seed, measure)
+        return config_from_json(MembershipLeak, stored)
 
     def _result(self, setting: AuditSetting) -> SettingResult:
         lazy = _Frames(self, setting)

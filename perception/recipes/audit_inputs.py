@@ -35,14 +35,9 @@ def check_audit_inputs(
             f"{path} carries defences already ({defences_of(detector.encoder)}), and an audit compares with uploads without any; give the "
             "detector that it was made from, and name the defences in --settings, as in guarded=region+noise:sigma=0.1@fp16"
         )
-    names = [name.casefold() for name in detector.class_names]
     for split in (attacker, victims):
+        check_audit_classes(detector, path, split)
         frames = split.open()
-        if frames.labeled and [name.casefold() for name in frames.classes] != names[: len(frames.classes)]:
-            raise InvalidInput(
-                f"the dataset {frames.root} was prepared for the classes {', '.join(frames.classes)}, and {path} detects "
-                f"{', '.join(detector.class_names)}; prepare it again into another folder with --classes {' '.join(detector.class_names)}"
-            )
         trained = detector.trained_on
         for warning in () if trained is None else rig_differences(frames.rig, trained, f"the rig of {frames.root}"):
             warn(f"warning: {warning}")
@@ -52,6 +47,25 @@ def check_audit_inputs(
                 f"{len(both)} frames of the victims ({victims}), such as {min(both)}, are among the {role} ones ({other}) too. An attack is scored "
                 "on frames that nothing has learned from; choose another split"
             )
+
+
+def check_audit_classes(detector: Detector, path: Path, split: DataSplit) -> None:
+    """Check that labels were prepared for the classes of a detector.
+
+    Args:
+        detector: The audited detector.
+        path: Where it was read from.
+        split: Frames, with labels or without.
+
+    Raises:
+        InvalidInput: The labels have other classes than the detector.
+    """
+    frames, names = split.open(), [name.casefold() for name in detector.class_names]
+    if frames.labeled and [name.casefold() for name in frames.classes] != names[: len(frames.classes)]:
+        raise InvalidInput(
+            f"the dataset {frames.root} was prepared for the classes {', '.join(frames.classes)}, and {path} detects "
+            f"{', '.join(detector.class_names)}; prepare it again into another folder with --classes {' '.join(detector.class_names)}"
+        )
 
 
 def check_audit_defences(detector: Detector, settings: Mapping[str, Sequence[DefenceConfig]], labeled: DataSplit) -> None:

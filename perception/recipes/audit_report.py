@@ -25,8 +25,10 @@ from ..privacy.mean_score import MeanScore
 from ..viz.bev import Panel, bev_panels_png
 from ..viz.charts import Series, line_chart
 from ..viz.html import Block, Section, figure_png, figure_svg, page, paragraph, table, tabs, write_html
-from .audit import UNDEFENDED, Audit, SettingResult
+from .audit import Audit, SettingResult
 from .audit_cells import AttackName, RebuildMeasured
+from .audit_membership import membership_table
+from .audit_plan import UNDEFENDED
 from .audit_summary import SUMMARY_FILE, SettingSummary
 from .upcycling_report import TextTable
 
@@ -263,8 +265,8 @@ def write_audit_report(audit: Audit, results: Sequence[SettingResult], *, made_b
     }
     write_atomically(audit.folder / SUMMARY_FILE, (json.dumps(record, indent=1) + "\n").encode())
     tables = [summary_table(rows), *(attack_table(result) for result in results if result.rebuilt)]
-    told = attribute_table(results)
-    tables += [told] if told else []
+    told, member = attribute_table(results), audit.membership()
+    tables += [*([told] if told else []), *([membership_table(member)] if member else [])]
     warnings = [f"Warning: {text}." for text in weak_attacks(results)]
     shown = [f"{t.caption}.\n\n{_markdown(t)}" for t in tables]
     text = "\n\n".join([*warnings, shown[0], f"{LEAK_NOTE}.", *shown[1:]]) + "\n"

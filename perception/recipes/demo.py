@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.config_json import Json, config_to_json
-from .audit import Audit, AuditBudget, AuditPlan
+from .audit import Audit
+from .audit_plan import AuditBudget, AuditPlan
 from .audit_report import summarize_audit, write_audit_report
 from .audit_summary import SettingSummary
 from .experiment_data import DatasetName, SimulationSize, simulated_adaptation

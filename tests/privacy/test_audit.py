@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,20 +11,23 @@ import tiny
 from upcycle3d.core.config_json import config_to_json
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.rig import RigSpec
+from upcycle3d.datasets.data_split import DataSplit
 from upcycle3d.perception.models.defences.cells import DropConfig
 from upcycle3d.perception.models.defences.noise import NoiseConfig
 from upcycle3d.perception.models.defences.region import RegionConfig
 from upcycle3d.perception.models.defended import defended
 from upcycle3d.perception.privacy.attacks.occupancy_decoder import DecoderSize
-from upcycle3d.perception.recipes.audit import UNDEFENDED, Audit, AuditBudget, AuditPlan, AuditSetting
+from upcycle3d.perception.recipes.audit import Audit
 from upcycle3d.perception.recipes.audit_cells import WITHOUT_UPLOADS, measure_linkage, read_drives
+from upcycle3d.perception.recipes.audit_membership import MembershipPlan, ReferencePlan
+from upcycle3d.perception.recipes.audit_plan import UNDEFENDED, AuditBudget, AuditPlan, AuditSetting
 from upcycle3d.perception.recipes.audit_report import LEAK_NOTE, summarize_audit, summary_table, weak_attacks, write_audit_report
 from upcycle3d.perception.recipes.audit_summary import sentence
 from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
 from upcycle3d.perception.wire.encoder_file import save_encoder
 from upcycle3d.tools import ingest, inspect
-from upcycle3d.tools.audit import AuditOptions, _attacks, _budget, _not_measured, parse_setting
+from upcycle3d.tools.audit import AuditOptions, _attacks, _budget, _not_measured, parse_reference, parse_setting
 from upcycle3d.tools.audit import command as audit_command
 from upcycle3d.tools.console import run_command
 
@@ -304,3 +308,71 @@ def test_attacks_that_were_asked_for_and_could_not_run_are_named(measured):
     (text,) = _not_measured(("attributes", "people"), results)
     assert text.startswith("the attack people was not measured: the detector has no class Pedestrian")
     assert _not_measured(("cells",), results) == []
+
+
+@pytest.fixture(scope="module")
+def attacked(plan, tmp_path_factory):
+    """A plan whose attacker has a detector of its own, with frames of its own."""
+    folder = tmp_path_factory.mktemp("references")
+    own = tiny.prepared(folder / "own")
+    save_run_detector(folder / "own_detector", tiny.second_iou(seed=7))
+    words = parse_reference(f"{folder / 'own_detector'}={own.root}:train={own.root}:val")
+    return replace(plan, attacks=("nothing",), membership=MembershipPlan(members=plan.attacker, references=(words,)))
+
+
+def test_membership_is_measured_once_stored_and_shown(attacked, measured, tmp_path):
+    """It belongs to the weights, which no defence changes, and a folder of before takes it without measuring the rest again."""
+    audit, _, _ = measured
+    shutil.copytree(audit.folder, tmp_path / "old")
+    said: list[str] = []
+    again = Audit(attacked, tmp_path / "old", say=said.append)
+    results, leak = list(again.results()), again.membership()
+    assert said == ["5 of 5: membership of frames in the training set"]
+    assert (leak.members, leak.others, leak.references) == (2, 2, 1)  # the budget has two frames of a split
+    assert leak.calibrated is not None
+    assert "encoder file compared with the references" in write_audit_report(again, results).read_text()
+    assert "2 members, 2 others, 1 reference detectors" in (tmp_path / "old" / "audit.md").read_text()
+    assert len(said) == 1
+    without = replace(attacked, membership=replace(attacked.membership, references=()))
+    alone = Audit(without, tmp_path / "old", say=said.append).membership()  # another attacker: not the stored cell
+    assert (alone.references, alone.calibrated, len(said)) == (0, None, 2)
+    assert audit.membership() is None
+
+
+def test_a_membership_whose_numbers_would_be_wrong_is_refused(attacked, tmp_path):
+    membership = attacked.membership
+    (reference,) = membership.references
+    for wrong, message in (
+        (replace(membership, members=attacked.victims), "frames of --victims .* are among --members"),
+        (
+            replace(membership, references=(replace(reference, members=membership.members),)),
+            "frames of the members of .* are among --members",
+        ),
+        (
+            replace(membership, references=(replace(reference, others=reference.members),)),
+            "are among the members of",
+        ),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            Audit(replace(attacked, membership=wrong), tmp_path)
+    wide = tiny.second_iou(tiny.second_iou_config(width=8))
+    save_run_detector(tmp_path / "wide", wide)
+    with pytest.raises(InvalidInput, match="other classes or another cut"):
+        Audit(
+            replace(attacked, membership=replace(membership, references=(replace(reference, detector=tmp_path / "wide"),))),
+            tmp_path,
+        )
+
+
+def test_references_are_read_from_the_command_line_and_belong_to_members(plan, tmp_path):
+    assert parse_reference("runs/mine=data/mine:a=data/mine:b") == ReferencePlan(
+        detector=Path("runs/mine"), members=DataSplit.parse("data/mine:a"), others=DataSplit.parse("data/mine:b")
+    )
+    for text in ("runs/mine", "runs/mine=data:a", "=data:a=data:b", "a=b=c=d"):
+        with pytest.raises(InvalidInput, match="DETECTOR=MEMBERS=OTHERS"):
+            parse_reference(text)
+    options = AuditOptions(
+        detector=plan.detector, attacker=plan.attacker, victims=plan.victims, out=tmp_path, references=("a=b:c=d:e",)
+    )
+    with pytest.raises(InvalidInput, match="--references belong to --members"):
+        audit_command(options)
