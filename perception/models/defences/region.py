@@ -34,11 +34,11 @@ class RegionConfig:
     """Cells that are sent around every cell with a score above the threshold. Raise it when objects are cut off. The head itself learns to
     name cells within half a meter of an object."""
 
-    recall: float = 0.97
+    recall: float = 0.95
     """Share of the labeled objects that the calibrated threshold keeps at least one cell of, 0..1. Raise it when the fleet drives
     elsewhere than the labeled frames; more background is sent then."""
 
-    background_share: float = 0.05
+    background_share: float = 0.02
     """Share of the background that is sent anyway, as random blocks, 0..1."""
 
     background_block: int = 4
