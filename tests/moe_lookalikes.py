@@ -322,8 +322,11 @@ MODELS: dict[str, Named] = {
     "torch-encoder": Named(
         lambda: nn.TransformerEncoder(_encoder_layer(), 2), first="layers.0.linear1", count=2, kind="layer", act="relu"
     ),
+    # Without biases torch has no fused evaluation of the layer, which would compute the exact GELU in the place of every nn.GELU.
     "torch-encoder-module-activation": Named(
-        lambda: nn.TransformerEncoder(_encoder_layer(nn.GELU("tanh"), norm_first=True), 2, enable_nested_tensor=False),
+        lambda: nn.TransformerEncoder(
+            _encoder_layer(nn.GELU("tanh"), norm_first=True, bias=False), 2, enable_nested_tensor=False
+        ),
         first="layers.0.linear1",
         count=2,
         kind="layer",

@@ -45,8 +45,14 @@ class Candidate:
     def signature(self) -> str:
         """Equal for candidates that compute the same function of their weights."""
         assert self.part is not None
-        kinds = [f"{type(m).__module__}.{type(m).__qualname__} {m!r}" for m in self.part.children()]
-        return "\n".join([self.hypotheses[0].kind, *kinds])
+        described = [f"{type(m).__qualname__} {m!r} {_settings(m)}" for child in self.part.children() for m in child.modules()]
+        return "\n".join([self.hypotheses[0].kind, *described])
+
+
+def _settings(module: nn.Module) -> list[str]:
+    """Class and attributes of a module: two layers may differ in nothing but the function that is their activation."""
+    own = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
+    return [str(id(type(module))), *(f"{n}={v if isinstance(v, int | float | str | tuple) else id(v)}" for n, v in own)]
 
 
 @dataclass(frozen=True, kw_only=True)

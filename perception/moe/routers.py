@@ -109,9 +109,7 @@ class TopKRouter(_LinearRouter):
             raise InvalidInput(
                 f"router rows must be (E, D) numbers with a bias (E,), found {shape_of(rows)} and {shape_of(bias)}"
             )
-        pairs = equal_rows(rows if bias is None else torch.cat([rows, bias[:, None].to(rows)], dim=1))
-        if pairs:
-            raise InvalidInput(_equal_rows_text(pairs))
+        _require_unequal_rows(rows if bias is None else torch.cat([rows, bias[:, None].to(rows)], dim=1))
         router = cls(rows.shape[1], rows.shape[0], rule, bias=bias is not None).to(rows)
         with torch.no_grad():
             router.weight.copy_(rows)
@@ -163,6 +161,25 @@ class TopKRouter(_LinearRouter):
 
 class SoftRouter(_LinearRouter):
     """Every token uses every expert, weighted by a softmax: BTX soft, and the attention experts of BAM."""
+
+    @classmethod
+    def from_rows(cls, rows: Tensor) -> Self:
+        """Make a router with given weights.
+
+        Args:
+            rows: (E, D) one row per expert.
+
+        Returns:
+            The router.
+
+        Raises:
+            InvalidInput: Two rows are equal, so the router could never tell their experts apart.
+        """
+        _require_unequal_rows(rows)
+        router = cls(rows.shape[1], rows.shape[0]).to(rows)
+        with torch.no_grad():
+            router.weight.copy_(rows)
+        return router
 
     def forward(self, x: Tensor, places: TokenPlaces | None = None) -> Routing:
         """Weigh all experts for each token.
@@ -235,6 +252,11 @@ def equal_rows(rows: Tensor, tolerance: float = 1e-6) -> list[tuple[int, int]]:
     rows = rows.detach().double()
     near = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist") <= tolerance * rows.norm(dim=1).max()
     return [(int(i), int(j)) for i, j in near.triu(1).nonzero()]
+
+
+def _require_unequal_rows(rows: Tensor) -> None:
+    if pairs := equal_rows(rows):
+        raise InvalidInput(_equal_rows_text(pairs))
 
 
 def _equal_rows_text(pairs: list[tuple[int, int]]) -> str:

@@ -57,6 +57,12 @@ class ReplacementPlan:
         return self.model_parameters - sum(self.site_parameters) + self.experts * (sum(self.expert_parameters) + routers)
 
     @property
+    def ffn_modules(self) -> tuple[str, ...]:
+        """Names of the modules that hold the FFNs' tensors in the dense model: what a stage that trains FFNs only lets train."""
+        owners = (tensor.rpartition(".")[0] for site in self.sites for tensor in site.tensors)
+        return tuple(dict.fromkeys(owners))
+
+    @property
     def multiply_adds_before(self) -> int:
         """Multiply-adds per token in all FFNs of the plan before."""
         return sum(site.multiply_adds for site in self.sites)

@@ -54,6 +54,12 @@ def test_gate_and_up_are_never_swapped(make, gate_first):
     torch.testing.assert_close(site.read(tensors_of(model)).apply(x), mlp(x))
 
 
+def test_layers_that_differ_in_nothing_but_a_function_are_told_apart():
+    """One probe serves all layers that look the same, so what looks the same must be the same."""
+    model = nn.ModuleList([look.FunctionalMlp(F.silu), look.FunctionalMlp(F.relu), look.FunctionalMlp(F.silu)])
+    assert [site.activation for site in find_ffns(model).sites] == ["silu", "relu", "silu"]
+
+
 def test_dropouts_of_hidden_units_and_of_outputs_are_told_apart():
     (site,) = find_ffns(nn.ModuleList([look.TimmMlp(drop=(0.1, 0.2))])).sites
     assert (site.dropout, site.dropout_after) == (0.1, 0.2)

@@ -86,6 +86,11 @@ def test_a_folded_batch_norm_counts_as_a_bias_of_every_expert():
     assert plan.parameters_after == plan.model_parameters - plan.site_parameters[0] + 3 * (plan.expert_parameters[0] + 12)
 
 
+def test_a_stage_that_trains_ffns_only_learns_from_the_plan_where_they_are():
+    assert plan_replacement(look.OldVitLayer(), experts=2).ffn_modules == ("intermediate.dense", "output.dense")
+    assert plan_replacement(look.region_head(), experts=2).ffn_modules == ("0", "1", "4", "5")
+
+
 def test_the_table_shows_names_forms_widths_costs_and_what_stays_dense():
     text = str(plan_replacement(nn.ModuleList([look.Block(look.LlamaMlp()), look.ScaledMlp()]), experts=4))
     lines = text.splitlines()
