@@ -39,17 +39,16 @@ from .audit_cells import (
     WITHOUT_UPLOADS,
     AttackName,
     ExactMeasured,
-    LinkageMeasured,
     RebuildMeasured,
     SentMeasured,
     measure_attributes,
     measure_exact,
-    measure_linkage,
     measure_people,
     measure_rebuild,
     measure_sent,
 )
 from .audit_inputs import check_audit_defences, check_audit_inputs
+from .audit_linkage import LinkageMeasured, measure_linkage
 from .audit_membership import check_membership, measure_membership
 from .audit_plan import AuditPlan, AuditSetting, AuditUse
 from .defend import REPORT_FILE, defend_detector

@@ -5,10 +5,8 @@ Read next: `perception/privacy/attacks/`, the attacks, and `perception/privacy/g
 
 from __future__ import annotations
 
-import csv
 import io
 import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +17,11 @@ import numpy as np
 import torch
 
 from ...core.cut import cell_centers, cells_of_centers
-from ...core.errors import InvalidInput, require
+from ...core.errors import InvalidInput
 from ...core.features import CutFeatures
 from ...core.files import write_atomically
 from ...core.rig import RigSpec
 from ...core.smashed_scene import SmashedScene
-from ...core.text_files import read_text
 from ..models.detector import Detector
 from ..models.encoders.defended import DefendedEncoder
 from ..models.encoders.encoder import Encoder
@@ -34,7 +31,6 @@ from ..models.encoders.second import SecondEncoder
 from ..privacy.attacks.attributes import AttributeLeak, attack_attributes
 from ..privacy.attacks.coordinates import CellCenters, MeanOccupancy, occupied_voxels, voxel_centers
 from ..privacy.attacks.exact_points import ExactPoints
-from ..privacy.attacks.linkage import attack_linkage
 from ..privacy.attacks.lone_voxels import LoneVoxels
 from ..privacy.attacks.occupancy import OccupancyAttack, OccupancyConfig
 from ..privacy.attacks.occupancy_decoder import DecoderSize
@@ -44,7 +40,6 @@ from ..privacy.detection_on_rebuilt import DetectionAp, detection_ap, raw_scans,
 from ..privacy.exact_points import ExactPointScore, score_exact_points
 from ..privacy.frames import AuditFrame, RebuildAttack, Rebuilt
 from ..privacy.geometry_metrics import MATCHED, GeometryScores, choose_best, score_all
-from ..privacy.linkage_metrics import LinkageScores
 from ..privacy.noise_bound import noise_bound
 from ..privacy.true_scan import RegionRules, TrueScan
 from ..wire.codec import encode_scene
@@ -114,18 +109,6 @@ class ExactMeasured:
     """From balls of raw points around keypoints. No claims where the encoder has none."""
     lone_voxels: ExactPointScore
     """From everything else that was sent: voxels without neighbors."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinkageMeasured:
-    """What the pile of uploads gave away."""
-
-    scores: LinkageScores
-    """Neighbors in time, drives, and order."""
-    scenes: int
-    """Number of uploads in the pile."""
-    drives: int
-    """Number of drives."""
 
 
 @torch.no_grad()
@@ -348,67 +331,6 @@ def _exact(attack: ExactPoints | LoneVoxels, frames: Sequence[AuditFrame]) -> Ex
         guesses = cell_centers(occupied_voxels(frame.scan, grid), grid)
         total = total + score_exact_points(attack.rebuild(frame.upload).xyz, frame.scan.xyz, guesses)
     return total
-
-
-def measure_linkage(frames: Sequence[AuditFrame], drives: Path | None) -> LinkageMeasured | None:
-    """Look for order and origin in a pile of uploads.
-
-    Args:
-        frames: The frames whose uploads are the pile.
-        drives: CSV file with the drive, and perhaps the position, of each frame.
-
-    Returns:
-        The scores; None without a file.
-
-    Raises:
-        InvalidInput: The file cannot be read, or a frame is not in it.
-    """
-    if drives is None:
-        return None
-    known = read_drives(drives)
-    missing = [frame.id for frame in frames if frame.id not in known]
-    if missing:
-        raise InvalidInput(f"{drives} names no drive of {len(missing)} of {len(frames)} frames, such as {missing[0]}")
-    names = [known[frame.id][0] for frame in frames]
-    positions = [known[frame.id][1] for frame in frames]
-    shuffled = np.random.default_rng(0).permutation(len(frames)).tolist()  # the recording's order helps no attack
-    uploads = [frames[i].upload for i in shuffled]
-    names, positions = [names[i] for i in shuffled], [positions[i] for i in shuffled]
-    return LinkageMeasured(scores=attack_linkage(uploads, names, positions), scenes=len(frames), drives=len(set(names)))
-
-
-def read_drives(path: Path) -> dict[str, tuple[str, int]]:
-    """Read the drives of frames.
-
-    Args:
-        path: CSV file with the columns `id`, `drive` and perhaps `position`.
-
-    Returns:
-        Drive and position by frame id. Without positions, the order of the ids in each drive counts.
-
-    Raises:
-        InvalidInput: A column is missing, a frame is named twice or has no drive, only some frames have a position, or a position is no
-            whole number.
-    """
-    rows = list(csv.DictReader(io.StringIO(read_text(path, "the drives of frames"))))
-    if not rows or not {"id", "drive"} <= rows[0].keys():
-        raise InvalidInput(f"{path} needs the columns id and drive, found {', '.join(rows[0]) if rows else 'no row'}")
-    ids = [row["id"] for row in rows]
-    require(len(set(ids)) == len(ids), f"{path} names the frame {max(ids, key=ids.count)} twice; give one row for each frame")
-    alone = [row["id"] for row in rows if not row["drive"]]
-    require(not alone, f"{path} names no drive of {len(alone)} of {len(rows)} frames, such as {alone[:1]}")
-    placed = sum(bool(row.get("position")) for row in rows)
-    require(placed in (0, len(rows)), f"{path} has a position of {placed} of {len(rows)} frames; give all of them or none")
-    order = {frame: number for number, frame in enumerate(sorted(ids, key=_counted))}
-    try:
-        return {row["id"]: (row["drive"], int(row["position"]) if row.get("position") else order[row["id"]]) for row in rows}
-    except ValueError as error:
-        raise InvalidInput(f"{path}: a position must be a whole number ({error})") from error
-
-
-def _counted(frame: str) -> tuple[tuple[int, str], ...]:
-    """Sort frame 9 before frame 10."""
-    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", frame))
 
 
 def measure_attributes(

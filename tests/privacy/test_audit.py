@@ -18,7 +18,8 @@ from upcycle3d.perception.models.defences.region import RegionConfig
 from upcycle3d.perception.models.defended import defended
 from upcycle3d.perception.privacy.attacks.occupancy_decoder import DecoderSize
 from upcycle3d.perception.recipes.audit import Audit
-from upcycle3d.perception.recipes.audit_cells import WITHOUT_UPLOADS, measure_linkage, read_drives
+from upcycle3d.perception.recipes.audit_cells import WITHOUT_UPLOADS
+from upcycle3d.perception.recipes.audit_linkage import measure_linkage, read_drives
 from upcycle3d.perception.recipes.audit_membership import MembershipPlan, ReferencePlan
 from upcycle3d.perception.recipes.audit_plan import UNDEFENDED, AuditBudget, AuditPlan, AuditSetting
 from upcycle3d.perception.recipes.audit_report import LEAK_NOTE, summarize_audit, summary_table, weak_attacks, write_audit_report
