@@ -201,6 +201,7 @@ class SoftAttention(nn.Module):
         causal: bool = False,
         positions: Positions | None = None,
         expert_weights: Tensor | None = None,
+        cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """Attend with every expert and add up their outputs by weight.
 
@@ -216,6 +217,8 @@ class SoftAttention(nn.Module):
             positions: Rotary positions, a function of queries (B, heads, Lq, head_dim) and keys (B, key heads, Lk, head_dim). A
                 Llama's are `lambda q, k: apply_rotary_pos_emb(q, k, cos, sin)`.
             expert_weights: (B, Lq, N) weights instead of the router's, for uniform, random or known weights; or None.
+            cache: Takes the keys and values of these tokens, (B, heads, Lk, head_dim) each, after the positions, and gives those of all
+                tokens so far; or None. With shared keys and values there are no more heads than in one dense attention.
 
         Returns:
             (B, Lq, O). A query that sees no key gets only the weighted output bias.
@@ -236,6 +239,9 @@ class SoftAttention(nn.Module):
             q = self._by_key_head(q)
         if positions is not None:
             q, k = positions(q, k)
+        if cache is not None:
+            k, v = cache(k, v)
+            key = key.new_empty(len(key), k.shape[2], 0)  # masks are as long as all keys
         y = self._attend(q, k, v, query, key, mask=mask, key_padding=key_padding, causal=causal)
         if self.key_values == "shared":
             y = self._by_expert(y)

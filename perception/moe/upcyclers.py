@@ -8,7 +8,7 @@
 | `soup` | none: the result is dense | average | Wortsman et al., 2022 |
 | `wider_dense` | one, as wide as the active experts of a mixture | the same model's | a baseline |
 
-The FFN part of branch-attend-mix (BAM; Zhang et al., 2024) is `btx` with the seed and the router rule `TopKRule(k=1, norm="none")`.
+Branch-attend-mix, which mixes attentions too, is in `bam.py`; copies that follow clusters of the data are in `cluster_aware.py`.
 The models that are given are not changed. Read next: `ffn_changes.py`, which changes single FFNs; `joined_mixtures.py`; `surgery.py`.
 """
 
@@ -78,7 +78,7 @@ class RandomRouters:
         Returns:
             The router.
         """
-        rows = torch.randn(self.experts, site.width_in, generator=_generator(self.seed, site.name)) * self.std
+        rows = torch.randn(self.experts, site.width_in, generator=generator_of(self.seed, site.name)) * self.std
         rows = rows.to(like)
         return SoftRouter.from_rows(rows) if self.rule is None else TopKRouter.from_rows(rows, self.rule)
 
@@ -94,7 +94,7 @@ def sparse_copy(seed: nn.Module, plan: ReplacementPlan, routers: RouterMaker) ->
     Returns:
         The mixture.
     """
-    return _gather([seed], plan, lambda site, dense: _mixture(plan, site, [dense[0]] * plan.experts, routers))
+    return gather([seed], plan, lambda site, dense: expert_layer(plan, site, [dense[0]] * plan.experts, routers))
 
 
 def drop_upcycling(
@@ -118,10 +118,10 @@ def drop_upcycling(
     require_numbers("drop_upcycling", least=0.0, most=1.0, share=share)
 
     def mixture(site: FfnSite, dense: Sequence[DenseFfn]) -> MoeFfn:
-        experts = [redraw_units(dense[0], share, _generator(draw, f"{site.name}:{i}")) for i in range(plan.experts)]
-        return _mixture(plan, site, experts, routers)
+        experts = [redraw_units(dense[0], share, generator_of(draw, f"{site.name}:{i}")) for i in range(plan.experts)]
+        return expert_layer(plan, site, experts, routers)
 
-    return _gather([seed], plan, mixture)
+    return gather([seed], plan, mixture)
 
 
 def btx(
@@ -159,9 +159,9 @@ def btx(
     require_common_seed(models, ffn_tensors, allow_strangers=allow_strangers)
 
     def mixture(site: FfnSite, dense: Sequence[DenseFfn]) -> MoeFfn:
-        return _mixture(plan, site, [scaled(ffn, expert_scale) for ffn in dense], routers)
+        return expert_layer(plan, site, [scaled(ffn, expert_scale) for ffn in dense], routers)
 
-    return _gather(models, plan, mixture, rest)
+    return gather(models, plan, mixture, rest)
 
 
 def soup(models: Sequence[nn.Module], *, allow_strangers: bool = False) -> Upcycled:
@@ -195,10 +195,10 @@ def wider_dense(seed: nn.Module, plan: ReplacementPlan, *, draw: int = 0) -> Upc
     """
 
     def layer(site: FfnSite, dense: Sequence[DenseFfn]) -> MoeFfn:
-        wide = widened(dense[0], plan.active, _generator(draw, site.name))
+        wide = widened(dense[0], plan.active, generator_of(draw, site.name))
         return MoeFfn(ExpertBank.from_dense([wide], dropout=site.dropout), UniformRouter(1))
 
-    made = _gather([seed], plan, layer)
+    made = gather([seed], plan, layer)
     return Upcycled(model=made.model, plan=None, account=made.account)
 
 
@@ -238,17 +238,38 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Make the source of random numbers of one part of a model.
+
+    Args:
+        seed: Number of the run.
+        name: Name of the part.
+
+    Returns:
+        The source; equal arguments give equal numbers.
+    """
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
 
 
-def _gather(
+def gather(
     models: Sequence[nn.Module],
     plan: ReplacementPlan,
     layer_of: Callable[[FfnSite, Sequence[DenseFfn]], MoeFfn],
     rest: Rest = "average",
+    also: Callable[[nn.Module], Callable[[TensorLedger], None]] | None = None,
 ) -> Upcycled:
-    """Put a layer in each place of the plan, write everything else, and account for every tensor."""
+    """Put a layer in each place of the plan, write everything else, and account for every tensor: what every upcycler here ends with.
+
+    Args:
+        models: The dense models, the first of which lends its structure.
+        plan: What is replaced.
+        layer_of: Makes the layer of one FFN from the FFNs of all models.
+        rest: Where the other tensors come from.
+        also: Replaces other parts of the new model, such as attentions. It returns what records their tensors.
+
+    Returns:
+        The new model.
+    """
     for number, model in enumerate(models):
         plan.check(model, f"model {number}")
     sources = [saved_tensors(model) for model in models]
@@ -256,7 +277,10 @@ def _gather(
     layers = {site.name: layer_of(site, [site.read(tensors, norms) for tensors in sources]) for site in plan.sites}
     twin = poisoned_copy(models[0])
     plan.apply(twin, layers)
+    record = None if also is None else also(twin)
     ledger = TensorLedger(sources, saved_tensors(twin))
+    if record is not None:
+        record(ledger)
     for name, module in twin.named_modules(remove_duplicate=False):
         if isinstance(module, MoeFfn):
             for inner in saved_tensors(module):
@@ -269,8 +293,21 @@ def _gather(
     return Upcycled(model=twin, plan=plan, account=ledger.close())
 
 
-def _mixture(plan: ReplacementPlan, site: FfnSite, experts: Sequence[DenseFfn], routers: RouterMaker) -> MoeFfn:
-    """Join experts and a router, and refuse what the plan's numbers are not true of."""
+def expert_layer(plan: ReplacementPlan, site: FfnSite, experts: Sequence[DenseFfn], routers: RouterMaker) -> MoeFfn:
+    """Join experts and a router, and refuse what the plan's numbers are not true of.
+
+    Args:
+        plan: The plan.
+        site: The FFN that is replaced.
+        experts: The experts.
+        routers: Makes the router.
+
+    Returns:
+        The layer, whose bank was compared with the experts bit by bit.
+
+    Raises:
+        InvalidInput: The number of experts, or of active ones, is not the plan's.
+    """
     require(
         len(experts) == plan.experts,
         f"the plan has {plan.experts} experts for {site.name!r}, and {len(experts)} models were given; plan with experts={len(experts)}",
