@@ -106,6 +106,7 @@ class HiddenStatesAttention(MixedAttention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         is_causal: bool | None = None,
         **unused: object,
     ) -> tuple[Tensor, None]:
@@ -115,7 +116,8 @@ class HiddenStatesAttention(MixedAttention):
             hidden_states: (B, L, D) tokens.
             position_embeddings: Cosines and sines of the rotary positions, each (B, L, head_dim), or None.
             attention_mask: Boolean (True: visible) or additive mask of four dimensions, or None.
-            past_key_values: Cache of keys and values, whose `update` is called, or None.
+            past_key_values: Cache of keys and values, whose `update` is called, or None: its name in older versions of the library.
+            cache: The same, by its newer name.
             is_causal: Whether a query sees the keys up to its own place only, where there is no mask; the module's own rule if None.
             **unused: What the library passes to every attention and this one does not need.
 
@@ -123,16 +125,16 @@ class HiddenStatesAttention(MixedAttention):
             (B, L, O) output, and None for the attention weights, which are not kept.
         """
         causal = self.is_causal if is_causal is None else is_causal
-        cache = None
-        if past_key_values is not None:
+        store = past_key_values if cache is None else cache
+        joined = None
+        if store is not None:
             require(
                 self.layer_idx is not None, "a cache of keys was passed to an attention that does not know its layer's number"
             )
-            layer = self.layer_idx
 
-            def cache(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-                joined: tuple[Tensor, Tensor] = past_key_values.update(k, v, layer)
-                return joined
+            def joined(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+                both: tuple[Tensor, Tensor] = store.update(k, v, self.layer_idx)
+                return both
 
         out = self.mixture(
             hidden_states,
@@ -140,7 +142,7 @@ class HiddenStatesAttention(MixedAttention):
             causal=causal and attention_mask is None and hidden_states.shape[1] > 1,
             positions=None if position_embeddings is None else rotary(*position_embeddings),
             expert_weights=self._weights(hidden_states),
-            cache=cache,
+            cache=joined,
         )
         return out, None
 
