@@ -46,6 +46,7 @@ from ..perception.recipes.scored_split import score_split
 from ..perception.training.detector_files import load_detector
 from .console import console, print_table, print_warning, run_command, settle, write_json
 from .data_option import DataOption
+from .expert_use import print_expert_use
 from .overlap_option import OverlapOption, parse_overlaps
 from .predict import boxes_json
 
@@ -201,7 +202,7 @@ def _evaluate_run(what: Run) -> None:
         print_result(result)
     if report.account is None:
         raise AssertionError("score_split gives an account")
-    _close(report.account, result.to_json(), what.json)
+    _close(report.account, {**result.to_json(), **print_expert_use(detector)}, what.json)
 
 
 def _close(account: Account, result: Mapping[str, object], json_file: Path | None) -> None:

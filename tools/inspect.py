@@ -21,8 +21,10 @@ from ..datasets.fingerprint import short
 from ..datasets.gt_database import GtDatabase
 from ..datasets.prepared import PreparedDataset
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
+from ..perception.models.upcycled import UpcycledDetectorConfig
 from ..perception.server.store import CATALOG, QUARANTINE, SmashedStore
 from ..perception.server.store_note import read_store_note
+from ..perception.training.detector_files import load_detector
 from ..perception.training.run_folder import RunFolder
 from ..perception.wire.encoder_file import load_encoder
 from ..perception.wire.manifest import read_manifest
@@ -254,6 +256,10 @@ def _weights(path: Path) -> dict[str, object]:
             facts |= _training(trained)
         else:
             facts[name] = value if len(value) < 200 else f"{value[:200].rpartition(' ')[0] or value[:200]} …"
+    if meta.get("format", "").startswith("upcycle3d detector"):
+        config = load_detector(path).config
+        if isinstance(config, UpcycledDetectorConfig):
+            facts |= {"detector": config.label, "upcycled head": str(config.head)}
     if meta.get("format", "").startswith("upcycle3d encoder"):
         encoder = load_encoder(path)
         facts["fingerprint without a rig"] = encoder_fingerprint(encoder, RigSpec())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .defended import DefendedDetectorConfig
 from .pv_rcnn import PvRcnnDetectorConfig
 from .second_iou import SecondIouDetectorConfig
+from .upcycled import UpcycledDetectorConfig
 
-DetectorConfig = SecondIouDetectorConfig | PvRcnnDetectorConfig | DefendedDetectorConfig
+DetectorConfig = SecondIouDetectorConfig | PvRcnnDetectorConfig | DefendedDetectorConfig | UpcycledDetectorConfig
 """Every configuration that a preset or a detector file may hold. `config.build()` makes the detector."""

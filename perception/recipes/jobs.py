@@ -28,6 +28,7 @@ from ...datasets.prepared import PreparedDataset
 from ..evaluation.score import EvaluationReport, Protocol
 from ..models.detector import Detector
 from ..models.detectors import DetectorConfig
+from ..models.upcycled import UpcycledDetectorConfig
 from ..server.feature_object_database import FeatureObjectDatabase
 from ..server.methods import Method, method_record
 from ..server.store import SmashedStore
@@ -196,6 +197,8 @@ def train_preset(
     preset_steps = preset.train.loop.total_steps
     loop, planned = plan_loop(out, "train", preset.train.loop, seed=seed, steps=steps, resume=resume)
     preset = replace(preset, train=replace(preset.train, loop=loop))
+    if init is not None:
+        preset = _with_head_of(preset, check_path(init, "init", "a run folder, a detector file or a checkpoint"))
     torch.manual_seed(seed)
     detector = preset.detector.build()
     weights = (
@@ -504,6 +507,13 @@ def _with_detector_of(student: Detector, preset: Preset, source: Path) -> Preset
             "classes, or these settings with one entry per class: --preset.upcycle.thresholds, --preset.upcycle.f-gt.max-objects, "
             "--preset.train.gt-sampling"
         ) from error
+
+
+def _with_head_of(preset: Preset, init: Path) -> Preset:
+    """A preset whose detector has the upcycled head of the starting weights, where these are the preset's detector with such a head."""
+    given = load_detector(init).config
+    same = isinstance(given, UpcycledDetectorConfig) and given.detector == preset.detector
+    return replace(preset, detector=given) if same and isinstance(given, UpcycledDetectorConfig) else preset
 
 
 def _objects_to_paste(

@@ -199,16 +199,20 @@ class UpcyclingStep:
             return smashed_half(scenes, self.teacher, method=method, config=config, pasted_objects=self.pasted_objects, rng=rng)
         return raw_half(scenes, self.teacher, self.student, method=method, config=config)
 
-    def finish(self, step: int) -> None:
+    def finish(self, step: int) -> Mapping[str, float]:
         """Update the teacher after the student's optimizer step, and write what is due into the log.
 
         Args:
             step: The 0-based step that is done.
+
+        Returns:
+            Numbers to log beside the losses of the step.
         """
         update_ema(self.teacher, self.student, step, self.config.ema_decay)
         self.monitor.finish_step(step)
         if self.after_step is not None:
             self.after_step(step, self.student)
+        return self.student.decoder.log_values()
 
 
 def unlabeled_reader(

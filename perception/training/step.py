@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...core.errors import InvalidInput, NonFiniteValue
 from ...core.structures import LossTerms
+from ..moe.unused_experts import keep_unused_experts
 from ..models.non_finite import FAILURES, name_non_finite
 from .distributed import DistributedContext, all_reduce_gradients, average_statistics, training_buffers
 from .optim import OneCycle, learning_rate, make_optimizer, set_schedule
@@ -92,6 +93,8 @@ class OptimizerStep(Generic[Batch]):
         frame_ids: Callable[[Batch], Sequence[str]] | None = None,
     ) -> None:
         self.optimizer = make_optimizer(parameters, optim)
+        for module in modules.values():  # an expert that nothing chose stays as it is, as a layer without a gradient does
+            keep_unused_experts(self.optimizer, module)
         self._names = _names(modules, parameters)
         self.device = parameters[0].device
         self.scaler = torch.amp.GradScaler("cuda", enabled=amp == "fp16" and self.device.type == "cuda")

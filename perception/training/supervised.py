@@ -5,7 +5,7 @@ Read next: `loop.py`, which repeats the steps, and `datasets/batches.py`, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ...core.frame import Frame, labels_of
@@ -77,13 +77,18 @@ def train_supervised(
         labels = labels_of(frames)
         return detector.loss(detector.decode(detector.encode([f.points for f in frames]), labels), labels)
 
+    def finish(step: int) -> Mapping[str, float]:
+        if after_step is not None:
+            after_step(step)
+        return detector.decoder.log_values()
+
     detector.train()
     result = run_steps(
         modules={"student": detector},
         trainable=[p for p in detector.parameters() if p.requires_grad],
         batches=labeled,
         loss=loss,
-        after_step=after_step,
+        after_step=finish,
         config=config,
         run=run,
         frame_ids=lambda frames: [f.id for f in frames],

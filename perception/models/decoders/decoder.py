@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ....core.errors import InvalidInput
 from ....core.features import CutFeatures
 from ....core.structures import Labels, LossTerms, Predictions
 from .regions import ScoredProposals
+from .scene_decision import SceneDecision
 
 
 class Decoder(nn.Module, ABC):
@@ -28,8 +29,17 @@ class Decoder(nn.Module, ABC):
     openpcdet_optional: ClassVar[str | None] = None
     """OpenPCDet's name of a part that published weights may lack: the IoU head that SECOND-IoU adds to SECOND."""
 
-    class_parts: ClassVar[tuple[str, ...]] = ()
+    class_parts: tuple[str, ...] = ()
     """Submodules whose weights belong to certain classes: with other classes they start fresh (`training/starting_weights.py`)."""
+
+    branch_parts: ClassVar[tuple[str, ...]] = ()
+    """Chains of layers that read score and box of a region from its features, where mixtures may take the place of FFNs (`mixture.py`)."""
+    wide_parts: ClassVar[tuple[str, ...]] = ()
+    """Chains before them, with a very wide first layer. They get mixtures only where somebody asks for it."""
+    grid_points: int = 1
+    """Places of the grid in a region; the input of `wide_parts` has, channel by channel, one value for each."""
+    scene_decision: SceneDecision | None = None
+    """Where mixtures find the decision of their scene; None without such mixtures."""
 
     @abstractmethod
     def forward(self, features: CutFeatures, labels: Sequence[Labels] | None = None) -> Any:
@@ -79,3 +89,20 @@ class Decoder(nn.Module, ABC):
             InvalidInput: The decoder has no second stage.
         """
         raise InvalidInput(f"{type(self).__name__} has no second stage that scores proposals; use a two-stage detector")
+
+    def note_regions(self, valid: Tensor) -> None:
+        """Say which regions the second stage will get. A decoder with a second stage calls it before each pass of the region head.
+
+        Args:
+            valid: (B, R) bool; the valid regions pass the head scene by scene.
+        """
+        if self.scene_decision is not None:
+            self.scene_decision.note_regions(valid)
+
+    def log_values(self) -> Mapping[str, float]:
+        """Numbers about the training so far, which are logged beside the losses.
+
+        Returns:
+            Numbers by name; empty for most decoders.
+        """
+        return {}

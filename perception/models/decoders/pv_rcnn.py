@@ -217,7 +217,9 @@ class PvRcnnDecoder(Decoder):
 
     anchors: Tensor
     """(H, W, 2 * classes, 7) anchors of the cut, not stored with the weights."""
-    class_parts: ClassVar[tuple[str, ...]] = ("anchor_head",)
+    class_parts: tuple[str, ...] = ("anchor_head",)
+    branch_parts: ClassVar[tuple[str, ...]] = ("roi_head.cls_layers", "roi_head.reg_layers")
+    wide_parts: ClassVar[tuple[str, ...]] = ("roi_head.shared_fc_layer",)
     openpcdet_parts: ClassVar[Mapping[str, str]] = {
         "fusion": "pfe.vsa_point_feature_fusion",
         "keypoint_head": "point_head",
@@ -240,6 +242,7 @@ class PvRcnnDecoder(Decoder):
         if spec.keypoints is None:
             raise InvalidInput(f"PV-RCNN's decoder reads keypoints; the cut {spec.layer!r} has none: use PV-RCNN's encoder")
         self.spec, self.config = spec, config
+        self.grid_points = config.grid_size**3
         self.bev_backbone = BevBackbone(spec.channels * spec.shape[0], config.bev)
         self.anchor_head = AnchorHead(self.bev_backbone.out_channels, len(config.anchors))
         channels = spec.keypoints.channels + (spec.channels * spec.shape[0] if config.bev_map else 0)
@@ -314,7 +317,10 @@ class PvRcnnDecoder(Decoder):
     def _propose(self, dense: DenseOutputs, labels: Sequence[Labels] | None) -> Proposals:
         nms = self.config.test_proposals if labels is None else self.config.train_proposals
         proposals = propose(dense.class_logits, dense.box_codes, dense.direction_logits, self.anchors.view(-1, 7), nms)
-        return proposals if labels is None else sample_regions(proposals, labels, self.config.roi_sampling, refine=True)
+        if labels is not None:
+            proposals = sample_regions(proposals, labels, self.config.roi_sampling, refine=True)
+        self.note_regions(proposals.valid)
+        return proposals
 
     def loss(self, outputs: PvRcnnOutputs, labels: Sequence[Labels]) -> LossTerms:
         """Compute the losses of the anchors, the keypoints and the regions.

@@ -147,7 +147,9 @@ class SecondIouDecoder(Decoder):
 
     anchors: Tensor
     """(H, W, 2 * classes, 7) anchors of the cut, not stored with the weights."""
-    class_parts: ClassVar[tuple[str, ...]] = ("anchor_head",)
+    class_parts: tuple[str, ...] = ("anchor_head",)
+    branch_parts: ClassVar[tuple[str, ...]] = ("roi_head.iou_layers",)
+    wide_parts: ClassVar[tuple[str, ...]] = ("roi_head.shared_fc_layer",)
     openpcdet_parts: ClassVar[Mapping[str, str]] = {
         "bev_backbone": "backbone_2d",
         "anchor_head": "dense_head",
@@ -164,6 +166,7 @@ class SecondIouDecoder(Decoder):
         """
         super().__init__()
         self.spec, self.config = spec, config
+        self.grid_points = config.pool_size**2
         self.bev_backbone = BevBackbone(spec.channels * spec.shape[0], config.bev)
         self.anchor_head = AnchorHead(self.bev_backbone.out_channels, len(config.anchors))
         self.roi_head = IouHead(self.bev_backbone.out_channels, config.pool_size, config.head_channels, config.dropout)
@@ -188,7 +191,10 @@ class SecondIouDecoder(Decoder):
     def _propose(self, dense: DenseOutputs, labels: Sequence[Labels] | None) -> Proposals:
         nms = self.config.test_proposals if labels is None else self.config.train_proposals
         proposals = propose(dense.class_logits, dense.box_codes, dense.direction_logits, self.anchors.view(-1, 7), nms)
-        return proposals if labels is None else sample_regions(proposals, labels, self.config.roi_sampling, refine=False)
+        if labels is not None:
+            proposals = sample_regions(proposals, labels, self.config.roi_sampling, refine=False)
+        self.note_regions(proposals.valid)
+        return proposals
 
     def _pool(self, bev: Tensor, proposals: Proposals) -> Tensor:
         """(N, C, G, G) patches of the map under the N valid proposals: padding must not enter the head's batch statistics."""

@@ -1,0 +1,100 @@
+"""Fit what depends on data in a fresh upcycled head, without a gradient: the description of scenes, the gate's rows, batch norms.
+
+All of it needs features at the cut alone, such as smashed scenes: no raw point and no label. Read next: `upcycle.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from ....core.errors import InvalidInput, require, require_numbers
+from ....core.features import CutFeatures
+from ...models.decoders.mixture import MixtureDecoder
+from ...models.detector import Detector
+from ..batch_norm import recalibrate_batch_norm
+from ..routers import SoftRouter, TopKRouter, equal_rows
+
+
+def upcycled_decoder(detector: Detector) -> MixtureDecoder:
+    """Get the decoder of a detector with an upcycled head.
+
+    Args:
+        detector: The detector.
+
+    Returns:
+        Its decoder.
+
+    Raises:
+        InvalidInput: The detector is dense.
+    """
+    if not isinstance(detector.decoder, MixtureDecoder):
+        raise InvalidInput(f"this {detector.label} is dense; make an upcycled head with `upcycle3d moe detector`")
+    return detector.decoder
+
+
+@torch.no_grad()
+def fit_gate(detector: Detector, domains: Sequence[Iterable[CutFeatures]], *, sharpness: float = 1.0) -> None:
+    """Scale the description of scenes over all domains, and let a learned gate choose the domain whose center is nearest.
+
+    The gate then starts by sending each scene to the expert of the domain that it looks like. Other gates only get the scale.
+
+    Args:
+        detector: A detector with an upcycled head, which is changed.
+        domains: Features of some scenes of each domain, in the order of the experts. One entry for all domains together fits the scale only.
+        sharpness: How much the logits differ at the centers, in units of their mean squared distance. Raise it for gates that start surer.
+
+    Raises:
+        InvalidInput: The head decides nothing per scene, the number of domains is neither 1 nor the number of experts, a domain has no
+            scene, or two domains look the same.
+    """
+    decoder = upcycled_decoder(detector)
+    descriptor, gate = decoder.descriptor, decoder.gate
+    if descriptor is None:
+        raise InvalidInput("this head decides nothing per scene, so it has no gate to fit")
+    require_numbers("fit_gate", least=0.0, most=1e3, sharpness=sharpness)
+    described = [
+        torch.cat([descriptor.raw(f.voxels) for f in domain] or [torch.zeros(0, descriptor.width)]) for domain in domains
+    ]
+    experts = decoder.config.experts
+    require(
+        len(described) in (1, len(experts)),
+        f"give scenes of one domain for each of the {len(experts)} experts, or one for all; found {len(described)}",
+    )
+    for name, rows in zip(experts if len(described) > 1 else ("the head",), described, strict=True):
+        require(len(rows) > 0, f"there is no scene for {name}, so its place among the domains is unknown")
+    descriptor.fit(torch.cat(described))
+    if len(described) > 1 and isinstance(gate, TopKRouter | SoftRouter):
+        centers = torch.stack([descriptor.scaled(rows).mean(0) for rows in described])
+        pairs = equal_rows(centers, tolerance=1e-3)
+        if pairs:
+            first, second = (experts[i] for i in pairs[0])
+            raise InvalidInput(f"the scenes of {first} and {second} look the same to the gate; give scenes of different domains")
+        distance = torch.cdist(centers, centers).square().sum() / (len(centers) * (len(centers) - 1))
+        gate.weight.copy_(2 * sharpness / distance * centers)
+        assert gate.bias is not None
+        gate.bias.copy_(-sharpness / distance * centers.square().sum(1))
+
+
+def recalibrate_head(detector: Detector, batches: Iterable[CutFeatures]) -> int:
+    """Measure the running statistics of the decoder's batch norms again, with the mixtures in place. The encoder is not touched.
+
+    Args:
+        detector: The detector, which is changed.
+        batches: Features of scenes of all domains, mixed; every batch counts the same.
+
+    Returns:
+        Number of batch norms.
+
+    Raises:
+        InvalidInput: The batches reach none of them, for example because no scene has a region.
+    """
+
+    def run(decoder: nn.Module) -> None:
+        for features in batches:
+            detector.decode(features)
+
+    recalibrate: Callable[[nn.Module, Callable[[nn.Module], None]], int] = recalibrate_batch_norm
+    return recalibrate(detector.decoder, run)

@@ -1,0 +1,138 @@
+"""`upcycle3d moe detector`: make one detector with an upcycled head of detectors that were specialized on different domains.
+
+Read next: `perception/recipes/upcycle_head.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..core.errors import InvalidInput
+from ..perception.models.decoders.mixture import DecidesPer, HeadMixtureConfig, RegionMixtures, RouterKind
+from ..perception.models.decoders.scene_blocks import BatchNormOfExperts
+from ..perception.moe.losses import RouterLossConfig
+from ..perception.moe.routing import Norm
+from ..perception.recipes.upcycle_head import make_upcycled_head
+from .console import console, print_table, run_command, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeDetector:
+    """Make a detector with an upcycled head: layers of the specialists become experts, and their common encoder stays as it is."""
+
+    specialists: tuple[Path, ...]
+    """Run folder of one detector per domain, fine-tuned from one detector with a frozen encoder (`upcycle --method source_continued`). A
+    single one with `--copies` is copied into every expert: sparse upcycling."""
+    out: Path
+    """Run folder to write."""
+    head: Literal["roi", "bev", "both"] = "roi"
+    """What becomes a mixture: the branches of the region head (`roi`), blocks of the BEV backbone (`bev`), or both."""
+    names: tuple[str, ...] = ()
+    """Names of the experts; by default those of the folders."""
+    copies: int | None = None
+    """Number of experts, where one detector is copied."""
+    wide: bool = False
+    """Also replace the very wide first layers of the region head. Their experts outweigh the rest of the head."""
+    bev_blocks: tuple[int, ...] = (1,)
+    """Blocks of the BEV backbone that become mixtures, with `--head bev` or `both`."""
+    router: RouterKind = "top_k"
+    """`top_k` and `soft` are learned; `frozen` and `uniform` are controls."""
+    decides_per: DecidesPer = "scene"
+    """Whether a `scene` or each `region` chooses its experts. BEV blocks always decide per scene."""
+    k: int = 2
+    """Experts per scene or region."""
+    norm: Norm = "renorm"
+    """Whether the weights of the chosen experts are divided by their sum."""
+    batch_norm: BatchNormOfExperts = "fold"
+    """`fold` joins each specialist's batch norms with its weights; `share` keeps one for all experts, which learns on."""
+    balance: float = 0.01
+    """Coefficient of the balance loss."""
+    z: float = 0.0
+    """Coefficient of the z loss."""
+    rest: Literal["average", "seed"] = "average"
+    """Where all other layers of the decoder come from: the mean of the specialists, or the `seed`."""
+    seed_detector: Path | None = None
+    """Run folder of the detector that the specialists started from, for `--rest seed`."""
+    stores: tuple[Path, ...] = ()
+    """Stores of smashed scenes, one per specialist: the gate begins by sending their scenes to that specialist's expert. One store of all
+    domains only scales the description of scenes."""
+    recalibrate: bool = False
+    """Measure the batch norms of the decoder again on scenes of the stores."""
+    draw: int = 0
+    """Number that the rows of the routers depend on."""
+    json: Path | None = None
+    """Also write the result to this file as JSON."""
+
+
+def head_of(config: MoeDetector) -> HeadMixtureConfig:
+    """Read the structure of the head from the options.
+
+    Args:
+        config: The options.
+
+    Returns:
+        The structure.
+
+    Raises:
+        InvalidInput: The numbers of names, copies and specialists do not fit.
+    """
+    given = len(config.specialists)
+    if config.copies is not None and given != 1:
+        raise InvalidInput(f"--copies copies one detector, and {given} were given; leave it out to take one expert of each")
+    number = config.copies or given
+    names = config.names or (
+        tuple(path.name for path in config.specialists) if config.copies is None else tuple(f"copy{i}" for i in range(number))
+    )
+    if len(names) != number:
+        raise InvalidInput(f"there are {number} experts, and {len(names)} names were given (--names)")
+    if len(set(names)) != len(names):
+        raise InvalidInput(f"two experts have one name ({', '.join(names)}); give other names with --names")
+    learns = config.router in ("top_k", "soft")
+    regions: RegionMixtures = "none" if config.head == "bev" else "all" if config.wide else "branches"
+    return HeadMixtureConfig(
+        experts=names,
+        regions=regions,
+        bev_blocks=() if config.head == "roi" else config.bev_blocks,
+        decides_per=config.decides_per,
+        router=config.router,
+        k=min(config.k, number) if number == 1 else config.k,
+        norm=config.norm,
+        batch_norm=config.batch_norm,
+        losses=RouterLossConfig(balance=config.balance if learns else 0.0, z=config.z if learns else 0.0),
+    )
+
+
+def command(config: MoeDetector) -> None:
+    """Make a detector with an upcycled head of specialists."""
+    head = head_of(config)
+    made = make_upcycled_head(
+        config.specialists,
+        config.out,
+        head,
+        rest=config.rest,
+        seed_detector=config.seed_detector,
+        stores=config.stores,
+        recalibrate=config.recalibrate,
+        draw=config.draw,
+    )
+    before, after = made.parameters
+    rows = [
+        ("head", str(head)),
+        ("decoder", f"{before:,} -> {after:,} parameters"),
+        ("replaced layers, for one region or scene", f"{made.active[0]:,} -> {made.active[1]:,} parameters"),
+        ("tensors", "; ".join(line.strip() for line in str(made.account).splitlines())),
+    ]
+    print_table("upcycled head", ("what", "value"), rows)
+    console.print(
+        f"detector: {config.out}. Its encoder is that of the specialists, so scenes that the fleet sent stay valid. Train it next: "
+        f"upcycle3d upcycle PRESET --detector {config.out} --data DIR:train --store STORE --out RUN",
+        soft_wrap=True,
+    )
+    write_json(config.json, dict(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))
