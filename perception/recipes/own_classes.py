@@ -16,6 +16,7 @@ from ..models.anchors import AnchorClass
 from ..models.defended import DefendedDetectorConfig
 from ..models.detectors import DetectorConfig
 from ..models.pv_rcnn import PvRcnnDetectorConfig
+from ..models.upcycled import UpcycledDetectorConfig
 from .presets import Preset
 
 FEW_OBJECTS = 10
@@ -67,6 +68,10 @@ def preset_for_classes(preset: Preset, frames: PreparedDataset, classes: Sequenc
     if isinstance(old, DefendedDetectorConfig):
         raise InvalidInput(
             "a detector with defences keeps its classes; train one without, then give it defences (`upcycle3d defend`)"
+        )
+    if isinstance(old, UpcycledDetectorConfig):
+        raise InvalidInput(
+            "a detector with an upcycled head keeps its classes; train dense ones, then join them (`upcycle3d moe detector`)"
         )
     detector: DetectorConfig
     if isinstance(old, PvRcnnDetectorConfig):

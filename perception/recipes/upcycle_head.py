@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from ..server.store import SmashedStore, collate_scenes
 from ..training.detector_files import DETECTOR_FILE, load_detector, save_run_detector
 from .job_inputs import check_path
 
-REPORT_FILE = "head.json"
+HEAD_FILE = "head.json"
 """What `moe detector` writes beside the detector: the structure, what it costs, and what became of the tensors."""
 
 
@@ -87,7 +86,7 @@ def make_upcycled_head(
         "active parameters of the replaced layers": list(made.active),
         "tensors": str(made.account).splitlines(),
     }
-    write_atomically(out / REPORT_FILE, (json.dumps(record, indent=1) + "\n").encode())
+    write_atomically(out / HEAD_FILE, (json.dumps(record, indent=1) + "\n").encode())
     return made
 
 

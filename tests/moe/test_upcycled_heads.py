@@ -72,7 +72,8 @@ def found(detector: Detector) -> list[torch.Tensor]:
 
 def assert_equal_detections(one: Detector, other: Detector) -> None:
     for a, b in zip(found(one), found(other), strict=True):
-        assert len(a) and a.shape == b.shape
+        assert len(a)
+        assert a.shape == b.shape
         assert torch.allclose(a, b, atol=2e-5)
 
 
