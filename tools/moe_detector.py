@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..core.errors import InvalidInput
-from ..perception.models.decoders.mixture import DecidesPer, HeadMixtureConfig, RegionMixtures, RouterKind
+from ..perception.models.decoders.mixture import DecidesPer, HeadMixtureConfig, RegionMixtures, HeadRouter
 from ..perception.models.decoders.scene_blocks import BatchNormOfExperts
 from ..perception.moe.losses import RouterLossConfig
 from ..perception.moe.routing import Norm
@@ -38,7 +38,7 @@ class MoeDetector:
     """Also replace the very wide first layers of the region head. Their experts outweigh the rest of the head."""
     bev_blocks: tuple[int, ...] = (1,)
     """Blocks of the BEV backbone that become mixtures, with `--head bev` or `both`."""
-    router: RouterKind = "top_k"
+    router: HeadRouter = "top_k"
     """`top_k` and `soft` are learned; `frozen` and `uniform` are controls."""
     decides_per: DecidesPer = "scene"
     """Whether a `scene` or each `region` chooses its experts. BEV blocks always decide per scene."""

@@ -36,7 +36,7 @@ from .regions import ScoredProposals
 from .scene_blocks import BatchNormOfExperts, SceneBlockMixture
 from .scene_decision import SceneDecision, SceneDescriptor, SceneRouter
 
-RouterKind = Literal["top_k", "soft", "frozen", "uniform", "oracle"]
+HeadRouter = Literal["top_k", "soft", "frozen", "uniform", "oracle"]
 RegionMixtures = Literal["none", "branches", "all"]
 DecidesPer = Literal["region", "scene"]
 
@@ -55,7 +55,7 @@ class HeadMixtureConfig:
     decides_per: DecidesPer = "region"
     """Whether each `region` chooses its experts, or one decision serves all regions of a `scene`. Take `scene` where domains are weather,
     sensors or places, and `region` where they are kinds of objects or distances."""
-    router: RouterKind = "top_k"
+    router: HeadRouter = "top_k"
     """How experts are chosen: `top_k` learns it; `soft` weighs all experts, and learns the weights. The others are controls: `frozen`
     draws a top-k router once, `uniform` is the average, and `oracle` is given the domain of each scene (`given_domains`)."""
     k: int = 2
@@ -76,7 +76,7 @@ class HeadMixtureConfig:
         for name, value, kinds in (
             ("regions", self.regions, RegionMixtures),
             ("decides_per", self.decides_per, DecidesPer),
-            ("router", self.router, RouterKind),
+            ("router", self.router, HeadRouter),
             ("norm", self.norm, Norm),
             ("batch_norm", self.batch_norm, BatchNormOfExperts),
         ):
