@@ -12,7 +12,7 @@ from upcycle3d.core.structures import PointCloud
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder, PvRcnnEncoderConfig
 from upcycle3d.perception.models.encoders.set_abstraction import SetAbstractionConfig
 from upcycle3d.perception.privacy.attacks.exact_points import ExactPoints, SolvedPoints, distance_to_nearest
-from upcycle3d.perception.privacy.attacks.lone_voxels import LoneVoxels, _reached_cells
+from upcycle3d.perception.privacy.attacks.lone_voxels import LoneVoxels, _of_few_sources, _reached_cells
 from upcycle3d.perception.privacy.attacks.point_solver import rounding, solve
 from upcycle3d.perception.privacy.frames import AuditFrame, audit_frames
 
@@ -109,6 +109,15 @@ def test_a_repaired_encoder_gives_no_point():
         upload = audited(made, torch.cat([LONE, PAIRS]), codec).upload
         assert not len(ExactPoints(made, codec).rebuild(upload).xyz)
         assert not len(LoneVoxels(made, codec).rebuild(upload).xyz)
+
+
+def test_coarse_keypoints_cost_a_bounded_number_of_solutions():
+    source = torch.arange(50).repeat_interleave(64)
+    rows = _of_few_sources(source, 640)
+    assert len(rows) == 640  # ten keypoints, each with all of its candidates
+    assert source[rows].bincount(minlength=50).unique().tolist() == [0, 64]
+    assert torch.equal(_of_few_sources(source, 3200), torch.arange(3200))
+    assert not len(_of_few_sources(source[:0], 640))
 
 
 def test_an_empty_upload_gives_no_point():

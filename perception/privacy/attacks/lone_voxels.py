@@ -70,6 +70,8 @@ class LoneVoxels:
         codec: "fp16" or "int8".
         parts: Which features it reads: those of the keypoints' balls at stages of the backbone, and the cells at the cut.
         most: Groups of cells per upload that it looks at where no keypoint names the voxel; each costs some hundred solutions.
+        most_voxels: Voxels per upload that it solves for around keypoints. A keypoint that stands for a coarse cell has one candidate for
+            every voxel of the cell, so only so many keypoints, drawn at random, are looked at.
         iterations: Steps of the solver.
     """
 
@@ -80,9 +82,11 @@ class LoneVoxels:
         *,
         parts: tuple[Part, ...] = ALL_PARTS,
         most: int = 10,
+        most_voxels: int = 2048,
         iterations: int = 8,
     ) -> None:
-        self.encoder, self.codec, self.most, self.iterations = encoder, codec, most, iterations
+        self.encoder, self.codec, self.iterations = encoder, codec, iterations
+        self.most, self.most_voxels = most, most_voxels
         self.second = encoder if isinstance(encoder, SecondEncoder) else encoder.second
         there = encoder.upload_channels() if isinstance(encoder, PvRcnnEncoder) else {}
         self.parts: tuple[Part, ...] = tuple(part for part in ALL_PARTS if part in parts and (part == "cut" or part in there))
@@ -219,7 +223,8 @@ class LoneVoxels:
             observed=torch.cat(observed, 1).double(),
             noise=torch.cat(noise, 1).double(),
         )
-        return asked.select(asked.noise.isfinite().any(1))
+        asked = asked.select(asked.noise.isfinite().any(1))
+        return asked if upload.keypoints is None else asked.select(_of_few_sources(asked.source, self.most_voxels))
 
     def _balls(self, keypoints: Keypoints, part: Part) -> tuple[Tensor, Tensor]:
         """(K, C) features of the part's balls and their errors, infinite where another keypoint lies in the ball or close to it.
@@ -251,6 +256,15 @@ def _voxels_of_keypoints(keypoints: Keypoints, spec: CutSpec, encoder: PvRcnnEnc
     voxels = voxels.view(-1, 3).to(torch.int32)
     fits = (voxels < torch.tensor(spec.grid.shape)).all(1)
     return voxels[fits], source[fits]
+
+
+def _of_few_sources(source: Tensor, most: int) -> Tensor:
+    """Rows of sources that are drawn at random, as many as have at most `most` rows together."""
+    numbers, own, rows = source.unique(return_inverse=True, return_counts=True)
+    order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))
+    drawn = torch.zeros(len(numbers), dtype=torch.bool)
+    drawn[order[rows[order].cumsum(0) <= most]] = True
+    return drawn[own].nonzero()[:, 0]
 
 
 def _reach(voxels: Tensor, axis: int, spec: CutSpec) -> tuple[Tensor, Tensor]:
