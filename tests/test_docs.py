@@ -324,6 +324,7 @@ CODE = [block for page in PAGES for block in blocks(page) if block.fence == "pyt
 RUN_BY_OTHER_TESTS = {
     "class ArgoverseLog": "tests/test_own_data_page.py",
     "GLCAdapter(": "tests/adapt/glc/test_adapter.py",
+    "load_clip(": "tests/moe/test_hugging_face_clip.py",
     "upcycle_head(": "tests/recipes/test_upcycle_head.py",
     "upcycle3d.adapt(": "tests/adapt/detection/test_detector_command.py",
 }

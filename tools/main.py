@@ -32,6 +32,7 @@ COMMANDS = {
     "mix": ("mix", "gateway: shuffle the scenes of many vehicles into new shards"),
     "ingest": ("ingest", "server: verify shards, quarantine bad ones, add the rest to a store"),
     "upcycle": ("upcycle", "train on labeled frames and smashed scenes, by UpCycling or a baseline (--method)"),
+    "moe dmu": ("moe_dmu", "upcycle a Hugging Face CLIP to experts that tell apart what the base cannot; resumable"),
     "moe detector": ("moe_detector", "join detectors of several domains to one with an upcycled head of experts"),
     "audit": ("audit", "measure what uploads give away: attacks on every defence, bytes, and AP; resumable"),
     "bench ops": ("bench_ops", "measure how fast the operators are"),

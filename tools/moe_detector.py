@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..core.errors import InvalidInput
-from ..perception.models.decoders.mixture import DecidesPer, HeadMixtureConfig, RegionMixtures, HeadRouter
+from ..perception.models.decoders.mixture import DecidesPer, HeadMixtureConfig, HeadRouter, RegionMixtures
 from ..perception.models.decoders.scene_blocks import BatchNormOfExperts
 from ..perception.moe.losses import RouterLossConfig
 from ..perception.moe.routing import Norm

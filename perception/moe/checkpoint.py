@@ -4,7 +4,7 @@ The same weights under another routing rule are another model, so the rule, the 
 loading builds routers from them and from nothing else. The file does not hold the code of the dense model: the caller builds that, from
 `BaseModel.config` where it was stored, and loading puts the mixtures into a copy of it.
 
-Read next: `surgery.py`, whose plan is stored; `hugging_face.py`, which stores and rebuilds models of that library.
+Read next: `surgery.py`, whose plan is stored; `hugging_face_clip.py`, which stores and rebuilds a CLIP.
 """
 
 from __future__ import annotations
