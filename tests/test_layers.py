@@ -122,6 +122,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "perception.models.encoders",
         "perception.training",
         "perception.server",
+        "perception.adapt.glc",
         "perception.moe",
     ),
     "perception.recipes": (

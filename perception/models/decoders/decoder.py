@@ -90,6 +90,21 @@ class Decoder(nn.Module, ABC):
         """
         raise InvalidInput(f"{type(self).__name__} has no second stage that scores proposals; use a two-stage detector")
 
+    def region_features(self, features: CutFeatures, regions: Sequence[Tensor]) -> Tensor:
+        """Compute what the second stage knows about given regions: the input of `branch_parts`.
+
+        Args:
+            features: features at the cut, on the device of the weights.
+            regions: (R, 7) boxes of each scene.
+
+        Returns:
+            (N, C) features of all regions, scene by scene.
+
+        Raises:
+            InvalidInput: The decoder has no second stage.
+        """
+        raise InvalidInput(f"{type(self).__name__} has no second stage that looks at regions; use a two-stage detector")
+
     def note_regions(self, valid: Tensor) -> None:
         """Say which regions the second stage will get. A decoder with a second stage calls it before each pass of the region head.
 

@@ -32,7 +32,7 @@ from ...moe.surgery import ReplacementPlan, plan_replacement
 from ...moe.usage import UsageCounter
 from .bev import BevBackbone
 from .decoder import Decoder
-from .regions import ScoredProposals
+from .regions import ScoredProposals, padded_regions
 from .scene_blocks import BatchNormOfExperts, SceneBlockMixture
 from .scene_decision import SceneDecision, SceneDescriptor, SceneRouter
 
@@ -256,6 +256,20 @@ class MixtureDecoder(Decoder):
             found = self.decoder.proposals(features)
         take_routings(self.decoder)
         return found
+
+    def region_features(self, features: CutFeatures, regions: Sequence[Tensor]) -> Tensor:
+        """Compute what the second stage knows about given regions.
+
+        Args:
+            features: features at the cut.
+            regions: (R, 7) boxes of each scene.
+
+        Returns:
+            (N, C) features of all regions, scene by scene.
+        """
+        with self.shared.given(self.decide(features)):
+            self.shared.note_regions(padded_regions(regions).valid)
+            return self.decoder.region_features(features, regions)
 
     def routers(self) -> tuple[Router, ...]:
         """List the routers that decide something themselves: the gate and those of branches that decide per region."""

@@ -31,7 +31,7 @@ from ..targets import RoiSampling
 from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
 from .decoder import Decoder
 from .pv_rcnn_loss import keypoint_loss, region_loss
-from .regions import ScoredProposals, fully_connected, region_grid, sample_regions, scored_by_scene
+from .regions import ScoredProposals, fully_connected, padded_regions, region_grid, sample_regions, scored_by_scene
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +312,21 @@ class PvRcnnDecoder(Decoder):
         shared = self.roi_head.shared_features(boxes, _starts(p.valid), keypoints)
         quality, codes = self.roi_head.quality_and_codes(shared)
         return scored_by_scene(p, decode_regions(codes.float(), boxes), quality, shared)
+
+    def region_features(self, features: CutFeatures, regions: Sequence[Tensor]) -> Tensor:
+        """Compute what the region head knows about given regions.
+
+        Args:
+            features: features at the cut, on the device of the weights.
+            regions: (R, 7) boxes of each scene.
+
+        Returns:
+            (N, head_channels) features of all regions, scene by scene.
+        """
+        given = padded_regions(regions)
+        keypoints = self._fuse(self._keypoints(features))[1]
+        shared: Tensor = self.roi_head.shared_features(given.boxes[given.valid], _starts(given.valid), keypoints)
+        return shared
 
     @torch.no_grad()
     def _propose(self, dense: DenseOutputs, labels: Sequence[Labels] | None) -> Proposals:

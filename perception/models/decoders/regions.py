@@ -64,6 +64,25 @@ def sample_regions(proposals: Proposals, labels: Sequence[Labels], sampling: Roi
     )
 
 
+def padded_regions(regions: Sequence[Tensor]) -> Proposals:
+    """Turn given boxes into proposals of a batch.
+
+    Args:
+        regions: (R, 7) boxes of each scene.
+
+    Returns:
+        The boxes as proposals of class 0 with the logit 0.
+    """
+    most = max((len(scene) for scene in regions), default=0)
+    boxes = torch.stack([F.pad(scene, (0, 0, 0, most - len(scene))) for scene in regions])
+    return Proposals(
+        boxes=boxes,
+        classes=torch.zeros(boxes.shape[:2], dtype=torch.int64, device=boxes.device),
+        logits=boxes.new_zeros(boxes.shape[:2]),
+        valid=torch.stack([torch.arange(most, device=boxes.device) < len(scene) for scene in regions]),
+    )
+
+
 def region_grid(regions: Tensor, size: int) -> Tensor:
     """Place a grid of points in every region, turned with it: the centers of `size` x `size` x `size` equal cells.
 

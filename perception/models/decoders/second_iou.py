@@ -27,7 +27,7 @@ from ..post_processing import FinalNms, ProposalNms, Proposals, propose, select_
 from ..targets import RoiSampling, iou_quality_target, match_rois
 from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
 from .decoder import Decoder
-from .regions import ScoredProposals, fully_connected, sample_regions, scored_by_scene
+from .regions import ScoredProposals, fully_connected, padded_regions, sample_regions, scored_by_scene
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +221,20 @@ class SecondIouDecoder(Decoder):
         shared = self.roi_head.shared_features(self._pool(bev, proposals))
         iou = self.roi_head.iou_logits(shared)
         return scored_by_scene(proposals, proposals.boxes[proposals.valid], iou, shared)
+
+    def region_features(self, features: CutFeatures, regions: Sequence[Tensor]) -> Tensor:
+        """Compute what the IoU head knows about given regions.
+
+        Args:
+            features: features at the cut, on the device of the weights.
+            regions: (R, 7) boxes of each scene.
+
+        Returns:
+            (N, head_channels) features of all regions, scene by scene.
+        """
+        bev = self.bev_backbone(height_compression(features.voxels))
+        shared: Tensor = self.roi_head.shared_features(self._pool(bev, padded_regions(regions)))
+        return shared
 
     def loss(self, outputs: SecondIouOutputs, labels: Sequence[Labels]) -> LossTerms:
         """Compute the losses of both stages.

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ....core.errors import InvalidInput, require, require_numbers
 from ....core.features import CutFeatures
+from ...adapt.glc.kmeans import KMeansConfig, kmeans
 from ...models.decoders.mixture import MixtureDecoder
+from ...models.decoders.scene_decision import FARTHEST
 from ...models.detector import Detector
 from ..batch_norm import recalibrate_batch_norm
 from ..routers import SoftRouter, TopKRouter, equal_rows
@@ -76,6 +78,26 @@ def fit_gate(detector: Detector, domains: Sequence[Iterable[CutFeatures]], *, sh
         gate.weight.copy_(2 * sharpness / distance * centers)
         assert gate.bias is not None
         gate.bias.copy_(-sharpness / distance * centers.square().sum(1))
+
+
+def cluster_scenes(described: Tensor, clusters: int, *, seed: int = 0) -> Tensor:
+    """Divide scenes into groups that look alike, without a label: a stand-in for domains that nobody has named.
+
+    Args:
+        described: (N, width) what `SceneDescriptor.raw` returned.
+        clusters: Number of groups.
+        seed: Decides the first centers; the best of five runs counts.
+
+    Returns:
+        (N,) int64 group of each scene.
+
+    Raises:
+        InvalidInput: There are fewer scenes than groups.
+    """
+    spread = described.std(0).clamp_min(1e-3)
+    scaled = ((described - described.mean(0)) / spread).clamp(-FARTHEST, FARTHEST)
+    settings = KMeansConfig(init="plusplus", restarts=5, points_per_centroid=0)
+    return kmeans(scaled, clusters, settings, seed=seed).assignment
 
 
 def recalibrate_head(detector: Detector, batches: Iterable[CutFeatures]) -> int:
