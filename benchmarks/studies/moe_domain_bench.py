@@ -200,7 +200,8 @@ class Bench:
         if not done.exists():
             began = time.process_time()
             extractor = Extractor(detector.encoder, self.split("city", "fleet").open().rig, "fp16")
-            scans = [_sensor_scan(self.split(d, "fleet"), i) for d in DOMAINS for i in range(self.plan.fleet)]
+            fleets = [self.split(domain, "fleet").open() for domain in DOMAINS]
+            scans = [_sensor_scan(frames, i) for frames in fleets for i in range(len(frames))]
             shards, store = self.folder / "shards", self.folder / "store"
             for leftover in (shards, store, self.folder / "objects"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -262,8 +263,7 @@ class Bench:
         return shares
 
 
-def _sensor_scan(split: DataSplit, index: int) -> Callable[[], PointCloud]:
-    frames: PreparedDataset = split.open()
+def _sensor_scan(frames: PreparedDataset, index: int) -> Callable[[], PointCloud]:
     return lambda: frames.rig.to_sensor(frames[index].points)
 
 

@@ -299,7 +299,7 @@ def report(cache: ResultCache) -> None:
     found = {name: found[name] for name in ARMS if name in found}
     rows = []
     for name, results in found.items():
-        cells = [_spread([r["ap"][d][MAIN] for r in results.values()]) for d in DOMAINS]
+        cells = [_spread([r["ap"][d].get(MAIN, float("nan")) for r in results.values()]) for d in DOMAINS]
         sure = [purity(r["gate"]) for r in results.values() if r["gate"]]
         rows.append(
             (
@@ -330,7 +330,7 @@ def report(cache: ResultCache) -> None:
 
 
 def _mean(result: Json, domain: str | None = None) -> float:
-    return statistics.fmean(result["ap"][d][MAIN] for d in (DOMAINS if domain is None else (domain,)))
+    return statistics.fmean(result["ap"][d].get(MAIN, float("nan")) for d in (DOMAINS if domain is None else (domain,)))
 
 
 def _paired(found: dict[str, dict[int, Json]], one: str, other: str, domain: str | None = None) -> list[float]:
