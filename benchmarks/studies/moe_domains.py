@@ -72,7 +72,7 @@ from upcycle3d.perception.server.store import collate_scenes
 from upcycle3d.tools.console import print_table
 
 MAIN = "Car 3D 0.5"
-QUICK = {"train": 12, "fleet": 8, "validation": 8, "seed_steps": 8, "specialist_steps": 3, "mix_steps": 3, "upcycle_steps": 2}
+QUICK = {"train": 12, "fleet": 8, "validation": 8, "seed_steps": 4, "specialist_steps": 3, "mix_steps": 3, "upcycle_steps": 2}
 CPU_SECONDS = {"second_iou": 900, "pv_rcnn": 1400}
 """CPU seconds of one seed, extrapolated from a quick run."""
 
