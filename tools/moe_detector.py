@@ -59,6 +59,8 @@ class MoeDetector:
     stores: tuple[Path, ...] = ()
     """Stores of smashed scenes, one per specialist: the gate begins by sending their scenes to that specialist's expert. One store of all
     domains only scales the description of scenes."""
+    group_scenes: bool = False
+    """With one store of all domains: the gate begins with groups of scenes that look alike, one for each expert. No domain needs a name."""
     recalibrate: bool = False
     """Measure the batch norms of the decoder again on scenes of the stores."""
     draw: int = 0
@@ -115,6 +117,7 @@ def command(config: MoeDetector) -> None:
         rest=config.rest,
         seed_detector=config.seed_detector,
         stores=config.stores,
+        group_scenes=config.group_scenes,
         recalibrate=config.recalibrate,
         draw=config.draw,
     )

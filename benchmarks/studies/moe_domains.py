@@ -60,7 +60,7 @@ from upcycle3d.perception.models.decoders.mixture import HeadMixtureConfig, Mixt
 from upcycle3d.perception.models.decoders.scene_decision import SceneDescriptor
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.moe.clusters import ClusterConfig
-from upcycle3d.perception.moe.detectors.calibrate import cluster_scenes, fit_gate, upcycled_decoder
+from upcycle3d.perception.moe.detectors.calibrate import cluster_scenes, fit_gate, fit_gate_to_groups, upcycled_decoder
 from upcycle3d.perception.moe.detectors.region_pairs import contrastive_specialists, region_pairs
 from upcycle3d.perception.moe.detectors.upcycle import upcycle_head
 from upcycle3d.perception.moe.expert_stages import DmuConfig
@@ -205,12 +205,10 @@ class Arms:
         """Copies of the seed whose gate begins at groups of the fleet's scenes: what a server can make without a label or a raw point."""
         seed = self.seed.detector
         store = self.bench.store(seed)
-        scenes = [collate_scenes([store.readable(i)]) for i in range(len(store))]
-        described = SceneDescriptor(seed.spec)
-        group = cluster_scenes(torch.cat([described.raw(scene.voxels) for scene in scenes]), 3, seed=self.bench.seed)
         head = replace(self.head, experts=("group0", "group1", "group2"))
         made = upcycle_head([seed] * 3, head, draw=self.bench.seed).detector
-        fit_gate(made, [[s for s, g in zip(scenes, group.tolist(), strict=True) if g == number] for number in range(3)])
+        scenes = [collate_scenes([store.readable(i)]) for i in range(len(store))]
+        print(f"    groups of the fleet's scenes: {fit_gate_to_groups(made, scenes, seed=self.bench.seed)}", flush=True)
         return made
 
     def mixture_raw(self) -> tuple[Made, float]:

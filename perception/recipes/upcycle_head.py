@@ -17,7 +17,7 @@ from ...core.features import CutFeatures
 from ...core.files import write_atomically
 from ..models.decoders.mixture import HeadMixtureConfig
 from ..models.detector import Detector
-from ..moe.detectors.calibrate import fit_gate, recalibrate_head
+from ..moe.detectors.calibrate import fit_gate, fit_gate_to_groups, recalibrate_head
 from ..moe.detectors.upcycle import UpcycledHead, upcycle_head
 from ..moe.upcyclers import Rest
 from ..server.store import SmashedStore, collate_scenes
@@ -36,6 +36,7 @@ def make_upcycled_head(
     rest: Rest = "average",
     seed_detector: str | Path | None = None,
     stores: Sequence[str | Path] = (),
+    group_scenes: bool = False,
     recalibrate: bool = False,
     most_scenes: int = 50,
     draw: int = 0,
@@ -49,6 +50,7 @@ def make_upcycled_head(
         rest: Where the other tensors come from: `average` or `seed`.
         seed_detector: The detector that the specialists started from.
         stores: Stores of smashed scenes: one per expert, whose scenes the gate begins by sending to that expert; or one of all domains.
+        group_scenes: With one store: the gate begins with groups of scenes that look alike, one for each expert.
         recalibrate: Whether the batch norms of the decoder are measured again on the scenes of the stores.
         most_scenes: Scenes that are read of each store at most.
         draw: Number that routers and the choice of scenes depend on.
@@ -63,6 +65,9 @@ def make_upcycled_head(
     if (out / DETECTOR_FILE).exists():
         raise InvalidInput(f"{out} holds a {DETECTOR_FILE} already; choose another folder")
     require_counts("make_upcycled_head", most_scenes=most_scenes)
+    require(
+        not group_scenes or len(stores) == 1, f"groups are made of the scenes of one store (--stores), found {len(stores)} stores"
+    )
     require(not recalibrate or bool(stores), "batch norms are measured on smashed scenes; give stores (--stores)")
     loaded = [load_detector(path) for path in specialists]
     seed = None if seed_detector is None else load_detector(seed_detector)
@@ -72,7 +77,9 @@ def make_upcycled_head(
         require(
             store.spec == made.detector.encoder.upload_spec, f"the scenes of {path} were made at another cut than this detector's"
         )
-    if opened and head.has_gate:
+    if group_scenes:
+        fit_gate_to_groups(made.detector, scenes_of(made.detector, opened[0], most_scenes, draw), seed=draw)
+    elif opened and head.has_gate:
         fit_gate(made.detector, [scenes_of(made.detector, store, most_scenes, draw) for store in opened])
     if recalibrate:
         recalibrate_head(made.detector, _mixed(made.detector, opened, most_scenes, draw))

@@ -15,7 +15,7 @@ from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.models.upcycled import UpcycledDetectorConfig
 from upcycle3d.perception.moe.control_routers import given_domains
-from upcycle3d.perception.moe.detectors.calibrate import fit_gate, recalibrate_head
+from upcycle3d.perception.moe.detectors.calibrate import fit_gate, fit_gate_to_groups, recalibrate_head
 from upcycle3d.perception.moe.detectors.upcycle import upcycle_head
 from upcycle3d.perception.moe.losses import RouterLossConfig
 from upcycle3d.perception.moe.moe_ffn import moe_layers
@@ -297,6 +297,11 @@ def test_the_gate_starts_at_the_domains_and_batch_norms_are_measured_again(secon
     assert changed
     assert all("running_" in name or "num_batches" in name for name in changed)
     assert not any(name.startswith("encoder.") for name in changed)
+    made = upcycle_head([second_iou] * 3, HEADS["bev"]).detector
+    sizes = fit_gate_to_groups(made, [batch for domain in domains for batch in domain])
+    assert sum(sizes) == 12
+    chosen = made.decoder.decide(made.encode([*sparse, *dense, *empty])).top1
+    assert torch.bincount(chosen, minlength=3).tolist() == list(sizes)
     with pytest.raises(InvalidInput, match="the scenes of clear and rain look the same"):
         fit_gate(made, [domains[0], domains[0], domains[1]])
     with pytest.raises(InvalidInput, match="found 2"):

@@ -112,7 +112,8 @@ def test_the_python_of_docs_moe_md_makes_a_detector(runs, tmp_path, monkeypatch)
 
 
 def test_copies_of_one_detector_are_sparse_upcycling(runs, data, tmp_path):
-    words = ["--specialists", str(runs / "source"), "--copies", "3", "--decides-per", "region", "--out", str(tmp_path / "copies")]
+    words = ["--specialists", str(runs / "source"), "--copies", "2", "--stores", str(runs / "store"), "--group-scenes"]
+    words += ["--out", str(tmp_path / "copies")]
     assert run_command(moe_detector.command, words) == 0
     frame = data.open()[0]
     one, other = (load_detector(path).detect(frame.points) for path in (runs / "source", tmp_path / "copies"))
@@ -128,6 +129,7 @@ def test_copies_of_one_detector_are_sparse_upcycling(runs, data, tmp_path):
         (["clear", "clear"], "two experts have one name"),
         (["clear", "rain", "--rest", "seed"], "no seed was given"),
         (["clear", "rain", "--recalibrate"], "give stores"),
+        (["clear", "rain", "--group-scenes"], "found 0 stores"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(runs, tmp_path, words, said):

@@ -52,22 +52,55 @@ def fit_gate(detector: Detector, domains: Sequence[Iterable[CutFeatures]], *, sh
         InvalidInput: The head decides nothing per scene, the number of domains is neither 1 nor the number of experts, a domain has no
             scene, or two domains look the same.
     """
+    _fit(upcycled_decoder(detector), [_described(detector, domain) for domain in domains], sharpness)
+
+
+@torch.no_grad()
+def fit_gate_to_groups(
+    detector: Detector, scenes: Iterable[CutFeatures], *, seed: int = 0, sharpness: float = 1.0
+) -> tuple[int, ...]:
+    """Divide scenes into as many groups as there are experts, and let the gate begin with one expert for each group.
+
+    It needs no name of a domain: scenes of several fleets in one store are enough.
+
+    Args:
+        detector: A detector with an upcycled head, which is changed.
+        scenes: Features of scenes of all domains.
+        seed: Decides the groups.
+        sharpness: As for `fit_gate`.
+
+    Returns:
+        Number of scenes of each group, in the order of the experts.
+
+    Raises:
+        InvalidInput: The head decides nothing per scene, or there are fewer scenes than experts.
+    """
     decoder = upcycled_decoder(detector)
-    descriptor, gate = decoder.descriptor, decoder.gate
+    described, experts = _described(detector, scenes), len(decoder.config.experts)
+    require(len(described) >= experts, f"{len(described)} scenes cannot make {experts} groups; give more scenes")
+    group = cluster_scenes(described, experts, seed=seed)
+    _fit(decoder, [described[group == number] for number in range(experts)], sharpness)
+    return tuple(torch.bincount(group, minlength=experts).tolist())
+
+
+def _described(detector: Detector, scenes: Iterable[CutFeatures]) -> Tensor:
+    descriptor = upcycled_decoder(detector).descriptor
     if descriptor is None:
         raise InvalidInput("this head decides nothing per scene, so it has no gate to fit")
+    return torch.cat([descriptor.raw(features.voxels) for features in scenes] or [torch.zeros(0, descriptor.width)])
+
+
+def _fit(decoder: MixtureDecoder, described: Sequence[Tensor], sharpness: float) -> None:
+    descriptor, gate, experts = decoder.descriptor, decoder.gate, decoder.config.experts
+    assert descriptor is not None
     require_numbers("fit_gate", least=0.0, most=1e3, sharpness=sharpness)
-    described = [
-        torch.cat([descriptor.raw(f.voxels) for f in domain] or [torch.zeros(0, descriptor.width)]) for domain in domains
-    ]
-    experts = decoder.config.experts
     require(
         len(described) in (1, len(experts)),
         f"give scenes of one domain for each of the {len(experts)} experts, or one for all; found {len(described)}",
     )
     for name, rows in zip(experts if len(described) > 1 else ("the head",), described, strict=True):
         require(len(rows) > 0, f"there is no scene for {name}, so its place among the domains is unknown")
-    descriptor.fit(torch.cat(described))
+    descriptor.fit(torch.cat(list(described)))
     if len(described) > 1 and isinstance(gate, TopKRouter | SoftRouter):
         centers = torch.stack([descriptor.scaled(rows).mean(0) for rows in described])
         pairs = equal_rows(centers, tolerance=1e-3)
