@@ -37,6 +37,8 @@ import torch.nn.functional as F
 from scipy.stats import t as student
 from torch import Tensor, nn
 
+from upcycle3d.core.config_json import first_difference
+from upcycle3d.core.errors import require
 from upcycle3d.core.files import write_atomically
 from upcycle3d.perception.moe.cluster_aware import cluster_aware, collect_inputs
 from upcycle3d.perception.moe.control_routers import UniformRouter
@@ -154,7 +156,7 @@ class SeedRun:
         return {**self.world.evaluate(towers), "steps": float(steps), "cpu seconds": seconds}
 
     def _base(self) -> Iterator[tuple[str, Metrics]]:
-        yield "base", self._measure(self.world.base, 0.0, 0)
+        yield "base", {**self._measure(self.world.base, 0.0, 0), "base cpu seconds": self.world.base_seconds}
 
     def _dense(self, *, everything: bool) -> Iterator[tuple[str, Metrics]]:
         model = copy.deepcopy(self.world.base)
@@ -241,6 +243,24 @@ def _facts(result: DmuResult) -> Metrics:
 
 def _children(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, child in model.named_children() if any(True for _ in child.parameters()))
+
+
+def keep_options(out: Path, options: Mapping[str, object]) -> None:
+    """Write the options of a study into its folder, and refuse a folder with results of other options.
+
+    Args:
+        out: Folder of the study.
+        options: Name and value of what changes results; seeds, which are added one by one, do not.
+
+    Raises:
+        InvalidInput: The folder holds results of other options.
+    """
+    path, now = out / "options.json", {name: str(value) for name, value in options.items()}
+    if path.exists():
+        difference = first_difference(json.loads(path.read_text()), now)
+        require(difference is None, f"{out} holds results with other options: {difference}. Give another folder")
+    else:
+        write_atomically(path, json.dumps(now, indent=1).encode())
 
 
 # ---- tables

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 from moe_assets import default_cache
-from moe_dmu_arms import Budget, Metrics, SeedRun, World, print_tables, write_csv
+from moe_dmu_arms import Budget, Metrics, SeedRun, World, keep_options, print_tables, write_csv
 from moe_emoji_data import STYLES, EmojiPairs, emoji_pairs
 from moe_towers import FROZEN, WIDTH, DinoTail, MiniLmTail, dino_weights, minilm_weights, tail_of
 from torch import Tensor, nn
@@ -165,7 +165,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    keep_options(
+        arguments.out,
+        {name: value for name, value in vars(arguments).items() if name not in ("out", "seeds", "cache", "threads")},
+    )
     found = emoji_pairs(arguments.cache, partial(print, flush=True))
     size = arguments.batch_size
     stage = PairTraining(

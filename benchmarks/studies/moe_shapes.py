@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from moe_dmu_arms import Budget, Metrics, SeedRun, World, print_tables, write_csv
+from moe_dmu_arms import Budget, Metrics, SeedRun, World, keep_options, print_tables, write_csv
 from moe_towers import PreNormBlock
 from torch import Tensor, nn
 
@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument("--router-lr", type=float, default=3e-3, help="learning rate of the routers")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_options(arguments.out, {name: value for name, value in vars(arguments).items() if name not in ("out", "seeds")})
     stage = PairTraining(
         steps=arguments.stage_steps, batch_size=128, lr=arguments.lr, weight_decay=0.05, warmup=10, label_smoothing=0.0
     )

@@ -54,7 +54,8 @@ class PairTraining:
     def __post_init__(self) -> None:
         require_counts("PairTraining", most=2**31, steps=self.steps, batch_size=self.batch_size)
         require_counts("PairTraining", least=0, most=2**31, warmup=self.warmup)
-        require_numbers("PairTraining", least=0.0, most=1e6, lr=self.lr, weight_decay=self.weight_decay, max_norm=self.max_norm)
+        require_numbers("PairTraining", least=0.0, most=1e6, lr=self.lr, weight_decay=self.weight_decay)
+        require_numbers("PairTraining", least=1e-6, most=1e6, max_norm=self.max_norm)
         require_numbers("PairTraining", least=0.0, most=0.999, label_smoothing=self.label_smoothing)
         require(self.precision in get_args(Precision), f"PairTraining.precision: unknown type {self.precision!r}")
 

@@ -176,3 +176,11 @@ def test_intervals_and_tables_follow_the_numbers(study, tmp_path, capsys):
     assert (tmp_path / "r.csv").read_text().splitlines()[:3] == ["seed,arm,metric,value", "1,base,R,0.1", "1,base,cpu seconds,0"]
     arms.print_tables(results, ["R"], against=("base",))
     assert "+2.0 ± 0.0" in capsys.readouterr().out
+
+
+def test_a_folder_keeps_results_of_one_set_of_options(study, tmp_path):
+    arms = study("moe_dmu_arms")
+    arms.keep_options(tmp_path, {"steps": 3, "lr": 0.1})
+    arms.keep_options(tmp_path, {"steps": 3, "lr": 0.1})
+    with pytest.raises(InvalidInput, match="other options: steps: stored '3', now '4'"):
+        arms.keep_options(tmp_path, {"steps": 4, "lr": 0.1})
