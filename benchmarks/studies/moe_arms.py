@@ -173,37 +173,6 @@ REFERENCE = "bam_scaled"
 """The arm whose mixing phase sets the seconds."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeldSeed:
-    """What an owner must leave alone: the seed's expert, and its row of the routers, which all owners share."""
-
-    values: dict[str, Tensor]
-    """Expert 0 of each bank and row 0 of each router."""
-
-    @torch.no_grad()
-    def restore(self, model: nn.Module) -> None:
-        """Put them back bit by bit; their gradients were zero, so this only removes rounding."""
-        for name, parameter in model.named_parameters():
-            if name in self.values:
-                parameter[0] = self.values[name]
-
-
-def freeze_for_owner(model: nn.Module) -> HeldSeed:
-    """Let only expert 1 and row 1 of the routers train. The seed's parts get zero gradients through hooks."""
-    values: dict[str, Tensor] = {}
-    inside = {f"{name}.": layer for name, layer in moe_layers(model)}
-    for name, parameter in model.named_parameters():
-        mixture = next((prefix for prefix in inside if name.startswith(prefix)), None)
-        parameter.requires_grad_(mixture is not None)
-        if mixture is not None:
-            if name.endswith("router.weight"):  # all owners start the seed's row equally: at zero
-                with torch.no_grad():
-                    parameter[0] = 0
-            values[name] = parameter.detach()[0].clone()
-            parameter.register_hook(lambda grad: torch.cat([torch.zeros_like(grad[:1]), grad[1:]]))
-    return HeldSeed(values=values)
-
-
 def untrained_losses(task: Task, branches: Branches, name: str) -> tuple[dict[str, float], int]:
     """Losses per domain and the number of parameters."""
     size = sum(p.numel() for p in branches.seed.parameters())

@@ -123,7 +123,7 @@ def main() -> None:
         branch_steps=arguments.branch_steps, mix_steps=arguments.mix_steps, branch_lr=1.5e-3, mix_lr=1.5e-3, longest=3.0
     )
     made = TinyTask(texts, arguments.seed_steps)
-    study = Study(arguments.out, lambda: made, budget, {"texts": digests, "seed_steps": arguments.seed_steps})
+    study = Study(arguments.out, lambda: made, budget, {"texts": digests, "seed_steps": arguments.seed_steps}, cost_steps=3)
     run_study(study, arguments.seeds, arguments.arms, arguments.csv or arguments.out / "results.csv", DOMAINS)
 
 

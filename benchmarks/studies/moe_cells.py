@@ -22,12 +22,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from moe_arms import ARMS, REFERENCE, TOP2, Branches, Budget, Task, evaluate, freeze_for_owner, untrained_losses, usage_of
+from moe_arms import ARMS, REFERENCE, TOP2, Branches, Budget, Task, evaluate, untrained_losses, usage_of
 from torch import nn
 
 from upcycle3d.core.files import write_atomically
 from upcycle3d.core.tensor_file import fill_module, read_tensors, write_tensors
 from upcycle3d.perception.moe.joined_mixtures import join_mixtures
+from upcycle3d.perception.moe.owner_training import freeze_for_owner
 from upcycle3d.perception.moe.surgery import plan_replacement
 from upcycle3d.perception.moe.text_training import TextTraining, train_phase
 from upcycle3d.perception.moe.upcyclers import RandomRouters, sparse_copy
@@ -37,8 +38,10 @@ from upcycle3d.tools.console import print_table
 class Study:
     """The cells of one study in a folder."""
 
-    def __init__(self, folder: Path, task_of: Callable[[], Task], budget: Budget, settings: Mapping[str, Any]) -> None:
-        self.folder, self.task_of, self.budget = folder, task_of, budget
+    def __init__(
+        self, folder: Path, task_of: Callable[[], Task], budget: Budget, settings: Mapping[str, Any], cost_steps: int
+    ) -> None:
+        self.folder, self.task_of, self.budget, self.cost_steps = folder, task_of, budget, cost_steps
         self._task: Task | None = None
         folder.mkdir(parents=True, exist_ok=True)
         stored, now = folder / "settings.json", json.loads(json.dumps(dict(settings) | asdict(budget)))
@@ -97,7 +100,7 @@ class Study:
         """CPU seconds of one training step of each arm: the smallest of several, in turns, because a busy machine only adds."""
 
         def measure() -> dict[str, Any]:
-            task, config = self.task, TextTraining(steps=2, lr=0.0, weight_decay=0.0, bfloat16=self.task.bfloat16)
+            task, config = self.task, TextTraining(steps=self.cost_steps, lr=0.0, weight_decay=0.0, bfloat16=self.task.bfloat16)
             shares = {name: 1.0 for name in task.domains}
             found: dict[str, list[float]] = {name: [] for name in ARMS}
             for turn in range(2):

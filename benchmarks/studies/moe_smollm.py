@@ -203,7 +203,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     budget = Budget(branch_steps=arguments.branch_steps, mix_steps=arguments.mix_steps, branch_lr=3e-4, mix_lr=3e-4, longest=3.0)
-    study = Study(arguments.out, lambda: SmolTask(arguments.cache, arguments.rows, 2), budget, {"rows": arguments.rows})
+    study = Study(
+        arguments.out, lambda: SmolTask(arguments.cache, arguments.rows, 2), budget, {"rows": arguments.rows}, cost_steps=1
+    )
     if arguments.estimate:
         seed = study.task.seed_model(0)
         alike = Branches(seed=seed, specialists=tuple(copy.deepcopy(seed) for _ in range(3)), number=0)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +113,7 @@ def bam(
             twin.set_submodule(site.name, mixed_attention(models[0], site, attentions, routing, dense), strict=True)
         return lambda ledger: _record(ledger, twin, attentions)
 
-    return gather(models, plan, mixture, rest, mix_attentions)
+    return replace(gather(models, plan, mixture, rest, mix_attentions), attentions=attentions)
 
 
 def mixed_attention(

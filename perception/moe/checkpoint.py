@@ -22,6 +22,8 @@ from torch import nn
 from ...core.config_json import config_from_json, config_to_json
 from ...core.errors import InvalidInput, require
 from ...core.tensor_file import TensorFileKind, fill_module, read_tensors, write_tensors
+from .attention_forms import AttentionForms
+from .attention_sites import AttentionPlan
 from .backends import Backend
 from .bank import BankShape, ExpertBank
 from .control_routers import FrozenRouter, GivenRouter, HashRouter, OracleRouter, UniformRouter
@@ -198,6 +200,8 @@ class MixtureDescription:
     """From what the dense model can be built; None where the caller knows."""
     note: str = ""
     """Free text: how the mixture was trained and evaluated."""
+    attentions: AttentionForms | None = None
+    """Mixtures of attentions; None where there are none."""
 
     def __post_init__(self) -> None:
         require(
@@ -210,6 +214,7 @@ class MixtureDescription:
         for site, layer in zip(self.plan.sites, self.layers):
             kinds.setdefault(f"{layer.bank.experts} experts of {layer.numbers}, router {layer.router}", []).append(site.name)
         lines = [f"{len(names)} mixtures, {names[0]} first: {kind}" for kind, names in kinds.items()]
+        lines += [] if self.attentions is None else [str(self.attentions)]
         return "\n".join([f"{self.model_class} with {len(self.layers)} mixtures", *lines, *([self.note] if self.note else [])])
 
 
@@ -224,7 +229,12 @@ class LoadedMixture:
 
 
 def describe_mixture(
-    model: nn.Module, plan: ReplacementPlan, *, base: BaseModel | None = None, note: str = ""
+    model: nn.Module,
+    plan: ReplacementPlan,
+    *,
+    base: BaseModel | None = None,
+    note: str = "",
+    attentions: AttentionPlan | None = None,
 ) -> MixtureDescription:
     """Describe a model with mixtures as `save_mixture` stores it.
 
@@ -233,6 +243,7 @@ def describe_mixture(
         plan: What was replaced.
         base: From what the dense model can be built.
         note: Free text.
+        attentions: Which attentions became mixtures, as `Upcycled.attentions`.
 
     Returns:
         The description.
@@ -253,11 +264,18 @@ def describe_mixture(
         layers=tuple(MixtureForm.of(layer) for layer in places),
         base=base,
         note=note,
+        attentions=AttentionForms.of(model, attentions),
     )
 
 
 def save_mixture(
-    path: str | Path, model: nn.Module, plan: ReplacementPlan, *, base: BaseModel | None = None, note: str = ""
+    path: str | Path,
+    model: nn.Module,
+    plan: ReplacementPlan,
+    *,
+    base: BaseModel | None = None,
+    note: str = "",
+    attentions: AttentionPlan | None = None,
 ) -> MixtureDescription:
     """Write a model with mixtures as one file. A reader sees the old file or the whole new one.
 
@@ -267,6 +285,7 @@ def save_mixture(
         plan: What was replaced, as `Upcycled.plan`. For joined mixtures the plan of one owner serves.
         base: From what the dense model can be built, so that the file is complete without its folder.
         note: How the model was trained and evaluated.
+        attentions: Which attentions became mixtures, as `Upcycled.attentions`.
 
     Returns:
         What the file says about the model.
@@ -279,7 +298,7 @@ def save_mixture(
         save_mixture("mixture.safetensors", upcycled.model, upcycled.plan)
         loaded = load_mixture("mixture.safetensors", dense_model)
     """
-    description = describe_mixture(model, plan, base=base, note=note)
+    description = describe_mixture(model, plan, base=base, note=note, attentions=attentions)
     state = model.state_dict()
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
@@ -331,6 +350,8 @@ def load_mixture(path: str | Path, dense: nn.Module | Callable[[MixtureDescripti
     description.plan.check(given, "the given dense model")
     model = copy.deepcopy(given)
     modules = {site.name: form.build() for site, form in zip(description.plan.sites, description.layers)}
+    if description.attentions is not None:
+        description.attentions.put_into(model)
     description.plan.apply(model, modules)
     fill_module(model, file.tensors, file.path)
     bad = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()]

@@ -36,10 +36,11 @@ from .upcyclers import saved_tensors
 MixtralLayout = Literal["per_expert", "fused"]
 """How the experts lie in the files: one tensor per expert and map, or all experts stacked."""
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+"""Files of a tokenizer in a model's folder."""
 _CARD = """# A Mixtral model upcycled from a dense {source}
 
 | routing that was evaluated | |
@@ -218,7 +219,7 @@ def save_as_mixtral(
         work = Path(temporary) / "model"
         made.save_pretrained(work, save_original_format=layout == "per_expert")
         _require_equal_files(work, saved_tensors(made), layout, tied=bool(made.config.tie_word_embeddings))
-        for name in _TOKENIZER_FILES if tokenizer_from is not None else ():
+        for name in TOKENIZER_FILES if tokenizer_from is not None else ():
             found = Path(str(tokenizer_from)) / name
             if found.is_file():
                 shutil.copyfile(found, work / name)

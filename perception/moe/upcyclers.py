@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import InvalidInput, require, require_numbers
+from .attention_sites import AttentionPlan
 from .bank import ExpertBank
 from .common_seed import require_common_seed, require_same_structure
 from .control_routers import UniformRouter
@@ -53,6 +54,8 @@ class Upcycled:
     """What was replaced; None for a dense result and for joined mixtures."""
     account: TensorAccount
     """What became of every tensor."""
+    attentions: AttentionPlan | None = None
+    """Which attentions became mixtures; None where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
