@@ -325,6 +325,7 @@ RUN_BY_OTHER_TESTS = {
     "class ArgoverseLog": "tests/test_own_data_page.py",
     "GLCAdapter(": "tests/adapt/glc/test_adapter.py",
     "load_clip(": "tests/moe/test_hugging_face_clip.py",
+    "load_language_model(": "tests/moe/test_language_commands.py",
     "upcycle_head(": "tests/recipes/test_upcycle_head.py",
     "upcycle3d.adapt(": "tests/adapt/detection/test_detector_command.py",
 }

@@ -1,11 +1,13 @@
 """`upcycle3d moe bam|baseline|report` on a tiny Hugging Face Llama: texts in, models out that load and report."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+import upcycle3d
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.moe.language_models import load_language_model, named_texts, perplexity
 from upcycle3d.tools import moe_bam, moe_baseline, moe_report
@@ -82,6 +84,17 @@ def test_a_mixtral_of_copies_has_the_dense_perplexity(job, capsys):
     values = [perplexity(m.model, m.tokens(job / "code.txt")) for m in both]
     assert values[0] == pytest.approx(values[1], rel=1e-4)
     assert "read back bit by bit" in capsys.readouterr().out
+
+
+def test_the_five_lines_of_the_page_run(job, tmp_path, monkeypatch):
+    """`docs/moe.md` upcycles a folder named smollm2; here it is the tiny Llama."""
+    page = (Path(upcycle3d.__file__).parent / "docs/moe.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "load_language_model(" in b)
+    (tmp_path / "smollm2").symlink_to(job / "llama")
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    again = load_language_model(tmp_path / "smollm2-moe")
+    assert again.model.config.model_type == "mixtral"
 
 
 def test_what_is_missing_is_said(job, tmp_path, capsys):
