@@ -33,7 +33,7 @@ COMMANDS = {
     "ingest": ("ingest", "server: verify shards, quarantine bad ones, add the rest to a store"),
     "upcycle": ("upcycle", "train on labeled frames and smashed scenes, by UpCycling or a baseline (--method)"),
     "moe dmu": ("moe_dmu", "upcycle a Hugging Face CLIP to experts that tell apart what the base cannot; resumable"),
-    "moe bam": ("moe_bam", "branch a Hugging Face Llama, and mix the branches with their attentions (BAM)"),
+    "moe bam": ("moe_bam", "train specialists of a Hugging Face Llama, and mix them with their attentions (BAM)"),
     "moe baseline": ("moe_baseline", "make a baseline of a Llama: sparse upcycling, BTX, soup and others; Mixtral out"),
     "moe report": ("moe_report", "say how a language mixture uses its experts, what it costs and how good it is"),
     "moe detector": ("moe_detector", "join detectors of several domains to one with an upcycled head of experts"),

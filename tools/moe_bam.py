@@ -1,4 +1,4 @@
-"""`upcycle3d moe bam`: branch a Hugging Face Llama, and mix the branches with attentions to a mixture of experts.
+"""`upcycle3d moe bam`: train specialists of a Hugging Face Llama, and mix them with their attentions to a mixture of experts.
 
 Read next: `perception/moe/language_upcycling.py`.
 """
@@ -18,12 +18,12 @@ from ..perception.moe.language_upcycling import (
     FfnRouting,
     MixOptions,
     TextPhase,
-    branch,
     held_out,
     mix_bam,
     read_specialists,
     token_domains,
     train_on,
+    train_specialists,
     write_model,
 )
 from ..perception.moe.report import report_on
@@ -34,18 +34,18 @@ from .console import console, print_warning, run_command, write_json
 
 @dataclass(frozen=True, kw_only=True)
 class MoeBam:
-    """Mix a Llama and its branches: FFNs by choice, attentions by weight. Branches are given, or trained on texts. Resumable."""
+    """Mix a Llama and its specialists: FFNs by choice, attentions by weight. Specialists are given, or trained on texts. Resumable."""
 
     seed_model: tyro.conf.Positional[Path]
-    """Hugging Face folder of the dense model, the seed of all branches. Nothing is downloaded."""
+    """Hugging Face folder of the dense model, the seed of all specialists. Nothing is downloaded."""
     out: Path
-    """Folder of the job: `branches/NAME` (Hugging Face folders) and `model`."""
+    """Folder of the job: `specialists/NAME` (Hugging Face folders) and `model`."""
     specialists: tuple[Path, ...] = ()
-    """Folders of models that were branched from the seed. Without them, branches are trained on the texts."""
+    """Folders of models that were trained further from the seed. Without them, specialists are trained on the texts."""
     texts: tuple[str, ...] = ()
-    """Domains as NAME=FILE. They train branches and the mixture, and their last tenth measures both."""
+    """Domains as NAME=FILE. They train specialists and the mixture, and their last tenth measures both."""
     general: str | None = None
-    """Name of the text of which a tenth is mixed into every branch, against forgetting. It gets no branch: the seed is its expert."""
+    """Name of the text of which a tenth is mixed into every specialist, against forgetting. It gets no specialist: the seed is its expert."""
     key_values: KeyValues = "expert"
     """Whether attention experts keep their own key and value maps, or share the mean: one cache instead of N, and slightly worse."""
     ffn: FfnRouting = "top1"
@@ -54,10 +54,10 @@ class MoeBam:
     """Do not multiply a top-1 FFN by the number of experts. The paper does not, and the mixture then starts much worse than the seed."""
     only: tuple[str, ...] = ()
     """Names or patterns of the parts to replace, such as `model.layers.2?.*`; all by default."""
-    branch_steps: int = 200
-    """Steps of each branch."""
-    branch_lr: float = 1e-4
-    """Learning rate of the branches."""
+    specialist_steps: int = 200
+    """Steps of each specialist."""
+    specialist_lr: float = 1e-4
+    """Learning rate of the specialists."""
     mix_steps: int = 200
     """Steps of the mixture on all texts in equal shares; 0 only builds it."""
     mix_lr: float = 1e-4
@@ -73,19 +73,19 @@ class MoeBam:
 
 
 def command(config: MoeBam) -> None:
-    """Mix a Llama and its branches: upcycle3d moe bam LLAMA --texts code=a.txt law=b.txt --out DIR."""
+    """Mix a Llama and its specialists: upcycle3d moe bam LLAMA --texts code=a.txt law=b.txt --out DIR."""
     if not config.specialists and not config.texts:
         raise InvalidInput(
-            "there is nothing to mix: give --specialists FOLDER ..., or --texts NAME=FILE ... to train branches on"
+            "there is nothing to mix: give --specialists FOLDER ..., or --texts NAME=FILE ... to train specialists on"
         )
     source = load_language_model(config.seed_model)
     train, tests = _texts(config, source)
     folders = list(config.specialists)
     if not folders and train is not None:
         phase = TextPhase(
-            steps=config.branch_steps, lr=config.branch_lr, batch=config.batch, length=config.length, seed=config.seed
+            steps=config.specialist_steps, lr=config.specialist_lr, batch=config.batch, length=config.length, seed=config.seed
         )
-        folders = branch(source, train, phase, config.out / "branches", general=config.general, say=console.print)
+        folders = train_specialists(source, train, phase, config.out / "specialists", general=config.general, say=console.print)
     options = MixOptions(ffn=config.ffn, only=config.only, corrected=not config.uncorrected, seed=config.seed)
     made = mix_bam(source, read_specialists(folders), options, key_values=config.key_values)
     console.print(f"{made.plan}\n{made.attentions}\n{made.account}")
@@ -106,7 +106,9 @@ def command(config: MoeBam) -> None:
         console.print("after it:\n" + str(after))
         scores["after"] = {s.domain: s.score for s in after.scores}
         scores["dense"] = {s.domain: float(s.dense or 0) for s in after.scores}
-    note = f"BAM of {len(folders)} branches and their seed, {config.mix_steps} steps together; perplexity {scores.get('after')}"
+    note = (
+        f"BAM of {len(folders)} specialists and their seed, {config.mix_steps} steps together; perplexity {scores.get('after')}"
+    )
     console.print(write_model(config.out / "model", made, source, "mixture", note=note), soft_wrap=True)
     console.print(
         f"compare it: upcycle3d moe baseline btx {config.seed_model} --ffn soft --specialists ... --texts ... --out OTHER",

@@ -20,12 +20,12 @@ from ..perception.moe.language_upcycling import (
     MixOptions,
     ModelFormat,
     TextPhase,
-    branch,
     held_out,
     make_baseline,
     read_specialists,
     token_domains,
     train_on,
+    train_specialists,
     write_model,
 )
 from ..perception.moe.mixtral import MixtralLayout
@@ -39,28 +39,28 @@ class MoeBaseline:
 
     method: tyro.conf.Positional[BaselineMethod]
     """`sparse`: copies; `drop`: copies with half of their units drawn again; `cluster`: copies that follow clusters of tokens; `btx`:
-    branches as experts; `soup`: the average; `wide`: dense, as wide as the active experts; `continued`: the dense model, trained on;
+    specialists as experts; `soup`: the average; `wide`: dense, as wide as the active experts; `continued`: the dense model, trained on;
     `flexolmo`: experts trained apart, joined without joint training."""
     seed_model: tyro.conf.Positional[Path]
     """Hugging Face folder of the dense model. Nothing is downloaded."""
     out: Path
-    """Folder of the job: `branches/NAME` and `model`, as a Hugging Face Mixtral where the model is one."""
+    """Folder of the job: `specialists/NAME` and `model`, as a Hugging Face Mixtral where the model is one."""
     specialists: tuple[Path, ...] = ()
-    """Folders of branches, for `btx` and `soup`. Without them, branches are trained on the texts."""
+    """Folders of specialists, for `btx` and `soup`. Without them, specialists are trained on the texts."""
     texts: tuple[str, ...] = ()
     """Domains as NAME=FILE, to train on; their last tenth is for measuring."""
     general: str | None = None
-    """Name of the text that gets no branch, and of which a tenth is mixed into every branch."""
+    """Name of the text that gets no specialist, and of which a tenth is mixed into every specialist."""
     ffn: FfnRouting = "top2"
     """How experts are chosen. Only `top2` can be written as a Mixtral. `soft` with `btx` is the control that BAM must beat."""
     experts: int = 4
     """Number of experts of `sparse`, `drop` and `cluster`."""
     only: tuple[str, ...] = ()
     """Names or patterns of the FFNs to replace; all by default."""
-    branch_steps: int = 200
-    """Steps of each branch, or of each owner."""
-    branch_lr: float = 1e-4
-    """Learning rate of branches and owners."""
+    specialist_steps: int = 200
+    """Steps of each specialist, or of each owner."""
+    specialist_lr: float = 1e-4
+    """Learning rate of specialists and owners."""
     mix_steps: int = 200
     """Steps on all texts in equal shares; 0 only builds the model."""
     mix_lr: float = 1e-4
@@ -88,10 +88,12 @@ def command(config: MoeBaseline) -> None:
         train, tests = held_out(token_domains(source, named_texts(config.texts)))
         if config.general is not None and config.general not in train.tokens:
             raise InvalidInput(f"--general names {config.general!r}, and the texts are {', '.join(train.tokens)}")
-    phase = TextPhase(steps=config.branch_steps, lr=config.branch_lr, batch=config.batch, length=config.length, seed=config.seed)
+    phase = TextPhase(
+        steps=config.specialist_steps, lr=config.specialist_lr, batch=config.batch, length=config.length, seed=config.seed
+    )
     folders = list(config.specialists)
     if not folders and train is not None and config.method in ("btx", "soup"):
-        folders = branch(source, train, phase, config.out / "branches", general=config.general, say=console.print)
+        folders = train_specialists(source, train, phase, config.out / "specialists", general=config.general, say=console.print)
     options = MixOptions(ffn=config.ffn, only=config.only, seed=config.seed)
     made = make_baseline(
         config.method, source, read_specialists(folders), options, experts=config.experts, domains=train, owner=phase

@@ -213,7 +213,7 @@ def usage_of(task: Task, model: nn.Module) -> dict[str, list[float]]:
             layer.usage.reset()
         for _, attention in mixed_attentions(model):
             attention.take_use()
-        mean_loss(model, task.tests(domain)[:4], task.loss, bfloat16=task.bfloat16)
+        mean_loss(model, task.tests(domain)[:1], task.loss, bfloat16=task.bfloat16)
         ffn = [layer.usage.value.shares for _, layer in moe_layers(model)]
         attend = [attention.take_use() for _, attention in mixed_attentions(model)]
         for kind, parts in (("ffn", ffn), ("attention", attend)):

@@ -36,7 +36,7 @@ from upcycle3d.perception.moe.small_lm import SmallLmConfig
 from upcycle3d.perception.moe.text_training import TextTraining, TokenDomains, next_token_loss, train_phase
 
 DOMAINS = ("prose", "python", "cpp", "math")
-ROWS, LENGTH, TESTS = 8, 128, 48
+ROWS, LENGTH, TESTS = 8, 128, 32
 MOST = 4_000_000  # bytes of a domain
 
 
@@ -112,9 +112,9 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="the table; OUT/results.csv by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", default=[*UNTRAINED, *ARMS], choices=[*UNTRAINED, *ARMS])
-    parser.add_argument("--seed-steps", type=int, default=600)
-    parser.add_argument("--branch-steps", type=int, default=100)
-    parser.add_argument("--mix-steps", type=int, default=50)
+    parser.add_argument("--seed-steps", type=int, default=500)
+    parser.add_argument("--branch-steps", type=int, default=80)
+    parser.add_argument("--mix-steps", type=int, default=45)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     texts = {domain: split(domain) for domain in DOMAINS}

@@ -1,4 +1,4 @@
-"""Branch a language model, mix the branches by BAM or a baseline, train the mixture, and write it: the work of `upcycle3d moe bam` and
+"""Train specialists of a language model, mix them by BAM or a baseline, train the mixture, and write it: the work of `upcycle3d moe bam` and
 `upcycle3d moe baseline`.
 
 The baselines use the same code and the same training as BAM, so a difference between two results is one of the methods.
@@ -101,7 +101,7 @@ def train_on(
     return record
 
 
-def branch(
+def train_specialists(
     seed: LanguageModel,
     domains: TokenDomains,
     phase: TextPhase,
@@ -111,19 +111,19 @@ def branch(
     share: float = 0.1,
     say: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Train one branch of the seed for every domain but the general one. Finished branches are kept, so the work can be continued.
+    """Train one specialist of the seed for every domain but the general one. Finished specialists are kept, so the work can be continued.
 
     Args:
         seed: The dense model.
         domains: Tokens by domain.
-        phase: Training of one branch.
-        folder: Where the branches go, each as a Hugging Face folder.
-        general: Domain of which a share is mixed into each branch, against forgetting; None for none.
+        phase: Training of one specialist.
+        folder: Where the specialists go, each as a Hugging Face folder.
+        general: Domain of which a share is mixed into each specialist, against forgetting; None for none.
         share: That share.
-        say: Gets one line per branch.
+        say: Gets one line per specialist.
 
     Returns:
-        The folders of the branches.
+        The folders of the specialists.
     """
     found = []
     for number, name in enumerate(n for n in domains.tokens if n != general):
@@ -133,7 +133,7 @@ def branch(
             shares = {name: 1.0} if general is None else {name: 1 - share, general: share}
             record = train_on(model, domains, shares, replace(phase, seed=phase.seed * 31 + number))
             _write_dense(model, target, seed.folder)
-            say(f"branch {name}: loss {record.losses[0]:.3f} -> {record.losses[-1]:.3f} in {record.cpu_seconds:.0f} CPU-s")
+            say(f"specialist {name}: loss {record.losses[0]:.3f} -> {record.losses[-1]:.3f} in {record.cpu_seconds:.0f} CPU-s")
         found.append(target)
     return found
 
@@ -152,7 +152,7 @@ def _write_dense(model: nn.Module, folder: Path, source: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MixOptions:
-    """What BAM and the baselines that take branches have in common."""
+    """What BAM and the baselines that take specialists have in common."""
 
     ffn: FfnRouting = "top1"
     """How FFN experts are chosen."""
@@ -202,11 +202,11 @@ class MixOptions:
 def mix_bam(
     seed: LanguageModel, specialists: Sequence[nn.Module], options: MixOptions, *, key_values: KeyValues = "expert"
 ) -> Upcycled:
-    """Mix the seed and its branches by BAM.
+    """Mix the seed and its specialists by BAM.
 
     Args:
         seed: The dense model.
-        specialists: Its branches.
+        specialists: Its specialists.
         options: How FFNs are mixed, and which parts.
         key_values: Whether attention experts have key and value maps of their own.
 
@@ -238,12 +238,12 @@ def make_baseline(
     """Make a model to compare BAM with, before any joint training.
 
     Args:
-        method: `sparse`, `drop` and `cluster` copy the seed; `btx` and `soup` take the branches; `wide` is dense and as wide as the active
+        method: `sparse`, `drop` and `cluster` copy the seed; `btx` and `soup` take the specialists; `wide` is dense and as wide as the active
             experts; `continued` is the seed itself; `flexolmo` trains one expert per domain apart, and joins them.
         seed: The dense model.
-        specialists: Its branches; unused by methods that need none.
+        specialists: Its specialists; unused by methods that need none.
         options: How FFNs are mixed, and which parts.
-        experts: Number of experts of methods without branches.
+        experts: Number of experts of methods without specialists.
         domains: Tokens by domain, for `cluster` and `flexolmo`.
         owner: Training of one owner, for `flexolmo`.
 
@@ -251,11 +251,11 @@ def make_baseline(
         The model.
 
     Raises:
-        InvalidInput: The method needs branches or texts, and there are none.
+        InvalidInput: The method needs specialists or texts, and there are none.
     """
     require(method in get_args(BaselineMethod), f"the baselines are {', '.join(get_args(BaselineMethod))}, found {method!r}")
     if method in ("btx", "soup") and not specialists:
-        raise InvalidInput(f"{method} mixes branches: give --specialists, or texts and --branch-steps to train them")
+        raise InvalidInput(f"{method} mixes specialists: give --specialists, or texts and --specialist-steps to train them")
     if method in ("cluster", "flexolmo") and domains is None:
         raise InvalidInput(f"{method} looks at texts: give --texts NAME=FILE ...")
     model = seed.model
@@ -355,7 +355,7 @@ def write_model(
 
 
 def read_specialists(folders: Sequence[Path]) -> list[nn.Module]:
-    """Load the branches of a seed.
+    """Load the specialists of a seed.
 
     Args:
         folders: Their Hugging Face folders.

@@ -181,8 +181,9 @@ def train_phase(
         assert optimizer is not None
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+        batch = batch_of(step)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
-            loss = loss_of(model, batch_of(step))
+            loss = loss_of(model, batch)
             routings = take_routings(model)
             total = loss + router_losses(routings, config.router).total if balanced else loss
         value = float(loss.detach())

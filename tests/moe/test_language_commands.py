@@ -15,7 +15,7 @@ from upcycle3d.tools.console import run_command
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; language models need it")
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = ["--batch", "2", "--length", "8", "--branch-steps", "2", "--mix-steps", "2"]
+SMALL = ["--batch", "2", "--length", "8", "--specialist-steps", "2", "--mix-steps", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def texts(job: Path) -> list[str]:
 def test_bam_trains_branches_writes_a_mixture_and_reports(job, capsys):
     words = [str(job / "llama"), "--out", str(job / "bam"), "--general", "law", "--key-values", "shared", *texts(job), *SMALL]
     assert run_command(moe_bam.command, words) == 0
-    assert (job / "bam" / "branches" / "code" / "config.json").exists()
-    assert not (job / "bam" / "branches" / "law").exists()
+    assert (job / "bam" / "specialists" / "code" / "config.json").exists()
+    assert not (job / "bam" / "specialists" / "law").exists()
     found = load_language_model(job / "bam" / "model")
     assert found.model.model.layers[0].self_attn.mixture.key_values == "shared"
     report = ["--dense", str(job / "llama"), *texts(job), "--json", str(job / "r.json"), "--layers"]
@@ -62,8 +62,8 @@ def test_bam_trains_branches_writes_a_mixture_and_reports(job, capsys):
     data = json.loads((job / "r.json").read_text())
     direct = perplexity(found.model, found.tokens(job / "code.txt"))
     assert data["scores"][0]["score"] == pytest.approx(direct)
-    assert run_command(moe_bam.command, [*words[:-1], "0"]) == 0  # finished branches are read, not trained
-    assert "branch code" not in capsys.readouterr().out
+    assert run_command(moe_bam.command, [*words[:-1], "0"]) == 0  # finished specialists are read, not trained
+    assert "specialist code" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["sparse", "drop", "cluster", "btx", "soup", "wide", "continued", "flexolmo"])
@@ -101,7 +101,7 @@ def test_what_is_missing_is_said(job, tmp_path, capsys):
     assert run_command(moe_bam.command, [str(job / "llama"), "--out", str(tmp_path / "x")]) == 2
     assert "nothing to mix" in " ".join(capsys.readouterr().err.split())
     assert run_command(moe_baseline.command, ["btx", str(job / "llama"), "--out", str(tmp_path / "x")]) == 2
-    assert "btx mixes branches" in " ".join(capsys.readouterr().err.split())
+    assert "btx mixes specialists" in " ".join(capsys.readouterr().err.split())
     assert run_command(moe_report.command, [str(job / "llama"), "--texts", f"a={job / 'code.txt'}"]) == 2
     assert "has no mixture to report on" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(InvalidInput, match="holds no model"):
