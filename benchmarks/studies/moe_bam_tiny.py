@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=[*UNTRAINED, *ARMS], choices=[*UNTRAINED, *ARMS])
     parser.add_argument("--seed-steps", type=int, default=500)
     parser.add_argument("--branch-steps", type=int, default=80)
-    parser.add_argument("--mix-steps", type=int, default=45)
+    parser.add_argument("--mix-steps", type=int, default=80)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     texts = {domain: split(domain) for domain in DOMAINS}

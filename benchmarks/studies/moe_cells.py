@@ -4,7 +4,8 @@ A *cell* is one arm with one seed. Its result is a JSON file that appears when t
 may be stopped and started again. Every arm is measured at two marks of its mixing phase:
 
     data      after T steps, the same tokens for all arms
-    seconds   after T * c_bam / c_arm steps, where c is the CPU time of one training step: the same seconds for all arms
+    seconds   after T * c_btx / c_arm steps, where c is the CPU time of one training step and btx the cheapest mixture: the same seconds
+              for all arms, so expensive arms see fewer tokens, as in the paper's comparison at equal compute
 
 The costs c are measured once per study, in turns, and kept. The learning rate is constant after a warm-up, so one run has both marks.
 """
@@ -120,7 +121,7 @@ class Study:
         def run() -> dict[str, Any]:
             task, budget = self.task, self.budget
             model = ARMS[name](task, branches())
-            start = evaluate(task, model)
+            start = evaluate(task, model, share=0.25)  # before training, on a quarter of the tests
             data = budget.mix_steps
             seconds = round(data * costs[REFERENCE] / costs[name])
             if name == "dense_all_compute":  # what all branches cost goes into the one dense model, too

@@ -61,9 +61,9 @@ def tiny_task(moe_arms):
 
 def test_every_arm_runs_is_kept_and_is_counted(studies, tmp_path, capsys):
     moe_arms, moe_cells = studies
-    budget = moe_arms.Budget(branch_steps=3, mix_steps=2, branch_lr=1e-2, mix_lr=1e-2, longest=2.0)
+    budget = moe_arms.Budget(branch_steps=3, mix_steps=6, branch_lr=1e-2, mix_lr=1e-2, longest=2.0)
     study = moe_cells.Study(tmp_path / "out", tiny_task(moe_arms), budget, {"x": 1}, cost_steps=1)
-    costs = dict.fromkeys(moe_arms.ARMS, 1.0) | {"bam_scaled": 3.0, "bam_soft_ffn": 6.0}
+    costs = dict.fromkeys(moe_arms.ARMS, 1.0) | {"bam_scaled": 3.0, "bam_soft_ffn": 6.0, "dense": 0.25, "dense_all_compute": 0.25}
     (tmp_path / "out" / "seed0").mkdir()
     (tmp_path / "out" / "seed0" / "costs.json").write_text(json.dumps({"costs": costs}))
     arms = [*moe_arms.UNTRAINED, *moe_arms.ARMS]
@@ -72,9 +72,10 @@ def test_every_arm_runs_is_kept_and_is_counted(studies, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert {row["arm"] for row in rows} == set(arms)
     steps = {(row["arm"], row["mark"]): int(row["steps"]) for row in rows}
-    assert steps["btx_soft", "data"] == steps["bam_scaled", "data"] == steps["bam_scaled", "seconds"] == 2
-    assert steps["btx_soft", "seconds"] == 4  # three times cheaper, and not more than twice the steps
-    assert steps["bam_soft_ffn", "seconds"] == 1  # twice as expensive
+    assert steps["btx_soft", "data"] == steps["btx_soft", "seconds"] == steps["bam_scaled", "data"] == 6
+    assert steps["bam_scaled", "seconds"] == 2  # three times as expensive
+    assert steps["bam_soft_ffn", "seconds"] == 1
+    assert steps["dense", "seconds"] == 12  # four times cheaper, and not more than twice the steps
     assert steps["dense_all_compute", "data"] >= steps["dense", "data"]
     for row in rows:
         mean = math.exp(sum(math.log(float(row[f"perplexity_{d}"])) for d in "abc") / 3)
