@@ -28,7 +28,7 @@ from ..perception.moe.language_upcycling import (
 )
 from ..perception.moe.report import report_on
 from ..perception.moe.soft_attention import KeyValues
-from ..perception.moe.text_training import TokenDomains
+from ..perception.moe.text_training import TextTraining, TokenDomains, router_loss_text
 from .console import console, print_warning, run_command, write_json
 
 
@@ -97,6 +97,7 @@ def command(config: MoeBam) -> None:
         for warning in start.warnings:
             print_warning(warning)
     if train is not None and config.mix_steps:
+        console.print(router_loss_text(made.model, TextTraining(steps=config.mix_steps)), soft_wrap=True)
         phase = TextPhase(
             steps=config.mix_steps, lr=config.mix_lr, batch=config.batch, length=config.length, seed=config.seed + 1
         )

@@ -29,7 +29,7 @@ from ..perception.moe.language_upcycling import (
     write_model,
 )
 from ..perception.moe.mixtral import MixtralLayout
-from ..perception.moe.text_training import TokenDomains
+from ..perception.moe.text_training import TextTraining, TokenDomains, router_loss_text
 from .console import console, print_table, print_warning, run_command, write_json
 
 
@@ -105,6 +105,7 @@ def command(config: MoeBaseline) -> None:
         if value > 2 * dense[name]:
             print_warning(f"perplexity of {name} is {value:.4g} before training, and {dense[name]:.4g} for the dense model")
     if train is not None and config.mix_steps and config.method not in ("soup", "flexolmo"):
+        console.print(router_loss_text(made.model, TextTraining(steps=config.mix_steps)), soft_wrap=True)
         mix = TextPhase(steps=config.mix_steps, lr=config.mix_lr, batch=config.batch, length=config.length, seed=config.seed + 1)
         record = train_on(made.model, train, dict.fromkeys(train.tokens, 1.0), mix)
         console.print(f"trained: loss {record.losses[0]:.3f} -> {record.losses[-1]:.3f} in {record.cpu_seconds:.0f} CPU-s")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...core.errors import InvalidInput, require, require_counts, require_numbers
 from ...core.tensor_value import shape_of
-from .losses import RouterLossConfig, router_losses
+from .losses import RouterLossConfig, describe_router_losses, router_losses
 from .moe_ffn import moe_layers, take_routings
 
 _Batch = TypeVar("_Batch")
@@ -172,7 +172,8 @@ def train_phase(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     require(bool(trained) or not config.steps, "no parameter of the model needs a gradient, so there is nothing to train")
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95)) if trained else None
-    balanced = _chooses(model) and (config.router.balance > 0 or config.router.z > 0)
+    balanced = any(_choosing(model)) and (config.router.balance > 0 or config.router.z > 0)
+    device = trained[0].device.type if trained else "cpu"
     losses: list[float] = []
     seconds = 0.0
     for step in range(config.steps):
@@ -182,7 +183,7 @@ def train_phase(
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
         batch = batch_of(step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=config.bfloat16):
             loss = loss_of(model, batch)
             routings = take_routings(model)
             total = loss + router_losses(routings, config.router).total if balanced else loss
@@ -200,13 +201,26 @@ def train_phase(
     return PhaseRecord(losses=tuple(losses), cpu_seconds=seconds)
 
 
-def _chooses(model: nn.Module) -> bool:
-    """Whether a trained router chooses experts: only then does a balance loss have a meaning."""
+def router_loss_text(model: nn.Module, config: TextTraining) -> str:
+    """Say what the router losses of a phase will do; print it before the phase.
+
+    Args:
+        model: The model.
+        config: The phase.
+
+    Returns:
+        One sentence.
+    """
+    return describe_router_losses(config.router, _choosing(model))
+
+
+def _choosing(model: nn.Module) -> list[bool]:
+    """For each mixture, whether a trained router chooses experts: only then does a balance loss have a meaning."""
+    found = []
     for _, layer in moe_layers(model):
         rule = getattr(layer.router, "rule", None)
-        if rule is not None and any(p.requires_grad for p in layer.router.parameters()):
-            return True
-    return False
+        found.append(rule is not None and any(p.requires_grad for p in layer.router.parameters()))
+    return found
 
 
 @torch.no_grad()
@@ -228,7 +242,8 @@ def mean_loss(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        device = next((p.device.type for p in model.parameters()), "cpu")
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             return sum(float(loss_of(model, batch)) for batch in batches) / len(batches)
     finally:
         for module, training in modes:

@@ -58,6 +58,7 @@ def test_bam_trains_branches_writes_a_mixture_and_reports(job, capsys):
     assert run_command(moe_report.command, [str(job / "bam" / "model"), *report]) == 0
     said = capsys.readouterr().out
     assert "trainable" in said
+    assert "balance 0.01" in said  # a loss that is silently off is a frequent complaint
     assert "attention: 2 mixtures" in said
     data = json.loads((job / "r.json").read_text())
     direct = perplexity(found.model, found.tokens(job / "code.txt"))
