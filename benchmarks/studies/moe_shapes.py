@@ -17,7 +17,8 @@ Written before the first run:
 
 Minimal pairs: of the captions that differ from the right one in a single factor only, with the right one among them, is the right one the
 nearest? Chance is 1 / number of values. The arms are explained in `moe_dmu_arms.py`. Results are kept arm by arm, so the command may be
-stopped and given again.
+stopped and given again. To see at which budget a direction begins, give other `--stage-steps`, `--base-steps` or `--pictures`, each with
+its own OUT.
 """
 
 from __future__ import annotations
