@@ -28,6 +28,7 @@ from .attention_calls import HiddenStatesAttention, MixedAttention, MultiheadMix
 from .attention_sites import AttentionPlan, AttentionSite
 from .common_seed import require_common_seed, require_same_structure
 from .control_routers import OracleRouter, given_domains
+from .dense_attention import DenseAttention
 from .dense_ffn import DenseFfn
 from .ffn_changes import scaled
 from .ffn_sites import FfnSite
@@ -117,7 +118,7 @@ def bam(
 
 
 def mixed_attention(
-    model: nn.Module, site: AttentionSite, plan: AttentionPlan, routing: AttentionRouting, experts: Sequence[object]
+    model: nn.Module, site: AttentionSite, plan: AttentionPlan, routing: AttentionRouting, experts: Sequence[DenseAttention]
 ) -> MixedAttention:
     """Make the module that takes the place of one attention.
 
@@ -133,7 +134,7 @@ def mixed_attention(
     """
     draw = generator_of(routing.seed, site.name)
     made = SoftAttention.from_dense(
-        experts,  # type: ignore[arg-type]
+        experts,
         key_values=plan.key_values,
         top_k=routing.top_k,
         renormalize=routing.renormalize,
@@ -201,7 +202,7 @@ def with_oracle(model: nn.Module) -> nn.Module:
     """Copy a mixture and let its FFN routers be told the domain: the upper bound of routing by domain. `oracle_domain` tells it.
 
     Args:
-        model: The mixture. It is not changed.
+        model: The mixture, made with `expert_scale=1`: an oracle weighs its expert by 1. It is not changed.
 
     Returns:
         The copy.

@@ -71,7 +71,8 @@ def to_mixtral(model: nn.Module, *, balance: float = 0.0) -> tuple[Any, TensorAc
     """Make a Hugging Face `MixtralForCausalLM` of an upcycled Llama or Mistral. Every tensor is written once, or it is an error.
 
     Args:
-        model: A `LlamaForCausalLM` or `MistralForCausalLM` whose every FFN is a `MoeFfn` with a renormalized top-k router.
+        model: A `LlamaForCausalLM` or `MistralForCausalLM` whose every FFN is a `MoeFfn` with a renormalized top-k router; or a Mixtral
+            after `mixtral_as_mixture`.
         balance: Coefficient of the balance loss for further training there, in this package's measure (1 for a uniform router). The
             library's own uniform value is k, so its coefficient becomes `balance` / k. Above 0 the library's router logits are turned on,
             without which it leaves the loss out and does not say so.
@@ -138,7 +139,7 @@ def _checked(model: nn.Module) -> tuple[list[MoeFfn], TopKRule]:
     """The mixtures of a model that Mixtral can express, and their one rule."""
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
-    if kind not in ("llama", "mistral"):
+    if kind not in ("llama", "mistral", "mixtral"):
         raise InvalidInput(
             f"only an upcycled Llama or Mistral can become a Mixtral, found {type(model).__name__} of type {kind!r}; keep it with "
             "save_mixture"
@@ -154,7 +155,7 @@ def _checked(model: nn.Module) -> tuple[list[MoeFfn], TopKRule]:
             raise InvalidInput(
                 f"{name}.mlp is dense, and a Mixtral has experts in every block; upcycle all blocks, or use save_mixture"
             )
-        if type(block.self_attn).__name__ not in ("LlamaAttention", "MistralAttention"):
+        if type(block.self_attn).__name__ not in ("LlamaAttention", "MistralAttention", "MixtralAttention"):
             raise InvalidInput(f"{name}.self_attn is a mixture of attentions, which Mixtral does not have; use save_mixture")
         _check_layer(name, layer, found[0] if found else None)
         found.append(layer)
@@ -278,7 +279,8 @@ def mixtral_as_mixture(mixtral: nn.Module) -> tuple[str, ...]:
     """Put `MoeFfn` in the place of a Mixtral's blocks of experts: usage, losses, freezing and reports of this package then work on it.
 
     Args:
-        mixtral: A `MixtralForCausalLM` or `MixtralModel`. It is changed; the weights are shared, and outputs are the same.
+        mixtral: A `MixtralForCausalLM` or `MixtralModel`. It is changed; the weights are shared, and outputs are the same. Its own balance
+            loss is turned off, because it reads routers that are gone: use `router_losses`.
 
     Returns:
         Names of the blocks that were replaced.
@@ -310,5 +312,7 @@ def mixtral_as_mixture(mixtral: nn.Module) -> tuple[str, ...]:
         bank.gate_up_proj, bank.down_proj, router.weight = block.experts.gate_up_proj, block.experts.down_proj, block.gate.weight
         mixtral.set_submodule(name, MoeFfn(bank, router).train(module.training), strict=True)
         names.append(name)
+    if hasattr(mixtral.config, "output_router_logits"):
+        mixtral.config.output_router_logits = False
     require(bool(names), f"{type(mixtral).__name__} has no block of Mixtral's experts")
     return tuple(names)

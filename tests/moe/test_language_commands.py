@@ -85,6 +85,8 @@ def test_a_mixtral_of_copies_has_the_dense_perplexity(job, capsys):
     values = [perplexity(m.model, m.tokens(job / "code.txt")) for m in both]
     assert values[0] == pytest.approx(values[1], rel=1e-4)
     assert "read back bit by bit" in capsys.readouterr().out
+    assert run_command(moe_report.command, [str(out / "model"), "--dense", str(job / "llama"), *texts(job)]) == 0
+    assert "ffn: 2 mixtures" in capsys.readouterr().out
 
 
 def test_the_five_lines_of_the_page_run(job, tmp_path, monkeypatch):
