@@ -60,8 +60,8 @@ class AuditOptions:
     weights tell these frames from the victims?"""
     references: tuple[str, ...] = ()
     """Detectors of the attacker for the attack on membership, as DETECTOR=MEMBERS=OTHERS: a run folder, the split that it was trained on, and a
-    split that neither it nor the audited detector was trained on. Give two or more: without them the attack mostly tells which frames are
-    hard."""
+    split that neither it nor the audited detector was trained on. Give two or more: without them a score may say no more than which
+    frames are hard."""
     quick: bool = False
     """A first look in minutes, with weaker attacks. It takes no `--budget` options."""
     budget: AuditBudget = AuditBudget()

@@ -163,7 +163,7 @@ def command(config: Extract) -> None:
         if encoder.sends_fine_balls:
             print_warning(
                 f"{config.detector} sends features that keypoints gather from raw points or fine voxels; whoever has the encoder file can "
-                "compute single points from them to the centimeter (docs/privacy.md). Every preset without `published` in its name sends none"
+                "compute single points from them to the centimeter (docs/privacy.md). Presets without `published` in their name do not send such features"
             )
         rig, sources, skipped = (
             _scan_files(config, encoder.trained_on) if config.data is None else _prepared_frames(config, encoder.trained_on)

@@ -37,7 +37,7 @@ COMMANDS = {
     "moe baseline": ("moe_baseline", "make a baseline of a Llama: sparse upcycling, BTX, soup and others; Mixtral out"),
     "moe report": ("moe_report", "say how a language mixture uses its experts, what it costs and how good it is"),
     "moe detector": ("moe_detector", "join detectors of several domains to one with an upcycled head of experts"),
-    "audit": ("audit", "measure what uploads give away: attacks on every defence, bytes, and AP; resumable"),
+    "audit": ("audit", "measure what uploads give away, with and without defences: attacks, bytes, and AP; resumable"),
     "bench ops": ("bench_ops", "measure how fast the operators are"),
     "bench step": ("bench_step", "measure a training step of a detector"),
     "bench extract": ("bench_extract", "measure an extraction: milliseconds and bytes per scan"),

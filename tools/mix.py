@@ -18,16 +18,16 @@ _LISTED = 30
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """Mix finished shards of many vehicles into new ones, so that sharing a shard says nothing about a vehicle. The mixed shards are
-    removed from the folders that are given."""
+    """Mix finished shards of many vehicles into new ones, so that a shard no longer stands for one vehicle. The features still tell which
+    scenes are alike. The mixed shards are removed from the folders that are given."""
 
     incoming: tyro.conf.Positional[tuple[Path, ...]]
     """Folders with uploaded shards, one for each vehicle or one for all. No upload into them may be running."""
     out: Path
     """Folder for the new shards, for `ingest`."""
     fewest_shards: int = FEWEST_SHARDS
-    """Shards of one encoder, cut, codec and sampling rule that must be there; fewer wait for more. Set it to about as many vehicles as shall
-    be hidden among each other."""
+    """Shards of one encoder, cut, codec and sampling rule that must be there; fewer wait for more. Shards are counted, not vehicles:
+    set it higher than the number of shards that a few vehicles send."""
     scenes_per_shard: int = 256
     """Largest number of scenes of a new shard."""
     json: Path | None = None

@@ -40,7 +40,7 @@ class Upcycle:
     raw: DataOption | None = None
     """Raw unlabeled scans, for the methods that learn from them; `unlabelled` where no split is named. Labels are not read."""
     z_shift: float | None = None
-    """The fleet's z shift, where `extract` got another one than the detector's training data. A store of another rig is refused."""
+    """The fleet's z shift, where `extract` got another one than the detector's training data. A store of another kind of rig is refused."""
     intensity_scale: float | None = None
     """The fleet's intensity scale, where `extract` got another one than the detector's training data."""
     method: Literal[tuple(METHODS)] = "upcycling"  # type: ignore[valid-type]

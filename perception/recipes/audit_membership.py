@@ -41,7 +41,7 @@ class MembershipPlan:
     members: DataSplit
     """Labeled frames that the audited detector was trained on, of the same kind as the victims."""
     references: tuple[ReferencePlan, ...] = ()
-    """Detectors of the attacker. Without one, an attack mostly tells which frames are hard."""
+    """Detectors of the attacker. Without one, a score may say no more than which frames are hard."""
 
     def digest(self) -> str:
         """Hash the frames and weights, so that the result of others is never taken for this one.

@@ -1,4 +1,4 @@
-"""Mixing at a gateway: the scenes of many vehicles are shuffled into new shards, so that sharing a shard says nothing about a vehicle.
+"""Mixing at a gateway: the scenes of many vehicles are shuffled into new shards, so that a shard no longer stands for one vehicle.
 
     vehicle/<hash>.tar ─ verify ─ plan (OUT.mix.json) ─ write, read back ─ OUT/<hash>.tar ─ remove the vehicles' shards
 

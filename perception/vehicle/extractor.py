@@ -7,8 +7,8 @@ The encoder is a frozen copy in evaluation mode, so the fingerprint computed at 
 Only the fields of `SmashedScene` leave: cells, features, the encoder fingerprint and a random identifier. No raw point, time,
 pose or name is among them. This says what is written, not what can be computed from it: a scene is a coarse scan with features,
 and `perception/wire/codec.py` and `perception/wire/shards.py` say what was rebuilt from such scenes. Keypoints (PV-RCNN) leave as
-cells of the input grid, and an encoder whose keypoints are raw points is refused; the features of a keypoint still describe the
-points around it precisely enough to compute some of them.
+cells of the input grid, and an encoder whose keypoints are raw points is refused; the features of a keypoint of PV-RCNN as
+published still describe the points around it precisely enough to compute some of them, so the presets leave these features out.
 
 Read next: `perception/wire/shards.py`, where the scenes go.
 """

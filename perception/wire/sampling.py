@@ -18,7 +18,7 @@ MAX_GAP = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class SceneSampling:
-    """A rule by which a vehicle keeps most scans to itself. A fleet uses one rule: one of its own names a vehicle."""
+    """A rule by which a vehicle keeps most scans to itself. A fleet uses one rule, because a rule that one vehicle alone uses would name it."""
 
     gap: int = 0
     """Fewest scans left out between two uploads of a drive. Each gap is drawn anew, from this number to twice as many, so that the place

@@ -5,7 +5,8 @@ threshold is low, so that doubtful objects are sent too. Random blocks of backgr
 background from the fleet learns nothing about its own false alarms there. Far from the domain of its training the head misses
 objects, and the vehicle's blind spots become the server's: look at the recall that `upcycle3d defend` prints.
 
-What is left out is background. Objects are sent as they are: this defence protects no object and nobody in it.
+What is left out is background, and the few objects that the head misses. The other objects are sent as they are: this defence
+protects no object and nobody in it.
 
 `perception/training/objectness.py` trains the head and calibrates the threshold.
 """

@@ -71,7 +71,7 @@ class LoneVoxels:
         parts: Which features it reads: those of the keypoints' balls at stages of the backbone, and the cells at the cut.
         most: Groups of cells per upload that it looks at where no keypoint names the voxel; each costs some hundred solutions.
         most_voxels: Voxels per upload that it solves for around keypoints. A keypoint that stands for a coarse cell has one candidate for
-            every voxel of the cell, so only so many keypoints, drawn at random, are looked at.
+            every voxel of the cell, so only a part of the keypoints, drawn at random, is looked at.
         iterations: Steps of the solver.
     """
 
