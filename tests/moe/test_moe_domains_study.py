@@ -15,8 +15,8 @@ from upcycle3d.perception.recipes.result_csv import read_rows
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
-@pytest.fixture
-def study(monkeypatch):
+@pytest.fixture(params=["second_iou", "pv_rcnn"])
+def study(monkeypatch, request):
     """The modules of the study, with tiny frames in the place of simulated ones."""
     monkeypatch.syspath_prepend(str(Path(upcycle3d.__file__).resolve().parent / "benchmarks" / "studies"))
     import moe_domain_bench as bench
@@ -36,21 +36,24 @@ def study(monkeypatch):
         return dict(score_detector(detector, self.split(domain, "val").open(), "cross_dataset").headline())
 
     preset = tiny.preset()
+    if request.param == "pv_rcnn":
+        preset = replace(preset, detector=tiny.pv_rcnn_config(width=8, keypoints=32))
     monkeypatch.setattr(bench, "prepared_stand_in", frames)
     monkeypatch.setattr(bench.Bench, "scores", scores)
-    monkeypatch.setitem(bench.PRESETS, "second_iou", preset)
+    monkeypatch.setitem(bench.PRESETS, request.param, preset)
     sizes = {"train": 6, "fleet": 3, "validation": 2, "contrast_steps": 2}
     monkeypatch.setattr(moe_domains, "QUICK", {**moe_domains.QUICK, **sizes, "seed_steps": 3, "upcycle_steps": 2})
+    moe_domains.tested = request.param
     return moe_domains
 
 
 def test_all_arms_of_one_seed(study, tmp_path, monkeypatch, capsys):
-    words = ["moe_domains.py", "--out", str(tmp_path), "--seeds", "0", "--quick"]
+    words = ["moe_domains.py", "--out", str(tmp_path), "--seeds", "0", "--quick", "--detector", study.tested]
     monkeypatch.setattr(sys, "argv", words)
     study.main()
     printed = capsys.readouterr().out
     assert "btx in fog minus its specialist" in printed
-    rows = read_rows(tmp_path / "second_iou" / "published")
+    rows = read_rows(tmp_path / study.tested / "published")
     assert {row["arm"] for row in rows} == set(study.ARMS)
     assert {row["domain"] for row in rows} == {"city", "town", "fog"}
     cost = {row["arm"]: float(row["cpu"]) for row in rows}
