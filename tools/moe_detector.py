@@ -13,7 +13,8 @@ from typing import Literal
 from ..core.errors import InvalidInput
 from ..perception.models.decoders.mixture import DecidesPer, HeadMixtureConfig, HeadRouter, RegionMixtures
 from ..perception.models.decoders.scene_blocks import BatchNormOfExperts
-from ..perception.moe.losses import RouterLossConfig
+from ..perception.moe.detectors.calibrate import upcycled_decoder
+from ..perception.moe.losses import RouterLossConfig, describe_router_losses
 from ..perception.moe.routing import Norm
 from ..perception.recipes.upcycle_head import make_upcycled_head
 from .console import console, print_table, run_command, write_json
@@ -122,10 +123,12 @@ def command(config: MoeDetector) -> None:
         draw=config.draw,
     )
     before, after = made.parameters
+    routers = upcycled_decoder(made.detector).routers()
     rows = [
         ("head", str(head)),
         ("decoder", f"{before:,} -> {after:,} parameters"),
         ("replaced layers, for one region or scene", f"{made.active[0]:,} -> {made.active[1]:,} parameters"),
+        ("router losses in training", describe_router_losses(head.losses, [head.router in ("top_k", "soft")] * len(routers))),
         ("tensors", "; ".join(line.strip() for line in str(made.account).splitlines())),
     ]
     print_table("upcycled head", ("what", "value"), rows)
