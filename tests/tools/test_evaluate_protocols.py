@@ -154,6 +154,7 @@ class SeesEverything:
     """A detector that finds the one car of the test's scans, at 10 m ahead, the sensor raised by 2 m."""
 
     class_names = ("Pedestrian", "Car")
+    decoder = torch.nn.Identity()  # it has no experts whose use is counted
 
     def to(self, device: torch.device) -> "SeesEverything":
         return self
