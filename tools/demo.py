@@ -40,7 +40,7 @@ class Demo:
 
 
 def command(config: Demo) -> None:
-    """Run the pipeline on simulated data, in about five minutes on two cores. Open OUT/report.html at the end."""
+    """Run the pipeline on simulated data, in about eight minutes on two cores. Open OUT/report.html at the end."""
     start = time.perf_counter()
 
     def say(text: str) -> None:
