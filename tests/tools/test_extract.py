@@ -205,6 +205,9 @@ def test_a_full_disk_is_no_dead_end(detector, scans, tmp_path, capsys, monkeypat
 def test_a_signal_closes_the_open_shard_and_resume_goes_on(detector, scans, tmp_path, capsys, monkeypatch, number, code):
     out, receipts = tmp_path / "out", tmp_path / "r.json"
     add, added = ShardWriter.add, []
+    before = signal.signal(
+        number, signal.default_int_handler
+    )  # shells start background jobs with SIGINT ignored, which extract respects
 
     def stopped_after_four(self, scene):
         added.append(scene)
@@ -216,6 +219,7 @@ def test_a_signal_closes_the_open_shard_and_resume_goes_on(detector, scans, tmp_
         patch.setattr(ShardWriter, "add", stopped_after_four)
         with pytest.raises(SystemExit) as stop:
             run(detector, out, "--scans", scans, "--receipts", receipts)
+    signal.signal(number, before)
     assert stop.value.code == code
     assert f"stopped by {number.name} after 4 of 8 scans" in capsys.readouterr().err.replace("\n", " ")
     assert_each_scan_is_one_scene(out, receipts, {"0000", "0001", "0002", "0003"})
