@@ -39,6 +39,10 @@ class ExactPointScore:
     """Positions that stand in the uploads anyway."""
     right_guesses: int = 0
     """Those of them that have a true point within the limit."""
+    sources: int = 0
+    """Keypoints, or groups of cells, that might give a point away; 0 where the attack looks at all there are."""
+    tried: int = 0
+    """Those of them that the attack looked at. The others may give away more points."""
 
     def __add__(self, other: ExactPointScore) -> ExactPointScore:
         return ExactPointScore(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(ExactPointScore)})

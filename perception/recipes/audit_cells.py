@@ -329,7 +329,9 @@ def _exact(attack: ExactPoints | LoneVoxels, frames: Sequence[AuditFrame]) -> Ex
     for frame in frames:
         grid = frame.upload.spec.grid
         guesses = cell_centers(occupied_voxels(frame.scan, grid), grid)
-        total = total + score_exact_points(attack.rebuild(frame.upload).xyz, frame.scan.xyz, guesses)
+        score = score_exact_points(attack.rebuild(frame.upload).xyz, frame.scan.xyz, guesses)
+        tried, sources = attack.tried(frame.upload) if isinstance(attack, LoneVoxels) else (0, 0)
+        total = total + replace(score, tried=tried, sources=sources)
     return total
 
 

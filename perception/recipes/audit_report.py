@@ -69,6 +69,8 @@ def _summary(result: SettingResult, plain: SettingResult | None) -> SettingSumma
     found = result.rebuilt.get(STRONGEST)
     scores = found.matched if found else None
     exact = result.exact
+    if exact is not None and not exact.raw_balls.scans + exact.lone_voxels.scans:
+        exact = None  # a defence sends other channels than the encoder computes: nothing was solved, which is not the same as no point
     linked = result.linkage.scores if result.linkage else None
     metrics = {name for run in result.used.values() for name in run.student}
     return SettingSummary(
@@ -87,6 +89,9 @@ def _summary(result: SettingResult, plain: SettingResult | None) -> SettingSumma
         bits_per_voxel=found.bits_per_voxel if found else None,
         exact_per_scan=None if exact is None else exact.raw_balls.recovered_per_scan + exact.lone_voxels.recovered_per_scan,
         exact_chance=None if exact is None else exact.raw_balls.chance_per_scan + exact.lone_voxels.chance_per_scan,
+        exact_tried=exact.lone_voxels.tried / exact.lone_voxels.sources
+        if exact is not None and exact.lone_voxels.sources
+        else None,
         neighbor=linked.neighbor.found if linked and linked.neighbor.asked else None,
         neighbor_chance=linked.neighbor.chance if linked and linked.neighbor.asked else None,
         ap={name: tuple(result.used[seed].student[name] for seed in sorted(result.used)) for name in sorted(metrics)},
@@ -128,6 +133,7 @@ def summary_table(rows: Sequence[SettingSummary]) -> TextTable:
         *(f"F@0.2 m in {name}" for name in classes),
         "bits per voxel",
         "exact points (by chance)",
+        "places tried",
         "neighbors found (by chance)",
         *(f"AP {name}" for name in metrics),
     )
@@ -142,6 +148,7 @@ def summary_table(rows: Sequence[SettingSummary]) -> TextTable:
             *(_number(row.f_objects.get(name), 3) for name in classes),
             _number(row.bits_per_voxel, 2),
             _with_chance(row.exact_per_scan, row.exact_chance, 2),
+            "-" if row.exact_tried is None else f"{row.exact_tried:.1%}",
             _with_chance(row.neighbor, row.neighbor_chance, 3),
             *(_mean_and_spread(row.ap.get(name, ())) for name in metrics),
         )
@@ -149,7 +156,8 @@ def summary_table(rows: Sequence[SettingSummary]) -> TextTable:
     ]
     caption = (
         "What each setting sends and gives away. F@0.2 m: F-score of the scan that the occupancy attack rebuilds, at 0.2 m and matched density; "
-        "bits: what storing a scan costs who has its upload; exact points: per scan, within 1 cm; neighbors: in time"
+        "bits: what storing a scan costs who has its upload; exact points: per scan, within 1 cm; places tried: share of "
+        "the keypoints or groups of cells in which the search for voxels without neighbors had time to look; neighbors: in time"
     )
     always = ("setting", "kB per frame", "share of raw bytes", "F@0.2 m whole scene", "leak share L")
     shown = [i for i, name in enumerate(header) if name in always or any(row[i] != "-" for row in body)]  # what somebody measured

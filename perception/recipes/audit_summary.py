@@ -50,6 +50,8 @@ class SettingSummary:
     """Points computed to the centimeter, per scan."""
     exact_chance: float | None
     """The same for guesses of as many voxel centers."""
+    exact_tried: float | None = None
+    """Share of the keypoints or groups of cells that the search for voxels without neighbors looked at; None where it was not counted."""
     neighbor: float | None
     """Share of scenes whose neighbor in time is found."""
     neighbor_chance: float | None
@@ -103,4 +105,5 @@ def sentence(row: SettingSummary) -> str:
     exact = "single points were not computed"
     if row.exact_per_scan is not None:
         exact = f"{row.exact_per_scan:.1f} single points per scan were computed to 1 cm (by chance {row.exact_chance or 0:.1f})"
+        exact += "" if row.exact_tried is None else f", with {row.exact_tried:.0%} of the places tried"
     return f"{row.codec}: {geometry}; {exact}"

@@ -17,8 +17,9 @@ from upcycle3d.perception.models.defences.noise import NoiseConfig
 from upcycle3d.perception.models.defences.region import RegionConfig
 from upcycle3d.perception.models.defended import defended
 from upcycle3d.perception.privacy.attacks.occupancy_decoder import DecoderSize
+from upcycle3d.perception.privacy.exact_points import ExactPointScore
 from upcycle3d.perception.recipes.audit import Audit
-from upcycle3d.perception.recipes.audit_cells import WITHOUT_UPLOADS
+from upcycle3d.perception.recipes.audit_cells import WITHOUT_UPLOADS, ExactMeasured
 from upcycle3d.perception.recipes.audit_linkage import measure_linkage, read_drives
 from upcycle3d.perception.recipes.audit_membership import MembershipPlan, ReferencePlan
 from upcycle3d.perception.recipes.audit_plan import UNDEFENDED, AuditBudget, AuditPlan, AuditSetting
@@ -156,6 +157,15 @@ def test_the_detector_of_a_killed_run_is_made_again_and_that_of_another_setting_
         audit.detector_folder(replace(setting, defences=(DropConfig(share=0.1),)))
 
 
+def test_points_that_nobody_solved_for_are_not_reported_as_none_found(measured):
+    _, results, _ = measured
+    unsolved = replace(results[0], exact=ExactMeasured(raw_balls=ExactPointScore(), lone_voxels=ExactPointScore()))
+    row = summarize_audit([unsolved, *results[1:]])[0]
+    assert row.exact_per_scan is None
+    assert row.exact_chance is None
+    assert "single points were not computed" in sentence(row)
+
+
 def test_the_report_shows_every_setting_and_attack(measured):
     audit, results, _ = measured
     rows = summarize_audit(results)
@@ -163,7 +173,10 @@ def test_the_report_shows_every_setting_and_attack(measured):
     table = summary_table(rows)
     assert len(table.rows) == 2
     assert table.header[:5] == ("setting", "kB per frame", "share of raw bytes", "F@0.2 m whole scene", "leak share L")
-    assert table.header[5:] == ("exact points (by chance)",)  # nobody attacked order, and no network rebuilt objects
+    assert table.header[5:] == (
+        "exact points (by chance)",
+        "places tried",
+    )  # nobody attacked order, and no network rebuilt objects
     page = write_audit_report(audit, results).read_text()
     for wanted in (LEAK_NOTE, "half", "the voxel centers of the raw scan", "lower bounds", "cells of Car, AUC"):
         assert wanted in page

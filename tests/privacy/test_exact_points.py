@@ -120,6 +120,15 @@ def test_coarse_keypoints_cost_a_bounded_number_of_solutions():
     assert not len(_of_few_sources(source[:0], 640))
 
 
+def test_the_attack_says_how_much_it_looked_at():
+    made = encoder(raw_points=None, conv1=None, keypoint_stride=4)
+    upload = audited(made, torch.cat([LONE, PAIRS])).upload
+    tried, there = LoneVoxels(made, "fp16").tried(upload)
+    assert tried == there > 2  # few keypoints: there is time for all of them
+    assert LoneVoxels(made, "fp16", most_voxels=128).tried(upload) == (2, there)
+    assert LoneVoxels(made, "fp16").tried(audited(made, torch.zeros(0, 3)).upload) == (0, 0)
+
+
 def test_an_empty_upload_gives_no_point():
     made = encoder()
     upload = audited(made, torch.zeros(0, 3)).upload

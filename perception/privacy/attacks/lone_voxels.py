@@ -115,7 +115,7 @@ class LoneVoxels:
 
     @torch.no_grad()
     def solve(self, upload: CutFeatures) -> SolvedPoints:
-        """Answer for every keypoint, or every group of cells, that may belong to one voxel without neighbors.
+        """Answer for keypoints, or groups of cells, that may belong to one voxel without neighbors; `tried` says for how many.
 
         Args:
             upload: What left a vehicle, a batch of one.
@@ -123,7 +123,7 @@ class LoneVoxels:
         Returns:
             The best answer of each.
         """
-        asked = self._questions(upload) if len(upload.voxels.coords) else None
+        asked = self._chosen(upload, self._questions(upload)) if len(upload.voxels.coords) else None
         if asked is None or not len(asked.voxels):
             return no_answers(len(self.second.config.point_features))
         spread = self._spread()
@@ -145,6 +145,28 @@ class LoneVoxels:
             source=asked.source[best],
             size=torch.ones(len(best), dtype=torch.int64),
         )
+
+    @torch.no_grad()
+    def tried(self, upload: CutFeatures) -> tuple[int, int]:
+        """Count what `solve` looks at.
+
+        Args:
+            upload: What left a vehicle, a batch of one.
+
+        Returns:
+            Keypoints or groups of cells that it looks at, and all that it could look at.
+        """
+        if not len(upload.voxels.coords):
+            return 0, 0
+        if upload.keypoints is None:
+            there = len(_lone_boxes(upload.voxels.coords[:, 1:]))
+            return min(there, self.most), there
+        asked = self._questions(upload)
+        return len(self._chosen(upload, asked).source.unique()), len(asked.source.unique())
+
+    def _chosen(self, upload: CutFeatures, asked: _Questions) -> _Questions:
+        """As many questions as the attack has time for. Without keypoints, `_voxels_by_pattern` asks few already."""
+        return asked if upload.keypoints is None else asked.select(_of_few_sources(asked.source, self.most_voxels))
 
     def _middle(self, voxels: Tensor) -> Tensor:
         """(N, D) what is expected without the features: the center of the voxel, and the middle of point features in 0..1."""
@@ -223,8 +245,7 @@ class LoneVoxels:
             observed=torch.cat(observed, 1).double(),
             noise=torch.cat(noise, 1).double(),
         )
-        asked = asked.select(asked.noise.isfinite().any(1))
-        return asked if upload.keypoints is None else asked.select(_of_few_sources(asked.source, self.most_voxels))
+        return asked.select(asked.noise.isfinite().any(1))
 
     def _balls(self, keypoints: Keypoints, part: Part) -> tuple[Tensor, Tensor]:
         """(K, C) features of the part's balls and their errors, infinite where another keypoint lies in the ball or close to it.
