@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from upcycle3d.perception.moe.bank import BankShape, ExpertBank
+from upcycle3d.perception.moe.layers.bank import BankShape, ExpertBank
 
 
 def bank_of(experts: int = 4, sizes: tuple[int, int, int] = (8, 12, 16), seed: int = 0, **fields) -> ExpertBank:

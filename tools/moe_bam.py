@@ -1,6 +1,6 @@
 """`upcycle3d moe bam`: train specialists of a Hugging Face Llama, and mix them with their attentions to a mixture of experts.
 
-Read next: `perception/moe/language_upcycling.py`.
+Read next: `perception/moe/language/language_upcycling.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 import tyro
 
 from ..core.errors import InvalidInput
-from ..perception.moe.language_models import LanguageModel, load_language_model, named_texts, score_texts
-from ..perception.moe.language_upcycling import (
+from ..perception.moe.attention.soft_attention import KeyValues
+from ..perception.moe.language.language_models import LanguageModel, load_language_model, named_texts, score_texts
+from ..perception.moe.language.language_upcycling import (
     FfnRouting,
     MixOptions,
     TextPhase,
@@ -26,9 +27,8 @@ from ..perception.moe.language_upcycling import (
     train_specialists,
     write_model,
 )
+from ..perception.moe.language.text_training import TextTraining, TokenDomains, router_loss_text
 from ..perception.moe.report import report_on
-from ..perception.moe.soft_attention import KeyValues
-from ..perception.moe.text_training import TextTraining, TokenDomains, router_loss_text
 from .console import console, print_warning, run_command, write_json
 
 

@@ -1,6 +1,6 @@
 """`upcycle3d moe baseline`: the models that a mixture must be compared with, made and trained by the same code.
 
-Read next: `perception/moe/language_upcycling.py`.
+Read next: `perception/moe/language/language_upcycling.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import tyro
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from ..perception.moe.language_models import load_language_model, named_texts, perplexity
-from ..perception.moe.language_upcycling import (
+from ..perception.moe.checkpoints.mixtral import MixtralLayout
+from ..perception.moe.language.language_models import load_language_model, named_texts, perplexity
+from ..perception.moe.language.language_upcycling import (
     BaselineMethod,
     FfnRouting,
     MixOptions,
@@ -28,8 +29,7 @@ from ..perception.moe.language_upcycling import (
     train_specialists,
     write_model,
 )
-from ..perception.moe.mixtral import MixtralLayout
-from ..perception.moe.text_training import TextTraining, TokenDomains, router_loss_text
+from ..perception.moe.language.text_training import TextTraining, TokenDomains, router_loss_text
 from .console import console, print_table, print_warning, run_command, write_json
 
 

@@ -14,8 +14,8 @@ from ..core.errors import InvalidInput
 from ..perception.models.decoders.mixture import DecidesPer, HeadMixtureConfig, HeadRouter, RegionMixtures
 from ..perception.models.decoders.scene_blocks import BatchNormOfExperts
 from ..perception.moe.detectors.calibrate import upcycled_decoder
-from ..perception.moe.losses import RouterLossConfig, describe_router_losses
-from ..perception.moe.routing import Norm
+from ..perception.moe.layers.losses import RouterLossConfig, describe_router_losses
+from ..perception.moe.layers.routing import Norm
 from ..perception.recipes.upcycle_head import make_upcycled_head
 from .console import console, print_table, run_command, write_json
 

@@ -1,6 +1,6 @@
 """`upcycle3d moe dmu`: upcycle a Hugging Face CLIP to a mixture of experts by diversified multiplet upcycling.
 
-Read next: `perception/moe/dmu.py`.
+Read next: `perception/moe/contrastive/dmu.py`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 import tyro
 
 from ..core.errors import require
-from ..perception.moe.clusters import ClusterConfig
-from ..perception.moe.dmu import dmu, plan_dmu
-from ..perception.moe.expert_stages import DmuConfig, SmallClusters
-from ..perception.moe.hugging_face_clip import load_clip, save_clip_mixture
-from ..perception.moe.losses import RouterLossConfig
-from ..perception.moe.pair_training import PairTraining, Precision, Recall, encode_pairs, recall
-from ..perception.moe.pairs import PairData, PairTowers
-from ..perception.moe.routing import TopKRule
+from ..perception.moe.contrastive.dmu import dmu, plan_dmu
+from ..perception.moe.contrastive.expert_stages import DmuConfig, SmallClusters
+from ..perception.moe.contrastive.hugging_face_clip import load_clip, save_clip_mixture
+from ..perception.moe.contrastive.pair_training import PairTraining, Precision, Recall, encode_pairs, recall
+from ..perception.moe.contrastive.pairs import PairData, PairTowers
+from ..perception.moe.layers.losses import RouterLossConfig
+from ..perception.moe.layers.routing import TopKRule
+from ..perception.moe.upcycling.clusters import ClusterConfig
 from .console import console, print_table, print_warning, run_command, write_json
 
 

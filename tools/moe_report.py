@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 
 from ..core.errors import InvalidInput
-from ..perception.moe.language_models import load_language_model, named_texts, score_texts
+from ..perception.moe.language.language_models import load_language_model, named_texts, score_texts
 from ..perception.moe.report import report_on
 from .console import console, print_table, print_warning, run_command, write_json
 

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcycle3d.perception.moe.attention_calls import mixed_attentions
-from upcycle3d.perception.moe.attention_sites import plan_attentions
-from upcycle3d.perception.moe.bam import AttentionRouting, Ensemble, bam
-from upcycle3d.perception.moe.cluster_aware import cluster_aware, collect_inputs
-from upcycle3d.perception.moe.control_routers import FrozenRouter
-from upcycle3d.perception.moe.moe_ffn import moe_layers
-from upcycle3d.perception.moe.routers import Router
-from upcycle3d.perception.moe.routing import TopKRule
-from upcycle3d.perception.moe.surgery import ReplacementPlan, plan_replacement
-from upcycle3d.perception.moe.text_training import mean_loss
-from upcycle3d.perception.moe.upcyclers import RandomRouters, btx, drop_upcycling, soup, sparse_copy, wider_dense
+from upcycle3d.perception.moe.attention.attention_calls import mixed_attentions
+from upcycle3d.perception.moe.attention.attention_sites import plan_attentions
+from upcycle3d.perception.moe.language.text_training import mean_loss
+from upcycle3d.perception.moe.layers.control_routers import FrozenRouter
+from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
+from upcycle3d.perception.moe.layers.routers import Router
+from upcycle3d.perception.moe.layers.routing import TopKRule
+from upcycle3d.perception.moe.surgery.replacement import ReplacementPlan, plan_replacement
+from upcycle3d.perception.moe.upcycling.bam import AttentionRouting, Ensemble, bam
+from upcycle3d.perception.moe.upcycling.cluster_aware import cluster_aware, collect_inputs
+from upcycle3d.perception.moe.upcycling.upcyclers import RandomRouters, btx, drop_upcycling, soup, sparse_copy, wider_dense
 
 TOP1 = TopKRule(k=1, norm="none")
 TOP2 = TopKRule(k=2, norm="renorm")

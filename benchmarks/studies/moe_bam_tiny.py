@@ -32,8 +32,8 @@ from moe_arms import ARMS, UNTRAINED, Budget, Task
 from moe_cells import Study, run_study
 from torch import Tensor, nn
 
-from upcycle3d.perception.moe.small_lm import SmallLmConfig
-from upcycle3d.perception.moe.text_training import TextTraining, TokenDomains, next_token_loss, train_phase
+from upcycle3d.perception.moe.language.small_lm import SmallLmConfig
+from upcycle3d.perception.moe.language.text_training import TextTraining, TokenDomains, next_token_loss, train_phase
 
 DOMAINS = ("prose", "python", "cpp", "math")
 ROWS, LENGTH, TESTS = 8, 128, 32

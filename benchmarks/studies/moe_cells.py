@@ -28,11 +28,11 @@ from torch import nn
 
 from upcycle3d.core.files import write_atomically
 from upcycle3d.core.tensor_file import fill_module, read_tensors, write_tensors
-from upcycle3d.perception.moe.joined_mixtures import join_mixtures
-from upcycle3d.perception.moe.owner_training import freeze_for_owner
-from upcycle3d.perception.moe.surgery import plan_replacement
-from upcycle3d.perception.moe.text_training import TextTraining, train_phase
-from upcycle3d.perception.moe.upcyclers import RandomRouters, sparse_copy
+from upcycle3d.perception.moe.language.text_training import TextTraining, train_phase
+from upcycle3d.perception.moe.surgery.replacement import plan_replacement
+from upcycle3d.perception.moe.upcycling.joined_mixtures import join_mixtures
+from upcycle3d.perception.moe.upcycling.owner_training import freeze_for_owner
+from upcycle3d.perception.moe.upcycling.upcyclers import RandomRouters, sparse_copy
 from upcycle3d.tools.console import print_table
 
 

@@ -40,17 +40,17 @@ from torch import Tensor, nn
 from upcycle3d.core.config_json import first_difference
 from upcycle3d.core.errors import require
 from upcycle3d.core.files import write_atomically
-from upcycle3d.perception.moe.cluster_aware import cluster_aware, collect_inputs
-from upcycle3d.perception.moe.control_routers import UniformRouter
-from upcycle3d.perception.moe.dmu import DmuResult, dmu, gather_experts, plan_dmu
-from upcycle3d.perception.moe.expert_stages import DmuConfig, with_ffns
-from upcycle3d.perception.moe.losses import RouterLossConfig
-from upcycle3d.perception.moe.moe_ffn import moe_layers
-from upcycle3d.perception.moe.pair_training import PairTraining, train_pairs
-from upcycle3d.perception.moe.pairs import PairBatch, PairData, PairTowers
-from upcycle3d.perception.moe.stages import MixtureParts
-from upcycle3d.perception.moe.surgery import ReplacementPlan
-from upcycle3d.perception.moe.upcyclers import RandomRouters, sparse_copy
+from upcycle3d.perception.moe.contrastive.dmu import DmuResult, dmu, gather_experts, plan_dmu
+from upcycle3d.perception.moe.contrastive.expert_stages import DmuConfig, with_ffns
+from upcycle3d.perception.moe.contrastive.pair_training import PairTraining, train_pairs
+from upcycle3d.perception.moe.contrastive.pairs import PairBatch, PairData, PairTowers
+from upcycle3d.perception.moe.contrastive.stages import MixtureParts
+from upcycle3d.perception.moe.layers.control_routers import UniformRouter
+from upcycle3d.perception.moe.layers.losses import RouterLossConfig
+from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
+from upcycle3d.perception.moe.surgery.replacement import ReplacementPlan
+from upcycle3d.perception.moe.upcycling.cluster_aware import cluster_aware, collect_inputs
+from upcycle3d.perception.moe.upcycling.upcyclers import RandomRouters, sparse_copy
 
 Metrics = Mapping[str, float]
 

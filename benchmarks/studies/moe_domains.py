@@ -59,13 +59,13 @@ from upcycle3d.datasets.batches import LabeledBatches
 from upcycle3d.perception.models.decoders.mixture import HeadMixtureConfig, MixtureDecoder, region_plan
 from upcycle3d.perception.models.decoders.scene_decision import SceneDescriptor
 from upcycle3d.perception.models.detector import Detector
-from upcycle3d.perception.moe.clusters import ClusterConfig
+from upcycle3d.perception.moe.contrastive.expert_stages import DmuConfig
+from upcycle3d.perception.moe.contrastive.pair_training import PairTraining
 from upcycle3d.perception.moe.detectors.calibrate import cluster_scenes, fit_gate, fit_gate_to_groups, upcycled_decoder
 from upcycle3d.perception.moe.detectors.region_pairs import contrastive_specialists, region_pairs
 from upcycle3d.perception.moe.detectors.upcycle import upcycle_head
-from upcycle3d.perception.moe.expert_stages import DmuConfig
-from upcycle3d.perception.moe.losses import RouterLossConfig
-from upcycle3d.perception.moe.pair_training import PairTraining
+from upcycle3d.perception.moe.layers.losses import RouterLossConfig
+from upcycle3d.perception.moe.upcycling.clusters import ClusterConfig
 from upcycle3d.perception.recipes.result_cache import ResultCache
 from upcycle3d.perception.recipes.result_csv import CsvRow, publish
 from upcycle3d.perception.server.store import collate_scenes

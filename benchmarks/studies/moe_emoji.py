@@ -41,10 +41,10 @@ from torch import Tensor, nn
 
 from upcycle3d.core.provenance import provenance_of_process
 from upcycle3d.core.tensor_file import TensorFileKind, fill_module, read_tensors, write_tensors
-from upcycle3d.perception.moe.contrastive import LogitScale
-from upcycle3d.perception.moe.pair_training import PairEmbeddings, PairTraining, encode_pairs, recall, train_pairs
-from upcycle3d.perception.moe.pairs import PairTowers, TwoTowers
-from upcycle3d.perception.moe.stages import MixtureParts
+from upcycle3d.perception.moe.contrastive.loss import LogitScale
+from upcycle3d.perception.moe.contrastive.pair_training import PairEmbeddings, PairTraining, encode_pairs, recall, train_pairs
+from upcycle3d.perception.moe.contrastive.pairs import PairTowers, TwoTowers
+from upcycle3d.perception.moe.contrastive.stages import MixtureParts
 from upcycle3d.tools.console import write_json
 
 BASE = TensorFileKind(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.tensor_file import TensorFileKind, read_tensors, write_tensors
-from upcycle3d.perception.moe.pairs import PairTensors
+from upcycle3d.perception.moe.contrastive.pairs import PairTensors
 
 STYLES = ("google", "twitter", "fluent")
 PEOPLE = {"man", "men", "woman", "women", "person", "people", "boy", "girl", "child", "mr", "mrs", "claus", "santa", "mx"}

@@ -45,7 +45,7 @@ from moe_texts import DOMAINS, smollm2_folder, split_texts, token_rows
 from torch import Tensor, nn
 
 from upcycle3d.core.tensor_file import read_tensors, write_tensors
-from upcycle3d.perception.moe.text_training import draw_rows
+from upcycle3d.perception.moe.language.text_training import draw_rows
 
 BELOW, LENGTH, VOCABULARY, TESTS = 24, 512, 8192, 12
 LEFT_OUT = ("bam_attention_top1", "bam_attention_top2")  # they cost as much as `bam`, and the tiny study has them

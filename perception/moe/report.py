@@ -16,9 +16,9 @@ from typing import Literal, get_args
 from torch import nn
 
 from ...core.errors import require
-from .attention_calls import mixed_attentions
-from .moe_ffn import MoeFfn, moe_layers
-from .routers import equal_rows
+from .attention.attention_calls import mixed_attentions
+from .layers.moe_ffn import MoeFfn, moe_layers
+from .layers.routers import equal_rows
 
 Quality = Literal["perplexity", "recall"]
 """What a score is: `perplexity`, of which less is better, or `recall`, of which more is better."""

@@ -19,7 +19,7 @@ from ..models.decoders.mixture import HeadMixtureConfig
 from ..models.detector import Detector
 from ..moe.detectors.calibrate import fit_gate, fit_gate_to_groups, recalibrate_head
 from ..moe.detectors.upcycle import UpcycledHead, upcycle_head
-from ..moe.upcyclers import Rest
+from ..moe.upcycling.upcyclers import Rest
 from ..server.store import SmashedStore, collate_scenes
 from ..training.detector_files import DETECTOR_FILE, load_detector, save_run_detector
 from .job_inputs import check_path

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...core.errors import InvalidInput, NonFiniteValue
 from ...core.structures import LossTerms
 from ..models.non_finite import FAILURES, name_non_finite
-from ..moe.unused_experts import keep_unused_experts
+from ..moe.layers.unused_experts import keep_unused_experts
 from .distributed import DistributedContext, all_reduce_gradients, average_statistics, training_buffers
 from .optim import OneCycle, learning_rate, make_optimizer, set_schedule
 from .progress import StopRequest

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.attention_readers import attention_of
-from upcycle3d.perception.moe.soft_attention import SoftAttention
+from upcycle3d.perception.moe.attention.attention_readers import attention_of
+from upcycle3d.perception.moe.attention.soft_attention import SoftAttention
 
 
 class LlamaLike(nn.Module):

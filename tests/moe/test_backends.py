@@ -5,9 +5,9 @@ import torch
 
 from moe_banks import bank_of, poisoned_memory, token_by_token
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.backends import BACKEND_RULES, DispatchCase, choose_backend, dispatch_case
-from upcycle3d.perception.moe.dispatch import DispatchPlan
-from upcycle3d.perception.moe.grouped import combine_rows, gather_rows, grouped_linear
+from upcycle3d.perception.moe.layers.backends import BACKEND_RULES, DispatchCase, choose_backend, dispatch_case
+from upcycle3d.perception.moe.layers.dispatch import DispatchPlan
+from upcycle3d.perception.moe.layers.grouped import combine_rows, gather_rows, grouped_linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BACKENDS = ("loop", "sorted", "grouped", "dense_all", "auto")

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 import moe_lookalikes as look
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.attention_calls import given_attention_weights, mixed_attentions
-from upcycle3d.perception.moe.attention_readers import attention_of
-from upcycle3d.perception.moe.attention_sites import plan_attentions
-from upcycle3d.perception.moe.bam import AttentionRouting, Ensemble, bam, oracle_domain, with_oracle
-from upcycle3d.perception.moe.cluster_aware import cluster_aware, collect_inputs
-from upcycle3d.perception.moe.moe_ffn import moe_layers
-from upcycle3d.perception.moe.routing import TopKRule
-from upcycle3d.perception.moe.small_lm import SmallLm, SmallLmConfig
-from upcycle3d.perception.moe.surgery import plan_replacement
-from upcycle3d.perception.moe.upcyclers import RandomRouters, saved_tensors, soup, step_zero_difference
+from upcycle3d.perception.moe.attention.attention_calls import given_attention_weights, mixed_attentions
+from upcycle3d.perception.moe.attention.attention_readers import attention_of
+from upcycle3d.perception.moe.attention.attention_sites import plan_attentions
+from upcycle3d.perception.moe.language.small_lm import SmallLm, SmallLmConfig
+from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
+from upcycle3d.perception.moe.layers.routing import TopKRule
+from upcycle3d.perception.moe.surgery.replacement import plan_replacement
+from upcycle3d.perception.moe.upcycling.bam import AttentionRouting, Ensemble, bam, oracle_domain, with_oracle
+from upcycle3d.perception.moe.upcycling.cluster_aware import cluster_aware, collect_inputs
+from upcycle3d.perception.moe.upcycling.upcyclers import RandomRouters, saved_tensors, soup, step_zero_difference
 
 TOP1 = RandomRouters(experts=3, rule=TopKRule(k=1, norm="none"))
 SOFT = RandomRouters(experts=3, rule=None)

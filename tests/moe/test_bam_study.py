@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import upcycle3d
-from upcycle3d.perception.moe.small_lm import SmallLmConfig
-from upcycle3d.perception.moe.text_training import TokenDomains, next_token_loss
+from upcycle3d.perception.moe.language.small_lm import SmallLmConfig
+from upcycle3d.perception.moe.language.text_training import TokenDomains, next_token_loss
 
 STUDIES = Path(upcycle3d.__file__).parent / "benchmarks" / "studies"
 pytestmark = pytest.mark.usefixtures("one_thread")

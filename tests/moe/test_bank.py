@@ -5,9 +5,9 @@ import torch
 
 from moe_banks import bank_of
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.bank import ExpertBank
-from upcycle3d.perception.moe.dense_ffn import DenseFfn
-from upcycle3d.perception.moe.dispatch import DispatchPlan
+from upcycle3d.perception.moe.layers.bank import ExpertBank
+from upcycle3d.perception.moe.layers.dense_ffn import DenseFfn
+from upcycle3d.perception.moe.layers.dispatch import DispatchPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

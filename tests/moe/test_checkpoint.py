@@ -9,8 +9,7 @@ from torch import nn
 import moe_lookalikes as look
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.tensor_file import CorruptFile, read_tensors, write_tensors
-from upcycle3d.perception.moe.bank import ExpertBank
-from upcycle3d.perception.moe.checkpoint import (
+from upcycle3d.perception.moe.checkpoints.checkpoint import (
     MIXTURE_FILE,
     BaseModel,
     RouterForm,
@@ -19,12 +18,13 @@ from upcycle3d.perception.moe.checkpoint import (
     read_description,
     save_mixture,
 )
-from upcycle3d.perception.moe.control_routers import FrozenRouter, GivenRouter, HashRouter, OracleRouter, UniformRouter
-from upcycle3d.perception.moe.moe_ffn import MoeFfn, moe_layers
-from upcycle3d.perception.moe.routers import SoftRouter, TopKRouter
-from upcycle3d.perception.moe.routing import TopKRule
-from upcycle3d.perception.moe.surgery import plan_replacement
-from upcycle3d.perception.moe.upcyclers import RandomRouters, drop_upcycling
+from upcycle3d.perception.moe.layers.bank import ExpertBank
+from upcycle3d.perception.moe.layers.control_routers import FrozenRouter, GivenRouter, HashRouter, OracleRouter, UniformRouter
+from upcycle3d.perception.moe.layers.moe_ffn import MoeFfn, moe_layers
+from upcycle3d.perception.moe.layers.routers import SoftRouter, TopKRouter
+from upcycle3d.perception.moe.layers.routing import TopKRule
+from upcycle3d.perception.moe.surgery.replacement import plan_replacement
+from upcycle3d.perception.moe.upcycling.upcyclers import RandomRouters, drop_upcycling
 
 TOP2 = TopKRule(k=2, norm="renorm")
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.cluster_batches import ClusterBatchSampler, account_of, cluster_batches
+from upcycle3d.perception.moe.contrastive.cluster_batches import ClusterBatchSampler, account_of, cluster_batches
 
 SIZES = [17, 4, 3, 0, 30]
 GROUP = torch.tensor([g for g, size in enumerate(SIZES) for _ in range(size)])[

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.clusters import AccumulatedLabels, ClusterConfig, cluster_features, merge_small, stage_labels
+from upcycle3d.perception.moe.upcycling.clusters import (
+    AccumulatedLabels,
+    ClusterConfig,
+    cluster_features,
+    merge_small,
+    stage_labels,
+)
 
 GENERATOR = 11
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import moe_lookalikes as look
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.common_seed import alignment, require_common_seed, require_same_structure
+from upcycle3d.perception.moe.surgery.common_seed import alignment, require_common_seed, require_same_structure
 
 
 def made(seed: int) -> nn.Module:

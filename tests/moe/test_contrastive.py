@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.contrastive import LogitScale, contrastive_loss, equal_captions
+from upcycle3d.perception.moe.contrastive.loss import LogitScale, contrastive_loss, equal_captions
 
 
 def pairs(batch: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:

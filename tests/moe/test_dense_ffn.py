@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.dense_ffn import ACTIVATIONS, DenseFfn
+from upcycle3d.perception.moe.layers.dense_ffn import ACTIVATIONS, DenseFfn
 
 
 def scalar_activation(name: str, v: float) -> float:

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 import moe_lookalikes as look
 from upcycle3d.core.errors import InvalidInput, NonFiniteValue
 from upcycle3d.core.tensor_file import CorruptFile
-from upcycle3d.perception.moe.clusters import AccumulatedLabels, ClusterConfig, merge_small
-from upcycle3d.perception.moe.contrastive import LogitScale
-from upcycle3d.perception.moe.dmu import dmu, gather_experts, plan_dmu, train_routers
-from upcycle3d.perception.moe.dmu_files import OtherJob
-from upcycle3d.perception.moe.expert_stages import DmuConfig, expert_stage, stage_groups, with_ffns
-from upcycle3d.perception.moe.ffn_sites import tensors_of
-from upcycle3d.perception.moe.moe_ffn import moe_layers
-from upcycle3d.perception.moe.pair_training import PairTraining, encode_pairs
-from upcycle3d.perception.moe.pairs import PairBatch, PairTensors, SharedTower, TwoTowers
-from upcycle3d.perception.moe.routing import TopKRule
+from upcycle3d.perception.moe.contrastive.dmu import dmu, gather_experts, plan_dmu, train_routers
+from upcycle3d.perception.moe.contrastive.dmu_files import OtherJob
+from upcycle3d.perception.moe.contrastive.expert_stages import DmuConfig, expert_stage, stage_groups, with_ffns
+from upcycle3d.perception.moe.contrastive.loss import LogitScale
+from upcycle3d.perception.moe.contrastive.pair_training import PairTraining, encode_pairs
+from upcycle3d.perception.moe.contrastive.pairs import PairBatch, PairTensors, SharedTower, TwoTowers
+from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
+from upcycle3d.perception.moe.layers.routing import TopKRule
+from upcycle3d.perception.moe.surgery.ffn_sites import tensors_of
+from upcycle3d.perception.moe.upcycling.clusters import AccumulatedLabels, ClusterConfig, merge_small
 
 
 class TokenTower(nn.Module):

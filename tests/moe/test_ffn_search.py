@@ -8,8 +8,8 @@ from torch.nn.utils import parametrizations
 
 import moe_lookalikes as look
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.ffn_search import find_ffns
-from upcycle3d.perception.moe.ffn_sites import tensors_of
+from upcycle3d.perception.moe.surgery.ffn_search import find_ffns
+from upcycle3d.perception.moe.surgery.ffn_sites import tensors_of
 
 each_model = pytest.mark.parametrize("name", look.MODELS)
 

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 import moe_lookalikes as look
 import upcycle3d
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.checkpoint import load_mixture, read_description
-from upcycle3d.perception.moe.clusters import ClusterConfig
-from upcycle3d.perception.moe.dmu import dmu
-from upcycle3d.perception.moe.expert_stages import DmuConfig
-from upcycle3d.perception.moe.hugging_face_clip import ClipTowers, load_clip, load_clip_mixture, save_clip_mixture
-from upcycle3d.perception.moe.image_captions import PictureForm, read_caption_file
-from upcycle3d.perception.moe.moe_ffn import moe_layers
-from upcycle3d.perception.moe.pair_training import PairTraining, encode_pairs
-from upcycle3d.perception.moe.pairs import PairBatch, PairTensors
+from upcycle3d.perception.moe.checkpoints.checkpoint import load_mixture, read_description
+from upcycle3d.perception.moe.contrastive.dmu import dmu
+from upcycle3d.perception.moe.contrastive.expert_stages import DmuConfig
+from upcycle3d.perception.moe.contrastive.hugging_face_clip import ClipTowers, load_clip, load_clip_mixture, save_clip_mixture
+from upcycle3d.perception.moe.contrastive.image_captions import PictureForm, read_caption_file
+from upcycle3d.perception.moe.contrastive.pair_training import PairTraining, encode_pairs
+from upcycle3d.perception.moe.contrastive.pairs import PairBatch, PairTensors
+from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
+from upcycle3d.perception.moe.upcycling.clusters import ClusterConfig
 from upcycle3d.tools.console import run_command
 from upcycle3d.tools.moe_dmu import command
 

@@ -8,11 +8,11 @@ from torch import nn
 
 import moe_lookalikes as look
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.joined_mixtures import join_mixtures
-from upcycle3d.perception.moe.moe_ffn import moe_layers
-from upcycle3d.perception.moe.routing import TopKRule
-from upcycle3d.perception.moe.surgery import plan_replacement
-from upcycle3d.perception.moe.upcyclers import RandomRouters, sparse_copy
+from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
+from upcycle3d.perception.moe.layers.routing import TopKRule
+from upcycle3d.perception.moe.surgery.replacement import plan_replacement
+from upcycle3d.perception.moe.upcycling.joined_mixtures import join_mixtures
+from upcycle3d.perception.moe.upcycling.upcyclers import RandomRouters, sparse_copy
 
 TOP2 = TopKRule(k=2, norm="renorm")
 

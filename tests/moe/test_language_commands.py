@@ -9,7 +9,7 @@ import torch
 
 import upcycle3d
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.language_models import load_language_model, named_texts, perplexity
+from upcycle3d.perception.moe.language.language_models import load_language_model, named_texts, perplexity
 from upcycle3d.tools import moe_bam, moe_baseline, moe_report
 from upcycle3d.tools.console import run_command
 

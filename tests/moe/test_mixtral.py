@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.attention_calls import mixed_attentions
-from upcycle3d.perception.moe.attention_sites import plan_attentions
-from upcycle3d.perception.moe.bam import bam
-from upcycle3d.perception.moe.bank import BankShape, ExpertBank
-from upcycle3d.perception.moe.mixtral import mixtral_as_mixture, save_as_mixtral, to_mixtral
-from upcycle3d.perception.moe.moe_ffn import moe_layers
-from upcycle3d.perception.moe.routing import TopKRule
-from upcycle3d.perception.moe.surgery import plan_replacement
-from upcycle3d.perception.moe.transformers_experts import experts_for_transformers, register_backends
-from upcycle3d.perception.moe.upcyclers import RandomRouters, btx, sparse_copy, step_zero_difference
+from upcycle3d.perception.moe.attention.attention_calls import mixed_attentions
+from upcycle3d.perception.moe.attention.attention_sites import plan_attentions
+from upcycle3d.perception.moe.checkpoints.mixtral import mixtral_as_mixture, save_as_mixtral, to_mixtral
+from upcycle3d.perception.moe.checkpoints.transformers_experts import experts_for_transformers, register_backends
+from upcycle3d.perception.moe.layers.bank import BankShape, ExpertBank
+from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
+from upcycle3d.perception.moe.layers.routing import TopKRule
+from upcycle3d.perception.moe.surgery.replacement import plan_replacement
+from upcycle3d.perception.moe.upcycling.bam import bam
+from upcycle3d.perception.moe.upcycling.upcyclers import RandomRouters, btx, sparse_copy, step_zero_difference
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; Mixtral models need its classes")
 pytestmark = pytest.mark.usefixtures("one_thread")

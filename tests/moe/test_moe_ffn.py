@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_banks import bank_of
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.control_routers import UniformRouter
-from upcycle3d.perception.moe.losses import RouterLossConfig, balance_loss, router_losses
-from upcycle3d.perception.moe.moe_ffn import MoeFfn, moe_layers, padding_left_out, take_routings
-from upcycle3d.perception.moe.routers import SoftRouter, TopKRouter
-from upcycle3d.perception.moe.routing import TopKRule
-from upcycle3d.perception.moe.unused_experts import keep_unused_experts
-from upcycle3d.perception.moe.usage import ExpertUsage
+from upcycle3d.perception.moe.layers.control_routers import UniformRouter
+from upcycle3d.perception.moe.layers.losses import RouterLossConfig, balance_loss, router_losses
+from upcycle3d.perception.moe.layers.moe_ffn import MoeFfn, moe_layers, padding_left_out, take_routings
+from upcycle3d.perception.moe.layers.routers import SoftRouter, TopKRouter
+from upcycle3d.perception.moe.layers.routing import TopKRule
+from upcycle3d.perception.moe.layers.unused_experts import keep_unused_experts
+from upcycle3d.perception.moe.layers.usage import ExpertUsage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RENORM = TopKRule(k=2, norm="renorm")

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from upcycle3d.core.errors import InvalidInput, NonFiniteValue
-from upcycle3d.perception.moe.contrastive import LogitScale
-from upcycle3d.perception.moe.pair_training import PairEmbeddings, PairTraining, encode_pairs, recall, train_pairs
-from upcycle3d.perception.moe.pairs import PairBatch, PairTensors, TwoTowers
-from upcycle3d.perception.moe.stages import MixtureParts
+from upcycle3d.perception.moe.contrastive.loss import LogitScale
+from upcycle3d.perception.moe.contrastive.pair_training import PairEmbeddings, PairTraining, encode_pairs, recall, train_pairs
+from upcycle3d.perception.moe.contrastive.pairs import PairBatch, PairTensors, TwoTowers
+from upcycle3d.perception.moe.contrastive.stages import MixtureParts
 
 PARTS = MixtureParts(ffn=("image.1", "text.1"), router=("image.0",))
 
@@ -80,7 +80,7 @@ def test_a_loss_that_is_no_number_stops_the_training():
 
 
 def test_a_balance_coefficient_without_routers_is_refused():
-    from upcycle3d.perception.moe.losses import RouterLossConfig
+    from upcycle3d.perception.moe.layers.losses import RouterLossConfig
 
     with pytest.raises(InvalidInput, match="no layer kept a routing"):
         run(model(), PairTraining(steps=1, batch_size=10), router_loss=RouterLossConfig())

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import upcycle3d
-from upcycle3d.perception.moe.moe_ffn import moe_layers
-from upcycle3d.perception.moe.routing import TopKRule
-from upcycle3d.perception.moe.surgery import plan_replacement
-from upcycle3d.perception.moe.upcyclers import RandomRouters, sparse_copy, step_zero_difference
+from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
+from upcycle3d.perception.moe.layers.routing import TopKRule
+from upcycle3d.perception.moe.surgery.replacement import plan_replacement
+from upcycle3d.perception.moe.upcycling.upcyclers import RandomRouters, sparse_copy, step_zero_difference
 
 pytestmark = pytest.mark.slow
 STUDIES = Path(upcycle3d.__file__).parent / "benchmarks" / "studies"

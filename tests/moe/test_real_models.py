@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 import upcycle3d
-from upcycle3d.perception.moe.attention_sites import plan_attentions
-from upcycle3d.perception.moe.bam import bam
-from upcycle3d.perception.moe.cluster_aware import cluster_aware, collect_inputs
-from upcycle3d.perception.moe.mixtral import save_as_mixtral
-from upcycle3d.perception.moe.routing import TopKRule
-from upcycle3d.perception.moe.surgery import plan_replacement
-from upcycle3d.perception.moe.upcyclers import (
+from upcycle3d.perception.moe.attention.attention_sites import plan_attentions
+from upcycle3d.perception.moe.checkpoints.mixtral import save_as_mixtral
+from upcycle3d.perception.moe.layers.routing import TopKRule
+from upcycle3d.perception.moe.surgery.replacement import plan_replacement
+from upcycle3d.perception.moe.upcycling.bam import bam
+from upcycle3d.perception.moe.upcycling.cluster_aware import cluster_aware, collect_inputs
+from upcycle3d.perception.moe.upcycling.upcyclers import (
     RandomRouters,
     btx,
     drop_upcycling,

@@ -7,12 +7,12 @@ import tiny
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.datasets.augment import AugmentationRanges
 from upcycle3d.perception.models.decoders.mixture import HeadMixtureConfig
-from upcycle3d.perception.moe.clusters import ClusterConfig
+from upcycle3d.perception.moe.contrastive.expert_stages import DmuConfig
+from upcycle3d.perception.moe.contrastive.pair_training import PairTraining
 from upcycle3d.perception.moe.detectors.calibrate import cluster_scenes
 from upcycle3d.perception.moe.detectors.region_pairs import RegionPairsConfig, contrastive_specialists, region_pairs
 from upcycle3d.perception.moe.detectors.upcycle import upcycle_head
-from upcycle3d.perception.moe.expert_stages import DmuConfig
-from upcycle3d.perception.moe.pair_training import PairTraining
+from upcycle3d.perception.moe.upcycling.clusters import ClusterConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,19 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.attention_sites import plan_attentions
-from upcycle3d.perception.moe.bam import AttentionRouting, bam
-from upcycle3d.perception.moe.checkpoint import load_mixture, read_description, save_mixture
-from upcycle3d.perception.moe.joined_mixtures import join_mixtures
-from upcycle3d.perception.moe.moe_ffn import moe_layers
-from upcycle3d.perception.moe.owner_training import freeze_for_owner
+from upcycle3d.perception.moe.attention.attention_sites import plan_attentions
+from upcycle3d.perception.moe.checkpoints.checkpoint import load_mixture, read_description, save_mixture
+from upcycle3d.perception.moe.language.small_lm import SmallLm, SmallLmConfig
+from upcycle3d.perception.moe.language.text_training import (
+    TextTraining,
+    TokenDomains,
+    draw_rows,
+    mean_loss,
+    next_token_loss,
+    train_phase,
+)
+from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
+from upcycle3d.perception.moe.layers.routers import TopKRouter
+from upcycle3d.perception.moe.layers.routing import TopKRule
 from upcycle3d.perception.moe.report import report_on
-from upcycle3d.perception.moe.routers import TopKRouter
-from upcycle3d.perception.moe.routing import TopKRule
-from upcycle3d.perception.moe.small_lm import SmallLm, SmallLmConfig
-from upcycle3d.perception.moe.surgery import plan_replacement
-from upcycle3d.perception.moe.text_training import TextTraining, TokenDomains, draw_rows, mean_loss, next_token_loss, train_phase
-from upcycle3d.perception.moe.upcyclers import RandomRouters, Upcycled, sparse_copy
+from upcycle3d.perception.moe.surgery.replacement import plan_replacement
+from upcycle3d.perception.moe.upcycling.bam import AttentionRouting, bam
+from upcycle3d.perception.moe.upcycling.joined_mixtures import join_mixtures
+from upcycle3d.perception.moe.upcycling.owner_training import freeze_for_owner
+from upcycle3d.perception.moe.upcycling.upcyclers import RandomRouters, Upcycled, sparse_copy
 
 TOP2 = TopKRule(k=2, norm="renorm")
 pytestmark = pytest.mark.usefixtures("one_thread")

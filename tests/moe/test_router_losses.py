@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.control_routers import FrozenRouter, UniformRouter
-from upcycle3d.perception.moe.losses import RouterLossConfig, balance_loss, describe_router_losses, router_losses, z_loss
-from upcycle3d.perception.moe.routers import SoftRouter, TopKRouter
-from upcycle3d.perception.moe.routing import Routing, TopKRule
+from upcycle3d.perception.moe.layers.control_routers import FrozenRouter, UniformRouter
+from upcycle3d.perception.moe.layers.losses import RouterLossConfig, balance_loss, describe_router_losses, router_losses, z_loss
+from upcycle3d.perception.moe.layers.routers import SoftRouter, TopKRouter
+from upcycle3d.perception.moe.layers.routing import Routing, TopKRule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

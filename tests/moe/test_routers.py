@@ -7,8 +7,8 @@ import torch
 
 from moe_banks import bank_of
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.bank import ExpertBank
-from upcycle3d.perception.moe.control_routers import (
+from upcycle3d.perception.moe.layers.bank import ExpertBank
+from upcycle3d.perception.moe.layers.control_routers import (
     FrozenRouter,
     GivenRouter,
     HashRouter,
@@ -18,9 +18,9 @@ from upcycle3d.perception.moe.control_routers import (
     given_ids,
     given_routing,
 )
-from upcycle3d.perception.moe.moe_ffn import MoeFfn
-from upcycle3d.perception.moe.routers import SceneGate, SoftRouter, TopKRouter, equal_rows
-from upcycle3d.perception.moe.routing import TopKRule
+from upcycle3d.perception.moe.layers.moe_ffn import MoeFfn
+from upcycle3d.perception.moe.layers.routers import SceneGate, SoftRouter, TopKRouter, equal_rows
+from upcycle3d.perception.moe.layers.routing import TopKRule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RENORM = TopKRule(k=2, norm="renorm")

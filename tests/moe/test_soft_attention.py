@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.dense_attention import DenseAttention
-from upcycle3d.perception.moe.soft_attention import SoftAttention, share_key_values
+from upcycle3d.perception.moe.attention.dense_attention import DenseAttention
+from upcycle3d.perception.moe.attention.soft_attention import SoftAttention, share_key_values
 
 WIDTH, OTHER, OUT = 6, 5, 7
 HEADS = {"equal": (2, 2), "grouped": (4, 2), "one_key_head": (3, 1)}

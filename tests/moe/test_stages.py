@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.contrastive import contrastive_loss
-from upcycle3d.perception.moe.stages import FrozenState, MixtureParts, freeze, modules_of
+from upcycle3d.perception.moe.contrastive.loss import contrastive_loss
+from upcycle3d.perception.moe.contrastive.stages import FrozenState, MixtureParts, freeze, modules_of
 
 
 class Block(nn.Module):

@@ -8,9 +8,9 @@ from torch import nn
 
 import moe_lookalikes as look
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.dense_ffn import DenseFfn
-from upcycle3d.perception.moe.ffn_sites import tensors_of
-from upcycle3d.perception.moe.surgery import MixtureSpot, plan_replacement
+from upcycle3d.perception.moe.layers.dense_ffn import DenseFfn
+from upcycle3d.perception.moe.surgery.ffn_sites import tensors_of
+from upcycle3d.perception.moe.surgery.replacement import MixtureSpot, plan_replacement
 
 each_model = pytest.mark.parametrize("name", look.MODELS)
 

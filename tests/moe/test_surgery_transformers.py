@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import moe_lookalikes as look
-from upcycle3d.perception.moe.moe_ffn import moe_layers
-from upcycle3d.perception.moe.routing import TopKRule
-from upcycle3d.perception.moe.surgery import plan_replacement
-from upcycle3d.perception.moe.upcyclers import RandomRouters, sparse_copy, step_zero_difference
+from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
+from upcycle3d.perception.moe.layers.routing import TopKRule
+from upcycle3d.perception.moe.surgery.replacement import plan_replacement
+from upcycle3d.perception.moe.upcycling.upcyclers import RandomRouters, sparse_copy, step_zero_difference
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed; the look-alike blocks of the other tests stand in for its classes"

@@ -6,8 +6,8 @@ from torch import nn
 
 import moe_lookalikes as look
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.batch_norm import recalibrate_batch_norm
-from upcycle3d.perception.moe.tensor_account import TensorLedger, poisoned_copy
+from upcycle3d.perception.moe.surgery.batch_norm import recalibrate_batch_norm
+from upcycle3d.perception.moe.surgery.tensor_account import TensorLedger, poisoned_copy
 
 
 def ledger() -> TensorLedger:

@@ -14,11 +14,11 @@ from upcycle3d.perception.models.decoders.scene_blocks import SceneBlockMixture
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.models.upcycled import UpcycledDetectorConfig
-from upcycle3d.perception.moe.control_routers import given_domains
 from upcycle3d.perception.moe.detectors.calibrate import fit_gate, fit_gate_to_groups, recalibrate_head
 from upcycle3d.perception.moe.detectors.upcycle import upcycle_head
-from upcycle3d.perception.moe.losses import RouterLossConfig
-from upcycle3d.perception.moe.moe_ffn import moe_layers
+from upcycle3d.perception.moe.layers.control_routers import given_domains
+from upcycle3d.perception.moe.layers.losses import RouterLossConfig
+from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
 from upcycle3d.perception.server.methods import METHODS
 from upcycle3d.perception.server.trainer import upcycle
 from upcycle3d.perception.training.detector_files import load_detector, save_detector, save_run_detector

@@ -11,15 +11,15 @@ from torch import nn
 
 import moe_lookalikes as look
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe import upcyclers
-from upcycle3d.perception.moe.bank import ExpertBank
-from upcycle3d.perception.moe.dense_ffn import DenseFfn
-from upcycle3d.perception.moe.ffn_changes import redraw_units, scaled, widened
-from upcycle3d.perception.moe.ffn_sites import tensors_of
-from upcycle3d.perception.moe.moe_ffn import moe_layers
-from upcycle3d.perception.moe.routing import TopKRule
-from upcycle3d.perception.moe.surgery import plan_replacement
-from upcycle3d.perception.moe.upcyclers import (
+from upcycle3d.perception.moe.layers.bank import ExpertBank
+from upcycle3d.perception.moe.layers.dense_ffn import DenseFfn
+from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
+from upcycle3d.perception.moe.layers.routing import TopKRule
+from upcycle3d.perception.moe.surgery.ffn_sites import tensors_of
+from upcycle3d.perception.moe.surgery.replacement import plan_replacement
+from upcycle3d.perception.moe.upcycling import upcyclers
+from upcycle3d.perception.moe.upcycling.ffn_changes import redraw_units, scaled, widened
+from upcycle3d.perception.moe.upcycling.upcyclers import (
     RandomRouters,
     btx,
     drop_upcycling,

@@ -21,15 +21,15 @@ from ....core.cut import CutSpec
 from ....core.errors import InvalidInput, require, require_counts
 from ....core.features import CutFeatures
 from ....core.structures import Labels, LossTerms, Predictions
-from ...moe.bank import ExpertBank
-from ...moe.control_routers import FrozenRouter, OracleRouter, UniformRouter
-from ...moe.ffn_sites import tensors_of
-from ...moe.losses import RouterLossConfig, router_losses
-from ...moe.moe_ffn import MoeFfn, moe_layers, take_routings
-from ...moe.routers import Router, SoftRouter, TopKRouter
-from ...moe.routing import Norm, Routing, TokenPlaces, TopKRule
-from ...moe.surgery import ReplacementPlan, plan_replacement
-from ...moe.usage import UsageCounter
+from ...moe.layers.bank import ExpertBank
+from ...moe.layers.control_routers import FrozenRouter, OracleRouter, UniformRouter
+from ...moe.layers.losses import RouterLossConfig, router_losses
+from ...moe.layers.moe_ffn import MoeFfn, moe_layers, take_routings
+from ...moe.layers.routers import Router, SoftRouter, TopKRouter
+from ...moe.layers.routing import Norm, Routing, TokenPlaces, TopKRule
+from ...moe.layers.usage import UsageCounter
+from ...moe.surgery.ffn_sites import tensors_of
+from ...moe.surgery.replacement import ReplacementPlan, plan_replacement
 from .bev import BevBackbone
 from .decoder import Decoder
 from .regions import ScoredProposals, padded_regions

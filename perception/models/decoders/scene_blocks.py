@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....core.errors import InvalidInput
-from ...moe.routers import Router
-from ...moe.routing import Routing
-from ...moe.usage import UsageCounter, in_backward
+from ...moe.layers.routers import Router
+from ...moe.layers.routing import Routing
+from ...moe.layers.usage import UsageCounter, in_backward
 
 BatchNormOfExperts = Literal["fold", "share"]
 """What happens to batch norms of experts. `fold`: each expert takes its own into its weights, and they do not follow the data any more.

@@ -18,8 +18,8 @@ from ....core.cut import CutSpec
 from ....core.errors import InvalidInput, require
 from ....core.features import SparseVoxels
 from ....core.tensor_value import shape_of
-from ...moe.routers import Router
-from ...moe.routing import Routing, TokenPlaces
+from ...moe.layers.routers import Router
+from ...moe.layers.routing import Routing, TokenPlaces
 
 RANGE_BANDS = (10.0, 20.0, 30.0, 40.0)
 """Distances from the sensor, in meters, between the bands whose shares of the cells describe a scene."""

@@ -16,8 +16,8 @@ from ...adapt.glc.kmeans import KMeansConfig, kmeans
 from ...models.decoders.mixture import MixtureDecoder
 from ...models.decoders.scene_decision import FARTHEST
 from ...models.detector import Detector
-from ..batch_norm import recalibrate_batch_norm
-from ..routers import SoftRouter, TopKRouter, equal_rows
+from ..layers.routers import SoftRouter, TopKRouter, equal_rows
+from ..surgery.batch_norm import recalibrate_batch_norm
 
 
 def upcycled_decoder(detector: Detector) -> MixtureDecoder:

@@ -19,10 +19,10 @@ from ....core.errors import InvalidInput, require, require_counts, require_numbe
 from ....core.frame import Frame, labels_of
 from ....datasets.augment import AugmentationRanges, Movement, sample_augmentation
 from ...models.detector import Detector
-from ..contrastive import LogitScale
-from ..expert_stages import DmuConfig, ExpertStage, expert_stage, labels_of_stage, with_ffns
-from ..pairs import PairTensors, SharedTower
-from ..surgery import plan_replacement
+from ..contrastive.expert_stages import DmuConfig, ExpertStage, expert_stage, labels_of_stage, with_ffns
+from ..contrastive.loss import LogitScale
+from ..contrastive.pairs import PairTensors, SharedTower
+from ..surgery.replacement import plan_replacement
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,12 +26,12 @@ from ...models.detector import Detector
 from ...models.pv_rcnn import PvRcnnDetectorConfig
 from ...models.second_iou import SecondIouDetectorConfig
 from ...models.upcycled import UpcycledDetectorConfig
-from ..common_seed import require_common_seed
-from ..ffn_sites import NormSpot, fold_batch_norm
-from ..moe_ffn import moe_layers
-from ..routers import Router, SoftRouter, TopKRouter
-from ..tensor_account import TensorAccount, TensorLedger
-from ..upcyclers import Rest
+from ..layers.moe_ffn import moe_layers
+from ..layers.routers import Router, SoftRouter, TopKRouter
+from ..surgery.common_seed import require_common_seed
+from ..surgery.ffn_sites import NormSpot, fold_batch_norm
+from ..surgery.tensor_account import TensorAccount, TensorLedger
+from ..upcycling.upcyclers import Rest
 
 _Common = Callable[[str], Tensor]
 

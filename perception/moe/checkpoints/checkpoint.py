@@ -1,0 +1,392 @@
+"""Checkpoints of mixtures: one safetensors file with all tensors, what was replaced, and how each router chooses.
+
+The same weights under another routing rule are another model, so the rule, the score function and k are stored with the weights, and
+loading builds routers from them and from nothing else. The file does not hold the code of the dense model: the caller builds that, from
+`BaseModel.config` where it was stored, and loading puts the mixtures into a copy of it.
+
+Read next: `surgery.py`, whose plan is stored; `hugging_face_clip.py`, which stores and rebuilds a CLIP.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from ....core.config_json import config_from_json, config_to_json
+from ....core.errors import InvalidInput, require
+from ....core.tensor_file import TensorFileKind, fill_module, read_tensors, write_tensors
+from ..attention.attention_sites import AttentionPlan
+from ..layers.backends import Backend
+from ..layers.bank import BankShape, ExpertBank
+from ..layers.control_routers import FrozenRouter, GivenRouter, HashRouter, OracleRouter, UniformRouter
+from ..layers.moe_ffn import MoeFfn, moe_layers
+from ..layers.routers import Router, SoftRouter, TopKRouter
+from ..layers.routing import TopKRule
+from ..surgery.replacement import MixtureSpot, ReplacementPlan
+from .attention_forms import AttentionForms
+
+MIXTURE_FILE = TensorFileKind(
+    name="mixture checkpoint",
+    format="upcycle3d mixture 1",
+    advice="write it again with save_mixture, or copy it again from its source",
+)
+
+WeightType = Literal["float32", "float64", "bfloat16", "float16"]
+RouterKind = Literal["top_k", "soft", "frozen", "uniform", "given", "oracle", "hash"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterForm:
+    """All that is needed to build a router again before its weights are loaded."""
+
+    kind: RouterKind
+    """Class of the router: `TopKRouter`, `SoftRouter`, or one of the controls."""
+    rule: TopKRule | None = None
+    """How logits become choices: k, renormalization and score function. None for routers without a rule."""
+    bias: bool = False
+    """Whether the logits have a bias."""
+    k: int | None = None
+    """Experts per id, of a hash router."""
+    buckets: int | None = None
+    """Size of a hash router's table."""
+
+    def __post_init__(self) -> None:
+        require(self.kind in get_args(RouterKind), f"RouterForm.kind: unknown router {self.kind!r}")
+        ruled, hashed = self.kind in ("top_k", "frozen"), self.kind == "hash"
+        require(ruled == (self.rule is not None), f"a router of kind {self.kind!r} {'needs a' if ruled else 'has no'} rule")
+        require(
+            (self.k is not None) == (self.buckets is not None) == hashed,
+            f"k and buckets belong to hash routers, not to {self.kind!r}",
+        )
+
+    @classmethod
+    def of(cls, router: Router) -> RouterForm:
+        """Describe a router.
+
+        Args:
+            router: The router of a mixture.
+
+        Returns:
+            Its form.
+
+        Raises:
+            InvalidInput: It is of a class that checkpoints do not know; a subclass could compute something else.
+        """
+        if type(router) is TopKRouter:
+            return cls(kind="top_k", rule=router.rule, bias=router.bias is not None)
+        if type(router) is SoftRouter:
+            return cls(kind="soft", bias=router.bias is not None)
+        if type(router) is FrozenRouter:
+            return cls(kind="frozen", rule=router.rule)
+        if type(router) is HashRouter:
+            return cls(kind="hash", k=router.table.shape[1], buckets=len(router.table))
+        plain: dict[type[Router], RouterKind] = {UniformRouter: "uniform", GivenRouter: "given", OracleRouter: "oracle"}
+        if type(router) in plain:
+            return cls(kind=plain[type(router)])
+        raise InvalidInput(
+            f"a checkpoint cannot hold a router of the class {type(router).__name__}: loading could not build it again; use one of "
+            "routers.py or control_routers.py"
+        )
+
+    def build(self, width: int, experts: int) -> Router:
+        """Build the router with fresh weights.
+
+        Args:
+            width: Width of the tokens.
+            experts: Number of experts.
+
+        Returns:
+            The router.
+
+        Raises:
+            InvalidInput: k is larger than the number of experts.
+        """
+        if self.kind == "top_k" and self.rule is not None:
+            return TopKRouter(width, experts, self.rule, bias=self.bias)
+        if self.kind == "frozen" and self.rule is not None:
+            return FrozenRouter(width, experts, self.rule, seed=0)
+        if self.kind == "hash" and self.k is not None and self.buckets is not None:
+            return HashRouter(experts, self.k, seed=0, buckets=self.buckets)
+        if self.kind == "soft":
+            return SoftRouter(width, experts, bias=self.bias)
+        if self.kind == "uniform":
+            return UniformRouter(experts)
+        return OracleRouter(experts) if self.kind == "oracle" else GivenRouter(experts)
+
+    def __str__(self) -> str:
+        if self.rule is None:
+            return f"{self.kind}, k = {self.k}" if self.k is not None else self.kind
+        return f"{self.kind}, k = {self.rule.k}, norm = {self.rule.norm}, score = {self.rule.score}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureForm:
+    """One mixture without its weights."""
+
+    bank: BankShape
+    """Sizes of the experts."""
+    router: RouterForm
+    """How tokens are routed."""
+    backend: Backend = "auto"
+    """How the experts are computed."""
+    numbers: WeightType = "float32"
+    """Type of the experts' weights."""
+    router_numbers: WeightType = "float32"
+    """Type of the router's weights."""
+
+    @classmethod
+    def of(cls, layer: MoeFfn) -> MixtureForm:
+        """Describe a mixture.
+
+        Args:
+            layer: The mixture.
+
+        Returns:
+            Its form.
+
+        Raises:
+            InvalidInput: Its router or the type of its numbers cannot be stored.
+        """
+        floats = [t.dtype for t in layer.router.state_dict().values() if t.is_floating_point()]
+        return cls(
+            bank=layer.bank.shape,
+            router=RouterForm.of(layer.router),
+            backend=layer.backend,
+            numbers=_number_type(layer.bank.down_proj.dtype),
+            router_numbers=_number_type(floats[0]) if floats else "float32",
+        )
+
+    def build(self) -> MoeFfn:
+        """Build the mixture with fresh weights.
+
+        Returns:
+            The mixture.
+        """
+        router = self.router.build(self.bank.width_in, self.bank.experts)
+        bank = ExpertBank(self.bank).to(getattr(torch, self.numbers))
+        return MoeFfn(bank, router.to(getattr(torch, self.router_numbers)), backend=self.backend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """From what the dense model can be built again."""
+
+    library: str
+    """Who defines the class: `transformers`, or the name of your package."""
+    model_class: str
+    """Name of the dense model's class."""
+    config: str
+    """Configuration as JSON text, such as that of `config.to_json_string()` of Hugging Face."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureDescription:
+    """What a checkpoint says about its model. `print(description)` shows the routing, which belongs into every model card."""
+
+    model_class: str
+    """Class of the model."""
+    plan: ReplacementPlan
+    """What was replaced."""
+    layers: tuple[MixtureForm, ...]
+    """The mixture in each place of the plan."""
+    base: BaseModel | None = None
+    """From what the dense model can be built; None where the caller knows."""
+    note: str = ""
+    """Free text: how the mixture was trained and evaluated."""
+    attentions: AttentionForms | None = None
+    """Mixtures of attentions; None where there are none."""
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.layers) == len(self.plan.sites),
+            f"a description needs one mixture per place, found {len(self.layers)} and {len(self.plan.sites)}",
+        )
+
+    def __str__(self) -> str:
+        kinds: dict[str, list[str]] = {}
+        for site, layer in zip(self.plan.sites, self.layers):
+            kinds.setdefault(f"{layer.bank.experts} experts of {layer.numbers}, router {layer.router}", []).append(site.name)
+        lines = [f"{len(names)} mixtures, {names[0]} first: {kind}" for kind, names in kinds.items()]
+        lines += [] if self.attentions is None else [str(self.attentions)]
+        return "\n".join([f"{self.model_class} with {len(self.layers)} mixtures", *lines, *([self.note] if self.note else [])])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedMixture:
+    """A mixture and what its checkpoint says."""
+
+    model: nn.Module
+    """The model in evaluation mode."""
+    description: MixtureDescription
+    """What was stored with it."""
+
+
+def describe_mixture(
+    model: nn.Module,
+    plan: ReplacementPlan,
+    *,
+    base: BaseModel | None = None,
+    note: str = "",
+    attentions: AttentionPlan | None = None,
+) -> MixtureDescription:
+    """Describe a model with mixtures as `save_mixture` stores it.
+
+    Args:
+        model: The model after `plan` was applied.
+        plan: What was replaced.
+        base: From what the dense model can be built.
+        note: Free text.
+        attentions: Which attentions became mixtures, as `Upcycled.attentions`.
+
+    Returns:
+        The description.
+
+    Raises:
+        InvalidInput: A place of the plan has no mixture, the model has mixtures elsewhere, or one cannot be stored.
+    """
+    places = [_mixture_at(model, plan, number) for number in range(len(plan.sites))]
+    known = {id(layer) for layer in places}
+    for name, layer in moe_layers(model):
+        require(
+            id(layer) in known,
+            f"the mixture {name!r} is not part of the plan; a checkpoint must know where every mixture belongs",
+        )
+    return MixtureDescription(
+        model_class=type(model).__name__,
+        plan=replace(plan, refused=()),
+        layers=tuple(MixtureForm.of(layer) for layer in places),
+        base=base,
+        note=note,
+        attentions=AttentionForms.of(model, attentions),
+    )
+
+
+def save_mixture(
+    path: str | Path,
+    model: nn.Module,
+    plan: ReplacementPlan,
+    *,
+    base: BaseModel | None = None,
+    note: str = "",
+    attentions: AttentionPlan | None = None,
+) -> MixtureDescription:
+    """Write a model with mixtures as one file. A reader sees the old file or the whole new one.
+
+    Args:
+        path: The file, by custom `NAME.safetensors`.
+        model: The model after `plan` was applied, as `Upcycled.model`.
+        plan: What was replaced, as `Upcycled.plan`. For joined mixtures the plan of one owner serves.
+        base: From what the dense model can be built, so that the file is complete without its folder.
+        note: How the model was trained and evaluated.
+        attentions: Which attentions became mixtures, as `Upcycled.attentions`.
+
+    Returns:
+        What the file says about the model.
+
+    Raises:
+        InvalidInput: As for `describe_mixture`, or a tensor holds NaN or inf; nothing is written then.
+        OSError: The file cannot be written.
+
+    Example:
+        save_mixture("mixture.safetensors", upcycled.model, upcycled.plan)
+        loaded = load_mixture("mixture.safetensors", dense_model)
+    """
+    description = describe_mixture(model, plan, base=base, note=note, attentions=attentions)
+    state = model.state_dict()
+    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise InvalidInput(
+            f"{len(bad)} tensors hold NaN or inf, first {bad[0]!r}, so the model was not written; its training went wrong"
+        )
+    write_tensors(path, state, {"description": json.dumps(config_to_json(description))}, MIXTURE_FILE)
+    return description
+
+
+def read_description(path: str | Path) -> MixtureDescription:
+    """Read what a checkpoint says about its model, and check the whole file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The description.
+
+    Raises:
+        InvalidInput: The file is missing, of another kind or damaged.
+    """
+    file = read_tensors(path, MIXTURE_FILE)
+    return _described(file.described("description"), file.path)
+
+
+def load_mixture(path: str | Path, dense: nn.Module | Callable[[MixtureDescription], nn.Module]) -> LoadedMixture:
+    """Load a model with mixtures.
+
+    Args:
+        path: The file.
+        dense: The dense model, or a function that builds it from the description. Its weights do not matter; a copy of it is used.
+
+    Returns:
+        The model, and what the file says about it.
+
+    Raises:
+        InvalidInput: The file is missing, of another kind or damaged; the dense model has another structure (the message names the first
+            difference); or the file's tensors do not fit or hold NaN.
+    """
+    file = read_tensors(path, MIXTURE_FILE)
+    description = _described(file.described("description"), file.path)
+    given = dense if isinstance(dense, nn.Module) else dense(description)
+    if type(given).__name__ != description.model_class:
+        raise InvalidInput(
+            f"{file.path} holds a {description.model_class}, and the given dense model is a {type(given).__name__}; build the class that "
+            "was upcycled"
+        )
+    description.plan.check(given, "the given dense model")
+    model = copy.deepcopy(given)
+    modules = {site.name: form.build() for site, form in zip(description.plan.sites, description.layers)}
+    if description.attentions is not None:
+        description.attentions.put_into(model)
+    description.plan.apply(model, modules)
+    fill_module(model, file.tensors, file.path)
+    bad = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    require(not bad, f"the weights of {file.path} hold NaN or inf, first in {bad[:1]}; its training went wrong, use another file")
+    return LoadedMixture(model=model.eval(), description=description)
+
+
+def _described(data: Any, path: Path) -> MixtureDescription:
+    if not isinstance(data, dict):
+        raise InvalidInput(f"the description in {path} is a {type(data).__name__}, not an object; {MIXTURE_FILE.advice}")
+    try:
+        return config_from_json(MixtureDescription, data)
+    except InvalidInput as error:
+        raise InvalidInput(f"the description in {path} cannot be used: {error}; {MIXTURE_FILE.advice}") from error
+
+
+def _mixture_at(model: nn.Module, plan: ReplacementPlan, number: int) -> MoeFfn:
+    """The mixture in one place of the plan."""
+    site = plan.sites[number]
+    path = next(edit.path for edit in site.edits if edit.becomes == "mixture")
+    try:
+        found = model.get_submodule(path)
+    except AttributeError as error:
+        raise InvalidInput(f"the model has nothing at {path!r}, where the plan puts a mixture") from error
+    layer = found.mixture if isinstance(found, MixtureSpot) else found
+    if not isinstance(layer, MoeFfn):
+        raise InvalidInput(
+            f"the model has a {type(layer).__name__} at {path!r}, and the plan puts a mixture there; apply the plan first"
+        )
+    return layer
+
+
+def _number_type(dtype: torch.dtype) -> WeightType:
+    for name in get_args(WeightType):
+        if getattr(torch, name) is dtype:
+            found: WeightType = name
+            return found
+    raise InvalidInput(f"a checkpoint holds experts of {', '.join(get_args(WeightType))}, found {dtype}")

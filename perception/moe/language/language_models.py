@@ -1,0 +1,223 @@
+"""Language models on disk: Hugging Face folders of Llama, Mistral and Mixtral, and folders with a mixture of this package.
+
+transformers is imported inside the functions. Nothing is ever downloaded. Read next: `language_upcycling.py`, which upcycles them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....core.errors import InvalidInput, require
+from ....core.text_files import read_text
+from ..checkpoints.checkpoint import BaseModel, MixtureDescription, load_mixture, save_mixture
+from ..checkpoints.mixtral import TOKENIZER_FILES, mixtral_as_mixture
+from ..upcycling.upcyclers import Upcycled
+from .text_training import mean_loss, next_token_loss
+
+MIXTURE_NAME = "mixture.safetensors"
+"""Name of the file with a mixture inside its folder."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LanguageModel:
+    """A model with its tokenizer."""
+
+    model: nn.Module
+    """The model in evaluation mode: `model(ids).logits`."""
+    tokenizer: Any
+    """The tokenizer of the folder."""
+    folder: Path
+    """Where both come from."""
+
+    def tokens(self, path: Path) -> Tensor:
+        """Read a text file as tokens.
+
+        Args:
+            path: A text file.
+
+        Returns:
+            (T,) int64.
+
+        Raises:
+            InvalidInput: It cannot be read, or holds fewer than two tokens.
+        """
+        found = torch.tensor(self.tokenizer(read_text(path, "text"), add_special_tokens=False).input_ids)
+        require(len(found) > 1, f"the text {path} has {len(found)} tokens; give a longer one")
+        return found.long()
+
+
+def require_transformers() -> None:
+    """Refuse with a reason where transformers is missing.
+
+    Raises:
+        InvalidInput: It is not installed.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise InvalidInput("language models need the package transformers; install it: pip install 'transformers>=5'") from error
+
+
+def load_language_model(folder: str | Path, *, tokenizer: bool = True) -> LanguageModel:
+    """Load a dense model, a Mixtral, or a mixture of this package.
+
+    Args:
+        folder: A Hugging Face folder, or one with `mixture.safetensors`.
+        tokenizer: Whether to load the tokenizer, too.
+
+    Returns:
+        The model in float32. A Mixtral's blocks of experts have become `MoeFfn`, with the same weights and outputs.
+
+    Raises:
+        InvalidInput: There is no model, it is quantized, or it is damaged.
+    """
+    require_transformers()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(folder)
+    mixture = path / MIXTURE_NAME
+    if not mixture.is_file() and not (path / "config.json").is_file():
+        raise InvalidInput(f"{path} holds no model: it has neither config.json (Hugging Face) nor {MIXTURE_NAME}")
+    try:
+        if mixture.is_file():
+            model = load_mixture(mixture, _dense_of).model
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+            if getattr(model.config, "quantization_config", None) is not None:
+                raise InvalidInput(
+                    f"the model in {path} is quantized; convert it to floating-point weights before it is upcycled"
+                )
+            if model.config.model_type == "mixtral":
+                mixtral_as_mixture(model)
+        words = AutoTokenizer.from_pretrained(path, local_files_only=True) if tokenizer else None
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise InvalidInput(f"the model in {path} cannot be loaded: {error}") from error
+    return LanguageModel(model=model.eval(), tokenizer=words, folder=path)
+
+
+def _dense_of(description: MixtureDescription) -> nn.Module:
+    """Build the dense model of a mixture from the stored configuration; its weights come from the file."""
+    import transformers
+
+    base = description.base
+    if base is None or base.library != "transformers":
+        raise InvalidInput("the mixture was stored without the configuration of its dense model; load it with load_mixture")
+    kind = getattr(transformers, base.model_class, None)
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        raise InvalidInput(f"transformers has no model class {base.model_class!r}, of which the mixture was made")
+    known: Any = kind
+    made: nn.Module = known(known.config_class.from_dict(json.loads(base.config)))
+    return made
+
+
+def save_language_mixture(folder: str | Path, upcycled: Upcycled, source: LanguageModel, *, note: str = "") -> MixtureDescription:
+    """Write a mixture as `mixture.safetensors`, with the tokenizer of its dense model beside it.
+
+    Args:
+        folder: The folder; it is made where needed.
+        upcycled: The mixture with its plans.
+        source: The dense model it was made of.
+        note: How it was trained and evaluated.
+
+    Returns:
+        What the file says about the model.
+
+    Raises:
+        InvalidInput: The result is dense, or cannot be stored.
+        OSError: The folder cannot be written.
+    """
+    plan = upcycled.plan
+    if plan is None:
+        raise InvalidInput("a dense result has no mixture to store; write it with its own save_pretrained")
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    config: Any = source.model.config
+    base = BaseModel(
+        library="transformers", model_class=type(upcycled.model).__name__, config=config.to_json_string(use_diff=False)
+    )
+    said = save_mixture(target / MIXTURE_NAME, upcycled.model, plan, base=base, note=note, attentions=upcycled.attentions)
+    copy_tokenizer(source.folder, target)
+    return said
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer.
+
+    Args:
+        source: A model's folder.
+        target: Another one.
+    """
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def score_texts(tests: Mapping[str, Tensor], *, length: int = 512, most: int = 16) -> dict[str, Callable[[nn.Module], float]]:
+    """Make what measures a model on texts, as `report_on` takes it.
+
+    Args:
+        tests: (T,) tokens of each domain.
+        length: As for `perplexity`.
+        most: As for `perplexity`.
+
+    Returns:
+        For each domain, what gives a model's perplexity.
+    """
+
+    def one(tokens: Tensor) -> Callable[[nn.Module], float]:
+        return lambda model: perplexity(model, tokens, length=length, most=most)
+
+    return {name: one(tokens) for name, tokens in tests.items()}
+
+
+def perplexity(model: nn.Module, tokens: Tensor, *, length: int = 512, most: int = 16) -> float:
+    """Compute the perplexity of a text in rows of equal length, each read from its own start.
+
+    Args:
+        model: The model.
+        tokens: (T,) tokens.
+        length: Tokens per row; a shorter text is one row.
+        most: Largest number of rows, spread over the text.
+
+    Returns:
+        Exponential of the mean loss per predicted token.
+    """
+    length = min(length, len(tokens))
+    count = max(1, min(most, len(tokens) // length))
+    starts = torch.linspace(0, len(tokens) - length, count).long()
+    rows = [tokens[start : start + length][None] for start in starts]
+    return math.exp(mean_loss(model, rows, lambda m, ids: next_token_loss(m(ids).logits, ids)))
+
+
+def named_texts(words: Sequence[str]) -> Mapping[str, Path]:
+    """Read options of the form NAME=FILE.
+
+    Args:
+        words: The options.
+
+    Returns:
+        File of each name, in order.
+
+    Raises:
+        InvalidInput: One has no name, or two have the same.
+    """
+    found: dict[str, Path] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals or not name or not path or name in found:
+            raise InvalidInput(f"texts are given as NAME=FILE with different names, found {word!r}")
+        found[name] = Path(path)
+    return found

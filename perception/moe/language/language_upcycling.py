@@ -1,0 +1,394 @@
+"""Train specialists of a language model, mix them by BAM or a baseline, train the mixture, and write it: the work of `upcycle3d moe bam` and
+`upcycle3d moe baseline`.
+
+The baselines use the same code and the same training as BAM, so a difference between two results is one of the methods.
+Read next: `bam.py`, `upcyclers.py`, `text_training.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from ....core.errors import InvalidInput, require
+from ..attention.attention_sites import plan_attentions
+from ..attention.soft_attention import KeyValues
+from ..checkpoints.mixtral import MixtralLayout, save_as_mixtral
+from ..layers.moe_ffn import moe_layers
+from ..layers.routing import TopKRule
+from ..surgery.replacement import ReplacementPlan, plan_replacement
+from ..upcycling.bam import AttentionRouting, bam
+from ..upcycling.cluster_aware import cluster_aware, collect_inputs
+from ..upcycling.joined_mixtures import join_mixtures
+from ..upcycling.owner_training import freeze_for_owner
+from ..upcycling.upcyclers import RandomRouters, Upcycled, btx, drop_upcycling, soup, sparse_copy, wider_dense
+from .language_models import LanguageModel, copy_tokenizer, load_language_model, save_language_mixture
+from .text_training import PhaseRecord, TextTraining, TokenDomains, next_token_loss, train_phase
+
+FfnRouting = Literal["top1", "top2", "soft"]
+"""How FFN experts are chosen: `top1` by its probability (BAM), `top2` renormalized (BTX, Mixtral), `soft` all of them."""
+BaselineMethod = Literal["sparse", "drop", "cluster", "btx", "soup", "wide", "continued", "flexolmo"]
+"""A method to compare BAM with."""
+ModelFormat = Literal["auto", "mixtral", "mixture"]
+"""`mixtral` writes a Hugging Face folder, `mixture` our own file; `auto` a Mixtral where the model is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPhase:
+    """Data and length of a phase of training."""
+
+    steps: int
+    """Number of steps."""
+    lr: float = 1e-4
+    """Learning rate."""
+    batch: int = 4
+    """Rows per step."""
+    length: int = 256
+    """Tokens per row."""
+    seed: int = 0
+    """Number that the batches depend on."""
+
+
+def rule_of(routing: FfnRouting) -> TopKRule | None:
+    """Give the rule of a way to choose FFN experts.
+
+    Args:
+        routing: The way.
+
+    Returns:
+        The rule; None for soft routing.
+
+    Raises:
+        InvalidInput: The way is unknown.
+    """
+    require(
+        routing in get_args(FfnRouting), f"FFN experts are chosen by one of {', '.join(get_args(FfnRouting))}, found {routing!r}"
+    )
+    return {"top1": TopKRule(k=1, norm="none"), "top2": TopKRule(k=2, norm="renorm"), "soft": None}[routing]
+
+
+def train_on(
+    model: nn.Module, domains: TokenDomains, shares: Mapping[str, float], phase: TextPhase, *, decay: float = 0.1
+) -> PhaseRecord:
+    """Train a language model on a mixture of domains.
+
+    Args:
+        model: The model. It is changed, and in evaluation mode afterwards.
+        domains: Tokens by domain.
+        shares: Share of each.
+        phase: Steps, rate and rows.
+        decay: Weight decay.
+
+    Returns:
+        Losses and CPU time.
+    """
+
+    def batch(step: int) -> Tensor:
+        return domains.batch(shares, count=phase.batch, length=phase.length, seed=phase.seed, step=step)
+
+    def loss(m: nn.Module, ids: Tensor) -> Tensor:
+        return next_token_loss(m(ids).logits, ids)
+
+    record = train_phase(model, batch, loss, TextTraining(steps=phase.steps, lr=phase.lr, weight_decay=decay))
+    model.eval()
+    return record
+
+
+def train_specialists(
+    seed: LanguageModel,
+    domains: TokenDomains,
+    phase: TextPhase,
+    folder: Path,
+    *,
+    general: str | None,
+    share: float = 0.1,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Train one specialist of the seed for every domain but the general one. Finished specialists are kept, so the work can be continued.
+
+    Args:
+        seed: The dense model.
+        domains: Tokens by domain.
+        phase: Training of one specialist.
+        folder: Where the specialists go, each as a Hugging Face folder.
+        general: Domain of which a share is mixed into each specialist, against forgetting; None for none.
+        share: That share.
+        say: Gets one line per specialist.
+
+    Returns:
+        The folders of the specialists.
+    """
+    found = []
+    for number, name in enumerate(n for n in domains.tokens if n != general):
+        target = folder / name
+        if not (target / "config.json").is_file():
+            model = copy.deepcopy(seed.model)
+            shares = {name: 1.0} if general is None else {name: 1 - share, general: share}
+            record = train_on(model, domains, shares, replace(phase, seed=phase.seed * 31 + number))
+            _write_dense(model, target, seed.folder)
+            say(f"specialist {name}: loss {record.losses[0]:.3f} -> {record.losses[-1]:.3f} in {record.cpu_seconds:.0f} CPU-s")
+        found.append(target)
+    return found
+
+
+def _write_dense(model: nn.Module, folder: Path, source: Path) -> None:
+    """Write a dense Hugging Face model so that the folder appears complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        work = Path(temporary) / "model"
+        model.save_pretrained(work)  # type: ignore[operator]
+        copy_tokenizer(source, work)
+        if folder.exists():
+            shutil.rmtree(folder)
+        work.rename(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixOptions:
+    """What BAM and the baselines that take specialists have in common."""
+
+    ffn: FfnRouting = "top1"
+    """How FFN experts are chosen."""
+    only: tuple[str, ...] = ()
+    """Names or patterns of the blocks' parts to replace, such as `model.layers.2?.*`; all by default."""
+    corrected: bool = True
+    """Whether a top-1 FFN is multiplied by the number of experts, so that it starts as strong as the dense one."""
+    seed: int = 0
+    """Number that the routers depend on."""
+
+    def plan(self, model: nn.Module, experts: int) -> ReplacementPlan:
+        """Plan the FFNs.
+
+        Args:
+            model: The dense model.
+            experts: Number of experts.
+
+        Returns:
+            The plan.
+        """
+        rule = rule_of(self.ffn)
+        return plan_replacement(model, experts=experts, active=experts if rule is None else rule.k, only=self.only or None)
+
+    def routers(self, experts: int) -> RandomRouters:
+        """Make routers.
+
+        Args:
+            experts: Number of experts.
+
+        Returns:
+            What makes them.
+        """
+        return RandomRouters(experts=experts, rule=rule_of(self.ffn), seed=self.seed)
+
+    def scale(self, experts: int) -> float:
+        """Give the factor of the experts' outputs.
+
+        Args:
+            experts: Number of experts.
+
+        Returns:
+            The factor.
+        """
+        return float(experts) if self.corrected and self.ffn == "top1" else 1.0
+
+
+def mix_bam(
+    seed: LanguageModel, specialists: Sequence[nn.Module], options: MixOptions, *, key_values: KeyValues = "expert"
+) -> Upcycled:
+    """Mix the seed and its specialists by BAM.
+
+    Args:
+        seed: The dense model.
+        specialists: Its specialists.
+        options: How FFNs are mixed, and which parts.
+        key_values: Whether attention experts have key and value maps of their own.
+
+    Returns:
+        The mixture.
+    """
+    experts = len(specialists) + 1
+    return bam(
+        specialists,
+        options.plan(seed.model, experts),
+        plan_attentions(seed.model, experts=experts, key_values=key_values, only=options.only or None),
+        options.routers(experts),
+        seed=seed.model,
+        routing=AttentionRouting(std=0.02, seed=options.seed),
+        expert_scale=options.scale(experts),
+    )
+
+
+def make_baseline(
+    method: BaselineMethod,
+    seed: LanguageModel,
+    specialists: Sequence[nn.Module],
+    options: MixOptions,
+    *,
+    experts: int = 4,
+    domains: TokenDomains | None = None,
+    owner: TextPhase | None = None,
+) -> Upcycled:
+    """Make a model to compare BAM with, before any joint training.
+
+    Args:
+        method: `sparse`, `drop` and `cluster` copy the seed; `btx` and `soup` take the specialists; `wide` is dense and as wide as the active
+            experts; `continued` is the seed itself; `flexolmo` trains one expert per domain apart, and joins them.
+        seed: The dense model.
+        specialists: Its specialists; unused by methods that need none.
+        options: How FFNs are mixed, and which parts.
+        experts: Number of experts of methods without specialists.
+        domains: Tokens by domain, for `cluster` and `flexolmo`.
+        owner: Training of one owner, for `flexolmo`.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidInput: The method needs specialists or texts, and there are none.
+    """
+    require(method in get_args(BaselineMethod), f"the baselines are {', '.join(get_args(BaselineMethod))}, found {method!r}")
+    if method in ("btx", "soup") and not specialists:
+        raise InvalidInput(f"{method} mixes specialists: give --specialists, or texts and --specialist-steps to train them")
+    if method in ("cluster", "flexolmo") and domains is None:
+        raise InvalidInput(f"{method} looks at texts: give --texts NAME=FILE ...")
+    model = seed.model
+    if method == "btx":
+        count = len(specialists) + 1
+        return btx(specialists, options.plan(model, count), options.routers(count), seed=model, expert_scale=options.scale(count))
+    if method == "soup":
+        return soup([model, *specialists])
+    if method == "continued":
+        return soup([model])
+    if method == "wide":
+        plan = options.plan(model, experts)  # stored as a bank of one wide expert
+        return replace(wider_dense(model, plan, draw=options.seed), plan=replace(plan, experts=1, active=1))
+    if method == "flexolmo":
+        assert domains is not None
+        return _flexolmo(model, domains, options, owner or TextPhase(steps=0))
+    plan, rule = options.plan(model, experts), rule_of(options.ffn)
+    if method == "cluster":
+        assert domains is not None
+        require(rule is not None, "cluster sends each token to its cluster, so --ffn soft does not fit; use top1 or top2")
+        inputs = collect_inputs(model, plan, _reader(domains), most=4096, seed=options.seed)
+        return cluster_aware(model, plan, inputs, rule, draw=options.seed)  # type: ignore[arg-type]
+    if method == "drop":
+        return drop_upcycling(model, plan, options.routers(experts), draw=options.seed)
+    return sparse_copy(model, plan, options.routers(experts))
+
+
+def _reader(domains: TokenDomains) -> Callable[[nn.Module], None]:
+    def run(model: nn.Module) -> None:
+        length = min(256, *(len(tokens) for tokens in domains.tokens.values()))
+        for step in range(4):
+            model(domains.batch(dict.fromkeys(domains.tokens, 1.0), count=8, length=length, seed=99, step=step))
+
+    return run
+
+
+def _flexolmo(model: nn.Module, domains: TokenDomains, options: MixOptions, phase: TextPhase) -> Upcycled:
+    rule = TopKRule(k=2, norm="renorm")
+    plan = plan_replacement(model, experts=2, active=2, only=options.only or None)
+    owners = []
+    for number, name in enumerate(domains.tokens):
+        made = sparse_copy(model, plan, RandomRouters(experts=2, rule=rule, seed=options.seed * 31 + number))
+        held = freeze_for_owner(made.model)
+        train_on(made.model, domains, {name: 1.0}, replace(phase, seed=phase.seed * 31 + number), decay=0.0)
+        held.restore(made.model)
+        owners.append(made.model)
+    joined = join_mixtures(owners, rule)
+    for parameter in joined.model.parameters():
+        parameter.requires_grad_(True)
+    return replace(joined, plan=replace(plan, experts=len(owners) + 1))
+
+
+def write_model(
+    folder: Path,
+    made: Upcycled,
+    source: LanguageModel,
+    form: ModelFormat,
+    *,
+    layout: MixtralLayout = "per_expert",
+    note: str = "",
+) -> str:
+    """Write a model in the form that was asked for.
+
+    Args:
+        folder: The folder.
+        made: The model.
+        source: The dense model it was made of.
+        form: Which form; `auto` writes a Mixtral where the model is one, else our own file.
+        layout: Names of a Mixtral's tensors.
+        note: How it was trained.
+
+    Returns:
+        One line about what was written.
+
+    Raises:
+        InvalidInput: The form was asked for, and the model does not fit it.
+        OSError: The folder cannot be written.
+    """
+    if made.plan is None and made.attentions is None and hasattr(made.model, "save_pretrained") and not moe_layers(made.model):
+        _write_dense(made.model, folder, source.folder)
+        return f"{folder}: a dense Hugging Face model"
+    reason = ""
+    if form in ("auto", "mixtral"):
+        try:
+            saved = save_as_mixtral(made.model, folder, layout=layout, tokenizer_from=source.folder)
+            return f"{folder}: a Hugging Face Mixtral, {len(saved.account.written)} tensors, read back bit by bit"
+        except InvalidInput as error:
+            if form == "mixtral":
+                raise
+            reason = str(error)
+    if made.plan is None:
+        raise InvalidInput(
+            f"the result cannot be stored as a mixture: it has no plan, and as a Mixtral it does not fit: {reason}"
+        )
+    said = save_language_mixture(folder, made, source, note=note)
+    return f"{folder}: {said}\n(no Mixtral: {reason})" if reason else f"{folder}: {said}"
+
+
+def read_specialists(folders: Sequence[Path]) -> list[nn.Module]:
+    """Load the specialists of a seed.
+
+    Args:
+        folders: Their Hugging Face folders.
+
+    Returns:
+        The models.
+    """
+    return [load_language_model(folder, tokenizer=False).model for folder in folders]
+
+
+def token_domains(source: LanguageModel, texts: Mapping[str, Path]) -> TokenDomains:
+    """Read texts as tokens of domains.
+
+    Args:
+        source: The model whose tokenizer reads them.
+        texts: File of each domain.
+
+    Returns:
+        The tokens.
+    """
+    return TokenDomains({name: source.tokens(path) for name, path in texts.items()})
+
+
+def held_out(domains: TokenDomains, share: float = 0.1) -> tuple[TokenDomains, dict[str, Tensor]]:
+    """Keep the end of every text for tests.
+
+    Args:
+        domains: Tokens by domain.
+        share: Share that is kept.
+
+    Returns:
+        Tokens to train on, and tokens to test.
+    """
+    cut = {name: max(2, round(len(tokens) * (1 - share))) for name, tokens in domains.tokens.items()}
+    tests = {name: tokens[cut[name] :] if len(tokens) - cut[name] > 1 else tokens for name, tokens in domains.tokens.items()}
+    return TokenDomains({name: tokens[: cut[name]] for name, tokens in domains.tokens.items()}), tests
