@@ -251,5 +251,5 @@ def test_a_folder_without_a_clip_is_refused(tmp_path):
 
 def test_without_the_library_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(InvalidInput, match="pip install transformers"):
+    with pytest.raises(InvalidInput, match="pip install -c constraints"):
         load_clip(tmp_path)

@@ -32,6 +32,7 @@ from ..layers.routers import TopKRouter
 from ..layers.routing import TopKRule
 from ..surgery.tensor_account import TensorAccount, TensorLedger
 from ..upcycling.upcyclers import saved_tensors
+from .transformers_package import transformers_package
 
 MixtralLayout = Literal["per_expert", "fused"]
 """How the experts lie in the files: one tensor per expert and map, or all experts stacked."""
@@ -81,14 +82,13 @@ def to_mixtral(model: nn.Module, *, balance: float = 0.0) -> tuple[Any, TensorAc
         The Mixtral model in evaluation mode, with weights of its own, and the account.
 
     Raises:
-        InvalidInput: The model cannot be a Mixtral; the message names the first thing that does not fit.
+        InvalidInput: transformers is not installed, or the model cannot be a Mixtral; the message names the first thing that does not fit.
     """
-    from transformers import MixtralConfig, MixtralForCausalLM
-
+    library = transformers_package()
     require_numbers("to_mixtral", least=0.0, most=1e6, balance=balance)
     layers, rule = _checked(model)
     source: Any = model.config
-    config = MixtralConfig(
+    config = library.MixtralConfig(
         vocab_size=source.vocab_size,
         hidden_size=source.hidden_size,
         intermediate_size=source.intermediate_size,
@@ -113,7 +113,7 @@ def to_mixtral(model: nn.Module, *, balance: float = 0.0) -> tuple[Any, TensorAc
         rope_parameters=dict(source.rope_parameters),
     )
     dtype = layers[0].bank.down_proj.dtype
-    made = MixtralForCausalLM(config).to(dtype).eval()
+    made = library.MixtralForCausalLM(config).to(dtype).eval()
     target, tensors = saved_tensors(made), saved_tensors(model)
     with torch.no_grad():
         for tensor in target.values():

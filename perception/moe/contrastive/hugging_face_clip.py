@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ....core.errors import InvalidInput
 from ....core.foreign_text import shown
 from ..checkpoints.checkpoint import BaseModel, MixtureDescription, load_mixture, save_mixture
+from ..checkpoints.transformers_package import transformers_package
 from ..layers.moe_ffn import padding_left_out
 from ..upcycling.upcyclers import Upcycled
 from .image_captions import ImageCaptions, PictureForm, image_captions, read_caption_file
@@ -128,7 +129,7 @@ def load_clip(folder: str | Path) -> LoadedClip:
     Raises:
         InvalidInput: transformers is not installed, or the folder holds no CLIP.
     """
-    library = _transformers()
+    library = transformers_package()
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InvalidInput(
@@ -179,7 +180,7 @@ def load_clip_mixture(path: str | Path) -> ClipTowers:
     Raises:
         InvalidInput: transformers is not installed, or the file is another one or damaged.
     """
-    library = _transformers()
+    library = transformers_package()
 
     def dense(description: MixtureDescription) -> nn.Module:
         base = description.base
@@ -190,16 +191,6 @@ def load_clip_mixture(path: str | Path) -> ClipTowers:
     model = load_mixture(path, dense).model
     assert isinstance(model, ClipTowers)
     return model
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InvalidInput(
-            "loading a Hugging Face model needs the package transformers, which is not installed; pip install transformers"
-        ) from error
-    return transformers
 
 
 def _tokenizer(library: Any, folder: Path, clip: Any) -> Callable[[list[str]], tuple[Tensor, Tensor]]:

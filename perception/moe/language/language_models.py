@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ....core.errors import InvalidInput, require
 from ....core.text_files import read_text
 from ..checkpoints.checkpoint import BaseModel, MixtureDescription, load_mixture, save_mixture
 from ..checkpoints.mixtral import TOKENIZER_FILES, mixtral_as_mixture
+from ..checkpoints.transformers_package import transformers_package
 from ..upcycling.upcyclers import Upcycled
 from .text_training import mean_loss, next_token_loss
 
@@ -56,19 +56,6 @@ class LanguageModel:
         return found.long()
 
 
-def require_transformers() -> None:
-    """Refuse with a reason where transformers is missing.
-
-    Raises:
-        InvalidInput: It is not installed.
-    """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise InvalidInput("language models need the package transformers; install it: pip install 'transformers>=5'") from error
-
-
 def load_language_model(folder: str | Path, *, tokenizer: bool = True) -> LanguageModel:
     """Load a dense model, a Mixtral, or a mixture of this package.
 
@@ -82,9 +69,7 @@ def load_language_model(folder: str | Path, *, tokenizer: bool = True) -> Langua
     Raises:
         InvalidInput: There is no model, it is quantized, or it is damaged.
     """
-    require_transformers()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    library = transformers_package()
     path = Path(folder)
     mixture = path / MIXTURE_NAME
     if not mixture.is_file() and not (path / "config.json").is_file():
@@ -93,14 +78,14 @@ def load_language_model(folder: str | Path, *, tokenizer: bool = True) -> Langua
         if mixture.is_file():
             model = load_mixture(mixture, _dense_of).model
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+            model = library.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
             if getattr(model.config, "quantization_config", None) is not None:
                 raise InvalidInput(
                     f"the model in {path} is quantized; convert it to floating-point weights before it is upcycled"
                 )
             if model.config.model_type == "mixtral":
                 mixtral_as_mixture(model)
-        words = AutoTokenizer.from_pretrained(path, local_files_only=True) if tokenizer else None
+        words = library.AutoTokenizer.from_pretrained(path, local_files_only=True) if tokenizer else None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if isinstance(error, InvalidInput):
             raise
@@ -110,13 +95,12 @@ def load_language_model(folder: str | Path, *, tokenizer: bool = True) -> Langua
 
 def _dense_of(description: MixtureDescription) -> nn.Module:
     """Build the dense model of a mixture from the stored configuration; its weights come from the file."""
-    import transformers
-
+    library = transformers_package()
     base = description.base
     if base is None or base.library != "transformers":
         raise InvalidInput("the mixture was stored without the configuration of its dense model; load it with load_mixture")
-    kind = getattr(transformers, base.model_class, None)
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+    kind = getattr(library, base.model_class, None)
+    if not isinstance(kind, type) or not issubclass(kind, library.PreTrainedModel):
         raise InvalidInput(f"transformers has no model class {base.model_class!r}, of which the mixture was made")
     known: Any = kind
     made: nn.Module = known(known.config_class.from_dict(json.loads(base.config)))
