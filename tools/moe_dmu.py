@@ -16,9 +16,10 @@ from ..core.errors import require
 from ..perception.moe.contrastive.dmu import dmu, plan_dmu
 from ..perception.moe.contrastive.expert_stages import DmuConfig, SmallClusters
 from ..perception.moe.contrastive.hugging_face_clip import load_clip, save_clip_mixture
-from ..perception.moe.contrastive.pair_training import PairTraining, Precision, Recall, encode_pairs, recall
+from ..perception.moe.contrastive.pair_training import PairTraining, Recall, encode_pairs, recall
 from ..perception.moe.contrastive.pairs import PairData, PairTowers
 from ..perception.moe.layers.losses import RouterLossConfig
+from ..perception.moe.layers.precision import Precision
 from ..perception.moe.layers.routing import TopKRule
 from ..perception.moe.upcycling.clusters import ClusterConfig
 from .console import console, print_table, print_warning, run_command, write_json

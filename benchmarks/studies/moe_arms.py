@@ -18,6 +18,7 @@ from upcycle3d.perception.moe.attention.attention_sites import plan_attentions
 from upcycle3d.perception.moe.language.text_training import mean_loss
 from upcycle3d.perception.moe.layers.control_routers import FrozenRouter
 from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
+from upcycle3d.perception.moe.layers.precision import Precision, products_in
 from upcycle3d.perception.moe.layers.routers import Router
 from upcycle3d.perception.moe.layers.routing import TopKRule
 from upcycle3d.perception.moe.surgery.replacement import ReplacementPlan, plan_replacement
@@ -36,8 +37,8 @@ class Task(ABC):
     """Names of the domains that are tested; the first is the seed's."""
     specialties: tuple[str, ...]
     """Domains of the branches."""
-    bfloat16: bool
-    """Whether to train and test under autocast."""
+    precision: Precision
+    """Type of the matrix products in training and tests."""
 
     @abstractmethod
     def seed_model(self, seed: int) -> nn.Module:
@@ -188,7 +189,7 @@ def untrained_losses(task: Task, branches: Branches, name: str) -> tuple[dict[st
         return {d: statistics.fmean(e[d] for e in every) for d in task.domains}, size
     members = Ensemble(branches.models).eval()
     losses = {}
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=task.bfloat16):
+    with torch.no_grad(), products_in(task.precision, "cpu"):
         for domain in task.domains:
             found = []
             for batch in task.tests(domain):
@@ -204,7 +205,7 @@ def evaluate(task: Task, model: nn.Module, domains: Iterable[str] | None = None,
     found = {}
     for domain in domains or task.domains:
         batches = task.tests(domain)
-        found[domain] = mean_loss(model, batches[: max(1, round(share * len(batches)))], task.loss, bfloat16=task.bfloat16)
+        found[domain] = mean_loss(model, batches[: max(1, round(share * len(batches)))], task.loss, precision=task.precision)
     return found
 
 
@@ -217,7 +218,7 @@ def usage_of(task: Task, model: nn.Module) -> dict[str, list[float]]:
             layer.usage.reset()
         for _, attention in mixed_attentions(model):
             attention.take_use()
-        mean_loss(model, task.tests(domain)[:1], task.loss, bfloat16=task.bfloat16)
+        mean_loss(model, task.tests(domain)[:1], task.loss, precision=task.precision)
         ffn = [layer.usage.value.shares for _, layer in moe_layers(model)]
         attend = [attention.take_use() for _, attention in mixed_attentions(model)]
         for kind, parts in (("ffn", ffn), ("attention", attend)):

@@ -76,7 +76,7 @@ def split(domain: str) -> tuple[Tensor, Tensor]:
 class TinyTask(Task):
     """Bytes of four domains and a tiny decoder."""
 
-    domains, specialties, bfloat16 = DOMAINS, DOMAINS[1:], False
+    domains, specialties, precision = DOMAINS, DOMAINS[1:], "float32"
 
     def __init__(self, texts: Mapping[str, tuple[Tensor, Tensor]], seed_steps: int) -> None:
         self.train = TokenDomains({name: train for name, (train, _) in texts.items()})

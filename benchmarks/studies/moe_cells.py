@@ -83,7 +83,7 @@ class Study:
             def train(
                 other: nn.Module = other, shares: dict[str, float] = shares, path: Path = path, index: int = index
             ) -> dict[str, Any]:
-                config = TextTraining(steps=budget.branch_steps, lr=budget.branch_lr, bfloat16=task.bfloat16)
+                config = TextTraining(steps=budget.branch_steps, lr=budget.branch_lr, precision=task.precision)
                 record = train_phase(other, lambda step: task.batch(shares, seed * 31 + index, step), task.loss, config)
                 write_tensors(path, other.state_dict())
                 return {"cpu_seconds": record.cpu_seconds, "first": record.losses[0], "last": record.losses[-1]}
@@ -101,7 +101,7 @@ class Study:
         """CPU seconds of one training step of each arm: the smallest of several, in turns, because a busy machine only adds."""
 
         def measure() -> dict[str, Any]:
-            task, config = self.task, TextTraining(steps=self.cost_steps, lr=0.0, weight_decay=0.0, bfloat16=self.task.bfloat16)
+            task, config = self.task, TextTraining(steps=self.cost_steps, lr=0.0, weight_decay=0.0, precision=self.task.precision)
             shares = {name: 1.0 for name in task.domains}
             found: dict[str, list[float]] = {name: [] for name in ARMS}
             for turn in range(2):
@@ -138,7 +138,7 @@ class Study:
                     if step == wanted:
                         marks[mark] = {"steps": step, "cpu_seconds": cpu, "loss": losses}
 
-            config = TextTraining(steps=max(data, seconds), lr=budget.mix_lr, bfloat16=task.bfloat16)
+            config = TextTraining(steps=max(data, seconds), lr=budget.mix_lr, precision=task.precision)
             train_phase(
                 model,
                 lambda step: task.batch(shares, seed * 31 + 7, step),
@@ -189,7 +189,7 @@ class Study:
             model = sparse_copy(branches.seed, plan, routers).model
             held = freeze_for_owner(model)
             shares = {domain: 1 - budget.seed_share, task.domains[0]: budget.seed_share}
-            config = TextTraining(steps=budget.branch_steps, lr=budget.branch_lr, weight_decay=0.0, bfloat16=task.bfloat16)
+            config = TextTraining(steps=budget.branch_steps, lr=budget.branch_lr, weight_decay=0.0, precision=task.precision)
             config = replace(config, router=replace(config.router, balance=0.0))
             record = train_phase(model, lambda s, sh=shares, i=index: task.batch(sh, seed * 31 + i, s), task.loss, config)
             held.restore(model)

@@ -89,7 +89,7 @@ class States:
 class SmolTask(Task):
     """The trained layers of SmolLM2 on kept states."""
 
-    domains, specialties, bfloat16 = DOMAINS, DOMAINS[1:], True
+    domains, specialties, precision = DOMAINS, DOMAINS[1:], "bfloat16"
 
     def __init__(self, cache: Path, rows: int, batch: int) -> None:
         self.rows, self.batch_rows = rows, batch

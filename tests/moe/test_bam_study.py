@@ -33,7 +33,7 @@ def studies(monkeypatch):
 
 def tiny_task(moe_arms):
     class Tiny(moe_arms.Task):
-        domains, specialties, bfloat16 = ("a", "b", "c"), ("b", "c"), False
+        domains, specialties, precision = ("a", "b", "c"), ("b", "c"), "float32"
 
         def __init__(self):
             draw = torch.Generator().manual_seed(0)

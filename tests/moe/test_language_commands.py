@@ -64,7 +64,28 @@ def test_bam_trains_branches_writes_a_mixture_and_reports(job, capsys):
     direct = perplexity(found.model, found.tokens(job / "code.txt"))
     assert data["scores"][0]["score"] == pytest.approx(direct)
     assert run_command(moe_bam.command, [*words[:-1], "0"]) == 0  # finished specialists are read, not trained
-    assert "specialist code" not in capsys.readouterr().out
+    assert "is kept" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_specialist_of_other_training_or_texts_is_refused(job, capsys):
+    """It would be mixed in silently, and the report would be about another model than the options say."""
+    words = [str(job / "llama"), "--out", str(job / "again"), *SMALL]
+    assert run_command(moe_bam.command, [*words, *texts(job)]) == 0
+    assert run_command(moe_bam.command, [*words, *texts(job), "--specialist-lr", "0.5"]) == 2
+    assert "training.lr: stored 0.0001, now 0.5" in " ".join(capsys.readouterr().err.split())
+    swapped = ["--texts", f"code={job / 'law.txt'}", f"law={job / 'code.txt'}"]
+    assert run_command(moe_bam.command, [*words, *swapped]) == 2
+    assert "texts.code" in capsys.readouterr().err
+    (job / "again" / "specialists" / "code" / "origin.json").write_text("{")
+    assert run_command(moe_bam.command, [*words, *texts(job)]) == 2
+    assert "origin.json" in capsys.readouterr().err
+
+
+def test_training_in_bfloat16_gives_a_finite_mixture(job, capsys):
+    words = [str(job / "llama"), "--out", str(job / "half"), "--precision", "bfloat16", *texts(job), *SMALL]
+    assert run_command(moe_bam.command, words) == 0, capsys.readouterr()
+    found = load_language_model(job / "half" / "model")
+    assert 1 < perplexity(found.model, found.tokens(job / "code.txt")) < 1000
 
 
 @pytest.mark.parametrize("method", ["sparse", "drop", "cluster", "btx", "soup", "wide", "continued", "flexolmo"])

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,11 @@ from ....core.errors import InvalidInput, NonFiniteValue, require, require_count
 from ....core.tensor_value import shape_of
 from ..layers.losses import RouterLossConfig, router_losses
 from ..layers.moe_ffn import take_routings
+from ..layers.precision import Precision, products_in
 from .cluster_batches import BatchAccount, ClusterBatchSampler
 from .loss import contrastive_loss, equal_captions
 from .pairs import PairData, PairTowers
 from .stages import FrozenState, MixtureParts, Stage, freeze
-
-Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +183,7 @@ def _step(
     step: int,
 ) -> tuple[float, float | None]:
     """One step: loss and balance loss."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
+    with products_in(training.precision, device):
         image, text = towers(data.batch(rows).to(device))
     ignore = equal_captions(data.caption[rows].to(device)) if training.mask_equal_captions else None
     loss = contrastive_loss(image, text, towers.scale(), ignore=ignore, label_smoothing=training.label_smoothing)
@@ -258,7 +257,7 @@ def encode_pairs(
     images, texts = [], []
     try:
         for rows in torch.arange(len(data)).split(batch_size):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            with products_in(precision, device):
                 image, text = towers(data.batch(rows).to(device))
             images.append(F.normalize(image.float(), dim=1).cpu())
             texts.append(F.normalize(text.float(), dim=1).cpu())

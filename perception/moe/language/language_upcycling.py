@@ -1,21 +1,18 @@
-"""Train specialists of a language model, mix them by BAM or a baseline, train the mixture, and write it: the work of `upcycle3d moe bam` and
+"""Mix a language model and its specialists by BAM or a baseline, and write the result: the work of `upcycle3d moe bam` and
 `upcycle3d moe baseline`.
 
 The baselines use the same code and the same training as BAM, so a difference between two results is one of the methods.
-Read next: `bam.py`, `upcyclers.py`, `text_training.py`.
+Read next: `bam.py`, `upcyclers.py`; `phases.py`, which trains what is made here.
 """
 
 from __future__ import annotations
 
-import copy
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from ....core.errors import InvalidInput, require
 from ..attention.attention_sites import plan_attentions
@@ -29,8 +26,10 @@ from ..upcycling.cluster_aware import cluster_aware, collect_inputs
 from ..upcycling.joined_mixtures import join_mixtures
 from ..upcycling.owner_training import freeze_for_owner
 from ..upcycling.upcyclers import RandomRouters, Upcycled, btx, drop_upcycling, soup, sparse_copy, wider_dense
-from .language_models import LanguageModel, copy_tokenizer, load_language_model, save_language_mixture
-from .text_training import PhaseRecord, TextTraining, TokenDomains, next_token_loss, train_phase
+from .language_models import LanguageModel, save_language_mixture
+from .phases import TextPhase, train_on
+from .specialists import write_dense
+from .text_training import TokenDomains
 
 FfnRouting = Literal["top1", "top2", "soft"]
 """How FFN experts are chosen: `top1` by its probability (BAM), `top2` renormalized (BTX, Mixtral), `soft` all of them."""
@@ -38,22 +37,6 @@ BaselineMethod = Literal["sparse", "drop", "cluster", "btx", "soup", "wide", "co
 """A method to compare BAM with."""
 ModelFormat = Literal["auto", "mixtral", "mixture"]
 """`mixtral` writes a Hugging Face folder, `mixture` our own file; `auto` a Mixtral where the model is one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextPhase:
-    """Data and length of a phase of training."""
-
-    steps: int
-    """Number of steps."""
-    lr: float = 1e-4
-    """Learning rate."""
-    batch: int = 4
-    """Rows per step."""
-    length: int = 256
-    """Tokens per row."""
-    seed: int = 0
-    """Number that the batches depend on."""
 
 
 def rule_of(routing: FfnRouting) -> TopKRule | None:
@@ -72,82 +55,6 @@ def rule_of(routing: FfnRouting) -> TopKRule | None:
         routing in get_args(FfnRouting), f"FFN experts are chosen by one of {', '.join(get_args(FfnRouting))}, found {routing!r}"
     )
     return {"top1": TopKRule(k=1, norm="none"), "top2": TopKRule(k=2, norm="renorm"), "soft": None}[routing]
-
-
-def train_on(
-    model: nn.Module, domains: TokenDomains, shares: Mapping[str, float], phase: TextPhase, *, decay: float = 0.1
-) -> PhaseRecord:
-    """Train a language model on a mixture of domains.
-
-    Args:
-        model: The model. It is changed, and in evaluation mode afterwards.
-        domains: Tokens by domain.
-        shares: Share of each.
-        phase: Steps, rate and rows.
-        decay: Weight decay.
-
-    Returns:
-        Losses and CPU time.
-    """
-
-    def batch(step: int) -> Tensor:
-        return domains.batch(shares, count=phase.batch, length=phase.length, seed=phase.seed, step=step)
-
-    def loss(m: nn.Module, ids: Tensor) -> Tensor:
-        return next_token_loss(m(ids).logits, ids)
-
-    record = train_phase(model, batch, loss, TextTraining(steps=phase.steps, lr=phase.lr, weight_decay=decay))
-    model.eval()
-    return record
-
-
-def train_specialists(
-    seed: LanguageModel,
-    domains: TokenDomains,
-    phase: TextPhase,
-    folder: Path,
-    *,
-    general: str | None,
-    share: float = 0.1,
-    say: Callable[[str], None] = print,
-) -> list[Path]:
-    """Train one specialist of the seed for every domain but the general one. Finished specialists are kept, so the work can be continued.
-
-    Args:
-        seed: The dense model.
-        domains: Tokens by domain.
-        phase: Training of one specialist.
-        folder: Where the specialists go, each as a Hugging Face folder.
-        general: Domain of which a share is mixed into each specialist, against forgetting; None for none.
-        share: That share.
-        say: Gets one line per specialist.
-
-    Returns:
-        The folders of the specialists.
-    """
-    found = []
-    for number, name in enumerate(n for n in domains.tokens if n != general):
-        target = folder / name
-        if not (target / "config.json").is_file():
-            model = copy.deepcopy(seed.model)
-            shares = {name: 1.0} if general is None else {name: 1 - share, general: share}
-            record = train_on(model, domains, shares, replace(phase, seed=phase.seed * 31 + number))
-            _write_dense(model, target, seed.folder)
-            say(f"specialist {name}: loss {record.losses[0]:.3f} -> {record.losses[-1]:.3f} in {record.cpu_seconds:.0f} CPU-s")
-        found.append(target)
-    return found
-
-
-def _write_dense(model: nn.Module, folder: Path, source: Path) -> None:
-    """Write a dense Hugging Face model so that the folder appears complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        work = Path(temporary) / "model"
-        model.save_pretrained(work)  # type: ignore[operator]
-        copy_tokenizer(source, work)
-        if folder.exists():
-            shutil.rmtree(folder)
-        work.rename(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +242,7 @@ def write_model(
         OSError: The folder cannot be written.
     """
     if made.plan is None and made.attentions is None and hasattr(made.model, "save_pretrained") and not moe_layers(made.model):
-        _write_dense(made.model, folder, source.folder)
+        write_dense(made.model, folder, source.folder)
         return f"{folder}: a dense Hugging Face model"
     reason = ""
     if form in ("auto", "mixtral"):
@@ -352,43 +259,3 @@ def write_model(
         )
     said = save_language_mixture(folder, made, source, note=note)
     return f"{folder}: {said}\n(no Mixtral: {reason})" if reason else f"{folder}: {said}"
-
-
-def read_specialists(folders: Sequence[Path]) -> list[nn.Module]:
-    """Load the specialists of a seed.
-
-    Args:
-        folders: Their Hugging Face folders.
-
-    Returns:
-        The models.
-    """
-    return [load_language_model(folder, tokenizer=False).model for folder in folders]
-
-
-def token_domains(source: LanguageModel, texts: Mapping[str, Path]) -> TokenDomains:
-    """Read texts as tokens of domains.
-
-    Args:
-        source: The model whose tokenizer reads them.
-        texts: File of each domain.
-
-    Returns:
-        The tokens.
-    """
-    return TokenDomains({name: source.tokens(path) for name, path in texts.items()})
-
-
-def held_out(domains: TokenDomains, share: float = 0.1) -> tuple[TokenDomains, dict[str, Tensor]]:
-    """Keep the end of every text for tests.
-
-    Args:
-        domains: Tokens by domain.
-        share: Share that is kept.
-
-    Returns:
-        Tokens to train on, and tokens to test.
-    """
-    cut = {name: max(2, round(len(tokens) * (1 - share))) for name, tokens in domains.tokens.items()}
-    tests = {name: tokens[cut[name] :] if len(tokens) - cut[name] > 1 else tokens for name, tokens in domains.tokens.items()}
-    return TokenDomains({name: tokens[: cut[name]] for name, tokens in domains.tokens.items()}), tests

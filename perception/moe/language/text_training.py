@@ -20,6 +20,7 @@ from ....core.errors import InvalidInput, require, require_counts, require_numbe
 from ....core.tensor_value import shape_of
 from ..layers.losses import RouterLossConfig, describe_router_losses, router_losses
 from ..layers.moe_ffn import moe_layers, take_routings
+from ..layers.precision import Precision, products_in
 
 _Batch = TypeVar("_Batch")
 
@@ -40,8 +41,8 @@ class TextTraining:
     """Largest norm of the gradient."""
     router: RouterLossConfig = RouterLossConfig()
     """Losses of routers that choose. Soft and frozen routers have none."""
-    bfloat16: bool = False
-    """Whether to compute in bfloat16 under autocast. Faster on CPUs with matrix units for it."""
+    precision: Precision = "float32"
+    """Type of the matrix products."""
 
     def __post_init__(self) -> None:
         require_counts("TextTraining", least=0, most=10**9, steps=self.steps, warmup=self.warmup)
@@ -183,7 +184,7 @@ def train_phase(
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
         batch = batch_of(step)
-        with torch.autocast(device, torch.bfloat16, enabled=config.bfloat16):
+        with products_in(config.precision, device):
             loss = loss_of(model, batch)
             routings = take_routings(model)
             total = loss + router_losses(routings, config.router).total if balanced else loss
@@ -225,7 +226,11 @@ def _choosing(model: nn.Module) -> list[bool]:
 
 @torch.no_grad()
 def mean_loss(
-    model: nn.Module, batches: Sequence[_Batch], loss_of: Callable[[nn.Module, _Batch], Tensor], *, bfloat16: bool = False
+    model: nn.Module,
+    batches: Sequence[_Batch],
+    loss_of: Callable[[nn.Module, _Batch], Tensor],
+    *,
+    precision: Precision = "float32",
 ) -> float:
     """Compute the mean loss of batches of equal size in evaluation mode.
 
@@ -233,7 +238,7 @@ def mean_loss(
         model: The model; its mode is restored.
         batches: The batches.
         loss_of: Gives the loss of a batch.
-        bfloat16: Whether to compute under autocast.
+        precision: Type of the matrix products.
 
     Returns:
         Mean loss in nats; its exponential is the perplexity.
@@ -243,7 +248,7 @@ def mean_loss(
     model.eval()
     try:
         device = next((p.device.type for p in model.parameters()), "cpu")
-        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+        with products_in(precision, device):
             return sum(float(loss_of(model, batch)) for batch in batches) / len(batches)
     finally:
         for module, training in modes:
