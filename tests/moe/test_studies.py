@@ -88,13 +88,13 @@ def field(number: int, value: bytes | int) -> bytes:
 
 
 def test_constants_are_read_from_an_onnx_model(study):
-    towers = study("moe_towers")
+    onnx = study("moe_onnx")
     values = np.arange(6, dtype=np.float32)
     named = field(1, 2) + field(1, 3) + field(2, 1) + field(8, b"w") + field(9, values.tobytes())
     packed = field(1, bytes([3])) + field(2, 1) + field(8, b"b") + field(9, struct.pack("<3f", 7, 8, 9))
     node = field(1, b"x") + field(1, b"w") + field(2, b"y") + field(3, b"/layer/MatMul") + field(4, b"MatMul")
     graph = field(1, node) + field(5, named) + field(5, packed)
-    tensors, used = towers.onnx_tensors(field(1, 8) + field(7, graph))
+    tensors, used = onnx.onnx_tensors(field(1, 8) + field(7, graph))
     assert tensors["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert tensors["b"].tolist() == [7, 8, 9]
     assert used["/layer/MatMul"] is tensors["w"]
