@@ -190,7 +190,7 @@ def _budget(config: AuditOptions) -> AuditBudget:
 
 
 def _not_measured(attacks: tuple[AttackName, ...], results: list[SettingResult]) -> list[str]:
-    """Attacks on objects and people that were asked for and could not run, with the reason."""
+    """Attacks that were asked for and could not run, with the reason."""
     reasons = {
         "attributes": "a frame of the attacker or of the victims has no labels",
         "people": "the detector has no class Pedestrian, or a frame of the attacker or of the victims has no labels",
@@ -199,7 +199,16 @@ def _not_measured(attacks: tuple[AttackName, ...], results: list[SettingResult])
         "attributes": any(result.attributes is not None for result in results),
         "people": any(result.people is not None for result in results),
     }
-    return [f"the attack {name} was not measured: {why}" for name, why in reasons.items() if name in attacks and not found[name]]
+    texts = [f"the attack {name} was not measured: {why}" for name, why in reasons.items() if name in attacks and not found[name]]
+    unsolved = [
+        r.setting.name for r in results if r.exact is not None and not r.exact.raw_balls.scans + r.exact.lone_voxels.scans
+    ]
+    if unsolved:
+        texts.append(
+            f"the attack exact was not run on {', '.join(unsolved)}: it cannot undo a defence that moves places or changes features other than by "
+            "rounding them. This says nothing of an attacker who can"
+        )
+    return texts
 
 
 def _split(data: DataOption, default: str) -> DataSplit:

@@ -22,6 +22,9 @@ from ...core.features import CutFeatures
 from ...core.files import write_atomically
 from ...core.rig import RigSpec
 from ...core.smashed_scene import SmashedScene
+from ..models.defences.cells import DecoyCells, DropCells
+from ..models.defences.noise import RoundedFeatures
+from ..models.defences.region import RegionUpload
 from ..models.detector import Detector
 from ..models.encoders.defended import DefendedEncoder
 from ..models.encoders.encoder import Encoder
@@ -294,34 +297,39 @@ def measure_exact(
     """Compute single points of the victims' scans.
 
     Args:
-        detector: Its encoder made the uploads. Points are computed where no defence changes the features.
+        detector: Its encoder made the uploads. Points are computed where its defences leave out, add or round values, and no others.
         attacker: Frames that choose how large a residual may be.
         victims: Frames to score on.
         codec: How features were stored.
         frames: How many frames of each are used.
 
     Returns:
-        Points computed from balls of raw points, and from voxels without neighbors.
+        Points computed from balls of raw points, and from voxels without neighbors; of no scan where a defence changes the features in
+        another way, because the attack does not know how to undo that.
     """
-    encoder = _solvable(detector.encoder)
+    encoder, levels = _solvable(detector.encoder)
     balls = lone = ExactPointScore()
     if encoder is None:
         return ExactMeasured(raw_balls=balls, lone_voxels=lone)
     chosen, scored = attacker[:frames], victims[:frames]
     if isinstance(encoder, PvRcnnEncoder):
-        attack = ExactPoints(encoder, codec)
+        attack = ExactPoints(encoder, codec, levels=levels)
         attack.train(chosen)
         balls = _exact(attack, scored)
-    voxels = LoneVoxels(encoder, codec)
+    voxels = LoneVoxels(encoder, codec, levels=levels)
     voxels.train(chosen)
     return ExactMeasured(raw_balls=balls, lone_voxels=_exact(voxels, scored))
 
 
-def _solvable(encoder: Encoder) -> SecondEncoder | PvRcnnEncoder | None:
-    """The encoder whose equations are solved; None where a defence sends other channels than it computes."""
+def _solvable(encoder: Encoder) -> tuple[SecondEncoder | PvRcnnEncoder | None, tuple[int, ...]]:
+    """The encoder whose equations are solved and the levels that its defences round to; None where they change features or places."""
+    levels: tuple[int, ...] = ()
     if isinstance(encoder, DefendedEncoder):
-        return None if encoder.upload_spec != encoder.spec else _solvable(encoder.encoder)
-    return encoder if isinstance(encoder, SecondEncoder | PvRcnnEncoder) else None
+        if not all(isinstance(stage, RegionUpload | DropCells | DecoyCells | RoundedFeatures) for stage in encoder.stages):
+            return None, ()
+        levels = tuple(stage.config.levels for stage in encoder.stages if isinstance(stage, RoundedFeatures))
+        encoder = encoder.encoder
+    return (encoder if isinstance(encoder, SecondEncoder | PvRcnnEncoder) else None), levels
 
 
 def _exact(attack: ExactPoints | LoneVoxels, frames: Sequence[AuditFrame]) -> ExactPointScore:

@@ -322,6 +322,9 @@ def test_attacks_that_were_asked_for_and_could_not_run_are_named(measured):
     (text,) = _not_measured(("attributes", "people"), results)
     assert text.startswith("the attack people was not measured: the detector has no class Pedestrian")
     assert _not_measured(("cells",), results) == []
+    unsolved = replace(results[1], exact=ExactMeasured(raw_balls=ExactPointScore(), lone_voxels=ExactPointScore()))
+    (text,) = _not_measured(("exact",), [results[0], unsolved])
+    assert text.startswith("the attack exact was not run on half: ")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Attack (d): known points come back from what a small encoder says about them, and nothing comes back where it says nothing."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +10,18 @@ import tiny
 from upcycle3d.core.features import CutFeatures, SparseVoxels
 from upcycle3d.core.frame import Frame
 from upcycle3d.core.structures import PointCloud
+from upcycle3d.perception.models.defences.cells import JitterConfig
+from upcycle3d.perception.models.defences.noise import NoiseConfig, RoundingConfig
+from upcycle3d.perception.models.defences.obfuscator import ObfuscatorConfig
+from upcycle3d.perception.models.defences.region import RegionConfig
+from upcycle3d.perception.models.encoders.defended import DefendedEncoderConfig
 from upcycle3d.perception.models.encoders.pv_rcnn import PvRcnnEncoder, PvRcnnEncoderConfig
 from upcycle3d.perception.models.encoders.set_abstraction import SetAbstractionConfig
 from upcycle3d.perception.privacy.attacks.exact_points import ExactPoints, SolvedPoints, distance_to_nearest
 from upcycle3d.perception.privacy.attacks.lone_voxels import LoneVoxels, _of_few_sources, _reached_cells
 from upcycle3d.perception.privacy.attacks.point_solver import rounding, solve
 from upcycle3d.perception.privacy.frames import AuditFrame, audit_frames
+from upcycle3d.perception.recipes.audit_cells import ExactMeasured, measure_exact
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -181,3 +188,34 @@ def test_rounding_is_the_error_of_the_codec():
         measured = (stored - features).double().square().mean(0).sqrt()
         ratio = rounding(stored, codec).square().mean(0).sqrt() / measured
         assert bool(((ratio > 0.7) & (ratio < 2.5)).all()), (codec, ratio)
+
+
+def defended_exact(*defences: object, codec: str = "fp16") -> ExactMeasured:
+    """What the audit says of uploads that pass these defences; attacker and victim have the same scan."""
+    made = encoder()
+    guarded: object = made
+    if defences:
+        guarded = DefendedEncoderConfig(encoder=made.config, defences=defences).build().eval()  # type: ignore[arg-type]
+        guarded.encoder.load_state_dict(made.state_dict())
+    torch.manual_seed(0)
+    frames = audit_frames([frame(torch.cat([LONE, PAIRS]))], guarded, codec)  # type: ignore[arg-type]
+    return measure_exact(SimpleNamespace(encoder=guarded), frames, frames, codec, 1)  # type: ignore[arg-type]
+
+
+def test_rounding_hides_no_point_from_an_attacker_who_knows_its_levels():
+    """256 levels are what int8 has, so they give away what int8 gives away."""
+    plain = defended_exact(codec="int8").raw_balls
+    assert plain.recovered >= 4
+    assert defended_exact(RoundingConfig(levels=256)).raw_balls.recovered >= plain.recovered - 1
+    assert defended_exact(RegionConfig(), RoundingConfig(levels=256), codec="int8").raw_balls.scans == 1
+
+
+@pytest.mark.parametrize(
+    "defence",
+    [NoiseConfig(sigma=1e-4), JitterConfig(), ObfuscatorConfig(channels=64, keypoint_channels=64, hidden=8)],
+    ids=["noise", "jitter", "obfuscator"],
+)
+def test_where_the_attack_cannot_undo_a_defence_nothing_is_claimed(defence):
+    """That an attack finds nothing because it does not know of the noise is not the same as no point given away."""
+    found = defended_exact(defence)
+    assert found.raw_balls.scans + found.lone_voxels.scans == 0

@@ -147,15 +147,24 @@ class ExactPoints:
     Args:
         encoder: The encoder that made the uploads.
         codec: "fp16" or "int8".
+        levels: Levels per channel of each defence that rounds; the attacker knows them from the encoder file.
         seed: Draws the starts of the solver.
         starts: Starts per ball and assumption.
         iterations: Steps from each start.
     """
 
     def __init__(
-        self, encoder: PvRcnnEncoder, codec: str, *, seed: int = 0, starts: tuple[int, int] = (8, 8), iterations: int = 21
+        self,
+        encoder: PvRcnnEncoder,
+        codec: str,
+        *,
+        levels: Sequence[int] = (),
+        seed: int = 0,
+        starts: tuple[int, int] = (8, 8),
+        iterations: int = 21,
     ) -> None:
-        self.encoder, self.codec, self.seed, self.starts, self.iterations = encoder, codec, seed, starts, iterations
+        self.encoder, self.codec, self.levels = encoder, codec, levels
+        self.seed, self.starts, self.iterations = seed, starts, iterations
         self.thresholds = (2.0, 2.0)
 
     def train(self, frames: Sequence[AuditFrame]) -> None:
@@ -216,7 +225,7 @@ class ExactPoints:
         assert config is not None  # `_raw_ball_features` has asked
         assert abstraction is not None
         rows = torch.arange(len(features)) if rows is None else rows
-        noise = rounding(features, self.codec)
+        noise = rounding(features, self.codec, self.levels)
         observed, noise = features.double()[rows], noise[rows]
         order = sorted(range(len(config.radii)), key=lambda k: config.radii[k])[:2]
         balls = [_Ball(cast(nn.Sequential, abstraction.mlps[k])) for k in order]

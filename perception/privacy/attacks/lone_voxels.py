@@ -68,6 +68,7 @@ class LoneVoxels:
     Args:
         encoder: The encoder that made the uploads, SECOND's or PV-RCNN's.
         codec: "fp16" or "int8".
+        levels: Levels per channel of each defence that rounds; the attacker knows them from the encoder file.
         parts: Which features it reads: those of the keypoints' balls at stages of the backbone, and the cells at the cut.
         most: Groups of cells per upload that it looks at where no keypoint names the voxel; each costs some hundred solutions.
         most_voxels: Voxels per upload that it solves for around keypoints. A keypoint that stands for a coarse cell has one candidate for
@@ -80,12 +81,13 @@ class LoneVoxels:
         encoder: PvRcnnEncoder | SecondEncoder,
         codec: str,
         *,
+        levels: Sequence[int] = (),
         parts: tuple[Part, ...] = ALL_PARTS,
         most: int = 10,
         most_voxels: int = 2048,
         iterations: int = 8,
     ) -> None:
-        self.encoder, self.codec, self.iterations = encoder, codec, iterations
+        self.encoder, self.codec, self.levels, self.iterations = encoder, codec, levels, iterations
         self.most, self.most_voxels = most, most_voxels
         self.second = encoder if isinstance(encoder, SecondEncoder) else encoder.second
         there = encoder.upload_channels() if isinstance(encoder, PvRcnnEncoder) else {}
@@ -234,7 +236,7 @@ class LoneVoxels:
                 noise.append(errors[source])
         cells, lone = _reached_cells(upload, voxels)
         if "cut" in self.parts:
-            values, errors = _cell_features(upload, cells, self.codec)
+            values, errors = _cell_features(upload, cells, self.codec, self.levels)
             observed.append(values)
             noise.append(torch.where(lone[:, None], errors, torch.inf))
         asked = _Questions(
@@ -257,7 +259,7 @@ class LoneVoxels:
         columns = slice(*encoder.upload_channels()[part])
         apart = torch.cdist(keypoints.xyz, keypoints.xyz).fill_diagonal_(torch.inf).amin(1)
         free = apart[:, None] > torch.tensor(config.radii).repeat_interleave(config.channels[1])
-        noise = rounding(keypoints.features[:, columns], self.codec)
+        noise = rounding(keypoints.features[:, columns], self.codec, self.levels)
         return keypoints.features[:, columns].double(), torch.where(free, noise, torch.inf)
 
 
@@ -317,14 +319,14 @@ def _reached_cells(upload: CutFeatures, voxels: Tensor) -> tuple[Tensor, Tensor]
     return cells, lone
 
 
-def _cell_features(upload: CutFeatures, cells: Tensor, codec: str) -> tuple[Tensor, Tensor]:
+def _cell_features(upload: CutFeatures, cells: Tensor, codec: str, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(N, 8 * C) features of cells and their errors, one after the other, zeros without error where there is no cell."""
     numbers = cell_index(upload.voxels.coords[:, 1:], upload.spec.shape)
     row_of = torch.full((math.prod(upload.spec.shape),), len(numbers))
     row_of[numbers] = torch.arange(len(numbers))
     rows = torch.where(cells >= 0, row_of[cells], len(numbers))
     features = nn.functional.pad(upload.voxels.features.double(), (0, 0, 0, 1))
-    noise = nn.functional.pad(rounding(upload.voxels.features, codec), (0, 0, 0, 1), value=1.0)
+    noise = nn.functional.pad(rounding(upload.voxels.features, codec, levels), (0, 0, 0, 1), value=1.0)
     return features[rows].flatten(1), noise[rows].flatten(1)
 
 

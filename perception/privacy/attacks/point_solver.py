@@ -6,7 +6,7 @@ equations. Levenberg and Marquardt's method answers thousands of them together; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -97,19 +97,25 @@ def standard_errors(jacobian: Tensor) -> Tensor:
     return parts.nan_to_num(0.0, posinf=torch.inf).sum(2).sqrt()
 
 
-def rounding(features: Tensor, codec: str) -> Tensor:
-    """Estimate the error that a codec left in the features of a scene.
+def rounding(features: Tensor, codec: str, levels: Sequence[int] = ()) -> Tensor:
+    """Estimate the error that a codec, and defences that round, left in the features of a scene.
 
     Args:
         features: (M, C) features of one scene after the codec's round trip.
         codec: "fp16" or "int8".
+        levels: Levels per channel of each defence that rounds (`RoundingConfig.levels`).
 
     Returns:
         (M, C) float64 standard deviations.
     """
     wide = features.double()
-    if codec == "int8" and len(wide):
-        step = (wide.amax(0) - wide.amin(0)) / 255
-        return (step / 12**0.5).clamp_min(1e-6).expand_as(wide)
     # Half precision keeps 11 binary digits. The encoder itself computes with 24, on coordinates of tens of meters.
-    return (wide.abs() * 2.0**-11 / 3**0.5).clamp_min(1e-5)
+    error = (wide.abs() * 2.0**-11 / 3**0.5).clamp_min(1e-5)
+    if not len(wide):
+        return error
+    span = wide.amax(0) - wide.amin(0)
+    if codec == "int8":
+        error = (span / 255 / 12**0.5).clamp_min(1e-6).expand_as(wide)
+    for number in levels:
+        error = torch.hypot(error, span / (number - 1) / 12**0.5)
+    return error
