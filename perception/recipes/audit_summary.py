@@ -5,15 +5,22 @@ Read next: `audit_report.py`, which makes it of what was measured.
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.config_json import config_from_json
-from ...core.errors import InvalidInput
+from ...core.errors import InvalidInput, require, require_numbers
+from ...core.foreign_text import is_one_name
 from ...core.strict_json import read_json
 
 SUMMARY_FILE = "summary.json"
 """The file in the folder of an audit."""
+_MOST_BYTES = 4 << 20
+"""Bytes of the largest summary that is read; one of a hundred settings has some hundred thousand."""
+_MOST_NAMES = 1000
+"""Classes or metrics of a setting."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +66,22 @@ class SettingSummary:
     ap: dict[str, tuple[float, ...]]
     """AP after UpCycling, by metric: one value per seed."""
 
+    def __post_init__(self) -> None:
+        names = (self.name, *self.f_objects, *self.ap)
+        require(
+            len(names) <= _MOST_NAMES and all(map(is_one_name, names)),
+            "a setting, a class or a metric has no name that can be shown, or there are too many",
+        )
+        require(self.codec in ("fp16", "int8"), "the codec must be fp16 or int8")
+        require(
+            re.fullmatch("[0-9a-f]{64}", self.encoder) is not None, "the encoder must be a fingerprint of 64 hexadecimal digits"
+        )
+        shares = (self.f_nothing, self.f_scene, self.f_above_road, *self.f_objects.values(), self.exact_tried, self.neighbor)
+        amounts = (self.bytes_per_frame, self.raw_bytes_per_frame, self.noise_bound, self.bits_per_voxel, self.exact_per_scan)
+        require_numbers("SettingSummary", least=0, most=1, shares=_known(*shares, self.neighbor_chance))
+        require_numbers("SettingSummary", least=0, most=1e12, amounts=_known(*amounts, self.exact_chance))
+        require_numbers("SettingSummary", least=-sys.float_info.max, most=sys.float_info.max, leak=_known(self.leak))
+
 
 def read_audit_summary(folder: Path) -> list[SettingSummary]:
     """Read the summary of an audit.
@@ -75,13 +98,19 @@ def read_audit_summary(folder: Path) -> list[SettingSummary]:
     path = folder / SUMMARY_FILE
     if not path.is_file():
         raise InvalidInput(f"{folder} holds no finished audit: there is no {SUMMARY_FILE}; run `upcycle3d audit --out {folder}`")
-    record = read_json(path, "the summary of an audit", remedy=f"run `upcycle3d audit --out {folder}` again")
+    record = read_json(
+        path, "the summary of an audit", remedy=f"run `upcycle3d audit --out {folder}` again", max_bytes=_MOST_BYTES
+    )
     if not isinstance(record, dict) or not isinstance(rows := record.get("settings"), list):
         raise InvalidInput(f"{path} is no summary of an audit; run `upcycle3d audit --out {folder}` again")
     try:
         return [config_from_json(SettingSummary, row) for row in rows]
     except InvalidInput as error:
         raise InvalidInput(f"{path} is no summary of an audit: {error}; run `upcycle3d audit --out {folder}` again") from error
+
+
+def _known(*numbers: float | None) -> list[float]:
+    return [number for number in numbers if number is not None]
 
 
 def sentence(row: SettingSummary) -> str:
