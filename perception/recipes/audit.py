@@ -351,6 +351,7 @@ class _Frames:
         if role not in self._read:
             frames = split.open()
             rows = range(0, len(frames), max(1, math.ceil(len(frames) / most)))
+            encoder = self.detector.encoder  # making or loading it draws random numbers, so the seed is set afterwards
             torch.manual_seed(self._audit.plan.seed)
-            self._read[role] = audit_frames((frames[i] for i in rows), self.detector.encoder, self.setting.codec)
+            self._read[role] = audit_frames((frames[i] for i in rows), encoder, self.setting.codec)
         return self._read[role]
