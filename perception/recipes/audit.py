@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -57,6 +58,7 @@ from .method_run import MethodResult, MethodRun
 from .pipeline import Pipeline
 from .result_cache import ResultCache
 
+T = TypeVar("T")
 Measured = RebuildMeasured | ExactMeasured | LinkageMeasured | AttributeLeak | PeopleLeak | None
 """What an attack may give."""
 
@@ -163,31 +165,30 @@ class Audit:
             most = self.plan.budget.victim_frames
             return config_to_json(measure_membership(plan, self._detector, self.plan.victims, most=most, seed=self.plan.seed))
 
-        stored = self.cache.read_or_make(f"membership_{plan.digest()}", self.plan.seed, measure)
-        return config_from_json(MembershipLeak, stored)
+        name = f"membership_{plan.digest()}"
+        return self._decoded(MembershipLeak, name, self.cache.read_or_make(name, self.plan.seed, measure))
 
     def _result(self, setting: AuditSetting) -> SettingResult:
         lazy = _Frames(self, setting)
-        sent = config_from_json(
-            SentMeasured, self._cell(setting, "sent", lambda: measure_sent(lazy.detector, lazy.victims, setting.codec))
-        )
+        stored = self._cell(setting, "sent", lambda: measure_sent(lazy.detector, lazy.victims, setting.codec))
+        sent = self._decoded(SentMeasured, f"{setting.name}__sent", stored)
         rebuilt: dict[AttackName, RebuildMeasured] = {}
         exact: ExactMeasured | None = None
         linkage: LinkageMeasured | None = None
         attributes: AttributeLeak | None = None
         people: PeopleLeak | None = None
         for name in self.plan.attacks:
-            stored = self._cell(setting, name, partial(self._attack, name, lazy))
+            stored, key = self._cell(setting, name, partial(self._attack, name, lazy)), f"{setting.name}__{name}"
             if name == "exact":
-                exact = config_from_json(ExactMeasured, stored)
+                exact = self._decoded(ExactMeasured, key, stored)
             elif name == "linkage":
-                linkage = config_from_json(LinkageMeasured, stored) if stored else None
+                linkage = self._decoded(LinkageMeasured, key, stored) if stored else None
             elif name == "attributes":
-                attributes = config_from_json(AttributeLeak, stored) if stored else None
+                attributes = self._decoded(AttributeLeak, key, stored) if stored else None
             elif name == "people":
-                people = config_from_json(PeopleLeak, stored) if stored else None
+                people = self._decoded(PeopleLeak, key, stored) if stored else None
             else:
-                rebuilt[name] = config_from_json(RebuildMeasured, stored)
+                rebuilt[name] = self._decoded(RebuildMeasured, key, stored)
         return SettingResult(
             setting=setting,
             sent=sent,
@@ -226,6 +227,8 @@ class Audit:
         stored = {"setting": config_to_json(setting)}
         if self.cache.has(key, self.plan.seed):
             found = self.cache.read(key, self.plan.seed)
+            if not isinstance(found, dict) or found.keys() != {"setting", "measured"}:
+                raise InvalidInput(self._damaged(key, "a setting and what was measured are not there"))
             if found["setting"] != json.loads(json.dumps(stored["setting"])):
                 raise InvalidInput(
                     f"{self.cache.path(key, self.plan.seed)} is of another setting with the name {setting.name!r}; give the new "
@@ -243,6 +246,16 @@ class Audit:
             found = self.cache.read(f"{known.name}__{what}", self.plan.seed)["measured"]
         self.cache.write(key, self.plan.seed, {**stored, "measured": found})
         return self.cache.read(key, self.plan.seed)["measured"]
+
+    def _decoded(self, kind: type[T], key: str, stored: Json) -> T:
+        """The value of a cell; a file that somebody edited, or another version wrote, is named."""
+        try:
+            return config_from_json(kind, stored)
+        except InvalidInput as error:
+            raise InvalidInput(self._damaged(key, str(error))) from error
+
+    def _damaged(self, key: str, why: str) -> str:
+        return f"{self.cache.path(key, self.plan.seed)} is no cell of this version ({why}); delete it, and it is measured again"
 
     def _measured_of_another(self, what: str) -> AuditSetting | None:
         """A setting whose cell of this name is there already and is that of every setting, because the attack looks at no upload."""

@@ -60,9 +60,22 @@ def summarize_audit(results: Sequence[SettingResult]) -> list[SettingSummary]:
 
     Returns:
         The rows in the same order.
+
+    Raises:
+        InvalidInput: A number is outside its limits.
     """
     plain = next((r for r in results if r.setting.name == UNDEFENDED), None)
-    return [_summary(result, plain) for result in results]
+    rows = []
+    for result in results:
+        try:
+            rows.append(_summary(result, plain))
+        except InvalidInput as error:
+            name = result.setting.name
+            raise InvalidInput(
+                f"the cells of the setting {name!r} hold a number that no attack gives ({error}), so somebody edited them; delete the files "
+                f"{name}__*.json in `cells`, and they are measured again"
+            ) from error
+    return rows
 
 
 def _summary(result: SettingResult, plain: SettingResult | None) -> SettingSummary:

@@ -125,14 +125,6 @@ def test_an_audit_goes_on_where_it_was_and_measures_nothing_twice(measured, plan
         list(Audit(other, audit.folder).results())
 
 
-def test_a_cell_that_is_measured_after_an_interruption_is_the_same(measured, plan, tmp_path):
-    """Random defences draw the same numbers, whether the detector of the setting was loaded just before or cells ago."""
-    audit, results, _ = measured
-    shutil.copytree(audit.folder, tmp_path / "killed")
-    (tmp_path / "killed" / "cells" / "half__attributes_seed0.json").unlink()
-    assert list(Audit(plan, tmp_path / "killed", say=lambda text: None).results()) == results
-
-
 def test_an_audit_whose_numbers_would_be_wrong_is_refused(plan, tmp_path):
     with pytest.raises(InvalidInput, match="2 frames of the victims"):
         Audit(replace(plan, attacker=replace(plan.attacker, name=None)), tmp_path / "a")
