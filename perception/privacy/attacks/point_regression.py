@@ -97,21 +97,26 @@ class PointRegressionAttack:
         """
         self.config = config or PointRegressionConfig()
         self._network: _Network | None = None
+        self._knows_nothing = False
 
     def train(self, frames: Sequence[AuditFrame]) -> None:
         """Learn from frames whose scans the attacker knows. The same frames and the same seed give the same network.
+
+        Where no cell of any of them holds a point, as where a defence sends nothing, there is nothing to learn, and no point is rebuilt.
 
         Args:
             frames: Frames of the attacker's own, all of one cut.
 
         Raises:
-            InvalidInput: There is no frame, or no uploaded cell of any of them holds a point.
+            InvalidInput: There is no frame.
         """
         require(len(frames) > 0, "point regression needs at least one frame; give the attacker frames of its own")
         config, spec = self.config, frames[0].upload.spec
         examples = [_Example.of(frame.upload, frame.scan, config.points_per_cell) for frame in frames]
         if not any(bool(e.filled.any()) for e in examples):
-            raise InvalidInput("no uploaded cell of the attacker's frames holds a point, so there is nothing to learn")
+            self._knows_nothing = True
+            return
+        self._knows_nothing = False
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             network = _Network(spec, config)
@@ -144,6 +149,8 @@ class PointRegressionAttack:
             InvalidInput: The attack was not trained, or was trained for another cut.
         """
         network = self._network
+        if self._knows_nothing:
+            return Rebuilt(xyz=torch.zeros(0, 3), score=torch.zeros(0))
         if network is None:
             raise InvalidInput("the attack by point regression was not trained; call `train` with frames of the attacker first")
         require(
