@@ -27,10 +27,12 @@ import torch
 from ...core.config_json import Json, config_from_json, config_to_json
 from ...core.cut import VoxelGrid
 from ...core.errors import InvalidInput
+from ...core.rig import RigSpec
 from ...datasets.data_split import DataSplit
 from ..evaluation.score import own_protocol
 from ..models.detector import Detector
 from ..models.encoders.defended import DefendedEncoder
+from ..models.encoders.fingerprint import encoder_fingerprint
 from ..privacy.attacks.attributes import AttributeLeak
 from ..privacy.attacks.membership import MembershipLeak
 from ..privacy.attacks.people import PeopleLeak
@@ -289,6 +291,10 @@ class Audit:
         if not isinstance(encoder, DefendedEncoder) or encoder.config.defences != setting.defences:
             raise InvalidInput(
                 f"{folder} is the detector of another setting with the name {setting.name!r}; give the new setting another name"
+            )
+        if encoder_fingerprint(encoder.encoder, RigSpec()) != encoder_fingerprint(self._detector.encoder, RigSpec()):
+            raise InvalidInput(
+                f"{folder} was made from another detector than {self.plan.detector}; choose another folder for the audit"
             )
         return folder
 

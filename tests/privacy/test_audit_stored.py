@@ -71,6 +71,17 @@ def test_a_cell_that_somebody_edited_is_named_with_the_remedy(measured, plan, tm
         list(Audit(plan, tmp_path / "edited").results())
 
 
+def test_a_defended_detector_of_another_source_is_not_taken_for_this_one(measured, plan, tmp_path):
+    """Whoever deletes the cells of an audit and gives another detector must not get numbers of the old one."""
+    audit, _ = measured
+    shutil.copytree(audit.folder, tmp_path / "old")
+    shutil.rmtree(tmp_path / "old" / "cells")
+    save_run_detector(tmp_path / "source", tiny.second_iou(seed=3))
+    other = Audit(replace(plan, detector=tmp_path / "source"), tmp_path / "old")
+    with pytest.raises(InvalidInput, match="was made from another detector"):
+        other.detector_folder(plan.settings[-1])
+
+
 def test_numbers_that_no_attack_gives_are_not_summarized(measured):
     _, results = measured
     wrong = replace(results[1], sent=replace(results[1].sent, bytes_per_frame=-1.0))
