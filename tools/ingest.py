@@ -108,11 +108,11 @@ def command(config: Ingest) -> None:
 
 def _write_note(config: Ingest, encoder: Encoder, audited: Sequence[SettingSummary]) -> None:
     """Write down which defences the uploads of the store passed, and what an audit measured of them."""
-    defences = defences_of(encoder)
+    defences, own = defences_of(encoder), encoder_fingerprint(encoder, RigSpec())
     earlier = read_store_note(config.store)
-    measured = earlier.measured if earlier is not None and same_defences(earlier.defences, defences) else ()
+    same = earlier is not None and same_defences(earlier.defences, defences) and earlier.encoder in (None, own)
+    measured = earlier.measured if earlier is not None and same else ()
     if config.audit is not None:
-        own = encoder_fingerprint(encoder, RigSpec())
         found = tuple(sentence(row) for row in audited if row.encoder == own)
         if not found:
             kept = f". What {config.store / NOTE} says of an earlier audit stays there" if measured else ""
@@ -122,7 +122,7 @@ def _write_note(config: Ingest, encoder: Encoder, audited: Sequence[SettingSumma
             )
         measured = found or measured
     if config.store.is_dir():
-        write_store_note(config.store, StoreNote(defences=defences, measured=measured))
+        write_store_note(config.store, StoreNote(defences=defences, measured=measured, encoder=own))
 
 
 def _judge(config: Ingest, report: IngestReport, rig: RigSpec, fingerprint: str) -> None:

@@ -26,6 +26,8 @@ class StoreNote:
     """The defences of the encoder as `upcycle3d defend` spells them; `none` without one."""
     measured: tuple[str, ...] = ()
     """What an audit measured of uploads of this encoder, one sentence per codec; empty where nobody measured."""
+    encoder: str | None = None
+    """Fingerprint, without a rig, of the encoder that this is about; None in a note of an earlier version."""
 
 
 def write_store_note(store: Path, note: StoreNote) -> None:
