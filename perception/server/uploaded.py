@@ -1,6 +1,7 @@
 """What the server knows about a scan of which a vehicle sent features: perhaps not all of it.
 
-Where the encoder carries defences, labeled scans on the server pass them too, and a scene may be partial: whole places were not sent.
+Where the encoder carries defences, labeled scans on the server pass them too (`UpcycleConfig.labeled_as_sent` says how many), and a scene
+may be partial: whole places were not sent.
 An empty cell there is no background, and an object there cannot be seen; neither may teach the decoder anything.
 
 Read next: `perception/models/encoders/defended.py`, which says what is sent.

@@ -4,7 +4,8 @@
                        └─ send 1 ─ send 2 ─ … ─ upload ─ … ─ restore 2 ─ restore 1 ── features that the server's decoder reads
 
 The defences are part of the configuration and of the weights, so the encoder file holds them and the encoder fingerprint covers
-them: a store refuses scenes that passed other defences, and the server's labeled scans pass the same ones.
+them: a store refuses scenes that passed other defences, and labeled scans on the server pass the same ones, as many of them as
+`UpcycleConfig.labeled_as_sent` says.
 """
 
 from __future__ import annotations
