@@ -17,14 +17,14 @@ from ..perception.recipes.audit import Audit, SettingResult
 from ..perception.recipes.audit_cells import REBUILDING, AttackName
 from ..perception.recipes.audit_membership import MembershipPlan, ReferencePlan, membership_table
 from ..perception.recipes.audit_plan import QUICK, AuditBudget, AuditPlan, AuditSetting, AuditUse
-from ..perception.recipes.audit_report import (
+from ..perception.recipes.audit_report import write_audit_report
+from ..perception.recipes.audit_tables import (
     LEAK_NOTE,
     attack_table,
     attribute_table,
     summarize_audit,
     summary_table,
     weak_attacks,
-    write_audit_report,
 )
 from ..perception.recipes.job_inputs import find_preset
 from .console import console, print_table, print_warning, run_command

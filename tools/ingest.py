@@ -12,14 +12,13 @@ import tyro
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.rig import RigSpec
 from ..core.scan_options import ScanOptions
-from ..perception.models.defences.table import same_defences
 from ..perception.models.encoders.defended import defences_of
 from ..perception.models.encoders.encoder import Encoder
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
-from ..perception.recipes.audit_summary import SettingSummary, read_audit_summary, sentence
+from ..perception.recipes.audit_summary import AuditSummary, read_audit_summary, sentence
 from ..perception.server.ingest import ingest
 from ..perception.server.ingest_report import IngestReport, Refusal
-from ..perception.server.store_note import NOTE, StoreNote, read_store_note, write_store_note
+from ..perception.server.store_note import NOTE, MeasuredUploads, StoreNote, read_store_note, write_store_note
 from ..perception.wire.encoder_file import load_encoder
 from .console import console, print_table, print_warning, run_command, write_json
 
@@ -61,7 +60,7 @@ def command(config: Ingest) -> None:
     given = ScanOptions(z_shift=config.z_shift, intensity_scale=config.intensity_scale)
     rig = given.rig(None if encoder.trained_on is None else encoder.trained_on.rig)
     fingerprint = encoder_fingerprint(encoder, rig)
-    audited = [] if config.audit is None else read_audit_summary(config.audit)
+    audited = None if config.audit is None else read_audit_summary(config.audit)
     if not config.incoming:
         raise InvalidInput("no folder is given; name the folders that the vehicles upload to")
     missing = [folder for folder in config.incoming if not folder.is_dir()]
@@ -81,7 +80,7 @@ def command(config: Ingest) -> None:
         for number, folder in enumerate(dict.fromkeys(config.incoming))
     ]
     report = IngestReport.together(reports)
-    _write_note(config, encoder, audited)
+    _write_note(config, encoder, audited, report)
     write_json(config.json, ingest_json(report) | {"fingerprint": fingerprint, "rig": asdict(rig)})
     print_table("what became of the uploads", ("", "shards", "scenes"), _rows(report))
     _list("quarantined", report.quarantined)
@@ -106,23 +105,33 @@ def command(config: Ingest) -> None:
     _judge(config, report, rig, fingerprint)
 
 
-def _write_note(config: Ingest, encoder: Encoder, audited: Sequence[SettingSummary]) -> None:
+def _write_note(config: Ingest, encoder: Encoder, audited: AuditSummary | None, report: IngestReport) -> None:
     """Write down which defences the uploads of the store passed, and what an audit measured of them."""
     defences, own = defences_of(encoder), encoder_fingerprint(encoder, RigSpec())
     earlier = read_store_note(config.store)
-    same = earlier is not None and same_defences(earlier.defences, defences) and earlier.encoder in (None, own)
-    measured = earlier.measured if earlier is not None and same else ()
-    if config.audit is not None:
-        found = tuple(sentence(row) for row in audited if row.encoder == own)
+    measured = earlier.measured if earlier is not None and earlier.encoder == own else ()
+    if config.audit is not None and audited is not None:
+        found = tuple(
+            MeasuredUploads(codec=row.codec, text=f"{sentence(row)} ({audited.strength})")
+            for row in audited.settings
+            if row.encoder == own
+        )
         if not found:
             kept = f". What {config.store / NOTE} says of an earlier audit stays there" if measured else ""
             print_warning(
-                f"no setting of the audit in {config.audit} has the encoder of {config.detector}; it measured {', '.join(row.name for row in audited) or 'nothing'}. "
+                f"no setting of the audit in {config.audit} has the encoder of {config.detector}; it measured {', '.join(row.name for row in audited.settings) or 'nothing'}. "
                 f"The encoder of each setting is in its folder `detectors`; that one must go to the fleet{kept}"
             )
         measured = found or measured
-    if config.store.is_dir():
-        write_store_note(config.store, StoreNote(defences=defences, measured=measured, encoder=own))
+    if not config.store.is_dir():
+        return
+    write_store_note(config.store, StoreNote(defences=defences, measured=measured, encoder=own))
+    known = {found.codec for found in measured}
+    if known and (missing := sorted({codec for codec, _ in report.codecs} - known)):
+        print_warning(
+            f"the store holds scenes in {', '.join(missing)}, and the audit measured uploads of this encoder in {', '.join(sorted(known))} only; "
+            f"nothing is known of the others. Extract with --codec {min(known)}, or audit a setting with @{missing[0]}"
+        )
 
 
 def _judge(config: Ingest, report: IngestReport, rig: RigSpec, fingerprint: str) -> None:
@@ -132,7 +141,7 @@ def _judge(config: Ingest, report: IngestReport, rig: RigSpec, fingerprint: str)
         others = ", ".join(f"{found.fingerprint[:12]}…" for found in report.foreign)
         raise UpcycleError(
             f"no shard was accepted: {_foreign_shards(foreign)} ({others}) than {fingerprint[:12]}… of {config.detector} with "
-            f"{rig}, and {'stays' if foreign == 1 else 'stay'} in {_folders(config)}. Give the same --detector, --z-shift and --intensity-scale as in `extract`; while a new "
+            f"{rig}, and {'stays' if foreign == 1 else 'stay'} in {_folders(config)}. Give the same --detector (its defences count, too), --z-shift and --intensity-scale as in `extract`; while a new "
             "encoder is rolled out, ingest into one store per encoder (docs/rollout.md)"
         )
     if report.refused_all:

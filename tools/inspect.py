@@ -20,11 +20,12 @@ from ..core.trained_on import TrainedOn
 from ..datasets.fingerprint import short
 from ..datasets.gt_database import GtDatabase
 from ..datasets.prepared import PreparedDataset
+from ..perception.models.encoders.defended import defences_of
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
 from ..perception.models.upcycled import UpcycledDetectorConfig
 from ..perception.server.store import CATALOG, QUARANTINE, SmashedStore
 from ..perception.server.store_note import read_store_note
-from ..perception.training.detector_files import load_detector
+from ..perception.training.detector_files import DETECTOR_FILE, load_detector
 from ..perception.training.run_folder import RunFolder
 from ..perception.wire.encoder_file import load_encoder
 from ..perception.wire.manifest import read_manifest
@@ -115,10 +116,14 @@ def facts_of(path: Path) -> tuple[str, dict[str, object]]:
         return "run folder", _run(path)
     if (path / "dataset.json").exists():
         return "prepared dataset", _prepared(path)
+    if (path / DETECTOR_FILE).exists():
+        return "folder of a detector", _weights(path / DETECTOR_FILE)
     if path.suffix == ".safetensors":
         return "weights", _weights(path)
     if path.is_dir() and (manifests := _manifests(path)):
         return "folder of shards", _shards(manifests)
+    if path.is_dir() and not any(path.iterdir()):
+        raise InvalidInput(f"the folder {path} is empty")
     raise InvalidInput(
         f"{path} is not a shard, folder of shards, store, run folder, prepared dataset or safetensors file of this program"
     )
@@ -204,7 +209,8 @@ def _store(path: Path) -> dict[str, object]:
     note = read_store_note(path)
     if note is not None:
         facts["defences of its uploads"] = note.defences
-        facts["what these give away"] = "; ".join(note.measured) or "not measured here; `upcycle3d audit`, then `ingest --audit`"
+        known = "; ".join(note.about(store.codecs)) if note.measured else ""
+        facts["what these give away"] = known or "not measured here; `upcycle3d audit`, then `ingest --audit`"
     return facts | {
         "encoder fingerprint": store.fingerprint,
         "quarantined shards": len(quarantine),
@@ -257,11 +263,13 @@ def _weights(path: Path) -> dict[str, object]:
         else:
             facts[name] = value if len(value) < 200 else f"{value[:200].rpartition(' ')[0] or value[:200]} …"
     if meta.get("format", "").startswith("upcycle3d detector"):
-        config = load_detector(path).config
-        if isinstance(config, UpcycledDetectorConfig):
-            facts |= {"detector": config.label, "upcycled head": str(config.head)}
+        detector = load_detector(path)
+        facts["defences"] = defences_of(detector.encoder)
+        if isinstance(detector.config, UpcycledDetectorConfig):
+            facts |= {"detector": detector.config.label, "upcycled head": str(detector.config.head)}
     if meta.get("format", "").startswith("upcycle3d encoder"):
         encoder = load_encoder(path)
+        facts["defences"] = defences_of(encoder)
         facts["fingerprint without a rig"] = encoder_fingerprint(encoder, RigSpec())
         if encoder.trained_on is not None:
             facts["fingerprint with the rig of the training"] = encoder_fingerprint(encoder, encoder.trained_on.rig)

@@ -26,7 +26,8 @@ from upcycle3d.core.provenance import provenance_of_process
 from upcycle3d.perception.recipes.audit import Audit
 from upcycle3d.perception.recipes.audit_cells import AttackName
 from upcycle3d.perception.recipes.audit_plan import AuditBudget, AuditPlan, AuditSetting, AuditUse
-from upcycle3d.perception.recipes.audit_report import SettingSummary, summarize_audit, write_audit_report
+from upcycle3d.perception.recipes.audit_report import SettingSummary, write_audit_report
+from upcycle3d.perception.recipes.audit_tables import summarize_audit
 from upcycle3d.perception.recipes.experiment_data import SimulationSize, simulated_adaptation
 from upcycle3d.perception.recipes.job_folder import PipelineConfig, RunOptions
 from upcycle3d.perception.recipes.method_run import MethodRun

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -369,7 +368,8 @@ class _Frames:
     def _frames(self, role: str, split: DataSplit, most: int) -> list[AuditFrame]:
         if role not in self._read:
             frames = split.open()
-            rows = range(0, len(frames), max(1, math.ceil(len(frames) / most)))
+            count = min(len(frames), most)
+            rows = [round(i * (len(frames) - 1) / max(1, count - 1)) for i in range(count)]  # spread over the split
             encoder = self.detector.encoder  # making or loading it draws random numbers, so the seed is set afterwards
             torch.manual_seed(self._audit.plan.seed)
             self._read[role] = audit_frames((frames[i] for i in rows), encoder, self.setting.codec)

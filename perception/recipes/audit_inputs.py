@@ -12,6 +12,7 @@ from ..models.defences.table import DefenceConfig
 from ..models.detector import Detector
 from ..models.encoders.defended import DefendedEncoder, defences_of
 from .defend import fresh_defences
+from .training_frames import shared_frames_note
 
 
 def check_audit_inputs(
@@ -28,7 +29,8 @@ def check_audit_inputs(
         warn: Called with a sentence where a rig is not that of the training.
 
     Raises:
-        InvalidInput: The detector carries defences, labels have other classes than the detector, or a victim is among the other frames.
+        InvalidInput: The detector carries defences, labels have other classes than the detector, or a victim is among the other frames or
+            among those of the detector's training, as far as its run folder names them.
     """
     if isinstance(detector.encoder, DefendedEncoder):
         raise InvalidInput(
@@ -47,6 +49,9 @@ def check_audit_inputs(
                 f"{len(both)} frames of the victims ({victims}), such as {min(both)}, are among the {role} ones ({other}) too. An attack is scored "
                 "on frames that nothing has learned from; choose another split"
             )
+    learned = shared_frames_note(path, victims.open())
+    if learned is not None:
+        raise InvalidInput(f"the victims ({victims}) are no new frames for {path}: {learned}")
 
 
 def check_audit_classes(detector: Detector, path: Path, split: DataSplit) -> None:

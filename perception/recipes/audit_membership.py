@@ -19,6 +19,7 @@ from ..privacy.attacks.membership import MembershipLeak, ReferenceDetector, atta
 from ..privacy.ranking_metrics import MembershipScore
 from ..training.detector_files import DETECTOR_FILE, load_detector
 from .audit_inputs import check_audit_classes
+from .training_frames import shared_frames_note, training_is_recorded
 from .upcycling_report import TextTable
 
 
@@ -66,8 +67,14 @@ def check_membership(plan: MembershipPlan, detector: Detector, path: Path, victi
         victims: Frames that it was not trained on.
 
     Raises:
-        InvalidInput: A split has no labels or other classes, a reference has other classes or another cut, or a frame is in two places.
+        InvalidInput: No member is in the detector's training, a split has no labels or other classes, a reference has other classes or another cut, or a frame is in two places.
     """
+    members = plan.members.open()
+    if training_is_recorded(path) and shared_frames_note(path, members) is None:
+        raise InvalidInput(
+            f"no frame of --members ({plan.members}) is in the training that the run folder of {path} names, so there is no member to find; give the "
+            "split that the detector was trained on"
+        )
     places = [("--members", plan.members), ("--victims", victims)]
     for r in plan.references:
         other = load_detector(r.detector)

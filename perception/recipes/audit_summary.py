@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.config_json import config_from_json
-from ...core.errors import InvalidInput, require, require_numbers
+from ...core.errors import InvalidInput, require, require_counts, require_numbers
 from ...core.foreign_text import is_one_name
 from ...core.strict_json import read_json
 
@@ -35,6 +35,8 @@ class SettingSummary:
     """Bytes of an encoded scene."""
     raw_bytes_per_frame: float
     """Bytes of the raw scan."""
+    cells_per_frame: float
+    """Cells that are sent."""
     encoder: str
     """Fingerprint of the encoder and its defences, without a rig. `upcycle3d ingest --audit` finds the setting of its store by it."""
     codec: str
@@ -58,7 +60,8 @@ class SettingSummary:
     exact_chance: float | None
     """The same for guesses of as many voxel centers."""
     exact_tried: float | None = None
-    """Share of the keypoints or groups of cells that the search for voxels without neighbors looked at; None where it was not counted."""
+    """Share of the places that the search for voxels without neighbors had time for: keypoints with no other one close by, or groups of cells
+    that stand alone. None where there was no such place, or nobody searched."""
     neighbor: float | None
     """Share of scenes whose neighbor in time is found."""
     neighbor_chance: float | None
@@ -77,20 +80,64 @@ class SettingSummary:
             re.fullmatch("[0-9a-f]{64}", self.encoder) is not None, "the encoder must be a fingerprint of 64 hexadecimal digits"
         )
         shares = (self.f_nothing, self.f_scene, self.f_above_road, *self.f_objects.values(), self.exact_tried, self.neighbor)
-        amounts = (self.bytes_per_frame, self.raw_bytes_per_frame, self.noise_bound, self.bits_per_voxel, self.exact_per_scan)
+        amounts = (
+            self.bytes_per_frame,
+            self.raw_bytes_per_frame,
+            self.cells_per_frame,
+            self.noise_bound,
+            self.bits_per_voxel,
+            self.exact_per_scan,
+        )
         require_numbers("SettingSummary", least=0, most=1, shares=_known(*shares, self.neighbor_chance))
         require_numbers("SettingSummary", least=0, most=1e12, amounts=_known(*amounts, self.exact_chance))
         require_numbers("SettingSummary", least=-sys.float_info.max, most=sys.float_info.max, leak=_known(self.leak))
 
 
-def read_audit_summary(folder: Path) -> list[SettingSummary]:
+@dataclass(frozen=True, kw_only=True)
+class AttackStrength:
+    """How much work stands behind the numbers of an audit: a weak attack measures little."""
+
+    attacker_frames: int
+    """Frames that the attacks learned from."""
+    victim_frames: int
+    """Frames that they were scored on."""
+    steps: int
+    """Optimizer steps of the occupancy attack."""
+    seed: int
+    """Every random draw."""
+    quick: bool
+    """Whether it was a first look, with attacks too weak to choose a defence by."""
+
+    def __post_init__(self) -> None:
+        counts = {"attacker_frames": self.attacker_frames, "victim_frames": self.victim_frames, "steps": self.steps}
+        require_counts("AttackStrength", least=0, most=10_000_000, **counts)
+
+    def __str__(self) -> str:
+        first = "a first look (--quick) with weak attacks, no ground to choose a defence: " if self.quick else ""
+        return (
+            f"{first}{self.steps} steps on {self.attacker_frames} frames of the attacker, scored on {self.victim_frames} other frames, seed "
+            f"{self.seed}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditSummary:
+    """What `summary.json` says."""
+
+    settings: tuple[SettingSummary, ...]
+    """One row per setting."""
+    strength: AttackStrength
+    """The work behind the rows."""
+
+
+def read_audit_summary(folder: Path) -> AuditSummary:
     """Read the summary of an audit.
 
     Args:
         folder: Folder of the audit.
 
     Returns:
-        One row per setting.
+        The summary.
 
     Raises:
         InvalidInput: There is no summary, or the file is none.
@@ -101,10 +148,8 @@ def read_audit_summary(folder: Path) -> list[SettingSummary]:
     record = read_json(
         path, "the summary of an audit", remedy=f"run `upcycle3d audit --out {folder}` again", max_bytes=_MOST_BYTES
     )
-    if not isinstance(record, dict) or not isinstance(rows := record.get("settings"), list):
-        raise InvalidInput(f"{path} is no summary of an audit; run `upcycle3d audit --out {folder}` again")
     try:
-        return [config_from_json(SettingSummary, row) for row in rows]
+        return config_from_json(AuditSummary, record)
     except InvalidInput as error:
         raise InvalidInput(f"{path} is no summary of an audit: {error}; run `upcycle3d audit --out {folder}` again") from error
 
@@ -134,5 +179,5 @@ def sentence(row: SettingSummary) -> str:
     exact = "single points were not computed"
     if row.exact_per_scan is not None:
         exact = f"{row.exact_per_scan:.1f} single points per scan were computed to 1 cm (by chance {row.exact_chance or 0:.1f})"
-        exact += "" if row.exact_tried is None else f", with {row.exact_tried:.0%} of the places tried"
+        exact += "" if row.exact_tried is None else f", with {row.exact_tried:.0%} of the places tried that could hold one"
     return f"{row.codec}: {geometry}; {exact}"

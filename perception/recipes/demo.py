@@ -15,8 +15,9 @@ from pathlib import Path
 from ...core.config_json import Json, config_to_json
 from .audit import Audit
 from .audit_plan import AuditBudget, AuditPlan
-from .audit_report import summarize_audit, write_audit_report
+from .audit_report import write_audit_report
 from .audit_summary import SettingSummary
+from .audit_tables import summarize_audit
 from .experiment_data import DatasetName, SimulationSize, simulated_adaptation
 from .job_folder import JobFolder, PipelineConfig, RunOptions
 from .method_run import MethodResult, MethodRun

@@ -65,6 +65,26 @@ def shared_frames_note(detector: str | Path, frames: PreparedDataset) -> str | N
     return None
 
 
+def training_is_recorded(detector: str | Path) -> bool:
+    """Say whether a run folder names the frames that a detector has learned from, and they are still there.
+
+    Args:
+        detector: Its run folder, or a file or checkpoint in it.
+
+    Returns:
+        True if they can be compared with others.
+    """
+    for record in _records(Path(detector)):
+        data = record.get("data")
+        if isinstance(data, dict) and isinstance(data.get("root"), str):
+            try:
+                DataSplit(root=Path(data["root"]), name=data.get("name")).open()
+            except (UpcycleError, OSError):  # moved or removed
+                continue
+            return True
+    return False
+
+
 def _records(place: Path) -> list[dict[str, Any]]:
     """The records of the run that made a detector and of the runs that it started from, the newest first."""
     found: list[dict[str, Any]] = []

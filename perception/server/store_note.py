@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +20,41 @@ NOTE = "uploads.json"
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasuredUploads:
+    """What an audit measured of uploads in one codec."""
+
+    codec: str
+    """How their features are stored."""
+    text: str
+    """What was measured, and how much work stands behind it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoreNote:
     """What is known of the uploads of a store."""
 
     defences: str
     """The defences of the encoder as `upcycle3d defend` spells them; `none` without one."""
-    measured: tuple[str, ...] = ()
-    """What an audit measured of uploads of this encoder, one sentence per codec; empty where nobody measured."""
-    encoder: str | None = None
-    """Fingerprint, without a rig, of the encoder that this is about; None in a note of an earlier version."""
+    measured: tuple[MeasuredUploads, ...] = ()
+    """What an audit measured of uploads of this encoder, codec by codec; empty where nobody measured."""
+    encoder: str
+    """Fingerprint, without a rig, of the encoder that this is about."""
+
+    def about(self, codecs: Iterable[str]) -> list[str]:
+        """Say what was measured of scenes in some codecs.
+
+        Args:
+            codecs: The codecs of the scenes.
+
+        Returns:
+            One sentence per codec; it says where nothing was measured.
+        """
+        texts = {found.codec: found.text for found in self.measured}
+        others = ", ".join(texts)
+        return [
+            texts.get(codec, f"{codec}: not measured" + (f"; an audit measured {others} of this encoder" if others else ""))
+            for codec in sorted(codecs)
+        ]
 
 
 def write_store_note(store: Path, note: StoreNote) -> None:

@@ -23,8 +23,9 @@ from upcycle3d.perception.recipes.audit_cells import WITHOUT_UPLOADS, ExactMeasu
 from upcycle3d.perception.recipes.audit_linkage import measure_linkage, read_drives
 from upcycle3d.perception.recipes.audit_membership import MembershipPlan, ReferencePlan
 from upcycle3d.perception.recipes.audit_plan import UNDEFENDED, AuditBudget, AuditPlan, AuditSetting
-from upcycle3d.perception.recipes.audit_report import LEAK_NOTE, summarize_audit, summary_table, weak_attacks, write_audit_report
-from upcycle3d.perception.recipes.audit_summary import sentence
+from upcycle3d.perception.recipes.audit_report import attack_strength, write_audit_report
+from upcycle3d.perception.recipes.audit_summary import AuditSummary, sentence
+from upcycle3d.perception.recipes.audit_tables import LEAK_NOTE, summarize_audit, summary_table, weak_attacks
 from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
 from upcycle3d.perception.vehicle.extractor import Extractor, extract
 from upcycle3d.perception.wire.encoder_file import save_encoder
@@ -172,8 +173,9 @@ def test_the_report_shows_every_setting_and_attack(measured):
     assert [row.name for row in rows] == [UNDEFENDED, "half"]
     table = summary_table(rows)
     assert len(table.rows) == 2
-    assert table.header[:5] == ("setting", "kB per frame", "share of raw bytes", "F@0.2 m whole scene", "leak share L")
-    assert table.header[5:] == (
+    always = ("setting", "kB per frame", "share of raw bytes", "cells per frame", "F@0.2 m whole scene", "leak share L")
+    assert table.header[:6] == always
+    assert table.header[6:] == (
         "exact points (by chance)",
         "places tried",
     )  # nobody attacked order, and no network rebuilt objects
@@ -184,6 +186,8 @@ def test_the_report_shows_every_setting_and_attack(measured):
     assert [row["name"] for row in record["settings"]] == [UNDEFENDED, "half"]
     text = (audit.folder / "audit.md").read_text()
     assert text.count("| half |") >= 1
+    assert "2 steps on 4 frames of the attacker, scored on 2 other frames" in text
+    assert "neighbors:" not in text  # only columns that are there are explained
     assert text.index("| half |") < text.index(LEAK_NOTE) < text.index("Attacks on")
     assert "anonym" not in page.lower()
 
@@ -235,19 +239,17 @@ def test_a_store_says_which_defences_its_uploads_passed_and_what_the_audit_measu
     assert run_command(ingest.command, list(map(str, words))) == 0  # another day, without the audit: the note stays
     assert run_command(inspect.command, [str(tmp_path / "store"), "--json", str(tmp_path / "j")]) == 0
     assert json.loads((tmp_path / "j").read_text()) == facts
-    for old in ('"drop:share=0.5"', '"drop:share=0.50"'):  # settings may be spelled in another way by an earlier version
-        note = tmp_path / "store" / "uploads.json"
-        note.write_text(note.read_text().replace('"drop:share=0.5"', old))
-        other = replace(summarize_audit(results)[0], encoder="0" * 64, name="elsewhere")
-        (tmp_path / "other").mkdir(exist_ok=True)
-        (tmp_path / "other" / "summary.json").write_text(json.dumps({"settings": [config_to_json(other)]}))
-        capsys.readouterr()
-        assert run_command(ingest.command, [*map(str, words), "--audit", str(tmp_path / "other")]) == 0
-        told = " ".join(capsys.readouterr().err.split())
-        assert "it measured elsewhere" in told
-        assert "says of an earlier audit stays there" in told
-        assert run_command(inspect.command, [str(tmp_path / "store"), "--json", str(tmp_path / "j")]) == 0
-        assert json.loads((tmp_path / "j").read_text()) == facts
+    other = replace(summarize_audit(results)[0], encoder="0" * 64, name="elsewhere")
+    (tmp_path / "other").mkdir()
+    summary = AuditSummary(settings=(other,), strength=attack_strength(audit, results))
+    (tmp_path / "other" / "summary.json").write_text(json.dumps(config_to_json(summary)))
+    capsys.readouterr()
+    assert run_command(ingest.command, [*map(str, words), "--audit", str(tmp_path / "other")]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "it measured elsewhere" in told
+    assert "says of an earlier audit stays there" in told
+    assert run_command(inspect.command, [str(tmp_path / "store"), "--json", str(tmp_path / "j")]) == 0
+    assert json.loads((tmp_path / "j").read_text()) == facts
     (tmp_path / "store" / "uploads.json").write_text('{"defences": 1}')
     for call, given in ((ingest.command, list(map(str, words))), (inspect.command, [str(tmp_path / "store")])):
         assert run_command(call, given) == 2
@@ -299,7 +301,7 @@ def test_an_occupancy_attack_below_another_row_is_named_as_too_weak(measured, tm
     shown = Audit(audit.plan, audit.folder)
     shown.folder = tmp_path
     assert "do not read its low score as protection" in write_audit_report(shown, [weak]).read_text()
-    assert (tmp_path / "audit.md").read_text().startswith("Warning: the occupancy attack")
+    assert (tmp_path / "audit.md").read_text().split("\n\n")[1].startswith("Warning: the occupancy attack")
 
 
 def test_options_that_contradict_each_other_are_refused_before_anything_is_measured(plan, tmp_path, capsys):

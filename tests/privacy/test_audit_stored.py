@@ -11,7 +11,7 @@ from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.models.defences.cells import DropConfig
 from upcycle3d.perception.recipes.audit import Audit
 from upcycle3d.perception.recipes.audit_plan import AuditBudget, AuditPlan, AuditSetting
-from upcycle3d.perception.recipes.audit_report import summarize_audit
+from upcycle3d.perception.recipes.audit_tables import summarize_audit
 from upcycle3d.perception.training.detector_files import save_run_detector
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,12 +22,14 @@ from upcycle3d.datasets.data_split import DataSplit
 from upcycle3d.datasets.folder import FolderDataset
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
+from upcycle3d.perception.recipes.audit_inputs import check_audit_inputs
+from upcycle3d.perception.recipes.audit_membership import MembershipPlan, check_membership
 from upcycle3d.perception.recipes.jobs import JobStart, evaluate_on, train_preset, upcycle_preset
 from upcycle3d.perception.recipes.presets import PRESETS
 from upcycle3d.perception.recipes.scan_survey import describe_training, expected_road, survey_split
 from upcycle3d.perception.recipes.training_frames import shared_frames_note
 from upcycle3d.perception.recipes.validation import Validation
-from upcycle3d.perception.training.detector_files import save_run_detector
+from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
 from upcycle3d.perception.training.run_folder import RunFolder
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -176,3 +178,17 @@ def test_scores_on_frames_of_the_training_get_a_note_and_others_do_not(tmp_path)
     shutil.move(data.root, tmp_path / "moved")
     assert shared_frames_note(run, DataSplit(root=tmp_path / "moved", name="train").open()).startswith("4 of 4 frames")
     assert shared_frames_note(run, DataSplit(root=tmp_path / "moved", name="val").open()) is None
+
+
+def test_an_audit_refuses_victims_that_were_trained_on_and_members_that_were_not(tmp_path):
+    """Attacks are scored on new frames, and a member that never was one makes membership look harmless."""
+    data = tiny.prepared(tmp_path / "data")
+    run = tmp_path / "run"
+    train_preset(tiny.preset(steps=2), data, run, progress=False)
+    detector, val = load_detector(run), replace(data, name="val")
+    with pytest.raises(InvalidInput, match=r"are no new frames for .*4 of 4 frames were also in the training"):
+        check_audit_inputs(detector, run, attacker=val, labeled=val, victims=data, warn=print)
+    check_audit_inputs(detector, run, attacker=data, labeled=data, victims=val, warn=print)
+    with pytest.raises(InvalidInput, match="so there is no member to find"):
+        check_membership(MembershipPlan(members=val), detector, run, data)
+    check_membership(MembershipPlan(members=data), detector, run, val)

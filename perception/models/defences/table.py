@@ -113,26 +113,6 @@ def describe_defences(configs: Sequence[DefenceConfig]) -> str:
     return "+".join(map(_described, configs)) or "none"
 
 
-def same_defences(text: str, other: str) -> bool:
-    """Say whether two texts name the same defences, also where one leaves settings at their defaults out.
-
-    Args:
-        text: Defences as `describe_defences` writes them, or as an earlier version did.
-        other: The same.
-
-    Returns:
-        True where both give the same defences. Texts that cannot be read are the same only letter by letter.
-
-    Example:
-        >>> same_defences("noise:sigma=0.5", "noise")
-        True
-    """
-    try:
-        return parse_defences(text) == parse_defences(other)
-    except InvalidInput:
-        return text == other
-
-
 def _described(config: DefenceConfig) -> str:
     values = config_to_json(config)
     own = ",".join(f"{f.name}={_written(values[f.name])}" for f in fields(config) if values[f.name] != f.default)
