@@ -24,7 +24,7 @@ from upcycle3d.tools.console import print_table
 
 
 def points_in_balls_of(size: int, frame: AuditFrame, radius: float) -> Tensor:
-    """(N, 3) the points of a scan that lie in a keypoint's ball of exactly so many points."""
+    """(N, 3) the points of a scan that lie in a keypoint's ball of exactly `size` points."""
     assert frame.upload.keypoints is not None
     found = set()
     for keypoints in frame.upload.keypoints.xyz.split(256):
