@@ -163,11 +163,19 @@ def test_only_the_gradients_that_are_needed_are_computed():
 def test_the_parts_serve_chains_of_more_than_two_layers():
     plan = DispatchPlan.of(torch.tensor([[2], [0], [2]]), 3)
     x, weight, bias = torch.randn(3, 4), torch.randn(3, 5, 4), torch.randn(3, 5)
-    for kernel in ("slices", "grouped"):
-        rows = grouped_linear(gather_rows(x, plan), weight, bias, plan, kernel)
-        y = combine_rows(rows, torch.ones(3, 1), plan)
-        wanted = torch.stack([weight[e] @ x[t] + bias[e] for t, e in enumerate((2, 0, 2))])
-        torch.testing.assert_close(y, wanted)
+    rows = grouped_linear(gather_rows(x, plan), weight, bias, plan)
+    y = combine_rows(rows, torch.ones(3, 1), plan)
+    wanted = torch.stack([weight[e] @ x[t] + bias[e] for t, e in enumerate((2, 0, 2))])
+    torch.testing.assert_close(y, wanted)
+
+
+def test_many_rows_of_an_expert_are_computed_piece_by_piece_without_gradients():
+    """More rows than `sorted` takes at a time; the oracle is the plain loop."""
+    bank = bank_of(2, (8, 12, 8))
+    x, index = torch.randn(1500, 8), (torch.arange(1500) % 7 == 0).long()[:, None]
+    with torch.no_grad():
+        found = bank(x, index, torch.ones(1500, 1), backend="sorted")
+    torch.testing.assert_close(found, bank(x, index, torch.ones(1500, 1), backend="loop"))
 
 
 # ---- the plan

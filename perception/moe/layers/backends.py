@@ -3,7 +3,7 @@
 | backend | how | when |
 |---|---|---|
 | `loop` | for each expert: find its tokens, plain FFN, `index_add` | the reference that the others are tested against |
-| `sorted` | one sort, one matrix product per expert, inverse gather | many rows per expert, and every type and size |
+| `sorted` | one sort, each expert's FFN on its rows, inverse gather | many rows per expert, and every type and size |
 | `grouped` | the same with `torch.nn.functional.grouped_mm` | few rows per expert, and CUDA |
 | `dense_all` | every expert on every token, as two large products | soft routing |
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from ....core.errors import InvalidInput
 from .dense_ffn import Activation, activate
 from .dispatch import DispatchPlan
-from .grouped import GROUPED_DTYPES, Kernel, combine_rows, gather_rows, grouped_linear
+from .grouped import GROUPED_DTYPES, combine_rows, gather_rows, grouped_linear
 
 Backend = Literal["auto", "loop", "sorted", "grouped", "dense_all"]
 
@@ -108,6 +108,7 @@ class BackendRule:
 
 
 GROUPED_BELOW_ROWS = 200
+_ROWS_IN_CACHE = 512  # that an expert takes at a time where nothing is kept for a backward pass
 BACKEND_RULES = (
     BackendRule(holds=lambda case: case.soft, backend="dense_all", reason="soft routing runs every expert anyway"),
     BackendRule(holds=lambda case: not case.grouped_serves, backend="sorted", reason="grouped_mm lacks this type or size"),
@@ -203,10 +204,9 @@ def run_experts(
         plan = choice if isinstance(choice, DispatchPlan) else DispatchPlan.of(choice, experts)
         if backend == "loop":
             return _run_loop(x, weights, plan.index, weight)
-        if backend == "sorted":
-            return _run_sorted(x, weights, plan, weight, "slices")
-        if backend == "grouped":
-            return _run_sorted(x, weights, plan, weight, "grouped" if _grouped_exists(x) else "slices")
+        if backend in ("sorted", "grouped"):
+            run = _run_grouped if backend == "grouped" and _grouped_exists(x) else _run_sorted
+            return run(x, weights, plan, weight)
     raise InvalidInput(f"unknown backend {backend!r}; choose auto, loop, sorted, grouped or dense_all")
 
 
@@ -222,9 +222,28 @@ def _run_loop(x: Tensor, weights: ExpertWeights, index: Tensor, weight: Tensor) 
     return out.to(x.dtype)
 
 
-def _run_sorted(x: Tensor, weights: ExpertWeights, plan: DispatchPlan, weight: Tensor, kernel: Kernel) -> Tensor:
-    hidden = grouped_linear(gather_rows(x, plan), weights.up, weights.up_bias, plan, kernel)
-    rows = grouped_linear(weights.act(hidden), weights.down, weights.down_bias, plan, kernel)
+def _run_sorted(x: Tensor, weights: ExpertWeights, plan: DispatchPlan, weight: Tensor) -> Tensor:
+    """One expert after the other, its whole FFN at once: its hidden units are still in the cache when the second product reads them."""
+    rows = gather_rows(x, plan)
+    most = max(1, len(rows)) if torch.is_grad_enabled() else _ROWS_IN_CACHE
+    up, down = weights.up.unbind(), weights.down.unbind()
+    nothing: tuple[None, ...] = (None,) * len(up)
+    up_bias = nothing if weights.up_bias is None else weights.up_bias.unbind()
+    down_bias = nothing if weights.down_bias is None else weights.down_bias.unbind()
+    parts = []
+    for expert, count in enumerate(
+        plan.counts if len(rows) else plan.counts[:1]
+    ):  # of no rows, one expert gives all zero gradients
+        own = rows[plan.bounds[expert] :][:count]
+        for some in own.split(most) if count or not len(rows) else ():
+            hidden = weights.act(F.linear(some, up[expert], up_bias[expert]))
+            parts.append(F.linear(hidden, down[expert], down_bias[expert]))
+    return combine_rows(torch.cat(parts), weight, plan)
+
+
+def _run_grouped(x: Tensor, weights: ExpertWeights, plan: DispatchPlan, weight: Tensor) -> Tensor:
+    hidden = grouped_linear(gather_rows(x, plan), weights.up, weights.up_bias, plan)
+    rows = grouped_linear(weights.act(hidden), weights.down, weights.down_bias, plan)
     return combine_rows(rows, weight, plan)
 
 

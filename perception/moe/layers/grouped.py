@@ -1,8 +1,7 @@
 """Differentiable products over rows that are sorted by expert: gather, one linear map per expert, weighted sum.
 
-Every function has two kernels. `slices` runs one matrix product per expert into a slice of the result; it serves every type and size.
-`grouped` runs `torch.nn.functional.grouped_mm`, one call for all experts. What that operator demands is met here and nowhere else:
-gradients in memory order, int32 offsets that end at the number of rows (a `DispatchPlan` guarantees it), rows of a multiple of 16
+The products are those of `torch.nn.functional.grouped_mm`, one call for all experts. What that operator demands is met here and nowhere
+else: gradients in memory order, int32 offsets that end at the number of rows (a `DispatchPlan` guarantees it), rows of a multiple of 16
 bytes, no bias, no empty input.
 
 The derivatives are written with the same functions, so second derivatives work too. An expert without rows gets a gradient of zeros.
@@ -13,7 +12,7 @@ Read next: `backends.py`, which makes an FFN of these.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from .dispatch import DispatchPlan
 
-Kernel = Literal["slices", "grouped"]
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,7 +37,7 @@ def gather_rows(x: Tensor, plan: DispatchPlan) -> Tensor:
     return rows
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: DispatchPlan, kernel: Kernel = "slices") -> Tensor:
+def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: DispatchPlan) -> Tensor:
     """Apply its expert's linear map to each sorted row.
 
     Args:
@@ -47,12 +45,11 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: Disp
         weight: (E, N, K) weights in the layout of `torch.nn.Linear`.
         bias: (E, N) biases, or None.
         plan: The plan that sorted the rows.
-        kernel: How the products are computed. The result is the same.
 
     Returns:
         (R, N) rows.
     """
-    out: Tensor = _Linear.apply(rows, weight, bias, plan, kernel)
+    out: Tensor = _Linear.apply(rows, weight, bias, plan)
     return out
 
 
@@ -89,16 +86,13 @@ class _Gather(torch.autograd.Function):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: DispatchPlan, kernel: Kernel) -> Tensor:
-        out = _rows_product(rows, weight.transpose(1, 2), plan, kernel)
-        if bias is not None:
-            for expert in range(plan.num_experts):
-                out[plan.bounds[expert] : plan.bounds[expert + 1]] += bias[expert]
-        return out
+    def forward(rows: Tensor, weight: Tensor, bias: Tensor | None, plan: DispatchPlan) -> Tensor:
+        out = _rows_product(rows, weight.transpose(1, 2), plan)
+        return out if bias is None else out + bias.index_select(0, plan.expert)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        rows, weight, _, ctx.plan, ctx.kernel = inputs
+        rows, weight, _, ctx.plan = inputs
         ctx.save_for_backward(rows, weight)
 
     @staticmethod
@@ -107,10 +101,9 @@ class _Linear(torch.autograd.Function):
         for_rows, for_weight, for_bias = ctx.needs_input_grad[:3]
         grad = grad.contiguous()
         return (
-            grouped_linear(grad, weight.transpose(1, 2), None, ctx.plan, ctx.kernel) if for_rows else None,
-            _Outer.apply(grad, rows, ctx.plan, ctx.kernel) if for_weight else None,
+            grouped_linear(grad, weight.transpose(1, 2), None, ctx.plan) if for_rows else None,
+            _Outer.apply(grad, rows, ctx.plan) if for_weight else None,
             _Sum.apply(grad, ctx.plan) if for_bias else None,
-            None,
             None,
         )
 
@@ -119,21 +112,15 @@ class _Outer(torch.autograd.Function):
     """(R, N), (R, K) -> (E, N, K): sum of the outer products of the rows of each expert."""
 
     @staticmethod
-    def forward(left: Tensor, right: Tensor, plan: DispatchPlan, kernel: Kernel) -> Tensor:
-        if kernel == "grouped" and len(left):
-            (left, width), (right, depth) = _aligned(left), _aligned(right)
-            return F.grouped_mm(left.t(), right, offs=plan.offsets)[:, :width, :depth]
-        out = left.new_empty(plan.num_experts, left.shape[1], right.shape[1])
-        for expert, (low, high) in enumerate(pairwise(plan.bounds)):
-            if low < high:
-                torch.mm(left[low:high].t(), right[low:high], out=out[expert])
-            else:
-                out[expert].zero_()
-        return out
+    def forward(left: Tensor, right: Tensor, plan: DispatchPlan) -> Tensor:
+        if not len(left):
+            return left.new_zeros(plan.num_experts, left.shape[1], right.shape[1])
+        (left, width), (right, depth) = _aligned(left), _aligned(right)
+        return F.grouped_mm(left.t(), right, offs=plan.offsets)[:, :width, :depth]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        left, right, ctx.plan, ctx.kernel = inputs
+        left, right, ctx.plan = inputs
         ctx.save_for_backward(left, right)
 
     @staticmethod
@@ -141,9 +128,8 @@ class _Outer(torch.autograd.Function):
         left, right = ctx.saved_tensors
         for_left, for_right = ctx.needs_input_grad[:2]
         return (
-            grouped_linear(right, grad, None, ctx.plan, ctx.kernel) if for_left else None,
-            grouped_linear(left, grad.transpose(1, 2), None, ctx.plan, ctx.kernel) if for_right else None,
-            None,
+            grouped_linear(right, grad, None, ctx.plan) if for_left else None,
+            grouped_linear(left, grad.transpose(1, 2), None, ctx.plan) if for_right else None,
             None,
         )
 
@@ -197,17 +183,13 @@ class _Combine(torch.autograd.Function):
         return grad_rows, grad_weight, None
 
 
-def _rows_product(rows: Tensor, weight: Tensor, plan: DispatchPlan, kernel: Kernel) -> Tensor:
+def _rows_product(rows: Tensor, weight: Tensor, plan: DispatchPlan) -> Tensor:
     """(R, K) @ (E, K, N) -> (R, N). Every row of the result is written: the bounds of a plan end at R."""
-    if kernel == "grouped" and len(rows):
-        rows, _ = _aligned(rows)
-        weight, width = _aligned_weight(weight, rows.shape[1])
-        return F.grouped_mm(rows, weight, offs=plan.offsets)[:, :width]
-    out = rows.new_empty(len(rows), weight.shape[2])
-    for expert, (low, high) in enumerate(pairwise(plan.bounds)):
-        if low < high:
-            torch.mm(rows[low:high], weight[expert], out=out[low:high])
-    return out
+    if not len(rows):
+        return rows.new_zeros(0, weight.shape[2])
+    rows, _ = _aligned(rows)
+    weight, width = _aligned_weight(weight, rows.shape[1])
+    return F.grouped_mm(rows, weight, offs=plan.offsets)[:, :width]
 
 
 def _missing(size: int, dtype: torch.dtype) -> int:
