@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from ...core.errors import InvalidInput, require
 from .mean_score import MeanScore
 
+LEAST_LEAK = 0.02
+"""F-score by which an undefended upload must lie above nothing. Shares of less are noise divided by noise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LeakShare:
@@ -45,8 +48,8 @@ def leak_share(defended: MeanScore, *, nothing: MeanScore, undefended: MeanScore
         The leak share.
 
     Raises:
-        InvalidInput: The scores count no frames or different numbers of them, or the undefended upload gives away no more than nothing, so
-            there is no leak to share.
+        InvalidInput: The scores count no frames or different numbers of them, or the undefended upload scores less than `LEAST_LEAK` above
+            nothing, so there is no leak to share.
     """
     frames = (defended.frames, nothing.frames, undefended.frames)
     require(
@@ -55,7 +58,7 @@ def leak_share(defended: MeanScore, *, nothing: MeanScore, undefended: MeanScore
         f"{frames[2]} (undefended) frames",
     )
     f, floor, top = (score.total / score.frames for score in (defended, nothing, undefended))
-    if not top > floor:
+    if not top - floor >= LEAST_LEAK:
         raise InvalidInput(
             f"the undefended upload scores {top:.3f} and nothing at all scores {floor:.3f}: the attack sees no leak, so no share of it can "
             "be given; use a stronger attack or another region"

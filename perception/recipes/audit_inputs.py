@@ -29,13 +29,17 @@ def check_audit_inputs(
         warn: Called with a sentence where a rig is not that of the training.
 
     Raises:
-        InvalidInput: The detector carries defences, labels have other classes than the detector, or a victim is among the other frames or
+        InvalidInput: The detector carries defences, the attacker has too few frames, labels have other classes than the detector, or a victim is among the other frames or
             among those of the detector's training, as far as its run folder names them.
     """
     if isinstance(detector.encoder, DefendedEncoder):
         raise InvalidInput(
             f"{path} carries defences already ({defences_of(detector.encoder)}), and an audit compares with uploads without any; give the "
             "detector that it was made from, and name the defences in --settings, as in guarded=region+noise:sigma=0.1@fp16"
+        )
+    if (count := len(attacker.open())) < 2:
+        raise InvalidInput(
+            f"the attacker ({attacker}) has {count} frames; an attack needs two at least, to learn from and to choose a threshold"
         )
     for split in (attacker, victims):
         check_audit_classes(detector, path, split)

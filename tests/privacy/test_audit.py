@@ -129,6 +129,9 @@ def test_an_audit_goes_on_where_it_was_and_measures_nothing_twice(measured, plan
 def test_an_audit_whose_numbers_would_be_wrong_is_refused(plan, tmp_path):
     with pytest.raises(InvalidInput, match="2 frames of the victims"):
         Audit(replace(plan, attacker=replace(plan.attacker, name=None)), tmp_path / "a")
+    alone = tiny.prepared(tmp_path / "alone", frames=3)
+    with pytest.raises(InvalidInput, match="has 1 frames; an attack needs two"):
+        Audit(replace(plan, attacker=alone), tmp_path / "a")
     other = tiny.prepared(tmp_path / "other", classes=("Pedestrian", "Car"))
     with pytest.raises(InvalidInput, match="prepared for the classes Pedestrian, Car"):
         Audit(replace(plan, victims=replace(other, name="val")), tmp_path / "b")

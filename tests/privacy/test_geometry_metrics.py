@@ -260,6 +260,8 @@ def test_the_leak_share_counts_from_what_nothing_gives():
     assert share.frames == 4
     with pytest.raises(InvalidInput, match="sees no leak"):
         leak_share(mean(0.5), nothing=mean(0.4), undefended=mean(0.4))
+    with pytest.raises(InvalidInput, match="sees no leak"):  # noise divided by noise: a share of 10
+        leak_share(mean(0.5), nothing=mean(0.4), undefended=mean(0.41))
     with pytest.raises(InvalidInput, match="same frames"):
         leak_share(mean(0.5), nothing=mean(0.4, 3), undefended=mean(0.6))
     with pytest.raises(InvalidInput, match="same frames"):
