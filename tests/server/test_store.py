@@ -19,7 +19,7 @@ from upcycle3d.core.rig import RigSpec
 from upcycle3d.perception.server.ingest import ingest
 from upcycle3d.perception.server.methods import METHODS
 from upcycle3d.perception.server.store import BrokenStore, SmashedStore, collate_scenes, quantize_features
-from upcycle3d.perception.server.store_note import NOTE, StoreNote, read_store_note, write_store_note
+from upcycle3d.perception.server.store_note import NOTE, MeasuredUploads, StoreNote, read_store_note, write_store_note
 from upcycle3d.perception.server.trainer import unlabeled_reader
 from upcycle3d.perception.vehicle.extractor import Extractor
 from upcycle3d.perception.wire.codec import CODECS, decode_scene, encode_scene, round_trip
@@ -307,7 +307,8 @@ def test_a_catalog_with_any_flipped_byte_is_a_sentence_or_the_same_catalog(incom
 
 def test_a_store_keeps_a_note_on_its_uploads(tmp_path):
     assert read_store_note(tmp_path) is None
-    note = StoreNote(defences="noise:sigma=0.5", measured=("int8: a trained attack rebuilds scans with F@0.2 m 0.80",))
+    measured = MeasuredUploads(codec="int8", text="int8: a trained attack rebuilds scans with F@0.2 m 0.80")
+    note = StoreNote(defences="noise:sigma=0.5", measured=(measured,), encoder="0" * 64)
     write_store_note(tmp_path, note)
     assert read_store_note(tmp_path) == note
     (tmp_path / NOTE).write_text('{"defences": 3}')
