@@ -312,5 +312,5 @@ def test_a_store_keeps_a_note_on_its_uploads(tmp_path):
     write_store_note(tmp_path, note)
     assert read_store_note(tmp_path) == note
     (tmp_path / NOTE).write_text('{"defences": 3}')
-    with pytest.raises(InvalidInput, match="defences"):
+    with pytest.raises(InvalidInput, match="the option `encoder` of StoreNote is missing"):
         read_store_note(tmp_path)
