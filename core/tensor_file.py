@@ -17,7 +17,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -358,14 +359,8 @@ def build_module(build: Callable[[], M], tensors: Mapping[str, Tensor], source: 
     Raises:
         InvalidInput: The configuration cannot be built, the tensors do not fit it, or they hold NaN or inf.
     """
-    held = sum(tensor.numel() for tensor in tensors.values())
-    try:
-        with _NumberLimit(held + SPARE_NUMBERS):
-            module = build()
-    except InvalidInput as error:
-        raise InvalidInput(f"the configuration in {source} cannot be used: {error}") from error
-    except Exception as error:  # a configuration from elsewhere can make a constructor raise anything
-        raise InvalidInput(f"the configuration in {source} cannot be used: {type(error).__name__}: {shown(error)}") from error
+    with built_within(tensors, source):
+        module = build()
     fill_module(module, tensors, source)
     bad = [name for name, t in module.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
     if bad:
@@ -374,6 +369,30 @@ def build_module(build: Callable[[], M], tensors: Mapping[str, Tensor], source: 
             "its training went wrong or the file was changed: use another file"
         )
     return module
+
+
+@contextmanager
+def built_within(tensors: Mapping[str, Tensor], source: str | Path) -> Iterator[None]:
+    """Stop what is built inside the block once it has made more numbers than a file holds.
+
+    Args:
+        tensors: The tensors of the file.
+        source: The file, for messages.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InvalidInput: Building made more, or raised something.
+    """
+    held = sum(tensor.numel() for tensor in tensors.values())
+    try:
+        with _NumberLimit(held + SPARE_NUMBERS):
+            yield
+    except InvalidInput as error:
+        raise InvalidInput(f"the configuration in {source} cannot be used: {error}") from error
+    except Exception as error:  # a configuration from elsewhere can make a constructor raise anything
+        raise InvalidInput(f"the configuration in {source} cannot be used: {type(error).__name__}: {shown(error)}") from error
 
 
 class _NumberLimit(TorchFunctionMode):

@@ -5,6 +5,8 @@ Read next: `perception/moe/language/language_upcycling.py`, which does the work.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -12,10 +14,11 @@ from typing import Annotated, NamedTuple
 import tyro
 from torch import Tensor, nn
 
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, require
+from ..core.files import locked_folder
 from ..perception.moe.language.language_models import LanguageModel, named_texts
 from ..perception.moe.language.phases import TextPhase, held_out, token_domains, train_on
-from ..perception.moe.language.specialists import read_specialists, train_specialists
+from ..perception.moe.language.specialists import read_specialists, require_empty, train_specialists
 from ..perception.moe.language.text_training import TextTraining, TokenDomains, router_loss_text
 from ..perception.moe.layers.precision import Precision
 from .console import console
@@ -99,14 +102,30 @@ class LanguageOptions:
             The tokens.
 
         Raises:
-            InvalidInput: A text cannot be read, or `general` names none of them.
+            InvalidInput: A text cannot be read or is shorter than a row, a number is out of range, or `general` names no text.
         """
+        require(
+            self.general is None or not self.specialists,
+            "--general belongs to the training of specialists, and --specialists gives trained ones; leave one of them out",
+        )
+        phases = (
+            self.specialist_phase(),
+            self.mix_phase(),
+        )  # what is wrong with the second one is said before the first one runs
         if not self.texts:
+            require(self.general is None, f"--general names {self.general!r}, and no text was given (--texts)")
             return Texts(train=None, tests={})
         domains = token_domains(source, named_texts(self.texts))
         if self.general is not None and self.general not in domains.tokens:
             raise InvalidInput(f"--general names {self.general!r}, and the texts are {', '.join(domains.tokens)}")
-        return Texts(*held_out(domains))
+        train, tests = held_out(domains)
+        for name, tokens in train.tokens.items() if any(phase.steps for phase in phases) else ():
+            if len(tokens) < self.length:
+                raise InvalidInput(
+                    f"the text {name!r} has {len(tokens)} tokens to train on, which fill no row of {self.length}; lower --length or give "
+                    "more text"
+                )
+        return Texts(train=train, tests=tests)
 
     def specialist_models(self, source: LanguageModel, train: TokenDomains | None, folder: Path) -> list[nn.Module]:
         """Load the specialists that are given, or train them on the texts.
@@ -124,16 +143,43 @@ class LanguageOptions:
             folders = train_specialists(source, train, self.specialist_phase(), folder, general=self.general, say=console.print)
         return read_specialists(folders)
 
-    def train_result(self, model: nn.Module, train: TokenDomains) -> None:
+    def train_result(self, model: nn.Module, train: TokenDomains | None) -> int:
         """Train the result on all texts in equal shares, and say what the routers' losses do and how the loss went.
 
         Args:
             model: The result. It is changed.
-            train: Tokens to train on.
+            train: Tokens to train on; None without texts.
+
+        Returns:
+            Number of steps; 0 without texts.
         """
+        if train is None or not self.mix_steps:
+            console.print(f"the result is not trained: {'no --texts were given' if train is None else '--mix-steps is 0'}")
+            return 0
         console.print(router_loss_text(model, TextTraining(steps=self.mix_steps)), soft_wrap=True)
         record = train_on(model, train, dict.fromkeys(train.tokens, 1.0), self.mix_phase())
-        console.print(f"trained: loss {record.losses[0]:.3f} -> {record.losses[-1]:.3f} in {record.cpu_seconds:.0f} CPU-s")
+        console.print(f"trained: {record}")
+        return self.mix_steps
+
+
+@contextmanager
+def working_folder(out: Path) -> Iterator[None]:
+    """Hold the folder of a job for this process, and refuse one that has a result already before anything is computed.
+
+    Args:
+        out: The folder of the job. It is made where needed.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InvalidInput: It holds a result.
+        UpcycleError: Another process works there.
+        OSError: It cannot be written.
+    """
+    require_empty(out / "model")
+    with locked_folder(out, f"another process works on the job in {out}; wait for it to end, or give another --out"):
+        yield
 
 
 LanguageOption = Annotated[LanguageOptions, tyro.conf.arg(name="")]

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import tyro
 
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, require
 from ..perception.moe.attention.soft_attention import KeyValues
 from ..perception.moe.language.language_models import load_language_model, score_texts
 from ..perception.moe.language.language_upcycling import FfnRouting, MixOptions, mix_bam, write_model
 from ..perception.moe.report import report_on
 from .console import console, print_warning, run_command, write_json
-from .language_options import LanguageOption, LanguageOptions
+from .language_options import LanguageOption, LanguageOptions, working_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,16 @@ def command(config: MoeBam) -> None:
         raise InvalidInput(
             "there is nothing to mix: give --specialists FOLDER ..., or --texts NAME=FILE ... to train specialists on"
         )
+    require(
+        not config.uncorrected or config.ffn == "top1",
+        f"--uncorrected changes nothing with --ffn {config.ffn}: only top1 is corrected; leave it out",
+    )
+    with working_folder(config.out):
+        _make(config)
+
+
+def _make(config: MoeBam) -> None:
+    options = config.language
     source = load_language_model(config.seed_model)
     train, tests = options.read_texts(source)
     specialists = options.specialist_models(source, train, config.out / "specialists")
@@ -60,13 +70,13 @@ def command(config: MoeBam) -> None:
         scores["before"] = {s.domain: s.score for s in start.scores}
         for warning in start.warnings:
             print_warning(warning)
-    if train is not None and options.mix_steps:
-        options.train_result(made.model, train)
+    steps = options.train_result(made.model, train)
+    if steps:
         after = report_on(made.model, score_texts(tests), dense=source.model)
         console.print("after it:\n" + str(after))
         scores["after"] = {s.domain: s.score for s in after.scores}
         scores["dense"] = {s.domain: float(s.dense or 0) for s in after.scores}
-    note = f"BAM of {len(specialists)} specialists and their seed, {options.mix_steps} steps together; perplexity {scores.get('after')}"
+    note = f"BAM of {len(specialists)} specialists and their seed, {steps} steps together; perplexity {scores.get('after')}"
     console.print(write_model(config.out / "model", made, source, "mixture", note=note), soft_wrap=True)
     console.print(
         f"compare it: upcycle3d moe baseline btx {config.seed_model} --ffn soft --specialists ... --texts ... --out OTHER",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tyro
 
+from ..core.errors import require
 from ..perception.moe.checkpoints.mixtral import MixtralLayout
 from ..perception.moe.language.language_models import load_language_model, perplexity
 from ..perception.moe.language.language_upcycling import (
@@ -22,7 +23,7 @@ from ..perception.moe.language.language_upcycling import (
     write_model,
 )
 from .console import console, print_table, print_warning, run_command, write_json
-from .language_options import LanguageOption, LanguageOptions
+from .language_options import LanguageOption, LanguageOptions, working_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,35 @@ class MoeBaseline:
     """Also write the scores to this file as JSON."""
 
 
+def _require_effect(config: MoeBaseline) -> None:
+    """Refuse options that would change nothing, and forms that the result cannot have, before anything is computed."""
+    method, options = config.method, config.language
+    mixes, dense = method in ("btx", "soup"), method in ("soup", "continued")
+    copies = method in ("sparse", "drop", "cluster") or (method == "wide" and config.ffn == "soft")
+    for option, given, used in (
+        ("--ffn", config.ffn != "top2", not dense and method != "flexolmo"),
+        ("--experts", config.experts != 4, copies),
+        ("--specialists", bool(options.specialists), mixes),
+        ("--general", options.general is not None, mixes and not options.specialists),
+        ("--only", bool(options.only), not dense),
+        ("--format", config.format != "auto", not dense),
+        ("--layout", config.layout != "per_expert", not dense and method != "wide" and config.format != "mixture"),
+    ):
+        require(used or not given, f"{option} changes nothing for {method} with these options; leave it out")
+    require(
+        config.format != "mixtral" or (method != "wide" and config.ffn == "top2"),
+        f"{method} with --ffn {config.ffn} is no Mixtral, whose blocks choose 2 experts; leave out --format, or take --ffn top2",
+    )
+
+
 def command(config: MoeBaseline) -> None:
     """Make a baseline: upcycle3d moe baseline sparse LLAMA --out DIR."""
+    _require_effect(config)
+    with working_folder(config.out):
+        _make(config)
+
+
+def _make(config: MoeBaseline) -> None:
     options = config.language
     source = load_language_model(config.seed_model)
     train, tests = options.read_texts(source)
@@ -66,13 +94,12 @@ def command(config: MoeBaseline) -> None:
     for name, value in before.items():
         if value > 2 * dense[name]:
             print_warning(f"perplexity of {name} is {value:.4g} before training, and {dense[name]:.4g} for the dense model")
-    if train is not None and options.mix_steps and config.method not in ("soup", "flexolmo"):
-        options.train_result(made.model, train)
+    steps = 0 if config.method in ("soup", "flexolmo") else options.train_result(made.model, train)
     after = {name: perplexity(made.model, tokens) for name, tokens in tests.items()}
     rows = [(name, f"{dense[name]:.3f}", f"{before[name]:.3f}", f"{after[name]:.3f}") for name in tests]
     if rows:
         print_table("perplexity", ("domain", "dense", "before training", "after"), rows)
-    note = f"baseline {config.method}, experts chosen by {config.ffn}, {options.mix_steps} steps; perplexity {after}"
+    note = f"baseline {config.method}, experts chosen by {config.ffn}, {steps} steps; perplexity {after}"
     console.print(write_model(config.out / "model", made, source, config.format, layout=config.layout, note=note), soft_wrap=True)
     write_json(config.json, {"dense": dense, "before": before, "after": after})
 

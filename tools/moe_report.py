@@ -43,9 +43,15 @@ def command(config: MoeReportOptions) -> None:
     if not texts:
         raise InvalidInput("a report needs texts: --texts NAME=FILE ...")
     mixture = load_language_model(config.model)
-    dense = None if config.dense is None else load_language_model(config.dense, tokenizer=False).model
+    dense = None if config.dense is None else load_language_model(config.dense, tokenizer=False)
+    if dense is not None and dense.vocabulary != mixture.vocabulary:
+        raise InvalidInput(
+            f"the mixture knows {mixture.vocabulary} tokens and {config.dense} {dense.vocabulary}; give the model that it was made of"
+        )
     tokens = {name: mixture.tokens(path) for name, path in texts.items()}
-    report = report_on(mixture.model, score_texts(tokens, length=config.length, most=config.rows), dense=dense)
+    report = report_on(
+        mixture.model, score_texts(tokens, length=config.length, most=config.rows), dense=None if dense is None else dense.model
+    )
     rows = []
     for s in report.scores:
         beside = ("-", "-") if s.dense is None else (f"{s.dense:.3f}", f"{(s.dense_cpu_seconds or 0):.1f}")

@@ -1,20 +1,38 @@
 """`upcycle3d moe bam|baseline|report` on a tiny Hugging Face Llama: texts in, models out that load and report."""
 
+import copy
 import json
+import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import upcycle3d
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.files import locked_folder
+from upcycle3d.perception.moe.checkpoints.checkpoint import BaseModel, save_mixture
 from upcycle3d.perception.moe.language.language_models import load_language_model, named_texts, perplexity
+from upcycle3d.perception.moe.language.phases import TextPhase, train_on
+from upcycle3d.perception.moe.language.text_training import TokenDomains
+from upcycle3d.perception.moe.layers.routing import TopKRule
+from upcycle3d.perception.moe.surgery.replacement import plan_replacement
+from upcycle3d.perception.moe.upcycling.upcyclers import RandomRouters, sparse_copy
 from upcycle3d.tools import moe_bam, moe_baseline, moe_report
 from upcycle3d.tools.console import run_command
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; language models need it")
 pytestmark = pytest.mark.usefixtures("one_thread")
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 SMALL = ["--batch", "2", "--length", "8", "--specialist-steps", "2", "--mix-steps", "2"]
 
 
@@ -29,14 +47,7 @@ def job(tmp_path_factory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder / "llama")
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=31, max_position_embeddings=64))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=31, max_position_embeddings=64))
     model.save_pretrained(folder / "llama")
     for name, start in (("code", 0), ("law", 15)):
         (folder / f"{name}.txt").write_text(" ".join(words[start + (i * i) % 15] for i in range(300)))
@@ -63,6 +74,7 @@ def test_bam_trains_branches_writes_a_mixture_and_reports(job, capsys):
     data = json.loads((job / "r.json").read_text())
     direct = perplexity(found.model, found.tokens(job / "code.txt"))
     assert data["scores"][0]["score"] == pytest.approx(direct)
+    shutil.rmtree(job / "bam" / "model")
     assert run_command(moe_bam.command, [*words[:-1], "0"]) == 0  # finished specialists are read, not trained
     assert "is kept" in " ".join(capsys.readouterr().out.split())
 
@@ -71,6 +83,7 @@ def test_a_specialist_of_other_training_or_texts_is_refused(job, capsys):
     """It would be mixed in silently, and the report would be about another model than the options say."""
     words = [str(job / "llama"), "--out", str(job / "again"), *SMALL]
     assert run_command(moe_bam.command, [*words, *texts(job)]) == 0
+    shutil.rmtree(job / "again" / "model")
     assert run_command(moe_bam.command, [*words, *texts(job), "--specialist-lr", "0.5"]) == 2
     assert "training.lr: stored 0.0001, now 0.5" in " ".join(capsys.readouterr().err.split())
     swapped = ["--texts", f"code={job / 'law.txt'}", f"law={job / 'code.txt'}"]
@@ -91,7 +104,8 @@ def test_training_in_bfloat16_gives_a_finite_mixture(job, capsys):
 @pytest.mark.parametrize("method", ["sparse", "drop", "cluster", "btx", "soup", "wide", "continued", "flexolmo"])
 def test_every_baseline_is_made_and_loads(job, method, capsys):
     out = job / f"base_{method}"
-    words = [method, str(job / "llama"), "--out", str(out), "--experts", "3", *texts(job), *SMALL]
+    experts = ["--experts", "3"] if method in ("sparse", "drop", "cluster") else []
+    words = [method, str(job / "llama"), "--out", str(out), *experts, *texts(job), *SMALL]
     assert run_command(moe_baseline.command, words) == 0, capsys.readouterr()
     found = load_language_model(out / "model")
     kind = found.model.config.model_type
@@ -135,3 +149,205 @@ def test_what_is_missing_is_said(job, tmp_path, capsys):
     (tmp_path / "mixture.safetensors").write_bytes(b"damaged")
     with pytest.raises(InvalidInput):
         load_language_model(tmp_path)
+
+
+# ---- files and options that would give a wrong result without a word
+
+
+def said_by(capsys) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["../model", ".", "a/b", ".hidden", "{tmp}/precious"])
+def test_the_name_of_a_text_is_no_path(job, tmp_path, capsys, name):
+    """A specialist replaced whatever folder stood at `specialists/NAME`: with a path as its name, any folder of the user."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    words = [
+        str(job / "llama"),
+        "--out",
+        str(tmp_path / "out"),
+        "--texts",
+        f"{name.format(tmp=tmp_path)}={job / 'code.txt'}",
+        *SMALL,
+    ]
+    assert run_command(moe_bam.command, words) == 2
+    assert "cannot be a file name" in said_by(capsys)
+    assert (tmp_path / "precious" / "thesis.txt").exists()
+
+
+def test_a_second_run_never_mixes_its_files_with_those_of_the_first(job, tmp_path, capsys):
+    """The second of two runs wrote its own form beside the first one's Mixtral; a dense one deleted it."""
+    words = [str(job / "llama"), "--out", str(tmp_path / "out"), "--mix-steps", "0"]
+    assert run_command(moe_baseline.command, ["sparse", *words]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out" / "model").iterdir()}
+    for method in ("drop", "continued"):
+        assert run_command(moe_baseline.command, [method, *words]) == 2
+        assert "is not empty; move it away" in said_by(capsys)
+    assert run_command(moe_baseline.command, ["continued", str(tmp_path / "out" / "model"), *words[1:]]) == 2
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "model").iterdir()} == before
+
+
+def test_a_folder_that_is_no_specialist_is_not_replaced(job, tmp_path, capsys):
+    (tmp_path / "out" / "specialists" / "code").mkdir(parents=True)
+    (tmp_path / "out" / "specialists" / "code" / "notes.txt").write_text("mine")
+    assert run_command(moe_bam.command, [str(job / "llama"), "--out", str(tmp_path / "out"), *texts(job), *SMALL]) == 2
+    assert "is not empty" in said_by(capsys)
+
+
+def test_two_jobs_do_not_share_a_folder(job, tmp_path, capsys):
+    with locked_folder(tmp_path / "out", "busy"):
+        assert run_command(moe_baseline.command, ["sparse", str(job / "llama"), "--out", str(tmp_path / "out")]) == 2
+    assert "another process works on the job" in said_by(capsys)
+
+
+def test_specialists_may_stay_as_the_seed_is(job, tmp_path, capsys):
+    words = [str(job / "llama"), "--out", str(tmp_path / "out"), *texts(job), "--length", "8", "--specialist-steps", "0"]
+    assert run_command(moe_bam.command, [*words, "--mix-steps", "0"]) == 0, capsys.readouterr()
+    assert "no step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--batch", "0"], "TextPhase.batch"),
+        (["--length", "1"], "TextPhase.length"),
+        (["--mix-steps", "-1"], "TextPhase.steps"),
+        (["--length", "1000"], "fill no row of 1000; lower --length"),
+        (["--uncorrected", "--ffn", "soft"], "--uncorrected changes nothing"),
+        (["--general", "law", "--specialists", "x"], "--general belongs to the training"),
+    ],
+)
+def test_bam_refuses_what_cannot_work_before_it_trains(job, tmp_path, capsys, words, said):
+    assert run_command(moe_bam.command, [str(job / "llama"), "--out", str(tmp_path / "out"), *texts(job), *words]) == 2
+    assert said in said_by(capsys)
+    assert not (tmp_path / "out" / "specialists").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["continued", "--ffn", "top1"],
+        ["flexolmo", "--ffn", "soft"],
+        ["btx", "--experts", "7"],
+        ["sparse", "--specialists", "x"],
+        ["sparse", "--general", "law"],
+        ["soup", "--only", "x"],
+        ["soup", "--format", "mixture"],
+        ["sparse", "--format", "mixture", "--layout", "fused"],
+        ["sparse", "--format", "mixtral", "--ffn", "soft"],
+    ],
+)
+def test_baselines_refuse_options_without_effect(job, tmp_path, capsys, words):
+    """Whoever gives an option believes that the result depends on it."""
+    method, *rest = words
+    assert (
+        run_command(moe_baseline.command, [method, str(job / "llama"), "--out", str(tmp_path / "out"), *texts(job), *rest]) == 2
+    )
+    assert re.search("changes nothing for|is no Mixtral", said_by(capsys))
+    assert not (tmp_path / "out").exists()
+
+
+def changed_copy(job: Path, folder: Path, **config) -> Path:
+    shutil.copytree(job / "llama", folder)
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**stored, **config}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"num_hidden_layers": 3}, "lack model.layers.2"),
+        ({"num_hidden_layers": 1}, "also hold model.layers.1"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_configuration_are_refused(job, tmp_path, config, said):
+    """The library draws missing weights at random and leaves out others, so a wrong `config.json` gave a wrong model."""
+    with pytest.raises(InvalidInput, match=said):
+        load_language_model(changed_copy(job, tmp_path / "changed", **config))
+
+
+def test_damaged_weights_are_refused_by_a_sentence(job, tmp_path):
+    folder = changed_copy(job, tmp_path / "changed")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(InvalidInput, match="cannot load"):
+        load_language_model(folder)
+    tensors = load_file(job / "llama" / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidInput, match=r"NaN or inf in model\.norm\.weight"):
+        load_language_model(folder)
+
+
+def test_a_tokenizer_of_another_model_is_refused(job, tmp_path):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=5))
+    folder = changed_copy(job, tmp_path / "changed")
+    model.save_pretrained(folder)
+    with pytest.raises(InvalidInput, match="the model knows 5"):
+        load_language_model(folder).tokens(job / "code.txt")
+
+
+def test_a_stored_configuration_cannot_name_other_code_or_fill_the_memory(job, tmp_path):
+    """The description in a mixture's file may come from elsewhere: only language models of the library are built, no larger than the file."""
+    source = load_language_model(job / "llama")
+    plan = plan_replacement(source.model, experts=2)
+    made = sparse_copy(source.model, plan, RandomRouters(experts=2, rule=TopKRule(k=2, norm="renorm")))
+    config = json.loads(source.model.config.to_json_string(use_diff=False))
+
+    def stored(model_class: str = "LlamaForCausalLM", text: str | None = None, **changed) -> Path:
+        base = BaseModel(library="transformers", model_class=model_class, config=text or json.dumps({**config, **changed}))
+        save_mixture(tmp_path / "mixture.safetensors", made.model, plan, base=base)
+        return tmp_path
+
+    assert load_language_model(stored(), tokenizer=False).model.config.hidden_size == 16
+    assert load_language_model(stored(_attn_implementation="someone/kernels"), tokenizer=False).model is not None
+    for model_class in ("os.system", "PreTrainedModel", "DetrForObjectDetection", "pipeline"):
+        with pytest.raises(InvalidInput, match="no language model"):
+            load_language_model(stored(model_class), tokenizer=False)
+    for text in ("[]", "{", "null"):
+        with pytest.raises(InvalidInput, match="stored configuration"):
+            load_language_model(stored(text=text), tokenizer=False)
+    with pytest.raises(InvalidInput, match="far more than the file holds"):
+        load_language_model(stored(vocab_size=10**8), tokenizer=False)
+    with pytest.raises(InvalidInput, match="cannot be used"):
+        load_language_model(stored(hidden_size="x"), tokenizer=False)
+
+
+def test_training_with_dropout_depends_on_its_seed_alone(job):
+    """A job that was stopped and continued has drawn other numbers before, and must give the same model."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=31, attention_dropout=0.5))
+    domains = TokenDomains({"a": torch.arange(60) % 31})
+    losses = []
+    for draw in (1, 2):
+        torch.manual_seed(draw)
+        losses.append(train_on(copy.deepcopy(model), domains, {"a": 1.0}, TextPhase(steps=3, length=16)).losses)
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("words", [["--length", "1"], ["--length", "0"], ["--rows", "0"]])
+def test_a_report_needs_rows_of_two_tokens(job, tmp_path, capsys, words):
+    """Rows of one token have no next token: the perplexity was NaN without a word."""
+    out = job / "for_report"
+    if not out.exists():
+        assert run_command(moe_baseline.command, ["sparse", str(job / "llama"), "--out", str(out), "--mix-steps", "0"]) == 0
+    assert run_command(moe_report.command, [str(out / "model"), *texts(job), *words]) == 2
+    assert "perplexity." in said_by(capsys)
+
+
+def test_a_report_compares_models_of_one_vocabulary(job, tmp_path, capsys):
+    out = job / "for_vocabulary"
+    assert run_command(moe_baseline.command, ["sparse", str(job / "llama"), "--out", str(out), "--mix-steps", "0"]) == 0
+    other = changed_copy(job, tmp_path / "other")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=5)).save_pretrained(other)
+    assert run_command(moe_report.command, [str(out / "model"), "--dense", str(other), *texts(job)]) == 2
+    assert "knows 31 tokens" in said_by(capsys)
+
+
+def test_a_wrecked_model_has_a_perplexity(job):
+    source = load_language_model(job / "llama")
+    with torch.no_grad():
+        source.model.lm_head.weight.mul_(1e6)
+    assert perplexity(source.model, source.tokens(job / "code.txt")) == math.inf

@@ -21,7 +21,7 @@ from torch import nn
 
 from ....core.config_json import config_from_json, config_to_json
 from ....core.errors import InvalidInput, require
-from ....core.tensor_file import TensorFileKind, fill_module, read_tensors, write_tensors
+from ....core.tensor_file import TensorFileKind, built_within, fill_module, read_tensors, write_tensors
 from ..attention.attention_sites import AttentionPlan
 from ..layers.backends import Backend
 from ..layers.bank import BankShape, ExpertBank
@@ -341,7 +341,8 @@ def load_mixture(path: str | Path, dense: nn.Module | Callable[[MixtureDescripti
     """
     file = read_tensors(path, MIXTURE_FILE)
     description = _described(file.described("description"), file.path)
-    given = dense if isinstance(dense, nn.Module) else dense(description)
+    with built_within(file.tensors, file.path):
+        given = dense if isinstance(dense, nn.Module) else dense(description)
     if type(given).__name__ != description.model_class:
         raise InvalidInput(
             f"{file.path} holds a {description.model_class}, and the given dense model is a {type(given).__name__}; build the class that "
@@ -349,9 +350,10 @@ def load_mixture(path: str | Path, dense: nn.Module | Callable[[MixtureDescripti
         )
     description.plan.check(given, "the given dense model")
     model = copy.deepcopy(given)
-    modules = {site.name: form.build() for site, form in zip(description.plan.sites, description.layers)}
-    if description.attentions is not None:
-        description.attentions.put_into(model)
+    with built_within(file.tensors, file.path):
+        modules = {site.name: form.build() for site, form in zip(description.plan.sites, description.layers)}
+        if description.attentions is not None:
+            description.attentions.put_into(model)
     description.plan.apply(model, modules)
     fill_module(model, file.tensors, file.path)
     bad = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()]

@@ -5,7 +5,6 @@ transformers is imported inside the functions. Nothing is ever downloaded. Read 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....core.errors import InvalidInput, require
+from ....core.errors import InvalidInput, UpcycleError, require, require_counts
+from ....core.foreign_text import check_name, shown
 from ....core.text_files import read_text
 from ..checkpoints.checkpoint import BaseModel, MixtureDescription, load_mixture, save_mixture
 from ..checkpoints.mixtral import TOKENIZER_FILES, mixtral_as_mixture
-from ..checkpoints.transformers_package import transformers_package
+from ..checkpoints.transformers_package import load_whole, stored_config, transformers_package
 from ..upcycling.upcyclers import Upcycled
 from .text_training import mean_loss, next_token_loss
 
@@ -39,6 +39,12 @@ class LanguageModel:
     folder: Path
     """Where both come from."""
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model knows."""
+        model: Any = self.model
+        return int(model.get_input_embeddings().num_embeddings)
+
     def tokens(self, path: Path) -> Tensor:
         """Read a text file as tokens.
 
@@ -49,10 +55,15 @@ class LanguageModel:
             (T,) int64.
 
         Raises:
-            InvalidInput: It cannot be read, or holds fewer than two tokens.
+            InvalidInput: It cannot be read, holds fewer than two tokens, or has tokens that the model does not know.
         """
         found = torch.tensor(self.tokenizer(read_text(path, "text"), add_special_tokens=False).input_ids)
         require(len(found) > 1, f"the text {path} has {len(found)} tokens; give a longer one")
+        last = int(found.max())
+        require(
+            last < self.vocabulary,
+            f"the tokenizer in {self.folder} makes token {last} of {path}, and the model knows {self.vocabulary}; they do not fit together",
+        )
         return found.long()
 
 
@@ -78,7 +89,7 @@ def load_language_model(folder: str | Path, *, tokenizer: bool = True) -> Langua
         if mixture.is_file():
             model = load_mixture(mixture, _dense_of).model
         else:
-            model = library.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+            model = load_whole(library.AutoModelForCausalLM, path)
             if getattr(model.config, "quantization_config", None) is not None:
                 raise InvalidInput(
                     f"the model in {path} is quantized; convert it to floating-point weights before it is upcycled"
@@ -86,10 +97,10 @@ def load_language_model(folder: str | Path, *, tokenizer: bool = True) -> Langua
             if model.config.model_type == "mixtral":
                 mixtral_as_mixture(model)
         words = library.AutoTokenizer.from_pretrained(path, local_files_only=True) if tokenizer else None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        if isinstance(error, InvalidInput):
-            raise
-        raise InvalidInput(f"the model in {path} cannot be loaded: {error}") from error
+    except UpcycleError:
+        raise
+    except Exception as error:  # a foreign library's loader raises anything
+        raise InvalidInput(f"the model in {path} cannot be loaded: {type(error).__name__}: {shown(error)}") from error
     return LanguageModel(model=model.eval(), tokenizer=words, folder=path)
 
 
@@ -99,11 +110,10 @@ def _dense_of(description: MixtureDescription) -> nn.Module:
     base = description.base
     if base is None or base.library != "transformers":
         raise InvalidInput("the mixture was stored without the configuration of its dense model; load it with load_mixture")
-    kind = getattr(library, base.model_class, None)
-    if not isinstance(kind, type) or not issubclass(kind, library.PreTrainedModel):
-        raise InvalidInput(f"transformers has no model class {base.model_class!r}, of which the mixture was made")
-    known: Any = kind
-    made: nn.Module = known(known.config_class.from_dict(json.loads(base.config)))
+    if base.model_class not in library.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise InvalidInput(f"transformers has no language model {shown(base.model_class)!r}, of which the mixture was made")
+    kind: Any = getattr(library, base.model_class)
+    made: nn.Module = kind(stored_config(kind.config_class, base.config))
     return made
 
 
@@ -178,12 +188,18 @@ def perplexity(model: nn.Module, tokens: Tensor, *, length: int = 512, most: int
 
     Returns:
         Exponential of the mean loss per predicted token.
+
+    Raises:
+        InvalidInput: A row has fewer than two tokens, or there is none.
     """
+    require_counts("perplexity", least=2, most=2**24, length=length, tokens=len(tokens))
+    require_counts("perplexity", most=2**24, rows=most)
     length = min(length, len(tokens))
     count = max(1, min(most, len(tokens) // length))
     starts = torch.linspace(0, len(tokens) - length, count).long()
     rows = [tokens[start : start + length][None] for start in starts]
-    return math.exp(mean_loss(model, rows, lambda m, ids: next_token_loss(m(ids).logits, ids)))
+    loss = mean_loss(model, rows, lambda m, ids: next_token_loss(m(ids).logits, ids))
+    return math.exp(loss) if loss < 700 else math.inf if loss == loss else loss  # a wrecked model has a score, too
 
 
 def named_texts(words: Sequence[str]) -> Mapping[str, Path]:
@@ -196,12 +212,12 @@ def named_texts(words: Sequence[str]) -> Mapping[str, Path]:
         File of each name, in order.
 
     Raises:
-        InvalidInput: One has no name, or two have the same.
+        InvalidInput: One has no name, two have the same, or a name cannot be the name of a folder.
     """
     found: dict[str, Path] = {}
     for word in words:
         name, equals, path = word.partition("=")
         if not equals or not name or not path or name in found:
             raise InvalidInput(f"texts are given as NAME=FILE with different names, found {word!r}")
-        found[name] = Path(path)
+        found[check_name(name, "name of a text, which becomes that of a folder")] = Path(path)
     return found

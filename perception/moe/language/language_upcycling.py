@@ -28,7 +28,7 @@ from ..upcycling.owner_training import freeze_for_owner
 from ..upcycling.upcyclers import RandomRouters, Upcycled, btx, drop_upcycling, soup, sparse_copy, wider_dense
 from .language_models import LanguageModel, save_language_mixture
 from .phases import TextPhase, train_on
-from .specialists import write_dense
+from .specialists import new_folder, require_empty, write_dense
 from .text_training import TokenDomains
 
 FfnRouting = Literal["top1", "top2", "soft"]
@@ -238,9 +238,10 @@ def write_model(
         One line about what was written.
 
     Raises:
-        InvalidInput: The form was asked for, and the model does not fit it.
+        InvalidInput: The form was asked for, and the model does not fit it; or the folder is not empty.
         OSError: The folder cannot be written.
     """
+    require_empty(folder)
     if made.plan is None and made.attentions is None and hasattr(made.model, "save_pretrained") and not moe_layers(made.model):
         write_dense(made.model, folder, source.folder)
         return f"{folder}: a dense Hugging Face model"
@@ -257,5 +258,6 @@ def write_model(
         raise InvalidInput(
             f"the result cannot be stored as a mixture: it has no plan, and as a Mixtral it does not fit: {reason}"
         )
-    said = save_language_mixture(folder, made, source, note=note)
+    with new_folder(folder) as work:
+        said = save_language_mixture(work, made, source, note=note)
     return f"{folder}: {said}\n(no Mixtral: {reason})" if reason else f"{folder}: {said}"

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from ....core.errors import require_counts, require_numbers
 from ..layers.precision import Precision
 from .language_models import LanguageModel
 from .text_training import PhaseRecord, TextTraining, TokenDomains, next_token_loss, train_phase
@@ -32,6 +34,12 @@ class TextPhase:
     """Type of the matrix products."""
     seed: int = 0
     """Number that the batches depend on."""
+
+    def __post_init__(self) -> None:
+        require_counts("TextPhase", least=0, most=10**9, steps=self.steps)
+        require_counts("TextPhase", batch=self.batch)
+        require_counts("TextPhase", least=2, length=self.length)
+        require_numbers("TextPhase", least=0.0, most=1e6, lr=self.lr)
 
 
 def train_on(
@@ -57,7 +65,11 @@ def train_on(
         return next_token_loss(m(ids).logits, ids)
 
     config = TextTraining(steps=phase.steps, lr=phase.lr, weight_decay=decay, precision=phase.precision)
-    record = train_phase(model, batch, loss, config)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # a dropout must not depend on what ran before: a job that is continued gives the same model
+        torch.manual_seed(phase.seed)
+        record = train_phase(model, batch, loss, config)
     model.eval()
     return record
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def train_specialists(
         The folders of the specialists.
 
     Raises:
-        InvalidInput: A folder holds a specialist of another seed, other texts or other training.
+        InvalidInput: A folder holds a specialist of another seed, other texts or other training, or something else.
     """
     found = []
     for number, name in enumerate(n for n in domains.tokens if n != general):
@@ -64,10 +64,11 @@ def train_specialists(
             _require_origin(target, wanted)
             say(f"specialist {name}: {target} is there and was trained like this; it is kept")
         else:
+            require_empty(target)
             model = copy.deepcopy(seed.model)
             record = train_on(model, domains, shares, own)
             write_dense(model, target, seed.folder, origin=wanted)
-            say(f"specialist {name}: loss {record.losses[0]:.3f} -> {record.losses[-1]:.3f} in {record.cpu_seconds:.0f} CPU-s")
+            say(f"specialist {name}: {record}")
         found.append(target)
     return found
 
@@ -107,21 +108,58 @@ def _require_origin(folder: Path, wanted: Json) -> None:
 
 
 def write_dense(model: nn.Module, folder: Path, source: Path, *, origin: Json = None) -> None:
-    """Write a dense Hugging Face model so that its folder appears complete; an older folder is replaced.
+    """Write a dense Hugging Face model so that its folder appears complete.
 
     Args:
         model: The model.
-        folder: The new folder.
+        folder: The new folder; it must not exist, or be empty.
         source: Folder whose tokenizer is copied.
         origin: What the weights come from, to be stored beside them.
+
+    Raises:
+        InvalidInput: The folder holds something. Nothing is written then.
+        OSError: The folder cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        work = Path(temporary) / "model"
+    with new_folder(folder) as work:
         model.save_pretrained(work)  # type: ignore[operator]
         copy_tokenizer(source, work)
         if origin is not None:
             (work / ORIGIN_NAME).write_text(json.dumps(origin, indent=1))
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Fill a folder that appears complete when the block ends, or not at all when it raises.
+
+    Args:
+        folder: The folder; it must not exist, or be empty.
+
+    Yields:
+        Where to write until then.
+
+    Raises:
+        InvalidInput: The folder holds something.
+        OSError: The folder cannot be written.
+    """
+    require_empty(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        work = Path(temporary) / "model"
+        work.mkdir()
+        yield work
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rmdir()
         work.rename(folder)
+
+
+def require_empty(folder: Path) -> None:
+    """Refuse a folder that holds something: it could be somebody's model, or the result of other options.
+
+    Args:
+        folder: The folder that a model shall be written to.
+
+    Raises:
+        InvalidInput: It exists and is not an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InvalidInput(f"{folder} is there already and is not empty; move it away or delete it, or choose another place")

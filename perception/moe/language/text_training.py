@@ -58,6 +58,10 @@ class PhaseRecord:
     cpu_seconds: float
     """CPU time of the process in training steps; evaluations at marks are left out."""
 
+    def __str__(self) -> str:
+        went = f"loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}" if self.losses else "no step"
+        return f"{went} in {self.cpu_seconds:.0f} CPU-s"
+
 
 class TokenDomains:
     """Tokens of several domains to train on.
