@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from ..core.device import find_device
 from ..core.errors import require
 from ..perception.moe.contrastive.dmu import dmu, plan_dmu
 from ..perception.moe.contrastive.expert_stages import DmuConfig, SmallClusters
@@ -80,7 +81,7 @@ class MoeDmu:
 def command(config: MoeDmu) -> None:
     """Upcycle a CLIP: upcycle3d moe dmu CLIP --captions CSV --out DIR."""
     loaded = load_clip(config.clip)
-    towers = loaded.towers.to(config.device)
+    towers = loaded.towers.to(find_device(config.device))
     data = loaded.pairs(config.captions, config.images)
     settings = _settings(config, len(data))
     console.print(str(plan_dmu(towers, settings)))
@@ -119,14 +120,20 @@ def command(config: MoeDmu) -> None:
 
 
 def _settings(config: MoeDmu, pairs: int) -> DmuConfig:
+    require(config.batch_size >= 2, f"--batch-size must be 2 or more, found {config.batch_size}: a pair alone has no negatives")
     require(
         pairs >= config.batch_size,
         f"{config.captions} has {pairs} pairs, fewer than one batch of {config.batch_size}; lower --batch-size or add pairs",
     )
     one_pass = pairs // config.batch_size
-    stage = PairTraining(steps=config.steps or one_pass, batch_size=config.batch_size, lr=config.lr, precision=config.precision)
+    stage = PairTraining(
+        steps=one_pass if config.steps is None else config.steps,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        precision=config.precision,
+    )
     router = PairTraining(
-        steps=config.router_steps or one_pass,
+        steps=one_pass if config.router_steps is None else config.router_steps,
         batch_size=config.batch_size,
         lr=config.router_lr,
         weight_decay=0.01,

@@ -24,8 +24,9 @@ from upcycle3d.perception.moe.contrastive.pair_training import PairTraining, enc
 from upcycle3d.perception.moe.contrastive.pairs import PairBatch, PairTensors
 from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
 from upcycle3d.perception.moe.upcycling.clusters import ClusterConfig
+from upcycle3d.tools import moe_dmu
 from upcycle3d.tools.console import run_command
-from upcycle3d.tools.moe_dmu import command
+from upcycle3d.tools.moe_dmu import MoeDmu, command
 
 
 class FakeVision(nn.Module):
@@ -153,12 +154,62 @@ def test_a_caption_file_is_checked_before_any_work(tmp_path):
         read_caption_file(tmp_path / "bad.csv")
     with pytest.raises(InvalidInput, match="cannot read the caption file"):
         read_caption_file(tmp_path / "none.csv")
+    (tmp_path / "bad.csv").write_text('image,caption\n0.png,"' + "word " * 50_000)
+    with pytest.raises(InvalidInput, match="is a quotation mark left open"):
+        read_caption_file(tmp_path / "bad.csv")
+    (tmp_path / "bad.csv").write_text(f"image,caption\n{'x' * 5000}.png,a\n")
+    with pytest.raises(InvalidInput, match="1 of 1 pictures"):
+        read_caption_file(tmp_path / "bad.csv")
 
 
 def test_a_damaged_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
     with pytest.raises(InvalidInput, match=r"cannot read the picture .*a\.png"):
         PictureForm(pixels=8).read(tmp_path / "a.png")
+
+
+def test_a_gray_picture_of_16_bits_looks_like_the_same_one_of_8_bits(tmp_path):
+    """Pillow's own conversion makes every value above 255 white, so such pictures were all alike."""
+    values = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    Image.fromarray(values).save(tmp_path / "8.png")
+    Image.fromarray(values.astype(np.uint16) * 256).save(tmp_path / "16.png")
+    form = PictureForm(pixels=8)
+    assert torch.equal(form.read(tmp_path / "16.png"), form.read(tmp_path / "8.png"))
+    Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(tmp_path / "f.tiff")
+    with pytest.raises(InvalidInput, match="floating-point numbers"):
+        form.read(tmp_path / "f.tiff")
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "LA", "P", "1", "L"])
+def test_every_usual_kind_of_picture_is_read(tmp_path, mode):
+    name = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    Image.new("RGB", (9, 8), (255, 255, 255)).convert(mode).save(name)
+    found = PictureForm(pixels=4, mean=(0.0,) * 3, std=(1.0,) * 3).read(name)
+    torch.testing.assert_close(found, torch.ones(3, 4, 4))
+
+
+def test_a_strip_of_one_row_does_not_fill_the_memory(tmp_path):
+    """Its shorter edge was enlarged first: a file of a few hundred bytes became 10 GB."""
+    strip = np.zeros((1, 60_000, 3), dtype=np.uint8)
+    strip[:, 29_000:31_000] = 255
+    Image.fromarray(strip).save(tmp_path / "a.png")
+    found = PictureForm(pixels=224, mean=(0.0,) * 3, std=(1.0,) * 3).read(tmp_path / "a.png")
+    torch.testing.assert_close(found, torch.ones(3, 224, 224))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"batch_size": 0}, "--batch-size must be 2"),
+        ({"steps": 0}, "steps must be in 1"),
+        ({"router_steps": 0}, "steps must be in 1"),
+    ],
+)
+def test_a_number_of_zero_is_refused_and_not_replaced(tmp_path, given, said):
+    """`--steps 0` silently became one pass over all pairs."""
+    options = MoeDmu(clip=tmp_path, captions=tmp_path, out=tmp_path, **{"batch_size": 4, **given})
+    with pytest.raises(InvalidInput, match=said):
+        moe_dmu._settings(options, 16)
 
 
 # ---- the real library

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ....core.errors import InvalidInput
 from ....core.foreign_text import shown
 from ..checkpoints.checkpoint import BaseModel, MixtureDescription, load_mixture, save_mixture
-from ..checkpoints.transformers_package import transformers_package
+from ..checkpoints.transformers_package import load_whole, stored_config, transformers_package
 from ..layers.moe_ffn import padding_left_out
 from ..upcycling.upcyclers import Upcycled
 from .image_captions import ImageCaptions, PictureForm, image_captions, read_caption_file
@@ -135,10 +135,7 @@ def load_clip(folder: str | Path) -> LoadedClip:
         raise InvalidInput(
             f"{folder} is no folder of a Hugging Face model: it has no config.json; download the model first and give its folder"
         )
-    try:
-        clip = library.CLIPModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
-    except Exception as error:  # a foreign library's loader raises anything
-        raise InvalidInput(f"cannot load a CLIPModel from {folder}: {type(error).__name__}: {shown(error)}") from error
+    clip = load_whole(library.CLIPModel, folder)
     return LoadedClip(towers=ClipTowers(clip), tokenize=_tokenizer(library, folder, clip), form=_picture_form(folder, clip))
 
 
@@ -186,7 +183,7 @@ def load_clip_mixture(path: str | Path) -> ClipTowers:
         base = description.base
         if base is None or base.library != "transformers" or base.model_class != "CLIPModel":
             raise InvalidInput(f"{path} holds no CLIPModel of transformers; load it with load_mixture and its dense model")
-        return ClipTowers(library.CLIPModel(library.CLIPConfig.from_dict(json.loads(base.config))))
+        return ClipTowers(library.CLIPModel(stored_config(library.CLIPConfig, base.config)))
 
     model = load_mixture(path, dense).model
     assert isinstance(model, ClipTowers)

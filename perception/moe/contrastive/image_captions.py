@@ -8,10 +8,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from .pairs import PairBatch
 
 _MOST_BYTES = 1 << 30
 _READERS = 4
+_LONGEST = 16  # times the shorter edge: what is farther from the middle is cut off anyway
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +52,20 @@ class PictureForm:
         Raises:
             InvalidInput: It is no picture that can be read.
         """
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         check_input_file(path, "picture", most=_MOST_BYTES)
         try:
             with Image.open(path) as opened:
-                picture = opened.convert("RGB")
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                picture = _eight_bits(opened).convert("RGB")
+        except Exception as error:  # readers of damaged files raise anything
             raise InvalidInput(
                 f"cannot read the picture {shown(path)}: {shown(error)}; remove its line or replace the file"
             ) from error
         short = min(picture.size)
+        if max(picture.size) > _LONGEST * short:  # resized first, a strip of one row would fill the memory
+            margins = [max(0, edge - _LONGEST * short) // 2 for edge in picture.size]
+            picture = picture.crop((margins[0], margins[1], picture.width - margins[0], picture.height - margins[1]))
         width, height = (max(self.pixels, round(edge * self.pixels / short)) for edge in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - self.pixels) // 2, (height - self.pixels) // 2
@@ -119,6 +125,18 @@ class ImageCaptions:
         return digest.hexdigest()
 
 
+def _eight_bits(picture: Any) -> Any:
+    """A gray picture of 16 bits with values of 8 bits: Pillow's own conversion makes everything above 255 white."""
+    if picture.mode == "F":
+        raise ValueError("it holds floating-point numbers, whose white is unknown; store it with whole numbers")
+    if not picture.mode.startswith("I"):
+        return picture
+    from PIL import Image
+
+    values = np.asarray(picture).astype(np.int64)
+    return Image.fromarray((values.clip(0, 65_535) >> 8).astype(np.uint8))
+
+
 def read_caption_file(path: str | Path, folder: str | Path | None = None) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """Read a CSV file of pictures and captions, and check that every picture exists.
 
@@ -146,14 +164,14 @@ def read_caption_file(path: str | Path, folder: str | Path | None = None) -> tup
         )
     pictures: list[Path] = []
     captions: list[str] = []
-    for number, row in enumerate(reader, 2):
+    for number, row in enumerate(_rows(reader, path), 2):
         name, caption = row["image"], " ".join((row["caption"] or "").split())
         require(
             bool(name) and bool(caption), f"line {number} of {shown(path)} has no image or no caption; complete it or remove it"
         )
         pictures.append(base / name)
         captions.append(caption)
-    missing = [picture for picture in pictures if not picture.is_file()]
+    missing = [picture for picture in pictures if not os.path.isfile(picture)]  # unlike `is_file`, it takes names of any length
     if missing:
         raise InvalidInput(
             f"{len(missing)} of {len(pictures)} pictures in {shown(path)} do not exist, first {shown(missing[0])}; "
@@ -161,6 +179,16 @@ def read_caption_file(path: str | Path, folder: str | Path | None = None) -> tup
         )
     require(bool(pictures), f"{shown(path)} has no line with a picture")
     return tuple(pictures), tuple(captions)
+
+
+def _rows(reader: csv.DictReader[str], path: Path) -> Iterator[dict[str, str | None]]:
+    """The lines of a CSV file."""
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise InvalidInput(
+            f"cannot read {shown(path)} near line {reader.line_num}: {shown(error)}; is a quotation mark left open there?"
+        ) from error
 
 
 def image_captions(
