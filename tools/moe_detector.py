@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..core.errors import InvalidInput
+from ..core.errors import InvalidInput, require
 from ..perception.models.decoders.mixture import DecidesPer, HeadMixtureConfig, HeadRouter, RegionMixtures
 from ..perception.models.decoders.scene_blocks import BatchNormOfExperts
 from ..perception.moe.detectors.calibrate import upcycled_decoder
@@ -70,6 +70,26 @@ class MoeDetector:
     """Also write the result to this file as JSON."""
 
 
+def _require_effect(config: MoeDetector) -> None:
+    """Refuse options that would change nothing: whoever gives one believes that it does."""
+    learns, chooses = config.router in ("top_k", "soft"), config.router in ("top_k", "frozen")
+    per_scene = config.head != "roi" or config.decides_per == "scene"
+    for option, given, used, where in (
+        ("--wide", config.wide, config.head != "bev", "--head roi or both"),
+        ("--bev-blocks", config.bev_blocks != (1,), config.head != "roi", "--head bev or both"),
+        ("--decides-per region", config.decides_per == "region", config.head != "bev", "--head roi or both"),
+        ("--k", config.k != 2, chooses, "--router top_k or frozen"),
+        ("--norm", config.norm != "renorm", chooses, "--router top_k or frozen"),
+        ("--balance", config.balance not in (0.0, 0.01), learns, "--router top_k or soft"),
+        ("--z", bool(config.z), learns, "--router top_k or soft"),
+        ("--seed-detector", config.seed_detector is not None, config.rest == "seed", "--rest seed"),
+        ("--stores", bool(config.stores), per_scene or config.recalibrate, "a gate per scene or --recalibrate"),
+        ("--group-scenes", config.group_scenes, per_scene and learns, "a learned gate per scene"),
+    ):
+        require(used or not given, f"{option} changes nothing here: it belongs to {where}; leave it out, or change that")
+    require(config.copies is None or config.copies >= 1, f"--copies must be 1 or more, found {config.copies}")
+
+
 def head_of(config: MoeDetector) -> HeadMixtureConfig:
     """Read the structure of the head from the options.
 
@@ -80,8 +100,9 @@ def head_of(config: MoeDetector) -> HeadMixtureConfig:
         The structure.
 
     Raises:
-        InvalidInput: The numbers of names, copies and specialists do not fit.
+        InvalidInput: The numbers of names, copies and specialists do not fit, or an option would change nothing.
     """
+    _require_effect(config)
     given = len(config.specialists)
     if config.copies is not None and given != 1:
         raise InvalidInput(f"--copies copies one detector, and {given} were given; leave it out to take one expert of each")

@@ -130,6 +130,16 @@ def test_copies_of_one_detector_are_sparse_upcycling(runs, data, tmp_path):
         (["clear", "rain", "--rest", "seed"], "no seed was given"),
         (["clear", "rain", "--recalibrate"], "give stores"),
         (["clear", "rain", "--group-scenes"], "found 0 stores"),
+        (["clear", "--copies", "0"], "--copies must be 1 or more"),
+        (["clear", "rain", "--head", "bev", "--wide"], "--wide changes nothing"),
+        (["clear", "rain", "--bev-blocks", "0"], "--bev-blocks changes nothing"),
+        (["clear", "rain", "--head", "bev", "--decides-per", "region"], "--decides-per region changes nothing"),
+        (["clear", "rain", "--router", "soft", "--k", "1"], "--k changes nothing"),
+        (["clear", "rain", "--router", "uniform", "--norm", "none"], "--norm changes nothing"),
+        (["clear", "rain", "--router", "frozen", "--balance", "0.1"], "--balance changes nothing"),
+        (["clear", "rain", "--seed-detector", "source"], "--seed-detector changes nothing"),
+        (["clear", "rain", "--decides-per", "region", "--stores", "store"], "--stores changes nothing"),
+        (["clear", "rain", "--router", "uniform", "--stores", "store", "--group-scenes"], "--group-scenes changes nothing"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(runs, tmp_path, words, said):
