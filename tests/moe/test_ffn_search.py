@@ -171,3 +171,15 @@ def test_half_precision_and_weights_that_are_not_there_can_be_searched():
     with torch.device("meta"):
         model = look.Stack(lambda: look.Block(look.LlamaMlp()))
     assert len(find_ffns(model).sites) == 2
+
+
+def test_a_layer_that_computes_more_than_its_weight_says_is_named():
+    """An adapter inside an FFN kept that FFN dense, and the plan said nothing about it."""
+
+    class Adapted(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    mlp = look.ClipMlp()
+    mlp.fc1 = Adapted(mlp.fc1.in_features, mlp.fc1.out_features)
+    assert "'mlp.fc1' is a Adapted" in reasons(nn.ModuleDict({"mlp": mlp}))

@@ -363,6 +363,14 @@ def test_a_tensor_that_nobody_writes_or_reads_is_noticed(monkeypatch):
         sparse_copy(clip(), plan_replacement(clip(), experts=4), TOP2)
 
 
+def test_a_model_without_values_is_planned_but_not_upcycled():
+    with torch.device("meta"):
+        empty = look.Stack(lambda: look.Block(look.ClipMlp()))
+    plan = plan_replacement(empty, experts=4)
+    with pytest.raises(InvalidInput, match="device meta"):
+        sparse_copy(empty, plan, TOP2)
+
+
 def test_equal_router_rows_are_refused():
     model, plan = clip(), plan_replacement(clip(), experts=4)
     with pytest.raises(InvalidInput, match="are equal"):

@@ -183,6 +183,14 @@ def module_candidate(name: str, module: nn.Module, places: Sequence[tuple[str, s
     """
     leaves = _leaves(name, module)
     linear = [(path, m, form) for path, m in leaves if (form := linear_form(m)) is not None]
+    changed = [(path, m) for path, m in leaves if isinstance(m, nn.Linear) and linear_form(m) is None]
+    if changed and len(linear) + len(changed) in (2, 3):
+        path, layer = changed[0]
+        return Candidate(
+            name=name,
+            reason=f"{path!r} is a {type(layer).__name__}, which computes something else than its weight says (such as an adapter); merge it "
+            "into an nn.Linear first",
+        )
     if len(linear) not in (2, 3) or len(leaves) > len(linear) + 2:
         return None
     shapes = ", ".join(f"{path.removeprefix(name + '.')} {form.inputs} -> {form.outputs}" for path, _, form in linear)

@@ -272,9 +272,16 @@ def gather(
 
     Returns:
         The new model.
+
+    Raises:
+        InvalidInput: A model has another structure than the planned one, or no values; or a tensor is left over.
     """
     for number, model in enumerate(models):
         plan.check(model, f"model {number}")
+        if empty := next((name for name, tensor in saved_tensors(model).items() if tensor.is_meta), None):
+            raise InvalidInput(
+                f"the tensor {empty!r} of model {number} has no values (device meta); load the weights before upcycling"
+            )
     sources = [saved_tensors(model) for model in models]
     norms = _shared_norms(sources, plan, rest) if plan.batch_norm == "share" else None
     layers = {site.name: layer_of(site, [site.read(tensors, norms) for tensors in sources]) for site in plan.sites}
