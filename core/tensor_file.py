@@ -399,6 +399,7 @@ class _NumberLimit(TorchFunctionMode):
     """Refuses to make tensors once they have more numbers together than allowed, before torch takes the memory."""
 
     _MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+    _JOINERS = (torch.stack, torch.cat)
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -409,8 +410,10 @@ class _NumberLimit(TorchFunctionMode):
         if func in self._MAKERS:
             size = kwargs.get("size", args[0] if args and isinstance(args[0], Sequence) else args)
             self.made += math.prod(size)
-            if self.made > self.limit:
-                raise InvalidInput(f"it describes a network of more than {self.limit} numbers, far more than the file holds")
+        elif func in self._JOINERS:
+            self.made += sum(tensor.numel() for tensor in (args[0] if args else kwargs["tensors"]))
+        if self.made > self.limit:
+            raise InvalidInput(f"it describes a network of more than {self.limit} numbers, far more than the file holds")
         return func(*args, **kwargs)
 
 

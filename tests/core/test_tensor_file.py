@@ -162,6 +162,9 @@ def test_a_module_may_make_a_little_more_than_its_file_holds(monkeypatch):
     assert torch.equal(made.weight, tensors["weight"])
     with pytest.raises(InvalidInput, match=r"the configuration in w.safetensors cannot be used: .* more than 110 numbers"):
         tensor_file.build_module(lambda: nn.Linear(10, 11), tensors, "w.safetensors")
+    ones = [torch.ones(10)] * 12
+    with pytest.raises(InvalidInput, match="more than 110 numbers"):  # a number of copies in a file fills the memory as well
+        tensor_file.build_module(lambda: nn.ParameterList([nn.Parameter(torch.stack(ones))]), tensors, "w.safetensors")
 
 
 def test_files_of_earlier_formats_are_read_and_their_hash_is_compared_where_they_have_one(tmp_path):

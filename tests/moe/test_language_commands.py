@@ -260,6 +260,7 @@ def changed_copy(job: Path, folder: Path, **config) -> Path:
     [
         ({"num_hidden_layers": 3}, "lack model.layers.2"),
         ({"num_hidden_layers": 1}, "also hold model.layers.1"),
+        ({"vocab_size": 32}, "have other shapes of lm_head.weight"),
     ],
 )
 def test_weights_that_are_not_those_of_the_configuration_are_refused(job, tmp_path, config, said):
@@ -313,6 +314,12 @@ def test_a_stored_configuration_cannot_name_other_code_or_fill_the_memory(job, t
         load_language_model(stored(vocab_size=10**8), tokenizer=False)
     with pytest.raises(InvalidInput, match="cannot be used"):
         load_language_model(stored(hidden_size="x"), tokenizer=False)
+
+
+def test_a_pattern_that_fits_no_attention_names_those_that_are_there(job, tmp_path, capsys):
+    words = [str(job / "llama"), "--out", str(tmp_path / "out"), *texts(job), *SMALL, "--only", "model.layers.1.mlp"]
+    assert run_command(moe_bam.command, words) == 2
+    assert "no attention fits 'model.layers.1.mlp'; there are model.layers.0.self_attn" in said_by(capsys)
 
 
 def test_training_with_dropout_depends_on_its_seed_alone(job):

@@ -164,6 +164,9 @@ def plan_attentions(
         else:
             refused.append(Refused(name=name, reason=found))
     if not sites:
+        if only is not None and not refused:
+            there = [name for name, module in model.named_modules() if _looks_like_attention(module)]
+            raise InvalidInput(f"no attention fits {', '.join(map(repr, only))}; there are {', '.join(there) or 'none'}")
         looked = "\n".join(f"  {entry}" for entry in refused) or "  nothing looked like one"
         raise InvalidInput(f"found no attention that can become a mixture. Looked at:\n{looked}")
     return AttentionPlan(sites=tuple(sites), refused=tuple(refused), experts=experts, key_values=key_values)

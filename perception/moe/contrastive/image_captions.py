@@ -181,7 +181,7 @@ def read_caption_file(path: str | Path, folder: str | Path | None = None) -> tup
     return tuple(pictures), tuple(captions)
 
 
-def _rows(reader: csv.DictReader[str], path: Path) -> Iterator[dict[str, str | None]]:
+def _rows(reader: csv.DictReader[str], path: Path) -> Iterator[dict[str | Any, str | Any]]:
     """The lines of a CSV file."""
     try:
         yield from reader

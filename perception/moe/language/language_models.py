@@ -90,11 +90,12 @@ def load_language_model(folder: str | Path, *, tokenizer: bool = True) -> Langua
             model = load_mixture(mixture, _dense_of).model
         else:
             model = load_whole(library.AutoModelForCausalLM, path)
-            if getattr(model.config, "quantization_config", None) is not None:
+            config: Any = model.config
+            if getattr(config, "quantization_config", None) is not None:
                 raise InvalidInput(
                     f"the model in {path} is quantized; convert it to floating-point weights before it is upcycled"
                 )
-            if model.config.model_type == "mixtral":
+            if config.model_type == "mixtral":
                 mixtral_as_mixture(model)
         words = library.AutoTokenizer.from_pretrained(path, local_files_only=True) if tokenizer else None
     except UpcycleError:
