@@ -107,7 +107,7 @@ def attack_strength(audit: Audit, results: Sequence[SettingResult]) -> AttackStr
 
 def _lead(rows: Sequence[SettingSummary], strength: AttackStrength) -> str:
     return (
-        f"{len(rows)} settings. The work behind the numbers: {strength}. A stronger attacker finds more: these numbers are lower bounds of what is "
+        f"{len(rows)} setting{'s' if len(rows) != 1 else ''}. The work behind the numbers: {strength}. A stronger attacker finds more: these numbers are lower bounds of what is "
         "given away, and no setting makes an upload harmless."
     )
 
