@@ -362,13 +362,25 @@ def build_module(build: Callable[[], M], tensors: Mapping[str, Tensor], source: 
     with built_within(tensors, source):
         module = build()
     fill_module(module, tensors, source)
-    bad = [name for name, t in module.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
+    bad = not_finite(module.state_dict())
     if bad:
         raise InvalidInput(
             f"the weights of {source} hold NaN or inf in {', '.join(listed(bad, 3))}; "
             "its training went wrong or the file was changed: use another file"
         )
     return module
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Find the tensors that hold NaN or infinite values.
+
+    Args:
+        tensors: Tensors by name; whole numbers are always finite.
+
+    Returns:
+        Their names.
+    """
+    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
 
 
 @contextmanager

@@ -108,10 +108,8 @@ class LanguageOptions:
             self.general is None or not self.specialists,
             "--general belongs to the training of specialists, and --specialists gives trained ones; leave one of them out",
         )
-        phases = (
-            self.specialist_phase(),
-            self.mix_phase(),
-        )  # what is wrong with the second one is said before the first one runs
+        # both phases are made here: what is wrong with the second one is said before the first one runs
+        phases = (self.specialist_phase(), self.mix_phase())
         if not self.texts:
             require(self.general is None, f"--general names {self.general!r}, and no text was given (--texts)")
             return Texts(train=None, tests={})

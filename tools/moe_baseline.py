@@ -92,7 +92,7 @@ def _make(config: MoeBaseline) -> None:
     dense = {name: perplexity(source.model, tokens) for name, tokens in tests.items()}
     before = {name: perplexity(made.model, tokens) for name, tokens in tests.items()}
     for name, value in before.items():
-        if value > 2 * dense[name]:
+        if not value <= 2 * dense[name]:  # NaN is worse than anything
             print_warning(f"perplexity of {name} is {value:.4g} before training, and {dense[name]:.4g} for the dense model")
     steps = 0 if config.method in ("soup", "flexolmo") else options.train_result(made.model, train)
     after = {name: perplexity(made.model, tokens) for name, tokens in tests.items()}

@@ -39,7 +39,7 @@ from ..privacy.attacks.occupancy import OccupancyAttack, OccupancyConfig
 from ..privacy.attacks.occupancy_decoder import DecoderSize
 from ..privacy.attacks.people import PeopleLeak, attack_people
 from ..privacy.attacks.point_regression import PointRegressionAttack, PointRegressionConfig
-from ..privacy.detection_on_rebuilt import DetectionAp, detection_ap, raw_scans, rebuilt_scan
+from ..privacy.detection_on_rebuilt import DetectionAp, detection_ap, rebuilt_scan
 from ..privacy.exact_points import ExactPointScore, score_exact_points
 from ..privacy.frames import AuditFrame, RebuildAttack, Rebuilt
 from ..privacy.geometry_metrics import MATCHED, GeometryScores, choose_best, score_all
@@ -186,20 +186,7 @@ def rebuild_attack(name: AttackName, *, steps: int, size: DecoderSize, seed: int
             return OccupancyAttack(OccupancyConfig(sees="coordinates", steps=steps, size=size, seed=seed))
         case "occupancy":
             return OccupancyAttack(OccupancyConfig(steps=steps, size=size, seed=seed))
-        case "voxels":
-            return _UpperBound()
     raise InvalidInput(f"the attack {name} rebuilds no scan")
-
-
-class _UpperBound:
-    """No attack: the voxel centers of the true scan."""
-
-    def train(self, frames: Sequence[AuditFrame]) -> None:
-        """Learn nothing."""
-
-    def rebuild(self, upload: CutFeatures) -> Rebuilt:
-        """Not used: `_rebuilt` takes the scan itself."""
-        raise NotImplementedError
 
 
 def measure_rebuild(
@@ -216,7 +203,7 @@ def measure_rebuild(
     """Train an attack on the attacker's frames and score it on the victims'.
 
     Args:
-        name: The attack.
+        name: The attack, or `voxels`, which is none: the voxel centers of the true scan.
         attacker: Frames of the attacker; the last tenth only chooses the threshold of the operating point "best".
         victims: Frames to score on.
         detector: The detector without defences, whose AP on rebuilt scans is measured.
@@ -236,9 +223,10 @@ def measure_rebuild(
             f"an attacker needs at least two frames, one to learn from and one to choose a threshold, found {len(attacker)}"
         )
     held = max(1, math.ceil(DEVELOPMENT_SHARE * len(attacker)))
-    attack = rebuild_attack(name, steps=steps, size=size, seed=seed)
+    attack = None if name == "voxels" else rebuild_attack(name, steps=steps, size=size, seed=seed)
     start = time.perf_counter()
-    attack.train(attacker[:-held])
+    if attack is not None:
+        attack.train(attacker[:-held])
     seconds = time.perf_counter() - start
     rules = RegionRules(classes=detector.class_names)
     development = [(_rebuilt(attack, frame), TrueScan.of(frame, rules)) for frame in attacker[-held:]]
@@ -259,8 +247,8 @@ def measure_rebuild(
     )
 
 
-def _rebuilt(attack: RebuildAttack, frame: AuditFrame) -> Rebuilt:
-    if isinstance(attack, _UpperBound):
+def _rebuilt(attack: RebuildAttack | None, frame: AuditFrame) -> Rebuilt:
+    if attack is None:
         return voxel_centers(frame.scan, frame.upload.spec.grid)
     return attack.rebuild(frame.upload)
 
@@ -274,21 +262,6 @@ def _ap(
     known = [f.scan.features.mean() for f in attacker if f.scan.features.numel()]
     constant = float(torch.stack(known).mean()) if known else 0.0
     return detection_ap(detector, victims, [rebuilt_scan(xyz, names, constant=constant) for xyz in points], detector.class_names)
-
-
-def raw_ap(detector: Detector, victims: Sequence[AuditFrame]) -> DetectionAp | None:
-    """Measure what the detector finds in the raw scans: the upper bound of AP on rebuilt ones.
-
-    Args:
-        detector: The detector.
-        victims: The frames.
-
-    Returns:
-        AP by class; None without labels.
-    """
-    if any(frame.labels is None for frame in victims):
-        return None
-    return detection_ap(detector, victims, raw_scans(victims), detector.class_names)
 
 
 def measure_exact(

@@ -19,7 +19,7 @@ from upcycle3d.perception.moe.checkpoints.checkpoint import load_mixture, read_d
 from upcycle3d.perception.moe.contrastive.dmu import dmu
 from upcycle3d.perception.moe.contrastive.expert_stages import DmuConfig
 from upcycle3d.perception.moe.contrastive.hugging_face_clip import ClipTowers, load_clip, load_clip_mixture, save_clip_mixture
-from upcycle3d.perception.moe.contrastive.image_captions import PictureForm, read_caption_file
+from upcycle3d.perception.moe.contrastive.image_captions import PictureForm, image_captions, read_caption_file
 from upcycle3d.perception.moe.contrastive.pair_training import PairTraining, encode_pairs
 from upcycle3d.perception.moe.contrastive.pairs import PairBatch, PairTensors
 from upcycle3d.perception.moe.layers.moe_ffn import moe_layers
@@ -160,6 +160,19 @@ def test_a_caption_file_is_checked_before_any_work(tmp_path):
     (tmp_path / "bad.csv").write_text(f"image,caption\n{'x' * 5000}.png,a\n")
     with pytest.raises(InvalidInput, match="1 of 1 pictures"):
         read_caption_file(tmp_path / "bad.csv")
+
+
+def test_pictures_with_other_content_of_equal_size_are_other_data(tmp_path):
+    """A job would go on with stages that learned from the old pictures."""
+    pictures = [tmp_path / "a.bin", tmp_path / "b.bin"]
+    for path in pictures:
+        path.write_bytes(b"12345")
+    tokens = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.bool)
+    pairs = image_captions(pictures, ["x", "y"], PictureForm(pixels=8), lambda texts: tokens)
+    before = pairs.fingerprint()
+    assert pairs.fingerprint() == before
+    pictures[1].write_bytes(b"12346")
+    assert pairs.fingerprint() != before
 
 
 def test_a_damaged_picture_is_named(tmp_path):

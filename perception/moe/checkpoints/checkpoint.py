@@ -4,7 +4,7 @@ The same weights under another routing rule are another model, so the rule, the 
 loading builds routers from them and from nothing else. The file does not hold the code of the dense model: the caller builds that, from
 `BaseModel.config` where it was stored, and loading puts the mixtures into a copy of it.
 
-Read next: `surgery.py`, whose plan is stored; `hugging_face_clip.py`, which stores and rebuilds a CLIP.
+Read next: `replacement.py`, whose plan is stored; `hugging_face_clip.py`, which stores and rebuilds a CLIP.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 
 from ....core.config_json import config_from_json, config_to_json
 from ....core.errors import InvalidInput, require
-from ....core.tensor_file import TensorFileKind, built_within, fill_module, read_tensors, write_tensors
+from ....core.tensor_file import TensorFileKind, built_within, fill_module, not_finite, read_tensors, write_tensors
 from ..attention.attention_sites import AttentionPlan
 from ..layers.backends import Backend
 from ..layers.bank import BankShape, ExpertBank
@@ -300,7 +300,7 @@ def save_mixture(
     """
     description = describe_mixture(model, plan, base=base, note=note, attentions=attentions)
     state = model.state_dict()
-    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    bad = not_finite(state)
     if bad:
         raise InvalidInput(
             f"{len(bad)} tensors hold NaN or inf, first {bad[0]!r}, so the model was not written; its training went wrong"
@@ -356,7 +356,7 @@ def load_mixture(path: str | Path, dense: nn.Module | Callable[[MixtureDescripti
             description.attentions.put_into(model)
     description.plan.apply(model, modules)
     fill_module(model, file.tensors, file.path)
-    bad = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    bad = not_finite(model.state_dict())
     require(not bad, f"the weights of {file.path} hold NaN or inf, first in {bad[:1]}; its training went wrong, use another file")
     return LoadedMixture(model=model.eval(), description=description)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ....core.errors import InvalidInput
 from ....core.foreign_text import shown
-from ....core.tensor_file import listed
+from ....core.tensor_file import listed, not_finite
 
 
 def transformers_package() -> Any:
@@ -66,7 +66,7 @@ def load_whole(kind: Any, folder: str | Path) -> nn.Module:
         if names:
             raise InvalidInput(f"the weights in {folder} {what} {', '.join(listed(sorted(names), 3))}; {advice}")
     made: nn.Module = model
-    bad = [name for name, tensor in made.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    bad = not_finite(made.state_dict())
     if bad:
         raise InvalidInput(
             f"the weights in {folder} hold NaN or inf in {', '.join(listed(bad, 3))}; use another copy of the model"

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ....core.errors import InvalidInput, require
 from ....core.files import locked_folder
+from ....core.tensor_file import not_finite
 from ..layers.losses import describe_router_losses
 from ..layers.moe_ffn import moe_layers
 from ..surgery.ffn_sites import tensors_of
@@ -71,9 +72,9 @@ def plan_dmu(base: PairTowers, config: DmuConfig) -> ReplacementPlan:
     Raises:
         InvalidInput: The model has no FFN that can be replaced, or its weights are NaN or infinite.
     """
-    for name, tensor in tensors_of(base).items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise InvalidInput(f"the base model's tensor {name!r} holds NaN or inf; use weights that were loaded completely")
+    bad = not_finite(tensors_of(base))
+    if bad:
+        raise InvalidInput(f"the base model's tensor {bad[0]!r} holds NaN or inf; use weights that were loaded completely")
     return plan_replacement(base, experts=config.stages + 1, active=config.rule.k, only=config.only)
 
 

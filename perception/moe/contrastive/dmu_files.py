@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ....core.config_json import config_from_json, config_to_json
 from ....core.errors import InvalidInput
-from ....core.tensor_file import TensorFile, TensorFileKind, content_digest, fill_module, read_tensors, write_tensors
+from ....core.tensor_file import TensorFile, TensorFileKind, content_digest, fill_module, not_finite, read_tensors, write_tensors
 from ..layers.moe_ffn import moe_layers
 from ..surgery.replacement import ReplacementPlan
 from ..upcycling.upcyclers import Upcycled, saved_tensors
@@ -228,7 +228,7 @@ def _record(file: TensorFile, job: str) -> StageRecord:
             f"{file.path} was made by another job: other base weights, other data, or other options of the experts. Give the job its own "
             "folder, or delete the files of the old one"
         )
-    bad = [name for name, t in file.tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    bad = not_finite(file.tensors)
     if bad:
         raise InvalidInput(f"{file.path} holds NaN or inf in {bad[0]!r}; delete it, and the job computes it again")
     return record

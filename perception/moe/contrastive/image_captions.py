@@ -114,14 +114,15 @@ class ImageCaptions:
         return PairBatch(image=torch.stack(pictures), text=self.ids[rows, :longest], text_padding=padding[:, :longest])
 
     def fingerprint(self) -> str:
-        """Hash names and sizes of the pictures and the captions; not their contents, which would take as long as training.
+        """Hash the bytes of the pictures and the captions: a job must not go on with stages that learned from other pictures.
 
         Returns:
             SHA-256 in hexadecimal.
         """
         digest = hashlib.sha256(f"{self.form} {self.texts}".encode())
         for path in self.pictures:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
 

@@ -5,7 +5,6 @@ transformers is imported inside the functions. Nothing is ever downloaded. Read 
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -200,7 +199,7 @@ def perplexity(model: nn.Module, tokens: Tensor, *, length: int = 512, most: int
     starts = torch.linspace(0, len(tokens) - length, count).long()
     rows = [tokens[start : start + length][None] for start in starts]
     loss = mean_loss(model, rows, lambda m, ids: next_token_loss(m(ids).logits, ids))
-    return math.exp(loss) if loss < 700 else math.inf if loss == loss else loss  # a wrecked model has a score, too
+    return float(torch.tensor(loss, dtype=torch.float64).exp())  # infinite or NaN for a wrecked model, where math.exp raises
 
 
 def named_texts(words: Sequence[str]) -> Mapping[str, Path]:

@@ -65,9 +65,8 @@ def train_on(
         return next_token_loss(m(ids).logits, ids)
 
     config = TextTraining(steps=phase.steps, lr=phase.lr, weight_decay=decay, precision=phase.precision)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # a dropout must not depend on what ran before: a job that is continued gives the same model
+    # dropout must not depend on what ran before: a job that is continued gives the same model
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(phase.seed)
         record = train_phase(model, batch, loss, config)
     model.eval()

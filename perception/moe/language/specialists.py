@@ -54,12 +54,12 @@ def train_specialists(
     Raises:
         InvalidInput: A folder holds a specialist of another seed, other texts or other training, or something else.
     """
-    found = []
+    found, of_seed = [], content_digest(seed.model.state_dict())
     for number, name in enumerate(n for n in domains.tokens if n != general):
         target = folder / name
         shares = {name: 1.0} if general is None else {name: 1 - share, general: share}
         own = replace(phase, seed=phase.seed * 31 + number)
-        wanted = _origin(seed.model, {part: domains.tokens[part] for part in shares}, shares, own)
+        wanted = _origin(of_seed, {part: domains.tokens[part] for part in shares}, shares, own)
         if (target / "config.json").is_file():
             _require_origin(target, wanted)
             say(f"specialist {name}: {target} is there and was trained like this; it is kept")
@@ -85,11 +85,11 @@ def read_specialists(folders: Sequence[Path]) -> list[nn.Module]:
     return [load_language_model(folder, tokenizer=False).model for folder in folders]
 
 
-def _origin(seed: nn.Module, tokens: Mapping[str, Tensor], shares: Mapping[str, float], phase: TextPhase) -> dict[str, Json]:
+def _origin(seed: str, tokens: Mapping[str, Tensor], shares: Mapping[str, float], phase: TextPhase) -> dict[str, Json]:
     """What decides the weights of a specialist."""
     texts: dict[str, Json] = {name: content_digest({name: part}) for name, part in tokens.items()}
     return {
-        "seed": content_digest(seed.state_dict()),
+        "seed": seed,
         "texts": texts,
         "shares": dict(shares),
         "training": config_to_json(phase),

@@ -2,7 +2,7 @@
 
 Four forms are known: a module of its own (CLIP, Llama, ViT, DINOv2, timm), a layer of `torch.nn.Transformer`, a pair of modules (BERT
 and the older ViT, whose second module also has the residual connection), and a chain in a `torch.nn.Sequential` (open_clip, detectors'
-heads). What looks like an FFN and is none is reported with the reason. Read next: `surgery.py`.
+heads). What looks like an FFN and is none is reported with the reason. Read next: `replacement.py`.
 """
 
 from __future__ import annotations

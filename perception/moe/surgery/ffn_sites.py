@@ -1,7 +1,7 @@
 """Where an FFN lies in a model, as a value: names of tensors, how to read them, and what is taken out when it is replaced.
 
 A site holds names and no tensors, so the site that was found in one model reads the experts out of every model of the same structure,
-or out of a file of weights. Read next: `ffn_search.py`, which finds sites; `surgery.py`, which replaces them.
+or out of a file of weights. Read next: `ffn_search.py`, which finds sites; `replacement.py`, which replaces them.
 """
 
 from __future__ import annotations
