@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_banks import bank_of, poisoned_memory, token_by_token
 from upcycle3d.core.errors import InvalidInput
@@ -178,6 +179,28 @@ def test_many_rows_of_an_expert_are_computed_piece_by_piece_without_gradients():
     torch.testing.assert_close(found, bank(x, index, torch.ones(1500, 1), backend="loop"))
 
 
+def test_products_of_16_bits_keep_to_a_few_numbers_of_rows():
+    """The CPU's library compiles such a product for each new number of rows, and a router gives new numbers in every step."""
+
+    class Rows(TorchDispatchMode):
+        seen: set[int] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                self.seen.add(args[-2].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    bank, draw = bank_of(2, (8, 12, 8)), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        x, index = torch.randn(150, 8, generator=draw), torch.randint(0, 2, (150, 1), generator=draw)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, weight = bank(x, index, torch.ones(150, 1)), torch.ones(150, 1)
+            torch.testing.assert_close(found, bank(x, index, weight, backend="loop"), atol=0.02, rtol=0.02)
+            with Rows():
+                bank(x, index, weight)
+    assert Rows.seen <= {64, 128, 192}
+
+
 # ---- the plan
 
 
@@ -229,10 +252,10 @@ def test_every_row_of_the_rule_decides_some_case():
     few = {"rows_per_expert": 50.0}
     chosen = [
         choose_backend(DispatchCase(**(case | change)))
-        for change in ({"soft": True}, few | {"grouped_serves": False}, {"device": "cuda"}, few, {})
+        for change in ({"soft": True}, few | {"grouped_serves": False}, {"device": "cuda"}, {"sixteen_bits": True}, few, {})
     ]
     assert chosen == list(BACKEND_RULES)
-    assert [rule.backend for rule in chosen] == ["dense_all", "sorted", "grouped", "grouped", "sorted"]
+    assert [rule.backend for rule in chosen] == ["dense_all", "sorted", "grouped", "sorted", "grouped", "sorted"]
 
 
 def test_the_rule_sees_types_sizes_and_rows():
@@ -240,6 +263,8 @@ def test_the_rule_sees_types_sizes_and_rows():
     case = dispatch_case(x, bank_of()._weights(), 200)
     assert (case.soft, case.device, case.rows_per_expert) == (False, "cpu", 50.0)
     assert case.grouped_serves
+    assert not case.sixteen_bits
+    assert dispatch_case(x.bfloat16(), bank_of().bfloat16()._weights(), 200).sixteen_bits
     assert not dispatch_case(x.double(), bank_of().double()._weights(), 200).grouped_serves
     assert not dispatch_case(torch.randn(4, 7), bank_of(3, (7, 8, 8))._weights(), 4).grouped_serves
     assert not dispatch_case(x.bfloat16(), bank_of(3, (8, 12, 8)).bfloat16()._weights(), 4).grouped_serves

@@ -211,7 +211,7 @@ def _optimizer(towers: nn.Module, training: PairTraining) -> torch.optim.Optimiz
         if parameter.requires_grad:
             (kept if parameter.ndim < 2 or name.rpartition(".")[2].endswith("bias") else shrunk).append(parameter)
     settings = [{"params": shrunk, "weight_decay": training.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW([s for s in settings if s["params"]], lr=training.lr)
+    return torch.optim.AdamW([s for s in settings if s["params"]], lr=training.lr, fused=True)
 
 
 def _training_mode(towers: nn.Module, trained: Sequence[str]) -> None:

@@ -3,8 +3,8 @@
 | backend | how | when |
 |---|---|---|
 | `loop` | for each expert: find its tokens, plain FFN, `index_add` | the reference that the others are tested against |
-| `sorted` | one sort, each expert's FFN on its rows, inverse gather | many rows per expert, and every type and size |
-| `grouped` | the same with `torch.nn.functional.grouped_mm` | few rows per expert, and CUDA |
+| `sorted` | one sort, each expert's FFN on its rows, inverse gather | many rows per expert, 16 bits on the CPU, and every type and size |
+| `grouped` | the same with `torch.nn.functional.grouped_mm` | few rows per expert in 32 bits, and CUDA |
 | `dense_all` | every expert on every token, as two large products | soft routing |
 
 None of them drops a token. Under autocast all compute in the type of autocast, like `torch.nn.Linear`.
@@ -93,6 +93,8 @@ class DispatchCase:
     """Whether `grouped_mm` takes these types and sizes as they are, without padding."""
     rows_per_expert: float
     """Number of choices divided by the number of experts."""
+    sixteen_bits: bool = False
+    """Whether the products run on numbers of 16 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +111,16 @@ class BackendRule:
 
 GROUPED_BELOW_ROWS = 200
 _ROWS_IN_CACHE = 512  # that an expert takes at a time where nothing is kept for a backward pass
+_ROWS_COMPILED = 64  # on the CPU, a product of 16-bit numbers is compiled for each new number of rows, which costs more than the product
 BACKEND_RULES = (
     BackendRule(holds=lambda case: case.soft, backend="dense_all", reason="soft routing runs every expert anyway"),
     BackendRule(holds=lambda case: not case.grouped_serves, backend="sorted", reason="grouped_mm lacks this type or size"),
     BackendRule(holds=lambda case: case.device == "cuda", backend="grouped", reason="one launch for all experts"),
+    BackendRule(
+        holds=lambda case: case.device == "cpu" and case.sixteen_bits,
+        backend="sorted",
+        reason="products of 16 bits are compiled for each number of rows, and only this backend keeps to a few numbers",
+    ),
     BackendRule(
         holds=lambda case: case.device == "cpu" and case.rows_per_expert < GROUPED_BELOW_ROWS,
         backend="grouped",
@@ -154,6 +162,7 @@ def dispatch_case(x: Tensor, weights: ExpertWeights, choices: int | None) -> Dis
         device=x.device.type,
         grouped_serves=_grouped_exists(x) and all(size * x.dtype.itemsize % 16 == 0 for size in sizes),
         rows_per_expert=(len(x) * experts if choices is None else choices) / experts,
+        sixteen_bits=x.dtype.itemsize == 2,
     )
 
 
@@ -226,6 +235,7 @@ def _run_sorted(x: Tensor, weights: ExpertWeights, plan: DispatchPlan, weight: T
     """One expert after the other, its whole FFN at once: its hidden units are still in the cache when the second product reads them."""
     rows = gather_rows(x, plan)
     most = max(1, len(rows)) if torch.is_grad_enabled() else _ROWS_IN_CACHE
+    step = _ROWS_COMPILED if x.device.type == "cpu" and x.dtype.itemsize == 2 else 1
     up, down = weights.up.unbind(), weights.down.unbind()
     nothing: tuple[None, ...] = (None,) * len(up)
     up_bias = nothing if weights.up_bias is None else weights.up_bias.unbind()
@@ -236,8 +246,9 @@ def _run_sorted(x: Tensor, weights: ExpertWeights, plan: DispatchPlan, weight: T
     ):  # of no rows, one expert gives all zero gradients
         own = rows[plan.bounds[expert] :][:count]
         for some in own.split(most) if count or not len(rows) else ():
-            hidden = weights.act(F.linear(some, up[expert], up_bias[expert]))
-            parts.append(F.linear(hidden, down[expert], down_bias[expert]))
+            filled = F.pad(some, (0, 0, 0, -len(some) % step)) if step > 1 else some
+            hidden = weights.act(F.linear(filled, up[expert], up_bias[expert]))
+            parts.append(F.linear(hidden, down[expert], down_bias[expert])[: len(some)])
     return combine_rows(torch.cat(parts), weight, plan)
 
 
