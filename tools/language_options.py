@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, require
 from ..core.files import locked_folder
-from ..perception.moe.language.language_models import LanguageModel, named_texts
+from ..perception.moe.language.language_models import LanguageModel, check_row, named_texts
 from ..perception.moe.language.phases import TextPhase, held_out, token_domains, train_on
 from ..perception.moe.language.specialists import read_specialists, require_empty, train_specialists
 from ..perception.moe.language.text_training import TextTraining, TokenDomains, router_loss_text
@@ -102,7 +102,8 @@ class LanguageOptions:
             The tokens.
 
         Raises:
-            InvalidInput: A text cannot be read or is shorter than a row, a number is out of range, or `general` names no text.
+            InvalidInput: A text cannot be read or is shorter than a row, a row is longer than the model reads, a number is out of range, or
+                `general` names no text.
         """
         require(
             self.general is None or not self.specialists,
@@ -123,6 +124,8 @@ class LanguageOptions:
                     f"the text {name!r} has {len(tokens)} tokens to train on, which fill no row of {self.length}; lower --length or give "
                     "more text"
                 )
+        if any(phase.steps for phase in phases):
+            check_row(source.model, self.length)
         return Texts(train=train, tests=tests)
 
     def specialist_models(self, source: LanguageModel, train: TokenDomains | None, folder: Path) -> list[nn.Module]:

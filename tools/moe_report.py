@@ -27,8 +27,8 @@ class MoeReportOptions:
     """Domains as NAME=FILE."""
     dense: Path | None = None
     """Hugging Face folder of the dense model, to compare with."""
-    length: int = 512
-    """Tokens per row."""
+    length: int | None = None
+    """Tokens per row; 512 by default, or as many as the model has positions."""
     rows: int = 16
     """Largest number of rows of each text."""
     layers: bool = False

@@ -344,6 +344,21 @@ def test_a_report_needs_rows_of_two_tokens(job, tmp_path, capsys, words):
     assert "perplexity." in said_by(capsys)
 
 
+def test_rows_longer_than_the_model_has_positions_are_refused(job, tmp_path, capsys):
+    """Learned positions ended in an IndexError, computed ones in a silently worse score. Without a length, the model's own is taken."""
+    out = job / "for_positions"
+    assert run_command(moe_baseline.command, ["sparse", str(job / "llama"), "--out", str(out), "--mix-steps", "0"]) == 0
+    assert run_command(moe_report.command, [str(out / "model"), *texts(job), "--length", "65"]) == 2
+    assert "longer than the model's 64 positions" in said_by(capsys)
+    assert run_command(moe_report.command, [str(out / "model"), *texts(job)]) == 0
+    words = ["sparse", str(job / "llama"), "--out", str(tmp_path / "long"), *texts(job), "--length", "100", "--mix-steps", "1"]
+    assert run_command(moe_baseline.command, words) == 2
+    assert "longer than the model's 64 positions" in said_by(capsys)
+    model = load_language_model(out / "model").model
+    with pytest.raises(InvalidInput, match="64 positions"):
+        perplexity(model, torch.zeros(200, dtype=torch.int64), length=100)
+
+
 def test_a_report_compares_models_of_one_vocabulary(job, tmp_path, capsys):
     out = job / "for_vocabulary"
     assert run_command(moe_baseline.command, ["sparse", str(job / "llama"), "--out", str(out), "--mix-steps", "0"]) == 0

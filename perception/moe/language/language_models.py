@@ -27,6 +27,9 @@ MIXTURE_NAME = "mixture.safetensors"
 """Name of the file with a mixture inside its folder."""
 
 
+_ROW = 512
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LanguageModel:
     """A model with its tokenizer."""
@@ -159,7 +162,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def score_texts(tests: Mapping[str, Tensor], *, length: int = 512, most: int = 16) -> dict[str, Callable[[nn.Module], float]]:
+def score_texts(
+    tests: Mapping[str, Tensor], *, length: int | None = None, most: int = 16
+) -> dict[str, Callable[[nn.Module], float]]:
     """Make what measures a model on texts, as `report_on` takes it.
 
     Args:
@@ -177,21 +182,51 @@ def score_texts(tests: Mapping[str, Tensor], *, length: int = 512, most: int = 1
     return {name: one(tokens) for name, tokens in tests.items()}
 
 
-def perplexity(model: nn.Module, tokens: Tensor, *, length: int = 512, most: int = 16) -> float:
+def longest_row(model: nn.Module) -> int:
+    """Find the largest number of tokens in a row that a model was made for.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The number of positions in its configuration; 2**24 where it names none.
+    """
+    return int(getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2**24)
+
+
+def check_row(model: nn.Module, length: int) -> None:
+    """Refuse rows that are longer than a model was made for: learned positions end there, and computed ones give silently worse results.
+
+    Args:
+        model: The model.
+        length: Tokens per row.
+
+    Raises:
+        InvalidInput: The rows are too long.
+    """
+    longest = longest_row(model)
+    require(
+        length <= longest, f"rows of {length} tokens are longer than the model's {longest} positions; lower the length (--length)"
+    )
+
+
+def perplexity(model: nn.Module, tokens: Tensor, *, length: int | None = None, most: int = 16) -> float:
     """Compute the perplexity of a text in rows of equal length, each read from its own start.
 
     Args:
         model: The model.
         tokens: (T,) tokens.
-        length: Tokens per row; a shorter text is one row.
+        length: Tokens per row; a shorter text is one row. None takes 512, or as many as the model has positions.
         most: Largest number of rows, spread over the text.
 
     Returns:
         Exponential of the mean loss per predicted token.
 
     Raises:
-        InvalidInput: A row has fewer than two tokens, or there is none.
+        InvalidInput: A row has fewer than two tokens or more than the model has positions, or there is none.
     """
+    length = min(_ROW, longest_row(model)) if length is None else length
+    check_row(model, length)
     require_counts("perplexity", least=2, most=2**24, length=length, tokens=len(tokens))
     require_counts("perplexity", most=2**24, rows=most)
     length = min(length, len(tokens))

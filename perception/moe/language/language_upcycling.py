@@ -26,7 +26,7 @@ from ..upcycling.cluster_aware import cluster_aware, collect_inputs
 from ..upcycling.joined_mixtures import join_mixtures
 from ..upcycling.owner_training import freeze_for_owner
 from ..upcycling.upcyclers import RandomRouters, Upcycled, btx, drop_upcycling, soup, sparse_copy, wider_dense
-from .language_models import LanguageModel, save_language_mixture
+from .language_models import LanguageModel, longest_row, save_language_mixture
 from .phases import TextPhase, train_on
 from .specialists import new_folder, require_empty, write_dense
 from .text_training import TokenDomains
@@ -192,7 +192,7 @@ def make_baseline(
 
 def _reader(domains: TokenDomains) -> Callable[[nn.Module], None]:
     def run(model: nn.Module) -> None:
-        length = min(256, *(len(tokens) for tokens in domains.tokens.values()))
+        length = min(256, longest_row(model), *(len(tokens) for tokens in domains.tokens.values()))
         for step in range(4):
             model(domains.batch(dict.fromkeys(domains.tokens, 1.0), count=8, length=length, seed=99, step=step))
 

@@ -176,7 +176,11 @@ def train_phase(
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     require(bool(trained) or not config.steps, "no parameter of the model needs a gradient, so there is nothing to train")
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True) if trained else None
+    optimizer = (
+        torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True)
+        if trained
+        else None
+    )
     balanced = any(_choosing(model)) and (config.router.balance > 0 or config.router.z > 0)
     device = trained[0].device.type if trained else "cpu"
     losses: list[float] = []

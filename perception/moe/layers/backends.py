@@ -111,7 +111,9 @@ class BackendRule:
 
 GROUPED_BELOW_ROWS = 200
 _ROWS_IN_CACHE = 512  # that an expert takes at a time where nothing is kept for a backward pass
-_ROWS_COMPILED = 64  # on the CPU, a product of 16-bit numbers is compiled for each new number of rows, which costs more than the product
+_ROWS_COMPILED = (
+    64  # on the CPU, a product of 16-bit numbers is compiled for each new number of rows, which costs more than the product
+)
 BACKEND_RULES = (
     BackendRule(holds=lambda case: case.soft, backend="dense_all", reason="soft routing runs every expert anyway"),
     BackendRule(holds=lambda case: not case.grouped_serves, backend="sorted", reason="grouped_mm lacks this type or size"),
