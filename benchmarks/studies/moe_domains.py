@@ -359,10 +359,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--publish", type=Path, help="folder for results.csv; by default OUT/DETECTOR/published")
+    parser.add_argument("--seed-steps", type=int, default=StudyPlan.seed_steps, help="steps of the seed model")
+    parser.add_argument("--specialist-steps", type=int, default=StudyPlan.specialist_steps, help="steps of each specialist")
+    parser.add_argument("--mix-steps", type=int, default=StudyPlan.mix_steps, help="steps of a mixture")
     parser.add_argument("--quick", action="store_true", help="a few steps and frames, to check the program")
     options = parser.parse_args()
+    steps = {name: getattr(options, name) for name in ("seed_steps", "specialist_steps", "mix_steps")}
     torch.set_num_threads(1)
-    plan = StudyPlan(detector=options.detector, **(QUICK if options.quick else {}))
+    plan = StudyPlan(detector=options.detector, **(QUICK if options.quick else steps))
     print(f"about {CPU_SECONDS[options.detector] / 60:.0f} CPU minutes of one thread per seed in a full run", flush=True)
     cache = ResultCache(options.out / options.detector / "results", {"plan": asdict(plan), "domains": list(DOMAINS)})
     for seed in options.seeds:

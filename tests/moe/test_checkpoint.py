@@ -1,6 +1,7 @@
 """A checkpoint gives back the same model: all weights, the places of the mixtures, and the rule by which each router chooses."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,6 +122,16 @@ def test_a_model_of_another_structure_is_refused_by_name(tmp_path):
         load_mixture(tmp_path / "m.safetensors", look.randomized(look.MODELS["llama"].make()))
     with pytest.raises(InvalidInput, match="holds a Stack, and the given dense model is a Linear"):
         load_mixture(tmp_path / "m.safetensors", nn.Linear(2, 2))
+
+
+def test_experts_of_another_kind_than_the_plan_says_are_refused():
+    """The same weights under another activation are another model, and nothing else in a file would show it."""
+    _, upcycled, _ = made()
+    said = describe_mixture(upcycled.model, upcycled.plan)
+    first = said.layers[0]
+    other = replace(first, bank=replace(first.bank, activation="relu"))
+    with pytest.raises(InvalidInput, match=r"'relu'.* its plan says"):
+        replace(said, layers=(other, *said.layers[1:]))
 
 
 def test_a_damaged_file_is_refused(tmp_path):

@@ -208,6 +208,14 @@ class MixtureDescription:
             len(self.layers) == len(self.plan.sites),
             f"a description needs one mixture per place, found {len(self.layers)} and {len(self.plan.sites)}",
         )
+        for site, layer in zip(self.plan.sites, self.layers):
+            bank = layer.bank
+            found = (bank.width_in, bank.width_out, bank.activation, bank.gated)
+            wanted = (site.width_in, site.width_out, site.activation, site.gate is not None)
+            require(
+                found == wanted,
+                f"the experts of {site.name!r} have (inputs, outputs, activation, gate) {found}, and its plan says {wanted}",
+            )
 
     def __str__(self) -> str:
         kinds: dict[str, list[str]] = {}
