@@ -207,9 +207,13 @@ def cells(index: Tensor) -> Tensor:
 # ---- stores
 
 
-def store(folder: Path, detector: Detector, scans: Sequence[PointCloud], *, codec: str = "fp16") -> SmashedStore:
-    """The store that a server has in `folder` after a vehicle extracted `scans` with the detector's encoder, in that order."""
-    extractor = Extractor(detector.encoder, RigSpec(), codec)
+def store(
+    folder: Path, detector: Detector, scans: Sequence[PointCloud], *, codec: str = "fp16", rig: RigSpec | None = None
+) -> SmashedStore:
+    """The store that a server has in `folder` after a vehicle of a rig extracted `scans` with the detector's encoder, in that order.
+
+    `scans` are in the sensor frame of the rig, which is the shifted frame without one."""
+    extractor = Extractor(detector.encoder, rig or RigSpec(), codec)
     with ShardWriter(folder / "in", spec=extractor.spec, fingerprint=extractor.fingerprint, codec=codec) as writer:
         extract(scans, extractor, writer)
     ingest(folder / "in", folder / "store", expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)

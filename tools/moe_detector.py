@@ -16,7 +16,9 @@ from ..perception.models.decoders.scene_blocks import BatchNormOfExperts
 from ..perception.moe.detectors.calibrate import upcycled_decoder
 from ..perception.moe.layers.losses import RouterLossConfig, describe_router_losses
 from ..perception.moe.layers.routing import Norm
+from ..perception.recipes.fleet_stores import rigs_of_options
 from ..perception.recipes.upcycle_head import make_upcycled_head
+from ..perception.training.detector_files import load_detector
 from .console import console, print_table, run_command, write_json
 
 
@@ -60,6 +62,11 @@ class MoeDetector:
     stores: tuple[Path, ...] = ()
     """Stores of smashed scenes, one per specialist: the gate begins by sending their scenes to that specialist's expert. One store of all
     domains only scales the description of scenes."""
+    z_shift: tuple[float, ...] = ()
+    """Z shift of the fleets, where `extract` got another one than the detector's training data: one value for all stores, or one per store
+    in the order of `--stores`."""
+    intensity_scale: tuple[float, ...] = ()
+    """Intensity scale of the fleets, likewise: one value, or one per store."""
     group_scenes: bool = False
     """With one store of all domains: the gate begins with groups of scenes that look alike, one for each expert. No domain needs a name."""
     recalibrate: bool = False
@@ -84,6 +91,8 @@ def _require_effect(config: MoeDetector) -> None:
         ("--z", bool(config.z), learns, "--router top_k or soft"),
         ("--seed-detector", config.seed_detector is not None, config.rest == "seed", "--rest seed"),
         ("--stores", bool(config.stores), per_scene or config.recalibrate, "a gate per scene or --recalibrate"),
+        ("--z-shift", bool(config.z_shift), bool(config.stores), "--stores"),
+        ("--intensity-scale", bool(config.intensity_scale), bool(config.stores), "--stores"),
         ("--group-scenes", config.group_scenes, per_scene and learns, "a learned gate per scene"),
     ):
         require(used or not given, f"{option} changes nothing here: it belongs to {where}; leave it out, or change that")
@@ -132,6 +141,8 @@ def head_of(config: MoeDetector) -> HeadMixtureConfig:
 def command(config: MoeDetector) -> None:
     """Make a detector with an upcycled head of specialists."""
     head = head_of(config)
+    given = bool(config.z_shift or config.intensity_scale)
+    trained = load_detector(config.seed_detector or config.specialists[0]).trained_on if given else None
     made = make_upcycled_head(
         config.specialists,
         config.out,
@@ -139,6 +150,7 @@ def command(config: MoeDetector) -> None:
         rest=config.rest,
         seed_detector=config.seed_detector,
         stores=config.stores,
+        rig=rigs_of_options(config.z_shift, config.intensity_scale, config.stores, trained),
         group_scenes=config.group_scenes,
         recalibrate=config.recalibrate,
         draw=config.draw,

@@ -88,6 +88,9 @@ def settle_start(start: JobStart) -> None:
         print_warning(note)
     if start.weights is not None:
         print_table(f"weights of {start.weights.source}", ("", "tensors", "parts"), start.weights.rows())
+    if start.stores:
+        rows = [(shown(str(one.store)), str(one.rig), f"{one.scenes:,}", f"{one.share:.1%}") for one in start.stores]
+        print_table("unlabeled scenes, drawn in proportion to their number", ("store", "rig", "scenes", "share"), rows)
     settle(start.ledger, "data of the training (a sample of the frames)")
 
 

@@ -10,8 +10,7 @@ from typing import Literal
 import tyro
 
 from ..core.foreign_text import shown
-from ..core.scan_comparison import rig_of_scans
-from ..core.scan_options import ScanOptions
+from ..perception.recipes.fleet_stores import rigs_of_options
 from ..perception.recipes.jobs import upcycle_preset
 from ..perception.recipes.presets import Preset
 from ..perception.server.methods import METHODS
@@ -35,14 +34,16 @@ class Upcycle:
     """Run folder to write."""
     detector: Path = Path("runs/source")
     """Run folder of the source model, from which every method starts. The fleet must run its encoder."""
-    store: Path | None = None
-    """Store of the fleet's smashed scenes, for the methods that learn from them."""
+    store: tuple[Path, ...] = ()
+    """Store of the fleet's smashed scenes, for the methods that learn from them. Give several for fleets of several kinds of vehicles that
+    run one encoder: scenes are drawn in proportion to their number, so one epoch sees every scene once."""
     raw: DataOption | None = None
     """Raw unlabeled scans, for the methods that learn from them; `unlabelled` where no split is named. Labels are not read."""
-    z_shift: float | None = None
-    """The fleet's z shift, where `extract` got another one than the detector's training data. A store of another kind of rig is refused."""
-    intensity_scale: float | None = None
-    """The fleet's intensity scale, where `extract` got another one than the detector's training data."""
+    z_shift: tuple[float, ...] = ()
+    """The fleet's z shift, where `extract` got another one than the detector's training data: one value for all stores, or one per store in
+    the order of `--store`. A store of another kind of rig is refused."""
+    intensity_scale: tuple[float, ...] = ()
+    """The fleet's intensity scale, where `extract` got another one than the detector's training data: one value, or one per store."""
     method: Literal[tuple(METHODS)] = "upcycling"  # type: ignore[valid-type]
     """Training method. docs/methods.md describes all of them."""
     codec: Literal["fp16", "int8"] | None = None
@@ -61,7 +62,8 @@ class Upcycle:
     seed: int = 0
     """Decides the order of frames and scenes, augmentation and pasting."""
     resume: bool = False
-    """Continue a run that was stopped. Its data, store and source model may have been moved: give their new places."""
+    """Continue a run that was stopped. Its data, stores and source model may have been moved: give their new places, and the stores in the
+    same order."""
     workers: int = 1
     """Processes that prepare batches. The result does not depend on their number."""
     device: str = "cpu"
@@ -75,17 +77,17 @@ ARGUMENTS = tyro.extras.subcommand_type_from_defaults(preset_choices(Upcycle), p
 
 def command(config: Upcycle) -> None:
     """Train the server half on labeled frames and smashed scenes."""
-    given = ScanOptions(z_shift=config.z_shift, intensity_scale=config.intensity_scale)
-    rig = None if given == ScanOptions() else rig_of_scans(given, load_detector(config.detector).trained_on)[0]
+    given = bool(config.z_shift or config.intensity_scale)
+    trained = load_detector(config.detector).trained_on if given else None
     outcome = upcycle_preset(
         config.preset,
         config.data,
         config.detector,
         config.out,
         method=config.method,
-        store=config.store,
+        store=config.store or None,
         raw=config.raw,
-        rig=rig,
+        rig=rigs_of_options(config.z_shift, config.intensity_scale, config.store, trained),
         codec=config.codec,
         truth=config.truth,
         validate=chosen_validation(config.validate, config.validate_every),

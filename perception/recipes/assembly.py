@@ -174,7 +174,7 @@ def fleet_store(folder: Path, detector: Detector, rig: RigSpec) -> SmashedStore:
     if store.fingerprint != expected:
         raise InvalidInput(
             f"the store {folder} holds scenes with the encoder fingerprint {store.fingerprint[:12]}…, and this detector with the rig given "
-            f"has {expected[:12]}…; start from the detector whose encoder the fleet runs, with the rig given to extract and ingest"
+            f"({rig}) has {expected[:12]}…; start from the detector whose encoder the fleet runs, with the rig given to extract and ingest"
         )
     if len(store) and not int(store.voxels.max()):
         raise InvalidInput(

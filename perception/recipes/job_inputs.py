@@ -12,7 +12,6 @@ import torch
 
 from ...core.device import find_device
 from ...core.errors import InvalidInput
-from ...core.rig import RigSpec
 from ...core.strict_json import read_json
 from ...core.structures import Labels
 from ...core.tensor_value import shape_of
@@ -134,23 +133,6 @@ def check_path(value: object, name: str, what: str) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise InvalidInput(f"{name} must be the path of {what}, found {shape_of(value)}")
     return Path(value)
-
-
-def check_rig(rig: object) -> RigSpec | None:
-    """Check that an argument is a rig.
-
-    Args:
-        rig: A rig, or None.
-
-    Returns:
-        The same.
-
-    Raises:
-        InvalidInput: It is something else.
-    """
-    if rig is not None and not isinstance(rig, RigSpec):
-        raise InvalidInput(f"rig must be a RigSpec, as in RigSpec(z_shift=1.8), or None; found {shape_of(rig)}")
-    return rig
 
 
 def read_truth(receipts: str | Path, data: Data) -> dict[str, Labels]:

@@ -64,11 +64,11 @@ class UpcyclingRecord:
     detector: Path
     """Run folder of the source model."""
     store: Path | None
-    """Store of smashed scenes."""
+    """Store of smashed scenes; the first one where there are several."""
     raw: DataSplit | None
     """Raw unlabeled scans."""
     rig: RigSpec
-    """Rig of the fleet."""
+    """Rig of the fleet that filled `store`."""
     codec: str | None
     """Codec of the labeled features; None takes the store's own."""
     seed: int
@@ -87,6 +87,12 @@ class UpcyclingRecord:
     """What the detector's file will say about its training. It decides nothing."""
     preset_steps: int = 0
     """Steps of the preset, of which `--steps` makes others; 0 in runs of earlier versions. It decides nothing."""
+    further_stores: tuple[Path, ...] = ()
+    """The stores after the first one, in their order; none in runs of one store and of earlier versions."""
+    further_rigs: tuple[RigSpec, ...] = ()
+    """Rig of the fleet of each of them."""
+    further_digests: tuple[str, ...] = ()
+    """SHA-256 of the scenes of each of them."""
 
 
 _PLACES = {  # a place, the content there, what it is in messages, and the option that names it
@@ -116,6 +122,8 @@ def what_may_differ(out: Path, record: TrainingRecord | UpcyclingRecord, *, resu
         return ("preset_steps",)
     stored = RunFolder.open(out).config_json()
     allowed = ["trained_on", "preset_steps"]
+    if isinstance(record, UpcyclingRecord):
+        _require_as_many_stores(out, record, stored)
     for place, (content, what, option) in _PLACES.items():
         if not hasattr(record, content):
             continue
@@ -130,14 +138,38 @@ def what_may_differ(out: Path, record: TrainingRecord | UpcyclingRecord, *, resu
                 f"{what} is not what the run in {out} began with ({option}): its content has the fingerprint {short(now)}…, and then it was "
                 f"{short(before)}…. Resume with the same data, wherever it lies now, or choose a new folder"
             )
-        elif now and str(getattr(record, "store", "")) == stored.get("store"):
-            allowed.append(content)  # an ingest may add scenes to a store while a run is stopped
         elif now:
-            raise InvalidInput(
-                f"{what} {getattr(record, 'store', '')} holds other scenes than the one that the run in {out} began with, "
-                f"{stored.get('store')} ({option}); resume with a copy of that store, or choose a new folder"
-            )
+            order = ", and keep the order of the stores" if stored.get("further_stores") else ""
+            _require_grown(out, str(getattr(record, "store", "")), str(stored.get("store")), order)
+            allowed.append(content)
+    if isinstance(record, UpcyclingRecord):
+        before_and_now = zip(stored.get("further_digests", ()), record.further_digests, strict=False)
+        for number, (before, now) in enumerate(before_and_now):
+            if before != now:
+                place = str(record.further_stores[number])
+                _require_grown(out, place, stored["further_stores"][number], ", and keep the order of the stores")
+        allowed += ["further_stores", "further_digests"]
     return tuple(allowed)
+
+
+def _require_grown(out: Path, now: str, before: str, order: str = "") -> None:
+    """Refuse a store with other scenes, unless it lies at its place: an ingest may add scenes while a run is stopped."""
+    if now != before:
+        raise InvalidInput(
+            f"the store {now} holds other scenes than the one that the run in {out} began with, {before} (--store); resume with a copy of "
+            f"that store{order}, or choose a new folder"
+        )
+
+
+def _require_as_many_stores(out: Path, record: UpcyclingRecord, stored: Mapping[str, Any]) -> None:
+    """Name the stores that a run began with where another number is given now."""
+    before = [*filter(None, [stored.get("store")]), *stored.get("further_stores", [])]
+    now = [*filter(None, [record.store]), *record.further_stores]
+    if before and now and len(before) != len(now):
+        raise InvalidInput(
+            f"the run in {out} began with {len(before)} {'store' if len(before) == 1 else 'stores'} ({', '.join(before)}), and {len(now)} "
+            f"{'is' if len(now) == 1 else 'are'} given (--store); resume with the same stores in the same order, or choose a new folder"
+        )
 
 
 def plan_loop(

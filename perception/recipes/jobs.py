@@ -20,8 +20,6 @@ from ...core.errors import InvalidInput
 from ...core.files import write_atomically
 from ...core.ledger import Ledger
 from ...core.ledger_rules import judge, stop_if_absurd
-from ...core.rig import RigSpec
-from ...core.scan_comparison import rig_differences
 from ...core.tensor_file import content_digest
 from ...datasets.data_split import DataSplit
 from ...datasets.prepared import PreparedDataset
@@ -31,7 +29,6 @@ from ..models.detectors import DetectorConfig
 from ..models.upcycled import UpcycledDetectorConfig
 from ..server.feature_object_database import FeatureObjectDatabase
 from ..server.methods import Method, method_record
-from ..server.store import SmashedStore
 from ..server.trainer import upcycle
 from ..server.upcycle_config import UpcycleConfig
 from ..training.checkpoint import latest_checkpoint
@@ -43,8 +40,23 @@ from ..training.starting_weights import StartingWeights, take_weights
 from ..training.supervised import train_supervised
 from ..wire.codec import check_codec
 from ..wire.encoder_file import ENCODER_FILE
-from .assembly import check_classes, feature_object_database, fleet_store, labeled_batches, method_batches, unlabeled_batches
-from .job_inputs import Data, check_path, check_rig, check_run_options, find_data, find_method, find_preset, read_truth
+from .assembly import check_classes, feature_object_database, labeled_batches, method_batches, unlabeled_batches
+from .fleet_stores import (
+    Rigs,
+    Stores,
+    StoreShare,
+    check_rigs,
+    check_stores,
+    codec_note,
+    codec_of,
+    digests_of,
+    few_scenes_notes,
+    labeled_rig_note,
+    open_fleet,
+    rig_of_training,
+    shares_of,
+)
+from .job_inputs import Data, check_path, check_run_options, find_data, find_method, find_preset, read_truth
 from .job_records import TrainingRecord, UpcyclingRecord, plan_loop, what_may_differ
 from .own_classes import preset_for_classes
 from .presets import Preset
@@ -88,6 +100,8 @@ class JobStart:
     """Which weights the training starts from; None for random ones, and for `upcycle`, which takes all of the source model."""
     notes: tuple[str, ...] = ()
     """Sentences that a reader should see."""
+    stores: tuple[StoreShare, ...] = ()
+    """What each of several stores brings to the unlabeled scenes of the training; empty for a single store."""
 
 
 OnStart = Callable[[JobStart], None]
@@ -260,9 +274,9 @@ def upcycle_preset(
     out: str | Path,
     *,
     method: Method | str = "upcycling",
-    store: str | Path | None = None,
+    store: Stores | None = None,
     raw: Data | None = None,
-    rig: RigSpec | None = None,
+    rig: Rigs | None = None,
     codec: str | None = None,
     truth: tuple[Path, Data] | None = None,
     validate: Validation | None = None,
@@ -285,17 +299,18 @@ def upcycle_preset(
         detector: Run folder of the source model, from which every method starts. The fleet must run its encoder.
         out: Run folder to write.
         method: Name of a method (docs/methods.md), or your own `Method`.
-        store: Store of the fleet's smashed scenes, for the methods that learn from them.
+        store: Store of the fleet's smashed scenes, for the methods that learn from them; or several stores, for fleets of several kinds of
+            vehicles that run one encoder. Scenes are drawn in proportion to their number, so an epoch sees every scene of every store once.
         raw: Raw unlabeled scans, for the methods that learn from them; `unlabelled` where no split is named.
-        rig: The fleet's rig, as given to `extract` and `ingest`. None takes that of the source model's training data, or no z shift and
-            intensity in 0..1 where its file does not say.
+        rig: The fleet's rig, as given to `extract` and `ingest`; with several stores one rig for all, or one per store in their order. None
+            takes that of the source model's training data, or no z shift and intensity in 0..1 where its file does not say.
         codec: Codec round trip of labeled features, `fp16` or `int8`; None takes the store's own.
         truth: Receipts of `extract` and the prepared frames that were extracted. Their labels measure the pseudo labels and never train.
         validate: Score the student on another split on the way. It changes nothing in the training.
         seed: Decides the order of frames and scenes, augmentation and pasting.
         steps: Optimizer steps of the whole run, instead of the preset's number. With `resume`, a run that was planned for another number
             goes on to this one; its remaining steps are a new cycle of the learning rate.
-        resume: Continue a run that was stopped. Its data, store and source model may have been moved.
+        resume: Continue a run that was stopped. Its data, stores and source model may have been moved; the order of the stores stays.
         workers: Processes that prepare batches.
         device: `cpu`, `cuda` or `cuda:N`.
         progress: Print a line every few steps.
@@ -319,11 +334,12 @@ def upcycle_preset(
     preset, split, chosen = find_preset(preset), find_data(data, "train"), find_method(method)
     out = check_path(out, "out", "the run folder to write")
     detector = check_path(detector, "detector", "the source model: a run folder or a detector file")
-    rig = check_rig(rig)
+    stores = check_stores(store)
+    rigs = check_rigs(rig, stores)
     name = method if isinstance(method, str) else chosen.summary
     if chosen.unlabeled == "raw" and raw is None:
         raise InvalidInput(f"the method {name} learns from raw unlabeled scans; give raw=… (option --raw DIR[:SPLIT])")
-    if chosen.unlabeled == "smashed" and store is None:
+    if chosen.unlabeled == "smashed" and not stores:
         raise InvalidInput(
             f"the method {name} learns from smashed scenes; give store=… (option --store), which `extract` and `ingest` make"
         )
@@ -331,7 +347,7 @@ def upcycle_preset(
     if not resume:
         on_main(lambda: check_unused(out), context)
     student = load_detector(detector)
-    rig = rig or (RigSpec() if student.trained_on is None else student.trained_on.rig)
+    rigs = rigs or (rig_of_training(student),) * max(1, len(stores))
     source_digest = content_digest(student.state_dict())
     preset_steps = preset.upcycle.loop.total_steps
     loop, planned = plan_loop(out, "upcycle", preset.upcycle.loop, seed=seed, steps=steps, resume=resume)
@@ -341,48 +357,48 @@ def upcycle_preset(
     check_labels(split, frames)
     check_classes(preset, frames)
     # A method without scenes still gets their codec, so that all methods see the same labeled features.
-    scenes = None if store is None else fleet_store(check_path(store, "store", "the store of smashed scenes"), student, rig)
-    codec_used = codec or _codec_of(scenes)
+    scenes = open_fleet(stores, student, rigs[: len(stores)])
+    codec_used = codec or codec_of(scenes)
     raw_split = None if raw is None else find_data(raw, "unlabelled")
     fleet = None if raw_split is None or chosen.unlabeled != "raw" else raw_split.open()
     scans = None if fleet is None else unlabeled_batches(preset, fleet, batch_size=settings.unlabeled_batch, seed=seed)
     truth_labels = None if truth is None else read_truth(*truth)
     survey = survey_split(frames, student.encoder)
-    notes, ledger = data_warnings(student, frames, survey.statistics) + _codec_note(scenes, codec_used), survey.ledger
-    known = student.trained_on
-    as_read = known is not None and frames.rig == known.rig and not rig_differences(rig, known, "")  # its reader scaled intensity
-    if store is not None and frames.rig != rig and not as_read:
-        notes += (
-            f"the labeled data {split} have the rig {frames.rig}, and the scenes of the store have {rig}; this is right only if the road "
-            "lies at the same height and intensity has the same scale after both",
-        )
+    notes, ledger = data_warnings(student, frames, survey.statistics) + codec_note(scenes, codec_used), survey.ledger
+    notes += labeled_rig_note(split, frames.rig, student.trained_on, stores, rigs[: len(stores)])
+    shares = shares_of(scenes, rigs) if chosen.unlabeled == "smashed" else ()
+    notes += few_scenes_notes(shares)
     if fleet is not None:
         counted = survey_split(fleet, student.encoder)
         notes += data_warnings(student, fleet, counted.statistics)
         ledger = ledger + counted.ledger.without_labels()  # their labels are not used
     watch = None if validate is None else Validator(validate, total_steps=loop.total_steps, folder=out)
     notes += _validation_note(split, frames, watch)
-    _start(on_start, JobStart(ledger=ledger, notes=notes), context)
+    _start(on_start, JobStart(ledger=ledger, notes=notes, stores=shares), context)
     if preset.train.gt_sampling:
         on_main(split.ensure_gt_database, context)
     labeled = method_batches(preset, chosen, split, settings, seed=seed)
+    digests = digests_of(scenes)
     record = UpcyclingRecord(
         preset=preset,
         method=method if isinstance(method, str) else method_record(chosen),
         data=split.resolved(),
         detector=detector.resolve(),
-        store=None if store is None else Path(store).resolve(),
+        store=stores[0].resolve() if stores else None,
         raw=None if raw_split is None else raw_split.resolved(),
-        rig=rig,
+        rig=rigs[0],
         codec=codec,
         seed=seed,
         data_fingerprint=frames.split_fingerprint(),
         detector_digest=source_digest,
-        store_digest="" if scenes is None else scenes.digest(),
+        store_digest=digests[0] if digests else "",
         raw_fingerprint="" if raw_split is None else raw_split.open().split_fingerprint(),
         processes=context.world_size,
         trained_on=student.trained_on,
         preset_steps=preset_steps,
+        further_stores=tuple(path.resolve() for path in stores[1:]),
+        further_rigs=rigs[1:],
+        further_digests=digests[1:],
     )
 
     def look(step: int, now: Detector) -> None:
@@ -602,33 +618,3 @@ def on_main(action: Callable[[], object], context: DistributedContext) -> None:
     failed = [m for m in context.gather(message) if m]
     if failed:
         raise InvalidInput(failed[0])
-
-
-def _by_codec(store: SmashedStore) -> str:
-    return ", ".join(f"{codec} {count}" for codec, count in store.codec_counts.items())
-
-
-def _codec_note(store: SmashedStore | None, codec: str) -> tuple[str, ...]:
-    """A sentence where a store mixes codecs: part of its scenes are rounded otherwise than the labeled features."""
-    if store is None or len(store.codecs) < 2:
-        return ()
-    other = len(store) - store.codec_counts.get(codec, 0)
-    return (
-        f"the labeled features get the rounding of {codec} (--codec), and {other} of {len(store)} scenes of the store have another one "
-        f"({_by_codec(store)}); all scenes are used",
-    )
-
-
-def _codec_of(store: SmashedStore | None) -> str:
-    if store is None:
-        return "fp16"
-    if not store.codecs:
-        raise InvalidInput(
-            "the store holds no scene; look for reasons in its quarantine folder, then run `extract` and `ingest` again"
-        )
-    if len(store.codecs) > 1:
-        raise InvalidInput(
-            f"the store holds scenes of several codecs ({_by_codec(store)}). All of them are used, and the labeled features get the rounding of "
-            "one: say which with codec=… (option --codec). To use the scenes of one codec only, ingest their shards into a store of their own"
-        )
-    return store.codecs[0]

@@ -22,6 +22,8 @@ from ..moe.detectors.upcycle import UpcycledHead, upcycle_head
 from ..moe.upcycling.upcyclers import Rest
 from ..server.store import SmashedStore, collate_scenes
 from ..training.detector_files import DETECTOR_FILE, load_detector, save_run_detector
+from .assembly import fleet_store
+from .fleet_stores import Rigs, check_rigs, check_stores, rig_of_training
 from .job_inputs import check_path
 
 HEAD_FILE = "head.json"
@@ -36,6 +38,7 @@ def make_upcycled_head(
     rest: Rest = "average",
     seed_detector: str | Path | None = None,
     stores: Sequence[str | Path] = (),
+    rig: Rigs | None = None,
     group_scenes: bool = False,
     recalibrate: bool = False,
     most_scenes: int = 50,
@@ -50,6 +53,8 @@ def make_upcycled_head(
         rest: Where the other tensors come from: `average` or `seed`.
         seed_detector: The detector that the specialists started from.
         stores: Stores of smashed scenes: one per expert, whose scenes the gate begins by sending to that expert; or one of all domains.
+        rig: Rig of the fleets, as given to `extract` and `ingest`: one for all stores, or one per store in their order. None takes that of
+            the training data.
         group_scenes: With one store: the gate begins with groups of scenes that look alike, one for each expert.
         recalibrate: Whether the batch norms of the decoder are measured again on the scenes of the stores.
         most_scenes: Scenes that are read of each store at most.
@@ -69,14 +74,13 @@ def make_upcycled_head(
         not group_scenes or len(stores) == 1, f"groups are made of the scenes of one store (--stores), found {len(stores)} stores"
     )
     require(not recalibrate or bool(stores), "batch norms are measured on smashed scenes; give stores (--stores)")
+    paths = check_stores(stores) if stores else ()
+    rigs = check_rigs(rig, paths)[: len(paths)]
     loaded = [load_detector(path) for path in specialists]
     seed = None if seed_detector is None else load_detector(seed_detector)
     made = upcycle_head(loaded * len(head.experts) if len(loaded) == 1 else loaded, head, rest=rest, seed=seed, draw=draw)
-    opened = [SmashedStore(check_path(path, "stores", "a store of smashed scenes")) for path in stores]
-    for path, store in zip(stores, opened, strict=True):
-        require(
-            store.spec == made.detector.encoder.upload_spec, f"the scenes of {path} were made at another cut than this detector's"
-        )
+    rigs = rigs or (rig_of_training(made.detector),) * len(paths)
+    opened = [fleet_store(path, made.detector, one) for path, one in zip(paths, rigs, strict=True)]
     if group_scenes:
         fit_gate_to_groups(made.detector, scenes_of(made.detector, opened[0], most_scenes, draw), seed=draw)
     elif opened and head.has_gate:
@@ -120,4 +124,4 @@ def _mixed(detector: Detector, stores: Sequence[SmashedStore], most: int, seed: 
     orders = [np.random.default_rng(seed).permutation(len(store))[:most].tolist() for store in stores]
     for rows in zip(*orders, strict=False):
         scenes = [store.readable(row) for store, row in zip(stores, rows, strict=True)]
-        yield detector.encoder.restore(collate_scenes(scenes))
+        yield detector.encoder.restore(collate_scenes(scenes, encoders=[store.fingerprint for store in stores]))

@@ -10,7 +10,8 @@ fleet that is extracted twice trains the same way twice.
 One store holds the scenes of one encoder and one cut. `ingest.py` fills it. This file reads it and is the only one that turns a scene
 at rest back into live features. A scene holds no raw point, yet much of a scan can be rebuilt from it: protect a store like raw scans.
 
-Read next: `unlabeled_half.py`, which trains on the scenes; `wire/codec.py`, which decodes and checks them.
+Read next: `joined_stores.py`, several stores read as one; `unlabeled_half.py`, which trains on the scenes; `wire/codec.py`, which decodes
+and checks them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -307,8 +308,10 @@ class SmashedStore:
     `pread` of its bytes.
 
     Attributes:
+        folder: Folder of the store.
         spec: The cut at which all scenes were made.
         fingerprint: Fingerprint of the encoder that made them.
+        fingerprints: The same as a tuple of one, as `JoinedStores` has several.
         codecs: Names of the codecs that occur, sorted.
         codec_counts: Number of scenes of each of them.
         voxels: (len,) int32 number of voxels of each scene.
@@ -336,8 +339,10 @@ class SmashedStore:
         rows = catalog.rows
         if not rows["order"].null_count:  # a store that an earlier version began keeps its order, so that its runs can be resumed
             rows = rows.sort_by([("order", "ascending"), ("sha256", "ascending")])
+        self.folder = store
         self.spec = catalog.spec
         self.fingerprint = catalog.fingerprint
+        self.fingerprints: tuple[str, ...] = (catalog.fingerprint,)
         self._folder = store / SHARDS
         encoded = rows["shard"].combine_chunks().dictionary_encode()
         self._shards: list[str] = encoded.dictionary.to_pylist()
@@ -434,11 +439,13 @@ class SmashedStore:
         )
 
 
-def collate_scenes(scenes: Sequence[SmashedScene]) -> CutFeatures:
+def collate_scenes(scenes: Sequence[SmashedScene], *, encoders: Collection[str] = ()) -> CutFeatures:
     """Make one batch of live features from scenes at rest.
 
     Args:
         scenes: At least one scene, all of one encoder and one cut.
+        encoders: Fingerprints of one encoder with several kinds of rigs, each of which the caller has compared with the detector
+            (`JoinedStores.fingerprints`). By default all scenes must have the fingerprint of the first.
 
     Returns:
         Features of the scenes in order, on the CPU. A keypoint lies at the center of its cell.
@@ -448,10 +455,12 @@ def collate_scenes(scenes: Sequence[SmashedScene]) -> CutFeatures:
     """
     if not scenes:
         raise InvalidInput("collate_scenes needs at least one scene")
-    first, *others = (SceneKind(spec=s.spec, encoder_fingerprint=s.encoder_fingerprint, codec="") for s in scenes)
-    for other in others:
-        if other != first:
-            raise InvalidInput(f"scenes of different encoders or cuts do not mix in a batch: {other.differences(first)}")
+    accepted = set(encoders) or {scenes[0].encoder_fingerprint}
+    first = SceneKind(spec=scenes[0].spec, encoder_fingerprint=next(iter(encoders), scenes[0].encoder_fingerprint), codec="")
+    for scene in scenes:
+        if scene.spec != first.spec or scene.encoder_fingerprint not in accepted:
+            kind = SceneKind(spec=scene.spec, encoder_fingerprint=scene.encoder_fingerprint, codec="")
+            raise InvalidInput(f"scenes of different encoders or cuts do not mix in a batch: {kind.differences(first)}")
     return CutFeatures.collate([_live(scene) for scene in scenes])
 
 

@@ -32,10 +32,11 @@ from ..training.ema import make_teacher, update_ema
 from ..training.loop import run_steps
 from ..training.run_folder import RunFolder
 from .feature_gt import ObjectDatabase
+from .joined_stores import FleetScenes
 from .methods import Method
 from .pseudo_label_monitor import PseudoLabelMonitor
 from .self_training import self_train
-from .store import SmashedStore, collate_scenes, quantize_features
+from .store import collate_scenes, quantize_features
 from .unlabeled_half import UnlabeledHalf, raw_half, smashed_half
 from .upcycle_config import UpcycleConfig
 from .uploaded import features_as_uploaded, only_seen
@@ -216,14 +217,14 @@ class UpcyclingStep:
 
 
 def unlabeled_reader(
-    method: Method, config: UpcycleConfig, *, store: SmashedStore | None, scans: UnlabeledBatches | None
+    method: Method, config: UpcycleConfig, *, store: FleetScenes | None, scans: UnlabeledBatches | None
 ) -> Callable[[int], UnlabeledBatch | None]:
     """Choose what fills the unlabeled half of every batch, once for the whole training.
 
     Args:
         method: `unlabeled` decides.
         config: Number of scenes per step, and the seed of their order.
-        store: Smashed scenes of the fleet, for methods that use them.
+        store: Smashed scenes of the fleet, for methods that use them. Those of joined stores are drawn in proportion to their number.
         scans: Raw scans of the fleet, for methods that use them.
 
     Returns:
@@ -233,15 +234,16 @@ def unlabeled_reader(
         InvalidInput: The method needs scenes or scans, and there are none.
     """
     if method.unlabeled == "smashed":
-        scenes = _given(
-            store,
-            "this method trains on smashed scenes and the store is empty; run `upcycle3d extract` and `upcycle3d ingest` first",
-        )
+        if not store:
+            raise InvalidInput(
+                "this method trains on smashed scenes and the store is empty; run `upcycle3d extract` and `upcycle3d ingest` first"
+            )
+        scenes = store
 
         def read_scenes(step: int) -> UnlabeledBatch:
             rows = epoch_indices(len(scenes), config.unlabeled_batch, step, config.loop.seed)
             read = [scenes.readable(i) for i in rows]
-            return UnlabeledBatch(scenes=collate_scenes(read), ids=tuple(s.scene_id for s in read))
+            return UnlabeledBatch(scenes=collate_scenes(read, encoders=scenes.fingerprints), ids=tuple(s.scene_id for s in read))
 
         return read_scenes
     if method.unlabeled == "raw":
@@ -267,7 +269,7 @@ def upcycle(
     *,
     method: Method,
     labeled: Callable[[int], tuple[Frame, ...]],
-    store: SmashedStore | None,
+    store: FleetScenes | None,
     pasted_objects: ObjectDatabase | None,
     config: UpcycleConfig,
     scans: UnlabeledBatches | None = None,
@@ -285,7 +287,8 @@ def upcycle(
         detector: The source model. It is trained in place and is the student.
         method: An entry of `METHODS`, or your own.
         labeled: Gives the labeled frames of a 0-based step (`datasets.batches.LabeledBatches`). Oracles take the target's frames.
-        store: Verified smashed scenes of the fleet, made by this detector's encoder. None where the method uses none.
+        store: Verified smashed scenes of the fleet, made by this detector's encoder; `JoinedStores` for several kinds of rigs, each of
+            which was compared with the encoder. None where the method uses none.
         pasted_objects: Database of labeled objects for F-GT, cut from the labeled split by the same encoder. None without F-GT.
         config: Settings that all methods share.
         scans: Raw scans of the fleet, for the methods that train on them.
