@@ -59,6 +59,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "perception.viz": ("core",),
     "perception.adapt": (),
     "perception.adapt.glc": ("core", "perception.viz"),
+    "perception.moe.runtime": ("core",),
     "perception.moe.layers": ("core",),
     "perception.moe.surgery": ("core", "perception.moe.layers"),
     "perception.moe.attention": ("core", "perception.moe.layers", "perception.moe.surgery"),
