@@ -19,7 +19,7 @@ from .expert_memory import ExpertLayout, ExpertMemory
 from .held_experts import HeldExperts, check_work
 from .reports import Recorder, RuntimeReport, StepTimes
 from .requests import Finished, OpenRequest, Request, RequestQueue, Status, Work
-from .scheduling import Batch, BatchLimits, BatchPolicy, following_batches, next_batch
+from .scheduling import BatchLimits, BatchPolicy, WorkBatch, following_batches, next_batch
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Outcome:
 class Computation(Protocol):
     """What runs the network."""
 
-    def run(self, batch: Batch, experts: HeldExperts) -> Sequence[Outcome]:
+    def run(self, batch: WorkBatch, experts: HeldExperts) -> Sequence[Outcome]:
         """Compute one step of every work of a batch. An error that is raised ends all its requests.
 
         Args:
@@ -261,7 +261,7 @@ class Engine:
                 return [error]
             return [self._ask([one])[0] for one in asked]
 
-    def _choose(self) -> tuple[Batch, tuple[Batch, ...]]:
+    def _choose(self) -> tuple[WorkBatch, tuple[WorkBatch, ...]]:
         """Take the works of the next batch out of those that wait, and foresee the batches after it."""
         config = self.config
         resident = self._resident()
@@ -292,7 +292,7 @@ class Engine:
         opened.longest_wait_batches = max(opened.longest_wait_batches, batches)
         self._recorder.add_wait(now - work.since, batches)
 
-    def _compute(self, batch: Batch, held: HeldExperts) -> Sequence[Outcome]:
+    def _compute(self, batch: WorkBatch, held: HeldExperts) -> Sequence[Outcome]:
         try:
             outcomes = self._computation.run(batch, held)
             require(

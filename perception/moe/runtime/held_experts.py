@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ....core.errors import InvalidInput, require
 from .clock import Clock
 from .expert_memory import ExpertLayout, ExpertMemory
 from .requests import Work
-from .scheduling import Batch
+from .scheduling import WorkBatch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +42,7 @@ class HeldExperts:
     """
 
     def __init__(
-        self, batch: Batch, following: Sequence[Batch], *, memory: ExpertMemory, layout: ExpertLayout, clock: Clock
+        self, batch: WorkBatch, following: Sequence[WorkBatch], *, memory: ExpertMemory, layout: ExpertLayout, clock: Clock
     ) -> None:
         """Take over a batch; nothing is loaded yet.
 
@@ -80,7 +81,7 @@ class HeldExperts:
             require(not self._held, "a wave must be finished before the next one is taken")
             later = planned[place + 1 :]
             pieces = tuple(self.layout.piece(expert, layer) for expert in wave.experts)
-            errors = self._memory.hold(pieces, lambda later=later: self._future(layer, later))  # type: ignore[misc]
+            errors = self._memory.hold(pieces, partial(self._future, layer, later))
             self._held = tuple(piece for piece in pieces if piece not in errors)
             for work in wave.works if errors else ():
                 lost = [error for e in work.unique if (error := errors.get(self.layout.piece(e, layer))) is not None]

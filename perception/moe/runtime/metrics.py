@@ -7,6 +7,7 @@ experts are left out on purpose, because they give away what the requests are ab
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from ....core.errors import InvalidInput
@@ -53,20 +54,14 @@ def _metrics(report: RuntimeReport, prefix: str) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     memory, times, queue = report.memory, report.times, report.queue
-    groups = {
-        "requests": ("Requests by how they ended.", "status", {
-            "served": report.served, "failed": report.failed, "cancelled": report.cancelled, "refused": report.refused,
-            "overloaded": queue.overloaded, "late": queue.late,
-        }),
-        "accesses": ("Accesses to experts.", "found", {"hit": memory.hits, "late": memory.late, "miss": memory.misses}),
-        "moved_bytes": ("Bytes of experts moved into memory.", "why", {
-            "demand": memory.demand_bytes, "ahead": memory.ahead_bytes,
-        }),
-        "busy_seconds": ("Seconds by what the engine did.", "what", {
-            "gate": times.gate, "schedule": times.schedule, "stall": times.stall, "routed": times.routed, "rest": times.rest,
-        }),
-    }  # fmt: skip
-    for name, (text, label, values) in groups.items():
+    ends = {"served": report.served, "failed": report.failed, "cancelled": report.cancelled, "refused": report.refused}
+    groups: tuple[tuple[str, str, str, dict[str, float]], ...] = (
+        ("requests", "Requests by how they ended.", "status", {**ends, "overloaded": queue.overloaded, "late": queue.late}),
+        ("accesses", "Accesses to experts.", "found", {"hit": memory.hits, "late": memory.late, "miss": memory.misses}),
+        ("moved_bytes", "Bytes moved into memory.", "why", {"demand": memory.demand_bytes, "ahead": memory.ahead_bytes}),
+        ("busy_seconds", "Seconds by what the engine did.", "what", {f.name: getattr(times, f.name) for f in fields(times)}),
+    )
+    for name, text, label, values in groups:
         family = CounterMetricFamily(f"{prefix}_{name}", text, labels=[label])
         for value, number in values.items():
             family.add_metric([value], float(number))
@@ -88,8 +83,8 @@ def _metrics(report: RuntimeReport, prefix: str) -> Iterator[Metric]:
         "unique_experts": ("Mean number of unique experts per batch.", report.unique_experts),
         "longest_wait_seconds": ("Longest wait of one piece of work.", report.longest_wait),
     }
-    for name, (text, value) in gauges.items():
-        yield GaugeMetricFamily(f"{prefix}_{name}", text, value=float(value))
+    for name, (text, number) in gauges.items():
+        yield GaugeMetricFamily(f"{prefix}_{name}", text, value=float(number))
     for name, text, spread in (
         ("latency_seconds", "Seconds from arrival to end of the last served requests.", report.latency),
         ("latency_per_token_seconds", "Latency divided by the new tokens.", report.latency_per_token),

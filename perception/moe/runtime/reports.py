@@ -14,7 +14,7 @@ from threading import Lock
 from ....core.errors import InvalidInput, require, require_counts
 from .expert_memory import MemoryCounts
 from .requests import Finished, QueueCounts, Status
-from .scheduling import Batch
+from .scheduling import WorkBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +256,7 @@ class Recorder:
         with self._lock:
             self._wait, self._wait_batches = max(self._wait, seconds), max(self._wait_batches, batches)
 
-    def add_batch(self, batch: Batch, times: StepTimes) -> None:
+    def add_batch(self, batch: WorkBatch, times: StepTimes) -> None:
         """Note a batch that ran.
 
         Args:

@@ -17,7 +17,7 @@ from ....core.errors import InvalidInput, UpcycleError, require, require_counts
 from .clock import Clock
 
 Kind = Literal["sequence", "frame"]
-Stage = Literal["prefill", "decode", "frame"]
+WorkStage = Literal["prefill", "decode", "frame"]
 Status = Literal["served", "failed", "cancelled", "refused"]
 
 _MOST_TOKENS = 2**31
@@ -59,7 +59,7 @@ class Work:
 
     request: Request
     """The request."""
-    stage: Stage
+    stage: WorkStage
     """Part of the request."""
     experts: tuple[int, ...]
     """Chosen experts: one for each token, or k for each token. The tokens of a prefill attend to each other, so it needs them all."""
@@ -141,7 +141,7 @@ class OpenRequest:
     """Largest number of batches that began while one piece of its work waited."""
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> WorkStage:
         """Stage of its next piece of work."""
         if self.request.kind == "frame":
             return "frame"

@@ -104,7 +104,7 @@ BatchPolicy = Callable[[Sequence[Work], OpenBatch], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
+class WorkBatch:
     """What one step computes."""
 
     number: int
@@ -119,7 +119,7 @@ class Batch:
 
 def next_batch(
     policy: BatchPolicy, waiting: Sequence[Work], limits: BatchLimits, *, number: int, resident: Collection[int] = ()
-) -> Batch:
+) -> WorkBatch:
     """Choose the works of one batch: overdue works first, oldest first, then what the policy takes.
 
     Args:
@@ -152,12 +152,12 @@ def next_batch(
         raise InvalidInput(f"the policy took none of {len(waiting)} works; each must fit into {limits.tokens} tokens")
     if len({id(work) for work in batch.works}) < len(batch.works):
         raise InvalidInput("the policy took a work twice")
-    return Batch(number=number, works=tuple(batch.works), experts=tuple(sorted(batch.experts)), tokens=batch.tokens)
+    return WorkBatch(number=number, works=tuple(batch.works), experts=tuple(sorted(batch.experts)), tokens=batch.tokens)
 
 
 def following_batches(
     policy: BatchPolicy, waiting: Sequence[Work], limits: BatchLimits, *, number: int, count: int, resident: Collection[int] = ()
-) -> tuple[Batch, ...]:
+) -> tuple[WorkBatch, ...]:
     """Foresee the next batches as if nothing new arrived: what a cache and a prefetcher may know of the future.
 
     Args:
@@ -171,7 +171,7 @@ def following_batches(
     Returns:
         The batches; fewer when the works end.
     """
-    batches: list[Batch] = []
+    batches: list[WorkBatch] = []
     while waiting and len(batches) < count:
         batch = next_batch(policy, waiting, limits, number=number + len(batches), resident=resident)
         taken = {id(work) for work in batch.works}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ....core.errors import require, require_counts, require_numbers
 from .clock import Clock, ManualClock
@@ -16,7 +17,7 @@ from .expert_memory import ExpertMemory
 from .held_experts import HeldExperts
 from .reports import RuntimeReport
 from .requests import Finished, QueueFull, Request, RequestQueue
-from .scheduling import Batch
+from .scheduling import WorkBatch
 from .traces import Arrival, traced_gate
 from .transfers import SimulatedChannel, SizedStore, TransferCost
 
@@ -52,7 +53,7 @@ class SimulatedComputation:
         """
         self._cost, self._clock = cost, clock
 
-    def run(self, batch: Batch, experts: HeldExperts) -> Sequence[Outcome]:
+    def run(self, batch: WorkBatch, experts: HeldExperts) -> Sequence[Outcome]:
         """Let the time of one step pass, layer by layer.
 
         Args:
@@ -166,9 +167,9 @@ def simulate(
         ended=ended,
     )
     for arrival in trace:
-        clock.at(arrival.at, lambda request=arrival.request: _send(queue, request))  # type: ignore[misc]
+        clock.at(arrival.at, partial(_send, queue, arrival.request))
         if arrival.cancelled_at is not None:
-            clock.at(arrival.cancelled_at, lambda id=arrival.request.id: queue.cancel(id))  # type: ignore[misc]
+            clock.at(arrival.cancelled_at, partial(_cancel, queue, arrival.request.id))
     clock.at(max((arrival.at for arrival in trace), default=0.0), queue.close)
     engine.run()
     return engine.report()
@@ -179,3 +180,7 @@ def _send(queue: RequestQueue, request: Request) -> None:
         queue.submit(request)
     except QueueFull:
         return  # the queue has counted it
+
+
+def _cancel(queue: RequestQueue, id: str) -> None:
+    queue.cancel(id)  # it may have ended, or have been refused
