@@ -164,3 +164,14 @@ def test_what_can_never_be_served_is_refused_at_once():
         Request(id="a", kind="frame", tokens=1, new_tokens=2)
     with pytest.raises(InvalidInput, match="no traced decisions"):
         traced_gate([type("One", (), {"request": Request(id="a", kind="frame", tokens=1), "generated": 0})()])
+
+
+def test_a_broken_policy_ends_every_open_request():
+    """The engine cannot go on, but nobody waits forever for an answer."""
+    engine, computation, ends = engine_of(policy=lambda waiting, batch: None, age=None)
+    with pytest.raises(InvalidInput, match="took none of 2 works"):
+        run_all(engine, [frame("a", 0), frame("b", 1)])
+    assert [(end.id, end.status) for end in ends] == [("a", "failed"), ("b", "failed")]
+    assert computation.released == ["a", "b"]
+    with pytest.raises(QueueClosed):
+        engine.queue.submit(frame("c", 0))

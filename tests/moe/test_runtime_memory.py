@@ -206,20 +206,21 @@ def test_memory_and_store_agree_over_random_use(eviction):
 
 def test_the_threaded_channel_loads_in_order_and_reports_errors():
     """The first load waits for a signal, so the order of the others is not a race."""
-    clock, go, loaded = SystemClock(), Event(), []
+    clock, begun, go, loaded = SystemClock(), Event(), Event(), []
 
     class Slow(Shelf):
         def load(self, expert: int) -> None:
+            begun.set()
             go.wait(10.0)
             loaded.append(expert)
             super().load(expert)
 
     channel = ThreadedChannel(Slow([1] * 6, broken=(4,)), clock)
     channel.submit(0, urgent=False)
+    assert begun.wait(10.0)
     for expert in (1, 2, 4):
         channel.submit(expert, urgent=False)
-    while channel.withdraw(0):  # only until the thread has taken it
-        channel.submit(0, urgent=True)
+    assert not channel.withdraw(0)
     channel.submit(3, urgent=True)
     channel.urge(4)
     assert channel.withdraw(2)

@@ -166,7 +166,7 @@ class Engine:
         """Serve until the queue is closed and nothing is open, or `shut_down` says so.
 
         Raises:
-            InvalidInput: It runs already.
+            InvalidInput: It runs already, or the policy breaks its contract. All open requests have failed then, and the queue is closed.
         """
         require(not self._running, "the engine runs already; one thread may run it")
         self._running = True
@@ -177,6 +177,11 @@ class Engine:
                 if self.queue.closed and not self.queue.open_requests():
                     return
                 self._clock.wait_for(self.queue.has_news, self.queue.changed)
+        except Exception as error:  # nobody will serve what is open: say so instead of letting it wait forever
+            self.queue.close()
+            for opened in self.queue.open_requests():
+                self._end(opened, "failed", error)
+            raise
         finally:
             self._running = False
 
