@@ -63,6 +63,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "perception.moe.layers": ("core",),
     "perception.moe.surgery": ("core", "perception.moe.layers"),
     "perception.moe.attention": ("core", "perception.moe.layers", "perception.moe.surgery"),
+    "perception.moe.carving": ("core", "perception.moe.layers", "perception.moe.surgery"),
     "perception.moe.upcycling": (
         "core",
         "perception.adapt.glc",
@@ -75,6 +76,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "perception.moe.layers",
         "perception.moe.surgery",
         "perception.moe.attention",
+        "perception.moe.carving",
         "perception.moe.upcycling",
     ),
     "perception.moe.contrastive": (

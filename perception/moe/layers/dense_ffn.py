@@ -177,9 +177,18 @@ class DenseFfn:
         Returns:
             (..., O) outputs.
         """
+        return functional.linear(self.hidden(x), self.down, self.down_bias)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Compute the hidden units: what the last linear map reads.
+
+        Args:
+            x: (..., D) inputs.
+
+        Returns:
+            (..., F) units after activation and gate.
+        """
         hidden = functional.linear(x, self.up, self.up_bias)
         if self.gate is None:
-            hidden = activate(hidden, self.activation)
-        else:
-            hidden = activate(functional.linear(x, self.gate, self.gate_bias), self.activation) * hidden
-        return functional.linear(hidden, self.down, self.down_bias)
+            return activate(hidden, self.activation)
+        return activate(functional.linear(x, self.gate, self.gate_bias), self.activation) * hidden

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ....core.errors import InvalidInput, require, require_counts, require_numbers
 from ....core.tensor_value import shape_of
-from ..layers.dense_ffn import DenseFfn, activate
+from ..layers.dense_ffn import DenseFfn
 from ..layers.moe_ffn import MoeFfn
 from ..layers.routers import Router, TopKRouter
 from ..layers.routing import TopKRule
@@ -140,11 +140,7 @@ def _of_cluster(ffn: DenseFfn, tokens: Tensor, energy: float) -> DenseFfn:
     if energy >= 1:
         return ffn.clone()
     x = tokens.to(ffn.up.dtype)
-    hidden = F.linear(x, ffn.up, ffn.up_bias)
-    if ffn.gate is None:
-        hidden = activate(hidden, ffn.activation)
-    else:
-        hidden = activate(F.linear(x, ffn.gate, ffn.gate_bias), ffn.activation) * hidden
+    hidden = ffn.hidden(x)
     return replace(
         ffn.clone(),
         up=_kept(ffn.up, x, energy),

@@ -1,0 +1,288 @@
+"""How active each hidden unit of a dense model is, by domain: what experts are cut by.
+
+The activity of a unit is the mean size of what the last linear map of its FFN reads from it: |act(gate x) * up x| with a gate, else
+|act(up x)|. Means are taken over tokens, padding left out, and added up in float64.
+
+A domain is a name with batches of data. Where no domains are known, measure each document or scene as a domain of its own and join those
+that activate the same units (`found_domains`).
+
+Read next: `splits.py`, which chooses units by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ....core.errors import InvalidInput, require, require_counts
+from ....core.tensor_value import shape_of
+from ..layers.dense_ffn import DenseFfn
+from ..surgery.ffn_sites import tensors_of
+from ..surgery.replacement import ReplacementPlan
+
+B = TypeVar("B")
+
+Cluster = Callable[[Tensor, int], Tensor]
+"""Divides the rows of a matrix (N, D) into k groups and returns the (N,) group of each. `cluster_features` of `upcycling/clusters.py`
+does it: `lambda rows, k: cluster_features(rows, k, ClusterConfig()).assignment`."""
+
+SeeHidden = Callable[[int, Tensor, Tensor], None]
+"""Gets the number of a site, the (..., D) inputs of its FFN and its (..., F) hidden units, in each forward pass."""
+
+
+# ---- looking into the FFNs of a model
+
+
+class _Tap(nn.Module):
+    """Computes an FFN and shows its hidden units."""
+
+    def __init__(self, ffn: DenseFfn, number: int, see: SeeHidden) -> None:
+        super().__init__()
+        self.ffn, self.number, self.see = ffn, number, see
+        self.weight = nn.Parameter(ffn.up, requires_grad=False)  # some models ask their first layer for its type
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.ffn.hidden(x)
+        self.see(self.number, x, hidden)
+        return torch.nn.functional.linear(hidden, self.ffn.down, self.ffn.down_bias)
+
+
+@contextmanager
+def watched_ffns(model: nn.Module, plan: ReplacementPlan, see: SeeHidden) -> Iterator[None]:
+    """Show the hidden units of a dense model's FFNs in every forward pass inside the block, without gradients and dropout.
+
+    Args:
+        model: The dense model. Afterwards it is the same as before.
+        plan: Its FFNs.
+        see: Is called by every FFN.
+
+    Yields:
+        Nothing.
+    """
+    tensors = tensors_of(model)
+    taps = {site.name: _Tap(site.read(tensors), number, see) for number, site in enumerate(plan.sites)}
+    modes = [(module, module.training) for module in model.modules()]
+    applied = plan.apply(model, taps)
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        applied.reverse()
+        for module, training in modes:
+            module.training = training
+
+
+# ---- the measurement
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SiteActivity:
+    """How active the units of one FFN were."""
+
+    site: str
+    """Name of the FFN."""
+    total: Tensor
+    """(M, F) float64 sum of the sizes of each unit over the tokens of each of M domains."""
+    tokens: Tensor
+    """(M,) int64 number of tokens of each domain."""
+
+    @property
+    def mean(self) -> Tensor:
+        """(M, F) float64 mean size of each unit in each domain."""
+        return self.total / self.tokens[:, None]
+
+    @property
+    def never(self) -> int:
+        """Number of units that were 0 for every token of every domain."""
+        return int((self.total == 0).all(0).sum())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Activity:
+    """How active the units of a model's FFNs were in each domain. `print(activity)` shows what to beware of."""
+
+    plan: ReplacementPlan
+    """The FFNs."""
+    domains: tuple[str, ...]
+    """Names of the M domains."""
+    sites: tuple[SiteActivity, ...]
+    """The measurement of each FFN, in the order of the plan."""
+    least_tokens: int
+    """A domain with fewer tokens is reported: the order of its units is mostly chance."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.domains) and len(set(self.domains)) == len(self.domains), f"domains need different names: {self.domains}"
+        )
+        for site, wanted in zip(self.sites, self.plan.sites, strict=True):
+            shape = (len(self.domains), wanted.width_hidden)
+            require(
+                site.site == wanted.name and tuple(site.total.shape) == shape,
+                f"the activity of {wanted.name!r} must be {shape}, found {site.site!r} with {shape_of(site.total)}",
+            )
+            if not bool(site.total.isfinite().all()):
+                raise InvalidInput(f"units of {site.site!r} were NaN or infinite; the model is damaged or its input is")
+            empty = [self.domains[i] for i in (site.tokens == 0).nonzero()[:, 0].tolist()]
+            require(
+                not empty, f"no token of the domains {empty[:5]} arrived at the FFN {site.site!r}; give them data that reaches it"
+            )
+
+    @property
+    def thin_domains(self) -> tuple[str, ...]:
+        """Domains with fewer tokens than `least_tokens` at some FFN."""
+        fewest = torch.stack([site.tokens for site in self.sites]).min(0).values.tolist()
+        return tuple(name for name, tokens in zip(self.domains, fewest) if tokens < self.least_tokens)
+
+    @property
+    def never_active(self) -> dict[str, int]:
+        """Number of units that were never active, by the name of the FFN; FFNs without such units are left out."""
+        return {site.site: site.never for site in self.sites if site.never}
+
+    def joined(self, groups: Sequence[int], names: Sequence[str]) -> Activity:
+        """Join domains: all tokens of a group count as one domain.
+
+        Args:
+            groups: Group of each domain.
+            names: Name of each group.
+
+        Returns:
+            The activity of the groups.
+
+        Raises:
+            InvalidInput: A domain has no group, or a group has no domain.
+        """
+        require(
+            len(groups) == len(self.domains) and sorted(set(groups)) == list(range(len(names))),
+            f"{len(self.domains)} domains need one group each, and the groups 0..{len(names) - 1} a domain each; found {list(groups)[:20]}",
+        )
+        index = torch.tensor(groups)
+
+        def added(of: Tensor) -> Tensor:
+            return of.new_zeros(len(names), *of.shape[1:]).index_add_(0, index.to(of.device), of)
+
+        sites = tuple(replace(s, total=added(s.total), tokens=added(s.tokens)) for s in self.sites)
+        return replace(self, domains=tuple(names), sites=sites)
+
+    def profiles(self) -> Tensor:
+        """Describe each domain by the activity of all units, each FFN's divided by its mean over domains and units.
+
+        Returns:
+            (M, sum of F) float32.
+        """
+        parts = [s.mean / s.mean.mean().clamp_min(torch.finfo(torch.float64).tiny) for s in self.sites]
+        return torch.cat(parts, dim=1).float()
+
+    def __str__(self) -> str:
+        tokens = torch.stack([site.tokens for site in self.sites])
+        pairs = zip(self.domains, tokens.min(0).values.tolist(), tokens.max(0).values.tolist())
+        counts = ", ".join(f"{name} {low:,}" if low == high else f"{name} {low:,}..{high:,}" for name, low, high in pairs)
+        lines = [f"activity of {len(self.sites)} FFNs in {len(self.domains)} domains; tokens: {counts}"]
+        if self.thin_domains:
+            lines.append(
+                f"too few tokens (below {self.least_tokens}): {', '.join(self.thin_domains)}; their units are mostly chance"
+            )
+        units = sum(site.width_hidden for site in self.plan.sites)
+        lines.append(f"never active: {sum(self.never_active.values()):,} of {units:,} units")
+        lines += [f"  {name}: {count}" for name, count in self.never_active.items()]
+        return "\n".join(lines)
+
+
+class _Adder:
+    """Adds up sizes and tokens of every site and domain."""
+
+    def __init__(self, plan: ReplacementPlan, domains: int) -> None:
+        self.names = [site.name for site in plan.sites]
+        self.total = [torch.zeros(domains, site.width_hidden, dtype=torch.float64) for site in plan.sites]
+        self.tokens = torch.zeros(len(self.names), domains, dtype=torch.int64)
+        self.domain = 0
+        self.padding: Tensor | None = None
+
+    def see(self, site: int, x: Tensor, hidden: Tensor) -> None:
+        """Add one forward pass."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if self.padding is not None:
+            if self.padding.dtype != torch.bool or self.padding.shape != x.shape[:-1]:
+                raise InvalidInput(
+                    f"padding must be bool of shape {tuple(x.shape[:-1])} at the FFN {self.names[site]!r}, True for padding, found "
+                    f"{shape_of(self.padding)}"
+                )
+            rows = rows[~self.padding.reshape(-1).to(rows.device)]
+        self.total[site][self.domain] += rows.abs().sum(0, dtype=torch.float64).cpu()
+        self.tokens[site, self.domain] += len(rows)
+
+
+def measure_activity(
+    model: nn.Module,
+    plan: ReplacementPlan,
+    domains: Mapping[str, Iterable[B]],
+    run: Callable[[nn.Module, B], object],
+    *,
+    padding_of: Callable[[B], Tensor | None] | None = None,
+    least_tokens: int = 1024,
+) -> Activity:
+    """Measure how active each unit is in each domain. The model is the same afterwards.
+
+    Args:
+        model: The dense model.
+        plan: Its FFNs.
+        domains: Batches of each domain.
+        run: Runs the model on a batch; it is called without gradients and in evaluation mode.
+        padding_of: Gives the bool mask of a batch with the shape of the FFNs' tokens, such as (B, N), True for padding. None where
+            there is no padding.
+        least_tokens: A domain with fewer tokens is reported.
+
+    Returns:
+        The activity.
+
+    Raises:
+        InvalidInput: There is no domain, a domain has no token, a unit is not finite, or a mask has another shape.
+
+    Example:
+        plan = plan_replacement(model, experts=2, active=1)
+        activity = measure_activity(model, plan, {"code": code_batches, "law": law_batches}, lambda m, ids: m(ids))
+        carving = readme_split(activity, ratio=0.5)
+    """
+    require(bool(domains), "measure_activity needs at least one domain with batches")
+    require_counts("measure_activity", least=0, most=10**9, least_tokens=least_tokens)
+    adder = _Adder(plan, len(domains))
+    with watched_ffns(model, plan, adder.see):
+        for number, batches in enumerate(domains.values()):
+            adder.domain = number
+            for batch in batches:
+                adder.padding = None if padding_of is None else padding_of(batch)
+                run(model, batch)
+    sites = tuple(
+        SiteActivity(site=name, total=total, tokens=tokens)
+        for name, total, tokens in zip(adder.names, adder.total, adder.tokens.unbind())
+    )
+    return Activity(plan=plan, domains=tuple(domains), sites=sites, least_tokens=least_tokens)
+
+
+def found_domains(items: Activity, count: int, cluster: Cluster) -> tuple[Activity, Tensor]:
+    """Find domains: items that activate the same units belong together.
+
+    Args:
+        items: The activity of each document or scene as a domain of its own. It takes 8 bytes for each item and unit.
+        count: Number of domains to find.
+        cluster: Divides rows into groups.
+
+    Returns:
+        The activity of the domains, called `cluster 0`, `cluster 1` and on; and the (items,) int64 domain of each item.
+
+    Raises:
+        InvalidInput: There are fewer items than domains, or a domain stayed empty.
+    """
+    require_counts("found_domains", count=count)
+    require(count <= len(items.domains), f"{count} domains cannot be found among {len(items.domains)} items; measure more items")
+    groups = cluster(items.profiles(), count)
+    if groups.shape != (len(items.domains),) or len(groups.unique()) != count:
+        raise InvalidInput(
+            f"clustering {len(items.domains)} items gave {len(groups.unique())} of {count} groups as {shape_of(groups)}; ask for fewer domains"
+        )
+    return items.joined(groups.tolist(), [f"cluster {number}" for number in range(count)]), groups
