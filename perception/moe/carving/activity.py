@@ -25,7 +25,7 @@ from ..layers.dense_ffn import DenseFfn
 from ..surgery.ffn_sites import tensors_of
 from ..surgery.replacement import ReplacementPlan
 
-B = TypeVar("B")
+_B = TypeVar("_B")
 
 Cluster = Callable[[Tensor, int], Tensor]
 """Divides the rows of a matrix (N, D) into k groups and returns the (N,) group of each. `cluster_features` of `upcycling/clusters.py`
@@ -220,10 +220,10 @@ class _Adder:
 def measure_activity(
     model: nn.Module,
     plan: ReplacementPlan,
-    domains: Mapping[str, Iterable[B]],
-    run: Callable[[nn.Module, B], object],
+    domains: Mapping[str, Iterable[_B]],
+    run: Callable[[nn.Module, _B], object],
     *,
-    padding_of: Callable[[B], Tensor | None] | None = None,
+    padding_of: Callable[[_B], Tensor | None] | None = None,
     least_tokens: int = 1024,
 ) -> Activity:
     """Measure how active each unit is in each domain. The model is the same afterwards.

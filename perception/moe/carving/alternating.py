@@ -35,7 +35,7 @@ from ....core.errors import InvalidInput, require, require_counts, require_numbe
 from ....core.tensor_file import TensorFileKind, content_digest, fill_module, read_tensors, write_tensors
 from ..layers.precision import Precision, products_in
 
-B = TypeVar("B")
+_B = TypeVar("_B")
 PhaseKind = Literal["router", "experts"]
 
 ALTERNATING_FILE = TensorFileKind(
@@ -208,9 +208,9 @@ def alternate(
     model: nn.Module,
     routers: Sequence[nn.Module],
     config: AlternatingConfig,
-    batch_of: Callable[[PhaseKind, int], B],
-    router_loss: Callable[[B], Tensor],
-    expert_loss: Callable[[B], Tensor],
+    batch_of: Callable[[PhaseKind, int], _B],
+    router_loss: Callable[[_B], Tensor],
+    expert_loss: Callable[[_B], Tensor],
     *,
     folder: str | Path | None = None,
     job: str = "",
@@ -278,8 +278,8 @@ def _train(
     phase: Phase,
     number: int,
     config: AlternatingConfig,
-    batch_of: Callable[[PhaseKind, int], B],
-    loss_of: Callable[[B], Tensor],
+    batch_of: Callable[[PhaseKind, int], _B],
+    loss_of: Callable[[_B], Tensor],
 ) -> CarvingPhaseRecord:
     """One phase with an optimizer of its own. Dropout depends on the seed and the number of the phase only."""
     optimizer = torch.optim.AdamW(trained, lr=phase.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))

@@ -32,7 +32,7 @@ from ..surgery.replacement import ReplacementPlan
 from .activity import watched_ffns
 from .units import Carving, SiteUnits, top_units, units_of_ratio
 
-B = TypeVar("B")
+_B = TypeVar("_B")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,12 +50,12 @@ class UnitPatterns:
 def unit_patterns(
     model: nn.Module,
     plan: ReplacementPlan,
-    batches: Iterable[B],
-    run: Callable[[nn.Module, B], object],
+    batches: Iterable[_B],
+    run: Callable[[nn.Module, _B], object],
     *,
     share: float = 0.1,
     tokens: int = 2048,
-    padding_of: Callable[[B], Tensor | None] | None = None,
+    padding_of: Callable[[_B], Tensor | None] | None = None,
 ) -> UnitPatterns:
     """Mark the most active units of some tokens. The model is the same afterwards.
 

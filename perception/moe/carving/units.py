@@ -21,7 +21,7 @@ from ....core.tensor_value import shape_of
 from ..surgery.ffn_sites import FfnSite, MapSpot
 from ..surgery.replacement import ReplacementPlan
 
-Method = Literal["readme", "pooled", "random", "wrong_domain", "shared_routed", "given"]
+CarvingMethod = Literal["readme", "pooled", "random", "wrong_domain", "shared_routed", "given"]
 """How units were chosen: see `splits.py` and `shared_routed.py`; `given` by the caller."""
 
 
@@ -107,13 +107,16 @@ class Carving:
     """Name of each expert: its domain, or its number where it has none."""
     ratio: float
     """Share of the units of an FFN that a token uses, as it was asked for."""
-    method: Method
+    method: CarvingMethod
     """How the units were chosen."""
     units: tuple[SiteUnits, ...]
     """The units of each FFN, in the order of the plan."""
 
     def __post_init__(self) -> None:
-        require(self.method in get_args(Method), f"Carving.method: one of {', '.join(get_args(Method))}, found {self.method!r}")
+        require(
+            self.method in get_args(CarvingMethod),
+            f"Carving.method: one of {', '.join(get_args(CarvingMethod))}, found {self.method!r}",
+        )
         require(0 < self.ratio <= 1, f"Carving.ratio must be in (0, 1], found {self.ratio}")
         require(
             self.plan.experts == len(self.domains),

@@ -27,7 +27,7 @@ from ..carving.carved_ffn import CarvedFfn
 from ..carving.masked_ffn import MaskedFfn
 from ..carving.pre_gate import LayerRouter, PreGate, PreGateConfig
 from ..carving.shared_routed import RepresentativeRouter
-from ..carving.units import Carving, Method, SiteUnits
+from ..carving.units import Carving, CarvingMethod, SiteUnits
 from ..layers.control_routers import GivenRouter, OracleRouter
 from ..layers.dense_ffn import DenseFfn
 from ..layers.routers import Router
@@ -65,7 +65,7 @@ class CarvedDescription:
     """Name of each expert."""
     ratio: float
     """Ratio of the carving."""
-    method: Method
+    method: CarvingMethod
     """How the units were chosen."""
     form: CarvedForm
     """How the FFNs are arranged."""
