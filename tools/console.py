@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -248,7 +249,7 @@ def warnings_so_far() -> list[str]:
 
 
 def _is_number(text: str) -> bool:
-    return text.replace(".", "").replace("-", "").replace(",", "").isdigit()
+    return re.fullmatch(r"-?[\d,.]*\d(e[+-]\d+)?|-?inf|nan|-", text) is not None
 
 
 def write_json(path: Path | None, value: object) -> None:

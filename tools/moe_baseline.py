@@ -6,24 +6,32 @@ Read next: `perception/moe/language/language_upcycling.py`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from torch import nn
 
+from ..core.config_json import config_to_json
 from ..core.errors import require
 from ..perception.moe.checkpoints.mixtral import MixtralLayout
-from ..perception.moe.language.language_models import load_language_model, perplexity
-from ..perception.moe.language.language_upcycling import (
+from ..perception.moe.language.language_models import LanguageModel, require_model_folder
+from ..perception.moe.language.language_plans import (
     BaselineMethod,
     FfnRouting,
+    LanguagePlan,
     MixOptions,
     ModelFormat,
-    make_baseline,
-    write_model,
+    check_experts,
+    plan_baseline,
 )
-from .console import console, print_table, print_warning, run_command, write_json
-from .language_options import LanguageOption, LanguageOptions, working_folder
+from ..perception.moe.language.language_upcycling import make_baseline
+from ..perception.moe.language.text_training import TokenDomains
+from ..perception.moe.upcycling.upcyclers import Upcycled
+from .console import console, run_command
+from .language_job import LanguageJob, run_job
+from .language_options import LanguageOption, LanguageOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +40,8 @@ class MoeBaseline:
 
     method: tyro.conf.Positional[BaselineMethod]
     """`sparse`: copies; `drop`: copies with half of their units drawn again; `cluster`: copies that follow clusters of tokens; `btx`:
-    specialists as experts; `soup`: the average; `wide`: dense, as wide as the active experts; `continued`: the dense model, trained on;
-    `flexolmo`: experts trained apart, joined without joint training."""
+    the seed and its specialists as experts; `soup`: the average of the seed and its specialists; `wide`: dense, as wide as the active
+    experts; `continued`: the dense model, trained on; `flexolmo`: experts trained apart, joined with the seed's without joint training."""
     seed_model: tyro.conf.Positional[Path]
     """Hugging Face folder of the dense model. Nothing is downloaded."""
     out: Path
@@ -49,11 +57,11 @@ class MoeBaseline:
     layout: MixtralLayout = "per_expert"
     """Names of a Mixtral's experts in its files: `per_expert` is what most programs read, `fused` what transformers 5 keeps in memory."""
     json: Path | None = None
-    """Also write the scores to this file as JSON."""
+    """Also write method, settings, steps, costs and perplexities to this file as JSON."""
 
 
 def _require_effect(config: MoeBaseline) -> None:
-    """Refuse options that would change nothing, and forms that the result cannot have, before anything is computed."""
+    """Refuse options that would change nothing, and those that do not fit together, before anything is loaded."""
     method, options = config.method, config.language
     mixes, dense = method in ("btx", "soup"), method in ("soup", "continued")
     copies = method in ("sparse", "drop", "cluster") or (method == "wide" and config.ffn == "soft")
@@ -67,41 +75,57 @@ def _require_effect(config: MoeBaseline) -> None:
         ("--layout", config.layout != "per_expert", not dense and method != "wide" and config.format != "mixture"),
     ):
         require(used or not given, f"{option} changes nothing for {method} with these options; leave it out")
+    if config.format == "mixtral":
+        require(method != "wide", "wide is no Mixtral: it has one expert per block; give --format mixture")
+        require(
+            config.ffn == "top2",
+            f"{method} with --ffn {config.ffn} is no Mixtral, whose blocks choose 2 experts; give --format mixture, or take --ffn top2",
+        )
+    if copies:
+        check_experts(config.experts, config.ffn)
     require(
-        config.format != "mixtral" or (method != "wide" and config.ffn == "top2"),
-        f"{method} with --ffn {config.ffn} is no Mixtral, whose blocks choose 2 experts; leave out --format, or take --ffn top2",
+        method != "cluster" or config.ffn != "soft",
+        "cluster sends each token to its cluster, so --ffn soft does not fit; use --ffn top1 or --ffn top2",
     )
 
 
 def command(config: MoeBaseline) -> None:
     """Make a baseline: upcycle3d moe baseline sparse LLAMA --out DIR."""
+    method, options = config.method, config.language
     _require_effect(config)
-    with working_folder(config.out):
-        _make(config)
-
-
-def _make(config: MoeBaseline) -> None:
-    options = config.language
-    source = load_language_model(config.seed_model)
-    train, tests = options.read_texts(source)
-    specialists = options.specialist_models(source, train, config.out / "specialists") if config.method in ("btx", "soup") else []
+    mixes, owners = method in ("btx", "soup"), method == "flexolmo"
+    files = options.check(method, mixes=mixes, trains=method not in ("soup", "flexolmo"), owners=owners)
+    require(bool(files) or method not in ("cluster", "flexolmo"), f"{method} looks at texts: give --texts NAME=FILE ...")
+    require_model_folder(config.seed_model)
     mix = MixOptions(ffn=config.ffn, only=options.only, seed=options.seed)
-    owner = options.specialist_phase()
-    made = make_baseline(config.method, source, specialists, mix, experts=config.experts, domains=train, owner=owner)
-    console.print(f"{made.plan or 'dense'}\n{made.account}")
-    dense = {name: perplexity(source.model, tokens) for name, tokens in tests.items()}
-    before = {name: perplexity(made.model, tokens) for name, tokens in tests.items()}
-    for name, value in before.items():
-        if not value <= 2 * dense[name]:  # NaN is worse than anything
-            print_warning(f"perplexity of {name} is {value:.4g} before training, and {dense[name]:.4g} for the dense model")
-    steps = 0 if config.method in ("soup", "flexolmo") else options.train_result(made.model, train)
-    after = {name: perplexity(made.model, tokens) for name, tokens in tests.items()}
-    rows = [(name, f"{dense[name]:.3f}", f"{before[name]:.3f}", f"{after[name]:.3f}") for name in tests]
-    if rows:
-        print_table("perplexity", ("domain", "dense", "before training", "after"), rows)
-    note = f"baseline {config.method}, experts chosen by {config.ffn}, {steps} steps; perplexity {after}"
-    console.print(write_model(config.out / "model", made, source, config.format, layout=config.layout, note=note), soft_wrap=True)
-    write_json(config.json, {"dense": dense, "before": before, "after": after})
+
+    def plan(model: nn.Module, others: int) -> LanguagePlan:
+        return plan_baseline(method, model, mix, others + 1 if mixes or owners else config.experts, form=config.format)
+
+    def make(source: LanguageModel, specialists: Sequence[nn.Module], train: TokenDomains | None) -> Upcycled:
+        owner = options.specialist_phase()
+        return make_baseline(
+            method, source, specialists, mix, experts=config.experts, domains=train, owner=owner, say=console.print
+        )
+
+    run_job(
+        LanguageJob(
+            method=method,
+            mixes=mixes,
+            trains=method not in ("soup", "flexolmo"),
+            owners=owners,
+            seed_model=config.seed_model,
+            out=config.out,
+            options=options,
+            plan=plan,
+            make=make,
+            form=config.format,
+            layout=config.layout,
+            settings=config_to_json(config),
+            json=config.json,
+        ),
+        files,
+    )
 
 
 if __name__ == "__main__":

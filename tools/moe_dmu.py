@@ -73,7 +73,7 @@ class MoeDmu:
     seed: int = 0
     """Decides clusters, batches and the first routers."""
     plan_only: bool = False
-    """Print what would be replaced and what it costs, and stop."""
+    """Print what would be replaced and what it costs, and stop. No pair is read."""
     json: Path | None = None
     """Also write the report to this file as JSON."""
 
@@ -82,11 +82,12 @@ def command(config: MoeDmu) -> None:
     """Upcycle a CLIP: upcycle3d moe dmu CLIP --captions CSV --out DIR."""
     loaded = load_clip(config.clip)
     towers = loaded.towers.to(find_device(config.device))
+    if config.plan_only:  # the plan depends on the model alone, so any number of pairs will do
+        console.print(str(plan_dmu(towers, _settings(config, config.batch_size))))
+        return
     data = loaded.pairs(config.captions, config.images)
     settings = _settings(config, len(data))
     console.print(str(plan_dmu(towers, settings)))
-    if config.plan_only:
-        return
     held_out = None if config.validation is None else loaded.pairs(config.validation, config.images)
     before = None if held_out is None else _recall(towers, held_out, config)
     result = dmu(towers, data, settings, folder=config.out, say=console.print)

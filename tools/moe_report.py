@@ -1,4 +1,4 @@
-"""`upcycle3d moe report`: what a mixture of experts does on texts, what it costs, and its perplexity beside the dense model's.
+"""`upcycle3d moe report`: what a language model, dense or a mixture, does on texts, what it costs, and its perplexity beside the dense model's.
 
 Read next: `perception/moe/report.py`, which also reports on recall and on detectors.
 """
@@ -11,26 +11,41 @@ from pathlib import Path
 
 import tyro
 
-from ..core.errors import InvalidInput
-from ..perception.moe.language.language_models import load_language_model, named_texts, score_texts
-from ..perception.moe.report import report_on
+from ..core.errors import InvalidInput, require
+from ..core.short_numbers import score_text, seconds_text
+from ..perception.moe.attention.model_cost import model_cost
+from ..perception.moe.language.language_models import (
+    LanguageModel,
+    holds_model,
+    load_language_model,
+    named_texts,
+    require_model_folder,
+)
+from ..perception.moe.language.language_plans import cost_text
+from ..perception.moe.language.phases import held_out, scored_part, token_domains
+from ..perception.moe.language.text_scores import score_texts, text_rows
+from ..perception.moe.report import MoeReport, report_on
 from .console import console, print_table, print_warning, run_command, write_json
+from .language_tables import print_use
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoeReportOptions:
-    """Report on a language mixture: use of experts by domain, cost, trainable tensors, perplexity beside the dense model's."""
+    """Report on a language model: perplexity beside the dense model's, cost, trainable tensors, and the use of a mixture's experts."""
 
     model: tyro.conf.Positional[Path]
-    """Folder of the mixture: a Hugging Face Mixtral, or one with `mixture.safetensors`."""
+    """Folder of the model: a Hugging Face Mixtral, one with `mixture.safetensors`, a dense model, or the folder of a job with `model` in
+    it."""
     texts: tuple[str, ...]
-    """Domains as NAME=FILE."""
+    """Domains as NAME=FILE. The last tenth of each is scored, which `moe bam` and `moe baseline` do not train on."""
+    whole_texts: bool = False
+    """Score the whole texts. Give it only for texts that were never trained on."""
     dense: Path | None = None
     """Hugging Face folder of the dense model, to compare with."""
     length: int | None = None
     """Tokens per row; 512 by default, or as many as the model has positions."""
     rows: int = 16
-    """Largest number of rows of each text."""
+    """Largest number of rows of each text. They are spread over the part that is scored."""
     layers: bool = False
     """Also print every layer."""
     json: Path | None = None
@@ -38,48 +53,62 @@ class MoeReportOptions:
 
 
 def command(config: MoeReportOptions) -> None:
-    """Report on a language mixture: upcycle3d moe report DIR --dense LLAMA --texts code=a.txt law=b.txt."""
+    """Report on a language model: upcycle3d moe report DIR --dense LLAMA --texts code=a.txt law=b.txt."""
     texts = named_texts(config.texts)
-    if not texts:
-        raise InvalidInput("a report needs texts: --texts NAME=FILE ...")
-    mixture = load_language_model(config.model)
-    dense = None if config.dense is None else load_language_model(config.dense, tokenizer=False)
-    if dense is not None and dense.vocabulary != mixture.vocabulary:
-        raise InvalidInput(
-            f"the mixture knows {mixture.vocabulary} tokens and {config.dense} {dense.vocabulary}; give the model that it was made of"
-        )
-    tokens = {name: mixture.tokens(path) for name, path in texts.items()}
-    report = report_on(
-        mixture.model, score_texts(tokens, length=config.length, most=config.rows), dense=None if dense is None else dense.model
+    require(bool(texts), "a report needs texts: --texts NAME=FILE ...")
+    require(config.rows >= 1, f"--rows must be 1 or more, found {config.rows}")
+    require(
+        config.length is None or config.length >= 2,
+        f"--length must be 2 or more, found {config.length}: a row of one token has no next token",
     )
+    folder = config.model
+    if not holds_model(folder) and holds_model(folder / "model"):
+        folder = folder / "model"
+        console.print(f"{config.model} is the folder of a job; this is a report on {folder}")
+    for path in (folder, *([] if config.dense is None else [config.dense])):
+        require_model_folder(path)
+    found = load_language_model(folder)
+    dense = None if config.dense is None else load_language_model(config.dense, tokenizer=False)
+    if dense is not None and dense.vocabulary != found.vocabulary:
+        raise InvalidInput(
+            f"the mixture knows {found.vocabulary} tokens and {config.dense} {dense.vocabulary}; give the model that it was made of"
+        )
+    domains = token_domains(found, texts)
+    tests = domains.tokens if config.whole_texts else held_out(domains)[1]
+    parts = {}
+    for name, tokens in tests.items():
+        rows = text_rows(found.model, tokens, length=config.length, most=config.rows)
+        parts[name] = scored_part(tokens, domains.tokens[name], rows)
+        console.print(f"{name}: scored on {parts[name]} tokens")
+    report = report_on(
+        found.model,
+        score_texts(tests, length=config.length, most=config.rows),
+        dense=None if dense is None else dense.model,
+        experts=found.experts,
+    )
+    _print(report, found, dense, config)
+    write_json(config.json, {**asdict(report), "texts": parts})
+
+
+def _print(report: MoeReport, found: LanguageModel, dense: LanguageModel | None, config: MoeReportOptions) -> None:
     rows = []
     for s in report.scores:
-        beside = ("-", "-") if s.dense is None else (f"{s.dense:.3f}", f"{(s.dense_cpu_seconds or 0):.1f}")
-        rows.append((s.domain, f"{s.score:.3f}", f"{s.cpu_seconds:.1f}", *beside))
-    print_table("perplexity and CPU seconds", ("domain", "mixture", "CPU s", "dense", "CPU s of dense"), rows)
-    used = []
-    for kind in ("ffn", "attention"):
-        found = [layer for layer in report.layers if layer.kind == kind]
-        for number, domain in enumerate(texts) if found else ():
-            means = [sum(shares) / len(found) for shares in zip(*(layer.shares[number] for layer in found))]
-            used.append((kind, domain, *(f"{100 * x:.0f} %" for x in means)))
-        if found:
-            told = 100 * sum(layer.information for layer in found) / len(found)
-            console.print(f"{kind}: {len(found)} mixtures; the domain tells {told:.0f} % of the expert")
-    widest = max(len(row) for row in used)
-    print_table(
-        "use of experts, mean over layers",
-        ("part", "domain", *map(str, range(widest - 2))),
-        [row + ("",) * (widest - len(row)) for row in used],
-    )
-    of_dense = "" if report.dense_parameters is None else f" (the dense model has {report.dense_parameters:,})"
-    console.print(f"{report.parameters:,} parameters, {report.active:,} active per token{of_dense}")
+        beside = () if s.dense is None else (score_text(s.dense), seconds_text(s.dense_cpu_seconds))
+        rows.append((s.domain, score_text(s.score), seconds_text(s.cpu_seconds), *beside))
+    header = ("domain", "model", "CPU s", "dense", "CPU s of dense")
+    print_table("perplexity and CPU seconds", header[: 3 if dense is None else 5], rows)
+    print_use(report)
+    if report.layers and not report.experts:
+        console.print("the model has no names of its experts, so they have numbers")
+    if not report.layers:
+        console.print("the model is dense: it has no experts whose use could be shown")
+    cost = model_cost(found.model)
+    console.print(cost_text(cost if dense is None else model_cost(dense.model), cost), soft_wrap=True)
     console.print(f"trainable: {len(report.trained)} tensors with {report.trained_values:,} values")
     if config.layers:
         console.print(str(report), soft_wrap=True)
     for warning in report.warnings:
         print_warning(warning)
-    write_json(config.json, asdict(report))
 
 
 if __name__ == "__main__":

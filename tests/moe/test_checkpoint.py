@@ -13,12 +13,12 @@ from upcycle3d.core.tensor_file import CorruptFile, read_tensors, write_tensors
 from upcycle3d.perception.moe.checkpoints.checkpoint import (
     MIXTURE_FILE,
     BaseModel,
-    RouterForm,
     describe_mixture,
     load_mixture,
     read_description,
     save_mixture,
 )
+from upcycle3d.perception.moe.checkpoints.mixture_forms import RouterForm
 from upcycle3d.perception.moe.layers.bank import ExpertBank
 from upcycle3d.perception.moe.layers.control_routers import FrozenRouter, GivenRouter, HashRouter, OracleRouter, UniformRouter
 from upcycle3d.perception.moe.layers.moe_ffn import MoeFfn, moe_layers

@@ -272,6 +272,8 @@ def test_the_command_upcycles_a_folder_and_its_file_needs_nothing_else(tmp_path,
     words += " --batch-size 8 --lr 1e-3 --image-clusters 2 --text-clusters 2"
     assert run_command(command, [*words.split(), "--plan-only"]) == 0
     assert "4 FFNs become mixtures of 3 experts, 2 active per token" in capsys.readouterr().out
+    assert run_command(command, [*words.split(), "--batch-size", "99", "--plan-only"]) == 0  # a plan needs no full batch
+    capsys.readouterr()
     assert not (tmp_path / "job").exists()
     assert run_command(command, words.split()) == 0
     out = capsys.readouterr().out

@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upcycle3d.core.config_json import config_from_json, config_to_json
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.short_numbers import score_text, seconds_text
 from upcycle3d.perception.moe.attention.attention_sites import plan_attentions
-from upcycle3d.perception.moe.checkpoints.checkpoint import load_mixture, read_description, save_mixture
+from upcycle3d.perception.moe.attention.model_cost import model_cost
+from upcycle3d.perception.moe.checkpoints.checkpoint import MixtureDescription, load_mixture, read_description, save_mixture
 from upcycle3d.perception.moe.language.small_lm import SmallLm, SmallLmConfig
 from upcycle3d.perception.moe.language.text_training import (
     TextTraining,
@@ -28,7 +31,7 @@ from upcycle3d.perception.moe.surgery.replacement import plan_replacement
 from upcycle3d.perception.moe.upcycling.bam import AttentionRouting, bam
 from upcycle3d.perception.moe.upcycling.joined_mixtures import join_mixtures
 from upcycle3d.perception.moe.upcycling.owner_training import freeze_for_owner
-from upcycle3d.perception.moe.upcycling.upcyclers import RandomRouters, Upcycled, sparse_copy
+from upcycle3d.perception.moe.upcycling.upcyclers import RandomRouters, Upcycled, sparse_copy, wider_dense
 
 TOP2 = TopKRule(k=2, norm="renorm")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,11 +135,71 @@ def test_a_bad_start_dead_experts_and_equal_rows_are_warned_of():
     assert any("are equal" in text for text in report_on(made.model, SCORES).warnings)
 
 
-def test_reports_refuse_what_has_no_mixture():
-    with pytest.raises(InvalidInput, match="no mixture to report on"):
-        report_on(small(), SCORES)
+def test_a_dense_model_gets_scores_and_cost_without_use_of_experts():
+    """A soup and a wider model are results too; a refusal left them without a comparison."""
+    seed = small()
+    dense = report_on(seed, SCORES)
+    assert dense.layers == ()
+    assert dense.active == dense.parameters
+    wide = wider_dense(seed, plan_replacement(seed, experts=3, active=2)).model
+    report = report_on(wide.eval(), SCORES, dense=seed)
+    assert report.layers == ()
+    assert report.scores[0].score == pytest.approx(report.scores[0].dense)
+
+
+def test_a_report_names_what_is_wrong_with_its_scores_and_its_measure():
+    """A bare function ended in an AttributeError, and recall was printed as perplexity."""
+    model = mixed()[1].model.eval()
+    for wrong, said in ((lambda m: 0.5, "found a function"), ({"x": 0.5}, "found a float"), (None, "found a NoneType")):
+        with pytest.raises(InvalidInput, match=f"mapping of names of domains.*{said}"):
+            report_on(model, wrong)
     with pytest.raises(InvalidInput, match="at least one domain"):
-        report_on(mixed()[1].model, {})
+        report_on(model, {})
+    with pytest.raises(InvalidInput, match="more_is_better=True or"):
+        report_on(model, SCORES, quality="R@5")
+    report = report_on(model, {"x": lambda m: 0.1 if m is model else 0.5}, dense=small(), quality="R@5", more_is_better=True)
+    assert "x: R@5 0.1" in str(report)
+    assert "R@5 of x is 0.1, and 0.5" in report.warnings[0]
+
+
+def test_a_report_shows_the_names_of_experts():
+    model = mixed()[1].model.eval()
+    report = report_on(model, SCORES, experts=("seed", "code", "law"))
+    assert "experts: 0 seed, 1 code, 2 law" in str(report)
+
+
+def test_the_cost_of_a_model_is_what_its_maps_multiply():
+    """Counted by hand: every matrix once per token, k of E experts, every attention expert, two products with the keys per head."""
+    seed, made = mixed()
+    before, after = model_cost(seed, context=10), model_cost(made.model, context=10)
+    head, attention, ffn, attend = 20 * 16, 2 * 16 * 16 + 2 * 16 * 8, 3 * 16 * 24, 2 * 10 * 16
+    assert before.multiply_adds == head + 2 * (attention + ffn + attend)
+    shared = (
+        3 * (2 * 16 * 16 + attend) + 2 * 16 * 8 + 3 * 16
+    )  # three query and output maps and a router, one map of keys and values
+    assert after.multiply_adds == head + 2 * (shared + ffn + 3 * 16)
+    assert before.active == before.stored == sum(p.numel() for p in seed.parameters())
+    assert after.stored - after.active == 2 * 2 * ffn
+    assert [model_cost(nn.MultiheadAttention(8, 2), context=5).multiply_adds] == [4 * 8 * 8 + 2 * 5 * 8]
+
+
+def test_a_result_prints_in_one_line():
+    """Its default form was the whole model and its account, thousands of characters."""
+    made = mixed()[1]
+    assert str(made) == "Upcycled(SmallLm, 2 FFNs with 3 experts, 2 attentions with 3 experts)"
+    assert len(repr(sparse_copy(small(), plan_replacement(small(), experts=2), RandomRouters(experts=2, rule=TOP2)))) < 100
+
+
+def test_short_numbers():
+    """A wrecked model's perplexity filled the table with digits, and seconds below 1 were all 0."""
+    assert [score_text(x) for x in (3.14159, 10_000.0, 912345678.0, math.inf, None)] == [
+        "3.142",
+        "10000.000",
+        "9.1e+08",
+        "inf",
+        "-",
+    ]
+    assert [seconds_text(x) for x in (0.04, 9.94, 9.96, 123.4, None)] == ["0.0", "9.9", "10", "123", "?"]
 
 
 # ---- checkpoints with attentions
@@ -150,6 +213,17 @@ def test_a_checkpoint_keeps_attention_mixtures_and_their_rule(tmp_path):
     again = load_mixture(path, small(7)).model
     assert torch.equal(again(tokens(0)).logits, made.model.eval()(tokens(0)).logits)
     assert again.layers[0].self_attn.mixture.top_k == 2
+
+
+def test_a_checkpoint_keeps_the_names_of_experts_and_older_ones_have_none(tmp_path):
+    made, path = mixed()[1], tmp_path / "mixture.safetensors"
+    save_mixture(path, made.model, made.plan, attentions=made.attentions, experts=("seed", "code", "law"))
+    assert read_description(path).experts == ("seed", "code", "law")
+    with pytest.raises(InvalidInput, match="2 names of experts"):
+        save_mixture(path, made.model, made.plan, attentions=made.attentions, experts=("seed", "code"))
+    older = config_to_json(read_description(path))
+    del older["experts"]
+    assert config_from_json(MixtureDescription, older).experts == ()
 
 
 def test_attention_mixtures_cannot_get_lost_on_the_way_to_a_file(tmp_path):

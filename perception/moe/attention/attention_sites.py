@@ -125,8 +125,8 @@ class AttentionPlan:
     def __str__(self) -> str:
         lines = [
             f"{len(self.sites)} attentions become soft mixtures of {self.experts} experts, key and value maps: {self.key_values}",
-            f"  parameters {self.parameters_before:,} -> {self.parameters_after:,}",
-            f"  multiply-adds per token with 256 keys {self.multiply_adds(256, after=False):,} -> "
+            f"  their parameters {self.parameters_before:,} -> {self.parameters_after:,}",
+            f"  their multiply-adds per token with 256 keys {self.multiply_adds(256, after=False):,} -> "
             f"{self.multiply_adds(256, after=True):,}: every expert runs",
             *(f"  {site.name}: {site.heads} heads, {site.kv_heads} key heads of width {site.head_dim}" for site in self.sites),
         ]

@@ -13,9 +13,10 @@ transformers is imported inside the functions, so the package does not need it. 
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,7 +33,7 @@ from ..layers.routers import TopKRouter
 from ..layers.routing import TopKRule
 from ..surgery.tensor_account import TensorAccount, TensorLedger
 from ..upcycling.upcyclers import saved_tensors
-from .transformers_package import transformers_package
+from .transformers_package import transformers_package, without_progress_bars
 
 MixtralLayout = Literal["per_expert", "fused"]
 """How the experts lie in the files: one tensor per expert and map, or all experts stacked."""
@@ -42,6 +43,8 @@ TOKENIZER_FILES = (
     "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 """Files of a tokenizer in a model's folder."""
+EXPERTS_NAME = "experts.json"
+"""File beside a Mixtral with a list of its experts' names, for which its own files have no place."""
 _CARD = """# A Mixtral model upcycled from a dense {source}
 
 | routing that was evaluated | |
@@ -137,15 +140,7 @@ def _kind(name: str) -> str:
 
 def _checked(model: nn.Module) -> tuple[list[MoeFfn], TopKRule]:
     """The mixtures of a model that Mixtral can express, and their one rule."""
-    config: Any = getattr(model, "config", None)
-    kind = getattr(config, "model_type", None)
-    if kind not in ("llama", "mistral", "mixtral"):
-        raise InvalidInput(
-            f"only an upcycled Llama or Mistral can become a Mixtral, found {type(model).__name__} of type {kind!r}; keep it with "
-            "save_mixture"
-        )
-    if getattr(config, "attention_bias", False):
-        raise InvalidInput("the attentions have biases, and Mixtral's have none; keep the model with save_mixture")
+    require_mixtral_base(model)
     layers = dict(moe_layers(model))
     found: list[MoeFfn] = []
     for number, block in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
@@ -162,6 +157,26 @@ def _checked(model: nn.Module) -> tuple[list[MoeFfn], TopKRule]:
     rule = found[0].router.rule
     assert isinstance(rule, TopKRule)
     return found, rule
+
+
+def require_mixtral_base(model: nn.Module) -> None:
+    """Refuse a dense model of which no Mixtral can be made, before anything is computed.
+
+    Args:
+        model: The dense model, or a mixture that was made of it.
+
+    Raises:
+        InvalidInput: It is no Llama or Mistral, or its attentions have biases.
+    """
+    config: Any = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    if kind not in ("llama", "mistral", "mixtral"):
+        raise InvalidInput(
+            f"only an upcycled Llama or Mistral can become a Mixtral, found {type(model).__name__} of type {kind!r}; keep it with "
+            "save_mixture"
+        )
+    if getattr(config, "attention_bias", False):
+        raise InvalidInput("the attentions have biases, and Mixtral's have none; keep the model with save_mixture")
 
 
 def _check_layer(name: str, layer: MoeFfn, first: MoeFfn | None) -> None:
@@ -189,6 +204,7 @@ def save_as_mixtral(
     layout: MixtralLayout = "per_expert",
     balance: float = 0.0,
     tokenizer_from: str | Path | None = None,
+    experts: Sequence[str] = (),
 ) -> SavedMixtral:
     """Write an upcycled Llama or Mistral as a folder that `MixtralForCausalLM.from_pretrained` loads. Nothing is written on an error.
 
@@ -198,6 +214,7 @@ def save_as_mixtral(
         layout: Names of the experts' tensors, see the table above.
         balance: As for `to_mixtral`.
         tokenizer_from: Folder of the dense model, whose tokenizer files are copied; None for no tokenizer.
+        experts: Names of the experts, in order. They go into `experts.json`, which only this package reads.
 
     Returns:
         What was written. Every tensor was read back from the files and compared bit by bit.
@@ -218,7 +235,8 @@ def save_as_mixtral(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         work = Path(temporary) / "model"
-        made.save_pretrained(work, save_original_format=layout == "per_expert")
+        with without_progress_bars():
+            made.save_pretrained(work, save_original_format=layout == "per_expert")
         _require_equal_files(work, saved_tensors(made), layout, tied=bool(made.config.tie_word_embeddings))
         for name in TOKENIZER_FILES if tokenizer_from is not None else ():
             found = Path(str(tokenizer_from)) / name
@@ -234,6 +252,8 @@ def save_as_mixtral(
             layout=layout,
         )
         write_atomically(work / "README.md", card.encode())
+        if experts:
+            write_atomically(work / EXPERTS_NAME, json.dumps(list(experts)).encode())
         if target.exists():
             target.rmdir()
         work.rename(target)

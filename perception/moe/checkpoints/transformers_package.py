@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ....core.errors import InvalidInput
@@ -35,6 +38,26 @@ def transformers_package() -> Any:
     return transformers
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep the library's progress bars out of the output of this program, and give the user's setting back afterwards.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InvalidInput: transformers is not installed.
+    """
+    setting = transformers_package().utils.logging
+    shows = setting.is_progress_bar_enabled()
+    setting.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows:
+            setting.enable_progress_bar()
+
+
 def load_whole(kind: Any, folder: str | Path) -> nn.Module:
     """Load a Hugging Face model whose files hold exactly the weights that its configuration describes.
 
@@ -51,10 +74,15 @@ def load_whole(kind: Any, folder: str | Path) -> nn.Module:
         InvalidInput: The folder cannot be loaded, its weights are not those of its configuration, or they hold NaN or inf.
     """
     advice = "copy the folder again from its source, or correct its config.json"
+    if not any(True for form in ("*.safetensors", "*.bin") for _ in Path(folder).glob(form)):
+        raise InvalidInput(f"{folder} has a config.json and no weights (model.safetensors); {advice}")
     try:
-        model, told = kind.from_pretrained(
-            str(folder), local_files_only=True, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with without_progress_bars():
+            model, told = kind.from_pretrained(
+                str(folder), local_files_only=True, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except SafetensorError as error:
+        raise InvalidInput(f"the weights in {folder} are damaged or not complete ({shown(error)}); {advice}") from error
     except Exception as error:  # a foreign library's loader raises anything
         raise InvalidInput(f"cannot load a {kind.__name__} from {folder}: {type(error).__name__}: {shown(error)}") from error
     faults = {

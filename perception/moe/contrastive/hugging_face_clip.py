@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ....core.errors import InvalidInput
 from ....core.foreign_text import shown
 from ..checkpoints.checkpoint import BaseModel, MixtureDescription, load_mixture, save_mixture
-from ..checkpoints.transformers_package import load_whole, stored_config, transformers_package
+from ..checkpoints.transformers_package import load_whole, stored_config, transformers_package, without_progress_bars
 from ..layers.moe_ffn import padding_left_out
 from ..upcycling.upcyclers import Upcycled
 from .image_captions import ImageCaptions, PictureForm, image_captions, read_caption_file
@@ -192,7 +192,8 @@ def load_clip_mixture(path: str | Path) -> ClipTowers:
 
 def _tokenizer(library: Any, folder: Path, clip: Any) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
     try:
-        tokenizer = library.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        with without_progress_bars():
+            tokenizer = library.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
         raise InvalidInput(f"cannot load the tokenizer in {folder}: {type(error).__name__}: {shown(error)}") from error
     longest = int(clip.config.text_config.max_position_embeddings)

@@ -5,8 +5,9 @@ transformers is imported inside the functions. Nothing is ever downloaded. Read 
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....core.errors import InvalidInput, UpcycleError, require, require_counts
+from ....core.errors import InvalidInput, UpcycleError, require
 from ....core.foreign_text import check_name, shown
 from ....core.text_files import read_text
 from ..checkpoints.checkpoint import BaseModel, MixtureDescription, load_mixture, save_mixture
-from ..checkpoints.mixtral import TOKENIZER_FILES, mixtral_as_mixture
-from ..checkpoints.transformers_package import load_whole, stored_config, transformers_package
+from ..checkpoints.mixtral import EXPERTS_NAME, TOKENIZER_FILES, mixtral_as_mixture
+from ..checkpoints.transformers_package import load_whole, stored_config, transformers_package, without_progress_bars
+from ..layers.moe_ffn import moe_layers
 from ..upcycling.upcyclers import Upcycled
-from .text_training import mean_loss, next_token_loss
 
 MIXTURE_NAME = "mixture.safetensors"
 """Name of the file with a mixture inside its folder."""
-
-
-_ROW = 512
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +38,8 @@ class LanguageModel:
     """The tokenizer of the folder."""
     folder: Path
     """Where both come from."""
+    experts: tuple[str, ...] = ()
+    """Names of a mixture's experts, in order; none where they have only numbers."""
 
     @property
     def vocabulary(self) -> int:
@@ -84,13 +84,15 @@ def load_language_model(folder: str | Path, *, tokenizer: bool = True) -> Langua
     """
     library = transformers_package()
     path = Path(folder)
+    require_model_folder(path)
     mixture = path / MIXTURE_NAME
-    if not mixture.is_file() and not (path / "config.json").is_file():
-        raise InvalidInput(f"{path} holds no model: it has neither config.json (Hugging Face) nor {MIXTURE_NAME}")
+    experts: tuple[str, ...] = ()
     try:
         if mixture.is_file():
-            model = load_mixture(mixture, _dense_of).model
+            loaded = load_mixture(mixture, _dense_of)
+            model, experts = loaded.model, loaded.description.experts
         else:
+            _require_kind(library, path)
             model = load_whole(library.AutoModelForCausalLM, path)
             config: Any = model.config
             if getattr(config, "quantization_config", None) is not None:
@@ -99,12 +101,80 @@ def load_language_model(folder: str | Path, *, tokenizer: bool = True) -> Langua
                 )
             if config.model_type == "mixtral":
                 mixtral_as_mixture(model)
-        words = library.AutoTokenizer.from_pretrained(path, local_files_only=True) if tokenizer else None
+                experts = _stored_names(path, model)
     except UpcycleError:
         raise
     except Exception as error:  # a foreign library's loader raises anything
         raise InvalidInput(f"the model in {path} cannot be loaded: {type(error).__name__}: {shown(error)}") from error
-    return LanguageModel(model=model.eval(), tokenizer=words, folder=path)
+    return LanguageModel(
+        model=model.eval(), tokenizer=_tokenizer(library, path) if tokenizer else None, folder=path, experts=experts
+    )
+
+
+def require_model_folder(folder: Path) -> None:
+    """Refuse a folder without a model, before anything is loaded.
+
+    Args:
+        folder: A Hugging Face folder, or one with `mixture.safetensors`.
+
+    Raises:
+        InvalidInput: It is missing, or has no model in it; the message names a model in the folder `model` inside, if there is one.
+    """
+    if holds_model(folder):
+        return
+    inside = f"; did you mean {folder / 'model'}?" if holds_model(folder / "model") else ""
+    found = f"it has neither config.json (Hugging Face) nor {MIXTURE_NAME}" if folder.is_dir() else "there is no such folder"
+    raise InvalidInput(f"{folder} holds no model: {found}{inside}")
+
+
+def holds_model(folder: Path) -> bool:
+    """Tell whether a folder looks like one with a language model.
+
+    Args:
+        folder: Any path.
+
+    Returns:
+        Whether a configuration or a mixture is there.
+    """
+    return (folder / MIXTURE_NAME).is_file() or (folder / "config.json").is_file()
+
+
+def _require_kind(library: Any, folder: Path) -> None:
+    """Refuse a Hugging Face model that is no language model, in words that are not the library's list of all its classes."""
+    path = folder / "config.json"
+    try:
+        stored = json.loads(read_text(path, "configuration of a model"))
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{path} is damaged ({shown(error)}); copy the folder again from its source") from error
+    kind = stored.get("model_type") if isinstance(stored, dict) else None
+    if kind not in library.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InvalidInput(
+            f"{folder} holds a model of type {shown(kind)!r}, which is no language model; give the folder of a Llama, a Mistral or a Mixtral"
+        )
+
+
+def _tokenizer(library: Any, folder: Path) -> Any:
+    try:
+        with without_progress_bars():
+            return library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a foreign library's loader raises anything
+        raise InvalidInput(
+            f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {shown(error)}); copy tokenizer.json and "
+            "tokenizer_config.json of the model into the folder"
+        ) from error
+
+
+def _stored_names(folder: Path, model: nn.Module) -> tuple[str, ...]:
+    """Names of a Mixtral's experts. They only label tables, so a file that does not fit is as good as none."""
+    if not (folder / EXPERTS_NAME).is_file():
+        return ()
+    try:
+        names = json.loads(read_text(folder / EXPERTS_NAME, "names of experts"))
+    except (ValueError, RecursionError, InvalidInput):
+        return ()
+    counts = {layer.bank.shape.experts for _, layer in moe_layers(model)}
+    fits = isinstance(names, list) and counts == {len(names)} and all(isinstance(name, str) for name in names)
+    return tuple(names) if fits else ()
 
 
 def _dense_of(description: MixtureDescription) -> nn.Module:
@@ -120,7 +190,9 @@ def _dense_of(description: MixtureDescription) -> nn.Module:
     return made
 
 
-def save_language_mixture(folder: str | Path, upcycled: Upcycled, source: LanguageModel, *, note: str = "") -> MixtureDescription:
+def save_language_mixture(
+    folder: str | Path, upcycled: Upcycled, source: LanguageModel, *, note: str = "", experts: Sequence[str] = ()
+) -> MixtureDescription:
     """Write a mixture as `mixture.safetensors`, with the tokenizer of its dense model beside it.
 
     Args:
@@ -128,6 +200,7 @@ def save_language_mixture(folder: str | Path, upcycled: Upcycled, source: Langua
         upcycled: The mixture with its plans.
         source: The dense model it was made of.
         note: How it was trained and evaluated.
+        experts: Names of the experts, in order.
 
     Returns:
         What the file says about the model.
@@ -145,7 +218,9 @@ def save_language_mixture(folder: str | Path, upcycled: Upcycled, source: Langua
     base = BaseModel(
         library="transformers", model_class=type(upcycled.model).__name__, config=config.to_json_string(use_diff=False)
     )
-    said = save_mixture(target / MIXTURE_NAME, upcycled.model, plan, base=base, note=note, attentions=upcycled.attentions)
+    said = save_mixture(
+        target / MIXTURE_NAME, upcycled.model, plan, base=base, note=note, attentions=upcycled.attentions, experts=experts
+    )
     copy_tokenizer(source.folder, target)
     return said
 
@@ -162,81 +237,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def score_texts(
-    tests: Mapping[str, Tensor], *, length: int | None = None, most: int = 16
-) -> dict[str, Callable[[nn.Module], float]]:
-    """Make what measures a model on texts, as `report_on` takes it.
-
-    Args:
-        tests: (T,) tokens of each domain.
-        length: As for `perplexity`.
-        most: As for `perplexity`.
-
-    Returns:
-        For each domain, what gives a model's perplexity.
-    """
-
-    def one(tokens: Tensor) -> Callable[[nn.Module], float]:
-        return lambda model: perplexity(model, tokens, length=length, most=most)
-
-    return {name: one(tokens) for name, tokens in tests.items()}
-
-
-def longest_row(model: nn.Module) -> int:
-    """Find the largest number of tokens in a row that a model was made for.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The number of positions in its configuration; 2**24 where it names none.
-    """
-    return int(getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2**24)
-
-
-def check_row(model: nn.Module, length: int) -> None:
-    """Refuse rows that are longer than a model was made for: learned positions end there, and computed ones give silently worse results.
-
-    Args:
-        model: The model.
-        length: Tokens per row.
-
-    Raises:
-        InvalidInput: The rows are too long.
-    """
-    longest = longest_row(model)
-    require(
-        length <= longest, f"rows of {length} tokens are longer than the model's {longest} positions; lower the length (--length)"
-    )
-
-
-def perplexity(model: nn.Module, tokens: Tensor, *, length: int | None = None, most: int = 16) -> float:
-    """Compute the perplexity of a text in rows of equal length, each read from its own start.
-
-    Args:
-        model: The model.
-        tokens: (T,) tokens.
-        length: Tokens per row; a shorter text is one row. None takes 512, or as many as the model has positions.
-        most: Largest number of rows, spread over the text.
-
-    Returns:
-        Exponential of the mean loss per predicted token.
-
-    Raises:
-        InvalidInput: A row has fewer than two tokens or more than the model has positions, or there is none.
-    """
-    length = min(_ROW, longest_row(model)) if length is None else length
-    check_row(model, length)
-    require_counts("perplexity", least=2, most=2**24, length=length, tokens=len(tokens))
-    require_counts("perplexity", most=2**24, rows=most)
-    length = min(length, len(tokens))
-    count = max(1, min(most, len(tokens) // length))
-    starts = torch.linspace(0, len(tokens) - length, count).long()
-    rows = [tokens[start : start + length][None] for start in starts]
-    loss = mean_loss(model, rows, lambda m, ids: next_token_loss(m(ids).logits, ids))
-    return float(torch.tensor(loss, dtype=torch.float64).exp())  # infinite or NaN for a wrecked model, where math.exp raises
-
-
 def named_texts(words: Sequence[str]) -> Mapping[str, Path]:
     """Read options of the form NAME=FILE.
 
@@ -247,12 +247,18 @@ def named_texts(words: Sequence[str]) -> Mapping[str, Path]:
         File of each name, in order.
 
     Raises:
-        InvalidInput: One has no name, two have the same, or a name cannot be the name of a folder.
+        InvalidInput: One has no name, two have the same, a name cannot be the name of a folder, or a file is missing.
     """
     found: dict[str, Path] = {}
     for word in words:
         name, equals, path = word.partition("=")
-        if not equals or not name or not path or name in found:
-            raise InvalidInput(f"texts are given as NAME=FILE with different names, found {word!r}")
+        if not equals or not name or not path:
+            raise InvalidInput(
+                f"texts are given as NAME=FILE, found {word!r}; write {Path(word).stem or 'code'}={word or 'code.txt'}"
+            )
+        if name in found:
+            raise InvalidInput(f"two texts have the name {name!r}: {found[name]} and {path}; give them different names")
         found[check_name(name, "name of a text, which becomes that of a folder")] = Path(path)
+    for name, file in found.items():
+        require(file.exists() and not file.is_dir(), f"there is no file {file}, which --texts gives as {name!r}; check the path")
     return found

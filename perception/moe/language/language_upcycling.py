@@ -8,102 +8,30 @@ Read next: `bam.py`, `upcyclers.py`; `phases.py`, which trains what is made here
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import nn
 
 from ....core.errors import InvalidInput, require
 from ..attention.attention_sites import plan_attentions
 from ..attention.soft_attention import KeyValues
-from ..checkpoints.mixtral import MixtralLayout, save_as_mixtral
+from ..checkpoints.mixtral import EXPERTS_NAME, MixtralLayout, save_as_mixtral
 from ..layers.moe_ffn import moe_layers
 from ..layers.routing import TopKRule
-from ..surgery.replacement import ReplacementPlan, plan_replacement
+from ..surgery.replacement import plan_replacement
 from ..upcycling.bam import AttentionRouting, bam
 from ..upcycling.cluster_aware import cluster_aware, collect_inputs
 from ..upcycling.joined_mixtures import join_mixtures
 from ..upcycling.owner_training import freeze_for_owner
 from ..upcycling.upcyclers import RandomRouters, Upcycled, btx, drop_upcycling, soup, sparse_copy, wider_dense
-from .language_models import LanguageModel, longest_row, save_language_mixture
-from .phases import TextPhase, train_on
+from .language_models import LanguageModel, save_language_mixture
+from .language_plans import BaselineMethod, MixOptions, ModelFormat, rule_of
+from .phases import TextPhase, speaker, train_on
 from .specialists import new_folder, require_empty, write_dense
+from .text_scores import longest_row
 from .text_training import TokenDomains
-
-FfnRouting = Literal["top1", "top2", "soft"]
-"""How FFN experts are chosen: `top1` by its probability (BAM), `top2` renormalized (BTX, Mixtral), `soft` all of them."""
-BaselineMethod = Literal["sparse", "drop", "cluster", "btx", "soup", "wide", "continued", "flexolmo"]
-"""A method to compare BAM with."""
-ModelFormat = Literal["auto", "mixtral", "mixture"]
-"""`mixtral` writes a Hugging Face folder, `mixture` our own file; `auto` a Mixtral where the model is one."""
-
-
-def rule_of(routing: FfnRouting) -> TopKRule | None:
-    """Give the rule of a way to choose FFN experts.
-
-    Args:
-        routing: The way.
-
-    Returns:
-        The rule; None for soft routing.
-
-    Raises:
-        InvalidInput: The way is unknown.
-    """
-    require(
-        routing in get_args(FfnRouting), f"FFN experts are chosen by one of {', '.join(get_args(FfnRouting))}, found {routing!r}"
-    )
-    return {"top1": TopKRule(k=1, norm="none"), "top2": TopKRule(k=2, norm="renorm"), "soft": None}[routing]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixOptions:
-    """What BAM and the baselines that take specialists have in common."""
-
-    ffn: FfnRouting = "top1"
-    """How FFN experts are chosen."""
-    only: tuple[str, ...] = ()
-    """Names or patterns of the blocks' parts to replace, such as `model.layers.2?.*`; all by default."""
-    corrected: bool = True
-    """Whether a top-1 FFN is multiplied by the number of experts, so that it starts as strong as the dense one."""
-    seed: int = 0
-    """Number that the routers depend on."""
-
-    def plan(self, model: nn.Module, experts: int) -> ReplacementPlan:
-        """Plan the FFNs.
-
-        Args:
-            model: The dense model.
-            experts: Number of experts.
-
-        Returns:
-            The plan.
-        """
-        rule = rule_of(self.ffn)
-        return plan_replacement(model, experts=experts, active=experts if rule is None else rule.k, only=self.only or None)
-
-    def routers(self, experts: int) -> RandomRouters:
-        """Make routers.
-
-        Args:
-            experts: Number of experts.
-
-        Returns:
-            What makes them.
-        """
-        return RandomRouters(experts=experts, rule=rule_of(self.ffn), seed=self.seed)
-
-    def scale(self, experts: int) -> float:
-        """Give the factor of the experts' outputs.
-
-        Args:
-            experts: Number of experts.
-
-        Returns:
-            The factor.
-        """
-        return float(experts) if self.corrected and self.ffn == "top1" else 1.0
 
 
 def mix_bam(
@@ -141,18 +69,21 @@ def make_baseline(
     experts: int = 4,
     domains: TokenDomains | None = None,
     owner: TextPhase | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Upcycled:
     """Make a model to compare BAM with, before any joint training.
 
     Args:
-        method: `sparse`, `drop` and `cluster` copy the seed; `btx` and `soup` take the specialists; `wide` is dense and as wide as the active
-            experts; `continued` is the seed itself; `flexolmo` trains one expert per domain apart, and joins them.
+        method: `sparse`, `drop` and `cluster` copy the seed; `btx` and `soup` take the seed and its specialists; `wide` is dense and as wide
+            as the active experts; `continued` is the seed itself; `flexolmo` trains one expert per domain apart, and joins them with the
+            seed's.
         seed: The dense model.
         specialists: Its specialists; unused by methods that need none.
         options: How FFNs are mixed, and which parts.
         experts: Number of experts of methods without specialists.
         domains: Tokens by domain, for `cluster` and `flexolmo`.
         owner: Training of one owner, for `flexolmo`.
+        say: Gets lines about the training of the owners.
 
     Returns:
         The model.
@@ -178,7 +109,7 @@ def make_baseline(
         return replace(wider_dense(model, plan, draw=options.seed), plan=replace(plan, experts=1, active=1))
     if method == "flexolmo":
         assert domains is not None
-        return _flexolmo(model, domains, options, owner or TextPhase(steps=0))
+        return _flexolmo(model, domains, options, owner or TextPhase(steps=0), say)
     plan, rule = options.plan(model, experts), rule_of(options.ffn)
     if method == "cluster":
         assert domains is not None
@@ -190,6 +121,23 @@ def make_baseline(
     return sparse_copy(model, plan, options.routers(experts))
 
 
+def expert_names(method: str, specialists: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
+    """Name the experts of a result, in order.
+
+    Args:
+        method: `bam` or a baseline.
+        specialists: Names of the specialists.
+        texts: Names of the texts.
+
+    Returns:
+        The names; none where experts are copies, which have only numbers, or where there are none.
+    """
+    others = {"bam": specialists, "btx": specialists, "flexolmo": texts}.get(method)
+    if others is None:
+        return ()
+    return ("seed", *(f"{name} (specialist)" if name == "seed" else name for name in others))
+
+
 def _reader(domains: TokenDomains) -> Callable[[nn.Module], None]:
     def run(model: nn.Module) -> None:
         length = min(256, longest_row(model), *(len(tokens) for tokens in domains.tokens.values()))
@@ -199,14 +147,18 @@ def _reader(domains: TokenDomains) -> Callable[[nn.Module], None]:
     return run
 
 
-def _flexolmo(model: nn.Module, domains: TokenDomains, options: MixOptions, phase: TextPhase) -> Upcycled:
+def _flexolmo(
+    model: nn.Module, domains: TokenDomains, options: MixOptions, phase: TextPhase, say: Callable[[str], None] | None
+) -> Upcycled:
     rule = TopKRule(k=2, norm="renorm")
     plan = plan_replacement(model, experts=2, active=2, only=options.only or None)
     owners = []
     for number, name in enumerate(domains.tokens):
         made = sparse_copy(model, plan, RandomRouters(experts=2, rule=rule, seed=options.seed * 31 + number))
         held = freeze_for_owner(made.model)
-        train_on(made.model, domains, {name: 1.0}, replace(phase, seed=phase.seed * 31 + number), decay=0.0)
+        own = replace(phase, seed=phase.seed * 31 + number)
+        tell = None if say is None else speaker(say, f"owner {name}")
+        train_on(made.model, domains, {name: 1.0}, own, decay=0.0, say=tell)
         held.restore(made.model)
         owners.append(made.model)
     joined = join_mixtures(owners, rule)
@@ -223,6 +175,7 @@ def write_model(
     *,
     layout: MixtralLayout = "per_expert",
     note: str = "",
+    experts: Sequence[str] = (),
 ) -> str:
     """Write a model in the form that was asked for.
 
@@ -233,6 +186,7 @@ def write_model(
         form: Which form; `auto` writes a Mixtral where the model is one, else our own file.
         layout: Names of a Mixtral's tensors.
         note: How it was trained.
+        experts: Names of the experts, in order; none where they have only numbers.
 
     Returns:
         One line about what was written.
@@ -248,8 +202,9 @@ def write_model(
     reason = ""
     if form in ("auto", "mixtral"):
         try:
-            saved = save_as_mixtral(made.model, folder, layout=layout, tokenizer_from=source.folder)
-            return f"{folder}: a Hugging Face Mixtral, {len(saved.account.written)} tensors, read back bit by bit"
+            saved = save_as_mixtral(made.model, folder, layout=layout, tokenizer_from=source.folder, experts=experts)
+            names = f"; the names of its experts are in {EXPERTS_NAME}" if experts else ""
+            return f"{folder}: a Hugging Face Mixtral, {len(saved.account.written)} tensors, read back bit by bit{names}"
         except InvalidInput as error:
             if form == "mixtral":
                 raise
@@ -259,5 +214,5 @@ def write_model(
             f"the result cannot be stored as a mixture: it has no plan, and as a Mixtral it does not fit: {reason}"
         )
     with new_folder(folder) as work:
-        said = save_language_mixture(work, made, source, note=note)
+        said = save_language_mixture(work, made, source, note=note, experts=experts)
     return f"{folder}: {said}\n(no Mixtral: {reason})" if reason else f"{folder}: {said}"

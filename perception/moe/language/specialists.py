@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -19,12 +20,28 @@ from ....core.config_json import Json, config_to_json, first_difference
 from ....core.errors import InvalidInput
 from ....core.tensor_file import content_digest
 from ....core.text_files import read_text
+from ..checkpoints.transformers_package import without_progress_bars
 from .language_models import LanguageModel, copy_tokenizer, load_language_model
-from .phases import TextPhase, train_on
+from .phases import TextPhase, speaker, train_on
 from .text_training import TokenDomains
 
 ORIGIN_NAME = "origin.json"
-"""File beside a specialist's weights: the seed and the texts by their SHA-256, and the training."""
+"""File beside a specialist's weights: the seed and the texts by their SHA-256, the training and what it took."""
+_SECONDS = "cpu_seconds"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Specialist:
+    """A specialist on disk."""
+
+    name: str
+    """Its name: that of its domain, or of its folder."""
+    folder: Path
+    """Its Hugging Face folder."""
+    model: nn.Module
+    """The model in evaluation mode."""
+    cpu_seconds: float | None = None
+    """CPU time of its training; None where nobody stored it."""
 
 
 def train_specialists(
@@ -36,8 +53,10 @@ def train_specialists(
     general: str | None,
     share: float = 0.1,
     say: Callable[[str], None] = print,
-) -> list[Path]:
-    """Train one specialist of the seed for every domain but the general one. Finished specialists are kept, so the work can be continued.
+) -> list[Specialist]:
+    """Train one specialist of the seed for every domain but the general one.
+
+    Finished specialists are kept, and one whose training was stopped goes on, so the work can be continued.
 
     Args:
         seed: The dense model.
@@ -46,43 +65,101 @@ def train_specialists(
         folder: Where the specialists go, each as a Hugging Face folder.
         general: Domain of which a share is mixed into each specialist, against forgetting; None for none.
         share: That share.
-        say: Gets one line per specialist.
+        say: Gets lines about each specialist.
 
     Returns:
-        The folders of the specialists.
+        The specialists.
 
     Raises:
-        InvalidInput: A folder holds a specialist of another seed, other texts or other training, or something else.
+        InvalidInput: A folder holds a specialist of another seed, other texts or other training, or something else, or is damaged.
     """
-    found, of_seed = [], content_digest(seed.model.state_dict())
-    for number, name in enumerate(n for n in domains.tokens if n != general):
-        target = folder / name
+    of_seed = content_digest(seed.model.state_dict())
+    plans: dict[str, tuple[dict[str, float], TextPhase, dict[str, Json]]] = {}
+    found: dict[str, Specialist] = {}
+    for number, name in enumerate(specialist_names(domains.tokens, general)):
         shares = {name: 1.0} if general is None else {name: 1 - share, general: share}
         own = replace(phase, seed=phase.seed * 31 + number)
-        wanted = _origin(of_seed, {part: domains.tokens[part] for part in shares}, shares, own)
-        if (target / "config.json").is_file():
-            _require_origin(target, wanted)
-            say(f"specialist {name}: {target} is there and was trained like this; it is kept")
-        else:
+        plans[name] = shares, own, _origin(of_seed, {part: domains.tokens[part] for part in shares}, shares, own)
+        target = folder / name
+        if not (target / "config.json").is_file():
             require_empty(target)
-            model = copy.deepcopy(seed.model)
-            record = train_on(model, domains, shares, own)
-            write_dense(model, target, seed.folder, origin=wanted)
-            say(f"specialist {name}: {record}")
-        found.append(target)
-    return found
+            continue
+        _require_origin(target, plans[name][2])  # what is wrong with those that are there is said before others are trained
+        say(f"specialist {name}: {target} is there and was trained like this; it is kept")
+        found[name] = _read(name, target, "delete this folder, and the specialist is trained again")
+    for name, (shares, own, wanted) in plans.items():
+        if name in found:
+            continue
+        model, target, unfinished = copy.deepcopy(seed.model), folder / name, folder / f"{name}.unfinished.safetensors"
+        tell = speaker(say, f"specialist {name}")
+        record = train_on(model, domains, shares, own, say=tell, kept_at=unfinished)
+        write_dense(model, target, seed.folder, origin={**wanted, _SECONDS: record.cpu_seconds})
+        unfinished.unlink(missing_ok=True)
+        tell(str(record))
+    return [found.get(name) or _read(name, folder / name, "train it again") for name in plans]
 
 
-def read_specialists(folders: Sequence[Path]) -> list[nn.Module]:
+def specialist_names(texts: Iterable[str], general: str | None) -> list[str]:
+    """Name the specialists that texts train.
+
+    Args:
+        texts: Names of the texts.
+        general: Name of the general one, which gets no specialist.
+
+    Returns:
+        The names.
+    """
+    return [name for name in texts if name != general]
+
+
+def read_specialists(folders: Sequence[Path]) -> list[Specialist]:
     """Load the specialists of a seed.
 
     Args:
         folders: Their Hugging Face folders.
 
     Returns:
-        The models.
+        The specialists, named as their folders. Folders of one name get the name of the folder above in front.
     """
-    return [load_language_model(folder, tokenizer=False).model for folder in folders]
+    return [
+        _read(name, folder, "give another specialist, or leave this one out")
+        for name, folder in zip(folder_names(folders), folders)
+    ]
+
+
+def folder_names(folders: Sequence[Path]) -> list[str]:
+    """Name specialists by their folders.
+
+    Args:
+        folders: The folders.
+
+    Returns:
+        The last part of each path, and more of it where these are equal.
+    """
+    paths = [folder.resolve() for folder in folders]
+    deepest = max((len(path.parts) for path in paths), default=1)
+    for parts in range(1, deepest):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _read(name: str, folder: Path, advice: str) -> Specialist:
+    try:
+        model = load_language_model(folder, tokenizer=False).model
+    except InvalidInput as error:
+        raise InvalidInput(f"the specialist {name} cannot be used: {error}. Or {advice}") from error
+    return Specialist(name=name, folder=folder, model=model, cpu_seconds=_stored_seconds(folder))
+
+
+def _stored_seconds(folder: Path) -> float | None:
+    """CPU seconds that were stored beside a specialist; None where there are none."""
+    try:
+        seconds = json.loads(read_text(folder / ORIGIN_NAME, "origin of a specialist")).get(_SECONDS)
+    except (InvalidInput, ValueError, AttributeError):
+        return None
+    return float(seconds) if isinstance(seconds, int | float) and math.isfinite(seconds) else None
 
 
 def _origin(seed: str, tokens: Mapping[str, Tensor], shares: Mapping[str, float], phase: TextPhase) -> dict[str, Json]:
@@ -102,6 +179,8 @@ def _require_origin(folder: Path, wanted: Json) -> None:
         stored = json.loads(read_text(folder / ORIGIN_NAME, "origin of a specialist"))
     except (InvalidInput, ValueError) as error:
         raise InvalidInput(f"{folder} holds a model without a readable {ORIGIN_NAME}: {error}; {advice}") from error
+    if isinstance(stored, dict):
+        stored.pop(_SECONDS, None)  # what it took decides nothing
     difference = first_difference(stored, json.loads(json.dumps(wanted)))
     if difference is not None:
         raise InvalidInput(f"{folder} holds another specialist: {difference}; {advice}")
@@ -121,7 +200,8 @@ def write_dense(model: nn.Module, folder: Path, source: Path, *, origin: Json = 
         OSError: The folder cannot be written.
     """
     with new_folder(folder) as work:
-        model.save_pretrained(work)  # type: ignore[operator]
+        with without_progress_bars():
+            model.save_pretrained(work)  # type: ignore[operator]
         copy_tokenizer(source, work)
         if origin is not None:
             (work / ORIGIN_NAME).write_text(json.dumps(origin, indent=1))

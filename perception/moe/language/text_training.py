@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....core.errors import InvalidInput, require, require_counts, require_numbers
+from ....core.short_numbers import seconds_text
 from ....core.tensor_value import shape_of
 from ..layers.losses import RouterLossConfig, describe_router_losses, router_losses
 from ..layers.moe_ffn import moe_layers, take_routings
 from ..layers.precision import Precision, products_in
+from .phase_file import PhaseFile
 
 _Batch = TypeVar("_Batch")
 
@@ -60,7 +62,7 @@ class PhaseRecord:
 
     def __str__(self) -> str:
         went = f"loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}" if self.losses else "no step"
-        return f"{went} in {self.cpu_seconds:.0f} CPU-s"
+        return f"{went} in {seconds_text(self.cpu_seconds)} CPU seconds"
 
 
 class TokenDomains:
@@ -157,6 +159,8 @@ def train_phase(
     *,
     marks: Sequence[int] = (),
     at_mark: Callable[[int, float], None] | None = None,
+    say: Callable[[str], None] | None = None,
+    file: PhaseFile | None = None,
 ) -> PhaseRecord:
     """Train a model. What needs no gradient stays as it is.
 
@@ -167,31 +171,53 @@ def train_phase(
         config: The phase.
         marks: Numbers of steps after which `at_mark` is called.
         at_mark: Gets the number of steps and the CPU seconds until then.
+        say: Gets a line after every tenth of the steps: step, loss, CPU seconds.
+        file: Where the phase is kept while it runs. A phase that was stopped goes on there, and gives the same result bit for bit.
 
     Returns:
         Losses and CPU time.
 
     Raises:
-        InvalidInput: The loss is no longer finite, or nothing is left to train.
+        InvalidInput: The loss is no longer finite, nothing is left to train, or the file belongs to another phase.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    require(bool(trained) or not config.steps, "no parameter of the model needs a gradient, so there is nothing to train")
-    optimizer = (
-        torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True)
-        if trained
-        else None
-    )
-    balanced = any(_choosing(model)) and (config.router.balance > 0 or config.router.z > 0)
-    device = trained[0].device.type if trained else "cpu"
-    losses: list[float] = []
-    seconds = 0.0
-    for step in range(config.steps):
+    if not config.steps:
+        return PhaseRecord(losses=(), cpu_seconds=0.0)
+    require(bool(trained), "no parameter of the model needs a gradient, so there is nothing to train")
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True)
+    done = None if file is None else file.restore(model, optimizer)
+    losses, seconds = (list(done.losses), done.cpu_seconds) if done is not None else ([], 0.0)
+    if done is not None and file is not None and say is not None:
+        say(f"goes on after step {len(losses)} of {config.steps}, which {file.path} holds")
+    take_step = _stepper(model, trained, optimizer, loss_of, config)
+    for step in range(len(losses), config.steps):
         start = time.process_time()
+        losses.append(take_step(step, batch_of(step)))
+        seconds += time.process_time() - start
+        if say is not None and 10 * (step + 1) // config.steps > 10 * step // config.steps:
+            say(f"step {step + 1} of {config.steps}: loss {losses[-1]:.3f}, {seconds_text(seconds)} CPU seconds")
+        if at_mark is not None and step + 1 in marks:
+            at_mark(step + 1, seconds)
+        if file is not None:
+            file.keep(model, optimizer, losses, seconds)
+    return PhaseRecord(losses=tuple(losses), cpu_seconds=seconds)
+
+
+def _stepper(
+    model: nn.Module,
+    trained: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[nn.Module, _Batch], Tensor],
+    config: TextTraining,
+) -> Callable[[int, _Batch], float]:
+    """What takes one step and returns its loss."""
+    balanced = any(_choosing(model)) and (config.router.balance > 0 or config.router.z > 0)
+    device = trained[0].device.type
+
+    def take(step: int, batch: _Batch) -> float:
         model.train()
-        assert optimizer is not None
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
-        batch = batch_of(step)
         with products_in(config.precision, device):
             loss = loss_of(model, batch)
             routings = take_routings(model)
@@ -203,11 +229,9 @@ def train_phase(
         total.backward()
         nn.utils.clip_grad_norm_(trained, config.clip)
         optimizer.step()
-        losses.append(value)
-        seconds += time.process_time() - start
-        if at_mark is not None and step + 1 in marks:
-            at_mark(step + 1, seconds)
-    return PhaseRecord(losses=tuple(losses), cpu_seconds=seconds)
+        return value
+
+    return take
 
 
 def router_loss_text(model: nn.Module, config: TextTraining) -> str:

@@ -73,6 +73,14 @@ class ReplacementPlan:
         return sum(self.active * site.multiply_adds + self.experts * site.width_in for site in self.sites)
 
     def __str__(self) -> str:
+        return f"{self.table()}\nmodel: {self.model_parameters:,} -> {self.parameters_after:,} parameters"
+
+    def table(self) -> str:
+        """Show the FFNs, for callers that replace other parts too and count the whole model themselves.
+
+        Returns:
+            A line per FFN, their sum, and what stays dense.
+        """
         header = ("FFN", "form", "widths", "parameters", "-> after", "multiply-adds", "-> after")
         rows = [header, *map(self._row, self.sites, self.site_parameters, self.expert_parameters)]
         before, after = sum(self.site_parameters), self.parameters_after - self.model_parameters + sum(self.site_parameters)
@@ -81,9 +89,8 @@ class ReplacementPlan:
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in rows]
         title = f"{len(self.sites)} FFNs become mixtures of {self.experts} experts, {self.active} active per token"
-        model = f"model: {self.model_parameters:,} -> {self.parameters_after:,} parameters"
         rest = [f"stays dense: {refused}" for refused in self.refused]
-        return "\n".join([title, *(line.rstrip() for line in lines), model, *rest])
+        return "\n".join([title, *(line.rstrip() for line in lines), *rest])
 
     def _row(self, site: FfnSite, before: int, expert: int) -> tuple[str, ...]:
         gate = "gated " if site.gate is not None else ""

@@ -57,6 +57,11 @@ class Upcycled:
     attentions: AttentionPlan | None = None
     """Which attentions became mixtures; None where there are none."""
 
+    def __repr__(self) -> str:
+        plans = ((self.plan, "FFNs"), (self.attentions, "attentions"))
+        parts = ", ".join(f"{len(plan.sites)} {what} with {plan.experts} experts" for plan, what in plans if plan is not None)
+        return f"Upcycled({type(self.model).__name__}, {parts or 'without a plan'})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RandomRouters:
@@ -158,8 +163,7 @@ def btx(
     require(rest != "seed" or seed is not None, "rest='seed' keeps the seed's tensors, and no seed was given; pass seed=")
     models = [*([] if seed is None else [seed]), *specialists]
     require_same_structure(models)
-    ffn_tensors = [name for site in plan.sites for name in site.tensors]
-    require_common_seed(models, ffn_tensors, allow_strangers=allow_strangers)
+    require_common_seed(models, [name for site in plan.sites for name in site.tensors], allow_strangers=allow_strangers)
 
     def mixture(site: FfnSite, dense: Sequence[DenseFfn]) -> MoeFfn:
         return expert_layer(plan, site, [scaled(ffn, expert_scale) for ffn in dense], routers)
