@@ -369,9 +369,7 @@ def _write_rest(ledger: TensorLedger, rest: Rest) -> None:
     if rest == "seed":
         hows[1:] = ["left out for the seed's"] * (len(hows) - 1)
     done = ledger.written
-    for name in ledger.target:
-        if name in done:
-            continue
+    for name in [name for name in ledger.target if name not in done]:
         values = [ledger.read(number, name, how) for number, how in enumerate(hows)]
         ledger.write(name, _combined(name, values, rest), hows[0])
         if rest == "average" and name.endswith("running_var") and not all(torch.equal(values[0], value) for value in values[1:]):
