@@ -105,6 +105,15 @@ def _main() -> None:
     except OSError as error:  # a library that must write a file when it is loaded
         print(f"error: {name} cannot start, because a library finds no folder that it can write: {error}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == __package__.partition(".")[0]:
+            raise  # a file of this program is missing
+        print(
+            f"error: {name} cannot start, because the package {error.name} is not installed for {sys.executable}. What this program needs is "
+            "installed by: pip install -c constraints.txt -e . (`upcycle3d doctor` lists the packages)",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     parsed_as = getattr(module, "ARGUMENTS", None)
     code = run_command(module.command, rest, program=f"upcycle3d {name}", parsed_as=parsed_as)
     if code == 128 + signal.SIGINT:

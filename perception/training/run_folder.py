@@ -32,7 +32,7 @@ from ...core.errors import Interrupted, InvalidInput, UpcycleError
 from ...core.files import write_atomically
 from ...core.strict_json import strict_json
 from .checkpoint import latest_checkpoint, remove_unfinished
-from .environment import describe_environment
+from .environment import describe_environment, require_tensorboard
 from .progress import without_ctrl_c
 
 State = Literal["running", "finished", "interrupted", "failed"]
@@ -86,8 +86,10 @@ class RunFolder:
 
         Raises:
             InvalidInput: The folder holds a run and `resume` is False, the stored configuration differs (the message names the
-                first field), the folder holds other files, or another process is writing to it.
+                first field), the folder holds other files, another process is writing to it, or the package tensorboard is missing.
         """
+        if tensorboard:
+            require_tensorboard()
         path = Path(path).resolve()
         resolved = config_to_json(config)
         stored = _read_json(path / "config.json") if (path / "config.json").exists() else None
@@ -409,8 +411,9 @@ def check_unused(path: Path) -> None:
         path: The folder; it may not exist.
 
     Raises:
-        InvalidInput: The folder holds a run, or other files.
+        InvalidInput: The folder holds a run, or other files; or the package tensorboard is missing.
     """
+    require_tensorboard()
     if (path / "config.json").exists():
         raise InvalidInput(
             f"{path} already holds a run; resume it with the options that it was begun with (--resume), or choose a new folder"

@@ -81,6 +81,15 @@ def test_a_new_run_records_configuration_environment_and_status(tmp_path, monkey
     assert (found.status()["state"], found.status()["step"]) == ("running", 3)
 
 
+def test_a_run_without_tensorboard_is_refused_before_its_first_step_and_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for start in (lambda: RunFolder.create(tmp_path / "run", CONFIG, seed=5), lambda: run_folder.check_unused(tmp_path / "run")):
+        with pytest.raises(InvalidInput, match="the package tensorboard, which is not installed"):
+            start()
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "starts", "hint"),
     [
