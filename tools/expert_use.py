@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from ..perception.models.decoders.mixture import MixtureDecoder
+from ..perception.models.decoders.mixture import HeadMixtureConfig, MixtureDecoder
 from ..perception.models.detector import Detector
-from .console import print_table, print_warning
+from .console import console, print_table, print_warning
+
+
+def all_compute(head: HeadMixtureConfig) -> str:
+    """Say that nothing is chosen, where every expert computes everything.
+
+    Args:
+        head: Structure of a head.
+
+    Returns:
+        One sentence; empty where experts are chosen.
+    """
+    if head.active < len(head.experts) or len(head.experts) < 2:
+        return ""
+    experts = "both experts compute" if len(head.experts) == 2 else f"all {len(head.experts)} experts compute"
+    per_region = head.regions != "none" and head.decides_per == "region"
+    what = "every region" if per_region and not head.bev_blocks else "every scene and region" if per_region else "every scene"
+    if head.router == "uniform":
+        return f"{experts} {what}, and each counts the same"
+    return f"{experts} {what}; {'the routers only weigh' if per_region else 'the gate only weighs'} them"
 
 
 def print_expert_use(detector: Detector) -> dict[str, object]:
-    """Print one row per router: the share of each expert since the detector was loaded, and how even the shares are.
+    """Print a row per router and expert: shares of choices, where its weight is the largest, and its mean weight since the detector was loaded.
 
     Args:
         detector: Any detector; nothing is printed for a dense one.
@@ -19,12 +38,27 @@ def print_expert_use(detector: Detector) -> dict[str, object]:
     decoder = detector.decoder
     if not isinstance(decoder, MixtureDecoder):
         return {}
-    names, rows, report = decoder.config.experts, [], {}
+    head, report = decoder.config, {}
+    names, rows = head.experts, []
+    every = all_compute(head)
     for place, counter in decoder.usages():
         use = counter.value
-        rows.append((place, use.tokens, *(f"{share:.1%}" for share in use.shares), f"{use.entropy:.2f}"))
-        report[place] = {"tokens": use.tokens, "shares": dict(zip(names, use.shares, strict=True)), "entropy": use.entropy}
+        by_expert = zip(names, use.shares, use.largest_shares, use.mean_weights, strict=True)
+        rows += [
+            (place, use.tokens, name, "all" if every else f"{share:.1%}", f"{largest:.1%}", f"{weight:.3f}")
+            for name, share, largest, weight in by_expert
+        ]
+        report[place] = {
+            "tokens": use.tokens,
+            "shares": dict(zip(names, use.shares, strict=True)),
+            "largest weight": dict(zip(names, use.largest_shares, strict=True)),
+            "mean weight": dict(zip(names, use.mean_weights, strict=True)),
+            "entropy": use.entropy,
+        }
         if use.tokens and use.dead:
             print_warning(f"nothing at {place} chose {', '.join(names[expert] for expert in use.dead)}")
-    print_table("use of the experts", ("router", "tokens", *names, "evenness"), rows)
+    header = ("router", "scenes or regions", "expert", "share of choices", "largest weight in", "mean weight")
+    print_table("use of the experts", header, rows)
+    if every:
+        console.print(f"{every}: read the weights, not the choices", soft_wrap=True)
     return {"experts": report}

@@ -6,7 +6,8 @@ Read next: `perception/moe/detectors/upcycle.py`, which makes the detector, and 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,32 @@ from ...core.features import CutFeatures
 from ...core.files import write_atomically
 from ..models.decoders.mixture import HeadMixtureConfig
 from ..models.detector import Detector
-from ..moe.detectors.calibrate import fit_gate, fit_gate_to_groups, recalibrate_head
+from ..moe.detectors.calibrate import describe_scenes, fit_gate, fit_gate_to_groups, gate_use, recalibrate_head, upcycled_decoder
 from ..moe.detectors.upcycle import UpcycledHead, upcycle_head
 from ..moe.upcycling.upcyclers import Rest
 from ..server.store import SmashedStore, collate_scenes
 from ..training.detector_files import DETECTOR_FILE, load_detector, save_run_detector
 from .assembly import fleet_store
 from .fleet_stores import Rigs, check_rigs, check_stores, rig_of_training
+from .gate_start import StoreStart, check_scenes, gate_notes
 from .job_inputs import check_path
 
 HEAD_FILE = "head.json"
-"""What `moe detector` writes beside the detector: the structure, what it costs, and what became of the tensors."""
+"""What `moe detector` writes beside the detector: the structure, what it costs, rigs of the specialists, and what became of the tensors."""
+RIGS = "rigs of the specialists"
+"""Key in it: the rig of each specialist's training data, by expert."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadRun:
+    """A run folder with an upcycled detector, and what was found when it was made."""
+
+    made: UpcycledHead
+    """The detector and what it costs."""
+    starts: tuple[StoreStart, ...]
+    """Where the fresh gate sends the scenes of each store; empty without stores, or where nothing is decided per scene."""
+    notes: tuple[str, ...]
+    """Sentences that a reader should see."""
 
 
 def make_upcycled_head(
@@ -43,7 +59,7 @@ def make_upcycled_head(
     recalibrate: bool = False,
     most_scenes: int = 50,
     draw: int = 0,
-) -> UpcycledHead:
+) -> HeadRun:
     """Make an upcycled detector of specialists, fit what depends on data to smashed scenes, and write it as a run folder.
 
     Args:
@@ -61,7 +77,7 @@ def make_upcycled_head(
         draw: Number that routers and the choice of scenes depend on.
 
     Returns:
-        The detector and what it costs.
+        The detector, what it costs, and where its gate begins.
 
     Raises:
         InvalidInput: Specialists, stores and head do not fit together; the message says why.
@@ -81,24 +97,56 @@ def make_upcycled_head(
     made = upcycle_head(loaded * len(head.experts) if len(loaded) == 1 else loaded, head, rest=rest, seed=seed, draw=draw)
     rigs = rigs or (rig_of_training(made.detector),) * len(paths)
     opened = [fleet_store(path, made.detector, one) for path, one in zip(paths, rigs, strict=True)]
-    if group_scenes:
-        fit_gate_to_groups(made.detector, scenes_of(made.detector, opened[0], most_scenes, draw), seed=draw)
-    elif opened and head.has_gate:
-        fit_gate(made.detector, [scenes_of(made.detector, store, most_scenes, draw) for store in opened])
+    check_scenes(paths, opened, head)
+    starts = _fit_gate(made.detector, paths, opened, most_scenes, draw, group_scenes=group_scenes)
     if recalibrate:
         recalibrate_head(made.detector, _mixed(made.detector, opened, most_scenes, draw))
     save_run_detector(out, made.detector)
+    names = head.experts if len(loaded) > 1 else ("the copied detector",)
+    trained = {name: str(one.trained_on.rig) for name, one in zip(names, loaded, strict=True) if one.trained_on is not None}
     record = {
         "head": config_to_json(head),
         "specialists": [str(Path(path)) for path in specialists],
+        RIGS: trained,
         "rest": rest,
         "seed": None if seed_detector is None else str(seed_detector),
         "decoder parameters": list(made.parameters),
         "active parameters of the replaced layers": list(made.active),
+        "parts": [asdict(part) for part in made.costs],
         "tensors": str(made.account).splitlines(),
     }
     write_atomically(out / HEAD_FILE, (json.dumps(record, indent=1) + "\n").encode())
-    return made
+    return HeadRun(made=made, starts=starts, notes=(*gate_notes(starts, head, grouped=group_scenes), *_rig_note(trained)))
+
+
+def _fit_gate(
+    detector: Detector, paths: Sequence[Path], stores: Sequence[SmashedStore], most: int, draw: int, *, group_scenes: bool
+) -> tuple[StoreStart, ...]:
+    """Fit the gate to the scenes of stores. Returns where it then sends them."""
+    head = upcycled_decoder(detector).config
+    if not group_scenes and not (stores and head.has_gate):
+        return ()
+    described = [describe_scenes(detector, scenes_of(detector, store, most, draw)) for store in stores]
+    if group_scenes:
+        fit_gate_to_groups(detector, described[0], seed=draw)
+    else:
+        fit_gate(detector, described)
+    if head.router == "oracle":
+        return ()
+    meant = head.experts if len(stores) == len(head.experts) > 1 else ("",) * len(stores)
+    uses = [gate_use(detector, rows) for rows in described]
+    return tuple(StoreStart(store=p, given_for=m, use=u) for p, m, u in zip(paths, meant, uses, strict=True))
+
+
+def _rig_note(rigs: Mapping[str, str]) -> tuple[str, ...]:
+    """A sentence where specialists were trained on scans of several rigs."""
+    if len(set(rigs.values())) < 2:
+        return ()
+    said = "; ".join(f"{name}: {rig}" for name, rig in rigs.items())
+    return (
+        f"the specialists were trained on scans of several rigs ({said}). The detector's file says the first one's, which later commands "
+        "take; give --z-shift and --intensity-scale to them for scans of another rig",
+    )
 
 
 def scenes_of(detector: Detector, store: SmashedStore, most: int, seed: int, batch_size: int = 2) -> Iterator[CutFeatures]:

@@ -86,16 +86,23 @@ def test_usage_counts_each_forward_pass_once_under_accumulation_and_recomputatio
     assert [name for name, _ in moe_layers(model)] == ["0", "3"]
     found = [layer.usage.reset() for _, layer in moe_layers(model)]
     use, unique = torch.zeros(2, 4), [0, 0]
+    weight, largest = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.int64)
     for part in x:
         for number in range(2):
             layer = model[3 * number]
-            index = layer.router(part.reshape(-1, 8)).index
+            routing = layer.router(part.reshape(-1, 8))
+            index = routing.index
             use[number] += torch.bincount(index.reshape(-1), minlength=4)
+            for experts, weights in zip(index.tolist(), routing.weight.tolist(), strict=True):
+                largest[number, experts[0]] += 1
+                for expert, value in zip(experts, weights, strict=True):
+                    weight[number, expert] += value
             unique[number] += len(index.unique())
             part = model[2](model[1](layer(part))).detach()
     for number in range(2):
-        wanted = ExpertUsage(use=tuple(use[number].tolist()), tokens=30, batches=3, unique=unique[number])
-        assert found[number] == wanted
+        assert (found[number].use, found[number].largest) == (tuple(use[number].tolist()), tuple(largest[number].tolist()))
+        assert (found[number].tokens, found[number].batches, found[number].unique) == (30, 3, unique[number])
+        assert found[number].weight == pytest.approx(weight[number].tolist())
 
 
 def test_recomputation_changes_neither_the_losses_nor_the_gradient_of_the_router():
@@ -119,17 +126,23 @@ def test_a_recomputation_that_cuts_the_router_off_is_an_error_and_not_silence():
 
 
 def test_usage_tells_entropy_dead_experts_and_experts_per_batch():
-    usage = ExpertUsage(use=(6.0, 0.0, 2.0, 0.0), tokens=4, batches=2, unique=3)
+    weights = {"weight": (3.0, 0.0, 1.0, 0.0), "largest": (3, 0, 1, 0)}
+    usage = ExpertUsage(use=(6.0, 0.0, 2.0, 0.0), tokens=4, batches=2, unique=3, **weights)
     assert usage.shares == (0.75, 0.0, 0.25, 0.0)
     assert usage.dead == (1, 3)
     assert usage.unique_per_batch == 1.5
     assert usage.entropy == pytest.approx(0.5623 / 1.3863, abs=1e-4)
     assert (usage + usage).tokens == 8
-    even = ExpertUsage(use=(1.0,) * 4, tokens=4, batches=1, unique=4)
+    assert (usage + usage).mean_weights == usage.mean_weights == (0.75, 0.0, 0.25, 0.0) == usage.largest_shares
+    even = ExpertUsage(use=(1.0,) * 4, tokens=4, batches=1, unique=4, weight=(1.0,) * 4, largest=(1,) * 4)
     assert even.entropy == pytest.approx(1)
     assert layer_of().usage.value.shares == (0.0,) * 4
     soft = MoeFfn(bank_of(), SoftRouter(8, 4))
-    soft(torch.randn(5, 8))
+    with torch.inference_mode():
+        soft(torch.randn(2, 8))
+    soft(torch.randn(3, 8))
+    assert sum(soft.usage.value.mean_weights) == pytest.approx(1)
+    assert sum(soft.usage.value.largest) == 5
     assert sum(soft.usage.value.use) == pytest.approx(5, abs=1e-4)
     assert soft.usage.value.unique_per_batch == 4
 

@@ -111,6 +111,36 @@ def test_pv_rcnn_too(pv_rcnn, kind):
     assert any("reg_layers" in name for name in names)
 
 
+def test_costs_are_those_of_the_layers_that_run(second_iou):
+    """Multiply-adds against a count by the sizes of the maps and regions that really pass the layers."""
+    head = replace(HEADS["branches per scene"], bev_blocks=(1,), k=1, norm="none")
+    made = upcycle_head(specialists(second_iou), head)
+    seen = {}
+
+    def count(name):
+        def look(layer, inputs, output):
+            cells = output[0, 0].numel() if output.ndim == 4 else 1
+            seen[name] = seen.get(name, 0) + layer.weight.numel() * cells
+
+        return look
+
+    block = second_iou.decoder.bev_backbone.blocks[1]
+    hooks = [conv.register_forward_hook(count("block")) for conv in block if isinstance(conv, torch.nn.Conv2d)]
+    second_iou.detect(SCANS[0])
+    for hook in hooks:
+        hook.remove()
+    costs = {part.part: part for part in made.costs}
+    assert costs["BEV block 1"].multiply_adds == (seen["block"], seen["block"])
+    assert costs["BEV block 1"].parameters[0] == sum(p.numel() for p in block.parameters())
+    assert costs["gate"].parameters[1] == sum(p.numel() for p in made.detector.decoder.gate.parameters())
+    ffns = [layer.bank for _, layer in moe_layers(made.detector.decoder)]
+    matrices = sum(w[0].numel() for bank in ffns for w in bank.parameters() if w.ndim == 3)
+    assert costs["branches of the region head"].multiply_adds == (matrices, matrices)
+    assert sum(part.parameters[1] for part in made.costs) == sum(p.numel() for p in made.detector.decoder.parameters())
+    twice = upcycle_head(specialists(second_iou), replace(head, k=2, norm="renorm"))
+    assert [part.multiply_adds[1] for part in twice.costs[:2]] == [2 * matrices, 2 * seen["block"]]
+
+
 def test_an_oracle_gives_each_scene_its_own_specialist(second_iou):
     """With the seed's rest, expert e serves a scene exactly as the seed would with the layers of specialist e."""
     apart = specialists(second_iou)

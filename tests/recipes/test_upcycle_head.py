@@ -12,8 +12,11 @@ import upcycle3d
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.datasets.data_split import DataSplit
+from upcycle3d.perception.models.decoders.mixture import HeadMixtureConfig
 from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.models.upcycled import UpcycledDetectorConfig
+from upcycle3d.perception.moe.detectors.calibrate import GateUse
+from upcycle3d.perception.recipes.gate_start import StoreStart, gate_notes
 from upcycle3d.perception.recipes.jobs import train_preset, upcycle_preset
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.perception.training.run_folder import RunFolder
@@ -40,7 +43,11 @@ def runs(data, tmp_path_factory) -> Path:
         upcycle_preset(
             tiny.preset(), data, folder / "source", where, method="source_continued", seed=seed, steps=2, progress=False
         )
-    tiny.store(folder, load_detector(folder / "source"), [tiny.scan_with_car(seed) for seed in range(4)])
+    source = load_detector(folder / "source")
+    tiny.store(folder, source, [tiny.scan_with_car(seed) for seed in range(4)])
+    for name, road in (("clear", 2000), ("rain", 20)):
+        tiny.store(folder / "domains" / name, source, [tiny.scan_with_car(seed, road=road) for seed in range(3)])
+        (folder / "domains" / name / "store").rename(folder / "domains" / f"{name}_scenes")
     return folder
 
 
@@ -64,7 +71,80 @@ def test_the_command_makes_a_run_folder_whose_encoder_is_that_of_the_fleet(runs,
     assert detector.decoder.descriptor.spread.std() > 0  # fitted to the scenes of the store
     record = json.loads((mixture / "head.json").read_text())
     assert record["decoder parameters"][1] > record["decoder parameters"][0]
-    assert "parameters" in json.loads((runs / "made.json").read_text())["decoder"]
+    said = json.loads((runs / "made.json").read_text())
+    before, after = said["decoder parameters"]
+    for now, total in enumerate((before, after)):
+        assert sum(part["parameters"][now] for part in said["parts"]) == total
+    count = sum(p.numel() for p in detector.decoder.parameters())
+    assert (after, before) == (count, sum(p.numel() for p in load_detector(runs / "clear").decoder.parameters()))
+
+
+def make(capsys, *words: object) -> tuple[int, str]:
+    """Run the command. Returns its exit code and all that it printed, in one line."""
+    code = run_command(moe_detector.command, [*map(str, words)])
+    heard = capsys.readouterr()
+    return code, " ".join((heard.out + heard.err).split())
+
+
+def test_two_experts_are_weighed_and_the_command_says_that_both_compute(runs, tmp_path, capsys):
+    """The top 2 of 2 looks like a choice and is none; soft weights are the same function, with a balance loss that has an effect."""
+    words = ["--specialists", runs / "clear", runs / "rain", "--out", tmp_path / "made"]
+    code, text = make(capsys, *words)
+    assert code == 0
+    assert load_detector(tmp_path / "made").config.head.router == "soft"
+    assert "both experts compute every scene; the gate only weighs them" in text
+    assert (
+        "0.01 times the balance loss, which is 1 when all experts are used evenly and 2 when one of them serves everything"
+        in text
+    )
+    code, text = make(capsys, *words[:-1], tmp_path / "one", "--k", 1, "--norm", "none")
+    assert code == 0
+    assert "both experts compute" not in text
+    assert load_detector(tmp_path / "one").config.head.router == "top_k"
+
+
+def test_the_table_shows_where_the_gate_sends_the_scenes_of_each_store(runs, tmp_path, capsys):
+    stores = [runs / "domains" / f"{name}_scenes" for name in ("clear", "rain")]
+    words = ["--specialists", runs / "clear", runs / "rain", "--json", tmp_path / "j"]
+    code, _ = make(capsys, *words, "--stores", *stores, "--out", tmp_path / "made")
+    said = json.loads((tmp_path / "j").read_text())
+    assert (code, said["warnings"]) == (0, [])
+    assert [row["given for"] for row in said["stores"]] == ["clear", "rain"]
+    assert [row["largest weight"][name] for row, name in zip(said["stores"], ("clear", "rain"), strict=True)] == [1.0, 1.0]
+    assert all(sum(row["mean weight"].values()) == pytest.approx(1) for row in said["stores"])
+
+
+def test_stores_in_the_order_of_other_experts_and_one_store_for_several_are_warned_about(runs, tmp_path, capsys):
+    stores = [runs / "domains" / f"{name}_scenes" for name in ("rain", "clear")]
+    words = ["--specialists", runs / "clear", runs / "rain", "--names", "clear_scenes", "rain_scenes"]
+    code, text = make(capsys, *words, "--stores", *stores, "--out", tmp_path / "a")
+    assert code == 0
+    assert "rain_scenes was given for the expert clear_scenes, and there is an expert rain_scenes: the order of --stores" in text
+    code, text = make(capsys, *words, "--stores", stores[0], "--out", tmp_path / "b")
+    assert code == 0
+    assert "was given for 2 experts: it only scaled the description of scenes" in text
+
+
+def test_a_gate_that_sends_scenes_of_a_store_to_another_expert_is_warned_about_with_numbers():
+    head = HeadMixtureConfig(experts=("clear", "rain", "fog"), decides_per="scene")
+    shares = [(0.7, 0.2, 0.1), (0.6, 0.3, 0.1), (0.0, 0.0, 1.0)]
+    starts = [
+        StoreStart(store=Path(f"stores/{name}"), given_for=name, use=GateUse(scenes=10, largest=share, weights=share))
+        for name, share in zip(head.experts, shares, strict=True)
+    ]
+    (note,) = gate_notes(starts, head, grouped=False)
+    assert "of 10 scenes of stores/rain, which was given for rain, the gate sends 30% to rain and 60% to clear" in note
+
+
+def test_an_empty_store_is_named(runs, tmp_path, capsys):
+    source = load_detector(runs / "source")
+    tiny.store(tmp_path / "none", source, [])
+    stores = [runs / "store", tmp_path / "none" / "store"]
+    words = ["--specialists", runs / "clear", runs / "rain", "--stores", *stores, "--out", tmp_path / "made"]
+    code, text = make(capsys, *words)
+    assert code == 2
+    assert "none/store" in text
+    assert not (tmp_path / "made").exists()
 
 
 def test_inspect_says_the_head(mixture, tmp_path):
@@ -95,9 +175,13 @@ def test_a_head_trains_from_labels_and_from_smashed_scenes_with_its_losses_and_u
 def test_evaluation_prints_the_use_of_the_experts(mixture, data, tmp_path, capsys):
     words = ["run", "--detector", str(mixture), "--data", f"{data.root}:val", "--protocol", "cross_dataset"]
     assert run_command(evaluate.command, [*words, "--json", str(tmp_path / "j")]) == 0
-    assert "use of the experts" in capsys.readouterr().out
-    shares = json.loads((tmp_path / "j").read_text())["experts"]["scenes"]["shares"]
-    assert sum(shares.values()) == pytest.approx(1)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "use of the experts" in text
+    assert "both experts compute every scene; the gate only weighs them: read the weights" in text
+    use = json.loads((tmp_path / "j").read_text())["experts"]["scenes"]
+    for what in ("shares", "largest weight", "mean weight"):
+        assert sum(use[what].values()) == pytest.approx(1)
+        assert [*use[what]] == ["clear", "rain"]
 
 
 def test_the_python_of_docs_moe_md_makes_a_detector(runs, tmp_path, monkeypatch):
@@ -130,7 +214,15 @@ def test_copies_of_one_detector_are_sparse_upcycling(runs, data, tmp_path):
         (["clear", "rain", "--rest", "seed"], "no seed was given"),
         (["clear", "rain", "--recalibrate"], "give stores"),
         (["clear", "rain", "--group-scenes"], "found 0 stores"),
-        (["clear", "--copies", "0"], "--copies must be 1 or more"),
+        (["clear"], "one detector makes one expert, which is that detector again; give .* or --copies N"),
+        (["clear", "--copies", "1"], "one detector makes one expert"),
+        (["clear", "rain", "--k", "2"], "the top 2 of 2 experts is no choice.* Take --router soft .* or --k 1 --norm none"),
+        (["clear", "rain", "--router", "top_k"], "the top 2 of 2 experts is no choice"),
+        (["clear", "rain", "--k", "1"], "add --norm none .* or take --router soft without --k"),
+        (
+            ["clear", "rain", "--stores", "store", "domains/clear_scenes", "domains/rain_scenes"],
+            "3 stores were given for 2 experts",
+        ),
         (["clear", "rain", "--head", "bev", "--wide"], "--wide changes nothing"),
         (["clear", "rain", "--bev-blocks", "0"], "--bev-blocks changes nothing"),
         (["clear", "rain", "--head", "bev", "--decides-per", "region"], "--decides-per region changes nothing"),

@@ -59,7 +59,7 @@ class HeadMixtureConfig:
     """How experts are chosen: `top_k` learns it; `soft` weighs all experts, and learns the weights. The others are controls: `frozen`
     draws a top-k router once, `uniform` is the average, and `oracle` is given the domain of each scene (`given_domains`)."""
     k: int = 2
-    """Experts per token of `top_k` and `frozen`."""
+    """Experts per token of `top_k` and `frozen`. As many as there are is no choice: then take `soft`, whose balance loss has an effect."""
     norm: Norm = "renorm"
     """Whether the weights of the chosen experts are divided by their sum. With `renorm`, equal experts are one of them exactly."""
     batch_norm: BatchNormOfExperts = "fold"
@@ -289,12 +289,15 @@ class MixtureDecoder(Decoder):
                 yield name.removesuffix(".mixture"), layer.usage
 
     def log_values(self) -> Mapping[str, float]:
-        """The share of each expert since this decoder was made or loaded, by place and expert."""
-        return {
-            f"use/{place}/{expert}": share
-            for place, counter in self.usages()
-            for expert, share in zip(self.config.experts, counter.value.shares, strict=True)
-        }
+        """The share of the choices and the mean weight of each expert since this decoder was made or loaded, by place and expert."""
+        values: dict[str, float] = {}
+        for place, counter in self.usages():
+            use = counter.value
+            values |= {f"use/{place}/{expert}": share for expert, share in zip(self.config.experts, use.shares, strict=True)}
+            values |= {
+                f"weight/{place}/{expert}": mean for expert, mean in zip(self.config.experts, use.mean_weights, strict=True)
+            }
+        return values
 
 
 class GridMeanRouter(Router):

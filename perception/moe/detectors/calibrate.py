@@ -6,6 +6,7 @@ All of it needs features at the cut alone, such as smashed scenes: no raw point 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ...models.decoders.mixture import MixtureDecoder
 from ...models.decoders.scene_decision import FARTHEST
 from ...models.detector import Detector
 from ..layers.routers import SoftRouter, TopKRouter, equal_rows
+from ..layers.usage import UsageCounter
 from ..surgery.batch_norm import recalibrate_batch_norm
 
 
@@ -38,26 +40,27 @@ def upcycled_decoder(detector: Detector) -> MixtureDecoder:
 
 
 @torch.no_grad()
-def fit_gate(detector: Detector, domains: Sequence[Iterable[CutFeatures]], *, sharpness: float = 1.0) -> None:
+def fit_gate(detector: Detector, domains: Sequence[Iterable[CutFeatures] | Tensor], *, sharpness: float = 1.0) -> None:
     """Scale the description of scenes over all domains, and let a learned gate choose the domain whose center is nearest.
 
     The gate then starts by sending each scene to the expert of the domain that it looks like. Other gates only get the scale.
 
     Args:
         detector: A detector with an upcycled head, which is changed.
-        domains: Features of some scenes of each domain, in the order of the experts. One entry for all domains together fits the scale only.
+        domains: Features of some scenes of each domain in the order of the experts, or what `describe_scenes` returned for them. One entry
+            for all domains together fits the scale only.
         sharpness: How much the logits differ at the centers, in units of their mean squared distance. Raise it for gates that start surer.
 
     Raises:
         InvalidInput: The head decides nothing per scene, the number of domains is neither 1 nor the number of experts, a domain has no
             scene, or two domains look the same.
     """
-    _fit(upcycled_decoder(detector), [_described(detector, domain) for domain in domains], sharpness)
+    _fit(upcycled_decoder(detector), [describe_scenes(detector, domain) for domain in domains], sharpness)
 
 
 @torch.no_grad()
 def fit_gate_to_groups(
-    detector: Detector, scenes: Iterable[CutFeatures], *, seed: int = 0, sharpness: float = 1.0
+    detector: Detector, scenes: Iterable[CutFeatures] | Tensor, *, seed: int = 0, sharpness: float = 1.0
 ) -> tuple[int, ...]:
     """Divide scenes into as many groups as there are experts, and let the gate begin with one expert for each group.
 
@@ -65,7 +68,7 @@ def fit_gate_to_groups(
 
     Args:
         detector: A detector with an upcycled head, which is changed.
-        scenes: Features of scenes of all domains.
+        scenes: Features of scenes of all domains, or what `describe_scenes` returned for them.
         seed: Decides the groups.
         sharpness: As for `fit_gate`.
 
@@ -76,18 +79,67 @@ def fit_gate_to_groups(
         InvalidInput: The head decides nothing per scene, or there are fewer scenes than experts.
     """
     decoder = upcycled_decoder(detector)
-    described, experts = _described(detector, scenes), len(decoder.config.experts)
+    described, experts = describe_scenes(detector, scenes), len(decoder.config.experts)
     require(len(described) >= experts, f"{len(described)} scenes cannot make {experts} groups; give more scenes")
     group = cluster_scenes(described, experts, seed=seed)
     _fit(decoder, [described[group == number] for number in range(experts)], sharpness)
     return tuple(torch.bincount(group, minlength=experts).tolist())
 
 
-def _described(detector: Detector, scenes: Iterable[CutFeatures]) -> Tensor:
+def describe_scenes(detector: Detector, scenes: Iterable[CutFeatures] | Tensor) -> Tensor:
+    """Describe scenes as the gate sees them, before any scaling.
+
+    Args:
+        detector: A detector with an upcycled head.
+        scenes: Features of the scenes; a description is returned as it is.
+
+    Returns:
+        (N, width) float32.
+
+    Raises:
+        InvalidInput: The head decides nothing per scene.
+    """
     descriptor = upcycled_decoder(detector).descriptor
     if descriptor is None:
         raise InvalidInput("this head decides nothing per scene, so it has no gate to fit")
+    if isinstance(scenes, Tensor):
+        return scenes
     return torch.cat([descriptor.raw(features.voxels) for features in scenes] or [torch.zeros(0, descriptor.width)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateUse:
+    """Where a gate sends some scenes."""
+
+    scenes: int
+    """Number of the scenes."""
+    largest: tuple[float, ...]
+    """Share of the scenes in which each expert has the largest weight."""
+    weights: tuple[float, ...]
+    """Mean weight of each expert."""
+
+
+@torch.no_grad()
+def gate_use(detector: Detector, described: Tensor) -> GateUse:
+    """Count where the gate sends scenes, without running the network.
+
+    Args:
+        detector: A detector with an upcycled head whose gate decides by itself (no oracle).
+        described: (N, width) what `describe_scenes` returned.
+
+    Returns:
+        The experts of the N scenes.
+
+    Raises:
+        InvalidInput: The head decides nothing per scene.
+    """
+    decoder = upcycled_decoder(detector)
+    if decoder.descriptor is None or decoder.gate is None:
+        raise InvalidInput("this head decides nothing per scene, so it has no gate")
+    counter = UsageCounter(len(decoder.config.experts))
+    counter.add(decoder.gate(decoder.descriptor.scaled(described)))
+    use = counter.value
+    return GateUse(scenes=use.tokens, largest=use.largest_shares, weights=use.mean_weights)
 
 
 def _fit(decoder: MixtureDecoder, described: Sequence[Tensor], sharpness: float) -> None:

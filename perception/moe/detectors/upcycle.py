@@ -32,6 +32,7 @@ from ..surgery.common_seed import require_common_seed
 from ..surgery.ffn_sites import NormSpot, fold_batch_norm
 from ..surgery.tensor_account import TensorAccount, TensorLedger
 from ..upcycling.upcyclers import Rest
+from .head_cost import PartCost, head_costs
 
 _Common = Callable[[str], Tensor]
 
@@ -44,10 +45,20 @@ class UpcycledHead:
     """The detector, on the CPU, in evaluation mode."""
     account: TensorAccount
     """What became of every tensor of the decoders."""
-    parameters: tuple[int, int]
-    """Parameters of the decoder before and after."""
-    active: tuple[int, int]
-    """Parameters of the replaced layers that serve one region or scene, before and after."""
+    costs: tuple[PartCost, ...]
+    """What each part of the decoder costs, before and after."""
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Parameters of the decoder before and after."""
+        before, after = (sum(part.parameters[now] for part in self.costs) for now in (0, 1))
+        return before, after
+
+    @property
+    def active(self) -> tuple[int, int]:
+        """Parameters of the replaced layers that serve one region or scene, before and after. Routers are left out."""
+        before, after = (sum(part.active[now] for part in self.costs if all(part.parameters)) for now in (0, 1))
+        return before - self.costs[-1].active[0], after - self.costs[-1].active[1]
 
 
 def upcycle_head(
@@ -107,10 +118,9 @@ def upcycle_head(
     made.trained_on = models[first].trained_on
     decoder = made.decoder
     assert isinstance(decoder, MixtureDecoder)
-    account, active = _fill(decoder, models, len(specialists), rest, first, allow_strangers)
+    account = _fill(decoder, models, len(specialists), rest, first, allow_strangers)
     _draw_routers(decoder, draw, router_std)
-    sizes = (sum(p.numel() for p in models[0].decoder.parameters()), sum(p.numel() for p in decoder.parameters()))
-    return UpcycledHead(detector=made, account=account, parameters=sizes, active=active)
+    return UpcycledHead(detector=made, account=account, costs=head_costs(models[0], made))
 
 
 def _common_config(
@@ -149,8 +159,8 @@ def _require_equal_encoders(models: Sequence[Detector], names: Sequence[str]) ->
 
 def _fill(
     decoder: MixtureDecoder, models: Sequence[Detector], experts: int, rest: Rest, first: int, allow_strangers: bool
-) -> tuple[TensorAccount, tuple[int, int]]:
-    """Write every tensor of the decoder. Returns the account, and the parameters that serve a token before and after."""
+) -> TensorAccount:
+    """Write every tensor of the decoder."""
     head, sources = decoder.config, [model.decoder.state_dict() for model in models]
     target = {name.removeprefix("decoder."): value for name, value in decoder.state_dict().items()}
     ledger = TensorLedger(sources, target)
@@ -187,12 +197,7 @@ def _fill(
         else:
             routes = name.startswith(("gate.", "descriptor.")) or ".router." in name
             ledger.mark_written(name, "router" if routes else "experts")
-    of_layers = [m for name, m in decoder.decoder.named_modules() if isinstance(m, SceneBlockMixture)]
-    stored = sum(p.numel() for m in (*(layer.bank for layer in layers.values()), *of_layers) for p in m.parameters())
-    before = sum(
-        sources[0][n].numel() for n in replaced if not n.endswith(("running_mean", "running_var", "num_batches_tracked"))
-    )
-    return ledger.close(), (before, stored * head.active // len(head.experts))
+    return ledger.close()
 
 
 def _fill_block(layer: SceneBlockMixture, name: str, sources: Sequence[dict[str, Tensor]], common: _Common) -> None:

@@ -7,9 +7,10 @@ Read next: `moe_ffn.py`, which counts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from ....core.errors import InvalidInput, require
 from .routing import Routing
@@ -27,6 +28,10 @@ class ExpertUsage:
     """Number of forward passes with at least one token. Recomputation in the backward pass is not one."""
     unique: int
     """Sum over the forward passes of the number of experts that ran."""
+    weight: tuple[float, ...]
+    """Sum of the weights with which each expert's output counted."""
+    largest: tuple[int, ...]
+    """Number of tokens in which each expert had the largest weight."""
 
     def __add__(self, other: ExpertUsage) -> ExpertUsage:
         require(len(self.use) == len(other.use), f"the use of {len(self.use)} and of {len(other.use)} experts cannot be added")
@@ -35,6 +40,8 @@ class ExpertUsage:
             tokens=self.tokens + other.tokens,
             batches=self.batches + other.batches,
             unique=self.unique + other.unique,
+            weight=tuple(a + b for a, b in zip(self.weight, other.weight)),
+            largest=tuple(a + b for a, b in zip(self.largest, other.largest)),
         )
 
     @property
@@ -42,6 +49,17 @@ class ExpertUsage:
         """Share of each expert; they sum to 1, or are all 0 before the first token."""
         total = sum(self.use)
         return tuple(use / total if total else 0.0 for use in self.use)
+
+    @property
+    def mean_weights(self) -> tuple[float, ...]:
+        """Mean weight of each expert over all tokens, with 0 where it was not chosen. Where every expert computes every token, shares of choices
+        say nothing, and these do."""
+        return tuple(weight / self.tokens if self.tokens else 0.0 for weight in self.weight)
+
+    @property
+    def largest_shares(self) -> tuple[float, ...]:
+        """Share of the tokens in which each expert has the largest weight."""
+        return tuple(number / self.tokens if self.tokens else 0.0 for number in self.largest)
 
     @property
     def entropy(self) -> float:
@@ -71,13 +89,20 @@ class UsageCounter:
     """
 
     def __init__(self, num_experts: int) -> None:
-        self._zero = ExpertUsage(use=(0.0,) * num_experts, tokens=0, batches=0, unique=0)
+        zeros = (0.0,) * num_experts
+        self._zero = ExpertUsage(use=zeros, tokens=0, batches=0, unique=0, weight=zeros, largest=(0,) * num_experts)
         self._value = self._zero
+        self._sums: Tensor | None = (
+            None  # (2, E) weights and largest ones, on the device of the decisions: read only when asked for
+        )
 
     @property
     def value(self) -> ExpertUsage:
         """What was counted since the last `reset`."""
-        return self._value
+        if self._sums is None:
+            return self._value
+        weight, largest = self._sums.tolist()
+        return replace(self._value, weight=tuple(weight), largest=tuple(map(int, largest)))
 
     def reset(self) -> ExpertUsage:
         """Start again from 0.
@@ -85,7 +110,7 @@ class UsageCounter:
         Returns:
             What was counted until now.
         """
-        value, self._value = self._value, self._zero
+        value, self._value, self._sums = self.value, self._zero, None
         return value
 
     def add(self, routing: Routing) -> None:
@@ -105,7 +130,15 @@ class UsageCounter:
         plan = routing.plan
         use = tuple(map(float, plan.counts)) if plan else tuple(routing.weight.detach().sum(0, dtype=torch.float64).tolist())
         unique = sum(n > 0 for n in use)
-        self._value = self._value + ExpertUsage(use=use, tokens=tokens, batches=1, unique=unique)
+        self._value = self._value + replace(self._zero, use=use, tokens=tokens, batches=1, unique=unique)
+        weight = routing.weight.detach().double()
+        largest = weight.new_zeros(routing.num_experts).index_add(0, routing.top1, weight.new_ones(tokens))
+        if routing.index is None:
+            weight = weight.sum(0)
+        else:
+            weight = torch.zeros_like(largest).index_add(0, routing.index.flatten(), weight.flatten())
+        sums = torch.stack([weight, largest])
+        self._sums = sums if self._sums is None else self._sums.to(sums.device) + sums
 
 
 def in_backward() -> bool:
