@@ -57,8 +57,40 @@ def print_expert_use(detector: Detector) -> dict[str, object]:
         }
         if use.tokens and use.dead:
             print_warning(f"nothing at {place} chose {', '.join(names[expert] for expert in use.dead)}")
+    if not any(counter.value.tokens for _, counter in decoder.usages()):
+        return {"experts": report}
     header = ("router", "scenes or regions", "expert", "share of choices", "largest weight in", "mean weight")
     print_table("use of the experts", header, rows)
     if every:
         console.print(f"{every}: read the weights, not the choices", soft_wrap=True)
     return {"experts": report}
+
+
+class ScanExperts:
+    """Notes the weight of each expert in each scan, where a head decides per scene."""
+
+    def __init__(self, detector: Detector) -> None:
+        """Begin without a scan.
+
+        Args:
+            detector: Any detector; of a dense one, and of a head that decides per region, nothing is noted.
+        """
+        decoder = detector.decoder
+        self._decoder = decoder if isinstance(decoder, MixtureDecoder) and decoder.gate is not None else None
+        self._before = self._sums()
+        self.weights: dict[str, dict[str, float]] = {}
+
+    def note(self, scan: str) -> None:
+        """Keep the weights of the scan that was detected last.
+
+        Args:
+            scan: Its name.
+        """
+        now, before = self._sums(), self._before
+        self._before = now
+        if self._decoder is not None and now != before:
+            given = (after - earlier for after, earlier in zip(now, before, strict=True))
+            self.weights[scan] = {n: round(w, 4) for n, w in zip(self._decoder.config.experts, given, strict=True)}
+
+    def _sums(self) -> tuple[float, ...]:
+        return () if self._decoder is None else self._decoder.gate_usage.value.weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections import Counter
@@ -23,6 +24,7 @@ from ..datasets.prepared import PreparedDataset
 from ..perception.models.encoders.defended import defences_of
 from ..perception.models.encoders.fingerprint import encoder_fingerprint
 from ..perception.models.upcycled import UpcycledDetectorConfig
+from ..perception.recipes.upcycle_head import HEAD_FILE, RIGS
 from ..perception.server.store import CATALOG, QUARANTINE, SmashedStore
 from ..perception.server.store_note import read_store_note
 from ..perception.training.detector_files import DETECTOR_FILE, load_detector
@@ -117,7 +119,7 @@ def facts_of(path: Path) -> tuple[str, dict[str, object]]:
     if (path / "dataset.json").exists():
         return "prepared dataset", _prepared(path)
     if (path / DETECTOR_FILE).exists():
-        return "folder of a detector", _weights(path / DETECTOR_FILE)
+        return "folder of a detector", _weights(path / DETECTOR_FILE) | _specialists(path)
     if path.suffix == ".safetensors":
         return "weights", _weights(path)
     if path.is_dir() and (manifests := _manifests(path)):
@@ -274,6 +276,19 @@ def _weights(path: Path) -> dict[str, object]:
         if encoder.trained_on is not None:
             facts["fingerprint with the rig of the training"] = encoder_fingerprint(encoder, encoder.trained_on.rig)
     return facts
+
+
+def _specialists(folder: Path) -> dict[str, object]:
+    """What `moe detector` wrote of the specialists beside the detector: the file itself holds the rig of one training only."""
+    path = folder / HEAD_FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rigs = {str(name): str(rig) for name, rig in found[RIGS].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {"rigs of the specialists": f"{HEAD_FILE} does not say"}
+    return {f"rig of the specialist {shown(name, most=60)}": shown(rig, most=100) for name, rig in rigs.items()}
 
 
 def _short(value: object) -> object:

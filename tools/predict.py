@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from ..perception.models.detector import Detector, unwatched
 from ..perception.models.encoders.scan_survey import measure_scan
 from ..perception.training.detector_files import load_detector
 from .console import console, print_table, print_warning, progress_bar, run_command, settle, warnings_so_far, write_json
+from .expert_use import ScanExperts, print_expert_use
 from .scan_option import ScanOption
 
 _SUFFIXES = {"json": ".json", "kitti": ".txt"}
@@ -66,7 +67,8 @@ class Predict:
     device: str = "cpu"
     """`cpu`, `cuda` or `cuda:N`."""
     json: Path | None = None
-    """Also write the number of boxes per scan, the scans that failed with their reasons, and all counts to this file as JSON."""
+    """Also write the number of boxes per scan, the scans that failed with their reasons, and all counts to this file as JSON. Of an upcycled
+    head that decides per scene, also the weight of each expert per scan, which tells domains apart: guard it like the scans."""
 
 
 def command(config: Predict) -> None:
@@ -87,6 +89,7 @@ def command(config: Predict) -> None:
     for text in said:
         print_warning(text)
     watch, camera = ScanWatch(detector.trained_on, print_warning, rig=rig), _CameraWatch(config, detector)
+    experts = ScanExperts(detector)
     with progress_bar("predict", len(scans)) as advance:
         for number, path in enumerate(scans, start=1):
             try:
@@ -97,10 +100,12 @@ def command(config: Predict) -> None:
                 ledger = ledger + Ledger(scans_failed=1)
             else:
                 _write(path, found, config, rig, detector.class_names, done)
+                experts.note(path.name)
                 ledger = ledger + found.ledger
             advance(number, len(scans))
     watch.finish()
-    _report(config, done, ledger)
+    print_expert_use(detector)
+    _report(config, done, ledger, experts.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,10 +216,11 @@ def _write(path: Path, found: _Found, config: Predict, rig: RigSpec, class_names
     done.written[path.name] = len(record)
 
 
-def _report(config: Predict, done: _Done, ledger: Ledger) -> None:
+def _report(config: Predict, done: _Done, ledger: Ledger, experts: Mapping[str, Mapping[str, float]]) -> None:
     """Print and write what was done; raise an error where every scan failed."""
     outside = sum(done.outside_picture.values())
-    value = {"boxes": done.written, "boxes_outside_picture": done.outside_picture, "failed": done.failed}
+    value: dict[str, object] = {"boxes": done.written, "boxes_outside_picture": done.outside_picture, "failed": done.failed}
+    value |= {"experts": experts} if experts else {}
     write_json(config.json, value | {"ledger": ledger.to_json(), "warnings": [*warnings_so_far(), *warnings_of(ledger)]})
     if done.failed:
         rows = list(done.failed.items())[:LISTED_FAILURES]

@@ -41,6 +41,7 @@ from ..training.supervised import train_supervised
 from ..wire.codec import check_codec
 from ..wire.encoder_file import ENCODER_FILE
 from .assembly import check_classes, feature_object_database, labeled_batches, method_batches, unlabeled_batches
+from .encoder_note import encoder_note
 from .fleet_stores import (
     Rigs,
     Stores,
@@ -224,6 +225,7 @@ def train_preset(
     watch = None if validate is None else Validator(validate, total_steps=loop.total_steps, folder=out)
     notes = road_warning(detector, frames, survey.statistics, own_anchors=classes is not None)
     notes += _validation_note(split, frames, watch)
+    notes += () if init is None else encoder_note(Path(init), detector)
     _start(on_start, JobStart(ledger=survey.ledger, weights=weights, notes=notes), context)
     detector.trained_on = describe_training(detector, frames, survey)
     if preset.train.gt_sampling:
@@ -374,6 +376,7 @@ def upcycle_preset(
         ledger = ledger + counted.ledger.without_labels()  # their labels are not used
     watch = None if validate is None else Validator(validate, total_steps=loop.total_steps, folder=out)
     notes += _validation_note(split, frames, watch)
+    notes += encoder_note(detector, student) if chosen.trains == "all" else ()
     _start(on_start, JobStart(ledger=ledger, notes=notes, stores=shares), context)
     if preset.train.gt_sampling:
         on_main(split.ensure_gt_database, context)

@@ -10,6 +10,7 @@ import torch
 import tiny
 import upcycle3d
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.point_files import write_bin
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.datasets.data_split import DataSplit
 from upcycle3d.perception.models.decoders.mixture import HeadMixtureConfig
@@ -17,10 +18,10 @@ from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.models.upcycled import UpcycledDetectorConfig
 from upcycle3d.perception.moe.detectors.calibrate import GateUse
 from upcycle3d.perception.recipes.gate_start import StoreStart, gate_notes
-from upcycle3d.perception.recipes.jobs import train_preset, upcycle_preset
+from upcycle3d.perception.recipes.jobs import JobStart, train_preset, upcycle_preset
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.perception.training.run_folder import RunFolder
-from upcycle3d.tools import evaluate, export, inspect, moe_detector
+from upcycle3d.tools import evaluate, export, inspect, moe_detector, predict
 from upcycle3d.tools.console import run_command
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -152,6 +153,50 @@ def test_inspect_says_the_head(mixture, tmp_path):
     facts = json.loads((tmp_path / "j").read_text())
     assert facts["detector"] == "SECOND-IoU with 2 experts"
     assert "2 experts (clear, rain) in branches of the region head, per scene; BEV block 1, per scene" in facts["upcycled head"]
+
+
+def test_inspect_says_the_rig_of_each_specialist(mixture, tmp_path):
+    """The detector's file has room for the rig of one training; the others stand beside it."""
+    assert run_command(inspect.command, [str(mixture), "--json", str(tmp_path / "j")]) == 0
+    facts = json.loads((tmp_path / "j").read_text())
+    assert facts["rig of the specialist clear"] == facts["rig of the specialist rain"] == str(RigSpec())
+
+
+def test_a_training_that_changes_the_encoder_says_so_before_it_starts(runs, mixture, data, tmp_path):
+    """Only where a fleet may run that encoder: of an upcycled head, and of a detector that `upcycle` made of a source model."""
+    notes: list[str] = []
+
+    def stop(start: JobStart) -> None:
+        notes[:] = start.notes
+        raise InvalidInput("enough")
+
+    def said(init: Path) -> str:
+        with pytest.raises(InvalidInput, match="enough"):
+            train_preset(tiny.preset(), data, tmp_path / "run", init=init, progress=False, on_start=stop)
+        return " ".join(notes)
+
+    assert f"changes the encoder too, and {mixture} has an upcycled head" in said(mixture)
+    assert f"which kept the encoder of {runs / 'source'}" in said(runs / "clear")
+    assert "which kept the encoder of" in said(runs / "clear" / "detector.safetensors")
+    assert "encoder" not in said(runs / "source")
+    for method, warned in (("oracle_full", True), ("oracle_frozen", False)):
+        with pytest.raises(InvalidInput, match="enough"):
+            upcycle_preset(tiny.preset(), data, mixture, tmp_path / "run", method=method, progress=False, on_start=stop)
+        assert any("changes the encoder too" in note for note in notes) == warned
+    assert not (tmp_path / "run").exists()
+
+
+def test_predict_writes_the_weights_of_the_experts_of_each_scan(mixture, tmp_path):
+    for number in range(2):
+        write_bin(tmp_path / "scans" / f"{number}.bin", tiny.scan_with_car(number, road=20 + 1000 * number))
+    words = ["--detector", mixture, "--scans", tmp_path / "scans", "--out", tmp_path / "boxes", "--json", tmp_path / "j"]
+    assert run_command(predict.command, [*map(str, words)]) == 0
+    experts = json.loads((tmp_path / "j").read_text())["experts"]
+    assert [*experts] == ["0.bin", "1.bin"]
+    detector = load_detector(mixture)
+    for number, weights in enumerate(experts.values()):
+        wanted = detector.decoder.decide(detector.encode([tiny.scan_with_car(number, road=20 + 1000 * number)])).weight[0]
+        assert list(weights.values()) == pytest.approx(wanted.tolist(), abs=1e-3)
 
 
 def test_a_head_trains_from_labels_and_from_smashed_scenes_with_its_losses_and_use_in_the_log(runs, mixture, data, tmp_path):
