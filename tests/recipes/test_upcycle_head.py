@@ -233,11 +233,11 @@ def test_the_python_of_docs_moe_md_makes_a_detector(runs, tmp_path, monkeypatch)
     page = (Path(upcycle3d.__file__).resolve().parent / "docs" / "moe.md").read_text()
     (block,) = (text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "upcycle_head(" in text)
     (tmp_path / "runs").mkdir()
-    for name in ("clear", "rain"):
-        (tmp_path / "runs" / name).symlink_to(runs / name)
+    for name, ours in (("town", "clear"), ("suburb", "rain")):
+        (tmp_path / "runs" / name).symlink_to(runs / ours)
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "docs/moe.md", "exec"), {})
-    assert load_detector(tmp_path / "runs" / "mixture").config.head.experts == ("clear", "rain")
+    assert load_detector(tmp_path / "runs" / "mixture").config.head.experts == ("town", "suburb")
 
 
 def test_copies_of_one_detector_are_sparse_upcycling(runs, data, tmp_path):
