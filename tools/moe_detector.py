@@ -197,7 +197,7 @@ def command(config: MoeDetector) -> None:
     _print(run, head, losses)
     console.print(
         f"detector: {config.out}. Its encoder is that of the specialists, so scenes that the fleet sent stay valid. Train it next: "
-        f"upcycle3d upcycle PRESET --detector {config.out} --data DIR:train --store STORE --out RUN",
+        f"upcycle3d upcycle PRESET --detector {config.out} --data DIR:train --store {' '.join(map(str, config.stores)) or 'STORE'} --out RUN",
         soft_wrap=True,
     )
     report = {
@@ -223,7 +223,7 @@ def _print(run: HeadRun, head: HeadMixtureConfig, losses: str) -> None:
     if every := all_compute(head):
         console.print(every, soft_wrap=True)
     console.print(losses, soft_wrap=True)
-    console.print("; ".join(line.strip() for line in str(run.made.account).splitlines()), soft_wrap=True)
+    console.print(f"tensors: {'; '.join(line.strip() for line in str(run.made.account).splitlines())}", soft_wrap=True)
     if run.starts:
         rows = [
             (
