@@ -20,14 +20,14 @@ from ..perception.moe.language.language_models import LanguageModel, load_langua
 from ..perception.moe.language.language_plans import LanguagePlan, ModelFormat, cost_text
 from ..perception.moe.language.language_upcycling import expert_names, write_model
 from ..perception.moe.language.phases import scored_part
-from ..perception.moe.language.specialists import Specialist, folder_names, require_empty, specialist_names
+from ..perception.moe.language.specialists import Specialist, folder_names, require_empty, require_fitting, specialist_names
 from ..perception.moe.language.text_scores import perplexity, score_texts, text_rows
 from ..perception.moe.language.text_training import TokenDomains
 from ..perception.moe.report import MoeReport, report_on
 from ..perception.moe.upcycling.upcyclers import Upcycled
 from .console import console, print_warning, write_json
 from .language_options import LanguageOptions, Texts, working_folder
-from .language_tables import print_perplexities, print_specialists, print_use, seconds_line
+from .language_tables import finite, print_perplexities, print_specialists, print_use, seconds_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,7 @@ def run_job(job: LanguageJob, files: Mapping[str, Path]) -> None:
         rows = text_rows(source.model, tokens)
         console.print(f"{name}: scores are of {scored_part(tokens, texts.whole[name], rows)} tokens, which are never trained on")
     given = options.given_specialists()
+    require_fitting(source, given)
     with working_folder(job.out):
         _run(job, source, texts, given)
 
@@ -122,7 +123,7 @@ def _run(job: LanguageJob, source: LanguageModel, texts: Texts, given: list[Spec
     seconds = {one.name: one.cpu_seconds for one in specialists}
     console.print(seconds_line(seconds, making, None if record is None else record.cpu_seconds), soft_wrap=True)
     console.print(said, soft_wrap=True)
-    perplexities = {"dense": dense, "before": before, "after": after, "specialists": each}
+    scores = {"dense": dense, "before": before, "after": after, "specialists": each}
     write_json(
         job.json,
         {
@@ -132,7 +133,7 @@ def _run(job: LanguageJob, source: LanguageModel, texts: Texts, given: list[Spec
             "steps": {"specialists": options.specialist_steps if seconds and not given else None, "result": steps},
             "cpu_seconds": {"specialists": seconds, "making": making, "result": None if record is None else record.cpu_seconds},
             "cost": {"dense": asdict(costs[0]), "result": asdict(costs[1])},
-            "perplexity": perplexities,
+            "perplexity": finite(scores),
         },
     )
 

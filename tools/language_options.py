@@ -47,7 +47,8 @@ class LanguageOptions:
     """Texts, specialists and training of a language mixture."""
 
     specialists: tuple[Path, ...] = ()
-    """Folders of models that were trained further from the seed. Without them, specialists are trained on the texts."""
+    """Folders of models that were trained further from the seed. Without them, specialists are trained on the texts. The seed is one of the
+    models that are mixed, too."""
     texts: tuple[str, ...] = ()
     """Domains as NAME=FILE. They train specialists and the result, and their last tenth measures both."""
     general: str | None = None

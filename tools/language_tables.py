@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..core.short_numbers import score_text, seconds_text
 from ..perception.moe.report import MoeReport
@@ -75,3 +77,17 @@ def seconds_line(specialists: Mapping[str, float | None], making: float, trainin
     said += [f"making the result {seconds_text(making)}"]
     said += [] if training is None else [f"training it {seconds_text(training)}"]
     return f"CPU seconds: {'; '.join(said)}"
+
+
+def finite(value: Any) -> Any:
+    """Write infinite numbers and NaN as text, because JSON has neither: a wrecked model has such a perplexity.
+
+    Args:
+        value: A number or a dictionary with more of them.
+
+    Returns:
+        The same with text in these places.
+    """
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

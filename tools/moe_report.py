@@ -26,7 +26,7 @@ from ..perception.moe.language.phases import held_out, scored_part, token_domain
 from ..perception.moe.language.text_scores import score_texts, text_rows
 from ..perception.moe.report import MoeReport, report_on
 from .console import console, print_table, print_warning, run_command, write_json
-from .language_tables import print_use
+from .language_tables import finite, print_use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,8 @@ def command(config: MoeReportOptions) -> None:
         experts=found.experts,
     )
     _print(report, found, dense, config)
-    write_json(config.json, {**asdict(report), "texts": parts})
+    scores = [finite(asdict(score)) for score in report.scores]
+    write_json(config.json, {**asdict(report), "scores": scores, "texts": parts})
 
 
 def _print(report: MoeReport, found: LanguageModel, dense: LanguageModel | None, config: MoeReportOptions) -> None:

@@ -186,6 +186,8 @@ def test_models_of_other_kinds_and_damaged_ones_are_named_in_our_words(job, tmp_
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 1}, vocab_size=31)).save_pretrained(
         other
     )
+    assert run_command(moe_bam.command, [*words[:-1], str(other)]) == 2
+    assert re.search(r"the specialist other in \S+ was not trained from the seed", said_by(capsys))
     (other / "model.safetensors").rename(tmp_path / "moved")
     assert run_command(moe_bam.command, [*words[:-1], str(other)]) == 2
     assert "has a config.json and no weights" in said_by(capsys)

@@ -1,6 +1,7 @@
 """What `upcycle3d moe bam|baseline|report` print and store: one table, names of experts, the same scores, no bars of the library."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from upcycle3d.perception.moe.language import phase_file
 from upcycle3d.perception.moe.language.language_models import load_language_model
 from upcycle3d.tools import moe_bam, moe_baseline, moe_report
 from upcycle3d.tools.console import run_command
+from upcycle3d.tools.language_tables import finite
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; language models need it")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -185,3 +187,12 @@ def test_no_bar_of_the_library_is_printed_and_its_setting_is_kept(job, tmp_path,
         assert not setting.is_progress_bar_enabled()
     finally:
         setting.enable_progress_bar()
+
+
+def test_numbers_that_json_lacks_become_text():
+    """A wrecked model's perplexity is infinite, and a strict reader refused the whole file."""
+    assert finite({"a": {"b": math.inf, "c": math.nan}, "d": 1.5, "e": None}) == {
+        "a": {"b": "inf", "c": "nan"},
+        "d": 1.5,
+        "e": None,
+    }

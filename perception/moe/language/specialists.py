@@ -21,6 +21,7 @@ from ....core.errors import InvalidInput
 from ....core.tensor_file import content_digest
 from ....core.text_files import read_text
 from ..checkpoints.transformers_package import without_progress_bars
+from ..surgery.common_seed import require_same_structure
 from .language_models import LanguageModel, copy_tokenizer, load_language_model
 from .phases import TextPhase, speaker, train_on
 from .text_training import TokenDomains
@@ -125,6 +126,25 @@ def read_specialists(folders: Sequence[Path]) -> list[Specialist]:
         _read(name, folder, "give another specialist, or leave this one out")
         for name, folder in zip(folder_names(folders), folders)
     ]
+
+
+def require_fitting(seed: LanguageModel, specialists: Sequence[Specialist]) -> None:
+    """Refuse specialists that differ from the seed in anything but their weights.
+
+    Args:
+        seed: The dense model.
+        specialists: Its specialists.
+
+    Raises:
+        InvalidInput: One has another structure; the message names its folder and the first difference.
+    """
+    for one in specialists:
+        try:
+            require_same_structure([seed.model, one.model])
+        except InvalidInput as error:
+            raise InvalidInput(
+                f"the specialist {one.name} in {one.folder} was not trained from the seed in {seed.folder}, model 0 of what follows: {error}"
+            ) from error
 
 
 def folder_names(folders: Sequence[Path]) -> list[str]:
