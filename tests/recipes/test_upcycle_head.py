@@ -144,7 +144,7 @@ def test_an_empty_store_is_named(runs, tmp_path, capsys):
     words = ["--specialists", runs / "clear", runs / "rain", "--stores", *stores, "--out", tmp_path / "made"]
     code, text = make(capsys, *words)
     assert code == 2
-    assert "none/store" in text
+    assert "none/store holds no scene. `ingest` moves shards into a store" in text
     assert not (tmp_path / "made").exists()
 
 
