@@ -36,6 +36,12 @@ COMMANDS = {
     "moe bam": ("moe_bam", "train specialists of a Hugging Face Llama, and mix them with their attentions (BAM)"),
     "moe baseline": ("moe_baseline", "make a baseline of a Llama: sparse upcycling, BTX, soup and others; Mixtral out"),
     "moe report": ("moe_report", "say how a language mixture uses its experts, what it costs and how good it is"),
+    "moe readme": (
+        "moe_readme",
+        "carve experts for domains out of a Hugging Face Llama, with a router that decides ahead (Read-ME)",
+    ),
+    "moe serve": ("moe_serve", "answer completion requests with a carved language model within a memory budget"),
+    "moe simulate": ("moe_simulate", "compare policies, caches and fetching ahead on a trace, in simulated time"),
     "moe detector": ("moe_detector", "join detectors of several domains to one with an upcycled head of experts"),
     "audit": ("audit", "measure what uploads give away, with and without defences: attacks, bytes, and AP; resumable"),
     "bench ops": ("bench_ops", "measure how fast the operators are"),
