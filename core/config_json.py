@@ -68,6 +68,29 @@ def config_from_json(cls: type[C], data: Mapping[str, Json]) -> C:
     return decoded
 
 
+def config_stored_in(path: Path, cls: type[C], data: Json, advice: str) -> C:
+    """Make a configuration of the description that a file holds, and say which file it was if that fails.
+
+    Args:
+        path: The file.
+        cls: The dataclass to make.
+        data: Its description.
+        advice: What a person can do; ends the message.
+
+    Returns:
+        An instance of `cls`, which has checked itself.
+
+    Raises:
+        InvalidInput: As for `config_from_json`, or the description is no object.
+    """
+    if not isinstance(data, dict):
+        raise InvalidInput(f"the description in {path} is a {type(data).__name__}, not an object; {advice}")
+    try:
+        return config_from_json(cls, data)
+    except InvalidInput as error:
+        raise InvalidInput(f"the description in {path} cannot be used: {error}; {advice}") from error
+
+
 def fill_defaults(stored: Json, config: Any) -> Json:
     """Add to a stored configuration the fields that it lacks because it was stored before they existed, with their defaults.
 

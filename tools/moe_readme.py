@@ -13,12 +13,20 @@ from typing import Any
 import tyro
 
 from ..core.errors import InvalidInput
+from ..core.short_numbers import score_text
 from ..perception.moe.carving.alternating import AlternatingConfig
 from ..perception.moe.carving.units import units_of_ratio
 from ..perception.moe.checkpoints.carved_models import LoadedCarved, save_carved
 from ..perception.moe.checkpoints.checkpoint import BaseModel
-from ..perception.moe.language.language_models import LanguageModel, copy_tokenizer, load_language_model, named_texts
+from ..perception.moe.language.language_models import (
+    LanguageModel,
+    copy_tokenizer,
+    load_language_model,
+    named_texts,
+    require_model_folder,
+)
 from ..perception.moe.language.phases import held_out, token_domains
+from ..perception.moe.language.specialists import new_folder, require_empty
 from ..perception.moe.serving.language_carving import LanguageCarving, carve_language
 from ..perception.moe.serving.llama_backbone import LlamaShape
 from ..perception.moe.serving.served_models import write_served
@@ -90,6 +98,9 @@ def command(config: MoeReadme) -> None:
         batch=config.batch,
         training=training,
     )
+    require_model_folder(config.seed_model)
+    if not config.plan_only:
+        require_empty(config.out / "model")  # before anything is loaded
     source = load_language_model(config.seed_model)
     LlamaShape.of(source.model)
     if config.plan_only:
@@ -124,21 +135,23 @@ def _carve(config: MoeReadme, carving: LanguageCarving, source: LanguageModel) -
     print_table(
         "perplexity on the last tenth of each text",
         ("domain", *arms),
-        [(name, *(f"{found[arm]:.3f}" for arm in arms)) for name, found in scores.items()],
+        [(name, *(score_text(found[arm]) for arm in arms)) for name, found in scores.items()],
     )
-    said = ", ".join(f"{name} {found['carved']:.3f} (dense {found['dense']:.3f})" for name, found in scores.items())
+    said = ", ".join(
+        f"{name} {score_text(found['carved'])} (dense {score_text(found['dense'])})" for name, found in scores.items()
+    )
     note = f"Read-ME, {config.rounds} rounds of {config.gate_steps} and {config.expert_steps} steps; perplexity: {said}"
-    folder = config.out / "model"
     model: Any = source.model
     base = BaseModel(
         library="transformers", model_class=type(source.model).__name__, config=model.config.to_json_string(use_diff=False)
     )
-    told = save_carved(folder / CARVED_NAME, made.model, made.carving, pre_gate=made.gate, base=base, note=note)
-    loaded = LoadedCarved(model=made.model, carving=made.carving, pre_gate=made.gate, description=told)
-    served = write_served(folder, loaded, name=config.seed_model.resolve().name or "model")
-    copy_tokenizer(source.folder, folder)
-    console.print(f"written to {folder}: {served}", soft_wrap=True)
-    console.print(f"serve it: upcycle3d moe serve {folder} --budget 200MB", soft_wrap=True)
+    with new_folder(config.out / "model") as folder:
+        told = save_carved(folder / CARVED_NAME, made.model, made.carving, pre_gate=made.gate, base=base, note=note)
+        loaded = LoadedCarved(model=made.model, carving=made.carving, pre_gate=made.gate, description=told)
+        served = write_served(folder, loaded, name=config.seed_model.resolve().name or "model")
+        copy_tokenizer(source.folder, folder)
+    console.print(f"written to {config.out / 'model'}: {served}", soft_wrap=True)
+    console.print(f"serve it: upcycle3d moe serve {config.out / 'model'} --budget 200MB", soft_wrap=True)
     write_json(
         config.json,
         {

@@ -28,13 +28,6 @@ CAR, TRUCK = RigSpec(), RigSpec(z_shift=2.5, intensity_scale=1 / 255)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, one_thread) -> DataSplit:
-    split = tiny.prepared(tmp_path_factory.mktemp("data") / "prepared")
-    split.ensure_gt_database()
-    return split
-
-
-@pytest.fixture(scope="module")
 def runs(data, tmp_path_factory) -> Path:
     """A source model, a second one of another seed, and stores of cars, of trucks and of a stranger's encoder."""
     folder = tmp_path_factory.mktemp("runs")

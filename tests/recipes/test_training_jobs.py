@@ -35,13 +35,6 @@ OTHER = replace(tiny.CAR_ANCHOR, name="Van")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, one_thread) -> DataSplit:
-    split = tiny.prepared(tmp_path_factory.mktemp("data") / "prepared")
-    split.ensure_gt_database()
-    return split
-
-
-@pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
     """A finished run of four steps."""
     folder = tmp_path_factory.mktemp("runs") / "source"

@@ -12,7 +12,6 @@ import upcycle3d
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.point_files import write_bin
 from upcycle3d.core.rig import RigSpec
-from upcycle3d.datasets.data_split import DataSplit
 from upcycle3d.perception.models.decoders.mixture import HeadMixtureConfig
 from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.models.upcycled import UpcycledDetectorConfig
@@ -25,13 +24,6 @@ from upcycle3d.tools import evaluate, export, inspect, moe_detector, predict
 from upcycle3d.tools.console import run_command
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, one_thread) -> DataSplit:
-    split = tiny.prepared(tmp_path_factory.mktemp("data") / "prepared")
-    split.ensure_gt_database()
-    return split
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ....core.config_json import config_from_json, config_to_json
 from ....core.errors import InvalidInput, require, require_counts, require_numbers
 from ....core.tensor_file import TensorFileKind, content_digest, fill_module, read_tensors, write_tensors
+from ..layers.descent import descend
 from ..layers.precision import Precision, products_in
 
 _B = TypeVar("_B")
@@ -282,7 +283,7 @@ def _train(
     loss_of: Callable[[_B], Tensor],
 ) -> CarvingPhaseRecord:
     """One phase with an optimizer of its own. Dropout depends on the seed and the number of the phase only."""
-    optimizer = torch.optim.AdamW(trained, lr=phase.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(trained, lr=phase.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True)
     losses = []
     start = time.process_time()
     with torch.random.fork_rng(devices=[]):
@@ -296,10 +297,7 @@ def _train(
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise InvalidInput(f"the loss is {value} at step {step} of a {phase.kind} phase; lower its rate ({phase.lr:g})")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, config.clip)
-            optimizer.step()
+            descend(loss, optimizer, clip=config.clip, step=step)
             losses.append(value)
     seconds = time.process_time() - start
     return CarvingPhaseRecord(phase=phase, losses=tuple(losses), cpu_seconds=seconds, trained=sum(p.numel() for p in trained))

@@ -14,12 +14,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ....core.config_json import config_from_json, config_to_json
+from ....core.config_json import config_stored_in, config_to_json
 from ....core.errors import InvalidInput, require
 from ....core.tensor_file import TensorFileKind, built_within, fill_module, not_finite, read_tensors, write_tensors
 from ....core.tensor_value import shape_of
@@ -33,7 +33,7 @@ from ..layers.dense_ffn import DenseFfn
 from ..layers.routers import Router
 from ..surgery.ffn_sites import FfnSite, tensors_of
 from ..surgery.replacement import MixtureSpot, ReplacementPlan
-from .checkpoint import BaseModel
+from .checkpoint import BaseModel, given_dense
 
 CARVED_FILE = TensorFileKind(
     name="carved model",
@@ -186,15 +186,8 @@ def load_carved(path: str | Path, dense: nn.Module | Callable[[CarvedDescription
             fit or hold NaN.
     """
     file = read_tensors(path, CARVED_FILE)
-    description = _described(file.described("description"), file.path)
-    with built_within(file.tensors, file.path):
-        given = dense if isinstance(dense, nn.Module) else dense(description)
-    if type(given).__name__ != description.model_class:
-        raise InvalidInput(
-            f"{file.path} holds a {description.model_class}, and the given dense model is a {type(given).__name__}; build the class that "
-            "was carved"
-        )
-    description.plan.check(given, "the given dense model")
+    description = config_stored_in(file.path, CarvedDescription, file.described("description"), CARVED_FILE.advice)
+    given = given_dense(dense, description, file)
     carving = _carving_of(description, file.tensors, file.path)
     model = copy.deepcopy(given)
     tensors = tensors_of(model)
@@ -232,16 +225,7 @@ def read_carved_description(path: str | Path) -> CarvedDescription:
         InvalidInput: The file is missing, of another kind or damaged.
     """
     file = read_tensors(path, CARVED_FILE)
-    return _described(file.described("description"), file.path)
-
-
-def _described(data: Any, path: Path) -> CarvedDescription:
-    if not isinstance(data, dict):
-        raise InvalidInput(f"the description in {path} is a {type(data).__name__}, not an object; {CARVED_FILE.advice}")
-    try:
-        return config_from_json(CarvedDescription, data)
-    except InvalidInput as error:
-        raise InvalidInput(f"the description in {path} cannot be used: {error}; {CARVED_FILE.advice}") from error
+    return config_stored_in(file.path, CarvedDescription, file.described("description"), CARVED_FILE.advice)
 
 
 def _carving_of(description: CarvedDescription, tensors: Mapping[str, Tensor], path: Path) -> Carving:

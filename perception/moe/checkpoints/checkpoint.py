@@ -14,13 +14,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
 from torch import nn
 
-from ....core.config_json import config_from_json, config_to_json
+from ....core.config_json import config_stored_in, config_to_json
 from ....core.errors import InvalidInput, require
-from ....core.tensor_file import TensorFileKind, built_within, fill_module, not_finite, read_tensors, write_tensors
+from ....core.tensor_file import TensorFile, TensorFileKind, built_within, fill_module, not_finite, read_tensors, write_tensors
 from ..attention.attention_sites import AttentionPlan
 from ..layers.moe_ffn import MoeFfn, moe_layers
 from ..surgery.replacement import MixtureSpot, ReplacementPlan
@@ -203,7 +203,7 @@ def read_description(path: str | Path) -> MixtureDescription:
         InvalidInput: The file is missing, of another kind or damaged.
     """
     file = read_tensors(path, MIXTURE_FILE)
-    return _described(file.described("description"), file.path)
+    return config_stored_in(file.path, MixtureDescription, file.described("description"), MIXTURE_FILE.advice)
 
 
 def load_mixture(path: str | Path, dense: nn.Module | Callable[[MixtureDescription], nn.Module]) -> LoadedMixture:
@@ -221,15 +221,8 @@ def load_mixture(path: str | Path, dense: nn.Module | Callable[[MixtureDescripti
             difference); or the file's tensors do not fit or hold NaN.
     """
     file = read_tensors(path, MIXTURE_FILE)
-    description = _described(file.described("description"), file.path)
-    with built_within(file.tensors, file.path):
-        given = dense if isinstance(dense, nn.Module) else dense(description)
-    if type(given).__name__ != description.model_class:
-        raise InvalidInput(
-            f"{file.path} holds a {description.model_class}, and the given dense model is a {type(given).__name__}; build the class that "
-            "was upcycled"
-        )
-    description.plan.check(given, "the given dense model")
+    description = config_stored_in(file.path, MixtureDescription, file.described("description"), MIXTURE_FILE.advice)
+    given = given_dense(dense, description, file)
     model = copy.deepcopy(given)
     with built_within(file.tensors, file.path):
         modules = {site.name: form.build() for site, form in zip(description.plan.sites, description.layers)}
@@ -242,13 +235,44 @@ def load_mixture(path: str | Path, dense: nn.Module | Callable[[MixtureDescripti
     return LoadedMixture(model=model.eval(), description=description)
 
 
-def _described(data: Any, path: Path) -> MixtureDescription:
-    if not isinstance(data, dict):
-        raise InvalidInput(f"the description in {path} is a {type(data).__name__}, not an object; {MIXTURE_FILE.advice}")
-    try:
-        return config_from_json(MixtureDescription, data)
-    except InvalidInput as error:
-        raise InvalidInput(f"the description in {path} cannot be used: {error}; {MIXTURE_FILE.advice}") from error
+class NamesDenseModel(Protocol):
+    """A description of a model that was made of a dense one."""
+
+    @property
+    def model_class(self) -> str:
+        """Class of the dense model."""
+
+    @property
+    def plan(self) -> ReplacementPlan:
+        """What was replaced in it."""
+
+
+_Description = TypeVar("_Description", bound=NamesDenseModel)
+
+
+def given_dense(dense: nn.Module | Callable[[_Description], nn.Module], description: _Description, file: TensorFile) -> nn.Module:
+    """Take the dense model that a caller gives for a file, and refuse one that the file was not made of.
+
+    Args:
+        dense: The dense model, or a function that builds it from the description.
+        description: What the file says.
+        file: The file; a function may build no more than its size explains.
+
+    Returns:
+        The dense model.
+
+    Raises:
+        InvalidInput: It has another class or another structure; the message names the first difference.
+    """
+    with built_within(file.tensors, file.path):
+        given = dense if isinstance(dense, nn.Module) else dense(description)
+    if type(given).__name__ != description.model_class:
+        raise InvalidInput(
+            f"{file.path} holds a {description.model_class}, and the given dense model is a {type(given).__name__}; build the class that "
+            "it was made of"
+        )
+    description.plan.check(given, "the given dense model")
+    return given
 
 
 def _mixture_at(model: nn.Module, plan: ReplacementPlan, number: int) -> MoeFfn:

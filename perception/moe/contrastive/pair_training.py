@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ....core.errors import InvalidInput, NonFiniteValue, require, require_counts, require_numbers
 from ....core.tensor_value import shape_of
+from ..layers.descent import descend
 from ..layers.losses import RouterLossConfig, router_losses
 from ..layers.moe_ffn import take_routings
 from ..layers.precision import Precision, products_in
@@ -195,11 +196,7 @@ def _step(
             f"the contrastive loss became {value} at step {step}; lower the learning rate (now {training.lr_at(step):g}), or look for NaN "
             "in the base model and in the images"
         )
-    optimizer.zero_grad()
-    (loss if extra is None else loss + extra.total).backward()
-    trained = [parameter for settings in optimizer.param_groups for parameter in settings["params"]]
-    nn.utils.clip_grad_norm_(trained, training.max_norm)
-    optimizer.step()
+    descend(loss if extra is None else loss + extra.total, optimizer, clip=training.max_norm, step=step)
     return value, None if extra is None else float(extra.balance.detach())
 
 

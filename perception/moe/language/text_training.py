@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ....core.errors import InvalidInput, require, require_counts, require_numbers
 from ....core.short_numbers import seconds_text
 from ....core.tensor_value import shape_of
+from ..layers.descent import descend
 from ..layers.losses import RouterLossConfig, describe_router_losses, router_losses
 from ..layers.moe_ffn import moe_layers, take_routings
 from ..layers.precision import Precision, products_in
@@ -225,10 +226,7 @@ def _stepper(
         value = float(loss.detach())
         if not math.isfinite(value):
             raise InvalidInput(f"the loss is {value} at step {step}; lower the learning rate ({config.lr:g})")
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        nn.utils.clip_grad_norm_(trained, config.clip)
-        optimizer.step()
+        descend(total, optimizer, clip=config.clip, step=step)
         return value
 
     return take

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....core.config_json import config_from_json, config_to_json
+from ....core.config_json import config_stored_in, config_to_json
 from ....core.errors import InvalidInput, require, require_counts
 from ....core.mapped_tensors import MappedTensors, map_tensors
 from ....core.tensor_file import CorruptFile, TensorFileKind, not_finite, write_tensors
@@ -324,14 +324,7 @@ def open_experts(path: str | Path) -> ExpertFile:
     """
     file = map_tensors(path, EXPERTS_FILE)
     try:
-        data = file.described("description")
-        require(
-            isinstance(data, dict), f"the description in {path} is a {type(data).__name__}, not an object; {EXPERTS_FILE.advice}"
-        )
-        try:
-            form = config_from_json(ExpertFileForm, data)
-        except InvalidInput as error:
-            raise InvalidInput(f"the description in {path} cannot be used: {error}; {EXPERTS_FILE.advice}") from error
+        form = config_stored_in(file.path, ExpertFileForm, file.described("description"), EXPERTS_FILE.advice)
         _check_pieces(file, form)
     except BaseException:
         file.close()

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ....core.config_json import config_from_json, config_to_json
+from ....core.config_json import config_stored_in, config_to_json
 from ....core.errors import InvalidInput, require, require_counts
 from ....core.safetensors_bytes import FILE_DIGEST_KEY
 from ....core.tensor_file import TensorFileKind, build_module, not_finite, read_tensors, write_tensors
@@ -242,13 +242,8 @@ def open_served(folder: str | Path) -> ServedModel:
         InvalidInput: A file is missing, damaged or of another kind, or both are not from one model.
     """
     file = read_tensors(Path(folder) / BACKBONE_NAME, BACKBONE_FILE)
-    data = file.described("description")
-    require(
-        isinstance(data, dict),
-        f"the description in {file.path} is a {type(data).__name__}, not an object; {BACKBONE_FILE.advice}",
-    )
+    description = config_stored_in(file.path, ServedDescription, file.described("description"), BACKBONE_FILE.advice)
     try:
-        description = config_from_json(ServedDescription, data)
         backbone = _read_backbone(file.tensors, description)
     except InvalidInput as error:
         raise InvalidInput(f"{file.path} cannot be used: {error}; {BACKBONE_FILE.advice}") from error
