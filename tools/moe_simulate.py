@@ -14,6 +14,7 @@ from pathlib import Path
 from ..core.errors import require
 from ..perception.moe.runtime.engine import EngineConfig
 from ..perception.moe.runtime.expert_memory import ExpertLayout
+from ..perception.moe.runtime.recorded_decisions import read_decisions
 from ..perception.moe.runtime.reports import side_by_side
 from ..perception.moe.runtime.requests import Finished
 from ..perception.moe.runtime.scheduling import BatchLimits
@@ -51,6 +52,8 @@ class MoeSimulate:
     """Open requests that the queue holds; more are refused."""
     trace: TraceConfig = TraceConfig(rate=60.0)
     """The requests."""
+    recorded: Path | None = None
+    """File of decisions that a gate made for texts or drives; the requests are cut out of it instead of being drawn."""
     transfer: TransferCost = TransferCost()
     """Time of one transfer. Measure yours."""
     step: StepCost = StepCost()
@@ -81,7 +84,7 @@ def command(config: MoeSimulate) -> None:
     if config.control:
         name, last = list(arms.items())[-1]
         arms[f"{name}, nothing ahead"] = replace(last, fetch_ahead=False)
-    trace = draw_trace(config.trace)
+    trace = draw_trace(config.trace, None if config.recorded is None else read_decisions(config.recorded))
     ends: list[Finished] = []
     reports = {name: simulate(trace, arm, ended=ends.append) for name, arm in arms.items()}
     console.print(side_by_side(reports), soft_wrap=True)

@@ -14,7 +14,7 @@ from ..perception.moe.runtime import scheduling
 from ..perception.moe.runtime.expert_cache import Belady, Eviction, Lfu, Lru, RandomVictim
 from ..perception.moe.runtime.scheduling import BatchPolicy
 
-PolicyName = Literal["expert_aware", "resident_first", "first_in_first_out", "decoding_first", "prefill_first"]
+PolicyName = Literal["expert_aware", "resident_first", "oldest_leads", "first_in_first_out", "decoding_first", "prefill_first"]
 CacheName = Literal["belady", "lru", "lfu", "random"]
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(B|kB|KB|MB|GB|TB)?")
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -51,6 +51,7 @@ def policy_of(name: PolicyName) -> BatchPolicy:
     policies: dict[PolicyName, BatchPolicy] = {
         "expert_aware": scheduling.expert_aware,
         "resident_first": scheduling.resident_first,
+        "oldest_leads": scheduling.oldest_leads,
         "first_in_first_out": scheduling.first_in_first_out,
         "decoding_first": scheduling.decoding_first,
         "prefill_first": scheduling.prefill_first,

@@ -15,6 +15,7 @@ from upcycle3d.perception.moe.runtime.scheduling import (
     decoding_first,
     expert_aware,
     first_in_first_out,
+    oldest_leads,
     prefill_first,
     resident_first,
 )
@@ -22,7 +23,7 @@ from upcycle3d.perception.moe.runtime.simulate import SimulatedComputation, Simu
 from upcycle3d.perception.moe.runtime.traces import Arrival, TraceConfig, draw_trace
 from upcycle3d.perception.moe.runtime.transfers import SizedStore, TransferCost
 
-POLICIES = (first_in_first_out, decoding_first, prefill_first, expert_aware, resident_first)
+POLICIES = (first_in_first_out, decoding_first, prefill_first, expert_aware, resident_first, oldest_leads)
 SMALL = TraceConfig(requests=25, rate=60.0, experts=5, prompt=(2, 9), new_tokens=(1, 6), frames=0.2, seed=4)
 
 
@@ -192,3 +193,20 @@ def test_fetching_ahead_moves_few_bytes_more(seed):
         moved[ahead] = memory.demand_bytes + memory.ahead_bytes
         assert memory.useless_bytes <= 0.05 * moved[ahead]
     assert moved[True] <= 1.1 * moved[False]
+
+
+def test_the_oldest_leads_is_faster_where_moving_experts_is_the_dearest_part():
+    """Transfers of 20 ms against steps of 6 ms, and room for half of the experts: lower mean and 95th percentile than first in, first out."""
+    means: dict[str, list[float]] = {"mean": [], "p95": []}
+    for seed in range(5):
+        shape = {"experts": 4, "locality": "sticky", "prompt": (2, 20), "new_tokens": (20, 40)}
+        trace = draw_trace(TraceConfig(requests=30, rate=10.0, seed=seed, **shape))
+        reports = []
+        for policy in (first_in_first_out, oldest_leads):
+            engine = EngineConfig(policy=policy, layout=ExpertLayout(experts=4, layers=2))
+            transfer = TransferCost(bandwidth=5e4)
+            reports.append(simulate(trace, Simulation(engine=engine, piece_bytes=1000, budget=4000, transfer=transfer)))
+        for name in means:
+            fifo, leads = (getattr(report.latency, name) for report in reports)
+            means[name].append(leads / fifo)
+    assert all(sum(ratios) / 5 < 0.9 for ratios in means.values()), means

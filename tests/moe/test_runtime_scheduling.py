@@ -15,11 +15,12 @@ from upcycle3d.perception.moe.runtime.scheduling import (
     first_in_first_out,
     following_batches,
     next_batch,
+    oldest_leads,
     prefill_first,
     resident_first,
 )
 
-POLICIES = (first_in_first_out, decoding_first, prefill_first, expert_aware, resident_first)
+POLICIES = (first_in_first_out, decoding_first, prefill_first, expert_aware, resident_first, oldest_leads)
 
 
 def work(experts, *, stage="decode", tokens=1, since=0.0, since_batch=0) -> Work:
@@ -110,6 +111,16 @@ def test_resident_experts_go_first():
     assert next_batch(expert_aware, works, limits, number=0, resident=(5,)).works == (works[0], works[1])
 
 
+def test_the_oldest_leads_and_takes_along_what_moves_nothing():
+    """Expert 5 is in memory. The prefill brings 0 and 1, so works of 0, 1 and 5 come along; those of 2 wait, though they are older."""
+    prefill = work([0, 1], stage="prefill", tokens=2, since=0.0)
+    others = [work([e], since=1.0 + i) for i, e in enumerate((2, 2, 5, 1, 2, 0))]
+    batch = next_batch(oldest_leads, [prefill, *others], BatchLimits(), number=0, resident=(5,))
+    assert batch.works == (prefill, others[2], others[3], others[5])
+    rest = [others[0], others[1], others[4]]
+    assert next_batch(oldest_leads, rest, BatchLimits(works=2), number=1, resident=(5,)).works == tuple(rest[:2])
+
+
 def longest_wait(policy, limits: BatchLimits, *, bound: int, batches: int) -> int:
     """Adversary: one work of a rare expert, and a queue that is always filled up with works that the policy prefers."""
     rare, most, made = work([7], stage="prefill", tokens=5, since=0.0), 0, 1
@@ -135,6 +146,10 @@ def test_without_ageing_a_rare_expert_starves():
     """The reason for ageing: the paper's rule lets it wait as long as the others keep coming."""
     assert longest_wait(expert_aware, BatchLimits(tokens=5, age=None), bound=20, batches=120) == 120
     assert BatchLimits(age=None).longest_wait(20) is None
+
+
+def test_where_the_oldest_leads_nobody_starves_even_without_ageing():
+    assert longest_wait(oldest_leads, BatchLimits(tokens=5, age=None), bound=20, batches=120) < 20
 
 
 def test_expert_aware_needs_fewer_experts_per_batch_than_first_in_first_out():

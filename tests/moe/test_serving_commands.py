@@ -8,6 +8,7 @@ import urllib.request
 import pytest
 
 from upcycle3d.core.errors import InvalidInput
+from upcycle3d.perception.moe.runtime.recorded_decisions import DecisionSource, RecordedDecisions, write_decisions
 from upcycle3d.tools import moe_readme, moe_serve, moe_simulate
 from upcycle3d.tools.console import run_command
 from upcycle3d.tools.serving_options import cache_of, policy_of, read_bytes
@@ -68,6 +69,17 @@ def test_simulate_shows_that_batches_by_expert_need_fewer_experts(capsys, tmp_pa
     reports = json.loads((tmp_path / "s.json").read_text())
     fifo, aware = (reports[f"{name}, belady"]["unique_experts"] for name in ("first_in_first_out", "expert_aware"))
     assert aware < 0.75 * fifo
+
+
+def test_simulate_takes_the_decisions_of_a_file(capsys, tmp_path):
+    """Every token chose expert 1, so every batch needs one expert."""
+    source = DecisionSource(name="drive", experts=(1,) * 30)
+    write_decisions(tmp_path / "d.json", RecordedDecisions(experts=3, sources=(source,)))
+    shape = ["--trace.experts", "3", "--trace.requests", "20", "--trace.prompt", "1", "4", "--trace.new-tokens", "2", "9"]
+    words = [*shape, "--recorded", str(tmp_path / "d.json"), "--json", str(tmp_path / "s.json")]
+    assert run_command(moe_simulate.command, words) == 0, capsys.readouterr().err
+    reports = json.loads((tmp_path / "s.json").read_text())
+    assert {report["unique_experts"] for report in reports.values()} == {1.0}
 
 
 def test_simulate_says_what_does_not_fit(capsys):

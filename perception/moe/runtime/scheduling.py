@@ -241,6 +241,26 @@ def resident_first(waiting: Sequence[Work], batch: OpenBatch) -> None:
     _take_queues(waiting, batch, batch.resident)
 
 
+def oldest_leads(waiting: Sequence[Work], batch: OpenBatch) -> None:
+    """Take the oldest work, and whatever needs no other experts than it and those in memory, oldest first.
+
+    So a batch moves no expert that its oldest work does not need, and nobody starves, even without ageing: each batch serves the work that
+    has waited longest. It pays where moving an expert costs more than a step of the network. Its batches are small, so it costs time where
+    moving is cheap and everything that waits fits into one batch.
+
+    Args:
+        waiting: Works, oldest first.
+        batch: Where they go. Its `resident` experts cost nothing.
+    """
+    if not batch.works:
+        batch.add(waiting[0])
+        waiting = waiting[1:]
+    there = batch.resident | batch.experts
+    for work in waiting:
+        if there.issuperset(work.unique) and batch.fits(work):
+            batch.add(work)
+
+
 def _take_in_order(works: Sequence[Work], batch: OpenBatch) -> None:
     for work in works:
         if not batch.fits(work):

@@ -1,7 +1,8 @@
 """Traces for simulations: accesses to single experts, and requests with the decisions that a gate would make for them.
 
 A *sticky* trace repeats the last expert with a probability and else draws uniformly, as tokens of one text and frames of one drive do.
-All draws come from a seed. Read next: `simulate.py`, which runs the traces.
+All draws come from a seed. `RecordedDecisions` are cut into requests instead, so that a real gate decides. Read next: `simulate.py`, which
+runs the traces.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ....core.errors import InvalidInput, require, require_counts, require_numbers
+from ....core.foreign_text import shown
 from .engine import Ungated
+from .recorded_decisions import RecordedDecisions
 from .requests import Request
 
 Locality = Literal["uniform", "sticky", "mixed"]
@@ -127,30 +130,70 @@ class TraceConfig:
             require(len(pair) == 2 and pair[0] <= pair[1], f"TraceConfig.{name} must be fewest and most, found {pair}")
 
 
-def draw_trace(config: TraceConfig) -> tuple[Arrival, ...]:
+def draw_trace(config: TraceConfig, recorded: RecordedDecisions | None = None) -> tuple[Arrival, ...]:
     """Draw requests.
 
     Args:
         config: How they are drawn.
+        recorded: Decisions to cut the requests out of: a sequence is any piece of any source, and frames take the sources in turn, each in
+            its order and again from its beginning. None draws experts by `locality` and `repeat`, which do not count otherwise.
 
     Returns:
         Requests in the order of their arrival, with the ids `0`, `1` and further.
 
+    Raises:
+        InvalidInput: The recorded decisions have another number of experts, or a source is shorter than the longest sequence.
+
     Example:
         report = simulate(draw_trace(TraceConfig(requests=50)), setup)
     """
+    if recorded is not None:
+        _check_recorded(config, recorded)
     draw = random.Random(config.seed)
-    at, arrivals = 0.0, []
+    at, frames, arrivals = 0.0, 0, []
     for i in range(config.requests):
         at += draw.expovariate(config.rate) if config.rate < float("inf") else 0.0
         if draw.random() < config.frames:
-            experts = TracedDecisions(first=(draw.randrange(config.experts),))
-            request = Request(id=str(i), kind="frame", tokens=1, payload=experts)
+            expert = draw.randrange(config.experts) if recorded is None else _frame(recorded, frames)
+            request = Request(id=str(i), kind="frame", tokens=1, payload=TracedDecisions(first=(expert,)))
+            frames += 1
         else:
             sticky = config.locality == "sticky" or (config.locality == "mixed" and draw.random() < 0.5)
             prompt, new = draw.randint(*config.prompt), draw.randint(*config.new_tokens)
-            all_experts = _accesses(draw, prompt + new - 1, config.experts, config.repeat if sticky else 0.0)
-            experts = TracedDecisions(first=all_experts[:prompt], later=all_experts[prompt:])
+            count = prompt + new - 1
+            if recorded is None:
+                chosen = _accesses(draw, count, config.experts, config.repeat if sticky else 0.0)
+            else:
+                chosen = _piece(recorded, draw, count)
+            experts = TracedDecisions(first=chosen[:prompt], later=chosen[prompt:])
             request = Request(id=str(i), kind="sequence", tokens=prompt, new_tokens=new, payload=experts)
         arrivals.append(Arrival(at=at, request=request))
     return tuple(arrivals)
+
+
+def _check_recorded(config: TraceConfig, recorded: RecordedDecisions) -> None:
+    require(
+        recorded.experts == config.experts,
+        f"the recorded decisions choose among {recorded.experts} experts, and TraceConfig.experts is {config.experts}",
+    )
+    shortest = min(recorded.sources, key=lambda source: len(source.experts))
+    longest = config.prompt[1] + config.new_tokens[1] - 1
+    require(
+        config.frames == 1 or len(shortest.experts) >= longest,
+        f"the source {shown(shortest.name)!r} has {len(shortest.experts)} decisions, and the longest request needs {longest}; shorten "
+        "TraceConfig.prompt and new_tokens, or leave the source out",
+    )
+
+
+def _piece(recorded: RecordedDecisions, draw: random.Random, count: int) -> tuple[int, ...]:
+    """Neighboring decisions at any place of any source."""
+    experts = draw.choice(recorded.sources).experts
+    begin = draw.randint(0, len(experts) - count)
+    return experts[begin : begin + count]
+
+
+def _frame(recorded: RecordedDecisions, number: int) -> int:
+    """The sources in turn, each in its order and again from its beginning."""
+    turn, place = divmod(number, len(recorded.sources))
+    experts = recorded.sources[place].experts
+    return experts[turn % len(experts)]
