@@ -178,6 +178,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "perception.moe.upcycling",
         "perception.moe.contrastive",
     ),
+    "perception.moe.driving": (
+        *GROUND,
+        "perception.models",
+        "perception.models.decoders",
+        "perception.training",
+        "perception.moe.layers",
+        "perception.moe.carving",
+        "perception.moe.runtime",
+        "perception.moe.serving",
+    ),
     "perception.recipes": (
         *GROUND,
         "datasets",
@@ -198,6 +208,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "perception.privacy.attacks",
         "perception.moe.upcycling",
         "perception.moe.detectors",
+        "perception.moe.carving",
+        "perception.moe.driving",
     ),
 }
 ALLOWED["tools"] = tuple(ALLOWED)  # everything below, but no benchmark

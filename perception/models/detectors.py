@@ -7,9 +7,12 @@ a configuration that holds the configurations of both and builds the detector; `
 from __future__ import annotations
 
 from .defended import DefendedDetectorConfig
+from .narrow import NarrowDetectorConfig
 from .pv_rcnn import PvRcnnDetectorConfig
 from .second_iou import SecondIouDetectorConfig
 from .upcycled import UpcycledDetectorConfig
 
-DetectorConfig = SecondIouDetectorConfig | PvRcnnDetectorConfig | DefendedDetectorConfig | UpcycledDetectorConfig
+DetectorConfig = (
+    SecondIouDetectorConfig | PvRcnnDetectorConfig | DefendedDetectorConfig | UpcycledDetectorConfig | NarrowDetectorConfig
+)
 """Every configuration that a preset or a detector file may hold. `config.build()` makes the detector."""

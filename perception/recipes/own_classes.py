@@ -15,6 +15,7 @@ from ...datasets.prepared import PreparedDataset
 from ..models.anchors import AnchorClass
 from ..models.defended import DefendedDetectorConfig
 from ..models.detectors import DetectorConfig
+from ..models.narrow import NarrowDetectorConfig
 from ..models.pv_rcnn import PvRcnnDetectorConfig
 from ..models.upcycled import UpcycledDetectorConfig
 from .presets import Preset
@@ -72,6 +73,10 @@ def preset_for_classes(preset: Preset, frames: PreparedDataset, classes: Sequenc
     if isinstance(old, UpcycledDetectorConfig):
         raise InvalidInput(
             "a detector with an upcycled head keeps its classes; train dense ones, then join them (`upcycle3d moe detector`)"
+        )
+    if isinstance(old, NarrowDetectorConfig):
+        raise InvalidInput(
+            "a detector with fewer channels keeps its classes; train a dense one, then carve it (`upcycle3d moe carve`)"
         )
     detector: DetectorConfig
     if isinstance(old, PvRcnnDetectorConfig):

@@ -11,10 +11,11 @@ Read next: `splits.py`, which chooses units by it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,11 @@ from ....core.tensor_value import shape_of
 from ..layers.dense_ffn import DenseFfn
 from ..surgery.ffn_sites import tensors_of
 from ..surgery.replacement import ReplacementPlan
+from .units import Carving, CarvingMethod, SiteUnits, UnitCarving
 
 _B = TypeVar("_B")
+_C = TypeVar("_C", bound=UnitCarving)
+_A = TypeVar("_A", bound="UnitActivity[Any]")
 
 Cluster = Callable[[Tensor, int], Tensor]
 """Divides the rows of a matrix (N, D) into k groups and returns the (N,) group of each. `cluster_features` of `upcycling/clusters.py`
@@ -104,15 +108,18 @@ class SiteActivity:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Activity:
-    """How active the units of a model's FFNs were in each domain. `print(activity)` shows what to beware of."""
+class UnitActivity(ABC, Generic[_C]):
+    """How active the units of several layers were in each domain. `print(activity)` shows what to beware of.
 
-    plan: ReplacementPlan
-    """The FFNs."""
+    `Activity` is that of FFNs. Whatever carves other layers derives its own, and `splits.py` divides their units by the same rules.
+    """
+
+    layers: ClassVar[str] = "layers"
+    """What `sites` are, for `print`."""
     domains: tuple[str, ...]
     """Names of the M domains."""
     sites: tuple[SiteActivity, ...]
-    """The measurement of each FFN, in the order of the plan."""
+    """The measurement of each layer."""
     least_tokens: int
     """A domain with fewer tokens is reported: the order of its units is mostly chance."""
 
@@ -120,31 +127,42 @@ class Activity:
         require(
             bool(self.domains) and len(set(self.domains)) == len(self.domains), f"domains need different names: {self.domains}"
         )
-        for site, wanted in zip(self.sites, self.plan.sites, strict=True):
-            shape = (len(self.domains), wanted.width_hidden)
+        for site in self.sites:
             require(
-                site.site == wanted.name and tuple(site.total.shape) == shape,
-                f"the activity of {wanted.name!r} must be {shape}, found {site.site!r} with {shape_of(site.total)}",
+                site.total.ndim == 2 and len(site.total) == len(self.domains),
+                f"the activity of {site.site!r} must be ({len(self.domains)}, F), found {shape_of(site.total)}",
             )
             if not bool(site.total.isfinite().all()):
                 raise InvalidInput(f"units of {site.site!r} were NaN or infinite; the model is damaged or its input is")
             empty = [self.domains[i] for i in (site.tokens == 0).nonzero()[:, 0].tolist()]
-            require(
-                not empty, f"no token of the domains {empty[:5]} arrived at the FFN {site.site!r}; give them data that reaches it"
-            )
+            require(not empty, f"no token of the domains {empty[:5]} arrived at {site.site!r}; give them data that reaches it")
+
+    @abstractmethod
+    def carved(self, domains: tuple[str, ...], ratio: float, method: CarvingMethod, units: tuple[SiteUnits, ...]) -> _C:
+        """Make the carving of the layers that were measured.
+
+        Args:
+            domains: Name of each expert.
+            ratio: Share of the units that was asked for.
+            method: How the units were chosen.
+            units: The units of each layer, in the order of `sites`.
+
+        Returns:
+            The carving.
+        """
 
     @property
     def thin_domains(self) -> tuple[str, ...]:
-        """Domains with fewer tokens than `least_tokens` at some FFN."""
+        """Domains with fewer tokens than `least_tokens` at some layer."""
         fewest = torch.stack([site.tokens for site in self.sites]).min(0).values.tolist()
         return tuple(name for name, tokens in zip(self.domains, fewest) if tokens < self.least_tokens)
 
     @property
     def never_active(self) -> dict[str, int]:
-        """Number of units that were never active, by the name of the FFN; FFNs without such units are left out."""
+        """Number of units that were never active, by the name of the layer; layers without such units are left out."""
         return {site.site: site.never for site in self.sites if site.never}
 
-    def joined(self, groups: Sequence[int], names: Sequence[str]) -> Activity:
+    def joined(self, groups: Sequence[int], names: Sequence[str]) -> Self:
         """Join domains: all tokens of a group count as one domain.
 
         Args:
@@ -170,7 +188,7 @@ class Activity:
         return replace(self, domains=tuple(names), sites=sites)
 
     def profiles(self) -> Tensor:
-        """Describe each domain by the activity of all units, each FFN's divided by its mean over domains and units.
+        """Describe each domain by the activity of all units, each layer's divided by its mean over domains and units.
 
         Returns:
             (M, sum of F) float32.
@@ -182,39 +200,89 @@ class Activity:
         tokens = torch.stack([site.tokens for site in self.sites])
         pairs = zip(self.domains, tokens.min(0).values.tolist(), tokens.max(0).values.tolist())
         counts = ", ".join(f"{name} {low:,}" if low == high else f"{name} {low:,}..{high:,}" for name, low, high in pairs)
-        lines = [f"activity of {len(self.sites)} FFNs in {len(self.domains)} domains; tokens: {counts}"]
+        lines = [f"activity of {len(self.sites)} {self.layers} in {len(self.domains)} domains; tokens: {counts}"]
         if self.thin_domains:
             lines.append(
                 f"too few tokens (below {self.least_tokens}): {', '.join(self.thin_domains)}; their units are mostly chance"
             )
-        units = sum(site.width_hidden for site in self.plan.sites)
+        units = sum(site.total.shape[1] for site in self.sites)
         lines.append(f"never active: {sum(self.never_active.values()):,} of {units:,} units")
         lines += [f"  {name}: {count}" for name, count in self.never_active.items()]
         return "\n".join(lines)
 
 
-class _Adder:
-    """Adds up sizes and tokens of every site and domain."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Activity(UnitActivity[Carving]):
+    """How active the units of a model's FFNs were in each domain."""
 
-    def __init__(self, plan: ReplacementPlan, domains: int) -> None:
-        self.names = [site.name for site in plan.sites]
-        self.total = [torch.zeros(domains, site.width_hidden, dtype=torch.float64) for site in plan.sites]
-        self.tokens = torch.zeros(len(self.names), domains, dtype=torch.int64)
+    layers: ClassVar[str] = "FFNs"
+    """What `sites` are, for `print`."""
+    plan: ReplacementPlan
+    """The FFNs, in the order of `sites`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for site, wanted in zip(self.sites, self.plan.sites, strict=True):
+            require(
+                (site.site, site.total.shape[1]) == (wanted.name, wanted.width_hidden),
+                f"the activity of the {wanted.width_hidden} units of {wanted.name!r} was expected, found {site.site!r} with "
+                f"{site.total.shape[1]}",
+            )
+
+    def carved(self, domains: tuple[str, ...], ratio: float, method: CarvingMethod, units: tuple[SiteUnits, ...]) -> Carving:
+        """Make the carving of the FFNs, with one expert per token.
+
+        Args:
+            domains: Name of each expert.
+            ratio: Share of the units that was asked for.
+            method: How the units were chosen.
+            units: The units of each FFN.
+
+        Returns:
+            The carving.
+        """
+        plan = replace(self.plan, experts=len(domains), active=1)
+        return Carving(plan=plan, domains=domains, ratio=ratio, method=method, units=units)
+
+
+class ActivitySums:
+    """Adds up the sizes of units, layer by layer, for one domain after the other."""
+
+    def __init__(self, widths: Mapping[str, int], domains: int) -> None:
+        """Begin with nothing.
+
+        Args:
+            widths: Number of units of each layer by its name.
+            domains: Number of domains.
+        """
+        self.names = tuple(widths)
         self.domain = 0
-        self.padding: Tensor | None = None
+        self._total = [torch.zeros(domains, width, dtype=torch.float64) for width in widths.values()]
+        self._tokens = torch.zeros(len(widths), domains, dtype=torch.int64)
 
-    def see(self, site: int, x: Tensor, hidden: Tensor) -> None:
-        """Add one forward pass."""
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        if self.padding is not None:
-            if self.padding.dtype != torch.bool or self.padding.shape != x.shape[:-1]:
-                raise InvalidInput(
-                    f"padding must be bool of shape {tuple(x.shape[:-1])} at the FFN {self.names[site]!r}, True for padding, found "
-                    f"{shape_of(self.padding)}"
-                )
-            rows = rows[~self.padding.reshape(-1).to(rows.device)]
-        self.total[site][self.domain] += rows.abs().sum(0, dtype=torch.float64).cpu()
-        self.tokens[site, self.domain] += len(rows)
+    def add(self, layer: int, rows: Tensor) -> None:
+        """Add the units of some tokens of the current `domain`.
+
+        Args:
+            layer: Number of the layer.
+            rows: (T, F) units.
+        """
+        self._total[layer][self.domain] += rows.abs().sum(0, dtype=torch.float64).cpu()
+        self._tokens[layer, self.domain] += len(rows)
+
+    @property
+    def sites(self) -> tuple[SiteActivity, ...]:
+        """The measurement of each layer until now."""
+        parts = zip(self.names, self._total, self._tokens.unbind())
+        return tuple(SiteActivity(site=name, total=total, tokens=tokens) for name, total, tokens in parts)
+
+
+def _without_padding(rows: Tensor, x: Tensor, padding: Tensor, site: str) -> Tensor:
+    if padding.dtype != torch.bool or padding.shape != x.shape[:-1]:
+        raise InvalidInput(
+            f"padding must be bool of shape {tuple(x.shape[:-1])} at the FFN {site!r}, True for padding, found {shape_of(padding)}"
+        )
+    return rows[~padding.reshape(-1).to(rows.device)]
 
 
 def measure_activity(
@@ -250,21 +318,23 @@ def measure_activity(
     """
     require(bool(domains), "measure_activity needs at least one domain with batches")
     require_counts("measure_activity", least=0, most=10**9, least_tokens=least_tokens)
-    adder = _Adder(plan, len(domains))
-    with watched_ffns(model, plan, adder.see):
+    sums = ActivitySums({site.name: site.width_hidden for site in plan.sites}, len(domains))
+    padding: Tensor | None = None
+
+    def see(site: int, x: Tensor, hidden: Tensor) -> None:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        sums.add(site, rows if padding is None else _without_padding(rows, x, padding, sums.names[site]))
+
+    with watched_ffns(model, plan, see):
         for number, batches in enumerate(domains.values()):
-            adder.domain = number
+            sums.domain = number
             for batch in batches:
-                adder.padding = None if padding_of is None else padding_of(batch)
+                padding = None if padding_of is None else padding_of(batch)
                 run(model, batch)
-    sites = tuple(
-        SiteActivity(site=name, total=total, tokens=tokens)
-        for name, total, tokens in zip(adder.names, adder.total, adder.tokens.unbind())
-    )
-    return Activity(plan=plan, domains=tuple(domains), sites=sites, least_tokens=least_tokens)
+    return Activity(plan=plan, domains=tuple(domains), sites=sums.sites, least_tokens=least_tokens)
 
 
-def found_domains(items: Activity, count: int, cluster: Cluster) -> tuple[Activity, Tensor]:
+def found_domains(items: _A, count: int, cluster: Cluster) -> tuple[_A, Tensor]:
     """Find domains: items that activate the same units belong together.
 
     Args:

@@ -13,22 +13,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from ....core.errors import require
-from .activity import Activity
-from .units import Carving, divided, top_units, units_of_ratio
+from .activity import UnitActivity
+from .units import UnitCarving, divided, top_units, units_of_ratio
+
+_C = TypeVar("_C", bound=UnitCarving)
 
 
-def readme_split(activity: Activity, ratio: float = 0.5) -> Carving:
+def readme_split(activity: UnitActivity[_C], ratio: float = 0.5) -> _C:
     """Cut one expert for each domain: its most active units, exactly the same number in each domain.
 
-    Units that belong to all domains are shared. Each FFN is divided by itself; expert i serves domain i everywhere.
+    Units that belong to all domains are shared. Each layer is divided by itself; expert i serves domain i everywhere.
 
     Args:
         activity: How active each unit is in each domain.
-        ratio: Share of an FFN's units that serves a token. 1 keeps the dense model.
+        ratio: Share of a layer's units that serves a token. 1 keeps the dense model.
 
     Returns:
         The carving. Of units that are equally active those with the smaller index are taken.
@@ -37,19 +40,18 @@ def readme_split(activity: Activity, ratio: float = 0.5) -> Carving:
         InvalidInput: The ratio is outside of (0, 1].
     """
     units = tuple(divided(s.site, top_units(s.mean, units_of_ratio(s.mean.shape[1], ratio))) for s in activity.sites)
-    plan = replace(activity.plan, experts=len(activity.domains), active=1)
-    return Carving(plan=plan, domains=activity.domains, ratio=ratio, method="readme", units=units)
+    return activity.carved(activity.domains, ratio, "readme", units)
 
 
-def pooled_units(activity: Activity, ratio: float = 0.5) -> Carving:
+def pooled_units(activity: UnitActivity[_C], ratio: float = 0.5) -> _C:
     """Keep one set of units for everything: static pruning of the same width, the honest baseline of a carving.
 
     Every domain counts the same, whatever its number of tokens and the size of its values: the means of each domain are divided by
-    their own mean over the units of the FFN. Join the domains first (`Activity.joined`) to count every token the same instead.
+    their own mean over the units of the layer. Join the domains first (`Activity.joined`) to count every token the same instead.
 
     Args:
         activity: How active each unit is in each domain.
-        ratio: Share of an FFN's units that is kept.
+        ratio: Share of a layer's units that is kept.
 
     Returns:
         A carving with one expert, all of whose units are shared.
@@ -62,16 +64,15 @@ def pooled_units(activity: Activity, ratio: float = 0.5) -> Carving:
         relative = site.mean / site.mean.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         kept = top_units(relative.mean(0), units_of_ratio(site.mean.shape[1], ratio))
         units.append(divided(site.site, kept[None]))
-    plan = replace(activity.plan, experts=1, active=1)
-    return Carving(plan=plan, domains=("all",), ratio=ratio, method="pooled", units=tuple(units))
+    return activity.carved(("all",), ratio, "pooled", tuple(units))
 
 
-def random_units(activity: Activity, ratio: float = 0.5, *, seed: int) -> Carving:
+def random_units(activity: UnitActivity[_C], ratio: float = 0.5, *, seed: int) -> _C:
     """Draw the units of each expert: as many as Read-ME gives them.
 
     Args:
-        activity: Says which FFNs and domains there are; its numbers are not used.
-        ratio: Share of an FFN's units that serves a token.
+        activity: Says which layers and domains there are; its numbers are not used.
+        ratio: Share of a layer's units that serves a token.
         seed: Number that the draw depends on.
 
     Returns:
@@ -85,11 +86,10 @@ def random_units(activity: Activity, ratio: float = 0.5, *, seed: int) -> Carvin
     for site in activity.sites:
         values = torch.rand(site.mean.shape, generator=draw)
         units.append(divided(site.site, top_units(values, units_of_ratio(site.mean.shape[1], ratio))))
-    plan = replace(activity.plan, experts=len(activity.domains), active=1)
-    return Carving(plan=plan, domains=activity.domains, ratio=ratio, method="random", units=tuple(units))
+    return activity.carved(activity.domains, ratio, "random", tuple(units))
 
 
-def wrong_domain(carving: Carving, shift: int = 1) -> Carving:
+def wrong_domain(carving: _C, shift: int = 1) -> _C:
     """Give each domain the units of another domain. The costs stay the same.
 
     Args:

@@ -98,41 +98,67 @@ class SiteUnits:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Carving:
-    """A division of all planned FFNs of a model into experts. `print(carving)` shows a table and the counts."""
+class UnitCarving:
+    """A division of the units of several layers among experts, whatever the layers are: FFNs, or channels of convolutions."""
 
-    plan: ReplacementPlan
-    """The FFNs, the number of experts N, and the number of experts per token (`plan.active`, 1 in Read-ME)."""
     domains: tuple[str, ...]
     """Name of each expert: its domain, or its number where it has none."""
     ratio: float
-    """Share of the units of an FFN that a token uses, as it was asked for."""
+    """Share of the units of a layer that a token uses, as it was asked for."""
     method: CarvingMethod
     """How the units were chosen."""
     units: tuple[SiteUnits, ...]
-    """The units of each FFN, in the order of the plan."""
+    """The units of each layer."""
 
     def __post_init__(self) -> None:
         require(
             self.method in get_args(CarvingMethod),
-            f"Carving.method: one of {', '.join(get_args(CarvingMethod))}, found {self.method!r}",
+            f"{type(self).__name__}.method: one of {', '.join(get_args(CarvingMethod))}, found {self.method!r}",
         )
-        require(0 < self.ratio <= 1, f"Carving.ratio must be in (0, 1], found {self.ratio}")
+        require(0 < self.ratio <= 1, f"{type(self).__name__}.ratio must be in (0, 1], found {self.ratio}")
+        odd = [units.site for units in self.units if units.experts != self.experts]
         require(
-            self.plan.experts == len(self.domains),
-            f"a plan for {self.plan.experts} experts needs their names, found {len(self.domains)}: {self.domains[:5]}",
+            not odd, f"{self.experts} experts ({', '.join(self.domains[:5])}) need units each, and {odd[:3]} has another number"
         )
-        for site, units in zip(self.plan.sites, self.units, strict=True):
-            require(
-                (units.site, units.width, units.experts) == (site.name, site.width_hidden, self.plan.experts),
-                f"the FFN {site.name!r} has {site.width_hidden} units and {self.plan.experts} experts, and the carving describes "
-                f"{units.site!r} with {units.width} and {units.experts}",
-            )
 
     @property
     def experts(self) -> int:
         """Number of experts, N."""
-        return self.plan.experts
+        return len(self.domains)
+
+    @property
+    def shared_share(self) -> float:
+        """Share of all units that is shared by all experts (the paper's permanent units)."""
+        return sum(int(units.shared.sum()) for units in self.units) / self._all_units
+
+    @property
+    def union_share(self) -> float:
+        """Share of all units that belongs to anyone."""
+        return sum(units.union for units in self.units) / self._all_units
+
+    @property
+    def _all_units(self) -> int:
+        return sum(units.width for units in self.units)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Carving(UnitCarving):
+    """A division of all planned FFNs of a model into experts. `print(carving)` shows a table and the counts."""
+
+    plan: ReplacementPlan
+    """The FFNs, the number of experts N, and the number of experts per token (`plan.active`, 1 in Read-ME). `units` are in its order."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.plan.experts == len(self.domains),
+            f"a plan for {self.plan.experts} experts needs their names, found {len(self.domains)}: {self.domains[:5]}",
+        )
+        super().__post_init__()
+        for site, units in zip(self.plan.sites, self.units, strict=True):
+            require(
+                (units.site, units.width) == (site.name, site.width_hidden),
+                f"the FFN {site.name!r} has {site.width_hidden} units, and the carving describes {units.site!r} with {units.width}",
+            )
 
     @property
     def active(self) -> int:
@@ -185,16 +211,6 @@ class Carving:
                 total += self.experts * _per_unit(site, stacked=True) * max(units.own_widths)
         return total
 
-    @property
-    def shared_share(self) -> float:
-        """Share of all units that is shared by all experts (the paper's permanent units)."""
-        return sum(int(units.shared.sum()) for units in self.units) / self._all_units
-
-    @property
-    def union_share(self) -> float:
-        """Share of all units that belongs to anyone."""
-        return sum(units.union for units in self.units) / self._all_units
-
     def __str__(self) -> str:
         header = ("FFN", "units", "shared", "own", "active", "pruned")
         rows = [header, *(self._row(units) for units in self.units)]
@@ -227,10 +243,6 @@ class Carving:
 
     def _pairs(self) -> list[tuple[FfnSite, SiteUnits]]:
         return list(zip(self.plan.sites, self.units))
-
-    @property
-    def _all_units(self) -> int:
-        return sum(units.width for units in self.units)
 
     @staticmethod
     def _count(site: FfnSite, units: int) -> int:
