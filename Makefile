@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Threads that wait by spinning take the cores from everything else; see docs/decisions.md.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-full lint pytest faults clean
+.PHONY: demo test test-full lint pytest faults load clean
 
 demo: $(VENV)/installed
 	$(BIN)/upcycle3d demo --out demo
@@ -26,6 +26,12 @@ MINUTES ?= 20
 SEEDS ?= 0
 faults: $(VENV)/installed-dev
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults --minutes $(MINUTES) --seeds $(SEEDS) --json ../faults.json
+
+# The completion endpoint under more requests than it takes, for LOAD_MINUTES; docs/reliability.md explains what counts as a fault.
+LOAD_MINUTES ?= 5
+load: $(VENV)/installed-dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[serve]'
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults.overload --minutes $(LOAD_MINUTES)
 
 # ruff, and mypy through a folder that holds a link named like the package to the root.
 lint: $(VENV)/installed-dev

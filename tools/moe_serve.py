@@ -5,7 +5,10 @@ Read next: `perception/moe/serving/completions.py`, the endpoints.
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from ..perception.moe.serving.completions import completions_app
 from ..perception.moe.serving.hugging_face_coder import HuggingFaceCoder
 from ..perception.moe.serving.llama_engine import LlamaLimits
 from ..perception.moe.serving.served_models import ServedModel, open_served
+from ..perception.moe.serving.text_stream import TextCoder
 from .console import console, run_command
 from .serving_options import CacheName, PolicyName, cache_of, policy_of, read_bytes
 
@@ -111,23 +115,50 @@ def command(config: MoeServe) -> None:
     require_numbers("--grace", least=0.0, most=86_400.0, grace=config.grace)
     settings = serving_config(config)
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise InvalidInput(
             "moe serve needs the packages starlette, uvicorn and prometheus_client; pip install -c constraints.txt -e '.[serve]'"
         ) from error
+    serve(config, settings, HuggingFaceCoder(config.folder))
+
+
+def serve(config: MoeServe, settings: ServingConfig, coder: TextCoder) -> None:
+    """Serve until Ctrl-C or SIGTERM: open requests end, the report is printed, and the call returns.
+
+    Args:
+        config: The options.
+        settings: What `serving_config` read from them.
+        coder: The tokenizer.
+
+    Raises:
+        InvalidInput: The folder cannot be served.
+    """
+    import uvicorn
+
     served = open_served(config.folder)
-    coder = HuggingFaceCoder(config.folder)
     console.print(describe(served, settings), soft_wrap=True)
     server = CompletionServer(served, coder, settings)
     try:
         app = completions_app(server, grace=config.grace)
         console.print(f"listening at http://{config.host}:{config.port}/v1/completions; Ctrl-C ends it", soft_wrap=True)
         grace = max(1, round(config.grace))
-        uvicorn.run(app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=grace)
+        with _signals_that_do_not_kill():
+            uvicorn.run(app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=grace)
     finally:
         report = server.close(grace=0)
     console.print(str(report), soft_wrap=True)
+
+
+@contextmanager
+def _signals_that_do_not_kill() -> Iterator[None]:
+    """uvicorn ends well at Ctrl-C and SIGTERM, and then raises the signal again: that must not end the process before its report."""
+    kept = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

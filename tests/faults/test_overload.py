@@ -1,0 +1,17 @@
+"""Some seconds of overload; `make load` does minutes."""
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="uvicorn is not installed; the extra `serve` brings it")
+pytest.importorskip("starlette", reason="starlette is not installed; the extra `serve` brings it")
+pytest.importorskip("prometheus_client", reason="prometheus_client is not installed; the extra `serve` brings it")
+
+from faults.overload import overload
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_an_overloaded_server_loses_and_doubles_nothing_and_ends_well():
+    """More clients than open requests: answers, 429 with a reason, clients that go away, and SIGTERM in the middle."""
+    report = overload(3.0, clients=12)
+    assert report.faults == [], str(report)
