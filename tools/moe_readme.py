@@ -27,6 +27,7 @@ from ..perception.moe.language.language_models import (
 )
 from ..perception.moe.language.phases import held_out, token_domains
 from ..perception.moe.language.specialists import new_folder, require_empty
+from ..perception.moe.layers.precision import Precision
 from ..perception.moe.serving.language_carving import LanguageCarving, carve_language
 from ..perception.moe.serving.llama_backbone import LlamaShape
 from ..perception.moe.serving.served_models import write_served
@@ -57,7 +58,7 @@ class MoeReadme:
     """Rounds of alternating training. The paper sees no gain for the router after two."""
     expert_steps: int = 0
     """Recovery steps of each round, for the carved model and for pooled pruning alike; 0 keeps the dense model's weights."""
-    gate_lr: float = 5e-4
+    gate_lr: float = 5e-3
     """Learning rate of the pre-gate."""
     expert_lr: float = 5e-5
     """Learning rate of the recovery."""
@@ -69,6 +70,8 @@ class MoeReadme:
     """Rows per step."""
     length: int = 256
     """Tokens per row."""
+    precision: Precision = "float32"
+    """Type of the matrix products in training. `bfloat16` is faster on processors with units for it. Scores are in float32."""
     seed: int = 0
     """Decides router and batches."""
     plan_only: bool = False
@@ -88,6 +91,7 @@ def command(config: MoeReadme) -> None:
         expert_steps=config.expert_steps,
         router_lr=config.gate_lr,
         expert_lr=config.expert_lr,
+        precision=config.precision,
         seed=config.seed,
     )
     carving = LanguageCarving(

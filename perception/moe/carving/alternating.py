@@ -231,7 +231,7 @@ def alternate(
         folder: Where finished phases are kept, so that a stopped job goes on; None keeps nothing.
         job: What else the result depends on, such as a hash of the data and the arguments of the losses: a folder of another job is
             refused.
-        say: Is told about every finished phase.
+        say: Is told about every finished phase, and gets a line after every tenth of its steps.
 
     Returns:
         What every phase did.
@@ -258,7 +258,7 @@ def alternate(
             model.train(phase.kind == "experts")
             together.train(phase.kind == "router")
             loss_of = router_loss if phase.kind == "router" else expert_loss
-            records.append(_train(trained, phase, number, config, batch_of, loss_of))
+            records.append(_train(trained, phase, number, config, batch_of, loss_of, say))
             keeper.save(model, together, AlternatingRecord(config=config, phases=tuple(records)))
             if say is not None:
                 say(str(records[-1]))
@@ -281,6 +281,7 @@ def _train(
     config: AlternatingConfig,
     batch_of: Callable[[PhaseKind, int], _B],
     loss_of: Callable[[_B], Tensor],
+    say: Callable[[str], None] | None,
 ) -> CarvingPhaseRecord:
     """One phase with an optimizer of its own. Dropout depends on the seed and the number of the phase only."""
     optimizer = torch.optim.AdamW(trained, lr=phase.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True)
@@ -299,6 +300,8 @@ def _train(
                 raise InvalidInput(f"the loss is {value} at step {step} of a {phase.kind} phase; lower its rate ({phase.lr:g})")
             descend(loss, optimizer, clip=config.clip, step=step)
             losses.append(value)
+            if say is not None and step + 1 < phase.steps and 10 * (step + 1) // phase.steps > 10 * step // phase.steps:
+                say(f"round {phase.round + 1}, {phase.kind}: step {step + 1} of {phase.steps}, loss {value:.4f}")
     seconds = time.process_time() - start
     return CarvingPhaseRecord(phase=phase, losses=tuple(losses), cpu_seconds=seconds, trained=sum(p.numel() for p in trained))
 
