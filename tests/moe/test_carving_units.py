@@ -9,7 +9,7 @@ from torch import nn
 
 import moe_lookalikes as look
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.carving.activity import found_domains, measure_activity
+from upcycle3d.perception.moe.carving.activity import found_domains, measure_activity, nearest_domains
 from upcycle3d.perception.moe.carving.carved_ffn import serve_ffns
 from upcycle3d.perception.moe.carving.masked_ffn import mask_ffns
 from upcycle3d.perception.moe.carving.shared_routed import UnitPatterns, shared_and_routed, unit_patterns
@@ -102,6 +102,13 @@ def test_domains_are_found_where_documents_activate_the_same_units():
     known = measure_activity(model, plan, true, lambda m, x: m(x))
     order = [int(groups[truth.index(d)]) for d in (0, 1)]
     torch.testing.assert_close(found.sites[1].mean[order], known.sites[1].mean)
+    new = {f"new {i}": [look.tokens(seed=50 + i) * 0.3 + shift[d]] for i, d in enumerate(truth)}
+    fresh = measure_activity(model, plan, new, lambda m, x: m(x))
+    assert nearest_domains(fresh, found).tolist() == groups.tolist()  # an unseen document has the domain of its kind
+    one = plan_replacement(model, experts=2, active=1, only=[plan.sites[0].name])
+    less = measure_activity(model, one, new, lambda m, x: m(x))
+    with pytest.raises(InvalidInput, match="different FFNs"):
+        nearest_domains(less, found)
     with pytest.raises(InvalidInput, match="9 domains cannot be found among 8"):
         found_domains(measured, 9, lambda rows, k: torch.zeros(len(rows)))
 

@@ -356,3 +356,22 @@ def found_domains(items: _A, count: int, cluster: Cluster) -> tuple[_A, Tensor]:
             f"clustering {len(items.domains)} items gave {len(groups.unique())} of {count} groups as {shape_of(groups)}; ask for fewer domains"
         )
     return items.joined(groups.tolist(), [f"cluster {number}" for number in range(count)]), groups
+
+
+def nearest_domains(items: Activity, domains: Activity) -> Tensor:
+    """Find the domain that each item resembles most: the oracle of `found_domains` for documents that it has not seen.
+
+    Args:
+        items: The activity of each document or scene as a domain of its own.
+        domains: The activity of the domains, in the same FFNs.
+
+    Returns:
+        (items,) int64 domain whose profile has the largest cosine with that of the item; of equal ones the first.
+
+    Raises:
+        InvalidInput: The two are of different FFNs.
+    """
+    if [s.site for s in items.sites] != [s.site for s in domains.sites]:
+        raise InvalidInput("items and domains were measured in different FFNs; measure both with one plan")
+    item, domain = (torch.nn.functional.normalize(part.profiles(), dim=1) for part in (items, domains))
+    return (item @ domain.T).argmax(1)
