@@ -26,6 +26,7 @@ from typing import Any
 from moe_arms import ARMS, REFERENCE, TOP2, Branches, Budget, Task, evaluate, untrained_losses, usage_of
 from torch import nn
 
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.files import write_atomically
 from upcycle3d.core.tensor_file import fill_module, read_tensors, write_tensors
 from upcycle3d.perception.moe.language.text_training import TextTraining, train_phase
@@ -202,8 +203,12 @@ HEADER = ("seed", "arm", "mark", "steps", "mix_cpu_seconds", "branch_cpu_seconds
 
 
 def write_csv(path: Path, study: Study, seeds: Sequence[int], arms: Sequence[str], domains: Sequence[str]) -> None:
-    """Write all finished cells as one table; perplexities are geometric means, and one column per domain."""
-    lines: list[list[Any]] = [[*HEADER, *(f"perplexity_{d}" for d in domains)]]
+    """Write all finished cells as one table; perplexities are geometric means, and one column per domain.
+
+    Rows of other seeds that the table has already stay: a study may be divided among machines.
+    """
+    header = [*HEADER, *(f"perplexity_{d}" for d in domains)]
+    lines: list[list[Any]] = []
     for seed in seeds:
         for arm in arms:
             file = study.folder / f"seed{seed}" / f"{arm}.json"
@@ -217,7 +222,20 @@ def write_csv(path: Path, study: Study, seeds: Sequence[int], arms: Sequence[str
                 mean, first = (math.exp(statistics.fmean(x.values())) for x in (loss, cell["start_loss"]))
                 numbers = (found["cpu_seconds"], spent, cell["parameters"], first, mean, *(math.exp(loss[d]) for d in domains))
                 lines.append([seed, arm, mark, found["steps"], *(f"{n:.6g}" for n in numbers)])
-    write_atomically(path, "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    lines += _rows_of_others(path, header, seeds)
+    lines.sort(key=lambda line: int(line[0]))  # stable: arms keep their order
+    write_atomically(path, "".join(",".join(map(str, line)) + "\n" for line in (header, *lines)).encode())
+
+
+def _rows_of_others(path: Path, header: list[str], seeds: Sequence[int]) -> list[list[str]]:
+    """Rows of a table that belong to other seeds than those given."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        found, *rows = list(csv.reader(file))
+    if found != header:
+        raise InvalidInput(f"{path} has other columns than this study writes; move it away")
+    return [row for row in rows if int(row[0]) not in seeds]
 
 
 def summary(path: Path, *, baseline: str = "btx_soft") -> list[tuple[str, ...]]:

@@ -277,6 +277,16 @@ def write_csv(path: Path, results: Mapping[int, Mapping[str, Metrics]]) -> None:
     write_atomically(path, text.getvalue().encode())
 
 
+def with_rows_of_others(path: Path, results: Mapping[int, Mapping[str, Metrics]]) -> dict[int, Mapping[str, Metrics]]:
+    """Add the seeds that a table of `write_csv` has already: a study may be divided among machines."""
+    found: dict[int, dict[str, dict[str, float]]] = {}
+    if path.exists():
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                found.setdefault(int(row["seed"]), {}).setdefault(row["arm"], {})[row["metric"]] = float(row["value"])
+    return {**found, **results}
+
+
 def print_tables(results: Mapping[int, Mapping[str, Metrics]], metrics: Sequence[str], against: Sequence[str]) -> None:
     """Print means over the seeds, and paired differences from some arms with 95 % intervals."""
     seeds = sorted(results)

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 from moe_assets import default_cache
-from moe_dmu_arms import Budget, Metrics, SeedRun, World, keep_options, print_tables, write_csv
+from moe_dmu_arms import Budget, Metrics, SeedRun, World, keep_options, print_tables, with_rows_of_others, write_csv
 from moe_emoji_data import STYLES, EmojiPairs, emoji_pairs
 from moe_towers import FROZEN, WIDTH, DinoTail, MiniLmTail, dino_weights, minilm_weights, tail_of
 from torch import Tensor, nn
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the study")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the assets and of the stored states")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--csv", type=Path, help="the table; OUT/results.csv by default. Seeds that it has already stay in it")
     parser.add_argument("--base-steps", type=int, default=400, help="steps of the base")
     parser.add_argument("--stage-steps", type=int, default=56, help="T, steps of one stage")
     parser.add_argument("--router-steps", type=int, default=28, help="R, steps of the routers")
@@ -167,7 +168,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     keep_options(
         arguments.out,
-        {name: value for name, value in vars(arguments).items() if name not in ("out", "seeds", "cache", "threads")},
+        {name: value for name, value in vars(arguments).items() if name not in ("out", "csv", "seeds", "cache", "threads")},
     )
     found = emoji_pairs(arguments.cache, partial(print, flush=True))
     size = arguments.batch_size
@@ -207,13 +208,13 @@ def main() -> None:
         evaluate=Test(found, arguments.precision, arguments.most_test),
     )
     budget = Budget(stage=stage, router=router, full_lr=arguments.lr)
-    results = {}
+    table, results = arguments.csv or arguments.out / "results.csv", {}
     for seed in arguments.seeds:
         results[seed] = SeedRun(arguments.out, seed, budget, lambda: world).run()
-        write_csv(arguments.out / "results.csv", results)
+        write_csv(table, with_rows_of_others(table, results))
     write_json(arguments.out / "environment.json", asdict(provenance_of_process()))
     shown = ("R@1 image to text", "R@1 text to image", "tone", "gender", "category", "style")
-    print_tables(results, shown, against=("dense all", "plain", "dmu: random router"))
+    print_tables(with_rows_of_others(table, results), shown, against=("dense all", "plain", "dmu: random router"))
 
 
 def _print_estimate(base: int, stage: int, router: int, size: int, seeds: int) -> None:

@@ -113,3 +113,29 @@ def test_intervals_are_of_paired_differences(studies, tmp_path):
     (tmp_path / "r.csv").write_text("\n".join(lines))
     rows = {row[0]: row for row in moe_cells.summary(tmp_path / "r.csv")}
     assert rows["bam"][3] == "-10.00 ± 0.00 %"
+
+
+def test_a_study_that_is_divided_among_machines_ends_in_one_table(studies, tmp_path):
+    """Rows of seeds that are not run here stay in the table; those that are run here are replaced."""
+    _, moe_cells = studies
+
+    class Folder:
+        folder = tmp_path
+
+        def branch_seconds(self, seed):
+            return 5.0
+
+    for seed in (0, 1):
+        cell = {"marks": {"none": {"steps": 0, "cpu_seconds": 0.0, "loss": {"a": 1.0 + seed}}}, "parameters": 3}
+        (tmp_path / f"seed{seed}").mkdir()
+        (tmp_path / f"seed{seed}" / "soup.json").write_text(json.dumps(cell | {"start_loss": {"a": 2.0}}))
+    table = tmp_path / "results.csv"
+    for seeds in ([1], [0], [1]):
+        moe_cells.write_csv(table, Folder(), seeds, ["soup"], ["a"])
+    rows = list(csv.DictReader(table.open()))
+    assert [(int(row["seed"]), float(row["perplexity"])) for row in rows] == [
+        (0, pytest.approx(math.e, rel=1e-4)),
+        (1, pytest.approx(math.e**2, rel=1e-4)),
+    ]
+    with pytest.raises(Exception, match="other columns"):
+        moe_cells.write_csv(table, Folder(), [0], ["soup"], ["b"])
