@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import upcycle3d
+from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.moe.language.small_lm import SmallLmConfig
 from upcycle3d.perception.moe.language.text_training import TokenDomains, next_token_loss
 
@@ -137,5 +138,5 @@ def test_a_study_that_is_divided_among_machines_ends_in_one_table(studies, tmp_p
         (0, pytest.approx(math.e, rel=1e-4)),
         (1, pytest.approx(math.e**2, rel=1e-4)),
     ]
-    with pytest.raises(Exception, match="other columns"):
-        moe_cells.write_csv(table, Folder(), [0], ["soup"], ["b"])
+    with pytest.raises(InvalidInput, match="other columns"):
+        moe_cells.write_csv(table, Folder(), [0], [], ["b"])
