@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -161,3 +166,19 @@ def send(engine, computation, id: str, prompt: list[int], count: int, *, samplin
     computation.open(request)
     engine.queue.submit(request)
     return told
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """An application behind a real socket; gives its address, and stops it at the end. Skips where uvicorn is not installed."""
+    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed; the extra `serve` brings it")
+    running = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    thread = Thread(target=running.run)
+    thread.start()
+    try:
+        while not running.started:
+            assert thread.is_alive()
+        yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        running.should_exit = True
+        thread.join(20)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.new_folder import require_empty
 from ..core.short_numbers import score_text
 from ..perception.moe.attention.model_cost import model_cost
 from ..perception.moe.checkpoints.mixtral import MixtralLayout
@@ -20,7 +21,7 @@ from ..perception.moe.language.language_models import LanguageModel, load_langua
 from ..perception.moe.language.language_plans import LanguagePlan, ModelFormat, cost_text
 from ..perception.moe.language.language_upcycling import expert_names, write_model
 from ..perception.moe.language.phases import scored_part
-from ..perception.moe.language.specialists import Specialist, folder_names, require_empty, require_fitting, specialist_names
+from ..perception.moe.language.specialists import Specialist, folder_names, require_fitting, specialist_names
 from ..perception.moe.language.text_scores import perplexity, score_texts, text_rows
 from ..perception.moe.language.text_training import TokenDomains
 from ..perception.moe.report import MoeReport, report_on

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, require
 from ..core.files import locked_folder
+from ..core.new_folder import require_empty
 from ..perception.moe.language.language_models import LanguageModel, named_texts, require_model_folder
 from ..perception.moe.language.phases import TextPhase, held_out, token_domains, train_on
 from ..perception.moe.language.specialists import (
     Specialist,
     read_specialists,
-    require_empty,
     specialist_names,
     train_specialists,
 )

@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from ..core.errors import InvalidInput
+from ..core.new_folder import new_folder, require_empty
 from ..core.short_numbers import score_text
 from ..perception.moe.carving.alternating import AlternatingConfig
 from ..perception.moe.carving.units import units_of_ratio
@@ -26,7 +27,6 @@ from ..perception.moe.language.language_models import (
     require_model_folder,
 )
 from ..perception.moe.language.phases import held_out, token_domains
-from ..perception.moe.language.specialists import new_folder, require_empty
 from ..perception.moe.layers.precision import Precision
 from ..perception.moe.serving.language_carving import LanguageCarving, carve_language
 from ..perception.moe.serving.llama_backbone import LlamaShape

@@ -22,7 +22,7 @@ from .run_folder import why_unfinished
 
 DETECTOR_FILE = "detector.safetensors"
 TEACHER_FILE = "teacher.safetensors"
-_KIND = TensorFileKind(
+DETECTOR_KIND = TensorFileKind(
     name="detector of this program",
     format="upcycle3d detector 3",
     earlier=("upcycle3d detector 2",),
@@ -60,7 +60,7 @@ def save_detector(path: str | Path, detector: Detector) -> None:
     meta = {"config": json.dumps(config_to_json(_Stored(config)))}
     if detector.trained_on is not None:
         meta |= detector.trained_on.as_metadata()
-    write_tensors(path, detector.state_dict(), meta, _KIND)
+    write_tensors(path, detector.state_dict(), meta, DETECTOR_KIND)
 
 
 def load_detector(path: str | Path) -> Detector:
@@ -89,7 +89,7 @@ def load_detector(path: str | Path) -> Detector:
             return _load_checkpoint(folder)
         if folder.is_dir() and not (folder / DETECTOR_FILE).exists() and (unfinished := why_unfinished(folder)):
             raise InvalidInput(f"{folder} holds no {DETECTOR_FILE}: {unfinished}")
-    detector, file = load_module(path, _KIND, _builder, in_run=DETECTOR_FILE)
+    detector, file = load_module(path, DETECTOR_KIND, _builder, in_run=DETECTOR_FILE)
     return _with_training(detector, TrainedOn.from_metadata(file), file.path)
 
 

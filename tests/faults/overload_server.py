@@ -15,4 +15,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, port, most = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     options = MoeServe(folder=folder, budget="20KB", keys_values="1MB", tokens=128, most_requests=most, port=port, grace=5.0)
-    serve(options, serving_config(options), LetterCoder())
+    serve(options, serving_config(options), LetterCoder)

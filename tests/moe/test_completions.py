@@ -12,9 +12,10 @@ from moe_served import GREEDY, LetterCoder, Told, carved_lm
 from upcycle3d.core.errors import InvalidInput, UpcycleError
 from upcycle3d.perception.moe.runtime.requests import QueueClosed, QueueFull
 from upcycle3d.perception.moe.runtime.scheduling import BatchLimits, first_in_first_out
-from upcycle3d.perception.moe.serving.completion_calls import UnknownModel, error_json, read_call, status_of
+from upcycle3d.perception.moe.serving.completion_calls import read_call
 from upcycle3d.perception.moe.serving.completion_server import CompletionServer, ServingConfig
 from upcycle3d.perception.moe.serving.completions import completions_app
+from upcycle3d.perception.moe.serving.http_errors import UnknownModel, error_json, status_of
 from upcycle3d.perception.moe.serving.llama_engine import Completion, LlamaLimits
 from upcycle3d.perception.moe.serving.served_models import open_served
 

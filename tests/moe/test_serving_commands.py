@@ -1,12 +1,12 @@
 """`upcycle3d moe readme|serve|simulate`: texts in, files to serve out, an answered request, and tables that are the same everywhere."""
 
 import json
-import threading
 import urllib.error
 import urllib.request
 
 import pytest
 
+from moe_served import listening
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.moe.runtime.recorded_decisions import DecisionSource, RecordedDecisions, write_decisions
 from upcycle3d.tools import moe_readme, moe_serve, moe_simulate
@@ -155,7 +155,7 @@ def test_readme_carves_writes_and_the_result_answers_a_request_over_http(job, ca
         "experts.safetensors",
         "carved.safetensors",
     }
-    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed; the extra `serve` brings it")
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed; the extra `serve` brings it")
     from upcycle3d.perception.moe.serving.completion_server import CompletionServer
     from upcycle3d.perception.moe.serving.completions import completions_app
     from upcycle3d.perception.moe.serving.hugging_face_coder import HuggingFaceCoder
@@ -166,16 +166,10 @@ def test_readme_carves_writes_and_the_result_answers_a_request_over_http(job, ca
     settings = moe_serve.serving_config(config)
     assert "always in memory" in moe_serve.describe(served, settings)
     server = CompletionServer(served, HuggingFaceCoder(config.folder), settings)
-    running = uvicorn.Server(uvicorn.Config(completions_app(server), host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    try:
-        while not running.started:
-            assert thread.is_alive()
-        port = running.servers[0].sockets[0].getsockname()[1]
+    with listening(completions_app(server)) as address:
 
         def post(body) -> dict:
-            call = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode())
+            call = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode())
             with urllib.request.urlopen(call, timeout=20) as answer:
                 return json.loads(answer.read())
 
@@ -184,9 +178,6 @@ def test_readme_carves_writes_and_the_result_answers_a_request_over_http(job, ca
         assert len(answer["choices"][0]["text"].split()) == 4
         with pytest.raises(urllib.error.HTTPError, match="400"):
             post({"prompt": "w1", "max_tokens": 100})
-    finally:
-        running.should_exit = True
-        thread.join(20)
     assert not server.healthy
 
 

@@ -15,6 +15,7 @@ from typing import get_args
 from torch import nn
 
 from ....core.errors import InvalidInput, require
+from ....core.new_folder import new_folder, require_empty
 from ..attention.attention_sites import plan_attentions
 from ..attention.soft_attention import KeyValues
 from ..checkpoints.mixtral import EXPERTS_NAME, MixtralLayout, save_as_mixtral
@@ -29,7 +30,7 @@ from ..upcycling.upcyclers import RandomRouters, Upcycled, btx, drop_upcycling, 
 from .language_models import LanguageModel, save_language_mixture
 from .language_plans import BaselineMethod, MixOptions, ModelFormat, rule_of
 from .phases import TextPhase, speaker, train_on
-from .specialists import new_folder, require_empty, write_dense
+from .specialists import write_dense
 from .text_scores import longest_row
 from .text_training import TokenDomains
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from ....core.config_json import Json, config_to_json, first_difference
 from ....core.errors import InvalidInput
+from ....core.new_folder import new_folder, require_empty
 from ....core.tensor_file import content_digest
 from ....core.text_files import read_text
 from ..checkpoints.transformers_package import without_progress_bars
@@ -225,41 +224,3 @@ def write_dense(model: nn.Module, folder: Path, source: Path, *, origin: Json = 
         copy_tokenizer(source, work)
         if origin is not None:
             (work / ORIGIN_NAME).write_text(json.dumps(origin, indent=1))
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder that appears complete when the block ends, or not at all when it raises.
-
-    Args:
-        folder: The folder; it must not exist, or be empty.
-
-    Yields:
-        Where to write until then.
-
-    Raises:
-        InvalidInput: The folder holds something.
-        OSError: The folder cannot be written.
-    """
-    require_empty(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        work = Path(temporary) / "model"
-        work.mkdir()
-        yield work
-        if folder.exists():
-            folder.rmdir()
-        work.rename(folder)
-
-
-def require_empty(folder: Path) -> None:
-    """Refuse a folder that holds something: it could be somebody's model, or the result of other options.
-
-    Args:
-        folder: The folder that a model shall be written to.
-
-    Raises:
-        InvalidInput: It exists and is not an empty folder.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InvalidInput(f"{folder} is there already and is not empty; move it away or delete it, or choose another place")

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ....core.errors import InvalidInput, UpcycleError, require
+from ....core.errors import InvalidInput, require
 from ....core.foreign_text import shown
 from ....core.strict_json import strict_json
-from ..runtime.requests import QueueClosed, QueueFull
+from .http_errors import UnknownModel
 from .llama_engine import FinishReason
 from .sampling import Sampling
 from .text_stream import TextCoder
@@ -35,10 +35,6 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 }
 """Fields of the protocol that this server knows but cannot obey: the values that change nothing. None is one of them everywhere."""
 _KNOWN = ("model", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "user")
-
-
-class UnknownModel(InvalidInput):
-    """A request names a model that is not served here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,38 +243,3 @@ class CompletionAnswer:
 
 def _choice(place: int, text: str, finish: FinishReason | None) -> dict[str, Any]:
     return {"index": place, "text": text, "logprobs": None, "finish_reason": finish}
-
-
-def status_of(error: Exception) -> int:
-    """Say which HTTP status an error is answered with.
-
-    Args:
-        error: What went wrong.
-
-    Returns:
-        404 for another model, 429 for overload, 503 while shutting down, 400 for other bad input, else 500.
-    """
-    if isinstance(error, UnknownModel):
-        return 404
-    if isinstance(error, QueueFull):
-        return 429
-    if isinstance(error, QueueClosed):
-        return 503
-    return 400 if isinstance(error, InvalidInput) else 500
-
-
-def error_json(error: Exception, status: int) -> dict[str, Any]:
-    """Write an error as the protocol wants it.
-
-    Args:
-        error: What went wrong.
-        status: HTTP status.
-
-    Returns:
-        JSON values. Of an error that nobody foresaw they say only that there was one: its text may hold what others asked.
-    """
-    kinds = {404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    foreseen = isinstance(error, UpcycleError)
-    message = str(error) if foreseen else "the server made an error, which its log explains"
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}

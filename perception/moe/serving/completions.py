@@ -1,16 +1,7 @@
 """A served language model behind HTTP: `/v1/completions` and `/v1/models` as OpenAI's, `/health` and `/metrics`.
 
-Starlette is imported inside the functions: the extra `serve` installs it. There is no global state; an application belongs to one
-`CompletionServer`.
-
-| what happens | answer |
-|---|---|
-| the queue, or the memory of keys and values, is full | 429 with `Retry-After`, and the bound in the message |
-| the server shuts down | 503 with `Retry-After` |
-| a field is wrong, unknown or cannot be obeyed | 400 that names it |
-| the client goes away | its requests are cancelled before their next step |
-
-Read next: `completion_calls.py`, the JSON.
+A field that is wrong, unknown or cannot be obeyed is a 400 that names it, and 429 also says that the memory of keys and values is full.
+Read next: `completion_calls.py`, the JSON; `endpoints.py`, what all servers share.
 """
 
 from __future__ import annotations
@@ -20,27 +11,22 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from ....core.errors import InvalidInput, UpcycleError
-from ..runtime.metrics import prometheus_text
-from ..runtime.requests import Finished, QueueClosed
-from .completion_calls import CompletionAnswer, CompletionCall, CompletionText, error_json, read_call, status_of
+from ....core.errors import UpcycleError
+from ..runtime.requests import Finished
+from .completion_calls import CompletionAnswer, CompletionCall, CompletionText, read_call
 from .completion_server import CompletionServer
+from .endpoints import GONE, ServerEndpoints, check_served, read_body, server_app, unless_gone
+from .http_errors import error_json, status_of
 from .llama_engine import Completion, TextPart
 
 log = logging.getLogger(__name__)
 
 MOST_BODY_BYTES = 4 << 20
 """Bytes of the largest request body that is read."""
-_GONE = 499
-"""Status in the log of a request whose client went away; nobody reads it."""
-
-
-class BodyTooLarge(InvalidInput):
-    """The body of a request has more bytes than are read."""
 
 
 def completions_app(server: CompletionServer, *, grace: float = 0.0, retry_after: int = 1) -> Any:
@@ -60,34 +46,17 @@ def completions_app(server: CompletionServer, *, grace: float = 0.0, retry_after
     Example:
         uvicorn.run(completions_app(server), host="127.0.0.1", port=8000)
     """
-    try:
-        from starlette.applications import Starlette
-        from starlette.routing import Route
-    except ImportError as error:
-        raise InvalidInput(
-            "the endpoints need the package starlette, which is not installed; pip install -c constraints.txt -e '.[serve]'"
-        ) from error
     ends = CompletionEndpoints(server, retry_after=retry_after)
-
-    @asynccontextmanager
-    async def lifespan(app: Any) -> AsyncIterator[None]:
-        yield
-        await asyncio.get_running_loop().run_in_executor(None, partial(server.close, grace=grace))
-
-    routes = [
-        Route("/v1/completions", ends.complete, methods=["POST"]),
-        Route("/v1/models", ends.models, methods=["GET"]),
-        Route("/health", ends.health, methods=["GET"]),
-        Route("/metrics", ends.metrics, methods=["GET"]),
-    ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    routes = {"/v1/completions": ("POST", ends.complete), "/v1/models": ("GET", ends.models)}
+    return server_app(ends, server, routes, grace=grace)
 
 
-class CompletionEndpoints:
-    """The endpoints of one server, as Starlette calls them."""
+class CompletionEndpoints(ServerEndpoints):
+    """The endpoints of one language model, as Starlette calls them."""
 
     def __init__(self, server: CompletionServer, *, retry_after: int = 1) -> None:
-        self._server, self._retry_after = server, retry_after
+        super().__init__(server, retry_after=retry_after)
+        self._server = server
         self._created = int(time.time())
 
     async def models(self, request: Any) -> Any:
@@ -104,37 +73,6 @@ class CompletionEndpoints:
         told = {"id": self._server.description.name, "object": "model", "created": self._created, "owned_by": "upcycle3d"}
         return JSONResponse({"object": "list", "data": [told]})
 
-    async def health(self, request: Any) -> Any:
-        """Say whether requests are taken.
-
-        Args:
-            request: Starlette's request.
-
-        Returns:
-            Starlette's response: 200 or 503.
-        """
-        from starlette.responses import JSONResponse
-
-        good = self._server.healthy
-        return JSONResponse({"status": "ok" if good else "not serving"}, status_code=200 if good else 503)
-
-    async def metrics(self, request: Any) -> Any:
-        """Give the report of the runtime to Prometheus.
-
-        Args:
-            request: Starlette's request.
-
-        Returns:
-            Starlette's response.
-        """
-        from starlette.responses import PlainTextResponse
-
-        try:
-            text = prometheus_text(self._server.report())
-        except InvalidInput as error:  # prometheus_client is not installed
-            return PlainTextResponse(str(error), status_code=501)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
-
     async def complete(self, request: Any) -> Any:
         """Complete prompts, as a whole or as a stream of server-sent events.
 
@@ -148,33 +86,22 @@ class CompletionEndpoints:
         from starlette.responses import JSONResponse, Response
 
         try:
-            body = await _body(request)
+            body = await read_body(request, most=MOST_BODY_BYTES, advice="send fewer prompts at once")
             call = read_call(body, model=self._server.description.name, coder=self._server.coder)
             running = _RunningCall(self._server, call)
-        except BodyTooLarge as error:
-            return JSONResponse(error_json(error, 413), status_code=413)
         except UpcycleError as error:
-            return self._refusal(error)
+            return self.refusal(error)
         except ClientDisconnect:
-            return Response(status_code=_GONE)
+            return Response(status_code=GONE)
         if call.stream:
             return _streamed(running)
         try:
-            answer = await _unless_gone(request.receive, running.whole())
+            answer = await unless_gone(request.receive, running.whole())
         except Exception as error:
-            return self._refusal(error)
+            return self.refusal(error)
         finally:
             running.cancel()
-        return Response(status_code=_GONE) if answer is None else JSONResponse(answer)
-
-    def _refusal(self, error: Exception) -> Any:
-        from starlette.responses import JSONResponse
-
-        status = status_of(error)
-        if not isinstance(error, UpcycleError):
-            log.error("a completion failed", exc_info=error)
-        headers = {"Retry-After": str(self._retry_after)} if status in (429, 503) else None
-        return JSONResponse(error_json(error, status), status_code=status, headers=headers)
+        return Response(status_code=GONE) if answer is None else JSONResponse(answer)
 
 
 class _RunningCall:
@@ -226,20 +153,13 @@ class _RunningCall:
             place, news = await self._news.get()
             if isinstance(news, Finished):
                 self._open.pop(place, None)
-                self._check(news)
+                check_served(news)
                 continue
             text = self._texts[place]
             text.text += news.text
             text.tokens += 1
             text.finish = news.finish
             yield place, news
-
-    def _check(self, end: Finished) -> None:
-        """Raise what a request ended with, unless it was served."""
-        if end.status == "failed" and end.error is not None:
-            raise UpcycleError(str(end.error)) if isinstance(end.error, InvalidInput) else end.error
-        if end.status in ("refused", "cancelled"):
-            raise QueueClosed("the request was open when the server shut down; send it to another one")
 
     def _tell(self, place: int, news: TextPart | Finished) -> None:
         """Called from the engine's thread."""
@@ -255,7 +175,7 @@ def _streamed(running: _RunningCall) -> Any:
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             try:
                 with suppress(OSError):  # the client left while a part was sent
-                    await _unless_gone(receive, self.stream_response(send))
+                    await unless_gone(receive, self.stream_response(send))
             finally:
                 running.cancel()
 
@@ -265,31 +185,3 @@ def _streamed(running: _RunningCall) -> Any:
 
 def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
-
-
-async def _body(request: Any) -> bytes:
-    """Read a body of limited size."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MOST_BODY_BYTES:
-            raise BodyTooLarge(f"the body of the request has more than {MOST_BODY_BYTES:,} bytes; send fewer prompts at once")
-        parts.append(part)
-    return b"".join(parts)
-
-
-async def _unless_gone(receive: Any, work: Any) -> Any:
-    """Wait for a coroutine, or for the client to leave; None then."""
-
-    async def left() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(left())
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        for one in (task, gone):
-            one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
