@@ -31,6 +31,7 @@ COMMANDS = {
     "extract": ("extract", "vehicle: turn scans into shards of smashed scenes"),
     "mix": ("mix", "gateway: shuffle the scenes of many vehicles into new shards"),
     "ingest": ("ingest", "server: verify shards, quarantine bad ones, add the rest to a store"),
+    "select": ("select", "name the stored scenes whose raw frames are worth a label (active learning)"),
     "upcycle": ("upcycle", "train on labeled frames and smashed scenes, by UpCycling or a baseline (--method)"),
     "moe dmu": ("moe_dmu", "upcycle a Hugging Face CLIP to experts that tell apart what the base cannot; resumable"),
     "moe bam": ("moe_bam", "train specialists of a Hugging Face Llama, and mix them with their attentions (BAM)"),
