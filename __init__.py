@@ -40,7 +40,7 @@ _PUBLIC = {
     "load_encoder": ("perception.wire.encoder_file", "load_encoder"),
     "prepare": ("datasets.prepare", "prepare"),
     "train": ("perception.recipes.jobs", "train_preset"),
-    "upcycle": ("perception.recipes.jobs", "upcycle_preset"),
+    "upcycle": ("perception.recipes.upcycling_job", "upcycle_preset"),
 }
 
 __all__ = [
@@ -77,7 +77,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` lo
     from .perception.adapt.detection.adapt_detector import adapt_detector as adapt
     from .perception.recipes.jobs import evaluate_on as evaluate
     from .perception.recipes.jobs import train_preset as train
-    from .perception.recipes.jobs import upcycle_preset as upcycle
+    from .perception.recipes.upcycling_job import upcycle_preset as upcycle
     from .perception.server.ingest import ingest
     from .perception.server.store import SmashedStore
     from .perception.training.detector_files import load_detector

@@ -69,6 +69,42 @@ class LabeledBatches:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedBatches:
+    """Batches that take a fixed share of their frames from a second split: few frames that matter as much as many others.
+
+    All frames of the training are counted. Those of the second split are spread evenly, so each batch has its share, rounded, and over the
+    training the share is exact.
+    """
+
+    first: LabeledBatches
+    """Frames one at a time (`batch_size` 1)."""
+    second: LabeledBatches
+    """Frames of the second split, one at a time."""
+    batch_size: int
+    """Frames per batch, of both splits together."""
+    share: float
+    """Share of the frames that come from `second`, 0..1."""
+
+    def __post_init__(self) -> None:
+        if self.first.batch_size != 1 or self.second.batch_size != 1:
+            raise InvalidInput(
+                f"SharedBatches takes frames one at a time; make both parts with batch_size=1, found {self.first.batch_size} and "
+                f"{self.second.batch_size}"
+            )
+        if self.batch_size < 1 or not 0 <= self.share <= 1:
+            raise InvalidInput(
+                f"SharedBatches needs a batch of at least 1 and a share in 0..1, found {self.batch_size} and {self.share}"
+            )
+
+    def __call__(self, step: int) -> tuple[Frame, ...]:
+        frames: list[Frame] = []
+        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
+            before, after = (int(count * self.share) for count in (number, number + 1))
+            frames += self.second(before) if after > before else self.first(number - before)
+        return tuple(frames)
+
+
+@dataclass(frozen=True, kw_only=True)
 class UnlabeledScan:
     """A raw scan without labels. The teacher sees it unmoved, the student sees it moved."""
 

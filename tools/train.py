@@ -11,7 +11,8 @@ import tyro
 from ..core.errors import InvalidInput
 from ..core.foreign_text import shown
 from ..datasets.data_split import DataSplit
-from ..perception.recipes.jobs import JobStart, train_preset
+from ..perception.recipes.job_start import JobStart
+from ..perception.recipes.jobs import train_preset
 from ..perception.recipes.presets import PRESETS, Preset
 from ..perception.recipes.validation import Validation
 from .console import console, print_table, print_warning, run_command, settle, warnings_so_far, write_json

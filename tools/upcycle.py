@@ -1,4 +1,4 @@
-"""`upcycle3d upcycle PRESET`: train the server half on labeled frames and smashed scenes. Read next: `perception/recipes/jobs.py`."""
+"""`upcycle3d upcycle PRESET`: train the server half on labeled frames and smashed scenes. Read next: `perception/recipes/upcycling_job.py`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import tyro
 
 from ..core.foreign_text import shown
 from ..perception.recipes.fleet_stores import rigs_of_options
-from ..perception.recipes.jobs import upcycle_preset
+from ..perception.recipes.labeled_half import TargetLabels
 from ..perception.recipes.presets import Preset
+from ..perception.recipes.upcycling_job import upcycle_preset
 from ..perception.server.methods import METHODS
 from ..perception.training.detector_files import load_detector
 from .console import console, print_table, run_command, warnings_so_far, write_json
@@ -37,6 +38,11 @@ class Upcycle:
     store: tuple[Path, ...] = ()
     """Store of the fleet's smashed scenes, for the methods that learn from them. Give several for fleets of several kinds of vehicles that
     run one encoder: scenes are drawn in proportion to their number, so one epoch sees every scene once."""
+    target_labels: DataOption | None = None
+    """A few labeled frames of the target, where drivers gave some (`upcycle3d select` says which to ask for); `train` where no split is
+    named. They join the labeled half, and F-GT pastes their objects too."""
+    target_share: float = TargetLabels.share
+    """Share of the labeled frames of the training that are drawn from `--target-labels`; 1 leaves out `--data`."""
     raw: DataOption | None = None
     """Raw unlabeled scans, for the methods that learn from them; `unlabelled` where no split is named. Labels are not read."""
     z_shift: tuple[float, ...] = ()
@@ -85,6 +91,8 @@ def command(config: Upcycle) -> None:
         config.detector,
         config.out,
         method=config.method,
+        target_labels=config.target_labels,
+        target_share=config.target_share,
         store=config.store or None,
         raw=config.raw,
         rig=rigs_of_options(config.z_shift, config.intensity_scale, config.store, trained),
@@ -102,8 +110,8 @@ def command(config: Upcycle) -> None:
         return
     print_table(
         "upcycled",
-        ("method", "labeled frames", "unlabeled scenes", "steps"),
-        [(config.method, outcome.frames, outcome.scenes, outcome.steps)],
+        ("method", "labeled frames", "labeled target frames", "unlabeled scenes", "steps"),
+        [(config.method, outcome.frames, outcome.target_frames, outcome.scenes, outcome.steps)],
     )
     console.print(f"student and teacher: {config.out}; next: {scoring_command(config.out, config.data)}", soft_wrap=True)
     if outcome.best is not None:
@@ -113,6 +121,7 @@ def command(config: Upcycle) -> None:
     report = {
         "method": config.method,
         "labeled": outcome.frames,
+        "target_labels": outcome.target_frames,
         "scenes": outcome.scenes,
         "steps": outcome.steps,
         "run": str(config.out),

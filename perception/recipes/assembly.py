@@ -20,9 +20,8 @@ from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
 from ..models.encoders.fingerprint import encoder_fingerprint
 from ..server.feature_object_database import FeatureObjectDatabase, build_feature_object_database
-from ..server.methods import Method
 from ..server.store import SmashedStore
-from ..server.upcycle_config import FeatureGtConfig, UpcycleConfig
+from ..server.upcycle_config import FeatureGtConfig
 from .own_classes import classes_with_objects
 from .presets import Preset
 
@@ -43,7 +42,7 @@ def labeled_batches(
         batch_size: Frames per batch.
         seed: Decides the order of the frames and every random draw of the augmentation.
         size_shift: Meters added to length, width and height of every labeled object. (0, 0, 0) keeps the preset's shift. `upcycle`
-            passes the shift of F-GT's pasted objects, so that both have the same size.
+            passes the shift of F-GT's pasted objects, so that both have the same size (`labeled_half.py`).
 
     Returns:
         The batches as a function of the step.
@@ -65,28 +64,6 @@ def labeled_batches(
         keep_range=preset.detector.encoder.grid.range,
         gt_sampler=sampler,
     )
-
-
-def method_batches(preset: Preset, method: Method, data: DataSplit, config: UpcycleConfig, *, seed: int) -> LabeledBatches:
-    """Batches of the labeled half for a method of the server's training. The split's GT database is built if it is not there.
-
-    Args:
-        preset: Detector (classes and range) and augmentation.
-        method: Its `labeled` decides about the size shift of F-GT: the oracles' labels come from the target and have its sizes already.
-        data: The labeled split.
-        config: Frames per batch, and F-GT's size shift.
-        seed: Decides the order of the frames and every random draw of the augmentation.
-
-    Returns:
-        The batches as a function of the step.
-
-    Raises:
-        InvalidInput: The dataset was prepared for other classes, or the database was built from another split.
-    """
-    shift = config.f_gt.size_shift if method.labeled == "source" else (0.0, 0.0, 0.0)
-    if preset.train.gt_sampling:
-        data.ensure_gt_database()
-    return labeled_batches(preset, data, batch_size=config.labeled_batch, seed=seed, size_shift=shift)
 
 
 def check_classes(preset: Preset, frames: PreparedDataset) -> None:

@@ -93,6 +93,12 @@ class UpcyclingRecord:
     """Rig of the fleet of each of them."""
     further_digests: tuple[str, ...] = ()
     """SHA-256 of the scenes of each of them."""
+    target_labels: DataSplit | None = None
+    """A few labeled frames of the target, with an absolute folder; None without them and in runs of earlier versions."""
+    target_fingerprint: str = ""
+    """Fingerprint of their frames, labels and points; empty without them."""
+    target_share: float = 0.0
+    """Share of the labeled frames that are drawn from them; 0 without them."""
 
 
 _PLACES = {  # a place, the content there, what it is in messages, and the option that names it
@@ -101,6 +107,7 @@ _PLACES = {  # a place, the content there, what it is in messages, and the optio
     "detector": ("detector_digest", "the source model", "--detector"),
     "store": ("store_digest", "the store", "--store"),
     "raw.root": ("raw_fingerprint", "the split of raw scans", "--raw"),
+    "target_labels.root": ("target_fingerprint", "the split of labeled target frames", "--target-labels"),
 }
 
 

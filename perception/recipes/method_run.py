@@ -29,8 +29,9 @@ from ..server.trainer import upcycle
 from ..server.upcycle_config import UpcycleConfig
 from ..training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
 from ..training.run_folder import RunFolder
-from .assembly import method_batches, unlabeled_batches
+from .assembly import unlabeled_batches
 from .job_folder import JobFolder
+from .labeled_half import LabeledHalf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,7 @@ def _train(job: JobFolder, detector: Detector, method: Method, config: UpcycleCo
     return upcycle(
         detector,
         method=method,
-        labeled=method_batches(c.preset, method, _labels_of(job, method), config, seed=c.seed),
+        labeled=LabeledHalf(data=_labels_of(job, method)).batches(c.preset, method, config, seed=c.seed),
         store=job.store(detector) if method.unlabeled == "smashed" else None,
         scans=scans,
         pasted_objects=job.feature_objects(detector, config.f_gt) if method.f_gt else None,

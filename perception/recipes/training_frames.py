@@ -8,6 +8,7 @@ Read next: `job_records.py`, which makes the records.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,13 @@ def shared_frames_note(detector: str | Path, frames: PreparedDataset) -> str | N
     Returns:
         A sentence; None where no frame is shared, or where no run folder says what the training read.
     """
-    for record in _records(Path(detector)):
-        data = record.get("data")
-        if not isinstance(data, dict) or not isinstance(data.get("root"), str):
-            continue
+    for data, fingerprint in _splits(Path(detector)):
         name, shared = data.get("name"), 0
         try:
             learned = DataSplit(root=Path(data["root"]), name=name if isinstance(name, str) else None).open()
             shared = shared_with(learned, frames)
         except (UpcycleError, OSError):  # moved or removed
-            if same_split(str(record.get("data_fingerprint")), frames.split_fingerprint()):
+            if same_split(fingerprint, frames.split_fingerprint()):
                 shared = len(frames)
         if shared:
             which = "" if name is None else f":{name}"
@@ -74,15 +72,22 @@ def training_is_recorded(detector: str | Path) -> bool:
     Returns:
         True if they can be compared with others.
     """
-    for record in _records(Path(detector)):
-        data = record.get("data")
-        if isinstance(data, dict) and isinstance(data.get("root"), str):
-            try:
-                DataSplit(root=Path(data["root"]), name=data.get("name")).open()
-            except (UpcycleError, OSError):  # moved or removed
-                continue
-            return True
+    for data, _ in _splits(Path(detector)):
+        try:
+            DataSplit(root=Path(data["root"]), name=data.get("name")).open()
+        except (UpcycleError, OSError):  # moved or removed
+            continue
+        return True
     return False
+
+
+def _splits(detector: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The splits that a detector has learned from, each with its fingerprint."""
+    for record in _records(detector):
+        for place, content in (("data", "data_fingerprint"), ("target_labels", "target_fingerprint")):
+            data = record.get(place)
+            if isinstance(data, dict) and isinstance(data.get("root"), str):
+                yield data, str(record.get(content))
 
 
 def _records(place: Path) -> list[dict[str, Any]]:

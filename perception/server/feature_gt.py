@@ -70,6 +70,36 @@ class ObjectDatabase(Protocol):
     def __getitem__(self, index: int, /) -> FeatureObject: ...
 
 
+class JoinedObjects:
+    """Several databases read as one: the objects of the first, then those of the second, and so on.
+
+    Example:
+        objects = JoinedObjects([database_of_the_source, database_of_a_few_target_frames])
+    """
+
+    def __init__(self, databases: Sequence[ObjectDatabase]) -> None:
+        """Join databases.
+
+        Args:
+            databases: At least one, all of one encoder and with objects cut alike.
+        """
+        self._databases = tuple(databases)
+        self.boxes = torch.cat([d.boxes for d in databases])
+        self.classes = torch.cat([d.classes for d in databases])
+        self._ends = np.cumsum([len(d) for d in databases])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> FeatureObject:
+        """Read object `index`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"the databases hold {len(self)} objects, asked for {index}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        database = self._databases[number]
+        return database[index - int(self._ends[number]) + len(database)]
+
+
 def sample_objects(
     database: ObjectDatabase, labels: Labels, obstacles: Boxes3D, config: FeatureGtConfig, rng: np.random.Generator
 ) -> list[FeatureObject]:

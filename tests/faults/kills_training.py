@@ -12,7 +12,8 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  takes seconds t
 
 import tiny
 from faults.killing import KillCase
-from upcycle3d.perception.recipes.jobs import train_preset, upcycle_preset
+from upcycle3d.perception.recipes.jobs import train_preset
+from upcycle3d.perception.recipes.upcycling_job import upcycle_preset
 from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
 
 STEPS = 4

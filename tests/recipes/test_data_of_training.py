@@ -24,10 +24,12 @@ from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.perception.recipes.audit_inputs import check_audit_inputs
 from upcycle3d.perception.recipes.audit_membership import MembershipPlan, check_membership
-from upcycle3d.perception.recipes.jobs import JobStart, evaluate_on, train_preset, upcycle_preset
+from upcycle3d.perception.recipes.job_start import JobStart
+from upcycle3d.perception.recipes.jobs import evaluate_on, train_preset
 from upcycle3d.perception.recipes.presets import PRESETS
 from upcycle3d.perception.recipes.scan_survey import describe_training, expected_road, survey_split
 from upcycle3d.perception.recipes.training_frames import shared_frames_note
+from upcycle3d.perception.recipes.upcycling_job import upcycle_preset
 from upcycle3d.perception.recipes.validation import Validation
 from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
 from upcycle3d.perception.training.run_folder import RunFolder

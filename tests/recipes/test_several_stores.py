@@ -11,9 +11,11 @@ import tiny
 from upcycle3d.core.errors import Interrupted, InvalidInput
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.datasets.data_split import DataSplit
-from upcycle3d.perception.recipes import jobs
+from upcycle3d.perception.recipes import upcycling_job
 from upcycle3d.perception.recipes.fleet_stores import StoreShare, few_scenes_notes, labeled_rig_note, rigs_of_options
-from upcycle3d.perception.recipes.jobs import JobStart, train_preset, upcycle_preset
+from upcycle3d.perception.recipes.job_start import JobStart
+from upcycle3d.perception.recipes.jobs import train_preset
+from upcycle3d.perception.recipes.upcycling_job import upcycle_preset
 from upcycle3d.perception.server.ingest import ingest
 from upcycle3d.perception.server.store import SmashedStore
 from upcycle3d.perception.training.detector_files import load_detector
@@ -129,7 +131,7 @@ def test_a_run_of_two_stores_that_was_stopped_ends_as_one_that_was_not_also_afte
     data, runs, stores, tmp_path, monkeypatch
 ):
     learn(data, runs, tmp_path / "whole", stores, (CAR, TRUCK))
-    real = jobs.upcycle
+    real = upcycling_job.upcycle
 
     def stopped(*arguments, after_step, **options):
         def stop(step, student):
@@ -140,7 +142,7 @@ def test_a_run_of_two_stores_that_was_stopped_ends_as_one_that_was_not_also_afte
         return real(*arguments, after_step=stop, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "upcycle", stopped)
+        patch.setattr(upcycling_job, "upcycle", stopped)
         with pytest.raises(Interrupted):
             learn(data, runs, tmp_path / "run", stores, (CAR, TRUCK))
     moved = [shutil.copytree(store, tmp_path / f"store{i}") for i, store in enumerate(stores)]

@@ -19,8 +19,10 @@ from upcycle3d.core.structures import Labels
 from upcycle3d.datasets.data_split import DataSplit
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.perception.recipes import jobs
-from upcycle3d.perception.recipes.jobs import train_preset, upcycle_preset
+from upcycle3d.perception.recipes.job_start import JobStart
+from upcycle3d.perception.recipes.jobs import train_preset
 from upcycle3d.perception.recipes.own_classes import preset_for_classes
+from upcycle3d.perception.recipes.upcycling_job import upcycle_preset
 from upcycle3d.perception.recipes.validation import Validation
 from upcycle3d.perception.server.ingest import ingest
 from upcycle3d.perception.training import checkpoint
@@ -202,7 +204,7 @@ def test_a_run_with_its_own_number_of_steps_needs_no_number_to_go_on(data, tmp_p
 
 
 def test_a_folder_that_is_taken_is_refused_before_the_data_are_read(data, finished, tmp_path):
-    def read(start: jobs.JobStart) -> None:
+    def read(start: JobStart) -> None:
         raise AssertionError("the data were read")
 
     (tmp_path / "notes").mkdir()
@@ -315,9 +317,9 @@ def test_a_store_of_two_codecs_is_used_whole_and_the_rounding_of_the_labeled_hal
     ingest(incoming, tmp_path / "store", expected_fingerprint=extractor.fingerprint, expected_spec=extractor.spec)
     with pytest.raises(InvalidInput, match=r"several codecs \(fp16 1, int8 2\). All of them are used"):
         upcycle_preset(tiny.preset(), data, finished, tmp_path / "run", store=tmp_path / "store")
-    starts: list[jobs.JobStart] = []
+    starts: list[JobStart] = []
 
-    def look(start: jobs.JobStart) -> None:
+    def look(start: JobStart) -> None:
         starts.append(start)
         raise Stop
 

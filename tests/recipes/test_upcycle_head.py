@@ -17,7 +17,9 @@ from upcycle3d.perception.models.encoders.fingerprint import encoder_fingerprint
 from upcycle3d.perception.models.upcycled import UpcycledDetectorConfig
 from upcycle3d.perception.moe.detectors.calibrate import GateUse
 from upcycle3d.perception.recipes.gate_start import StoreStart, gate_notes
-from upcycle3d.perception.recipes.jobs import JobStart, train_preset, upcycle_preset
+from upcycle3d.perception.recipes.job_start import JobStart
+from upcycle3d.perception.recipes.jobs import train_preset
+from upcycle3d.perception.recipes.upcycling_job import upcycle_preset
 from upcycle3d.perception.training.detector_files import load_detector
 from upcycle3d.perception.training.run_folder import RunFolder
 from upcycle3d.tools import evaluate, export, inspect, moe_detector, predict
