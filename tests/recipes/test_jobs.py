@@ -12,11 +12,12 @@ from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.rig import RigSpec
 from upcycle3d.datasets.data_split import DataSplit
 from upcycle3d.datasets.prepared import PreparedDataset
-from upcycle3d.perception.recipes import assembly, jobs
+from upcycle3d.perception.recipes import assembly, jobs, labeled_half
 from upcycle3d.perception.recipes.experiment_data import SimulationSize, simulated_adaptation
 from upcycle3d.perception.recipes.job_inputs import find_data
 from upcycle3d.perception.recipes.own_classes import preset_for_classes
 from upcycle3d.perception.recipes.presets import SMALL
+from upcycle3d.perception.recipes.upcycling_job import upcycle_preset
 from upcycle3d.perception.server.methods import METHODS, method_record
 from upcycle3d.perception.server.pseudo_labels import hybrid_labels, trusted_labels
 from upcycle3d.perception.training.detector_files import load_detector, save_run_detector
@@ -72,7 +73,7 @@ def test_upcycling_warns_of_labeled_data_with_another_rig_or_road_than_in_traini
     detector.trained_on = other
     save_run_detector(tmp_path / "other", detector)
     with pytest.warns(UserWarning, match="the training had z_shift") as said:
-        outcome = jobs.upcycle_preset(
+        outcome = upcycle_preset(
             SMALL, data, tmp_path / "other", tmp_path / "run", method="source_continued", steps=1, progress=False
         )
     texts = [str(warning.message) for warning in said]
@@ -100,13 +101,13 @@ def test_training_refuses_wrong_options_and_leaves_the_folder_free(data, tmp_pat
 )
 def test_upcycling_refuses_wrong_options_and_leaves_the_folder_free(data, source, tmp_path, wrong, message):
     with pytest.raises(InvalidInput, match=message):
-        jobs.upcycle_preset(SMALL, data, source, tmp_path / "run", **{"method": "source_only", **wrong})
+        upcycle_preset(SMALL, data, source, tmp_path / "run", **{"method": "source_only", **wrong})
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_an_own_method_is_resumed_with_the_same_functions_only(data, source, tmp_path):
     def upcycle(method, *, resume=False):
-        jobs.upcycle_preset(SMALL, data, source, tmp_path, method=method, steps=1, resume=resume, progress=False)
+        upcycle_preset(SMALL, data, source, tmp_path, method=method, steps=1, resume=resume, progress=False)
 
     own = replace(METHODS["source_continued"], summary="mine", label_rule=hybrid_labels)
     upcycle(own)
@@ -148,9 +149,9 @@ def test_only_source_labels_get_the_size_shift_of_f_gt(data, source, tmp_path, m
         seen.append(size_shift)
         raise Stopped
 
-    monkeypatch.setattr(assembly, "labeled_batches", stop)
+    monkeypatch.setattr(labeled_half, "labeled_batches", stop)
     with pytest.raises(Stopped):
-        jobs.upcycle_preset(preset, data, source, tmp_path, method=method)
+        upcycle_preset(preset, data, source, tmp_path, method=method)
     assert seen == [shift if shifted else (0.0, 0.0, 0.0)]
 
 
