@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_arms import ARMS, REFERENCE, TOP2, Branches, Budget, Task, evaluate, untrained_losses, usage_of
+from paired import half_width
 from torch import nn
 
 from upcycle3d.core.errors import InvalidInput
@@ -249,8 +250,7 @@ def summary(path: Path, *, baseline: str = "btx_soft") -> list[tuple[str, ...]]:
         against = [100 * (math.exp(v - values[baseline, mark, s]) - 1) for s, v in mine.items() if (baseline, mark, s) in values]
         text = "-"
         if len(against) > 1:
-            half = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(against), 2.0) * statistics.stdev(against) / len(against) ** 0.5
-            text = f"{statistics.fmean(against):+.2f} ± {half:.2f} %"
+            text = f"{statistics.fmean(against):+.2f} ± {half_width(against):.2f} %"
         elif against:
             text = f"{against[0]:+.2f} %"
         lines.append((arm, mark, f"{math.exp(statistics.fmean(mine.values())):.3f}", text))

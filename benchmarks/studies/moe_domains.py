@@ -54,6 +54,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; s
 
 import torch
 from moe_domain_bench import DOMAINS, PRESETS, Bench, Made, StudyPlan, purity
+from paired import half_width
 
 from upcycle3d.core.config_json import Json
 from upcycle3d.core.frame import Frame
@@ -332,9 +333,9 @@ def report(cache: ResultCache) -> None:
         ("dense_upcycled", "source_continued", "smashed scenes help a dense head"),
     ):
         if values := _paired(found, one, other):
-            verdict = "shown" if len(values) > 1 and statistics.fmean(values) > _half_width(values) else "not shown"
+            verdict = "shown" if len(values) > 1 and statistics.fmean(values) > half_width(values) else "not shown"
             fired = "; the falsifier fired" if statistics.fmean(values) <= 0 else ""
-            print(f"{claim}: {one} - {other} = {_spread(values)} (95 % half width {_half_width(values):.1f}): {verdict}{fired}")
+            print(f"{claim}: {one} - {other} = {_spread(values)} (95 % half width {half_width(values):.1f}): {verdict}{fired}")
     for domain in DOMAINS if "btx" in found and "specialists_oracle" in found else ():
         values = _paired(found, "btx", "specialists_oracle", domain)
         fired = "; the falsifier fired" if statistics.fmean(values) < -1 else ""
@@ -355,12 +356,6 @@ def _spread(values: Sequence[float]) -> str:
     if not values:
         return "-"
     return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def _half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of a mean by Student's t."""
-    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-    return quantile.get(len(values), 2.0) * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("inf")
 
 
 def main() -> None:
