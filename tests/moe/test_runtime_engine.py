@@ -210,3 +210,17 @@ def test_the_oldest_leads_is_faster_where_moving_experts_is_the_dearest_part():
             fifo, leads = (getattr(report.latency, name) for report in reports)
             means[name].append(leads / fifo)
     assert all(sum(ratios) / 5 < 0.9 for ratios in means.values()), means
+
+
+def test_a_batch_that_moves_nothing_asks_memory_once_and_not_for_each_layer():
+    """The overhead of a step without a miss must not grow with the layers. The accesses are counted as before: one for each layer."""
+    engine, computation, _ = engine_of(budget=10_000, experts=2, layers=8)
+    asked: list[int] = []
+    hold = engine.memory.hold
+    engine.memory.hold = lambda pieces, future: asked.append(len(pieces)) or hold(pieces, future)
+    run_all(engine, [sequence("a", [0, 1, 0], [1, 0, 0])])
+    assert len(computation.batches) == 4
+    assert asked[-2:] == [8, 8]  # the last two steps: expert 0 in eight layers, once
+    counts = engine.memory.counts
+    assert counts.accesses == 8 * (2 + 1 + 1 + 1)
+    assert counts.misses + counts.late <= 16

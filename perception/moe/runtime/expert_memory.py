@@ -170,6 +170,17 @@ class ExpertMemory:
             budget=self._cache.budget,
         )
 
+    def there(self, piece: int) -> bool:
+        """Say whether a piece is in memory and not only on its way.
+
+        Args:
+            piece: Number of the piece.
+
+        Returns:
+            Whether it can be used without waiting.
+        """
+        return piece in self._cache and piece not in self._arriving
+
     def bytes_of(self, piece: int) -> int:
         """Get the size of a piece, and refuse one that is larger than the budget.
 

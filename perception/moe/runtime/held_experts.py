@@ -60,6 +60,7 @@ class HeldExperts:
         self._following = tuple(following)
         self._held: tuple[int, ...] = ()
         self._settled_at: int | None = None
+        self._whole: bool | None = None
 
     def waves(self, layer: int = 0) -> Iterator[Wave]:
         """Bring the experts of one layer into memory, wave by wave. What is there already comes first, and the next ones are fetched.
@@ -76,6 +77,15 @@ class HeldExperts:
             InvalidInput: There is no such layer, or the last wave is still in use.
         """
         require(0 <= layer < self.layout.layers, f"layer {layer} is not one of {self.layout.layers}")
+        if self._whole is None:
+            self._whole = self._hold_everything()
+        if self._whole:
+            begin = self._clock.now()
+            try:
+                yield Wave(layer=layer, experts=self.batch.experts, works=self.batch.works)
+            finally:
+                self.routed_seconds += self._clock.now() - begin
+            return
         planned = self._by_expert(layer) if self.layout.layers > 1 else self._by_work()
         for place, wave in enumerate(planned):
             require(not self._held, "a wave must be finished before the next one is taken")
@@ -100,6 +110,26 @@ class HeldExperts:
             finally:
                 self.routed_seconds += self._clock.now() - begin
                 self.close()
+
+    def _hold_everything(self) -> bool:
+        """Hold the experts of all layers at once if nothing must be moved, for this batch or for those after it.
+
+        So a step without a miss costs one call and not one for each layer. A step that must move something lets each layer go when it is
+        done, because its place may be wanted.
+        """
+        layers = range(self.layout.layers)
+        if self.layout.layers == 1 or not all(
+            self._memory.there(self.layout.piece(expert, layer))
+            for batch in (self.batch, *self._following)
+            for layer in layers
+            for expert in batch.experts
+        ):
+            return False
+        pieces = tuple(self.layout.piece(expert, layer) for layer in layers for expert in self.batch.experts)
+        errors = self._memory.hold(pieces, partial(iter, ()))
+        assert not errors  # nothing was loaded
+        self._held = pieces
+        return True
 
     def close(self) -> None:
         """Let go of what is held. The engine calls it after the computation, however that ended."""
