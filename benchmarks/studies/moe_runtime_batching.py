@@ -72,8 +72,8 @@ BOUNDS = {"8 works": 8, "no bound": None}
 
 
 def arrival_order(waiting: Sequence[Work], batch: OpenBatch) -> None:
-    """Requests in the order of their arrival; a trace numbers them so."""
-    first_in_first_out(sorted(waiting, key=lambda work: int(work.request.id)), batch)
+    """Requests in the order of their arrival: traces and servers number them so."""
+    first_in_first_out(sorted(waiting, key=lambda work: int(work.request.id.removeprefix("cmpl-"))), batch)
 
 
 def shortest_leads(waiting: Sequence[Work], batch: OpenBatch) -> None:

@@ -7,7 +7,7 @@
 * *Alone*: one request at a time, all experts in memory, in turns: the dense model of Hugging Face; the dense model in our decoder; the
   carved model in our decoder (the plain forward pass, pre-gate included); the same behind queue, scheduler and memory. The difference of
   the last two is the runtime's overhead. `promise` is the dense model's active parameters divided by the carved one's.
-* *Replay*: one trace of requests in real time, their prompts from test documents of four domains, again and again in turns. Texts do not end
+* *Replay*: policies as in `moe_runtime_batching.py`. One trace of requests in real time, their prompts from test documents of four domains, again and again in turns. Texts do not end
   before their largest number of tokens, so all arms do the same work. Every arm starts with no expert in memory.
 
 What a miss costs depends on where experts lie. `cached`: the file is in the system's page cache, and a miss copies memory. `disk`: pages are
@@ -23,29 +23,24 @@ Written before the run:
 * Falsifier. Fewer experts but no lower mean latency, or a work that waits longer than the bound of ageing. Then the bound is printed:
   the share of the busy time in which the choice of experts matters at all (stalls, and computing with experts).
 
-The replay repeats all its arms as long as --minutes last, at least once. With --minutes 8, about ten minutes on two idle cores.
+The replay repeats all its arms as long as --minutes last, at least once. About 8 minutes on two idle cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Event
 
 import torch
-from moe_assets import default_cache
+from moe_runtime_batching import arrival_order
 from moe_runtime_cells import Row, change, mean, write_rows
-from moe_texts import smollm2_folder, split_texts
-from torch import Tensor
+from moe_serve_alone import GREEDY, Sent, alone, bytes_per_second, draw_requests, print_alone
+from moe_texts import smollm2_folder
 
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.moe.language.language_models import load_language_model
-from upcycle3d.perception.moe.layers.dense_ffn import DenseFfn
 from upcycle3d.perception.moe.runtime.requests import Finished
 from upcycle3d.perception.moe.runtime.scheduling import (
     BatchLimits,
@@ -59,33 +54,12 @@ from upcycle3d.perception.moe.runtime.scheduling import (
 )
 from upcycle3d.perception.moe.serving.completion_server import CompletionServer, ServingConfig
 from upcycle3d.perception.moe.serving.expert_files import open_experts
-from upcycle3d.perception.moe.serving.expert_store import MappedExpertStore
 from upcycle3d.perception.moe.serving.hugging_face_coder import HuggingFaceCoder
-from upcycle3d.perception.moe.serving.key_values import CacheSpan
-from upcycle3d.perception.moe.serving.llama_backbone import LlamaBackbone, LlamaShape, read_backbone
-from upcycle3d.perception.moe.serving.llama_decoder import LlamaDecoder, PreGateDecoder
+from upcycle3d.perception.moe.serving.llama_backbone import LlamaBackbone
 from upcycle3d.perception.moe.serving.llama_engine import Completion
-from upcycle3d.perception.moe.serving.sampling import Sampling
 from upcycle3d.perception.moe.serving.served_models import EXPERTS_NAME, ServedModel, open_served
 from upcycle3d.perception.moe.serving.text_stream import TextCoder
-from upcycle3d.perception.moe.surgery.ffn_sites import tensors_of
-from upcycle3d.perception.moe.surgery.replacement import plan_replacement
 from upcycle3d.tools.console import print_table
-
-GREEDY = Sampling(temperature=0)
-AddOwn = Callable[[list[int]], Callable[[int, Tensor, Tensor], None]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sent:
-    """One request of the trace."""
-
-    at: float
-    """Seconds after the start."""
-    prompt: tuple[int, ...]
-    """Tokens."""
-    new_tokens: int
-    """Number of new tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +90,7 @@ class Arm:
 
 
 PLAIN = (first_in_first_out, decoding_first, prefill_first)
-POLICIES: tuple[BatchPolicy, ...] = (*PLAIN, expert_aware, resident_first, oldest_leads)
+POLICIES: tuple[BatchPolicy, ...] = (*PLAIN, arrival_order, expert_aware, resident_first, oldest_leads)
 ARMS = (
     *(Arm(policy=policy, cached=cached) for cached in (True, False) for policy in POLICIES),
     *(
@@ -127,160 +101,6 @@ ARMS = (
     *(Arm(policy=p, cached=c, works=None) for c in (True, False) for p in (first_in_first_out, expert_aware, oldest_leads)),
     *(Arm(policy=policy, all_resident=True) for policy in (first_in_first_out, expert_aware)),
 )
-
-
-def draw_requests(coder: TextCoder, count: int, rate: float, seed: int) -> tuple[Sent, ...]:
-    """Draw the trace: beginnings of test documents of all domains in turn, in a Poisson process."""
-    draw = random.Random(seed)
-    texts = [parts["test"] for parts in split_texts(default_cache()).values()]
-    at, found = 0.0, []
-    for number in range(count):
-        at += draw.expovariate(rate)
-        ids = coder.encode(draw.choice(texts[number % len(texts)]))
-        found.append(Sent(at=at, prompt=tuple(ids[: draw.randint(8, 48)]), new_tokens=draw.randint(12, 32)))
-    return tuple(found)
-
-
-# ---- one request at a time
-
-
-def greedy(decoder: LlamaDecoder, prompt: Sequence[int], count: int, add_own: AddOwn) -> list[int]:
-    """The plain forward pass: a loop around the decoder, with nothing that a server needs."""
-    cache, ids = decoder.new_cache(len(prompt) + count), list(prompt)
-    found: list[int] = []
-    while len(found) < count:
-        hidden = decoder.forward(torch.tensor(ids), [CacheSpan(cache=cache, first=0, count=len(ids))], add_own(ids))
-        ids = [int(decoder.logits(hidden[-1:])[0].argmax())]
-        found += ids
-    return found
-
-
-def carved_alone(served: ServedModel, store: MappedExpertStore) -> Callable[[Sequence[int], int], list[int]]:
-    """The carved model under its pre-gate's decisions, all experts in memory."""
-    decoder = LlamaDecoder(served.backbone)
-    assert served.pre_gate is not None
-    gate = PreGateDecoder(served.pre_gate)
-
-    def run(prompt: Sequence[int], count: int) -> list[int]:
-        gate_cache = gate.new_cache(len(prompt) + count)
-
-        def add_own(ids: list[int]) -> Callable[[int, Tensor, Tensor], None]:
-            chosen = gate.decide(torch.tensor(ids), [CacheSpan(cache=gate_cache, first=0, count=len(ids))])
-            experts, every = sorted(set(chosen)), torch.tensor(chosen)
-            rows = {e: None if len(experts) == 1 else (every == e).nonzero()[:, 0] for e in experts}
-
-            def add(layer: int, x: Tensor, y: Tensor) -> None:
-                for expert, own in rows.items():
-                    part = store.part(expert=expert, layer=layer)
-                    if own is None:
-                        y += part.apply(x)
-                    else:
-                        y.index_add_(0, own, part.apply(x[own]))
-
-            return add
-
-        return greedy(decoder, prompt, count, add_own)
-
-    return run
-
-
-def served_alone(server: CompletionServer) -> Callable[[Sequence[int], int], list[int]]:
-    """The same behind the whole runtime."""
-
-    def run(prompt: Sequence[int], count: int) -> list[int]:
-        found: list[int] = []
-        done = Event()
-        completion = Completion(prompt=tuple(prompt), sampling=GREEDY, told=lambda part: found.append(part.token))
-        server.send(completion, new_tokens=count, ended=lambda end: done.set())
-        done.wait()
-        return found
-
-    return run
-
-
-def dense_alone(folder: Path) -> tuple[dict[str, Callable[[Sequence[int], int], list[int]]], int]:
-    """The dense model in Hugging Face's code and in ours, and its number of parameters."""
-    model = load_language_model(folder).model.eval()
-    plan = plan_replacement(model, experts=1, active=1)
-    ffns: list[DenseFfn | None] = [site.read(tensors_of(model)) for site in plan.sites]
-    speeds = model.get_submodule("model.rotary_emb").get_buffer("inv_freq")
-    decoder = LlamaDecoder(read_backbone(model, LlamaShape.of(model), ffns, speeds=speeds))
-
-    def library(prompt: Sequence[int], count: int) -> list[int]:
-        found: list[int] = []
-        ids, past = torch.tensor([list(prompt)]), None
-        while len(found) < count:
-            with torch.inference_mode():
-                out = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-            past = out.past_key_values
-            found.append(int(out.logits[0, -1].argmax()))
-            ids = torch.tensor([found[-1:]])
-        return found
-
-    def ours(prompt: Sequence[int], count: int) -> list[int]:
-        return greedy(decoder, prompt, count, lambda ids: lambda layer, x, y: None)
-
-    return {"dense, Hugging Face": library, "dense": ours}, sum(p.numel() for p in model.parameters())
-
-
-def alone(served: ServedModel, folder: Path, coder: TextCoder, dense: Path, repetitions: int) -> list[Row]:
-    """Seconds of one request in each way, in turns."""
-    sizes = served.experts.form.expert_bytes
-    store = MappedExpertStore(open_experts(folder / EXPERTS_NAME), whole=False)
-    for piece in range(store.layout.pieces):
-        store.load(piece)
-    server = CompletionServer(served, coder, ServingConfig(budget=sum(sizes)))
-    arms, dense_parameters = dense_alone(dense)
-    arms |= {"carved, plain": carved_alone(served, store), "carved, served": served_alone(server)}
-    active = (served.resident_bytes + sum(sizes) // len(sizes)) // served.experts.form.dtype.itemsize
-    prompt = draw_requests(coder, 4, 1.0, 0)[1].prompt
-    rows: list[Row] = []
-    order = list(arms)
-    for name in order:
-        arms[name](prompt, 4)  # first calls are slower
-    if arms["carved, plain"](prompt, 24) != arms["carved, served"](prompt, 24):
-        raise InvalidInput("the served model wrote another text than the plain forward pass")
-    for turn in range(repetitions):
-        for name in order[turn % len(order) :] + order[: turn % len(order)]:
-            begin, cpu = time.perf_counter(), time.process_time()
-            arms[name](prompt, 24)
-            spent, used = time.perf_counter() - begin, time.process_time() - cpu
-            parameters = dense_parameters if name.startswith("dense") else active
-            rows.append(
-                {
-                    "arm": name,
-                    "seed": turn,
-                    "seconds": spent,
-                    "cpu_seconds": used,
-                    "tokens_per_s": 24 / spent,
-                    "active": parameters,
-                }
-            )
-    server.close()
-    store.close()
-    return rows
-
-
-def print_alone(rows: list[Row]) -> None:
-    """Print speed, what was promised, and the runtime's overhead."""
-
-    def median(arm: str, column: str = "seconds") -> float:
-        return statistics.median(float(row[column]) for row in rows if row["arm"] == arm)
-
-    names = list(dict.fromkeys(str(row["arm"]) for row in rows))
-    dense = median("dense")
-    lines = [
-        (n, f"{median(n, 'active'):,.0f}", f"{1000 * median(n):.0f}", f"{24 / median(n):.1f}", f"{dense / median(n):.2f}")
-        for n in names
-    ]
-    print_table("one request alone, 24 new tokens, medians", ("", "active parameters", "ms", "tokens/s", "speed"), lines)
-    promise, found = median("dense", "active") / median("carved, plain", "active"), dense / median("carved, plain")
-    print(
-        f"the carved model promises {promise:.2f} times the dense speed and reaches {found:.2f}: {(found - 1) / (promise - 1):.0%} of the gain"
-    )
-    for what, column in (("time", "seconds"), ("CPU time", "cpu_seconds")):
-        ratio = median("carved, served", column) / median("carved, plain", column) - 1
-        print(f"overhead of the runtime without misses, {what}: {100 * ratio:+.1f} %")
 
 
 # ---- the trace
@@ -377,7 +197,7 @@ def print_replay(rows: list[Row]) -> None:
     print_table("replay; changes against first_in_first_out with the same bound, source and room", header, lines)
     for cached in (True, False):
         aware = Arm(policy=expert_aware, cached=cached).labels
-        for policy in PLAIN:
+        for policy in (*PLAIN, arrival_order):
             other: dict[str, str | int] = {"policy": policy.__name__}
             told = [change(rows, aware, other, c) for c in ("unique_experts", "latency_mean_s", "latency_p95_s")]
             print(f"{aware['from']}: expert_aware against {policy.__name__}: experts {told[0]}, mean {told[1]}, p95 {told[2]}")
@@ -395,10 +215,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the tables")
     parser.add_argument("--csv", type=Path, help="another folder of the tables")
     parser.add_argument("--dense", type=Path, help="folder of the dense model; SmolLM2 of moe_texts.py by default")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time of the replay")
+    parser.add_argument("--minutes", type=float, default=6.5, help="time of the replay")
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument(
-        "--rate", type=float, default=6.0, help="arrivals per second: more than the machine serves, so that works wait"
+        "--rate", type=float, default=8.0, help="arrivals per second: more than the machine serves, so that works wait"
     )
     parser.add_argument("--repetitions", type=int, default=12, help="of each way to compute one request alone")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; another core loads experts meanwhile")
@@ -408,12 +228,17 @@ def main() -> None:
     coder, served = HuggingFaceCoder(folder), open_served(folder)
     served = replace(served, backbone=without_end(served.backbone))
     print(served.description)
+    for cached in (True, False):
+        speed = bytes_per_second(folder, cached=cached)
+        print(f"a miss loads {speed / 1e9:.2f} GB/s {'from the page cache' if cached else 'from the disk, if the system obeys'}")
     rows = alone(served, folder, coder, arguments.dense or smollm2_folder(), arguments.repetitions)
     write_rows(tables / "alone.csv", rows)
     print_alone(rows)
     trace = draw_requests(coder, arguments.requests, arguments.rate, seed=0)
-    served_rows = list(replay(arguments.minutes, lambda arm: serve_trace(arm, served, folder, coder, trace)))
-    write_rows(tables / "replay.csv", served_rows)
+    served_rows: list[Row] = []
+    for row in replay(arguments.minutes, lambda arm: serve_trace(arm, served, folder, coder, trace)):
+        served_rows.append(row)
+        write_rows(tables / "replay.csv", served_rows)
     print_replay(served_rows)
 
 
