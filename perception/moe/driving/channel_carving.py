@@ -278,8 +278,32 @@ def in_contexts(detector: Detector, contexts: Sequence[int]) -> Iterator[None]:
 # ---- the form to drive
 
 
+def unmasked_detector(detector: Detector) -> Detector:
+    """Make the dense detector with the weights of a masked one: what a training that was stopped can be kept as.
+
+    Args:
+        detector: What `masked_detector` made, or a dense detector. It is not changed.
+
+    Returns:
+        A dense detector in evaluation mode.
+
+    Raises:
+        InvalidInput: The detector has no configuration of a dense detector.
+    """
+    config: Any = detector.config
+    if not isinstance(config, DenseDetectorConfig):
+        raise InvalidInput(
+            f"this {detector.label} has no configuration of a dense detector, so no file could hold its slices; carve a detector of "
+            "`upcycle3d train`"
+        )
+    twin = config.build().eval()
+    twin.load_state_dict({name: value for name, value in detector.state_dict().items() if not name.endswith(".keep")})
+    twin.trained_on = detector.trained_on
+    return twin.to(next(detector.parameters()).device)
+
+
 def narrow_detector(detector: Detector, carving: ChannelCarving, context: int) -> Detector:
-    """Make the form to drive: an ordinary detector with the units of one context. It is really smaller and faster.
+    """Make the form to drive: an ordinary detector with the units of one context. It is really smaller.
 
     Args:
         detector: The dense detector, or what `masked_detector` made of it. It is not changed.
@@ -292,27 +316,16 @@ def narrow_detector(detector: Detector, carving: ChannelCarving, context: int) -
     Raises:
         InvalidInput: The detector has other layers than the carved one, or no configuration of a dense detector.
     """
-    config: Any = detector.config
-    if not isinstance(config, DenseDetectorConfig):
-        raise InvalidInput(
-            f"this {detector.label} has no configuration of a dense detector, so no file could hold its slices; carve a detector of "
-            "`upcycle3d train`"
-        )
-    twin = config.build().eval()
-    own = detector.state_dict()
-    masks = [name for name in own if name.endswith(".keep")]
-    twin.load_state_dict({name: value for name, value in own.items() if name not in masks})
-    twin.to(next(detector.parameters()).device)
+    twin = unmasked_detector(detector)
     for site in carving.sites:
         _layer(twin.decoder, site)
-    kept = carving.kept(context)
-    smaller = {site: units for site, units in kept.items() if len(units) < site.width}
+    smaller = {site: units for site, units in carving.kept(context).items() if len(units) < site.width}
     keep_channels(twin.decoder, smaller)
     left = tuple(KeptChannels(site=site.name, count=len(units)) for site, units in smaller.items())
     if left:
-        twin.config = NarrowDetectorConfig(detector=config, kept=left)
+        assert isinstance(twin.config, DenseDetectorConfig)
+        twin.config = NarrowDetectorConfig(detector=twin.config, kept=left)
         twin.label = twin.config.label
-    twin.trained_on = detector.trained_on
     return twin
 
 
