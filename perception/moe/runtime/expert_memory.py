@@ -170,6 +170,9 @@ class ExpertMemory:
             budget=self._cache.budget,
         )
 
+    def __contains__(self, piece: int) -> bool:
+        return piece in self._cache
+
     def there(self, piece: int) -> bool:
         """Say whether a piece is in memory and not only on its way.
 

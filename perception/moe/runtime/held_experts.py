@@ -158,9 +158,10 @@ class HeldExperts:
 
     def _by_expert(self, layer: int) -> list[Wave]:
         """Those in memory together, then one by one, so that each can be moved while the one before it computes."""
-        resident = self._memory.resident
-        needed = sorted({e for work in self.batch.works if work not in self.failed for e in work.unique})
-        there = [e for e in needed if self.layout.piece(e, layer) in resident]
+        needed: Sequence[int] = self.batch.experts
+        if self.failed:
+            needed = sorted({e for work in self.batch.works if work not in self.failed for e in work.unique})
+        there = [e for e in needed if self.layout.piece(e, layer) in self._memory]
         groups = [there] if there else []
         groups += [[e] for e in needed if e not in there]
         return [
@@ -182,14 +183,14 @@ class HeldExperts:
 
         In each layer those in memory come first, as in `waves`. So what is fetched ahead never evicts what the next batch can use.
         """
-        resident = self._memory.resident
         for wave in later:
             yield from (self.layout.piece(e, layer) for e in wave.experts)
         for batch, first in ((self.batch, layer + 1), *((batch, 0) for batch in self._following)):
             for further in range(first, self.layout.layers):
                 pieces = [self.layout.piece(e, further) for e in batch.experts]
-                yield from (piece for piece in pieces if piece in resident)
-                yield from (piece for piece in pieces if piece not in resident)
+                there = [piece for piece in pieces if piece in self._memory]
+                yield from there
+                yield from (piece for piece in pieces if piece not in there)
 
 
 def check_work(work: Work, layout: ExpertLayout, memory: ExpertMemory) -> None:
