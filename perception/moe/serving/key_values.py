@@ -159,6 +159,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[CacheSpan], layer: i
         keys[:, begin:] = k[take].transpose(0, 1)
         values[:, begin:] = v[take].transpose(0, 1)
         outputs.append(_attended(q[take], keys, values))
+    if len(outputs) == 1:
+        return outputs[0]
     return torch.cat(outputs) if outputs else q.flatten(1)
 
 

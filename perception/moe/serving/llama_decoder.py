@@ -73,13 +73,16 @@ class LlamaDecoder:
             raise InvalidInput(f"spans of {[span.count for span in spans]} tokens do not cover {shape_of(ids)}")
         b, s = self.backbone, self.backbone.shape
         angles = rotary_angles(positions_of(spans, ids.device), b.speeds, b.embed.dtype, s.rotary_scale)
-        sizes = [s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim]
+        sizes = [(s.heads + s.kv_heads) * s.head_dim, s.kv_heads * s.head_dim]
         x = F.embedding(ids, b.embed)
         for number, layer in enumerate(b.layers):
             read = F.rms_norm(x, (s.width,), layer.norm1, s.eps)
             parts = F.linear(read, layer.qkv, layer.qkv_bias).split(sizes, -1)
-            q, k, v = (part.unflatten(-1, (-1, s.head_dim)) for part in parts)
-            attended = attend(turned(q, *angles), turned(k, *angles), v, spans, number)
+            qk, v = (part.unflatten(-1, (-1, s.head_dim)) for part in parts)
+            q, k = turned(qk, *angles).split(
+                [s.heads, s.kv_heads], 1
+            )  # both in one call: at one token, calls cost more than numbers
+            attended = attend(q, k, v, spans, number)
             x = x + F.linear(attended, layer.out, layer.out_bias)
             read = F.rms_norm(x, (s.width,), layer.norm2, s.eps)
             y = torch.zeros_like(x) if layer.shared is None else layer.shared.apply(read)
