@@ -119,6 +119,7 @@ def command(config: MoeCarve) -> None:
                 "contexts": dict(run.frames),
                 "ratio": run.description.ratio,
                 "parameters": dict(run.parameters),
+                "multiply-adds": dict(run.multiply_adds),
                 "shared share": run.carving.shared_share,
                 "used share": run.carving.union_share,
                 "scores": {name: {arm: dict(one) for arm, one in arms.items()} for name, arms in run.scores.items()},
@@ -136,6 +137,8 @@ def _print(run: ContextCarvingRun) -> None:
     console.print(str(run.carving), soft_wrap=True)
     dense, carved = run.parameters["dense"], run.parameters["carved"]
     console.print(f"parameters of the decoder: {dense:,} dense, {carved:,} for one context ({carved / dense:.0%})")
+    work, less = run.multiply_adds["dense"], run.multiply_adds["carved"]
+    console.print(f"multiply-adds of the decoder per frame: {work:,} dense, {less:,} for one context ({less / work:.0%})")
     for name, arms in run.scores.items():
         metrics = list(arms["dense"])
         rows = [(metric, *(f"{arms[arm].get(metric, float('nan')):.1f}" for arm in arms)) for metric in metrics]

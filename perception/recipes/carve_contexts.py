@@ -32,6 +32,7 @@ from ..moe.driving.carved_folder import CarvedDetectorDescription, require_conte
 from ..moe.driving.channel_carving import (
     ChannelActivity,
     ChannelCarving,
+    decoder_multiply_adds,
     masked_detector,
     measure_channels,
     narrow_detector,
@@ -86,6 +87,8 @@ class ContextCarvingRun:
     """Number of frames that were measured of each context."""
     parameters: Mapping[str, int]
     """Parameters of the decoder: `dense`, and `carved` for one context."""
+    multiply_adds: Mapping[str, int]
+    """Multiply-adds of the decoder for one frame of the first context, by the same names."""
     scores: Mapping[str, Mapping[str, Scores]]
     """Scores of each context that has validation frames: `dense`, `pooled`, `carved` with its own units, and `worst` of the other
     contexts' units."""
@@ -176,12 +179,14 @@ def carve_contexts(
     note = f"carved out of {detector}" + ("" if config.recovery is None else f", {config.recovery.steps} steps of recovery")
     description = write_carved_detector(out, carved, carving, gate, hysteresis=config.hysteresis, note=note)
     sizes = {"dense": dense, "carved": narrow_detector(dense, carving, 0)}
+    scene = next(_features(dense, next(iter(chosen.values()))))
     return ContextCarvingRun(
         description=description,
         carving=carving,
         activity=activity,
         frames={name: len(rows) for name, rows in chosen.items()},
         parameters={name: sum(p.numel() for p in one.decoder.parameters()) for name, one in sizes.items()},
+        multiply_adds={name: decoder_multiply_adds(one, scene) for name, one in sizes.items()},
         scores=scores,
         gate=accuracy,
     )

@@ -19,6 +19,7 @@ from upcycle3d.perception.moe.driving.channel_carving import (
     ChannelActivity,
     ChannelCarving,
     context_tensors,
+    decoder_multiply_adds,
     in_contexts,
     masked_detector,
     measure_channels,
@@ -217,6 +218,18 @@ def test_a_narrow_detector_is_smaller_and_has_an_ordinary_file(tmp_path):
     assert encoder_fingerprint(loaded.encoder, RigSpec()) == encoder_fingerprint(detector.encoder, RigSpec())
     same = narrow.detect(SCANS[0])
     assert torch.equal(loaded.detect(SCANS[0]).boxes.data, same.boxes.data)
+
+
+def test_a_narrow_detector_computes_less():
+    """The oracle counts the convolutions of both blocks by hand; the region head is left out, and half of the channels are kept."""
+    detector = detector_of("second_iou")
+    activity = activity_of(detector, regions="none")
+    narrow = narrow_detector(detector, random_units(activity, 0.5, seed=0), 0)
+    features = detector.encode([SCANS[0]])
+    saved = decoder_multiply_adds(detector, features) - decoder_multiply_adds(narrow, features)
+    cells = [h * w for h, w in ((16, 16), (8, 8))]  # the map of the tiny grid, at strides 1 and 2
+    inputs = [detector.decoder.bev_backbone.blocks[b][1].in_channels for b in (0, 1)]
+    assert saved == sum(n * 9 * (8 * c + 8 * 16) for n, c in zip(cells, inputs))
 
 
 def test_contexts_differ_in_the_tensors_that_are_named_and_in_no_other():

@@ -94,6 +94,21 @@ def test_the_folder_holds_ordinary_detectors_and_gives_everything_back(folder, d
     opened.close()
 
 
+def test_a_pv_rcnn_is_carved_alike(tmp_path):
+    """Keypoints and two branches: the store's detector finds what the narrow one finds."""
+    detector, config = tiny.pv_rcnn().eval(), ScanDescriptorConfig()
+    with torch.no_grad():
+        scenes = {name: [detector.encode([scan(n)])] for n, name in enumerate(CONTEXT_NAMES)}
+    carved = random_units(measure_channels(detector, scenes, least_tokens=1), 0.5, seed=1)
+    scans = {name: [describe_scan(scan(n, s), config) for s in range(2)] for n, name in enumerate(CONTEXT_NAMES)}
+    write_carved_detector(tmp_path / "pv", detector, carved, fit_context_gate(scans, config), hysteresis=Hysteresis())
+    store = ContextStore(open_carved_detector(tmp_path / "pv"))
+    for number in (1, 0):
+        store.load(number)
+        assert same(store.use(number).detect(scan(0)), narrow_detector(detector, carved, number).detect(scan(0)))
+    store.close()
+
+
 def test_files_of_two_carvings_are_not_mixed_up(folder, dense, carving, tmp_path):
     import shutil
 

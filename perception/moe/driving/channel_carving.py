@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ....core.errors import InvalidInput, require, require_counts
 from ....core.features import CutFeatures
@@ -339,3 +340,19 @@ def context_tensors(carving: ChannelCarving) -> frozenset[str]:
         Names in the state dict of a detector. Some may not exist, such as a bias that a layer lacks.
     """
     return frozenset(f"decoder.{name}" for site in carving.sites for name in site.tensors)
+
+
+@torch.no_grad()
+def decoder_multiply_adds(detector: Detector, features: CutFeatures) -> int:
+    """Count what a decoder computes for some scenes, convolutions and matrix products alone.
+
+    Args:
+        detector: The detector in evaluation mode.
+        features: Features at the cut of the scenes. The region head computes as many regions as they have.
+
+    Returns:
+        Multiply-adds.
+    """
+    with FlopCounterMode(display=False) as counter:
+        detector.decode(features)
+    return counter.get_total_flops() // 2
