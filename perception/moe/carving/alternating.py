@@ -63,6 +63,8 @@ class AlternatingConfig:
     """Steps over which the rate of a phase rises from 0; from there it falls to 0 as a cosine."""
     decay_per_round: float = 0.8
     """Factor of both rates from round to round."""
+    routers_first: bool = False
+    """Whether the router phases of all rounds come before the expert phases: the control without alternation."""
     weight_decay: float = 0.01
     """Decay of AdamW."""
     clip: float = 1.0
@@ -81,12 +83,12 @@ class AlternatingConfig:
         require_numbers("AlternatingConfig", least=1e-6, most=1.0, decay_per_round=self.decay_per_round)
 
     def once(self) -> AlternatingConfig:
-        """Make the control without alternation: as many steps of each kind, all router steps first.
+        """Make the control without alternation: the same phases with the same rates, all router phases first.
 
         Returns:
-            A configuration of one round.
+            The configuration.
         """
-        return replace(self, rounds=1, router_steps=self.rounds * self.router_steps, expert_steps=self.rounds * self.expert_steps)
+        return replace(self, routers_first=True)
 
     def phases(self) -> tuple[Phase, ...]:
         """List the phases that have a step.
@@ -103,7 +105,7 @@ class AlternatingConfig:
             ):
                 if steps:
                     found.append(Phase(kind=kind, round=number, first=number * steps, steps=steps, lr=lr * decay))  # type: ignore[arg-type]
-        return tuple(found)
+        return tuple(sorted(found, key=lambda phase: phase.kind == "experts") if self.routers_first else found)
 
 
 @dataclass(frozen=True, kw_only=True)
