@@ -127,8 +127,7 @@ def test_masked_and_served_models_agree_in_every_kind_of_block(name):
 
 @pytest.mark.parametrize("name", look.MODELS)
 def test_at_ratio_1_nothing_is_left_out(name):
-    """All units are shared: every form is the dense model, whatever the decision. It is so bit by bit where the dense
-    model computes its FFN by the same operators."""
+    """All units are shared: every form is the dense model, whatever the decision, up to the rounding of products in another order."""
     model, carving = carved(name, 1.0)
     x = domains_of(name)["domain 0"][0].double()
     masked = mask_ffns(model, carving)
@@ -140,8 +139,7 @@ def test_at_ratio_1_nothing_is_left_out(name):
         torch.testing.assert_close(same, dense, rtol=1e-10, atol=1e-10)
         for form in (masked, materialize(masked), materialize(masked, fuse=True)):
             with given_routing(form, decision(torch.tensor([1, 2]), 3)):
-                assert torch.equal(form(x), same)
-    assert torch.equal(same, dense) or name not in ("llama", "clip", "bert", "open-clip")
+                torch.testing.assert_close(form(x), same, rtol=1e-12, atol=1e-12)
 
 
 def test_the_order_of_experts_does_not_matter():
