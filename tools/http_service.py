@@ -15,17 +15,25 @@ from .console import console
 
 
 def check_service(*, port: int, grace: float) -> None:
-    """Refuse options and installations with which nothing could be served, before anything is loaded.
+    """Refuse options with which nothing could be served, before anything is loaded.
 
     Args:
         port: Port to listen at.
         grace: Seconds in which open requests may end.
 
     Raises:
-        InvalidInput: A number is out of range, or a package is missing.
+        InvalidInput: A number is out of range.
     """
     require(0 <= port < 65_536, f"--port must be in 0..65535, found {port}")
     require_numbers("--grace", least=0.0, most=86_400.0, grace=grace)
+
+
+def check_packages() -> None:
+    """Refuse an installation with which nothing could be served.
+
+    Raises:
+        InvalidInput: A package is missing; the message says how to install it.
+    """
     try:
         import uvicorn  # noqa: F401
     except ImportError as error:

@@ -25,7 +25,7 @@ from ..perception.moe.serving.llama_engine import LlamaLimits
 from ..perception.moe.serving.served_models import ServedModel, open_served
 from ..perception.moe.serving.text_stream import TextCoder
 from .console import console, run_command
-from .http_service import check_service, run_service
+from .http_service import check_packages, check_service, run_service
 from .serving_options import CacheName, PolicyName, cache_of, policy_of, read_bytes
 
 
@@ -170,9 +170,13 @@ def command(config: MoeServe) -> None:
     """Serve a carved language model or detector: upcycle3d moe serve DIR --budget 200MB --policy expert_aware --cache belady --port 8000."""
     check_service(port=config.port, grace=config.grace)
     if is_carved_detector(config.folder):
-        serve_detector(config, detector_config(config))
+        detector_settings = detector_config(config)
+        check_packages()
+        serve_detector(config, detector_settings)
         return
-    serve(config, serving_config(config), lambda: HuggingFaceCoder(config.folder))
+    settings = serving_config(config)
+    check_packages()
+    serve(config, settings, lambda: HuggingFaceCoder(config.folder))
 
 
 def serve(config: MoeServe, settings: ServingConfig, make_coder: Callable[[], TextCoder]) -> None:
