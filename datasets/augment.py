@@ -24,7 +24,7 @@ from ..core.errors import InvalidInput
 from ..core.frame import Frame, labels_of
 from ..core.structures import Boxes3D
 from .gt_sampling import GtSampler, paste
-from .object_sizes import scale_sizes, shift_sizes
+from .object_sizes import check_shift, scale_sizes, shift_sizes
 
 
 class Movement(ABC):
@@ -208,13 +208,14 @@ class AugmentationRanges:
     """Smallest and largest rotation about the vertical axis in radians. Widen it to a full turn for scans of the full turn."""
     scale: tuple[float, float] = (0.95, 1.05)
     """Smallest and largest factor of the whole scene. Widen it if objects of the target have other sizes than those of the source."""
-    size_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Meters added to length, width and height of every labeled object (statistical normalization, see `object_sizes.py`). Set it to
-    the mean size of the target's objects minus that of the source's."""
+    size_shift: tuple[float, ...] = (0.0, 0.0, 0.0)
+    """Meters added to length, width and height of every labeled object (statistical normalization, see `object_sizes.py`): three numbers for
+    all classes, or three for each class. Set it to the mean size of the target's objects minus that of the source's."""
     object_scale: tuple[float, float] = (1.0, 1.0)
     """Smallest and largest factor of each labeled object's own size (random object scaling, see `object_sizes.py`)."""
 
     def __post_init__(self) -> None:
+        check_shift(self.size_shift)
         if not (0 <= self.flip_x <= 1 and 0 <= self.flip_y <= 1):
             raise InvalidInput(f"flip_x and flip_y are probabilities in 0..1, found {self.flip_x} and {self.flip_y}")
         if self.yaw[0] > self.yaw[1] or not 0 < self.scale[0] <= self.scale[1]:

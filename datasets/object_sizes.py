@@ -12,6 +12,8 @@ Read next: `augment.py`, which applies both.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -25,24 +27,51 @@ from ..core.structures import Boxes3D, Labels
 from ..ops.points_in_boxes import points_in_boxes
 
 SMALLEST_SIDE = 0.1  # m; a shift that would make a side shorter leaves that object unchanged
+SKIN = 0.1  # m; points this far outside a box still belong to it: a surface lies on the box, and noise puts half of its points outside
 
 
-def shift_sizes(frame: Frame, shift: tuple[float, float, float]) -> Frame:
-    """Make every labeled object larger by the same lengths. An object that would become shorter than `SMALLEST_SIDE` keeps its size.
+def shift_sizes(frame: Frame, shift: Sequence[float]) -> Frame:
+    """Make every labeled object of a class larger by the same lengths. An object that would become shorter than `SMALLEST_SIDE` keeps its size.
 
     Args:
         frame: A labeled frame.
-        shift: Meters added to length, width and height; negative values shrink.
+        shift: Meters added to length, width and height, negative values shrink: three numbers for all classes, or three for each class in
+            their order.
 
     Returns:
         The frame with resized objects and their points.
 
     Raises:
-        InvalidInput: The frame has no labels.
+        InvalidInput: The frame has no labels, or the numbers do not fit its classes.
     """
-    sizes = _sizes(frame)
-    new = sizes + sizes.new_tensor(shift)
+    sizes, classes = _sizes(frame), _labels(frame).classes
+    rows = sizes.new_tensor(check_shift(shift)).view(-1, 3)
+    if len(rows) > 1 and len(classes) and int(classes.max()) >= len(rows):
+        raise InvalidInput(
+            f"the size shift has {len(rows)} classes, and frame {frame.id!r} has an object of class {int(classes.max())} (counted from 0); "
+            "give three numbers for all classes, or three for each"
+        )
+    new = sizes + (rows[classes] if len(rows) > 1 else rows)
     return resize_objects(frame, torch.where((new > SMALLEST_SIDE).all(1, keepdim=True), new, sizes))
+
+
+def check_shift(shift: Sequence[float]) -> tuple[float, ...]:
+    """Check the numbers of a size shift.
+
+    Args:
+        shift: Meters.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        InvalidInput: They are not finite, or not three for each class.
+    """
+    if not shift or len(shift) % 3 or not all(map(math.isfinite, shift)):
+        raise InvalidInput(
+            f"a size shift is three numbers in meters (length, width, height), or three for each class; found {tuple(shift)}"
+        )
+    return tuple(shift)
 
 
 def scale_sizes(frame: Frame, factors: tuple[float, float], rng: np.random.Generator) -> Frame:
@@ -69,7 +98,8 @@ def scale_sizes(frame: Frame, factors: tuple[float, float], rng: np.random.Gener
 def resize_objects(frame: Frame, sizes: Tensor) -> Frame:
     """Give the labeled objects new sizes and stretch their points along.
 
-    A background point inside an enlarged box is removed: the object would have hidden it.
+    Points up to `SKIN` outside a box move with it, except below it, where the road is. Left behind, they would keep showing the old size. A
+    background point inside an enlarged box is removed: the object would have hidden it.
 
     Args:
         frame: A labeled frame.
@@ -86,7 +116,7 @@ def resize_objects(frame: Frame, sizes: Tensor) -> Frame:
     bottom = old[:, 2] - old[:, 5] / 2
     new = torch.cat([old[:, :2], (bottom + sizes[:, 2] / 2)[:, None], sizes, old[:, 6:]], 1)
     xyz = frame.points.xyz
-    owner = points_in_boxes(xyz, old)
+    owner = points_in_boxes(xyz, old + old.new_tensor([0, 0, SKIN / 2, 2 * SKIN, 2 * SKIN, SKIN, 0]))
     moved = owner >= 0
     box, target = old[owner[moved]], new[owner[moved]]
     local = rotate_z(xyz[moved] - box[:, :3], -box[:, 6])

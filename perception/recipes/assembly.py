@@ -32,7 +32,7 @@ def labeled_batches(
     *,
     batch_size: int,
     seed: int,
-    size_shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    size_shift: tuple[float, ...] = (0.0, 0.0, 0.0),
 ) -> LabeledBatches:
     """Augmented batches of labeled frames, with GT sampling from the split's own database.
 
@@ -41,8 +41,8 @@ def labeled_batches(
         data: The labeled split. Its GT database must exist if the preset samples objects.
         batch_size: Frames per batch.
         seed: Decides the order of the frames and every random draw of the augmentation.
-        size_shift: Meters added to length, width and height of every labeled object. (0, 0, 0) keeps the preset's shift. `upcycle`
-            passes the shift of F-GT's pasted objects, so that both have the same size (`labeled_half.py`).
+        size_shift: Meters added to length, width and height of every labeled object, or three numbers for each class. (0, 0, 0) keeps the
+            preset's shift. `upcycle` passes the shift of F-GT's pasted objects, so that both have the same size (`labeled_half.py`).
 
     Returns:
         The batches as a function of the step.

@@ -30,6 +30,7 @@ from ..server.upcycle_config import UpcycleConfig
 from ..training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
 from ..training.run_folder import RunFolder
 from .assembly import unlabeled_batches
+from .fleet_sizes import settings_at_fleet_sizes
 from .job_folder import JobFolder
 from .labeled_half import LabeledHalf
 
@@ -144,6 +145,10 @@ def _train(job: JobFolder, detector: Detector, method: Method, config: UpcycleCo
             log.log(step, _score(job, student), kind="validation")
             student.train()
 
+    store = job.store(detector) if method.unlabeled == "smashed" else None
+    config = settings_at_fleet_sizes(
+        log.path, method, config, detector, c.labeled.open(), store, codec=c.codec, seed=c.seed, say=job.options.say
+    )
     scans = None
     if method.unlabeled == "raw":
         scans = unlabeled_batches(c.preset, c.fleet.open(), batch_size=config.unlabeled_batch, seed=c.seed)
@@ -151,7 +156,7 @@ def _train(job: JobFolder, detector: Detector, method: Method, config: UpcycleCo
         detector,
         method=method,
         labeled=LabeledHalf(data=_labels_of(job, method)).batches(c.preset, method, config, seed=c.seed),
-        store=job.store(detector) if method.unlabeled == "smashed" else None,
+        store=store,
         scans=scans,
         pasted_objects=job.feature_objects(detector, config.f_gt) if method.f_gt else None,
         config=config,
@@ -191,7 +196,8 @@ def _prepare_shared(job: JobFolder, runs: Collection[MethodRun]) -> None:
     """Make what several methods read, before they run at once."""
     for data in {_labels_of(job, METHODS[r.method]) for r in runs if METHODS[r.method].trains != "nothing"}:
         data.ensure_gt_database()
-    pasting = {r.upcycle.f_gt for r in runs if METHODS[r.method].f_gt}
+    # A method that estimates sizes cuts its own objects, once it knows them.
+    pasting = {r.upcycle.f_gt for r in runs if METHODS[r.method].f_gt and not METHODS[r.method].estimates_sizes}
     if pasting:
         detector = load_detector(job.source_model)
         for config in pasting:

@@ -6,6 +6,7 @@ Read next: `labeled_half.py` and `fleet_stores.py`, the two halves of its data; 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import torch
 from ...core.errors import InvalidInput
 from ...core.ledger import Ledger
 from ...core.tensor_file import content_digest
+from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
 from ..models.detectors import DetectorConfig
 from ..server.feature_gt import ObjectDatabase
+from ..server.joined_stores import FleetScenes
 from ..server.methods import Method, method_record
 from ..server.trainer import upcycle
 from ..server.upcycle_config import UpcycleConfig
@@ -27,6 +30,7 @@ from ..training.run_folder import RunFolder, check_unused
 from ..wire.codec import check_codec
 from .assembly import check_classes, unlabeled_batches
 from .encoder_note import encoder_note
+from .fleet_sizes import settings_at_fleet_sizes
 from .fleet_stores import (
     Rigs,
     Stores,
@@ -195,7 +199,6 @@ def upcycle_preset(
     announce(on_start, JobStart(ledger=ledger, notes=notes, stores=shares), context)
     if preset.train.gt_sampling:
         on_main(half.ensure_gt_databases, context)
-    labeled = half.batches(preset, chosen, settings, seed=seed)
     digests = digests_of(scenes)
     record = UpcyclingRecord(
         preset=preset,
@@ -228,16 +231,18 @@ def upcycle_preset(
 
     # The folder is taken last: what is wrong with the arguments must not leave a folder that refuses the corrected ones.
     with started_run(out, record, loop, planned, ledger, context=context, resume=resume) as run:
+        sized = _sized(run, chosen, settings, student, opened[0][1], scenes, codec_used, context)
+        labeled = half.batches(preset, chosen, sized, seed=seed)
         pasted_objects = None
         if chosen.f_gt:
-            pasted_objects = _objects_to_paste(run, half, student, settings, codec_used, context)
+            pasted_objects = _objects_to_paste(run, half, student, sized, codec_used, context)
         teacher = upcycle(
             student.to(context.device if context.world_size > 1 else device),
             method=chosen,
             labeled=labeled,
             store=scenes,
             pasted_objects=pasted_objects,
-            config=settings,
+            config=sized,
             scans=scans,
             codec=codec_used,
             truth=truth_labels,
@@ -277,6 +282,27 @@ def _with_detector_of(student: Detector, preset: Preset, source: Path) -> Preset
             "classes, or these settings with one entry per class: --preset.upcycle.thresholds, --preset.upcycle.f-gt.max-objects, "
             "--preset.train.gt-sampling"
         ) from error
+
+
+def _sized(
+    run: RunFolder,
+    method: Method,
+    settings: UpcycleConfig,
+    student: Detector,
+    frames: PreparedDataset,
+    scenes: FleetScenes | None,
+    codec: str,
+    context: DistributedContext,
+) -> UpcycleConfig:
+    """The settings at the fleet's object sizes, which the first process estimates."""
+
+    def find(say: Callable[[str], None]) -> UpcycleConfig:
+        return settings_at_fleet_sizes(
+            run.path, method, settings, student, frames, scenes, codec=codec, seed=settings.loop.seed, say=say
+        )
+
+    on_main(lambda: find(print), context)
+    return find(lambda text: None)
 
 
 def _objects_to_paste(

@@ -61,6 +61,9 @@ class Method:
     f_gt: bool = False
     """Whether F-GT pastes labeled objects into smashed scenes; `UpcycleConfig.f_gt` says how many."""
 
+    estimates_sizes: bool = False
+    """Whether labeled and pasted objects get the mean size of the fleet's objects, estimated from its scenes (`size_estimate.py`)."""
+
     max_paste_rotation: float = 0.0
     """Largest angle (rad) by which a pasted object is turned about its center, either way; 0 pastes objects as they were cut."""
 
@@ -74,11 +77,16 @@ class Method:
     """Whether ST3D trains on the raw scans (`self_training.py`) instead of the step in `trainer.py`. It uses no labeled frame."""
 
     def __post_init__(self) -> None:
-        changes = {"f_gt": self.f_gt, "augmentation": self.augmentation, "mixing": self.mixing}
+        changes = {
+            "f_gt": self.f_gt,
+            "estimates_sizes": self.estimates_sizes,
+            "augmentation": self.augmentation,
+            "mixing": self.mixing,
+        }
         given = [name for name, value in changes.items() if value]
         if self.unlabeled != "smashed" and given:
             raise InvalidInput(
-                f"a method with unlabeled={self.unlabeled!r} cannot use {', '.join(given)}: they change smashed scenes"
+                f"a method with unlabeled={self.unlabeled!r} cannot use {', '.join(given)}: they need smashed scenes"
             )
         if self.max_paste_rotation and not self.f_gt:
             raise InvalidInput("max_paste_rotation turns objects that F-GT pastes; set f_gt=True too")
@@ -127,6 +135,9 @@ METHODS: dict[str, Method] = {
     "source_continued": Method(summary="the same extra steps on labeled data alone", unlabeled="none"),
     "pseudo_label": Method(summary="teacher boxes supervise every head, no F-GT", label_rule=trusted_labels),
     "upcycling": Method(summary="hybrid pseudo labels and F-GT", f_gt=True),
+    "upcycling_calibrated": Method(
+        summary="UpCycling at the fleet's object sizes, estimated from its scenes", f_gt=True, estimates_sizes=True
+    ),
     "hybrid": Method(summary="hybrid pseudo labels, no F-GT"),
     "f_gt_trusted": Method(summary="F-GT, teacher boxes supervise every head", label_rule=trusted_labels, f_gt=True),
     "f_rot": Method(

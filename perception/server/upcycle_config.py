@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...core.errors import InvalidInput
+from ...core.errors import InvalidInput, require_counts, require_numbers
+from ...datasets.object_sizes import check_shift
 from ..training.loop import LoopConfig
 
 
@@ -57,10 +58,13 @@ class FeatureGtConfig:
     """Meters added to each full size of the box (half on each side) when an object's keypoints are cut out and replaced.
     Only PV-RCNN has keypoints. The default is the margin with which its keypoint head decides what lies in an object."""
 
-    size_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Meters added to length, width and height of labeled objects before they are encoded and cut out.
-    The labeled half of a batch is resized too.
+    size_shift: tuple[float, ...] = (0.0, 0.0, 0.0)
+    """Meters added to length, width and height of labeled objects before they are encoded and cut out: three numbers for all classes, or
+    three for each class. The labeled half of a batch is resized too.
     Set it when the fleet's objects are known to have another mean size (statistical normalization)."""
+
+    def __post_init__(self) -> None:
+        check_shift(self.size_shift)
 
     def cutting(self) -> dict[str, float | list[float]]:
         """Return the settings that decide which features a database of objects holds, as JSON values; its file records them."""
@@ -105,6 +109,41 @@ class SelfTrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SizeEstimateConfig:
+    """How the sizes of the fleet's objects are estimated (`size_estimate.py`); only `--method upcycling_calibrated` reads it."""
+
+    draws: int = 6
+    """How often each labeled frame is looked at, each time with other sizes."""
+    frames: int = 150
+    """Labeled frames that are looked at, at most, spread over the split."""
+    scenes: int = 300
+    """Scenes of the fleet that are looked at, at most, spread over the store."""
+    common: float = 0.25
+    """Largest logarithm of the factor that is common to the three sides of an object; 0.25 is a factor of 0.78 to 1.28."""
+    own: float = 0.12
+    """Largest logarithm of the further factor that each side has of its own."""
+    iou_score: float = 0.4
+    """Detections with a lower predicted IoU are left out."""
+    patch: float = 1.1
+    """Size of the patch of the map that is read, in units of the mean labeled object. What lies around an object says nothing of its size."""
+    ridge: float = 0.1
+    """Strength of the ridge regression, in units of the mean squared length of a patch."""
+    fewest: int = 40
+    """Objects that both sides must show. With fewer, sizes stay as they are."""
+    least_error: float = 0.03
+    """Error in meters that is assumed at least, however small the bootstrap's is: the sensor and the place add their own."""
+
+    def __post_init__(self) -> None:
+        require_counts(
+            "SizeEstimateConfig", most=1_000_000, draws=self.draws, frames=self.frames, scenes=self.scenes, fewest=self.fewest
+        )
+        require_numbers("SizeEstimateConfig", least=0.0, most=0.7, common=self.common, own=self.own)
+        require_numbers("SizeEstimateConfig", least=0.0, most=1.0, iou_score=self.iou_score, least_error=self.least_error)
+        require_numbers("SizeEstimateConfig", least=0.1, most=10.0, patch=self.patch)
+        require_numbers("SizeEstimateConfig", least=1e-9, most=1e6, ridge=self.ridge)
+
+
+@dataclass(frozen=True, kw_only=True)
 class UpcycleConfig:
     """Settings of `upcycle3d upcycle`, the same for every method."""
 
@@ -143,3 +182,6 @@ class UpcycleConfig:
 
     self_training: SelfTrainingConfig = SelfTrainingConfig()
     """Settings of `--method st3d`; the other methods ignore them."""
+
+    sizes: SizeEstimateConfig = SizeEstimateConfig()
+    """How `--method upcycling_calibrated` estimates the sizes of the fleet's objects; the other methods ignore it."""

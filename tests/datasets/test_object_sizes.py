@@ -16,7 +16,7 @@ BOXES = torch.tensor([[10.0, 2, 0.8, 4, 2, 1.6, 0.5], [20.0, -5, 1.0, 0.8, 0.6, 
 
 
 def frame(background: int = 200, seed: int = 0) -> Frame:
-    """Two boxes with 50 points each, then background points that lie in neither."""
+    """Two boxes with 50 points each, then background points that lie clearly outside of both."""
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for box in BOXES:
@@ -25,7 +25,7 @@ def frame(background: int = 200, seed: int = 0) -> Frame:
         turned = torch.stack([c * local[:, 0] - s * local[:, 1], s * local[:, 0] + c * local[:, 1], local[:, 2]], 1)
         parts.append(turned + box[:3])
     rest = torch.rand(background, 3, generator=generator) * torch.tensor([30.0, 20, 3]) - torch.tensor([0.0, 10, 0])
-    rest = rest[points_in_boxes(rest, BOXES) < 0]
+    rest = rest[points_in_boxes(rest, BOXES + torch.tensor([0, 0, 0, 0.3, 0.3, 0.3, 0])) < 0]
     xyz = torch.cat([*parts, rest])
     points = PointCloud(xyz=xyz, features=torch.arange(len(xyz))[:, None].float())
     return Frame(id="a", points=points, labels=Labels.make(BOXES, torch.tensor([0, 1])))
@@ -87,3 +87,14 @@ def test_no_objects_no_points_no_labels():
         shift_sizes(bare, (1, 1, 1))
     with pytest.raises(InvalidInput, match="smallest first"):
         scale_sizes(empty, (0.9, 0.5), np.random.default_rng(0))
+
+
+def test_points_that_noise_puts_outside_the_box_move_with_it_and_the_road_does_not():
+    """Left behind, they would keep showing the old size: half of the points of a surface lie outside its box."""
+    box = torch.tensor([[10.0, 0.0, 0.75, 4.0, 2.0, 1.5, 0.0]])
+    near = torch.tensor([[12.04, 0.3, 0.7], [10.0, -1.05, 0.5], [9.0, 0.2, 1.56]])
+    road = torch.tensor([[10.5, 0.3, -0.03], [12.5, 0.0, 0.02], [10.0, 1.3, 0.4]])
+    points = PointCloud(xyz=torch.cat([near, road]), features=torch.zeros(6, 1))
+    after = resize_objects(Frame(id="a", points=points, labels=Labels.make(box, torch.zeros(1))), torch.tensor([[2.0, 1.0, 1.2]]))
+    wanted = torch.tensor([[11.02, 0.15, 0.56], [10.0, -0.525, 0.4], [9.5, 0.1, 1.248]])
+    torch.testing.assert_close(after.points.xyz, torch.cat([wanted, road]), rtol=0, atol=1e-5)

@@ -105,6 +105,20 @@ class Decoder(nn.Module, ABC):
         """
         raise InvalidInput(f"{type(self).__name__} has no second stage that looks at regions; use a two-stage detector")
 
+    def bev_map(self, features: CutFeatures) -> Tensor:
+        """Compute the map in bird's-eye view that the heads read.
+
+        Args:
+            features: features at the cut, on the device of the weights.
+
+        Returns:
+            (B, C, H, W) map with one cell for each cell of the cut; H runs along y, W along x.
+
+        Raises:
+            InvalidInput: The decoder has no such map.
+        """
+        raise InvalidInput(f"{type(self).__name__} has no map in bird's-eye view that could be looked at; use another detector")
+
     def note_regions(self, valid: Tensor) -> None:
         """Say which regions the second stage will get. A decoder with a second stage calls it before each pass of the region head.
 

@@ -264,7 +264,7 @@ class PvRcnnDecoder(Decoder):
         Raises:
             InvalidInput: The features have no keypoints.
         """
-        dense = self.anchor_head(self.bev_backbone(height_compression(features.voxels)))
+        dense = self.anchor_head(self.bev_map(features))
         proposals = self._propose(dense, labels)
         given = self._keypoints(features)
         logits, keypoints = self._fuse(given)
@@ -307,7 +307,7 @@ class PvRcnnDecoder(Decoder):
             The proposals of every scene with refined boxes, and the feature that quality and refinement are read from.
         """
         keypoints = self._fuse(self._keypoints(features))[1]
-        p = self._propose(self.anchor_head(self.bev_backbone(height_compression(features.voxels))), None)
+        p = self._propose(self.anchor_head(self.bev_map(features)), None)
         boxes = p.boxes[p.valid]
         shared = self.roi_head.shared_features(boxes, _starts(p.valid), keypoints)
         quality, codes = self.roi_head.quality_and_codes(shared)
@@ -327,6 +327,18 @@ class PvRcnnDecoder(Decoder):
         keypoints = self._fuse(self._keypoints(features))[1]
         shared: Tensor = self.roi_head.shared_features(given.boxes[given.valid], _starts(given.valid), keypoints)
         return shared
+
+    def bev_map(self, features: CutFeatures) -> Tensor:
+        """Compute the map that the heads read.
+
+        Args:
+            features: features at the cut, on the device of the weights.
+
+        Returns:
+            (B, C, H, W) map with one cell for each cell of the cut.
+        """
+        bev: Tensor = self.bev_backbone(height_compression(features.voxels))
+        return bev
 
     @torch.no_grad()
     def _propose(self, dense: DenseOutputs, labels: Sequence[Labels] | None) -> Proposals:

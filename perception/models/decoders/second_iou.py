@@ -182,10 +182,22 @@ class SecondIouDecoder(Decoder):
         Returns:
             Raw outputs.
         """
-        bev = self.bev_backbone(height_compression(features.voxels))
+        bev = self.bev_map(features)
         dense = self.anchor_head(bev)
         proposals = self._propose(dense, labels)
         return SecondIouOutputs(dense=dense, proposals=proposals, iou_logits=self._iou_logits(bev.detach(), proposals))
+
+    def bev_map(self, features: CutFeatures) -> Tensor:
+        """Compute the map that the heads read.
+
+        Args:
+            features: features at the cut, on the device of the weights.
+
+        Returns:
+            (B, C, H, W) map with one cell for each cell of the cut.
+        """
+        bev: Tensor = self.bev_backbone(height_compression(features.voxels))
+        return bev
 
     @torch.no_grad()
     def _propose(self, dense: DenseOutputs, labels: Sequence[Labels] | None) -> Proposals:
@@ -216,7 +228,7 @@ class SecondIouDecoder(Decoder):
         Returns:
             The scored proposals of every scene, with the feature that the overlap is read from.
         """
-        bev = self.bev_backbone(height_compression(features.voxels))
+        bev = self.bev_map(features)
         proposals = self._propose(self.anchor_head(bev), None)
         shared = self.roi_head.shared_features(self._pool(bev, proposals))
         iou = self.roi_head.iou_logits(shared)
@@ -232,7 +244,7 @@ class SecondIouDecoder(Decoder):
         Returns:
             (N, head_channels) features of all regions, scene by scene.
         """
-        bev = self.bev_backbone(height_compression(features.voxels))
+        bev = self.bev_map(features)
         shared: Tensor = self.roi_head.shared_features(self._pool(bev, padded_regions(regions)))
         return shared
 

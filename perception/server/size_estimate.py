@@ -1,0 +1,414 @@
+"""Estimates how much the fleet's objects differ in size from the labeled ones, from smashed scenes alone: no label, no raw point of the fleet.
+
+The boxes of a teacher cannot be averaged for this. A teacher that has learned large cars draws small cars too large, because it falls back
+on what it knows wherever it sees little: its boxes move by a fifth to a third of the true difference. So the estimate asks what the *same*
+instrument would have read on objects of known sizes (indirect inference; Gourieroux, Monfort and Renault, 1993):
+
+    labeled frames, objects resized at random ─ encoder ─ teacher ─ patches of the map ─┬─ fit: size read from a patch (ridge regression)
+                                                                                        └─ fit: mean reading of a true size (linear)
+    smashed scenes of the fleet ─────────────── teacher ─ patches of the map ─ mean reading ─ solve: by how much must the labeled objects
+                                                                                               be longer to be read like this?
+
+The reading of a single object may be poor. Only the mean over hundreds of objects counts, and how strongly it follows the truth. The readings
+of labeled objects are by a ridge regression that has not seen their frames. Errors come from a bootstrap over frames and scenes.
+
+What this cannot see: an effect of the sensor or the place that looks like a size, and objects that the teacher does not find.
+Read next: `recipes/labeled_half.py`, which resizes labeled objects by the estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...core.features import CutFeatures
+from ...core.frame import Frame, labels_of
+from ...datasets.frame_source import FrameSource
+from ...datasets.object_sizes import resize_objects
+from ...ops.iou3d import iou_bev
+from ...ops.roi_grid import roi_grid_sample
+from ..models.detector import Detector
+from .joined_stores import FleetScenes
+from .store import collate_scenes, quantize_features
+from .upcycle_config import SizeEstimateConfig
+
+_BOOTSTRAPS = 200
+_FOLDS = 4
+_MOST = 0.6
+"""Largest difference that is believed, as a share of the size of the labeled objects. The random sizes do not cover more."""
+_CHI_SQUARE_3 = 11.34
+"""What the squared distance of three independent standard normal numbers exceeds with a probability of 1 %."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeEstimate:
+    """How much larger the fleet's objects of one class are than the labeled ones. `print(estimate)` says it in a line."""
+
+    class_name: str
+    """The class."""
+    labeled: tuple[float, float, float]
+    """Mean length, width and height of the labeled objects, in meters."""
+    difference: tuple[float, float, float]
+    """Estimated mean of the fleet minus that of the labeled objects, in meters."""
+    error: tuple[float, float, float]
+    """Standard error of the difference, in meters."""
+    follows: tuple[float, float, float]
+    """By how much the mean reading of each side moves per meter: 1 for a perfect instrument, 0 for one that sees nothing."""
+    labeled_objects: int
+    """Labeled objects that were found, counted in each draw."""
+    fleet_objects: int
+    """Objects of the fleet that were found."""
+    shift: tuple[float, float, float]
+    """What labeled objects are resized by: the difference, or zero where `reason` says why not."""
+    reason: str = ""
+    """Why the sizes stay as they are; empty where they are shifted."""
+
+    def __str__(self) -> str:
+        sides = ", ".join(
+            f"{name} {value:+.2f} ± {error:.2f} m"
+            for name, value, error in zip(("length", "width", "height"), self.difference, self.error, strict=True)
+        )
+        end = f"; sizes stay as they are, because {self.reason}" if self.reason else ""
+        return f"{self.class_name}: {self.fleet_objects} objects of the fleet differ by {sides}{end}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Seen:
+    """N objects that the teacher found."""
+
+    patches: Tensor
+    """(N, P) float32 patches of the map, flat."""
+    classes: Tensor
+    """(N,) int64."""
+    group: Tensor
+    """(N,) int64 number of the frame or scene."""
+    sizes: Tensor
+    """(N, 3) true sizes; not used for the fleet."""
+    original: Tensor
+    """(N, 3) sizes before they were changed; not used for the fleet."""
+
+    def of(self, rows: Tensor) -> _Seen:
+        return _Seen(
+            patches=self.patches[rows],
+            classes=self.classes[rows],
+            group=self.group[rows],
+            sizes=self.sizes[rows],
+            original=self.original[rows],
+        )
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+
+@torch.no_grad()
+def estimate_sizes(
+    teacher: Detector, frames: FrameSource, store: FleetScenes, config: SizeEstimateConfig, *, codec: str, seed: int
+) -> tuple[SizeEstimate, ...]:
+    """Estimate the difference of the mean sizes of the fleet's and the labeled objects, for each class of the teacher.
+
+    Args:
+        teacher: A detector whose encoder made the scenes. It is put into evaluation mode.
+        frames: The labeled split.
+        store: The fleet's smashed scenes.
+        config: How it is done.
+        codec: Codec of the scenes; the features of labeled frames pass it too.
+        seed: Decides the random sizes and the bootstrap.
+
+    Returns:
+        One estimate per class.
+
+    Example:
+        for estimate in estimate_sizes(teacher, frames, store, SizeEstimateConfig(), codec="fp16", seed=0):
+            print(estimate)
+    """
+    teacher.eval()
+    mean = _mean_sizes(frames, len(teacher.class_names), config)
+    patch = config.patch * mean[:, :2]
+    labeled = _joined(_labeled_objects(teacher, frames, patch, config, codec, seed))
+    fleet = _joined(_fleet_objects(teacher, store, patch, config))
+    found = []
+    for number, name in enumerate(teacher.class_names):
+        one, other = (None if seen is None else seen.of(seen.classes == number) for seen in (labeled, fleet))
+        found.append(_estimate(name, mean[number], one, other, config, seed))
+    return tuple(found)
+
+
+def shift_of(estimates: Sequence[SizeEstimate]) -> tuple[float, ...]:
+    """Join the shifts of all classes.
+
+    Args:
+        estimates: One per class, in the order of the classes.
+
+    Returns:
+        Three numbers per class: a `size_shift`.
+    """
+    return tuple(side for estimate in estimates for side in estimate.shift)
+
+
+# ---- what the teacher sees
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` positions, evenly spread."""
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()}) if count else []
+
+
+def _mean_sizes(frames: FrameSource, classes: int, config: SizeEstimateConfig) -> Tensor:
+    """(K, 3) float64 mean size of the labeled objects of each class; 0 where none is labeled."""
+    total, count = torch.zeros(classes, 3, dtype=torch.float64), torch.zeros(classes, dtype=torch.float64)
+    for i in _spread(len(frames), config.frames):
+        (labels,) = labels_of([frames[i]])
+        own = labels.weight > 0
+        total.index_add_(0, labels.classes[own], labels.boxes.data[own, 3:6].double())
+        count.index_add_(0, labels.classes[own], torch.ones(int(own.sum()), dtype=torch.float64))
+    return total / count.clamp_min(1)[:, None]
+
+
+def _labeled_objects(
+    teacher: Detector, frames: FrameSource, patch: Tensor, config: SizeEstimateConfig, codec: str, seed: int
+) -> Iterator[_Seen]:
+    for draw in range(config.draws):
+        for i in _spread(len(frames), config.frames):
+            frame = frames[i]
+            changed, before = _with_random_sizes(frame, config, np.random.default_rng([seed, draw, i]))
+            scene = quantize_features(teacher.encode([changed.points]), codec)
+            (labels,) = labels_of([changed])
+            own = labels.weight > 0
+            device = scene.voxels.coords.device
+            truth, classes, old = (x[own].to(device) for x in (labels.boxes.data, labels.classes, before))
+            boxes, found, patches = _read(teacher, scene, patch, config)
+            if not len(boxes) or not len(truth):
+                continue
+            overlap = iou_bev(boxes, truth).masked_fill(found[:, None] != classes, 0)
+            best, row = overlap.max(1)
+            hit = best > 0.2
+            yield _Seen(
+                patches=patches[hit].cpu(),
+                classes=found[hit].cpu(),
+                group=torch.full((int(hit.sum()),), i),
+                sizes=truth[row[hit], 3:6].cpu().double(),
+                original=old[row[hit]].cpu().double(),
+            )
+
+
+def _with_random_sizes(frame: Frame, config: SizeEstimateConfig, rng: np.random.Generator) -> tuple[Frame, Tensor]:
+    """The frame with every object resized, and (N, 3) the sizes before."""
+    (labels,) = labels_of([frame])
+    sizes = labels.boxes.data[:, 3:6]
+    factor = rng.uniform(-config.common, config.common, (len(sizes), 1)) + rng.uniform(-config.own, config.own, (len(sizes), 3))
+    return resize_objects(frame, sizes * torch.from_numpy(np.exp(factor)).to(sizes)), sizes
+
+
+def _fleet_objects(teacher: Detector, store: FleetScenes, patch: Tensor, config: SizeEstimateConfig) -> Iterator[_Seen]:
+    device = next(teacher.parameters()).device
+    for i in _spread(len(store), config.scenes):
+        scene = collate_scenes([store.readable(i)], encoders=store.fingerprints).to(device)
+        boxes, classes, patches = _read(teacher, teacher.encoder.restore(scene), patch, config)
+        unknown = torch.zeros(len(boxes), 3, dtype=torch.float64)
+        yield _Seen(
+            patches=patches.cpu(), classes=classes.cpu(), group=torch.full((len(boxes),), i), sizes=unknown, original=unknown
+        )
+
+
+def _read(teacher: Detector, scene: CutFeatures, patch: Tensor, config: SizeEstimateConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (N, 7), classes and patches of the sure detections of one scene. A patch lies at its detection and is turned with it, but its
+    size is that of the class: the box's own size is what must not be trusted."""
+    (found,) = teacher.predict(teacher.decode(scene))
+    size = patch.to(found.boxes.data)[found.classes]
+    keep = (found.iou_scores >= config.iou_score) & (size > 0).all(1)
+    boxes, classes = found.boxes.data[keep], found.classes[keep]
+    where = torch.cat([boxes[:, :3], size[keep], boxes[:, 5:]], 1)
+    cell = scene.spec.cell_size()
+    x0, y0 = scene.spec.grid.range[:2]
+    patches = roi_grid_sample(
+        teacher.decoder.bev_map(scene),
+        where[None],
+        origin=(x0 + cell[0] / 2, y0 + cell[1] / 2),
+        cell=cell,
+        grid_size=5,
+        faithful=False,
+    )
+    return boxes, classes, patches[0].flatten(1).float()
+
+
+def _joined(parts: Iterator[_Seen]) -> _Seen | None:
+    every = list(parts)
+    if not every:
+        return None
+    names = ("patches", "classes", "group", "sizes", "original")
+    return _Seen(**{name: torch.cat([getattr(part, name) for part in every]) for name in names})
+
+
+# ---- the arithmetic
+
+
+def _estimate(
+    name: str, mean: Tensor, labeled: _Seen | None, fleet: _Seen | None, config: SizeEstimateConfig, seed: int
+) -> SizeEstimate:
+    counts = [0 if seen is None else len(seen) for seen in (labeled, fleet)]
+    zero = (0.0, 0.0, 0.0)
+    if labeled is None or fleet is None or min(counts) < config.fewest:
+        reason = (
+            f"the teacher finds {counts[0]} labeled objects and {counts[1]} of the fleet with a predicted IoU of {config.iou_score:g} or more, "
+            f"and {config.fewest} are needed"
+        )
+        return SizeEstimate(
+            class_name=name, labeled=_three(mean), difference=zero, error=(float("inf"),) * 3, follows=zero, labeled_objects=counts[0],
+            fleet_objects=counts[1], shift=zero, reason=reason,
+        )  # fmt: skip
+    readings, read = _readings(labeled, fleet, config.ridge)
+    known = KnownReadings(readings=readings, sizes=labeled.sizes, original=labeled.original)
+    difference, error, follows = indirect_difference(known, labeled.group, read, fleet.group, seed=seed)
+    error = error.clamp_min(config.least_error)
+    reason = _reason_against(difference, error, mean)
+    return SizeEstimate(
+        class_name=name,
+        labeled=_three(mean),
+        difference=_three(difference),
+        error=_three(error),
+        follows=_three(follows),
+        labeled_objects=counts[0],
+        fleet_objects=counts[1],
+        shift=zero if reason else _three(difference),
+        reason=reason,
+    )
+
+
+def _reason_against(difference: Tensor, error: Tensor, labeled: Tensor) -> str:
+    if not bool(difference.isfinite().all() & error.isfinite().all()):
+        return "the readings do not follow the sizes at all"
+    distance = float((difference / error).square().sum())
+    if distance < _CHI_SQUARE_3:
+        return f"a difference of {distance**0.5:.1f} standard errors is no evidence ({_CHI_SQUARE_3**0.5:.1f} are asked for)"
+    if bool(((difference / labeled).abs() > _MOST).any()):
+        return f"a side would differ by {_MOST:.0%} or more, which the random sizes do not cover"
+    return ""
+
+
+def _three(values: Tensor) -> tuple[float, float, float]:
+    a, b, c = values.tolist()
+    return a, b, c
+
+
+class Readout:
+    """A linear map from patches to sizes."""
+
+    def __init__(self, weight: Tensor, middle: Tensor, mean: Tensor) -> None:
+        self.weight, self.middle, self.mean = weight, middle, mean
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        return (patches - self.middle) @ self.weight + self.mean
+
+
+def ridge_regression(x: Tensor, y: Tensor, strength: float) -> Readout:
+    """Fit y to x by ridge regression, with every column of x scaled to unit variance and an intercept that is not shrunk.
+
+    Args:
+        x: (N, P) float64.
+        y: (N, M) float64.
+        strength: Ridge in units of the mean squared length of a centered row.
+
+    Returns:
+        The fit as a function of (K, P).
+    """
+    middle, mean = x.mean(0), y.mean(0)
+    spread = x.std(0, correction=0)
+    scale = torch.where(spread > 1e-6 * spread.max(), 1 / spread, torch.zeros_like(spread))  # a column that only rounding changes
+    rows = (x - middle) * scale
+    if len(rows) <= rows.shape[1]:  # the smaller of the two equal systems
+        gram = rows @ rows.T
+        gram.diagonal().add_(strength * float(gram.diagonal().mean()) + 1e-12)
+        weight = rows.T @ torch.linalg.solve(gram, y - mean)
+    else:
+        gram = rows.T @ rows
+        gram.diagonal().add_(strength * float(rows.square().sum(1).mean()) + 1e-12)
+        weight = torch.linalg.solve(gram, rows.T @ (y - mean))
+    return Readout(weight * scale[:, None], middle, mean)
+
+
+def _readings(labeled: _Seen, fleet: _Seen, strength: float) -> tuple[Tensor, Tensor]:
+    """(N, 3) reading of each labeled object by a regression that has not seen its frame, and (F, M, 3) those of the fleet's objects by the F
+    regressions, so that the same instruments read both."""
+    groups = labeled.group.unique()
+    fold = torch.bucketize(labeled.group, groups) % _FOLDS
+    readings, read = torch.zeros(len(labeled), 3, dtype=torch.float64), []
+    for number in range(min(_FOLDS, len(groups))):
+        own = fold == number if len(groups) > 1 else torch.zeros_like(fold, dtype=torch.bool)
+        fit = ridge_regression(labeled.patches[~own].double(), labeled.sizes[~own], strength)
+        readings[own] = fit(labeled.patches[own].double())
+        read.append(fit(fleet.patches.double()))
+    return readings, torch.stack(read)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KnownReadings:
+    """What an instrument read on N objects of known sizes."""
+
+    readings: Tensor
+    """(N, 3) float64 readings of length, width and height."""
+    sizes: Tensor
+    """(N, 3) float64 true sizes."""
+    original: Tensor
+    """(N, 3) float64 true sizes before they were changed at random."""
+
+    def of(self, rows: Tensor) -> KnownReadings:
+        """Select objects.
+
+        Args:
+            rows: (M,) int64 rows.
+
+        Returns:
+            The readings of these objects.
+        """
+        return KnownReadings(readings=self.readings[rows], sizes=self.sizes[rows], original=self.original[rows])
+
+
+def indirect_difference(
+    known: KnownReadings, frame: Tensor, fleet: Tensor, scene: Tensor, *, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find by how much the known objects would have to be longer, wider and higher for their mean reading to be that of the fleet.
+
+    Args:
+        known: Readings of labeled objects.
+        frame: (N,) number of their frame.
+        fleet: (F, M, 3) readings of the fleet's objects by F instruments, each of which read its part of the labeled objects.
+        scene: (M,) number of their scene.
+        seed: Decides the bootstrap.
+
+    Returns:
+        Difference (3,) in meters, its standard error (3,), and by how much the mean reading of each side moves per meter (3,). The difference
+        is NaN where the readings do not follow the sizes.
+    """
+    found, follows = _solve(known, fleet.mean((0, 1)))
+    rng = np.random.default_rng([seed, 7])
+    again = []
+    for _ in range(_BOOTSTRAPS):
+        one, other = _resampled(frame, rng), _resampled(scene, rng)
+        instruments = torch.from_numpy(rng.integers(0, len(fleet), len(fleet)))
+        again.append(_solve(known.of(one), fleet[instruments][:, other].mean((0, 1)))[0])
+    return found, torch.stack(again).std(0), follows
+
+
+def _solve(known: KnownReadings, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The difference at which the mean reading of the original objects is the wanted one (3,), and how the reading moves with each side."""
+    terms = torch.cat([torch.ones_like(known.sizes[:, :1]), known.sizes], 1)
+    fit = torch.linalg.lstsq(terms, known.readings).solution  # (4, 3): the mean reading of a size
+    follows = fit[1:].T
+    if float(torch.linalg.matrix_norm(follows, -2)) < 1e-6:  # some difference of sizes leaves the readings as they are
+        return torch.full((3,), torch.nan, dtype=wanted.dtype), follows.diagonal()
+    now = fit[0] + follows @ known.original.mean(0)
+    return torch.linalg.solve(follows, wanted - now), follows.diagonal()
+
+
+def _resampled(group: Tensor, rng: np.random.Generator) -> Tensor:
+    """Rows of a bootstrap sample that draws whole frames or scenes."""
+    groups, place = group.unique(return_inverse=True)
+    order = place.argsort(stable=True)
+    ends = torch.bincount(place, minlength=len(groups)).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    drawn = torch.from_numpy(rng.integers(0, len(groups), len(groups)))
+    return torch.cat([order[starts[i] : ends[i]] for i in drawn.tolist()])

@@ -1,0 +1,109 @@
+"""A run at the fleet's object sizes: estimated once, before the first step, recorded, and the same when the run is resumed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import tiny
+from upcycle3d.core.errors import InvalidInput
+from upcycle3d.perception.recipes import fleet_sizes
+from upcycle3d.perception.recipes.fleet_sizes import SIZES_FILE, read_estimates, settings_at_fleet_sizes
+from upcycle3d.perception.recipes.jobs import train_preset
+from upcycle3d.perception.recipes.upcycling_job import upcycle_preset
+from upcycle3d.perception.server.feature_object_database import FeatureObjectDatabase
+from upcycle3d.perception.server.methods import METHODS, Method
+from upcycle3d.perception.server.size_estimate import SizeEstimate
+from upcycle3d.perception.training.detector_files import load_detector
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
+
+LARGER = SizeEstimate(
+    class_name="Car", labeled=(3.0, 1.6, 1.5), difference=(0.5004, 0.2, 0.1), error=(0.05, 0.05, 0.05), follows=(0.4, 0.4, 0.5),
+    labeled_objects=99, fleet_objects=99, shift=(0.5004, 0.2, 0.1),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    train_preset(tiny.preset(), data, folder / "source", progress=False)
+    tiny.store(folder / "fleet", load_detector(folder / "source"), [tiny.scan_with_car(seed) for seed in range(4)])
+    return folder
+
+
+@pytest.fixture
+def estimated(monkeypatch) -> list[int]:
+    """Counts the estimates, each of which says that the fleet's cars are larger."""
+    calls: list[int] = []
+
+    def estimate(*_, **given):
+        calls.append(given["seed"])
+        return (LARGER,)
+
+    monkeypatch.setattr(fleet_sizes, "estimate_sizes", estimate)
+    return calls
+
+
+def learn(data, runs, out, **options):
+    given = {"method": "upcycling_calibrated", "progress": False, "store": runs / "fleet" / "store"} | options
+    return upcycle_preset(tiny.preset(), data, runs / "source", out, **given)
+
+
+def test_pasted_objects_have_the_fleets_sizes_and_the_estimate_is_printed(data, runs, tmp_path, estimated, capsys):
+    learn(data, runs, tmp_path / "run")
+    assert "objects of the fleet differ by length +0.50 ± 0.05 m" in capsys.readouterr().out
+    header = json.loads((tmp_path / "run" / "feature_gt" / "database.json").read_text())
+    assert header["cutting"]["size_shift"] == [0.5, 0.2, 0.1]
+    database = FeatureObjectDatabase.open(
+        tmp_path / "run" / "feature_gt",
+        config=replace(tiny.preset().upcycle.f_gt, size_shift=(0.5, 0.2, 0.1)),
+        split_fingerprint=data.open().split_fingerprint(),
+        encoder_fingerprint=header["encoder_fingerprint"],
+    )
+    assert float(database.boxes[0, 3]) == pytest.approx(3.5)
+
+
+def test_a_resumed_run_reads_its_estimate_and_makes_no_other(data, runs, tmp_path, estimated):
+    learn(data, runs, tmp_path / "run", steps=2)
+    learn(data, runs, tmp_path / "run", steps=4, resume=True)
+    assert len(estimated) == 1
+    assert read_estimates(tmp_path / "run" / SIZES_FILE)[0].shift == (0.5, 0.2, 0.1)
+
+
+def test_an_untrained_teacher_leaves_the_sizes_as_they_are(data, runs, tmp_path, capsys):
+    """The whole way without a stand-in: too little is found, and the run says so and trains."""
+    learn(data, runs, tmp_path / "run", steps=1)
+    assert "sizes stay as they are" in " ".join(capsys.readouterr().out.split())
+    assert read_estimates(tmp_path / "run" / SIZES_FILE)[0].shift == (0.0, 0.0, 0.0)
+
+
+def test_what_cannot_be_is_refused(tmp_path, data, runs, estimated):
+    settings, detector = tiny.upcycle_config(), load_detector(runs / "source")
+    given = replace(settings, f_gt=replace(settings.f_gt, size_shift=(0.1, 0.0, 0.0)))
+
+    def sized(config, scenes):
+        return settings_at_fleet_sizes(
+            tmp_path, METHODS["upcycling_calibrated"], config, detector, data.open(), scenes, codec="fp16", seed=0, say=print
+        )
+
+    with pytest.raises(InvalidInput, match="there are none"):
+        sized(settings, None)
+    with pytest.raises(InvalidInput, match="one is given already"):
+        sized(given, [])
+    with pytest.raises(InvalidInput, match="they need smashed scenes"):
+        Method(summary="x", unlabeled="none", estimates_sizes=True)
+    (tmp_path / SIZES_FILE).write_text('{"classes": [{"class_name": 3}]}')
+    with pytest.raises(InvalidInput, match="damaged or was edited"):
+        read_estimates(tmp_path / SIZES_FILE)
+
+
+def test_every_other_method_keeps_its_settings(tmp_path, estimated):
+    settings = tiny.upcycle_config()
+    for name, method in METHODS.items():
+        if name != "upcycling_calibrated":
+            assert (
+                settings_at_fleet_sizes(tmp_path, method, settings, None, [], None, codec="fp16", seed=0, say=print) is settings
+            )
+    assert estimated == []
