@@ -213,6 +213,9 @@ class AugmentationRanges:
     all classes, or three for each class. Set it to the mean size of the target's objects minus that of the source's."""
     object_scale: tuple[float, float] = (1.0, 1.0)
     """Smallest and largest factor of each labeled object's own size (random object scaling, see `object_sizes.py`)."""
+    side_scale: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest further factor of each labeled object's length, width and height alone. Widen it, as to 0.88 and 1.12, where a
+    detector must tell proportions (`upcycle --method upcycling_calibrated`)."""
 
     def __post_init__(self) -> None:
         check_shift(self.size_shift)
@@ -268,8 +271,8 @@ def labeled_example(
         frame = paste(frame, sampler.sample(rng, frame.labels))
     if any(ranges.size_shift):
         frame = shift_sizes(frame, ranges.size_shift)
-    if ranges.object_scale != (1.0, 1.0):
-        frame = scale_sizes(frame, ranges.object_scale, rng)
+    if (ranges.object_scale, ranges.side_scale) != ((1.0, 1.0), (1.0, 1.0)):
+        frame = scale_sizes(frame, ranges.object_scale, rng, sides=ranges.side_scale)
     frame = sample_augmentation(rng, ranges).frame(frame)
     order = torch.from_numpy(rng.permutation(len(frame.points)))
     (labels,) = labels_of([frame])

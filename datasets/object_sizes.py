@@ -74,13 +74,17 @@ def check_shift(shift: Sequence[float]) -> tuple[float, ...]:
     return tuple(shift)
 
 
-def scale_sizes(frame: Frame, factors: tuple[float, float], rng: np.random.Generator) -> Frame:
-    """Scale every labeled object by its own factor.
+def scale_sizes(
+    frame: Frame, factors: tuple[float, float], rng: np.random.Generator, *, sides: tuple[float, float] = (1.0, 1.0)
+) -> Frame:
+    """Scale every labeled object by its own factor, and each of its sides by a further one.
 
     Args:
         frame: A labeled frame.
-        factors: Smallest and largest factor; drawn uniformly between them.
+        factors: Smallest and largest factor of an object; drawn uniformly between them.
         rng: Source of randomness.
+        sides: Smallest and largest further factor of length, width and height alone. With (1, 1) objects keep their proportions, and a
+            detector learns to read one number instead of three.
 
     Returns:
         The frame with resized objects and their points.
@@ -88,10 +92,13 @@ def scale_sizes(frame: Frame, factors: tuple[float, float], rng: np.random.Gener
     Raises:
         InvalidInput: The frame has no labels, or the factors are not positive and in order.
     """
-    if not 0 < factors[0] <= factors[1]:
-        raise InvalidInput(f"object factors must be positive, the smallest first; found {factors}")
+    for low, high in (factors, sides):
+        if not 0 < low <= high:
+            raise InvalidInput(f"object factors must be positive, the smallest first; found {(low, high)}")
     sizes = _sizes(frame)
     drawn = torch.from_numpy(rng.uniform(*factors, size=(len(sizes), 1))).to(sizes)
+    if sides != (1.0, 1.0):
+        drawn = drawn * torch.from_numpy(rng.uniform(*sides, size=(len(sizes), 3))).to(sizes)
     return resize_objects(frame, sizes * drawn)
 
 

@@ -19,7 +19,7 @@ class Simulate:
     The same domain, seed and frame give the same bytes with any number of processes. A second call completes an interrupted one.
     """
 
-    domain: Literal["kitti", "waymo", "lyft"]
+    domain: Literal["kitti", "waymo", "lyft", "compact", "large"]
     """Sensor and streets (docs/simulation.md)."""
     out: Path
     """Folder to write, the root of the dataset."""

@@ -103,7 +103,7 @@ def unlabeled_batches(preset: Preset, frames: PreparedDataset, *, batch_size: in
     Returns:
         The batches as a function of the step.
     """
-    ranges = replace(preset.train.augmentation, size_shift=(0.0, 0.0, 0.0), object_scale=(1.0, 1.0))
+    ranges = replace(preset.train.augmentation, size_shift=(0.0, 0.0, 0.0), object_scale=(1.0, 1.0), side_scale=(1.0, 1.0))
     return UnlabeledBatches(frames=frames, batch_size=batch_size, seed=seed, augmentation=ranges)
 
 

@@ -14,7 +14,8 @@ from ...datasets.label_shares import DRAWS, labeled_split
 from ...datasets.simulation.places import domain
 from ...datasets.simulation.stand_in import prepared_stand_in
 
-DatasetName = Literal["waymo", "lyft", "kitti"]
+DatasetName = Literal["waymo", "lyft", "kitti", "compact", "large"]
+"""Datasets, and two simulated places that stand in for none."""
 
 
 @dataclass(frozen=True, kw_only=True)

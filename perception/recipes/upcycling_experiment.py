@@ -5,7 +5,8 @@ source model it starts from. A *result* is the scores of one compared method wit
 
     seed ─ data ─┬─ source model "plain" ─ smashed scenes ─ methods
                  ├─ source model "sn"    ─ …                sizes of the labeled objects normalized to the target's mean
-                 └─ source model "ros"   ─ …                sizes of the labeled objects scaled at random
+                 ├─ source model "ros"   ─ …                sizes of the labeled objects scaled at random, smaller
+                 └─ source model "random_sizes" ─ …         sizes of the labeled objects scaled at random, either way
 
 Read next: `pipeline.py`, which runs one seed, and `upcycling_report.py`, which makes tables of the results.
 """
@@ -30,9 +31,11 @@ from .pipeline import Pipeline
 from .presets import Preset
 from .result_cache import ResultCache
 
-SourceModel = Literal["plain", "sn", "ros"]
+SourceModel = Literal["plain", "sn", "ros", "random_sizes"]
 RANDOM_SIZES = (0.75, 0.95)
 """Factors of random object scaling, from ST3D, for a source domain whose cars are the larger ones."""
+ANY_SIZES, ANY_SIDES = (0.8, 1.25), (0.88, 1.12)
+"""Factors of a source model that is told nothing of the target's sizes, not even which are larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,8 @@ class Scenario:
 
 SCENARIOS = {
     "waymo_lyft": Scenario(source="waymo", target="lyft", size_shift=(-0.07, -0.2, -0.08), development=True),
+    "waymo_compact": Scenario(source="waymo", target="compact", size_shift=(-0.65, -0.35, -0.29), development=True),
+    "waymo_large": Scenario(source="waymo", target="large", size_shift=(0.55, 0.10, 0.16), development=True),
     "waymo_kitti": Scenario(source="waymo", target="kitti", size_shift=(-0.91, -0.49, -0.26)),
     "kitti_partial": Scenario(source="kitti", target="kitti"),
     "waymo_partial": Scenario(source="waymo", target="waymo"),
@@ -87,7 +92,8 @@ class ComparedMethod:
     method: str
     """A name of `METHODS`."""
     source_model: SourceModel = "plain"
-    """How the source model is trained: `plain`; `sn` with size normalization; `ros` with random object scaling."""
+    """How the source model is trained: `plain`; `sn` with size normalization; `ros` with ST3D's random object scaling, which knows that the
+    target's objects are smaller; `random_sizes` with objects of any size."""
     resize: bool = False
     """Give the labeled half of a batch, and the objects that F-GT pastes, the target's mean size."""
 
@@ -96,6 +102,9 @@ class ComparedMethod:
 COMPARED_METHODS: dict[str, ComparedMethod] = {name: ComparedMethod(method=name) for name in METHODS} | {
     "sn": ComparedMethod(method="source_only", source_model="sn"),
     "ros": ComparedMethod(method="source_only", source_model="ros"),
+    "random_sizes": ComparedMethod(method="source_only", source_model="random_sizes"),
+    "upcycling_random_sizes": ComparedMethod(method="upcycling", source_model="random_sizes"),
+    "calibrated_random_sizes": ComparedMethod(method="upcycling_calibrated", source_model="random_sizes"),
     "source_continued_sn": ComparedMethod(method="source_continued", resize=True),
     "iou_match_sn": ComparedMethod(method="iou_match", resize=True),
     "st3d_sn": ComparedMethod(method="st3d", source_model="sn"),
@@ -120,6 +129,8 @@ def source_preset(preset: Preset, source_model: SourceModel, scenario: Scenario)
         augmentation = replace(augmentation, size_shift=scenario.size_shift)
     if source_model == "ros":
         augmentation = replace(augmentation, object_scale=RANDOM_SIZES)
+    if source_model == "random_sizes":
+        augmentation = replace(augmentation, object_scale=ANY_SIZES, side_scale=ANY_SIDES)
     return replace(preset, train=replace(preset.train, augmentation=augmentation))
 
 

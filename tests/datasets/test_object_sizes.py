@@ -98,3 +98,16 @@ def test_points_that_noise_puts_outside_the_box_move_with_it_and_the_road_does_n
     after = resize_objects(Frame(id="a", points=points, labels=Labels.make(box, torch.zeros(1))), torch.tensor([[2.0, 1.0, 1.2]]))
     wanted = torch.tensor([[11.02, 0.15, 0.56], [10.0, -0.525, 0.4], [9.5, 0.1, 1.248]])
     torch.testing.assert_close(after.points.xyz, torch.cat([wanted, road]), rtol=0, atol=1e-5)
+
+
+def test_sides_are_scaled_apart_and_only_where_that_is_asked_for():
+    """With one factor for all sides a detector learns one number; the draw of that factor stays what it was."""
+    rng = np.random.default_rng(0)
+    one = scale_sizes(frame(), (0.8, 1.2), np.random.default_rng(0)).labels.boxes.data[:, 3:6] / BOXES[:, 3:6]
+    torch.testing.assert_close(one, one[:, :1].expand(2, 3))
+    apart = scale_sizes(frame(), (0.8, 1.2), rng, sides=(0.9, 1.1)).labels.boxes.data[:, 3:6] / BOXES[:, 3:6]
+    further = apart / one
+    assert bool(((further >= 0.9) & (further <= 1.1)).all())
+    assert float((further - further[:, :1]).abs().max()) > 0.01
+    with pytest.raises(InvalidInput, match="must be positive"):
+        scale_sizes(frame(), (0.8, 1.2), rng, sides=(1.1, 0.9))

@@ -46,15 +46,15 @@ def test_every_method_is_compared_and_nothing_else():
     assert all(compared.method in METHODS for compared in COMPARED_METHODS.values())
 
 
-@pytest.mark.parametrize("name", ["waymo_lyft", "waymo_kitti"])
+@pytest.mark.parametrize("name", ["waymo_lyft", "waymo_compact", "waymo_large", "waymo_kitti"])
 def test_the_size_shift_is_also_that_of_the_simulated_domains(name):
     scenario = SCENARIOS[name]
     source, target = (domain(place).place.sizes[0].mean for place in (scenario.source, scenario.target))
     assert [t - s for s, t in zip(source, target, strict=True)] == pytest.approx(scenario.size_shift)
 
 
-def test_settings_may_be_chosen_on_the_development_scenario_only():
-    assert [name for name, s in SCENARIOS.items() if s.development] == ["waymo_lyft"]
+def test_settings_may_be_chosen_on_the_development_scenarios_only():
+    assert [name for name, s in SCENARIOS.items() if s.development] == ["waymo_lyft", "waymo_compact", "waymo_large"]
 
 
 def test_a_compared_method_changes_only_what_it_says():
@@ -66,6 +66,8 @@ def test_a_compared_method_changes_only_what_it_says():
     assert normalized.upcycle == SMALL.upcycle
     scaled = source_preset(SMALL, "ros", scenario)
     assert scaled.train.augmentation == replace(SMALL.train.augmentation, object_scale=(0.75, 0.95))
+    untold = source_preset(SMALL, "random_sizes", scenario)
+    assert untold.train.augmentation == replace(SMALL.train.augmentation, object_scale=(0.8, 1.25), side_scale=(0.88, 1.12))
     resized = method_run(SMALL, COMPARED_METHODS["upcycling_sn"], scenario)
     assert resized.upcycle == replace(SMALL.upcycle, f_gt=replace(SMALL.upcycle.f_gt, size_shift=scenario.size_shift))
 
