@@ -42,7 +42,8 @@ class Upcycle:
     """A few labeled frames of the target, where drivers gave some (`upcycle3d select` says which to ask for); `train` where no split is
     named. They join the labeled half, and F-GT pastes their objects too."""
     target_share: float = TargetLabels.share
-    """Share of the labeled frames of the training that are drawn from `--target-labels`; 1 leaves out `--data`."""
+    """Share of the labeled frames of the training that are drawn from `--target-labels`. With 1 no frame of `--data` is drawn; F-GT
+    still pastes its objects."""
     raw: DataOption | None = None
     """Raw unlabeled scans, for the methods that learn from them; `unlabelled` where no split is named. Labels are not read."""
     z_shift: tuple[float, ...] = ()

@@ -33,7 +33,8 @@ class TargetLabels:
     data: DataSplit
     """The frames, prepared for the same classes."""
     share: float = 0.5
-    """Share of the labeled frames of a training that are drawn from them, above 0; 1 leaves out the labeled split."""
+    """Share of the labeled frames of a training that are drawn from them, above 0. With 1 no frame of the labeled split is
+    drawn; F-GT still pastes its objects."""
 
     def __post_init__(self) -> None:
         require_numbers("TargetLabels", least=1e-6, most=1.0, share=self.share)

@@ -6,7 +6,8 @@ Read next: `labeled_half.py` and `fleet_stores.py`, the two halves of its data; 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from ..training.run_folder import RunFolder, check_unused
 from ..wire.codec import check_codec
 from .assembly import check_classes, unlabeled_batches
 from .encoder_note import encoder_note
-from .fleet_sizes import settings_at_fleet_sizes
+from .fleet_sizes import SIZES_FILE, settings_at_fleet_sizes
 from .fleet_stores import (
     Rigs,
     Stores,
@@ -52,6 +53,8 @@ from .labeled_half import LabeledHalf, TargetLabels
 from .presets import Preset
 from .scan_survey import check_labels, data_warnings, survey_split
 from .validation import Validation, Validator
+
+_OBJECTS = "feature_gt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,8 @@ def upcycle_preset(
         out: Run folder to write.
         method: Name of a method (docs/methods.md), or your own `Method`.
         target_labels: A few labeled frames of the target, `DIR[:SPLIT]`, `train` where no split is named. F-GT pastes their objects too.
-        target_share: Share of the labeled frames of the training that are drawn from them; 1 leaves out `data`.
+        target_share: Share of the labeled frames of the training that are drawn from them. With 1 no frame of `data` is drawn; F-GT still pastes
+            its objects.
         store: Store of the fleet's smashed scenes, for the methods that learn from them; or several stores, for fleets of several kinds of
             vehicles that run one encoder. Scenes are drawn in proportion to their number, so an epoch sees every scene of every store once.
         raw: Raw unlabeled scans, for the methods that learn from them; `unlabelled` where no split is named.
@@ -231,11 +235,12 @@ def upcycle_preset(
 
     # The folder is taken last: what is wrong with the arguments must not leave a folder that refuses the corrected ones.
     with started_run(out, record, loop, planned, ledger, context=context, resume=resume) as run:
-        sized = _sized(run, chosen, settings, student, opened[0][1], scenes, codec_used, context)
-        labeled = half.batches(preset, chosen, sized, seed=seed)
-        pasted_objects = None
-        if chosen.f_gt:
-            pasted_objects = _objects_to_paste(run, half, student, sized, codec_used, context)
+        with _freed_on_mistake(run):
+            sized = _sized(run, chosen, settings, student, opened[0][1], scenes, codec_used, context)
+            labeled = half.batches(preset, chosen, sized, seed=seed)
+            pasted_objects = None
+            if chosen.f_gt:
+                pasted_objects = _objects_to_paste(run, half, student, sized, codec_used, context)
         teacher = upcycle(
             student.to(context.device if context.world_size > 1 else device),
             method=chosen,
@@ -308,18 +313,24 @@ def _sized(
 def _objects_to_paste(
     run: RunFolder, half: LabeledHalf, student: Detector, settings: UpcycleConfig, codec: str, context: DistributedContext
 ) -> ObjectDatabase:
-    """F-GT's databases, which the first process builds in the run folder. Where they cannot be built, the folder is free again."""
-    folder = run.path / "feature_gt"
+    """F-GT's databases, which the first process builds in the run folder."""
 
     def open_them() -> ObjectDatabase:
-        return half.objects_to_paste(folder, student, settings, codec=codec)
+        return half.objects_to_paste(run.path / _OBJECTS, student, settings, codec=codec)
 
+    on_main(open_them, context)
+    return open_them()
+
+
+@contextmanager
+def _freed_on_mistake(run: RunFolder) -> Iterator[None]:
+    """Where what is asked for cannot be done, the folder is free again for the corrected command."""
     try:
-        on_main(open_them, context)
-        return open_them()
+        yield
     except InvalidInput:
         if run.writable and latest_checkpoint(run.checkpoints) is None:
             run.abandon()
-            for each in folder.parent.glob(f"{folder.name}*"):
+            (run.path / SIZES_FILE).unlink(missing_ok=True)
+            for each in run.path.glob(f"{_OBJECTS}*"):
                 shutil.rmtree(each, ignore_errors=True)
         raise

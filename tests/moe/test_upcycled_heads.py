@@ -103,6 +103,15 @@ def test_equal_experts_find_what_the_dense_detector_finds(second_iou, kind):
 
 
 @pytest.mark.parametrize("kind", ["branches", "everything, shared norms"])
+def test_the_map_of_equal_experts_is_that_of_the_dense_detector(second_iou, kind):
+    """What estimates object sizes looks at the map; outside of a forward pass nothing has decided for the scene yet."""
+    made = upcycle_head([second_iou] * 3, HEADS[kind]).detector
+    with torch.no_grad():
+        features = second_iou.encode(SCANS)
+        torch.testing.assert_close(made.decoder.bev_map(features), second_iou.decoder.bev_map(features), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["branches", "everything, shared norms"])
 def test_pv_rcnn_too(pv_rcnn, kind):
     made = upcycle_head([pv_rcnn] * 3, HEADS[kind]).detector
     assert_equal_detections(made, pv_rcnn)

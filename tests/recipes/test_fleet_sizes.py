@@ -107,3 +107,12 @@ def test_every_other_method_keeps_its_settings(tmp_path, estimated):
                 settings_at_fleet_sizes(tmp_path, method, settings, None, [], None, codec="fp16", seed=0, say=print) is settings
             )
     assert estimated == []
+
+
+def test_a_size_shift_that_is_given_too_leaves_the_folder_free(data, runs, tmp_path, estimated):
+    preset = tiny.preset()
+    shifted = replace(preset, upcycle=replace(preset.upcycle, f_gt=replace(preset.upcycle.f_gt, size_shift=(0.1, 0.0, 0.0))))
+    options = {"method": "upcycling_calibrated", "store": runs / "fleet" / "store", "progress": False}
+    with pytest.raises(InvalidInput, match="one is given already"):
+        upcycle_preset(shifted, data, runs / "source", tmp_path / "run", **options)
+    assert upcycle_preset(preset, data, runs / "source", tmp_path / "run", steps=1, **options).steps == 1

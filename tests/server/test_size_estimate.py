@@ -15,12 +15,10 @@ from upcycle3d.core.structures import Boxes3D, Labels, Predictions
 from upcycle3d.perception.models.decoders.decoder import Decoder
 from upcycle3d.perception.models.detector import Detector
 from upcycle3d.perception.models.encoders.second import SecondEncoder
+from upcycle3d.perception.server.indirect_reading import KnownReadings, indirect_difference, ridge_regression
 from upcycle3d.perception.server.size_estimate import (
-    KnownReadings,
     SizeEstimate,
     estimate_sizes,
-    indirect_difference,
-    ridge_regression,
     shift_of,
 )
 from upcycle3d.perception.server.upcycle_config import SizeEstimateConfig
@@ -179,6 +177,22 @@ def test_the_fleets_cars_are_measured_from_their_scenes_alone(teacher, tmp_path,
     for value, wanted, error, length in zip(found.shift, difference, found.error, mean, strict=True):
         assert abs(value - wanted) < max(3 * error, 0.05 * length)
     assert all(0.05 < follow < 1 for follow in found.follows)
+
+
+def test_labeled_frames_pass_the_defences_of_the_encoder_as_the_fleets_do(tmp_path):
+    """Read without the defence, labeled cars would show other features than the fleet's, which would look like a size."""
+
+    class SendsLess(MeasuresFaintly):
+        def after_defences(self, features, rng=None):
+            found = super().after_defences(features, rng)
+            return replace(found, voxels=replace(found.voxels, features=found.voxels.features / 2))
+
+    weak = Detector(SendsLess(tiny.source_model().encoder.config), FindsThePlace(), ("Car",)).eval()
+    store = tiny.store(tmp_path, weak, [frame.points for frame in cars(60, (4.0, 1.8, 1.6), 5)])
+    (found,) = estimate_sizes(
+        weak, cars(60, (4.0, 1.8, 1.6), 1), store, SizeEstimateConfig(draws=3, fewest=20), codec="fp16", seed=0
+    )
+    assert max(map(abs, found.difference)) < 0.4
 
 
 def test_a_fleet_of_the_same_cars_keeps_the_sizes(teacher, tmp_path):

@@ -257,6 +257,20 @@ class MixtureDecoder(Decoder):
         take_routings(self.decoder)
         return found
 
+    def bev_map(self, features: CutFeatures) -> Tensor:
+        """Compute the map that the heads read.
+
+        Args:
+            features: features at the cut.
+
+        Returns:
+            (B, C, H, W) map with one cell for each cell of the cut.
+        """
+        with self.shared.given(self.decide(features)):
+            found = self.decoder.bev_map(features)
+        take_routings(self.decoder)
+        return found
+
     def region_features(self, features: CutFeatures, regions: Sequence[Tensor]) -> Tensor:
         """Compute what the second stage knows about given regions.
 
