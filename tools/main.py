@@ -27,6 +27,8 @@ COMMANDS = {
     "train": ("train", "train a detector on labeled frames"),
     "import": ("import_weights", "load published OpenPCDet weights (SECOND, SECOND-IoU, PV-RCNN) as a detector"),
     "export": ("export", "write a checkpoint of a run as detector and encoder files"),
+    "export onnx": ("export_onnx", "write the server half of a detector as ONNX graphs, compared in onnxruntime"),
+    "export aoti": ("export_aoti", "compile the vehicle half of a detector for C++ (AOTInductor), compared with the original"),
     "defend": ("defend", "limit what the encoder of a detector lets out: region upload, noise, fewer channels and others"),
     "extract": ("extract", "vehicle: turn scans into shards of smashed scenes"),
     "mix": ("mix", "gateway: shuffle the scenes of many vehicles into new shards"),

@@ -15,6 +15,7 @@ from ..perception.recipes.job_start import JobStart
 from ..perception.recipes.jobs import train_preset
 from ..perception.recipes.presets import PRESETS, Preset
 from ..perception.recipes.validation import Validation
+from ..perception.training.trackers import TrackerName
 from .console import console, print_table, print_warning, run_command, settle, warnings_so_far, write_json
 from .data_option import DataOption
 from .next_step import scoring_command
@@ -52,6 +53,8 @@ class Train:
     """Processes that prepare batches. The result does not depend on their number."""
     device: str = "cpu"
     """`cpu`, `cuda` or `cuda:N`."""
+    log: TrackerName = "tensorboard"
+    """Where metrics are shown besides `metrics.jsonl`, which has all of them (docs/training.md). It may change when a run is resumed."""
     json: Path | None = None
     """Also write the result to this file as JSON."""
 
@@ -124,6 +127,7 @@ def command(config: Train) -> None:
         resume=config.resume,
         workers=config.workers,
         device=config.device,
+        tracker=config.log,
         on_start=settle_start,
     )
     if not outcome.is_main:  # torchrun: one process of several reports

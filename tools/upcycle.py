@@ -16,6 +16,7 @@ from ..perception.recipes.presets import Preset
 from ..perception.recipes.upcycling_job import upcycle_preset
 from ..perception.server.methods import METHODS
 from ..perception.training.detector_files import load_detector
+from ..perception.training.trackers import TrackerName
 from .console import console, print_table, run_command, warnings_so_far, write_json
 from .data_option import DataOption
 from .next_step import scoring_command
@@ -75,6 +76,8 @@ class Upcycle:
     """Processes that prepare batches. The result does not depend on their number."""
     device: str = "cpu"
     """`cpu`, `cuda` or `cuda:N`."""
+    log: TrackerName = "tensorboard"
+    """Where metrics are shown besides `metrics.jsonl`, which has all of them (docs/training.md). It may change when a run is resumed."""
     json: Path | None = None
     """Also write the result to this file as JSON."""
 
@@ -105,6 +108,7 @@ def command(config: Upcycle) -> None:
         resume=config.resume,
         workers=config.workers,
         device=config.device,
+        tracker=config.log,
         on_start=settle_start,
     )
     if not outcome.is_main:  # torchrun: one process of several reports

@@ -24,6 +24,7 @@ from ..training.distributed import DistributedContext
 from ..training.loop import LoopConfig, create_run
 from ..training.run_folder import RunFolder
 from ..training.starting_weights import StartingWeights
+from ..training.trackers import TrackerName
 from ..wire.encoder_file import ENCODER_FILE
 from .fleet_stores import StoreShare
 from .job_records import TrainingRecord, UpcyclingRecord, what_may_differ
@@ -121,6 +122,7 @@ def started_run(
     *,
     context: DistributedContext,
     resume: bool,
+    tracker: TrackerName = "tensorboard",
 ) -> Iterator[RunFolder]:
     """Take the run folder of a job, which then says how the job ended, and write the ledger into it.
 
@@ -132,6 +134,7 @@ def started_run(
         ledger: What the job read.
         context: This process among the others.
         resume: Whether a run of the same record is continued.
+        tracker: Where metrics are also shown.
 
     Yields:
         The folder, writable in the first process only.
@@ -141,7 +144,7 @@ def started_run(
     """
     may_differ = (*planned, *what_may_differ(out, record, resume=resume))
     with (
-        create_run(out, record, seed=record.seed, context=context, resume=resume, may_differ=may_differ) as run,
+        create_run(out, record, seed=record.seed, context=context, resume=resume, may_differ=may_differ, tracker=tracker) as run,
         run.reporting_failure(loop.total_steps),
     ):
         if context.is_main:

@@ -22,6 +22,7 @@ from ..training.distributed import init_distributed, per_rank
 from ..training.run_folder import check_unused
 from ..training.starting_weights import StartingWeights, take_weights
 from ..training.supervised import train_supervised
+from ..training.trackers import TrackerName
 from .assembly import check_classes, labeled_batches
 from .encoder_note import encoder_note
 from .job_inputs import Data, check_path, check_run_options, find_data, find_preset
@@ -73,6 +74,7 @@ def train_preset(
     workers: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    tracker: TrackerName = "tensorboard",
     on_start: OnStart = warn_or_stop,
 ) -> TrainOutcome:
     """Train a detector on the labeled frames of a prepared dataset.
@@ -95,6 +97,7 @@ def train_preset(
         workers: Processes that prepare batches. The result does not depend on their number.
         device: `cpu`, `cuda` or `cuda:N`.
         progress: Print a line every few steps.
+        tracker: Where metrics are shown besides `metrics.jsonl`: `tensorboard`, `wandb`, `mlflow`, `trackio` or `none`.
         on_start: Is given what the data hold and which weights are taken, before the run folder is made. By default it prints warnings and
             stops where nothing of the data can be learned.
 
@@ -116,7 +119,7 @@ def train_preset(
     out = check_path(out, "out", "the run folder to write")
     context = init_distributed()
     if not resume:
-        on_main(lambda: check_unused(out), context)
+        on_main(lambda: check_unused(out, tracker), context)
     frames = split.open()
     check_labels(split, frames)
     if classes is not None:
@@ -162,7 +165,7 @@ def train_preset(
         if watch is not None and context.is_main:
             watch.look(step, detector, run, progress=progress)
 
-    with started_run(out, record, loop, planned, survey.ledger, context=context, resume=resume) as run:
+    with started_run(out, record, loop, planned, survey.ledger, context=context, resume=resume, tracker=tracker) as run:
         result = train_supervised(
             detector, own, loop, run=run, workers=workers, context=context, after_step=look, progress=progress
         )

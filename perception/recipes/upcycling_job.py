@@ -28,6 +28,7 @@ from ..training.checkpoint import latest_checkpoint
 from ..training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
 from ..training.distributed import DistributedContext, init_distributed
 from ..training.run_folder import RunFolder, check_unused
+from ..training.trackers import TrackerName
 from ..wire.codec import check_codec
 from .assembly import check_classes, unlabeled_batches
 from .encoder_note import encoder_note
@@ -102,6 +103,7 @@ def upcycle_preset(
     workers: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    tracker: TrackerName = "tensorboard",
     on_start: OnStart = warn_or_stop,
 ) -> UpcycleOutcome:
     """Train the server half of a detector on labeled frames and unlabeled smashed scenes.
@@ -133,6 +135,7 @@ def upcycle_preset(
         workers: Processes that prepare batches.
         device: `cpu`, `cuda` or `cuda:N`.
         progress: Print a line every few steps.
+        tracker: Where metrics are shown besides `metrics.jsonl`: `tensorboard`, `wandb`, `mlflow`, `trackio` or `none`.
         on_start: Is given what the data hold, before the run folder is made. By default it prints warnings and stops where nothing of the
             data can be learned.
 
@@ -165,7 +168,7 @@ def upcycle_preset(
         )
     context = init_distributed()
     if not resume:
-        on_main(lambda: check_unused(out), context)
+        on_main(lambda: check_unused(out, tracker), context)
     student = load_detector(detector)
     rigs = rigs or (rig_of_training(student),) * max(1, len(stores))
     source_digest = content_digest(student.state_dict())
@@ -234,7 +237,7 @@ def upcycle_preset(
             watch.look(step, now, run, progress=progress)
 
     # The folder is taken last: what is wrong with the arguments must not leave a folder that refuses the corrected ones.
-    with started_run(out, record, loop, planned, ledger, context=context, resume=resume) as run:
+    with started_run(out, record, loop, planned, ledger, context=context, resume=resume, tracker=tracker) as run:
         with _freed_on_mistake(run):
             sized = _sized(run, chosen, settings, student, opened[0][1], scenes, codec_used, context)
             labeled = half.batches(preset, chosen, sized, seed=seed)

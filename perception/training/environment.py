@@ -8,17 +8,14 @@ Read next: `run_folder.py`, which records one entry for the start and for every 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
-import sys
 import time
 from collections.abc import Sequence
 
 import torch
 
 from ...core.config_json import Json
-from ...core.errors import InvalidInput
 from ...core.provenance import git_state
 from ...core.provenance import relative_command as relative_command
 
@@ -54,16 +51,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def require_tensorboard() -> None:
-    """Refuse to start a run that could not write its metrics: the package is loaded with the first of them, after the first steps.
-
-    Raises:
-        InvalidInput: The package tensorboard is not installed here.
-    """
-    if importlib.util.find_spec("tensorboard") is None:
-        raise InvalidInput(
-            f"a run writes its metrics with the package tensorboard, which is not installed for {sys.executable}. It comes with this program: "
-            "pip install -c constraints.txt -e . (or pip install tensorboard)"
-        )

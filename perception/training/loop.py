@@ -32,6 +32,7 @@ from .prefetch import prefetch
 from .progress import StopRequest, TrainingProgress
 from .run_folder import RunFolder, State
 from .step import Batch, OptimizerStep
+from .trackers import TrackerName
 
 
 class NonFiniteLoss(UpcycleError):
@@ -103,6 +104,7 @@ def create_run(
     context: DistributedContext,
     resume: bool = False,
     may_differ: Sequence[str] = (),
+    tracker: TrackerName = "tensorboard",
 ) -> RunFolder:
     """Create or resume a run folder with several processes: the main rank writes it, the others read it.
 
@@ -113,6 +115,7 @@ def create_run(
         context: This process among the others.
         resume: Whether a run of the same configuration in `path` is continued.
         may_differ: Fields that a resumed run may change; see `RunFolder.create`.
+        tracker: Where metrics are also shown.
 
     Returns:
         The folder, writable on the main rank only.
@@ -123,7 +126,7 @@ def create_run(
     run, failure = None, ""
     if context.is_main:
         try:
-            run = RunFolder.create(path, config, seed=seed, resume=resume, may_differ=may_differ)
+            run = RunFolder.create(path, config, seed=seed, resume=resume, may_differ=may_differ, tracker=tracker)
         except UpcycleError as error:
             failure = str(error)
     failure = context.gather(failure)[0]

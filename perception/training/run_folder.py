@@ -3,7 +3,7 @@
     config.json        the resolved configuration          status.json     running, finished, interrupted or failed, and where
     environment.json   versions, machine, git state, seed, command; one entry for the start and each resume
     metrics.jsonl      one JSON object per line: step (steps done), kind, values
-    checkpoints/       see checkpoint.py                   tensorboard/    the same metrics as TensorBoard events
+    checkpoints/       see checkpoint.py                   tensorboard/    the same metrics as TensorBoard events (`trackers.py`)
 
 A folder has one configuration (a frozen dataclass, see `core/config_json.py`) and one writer at a time, also after a `kill -9`.
 
@@ -32,8 +32,9 @@ from ...core.errors import Interrupted, InvalidInput, UpcycleError
 from ...core.files import write_atomically
 from ...core.strict_json import strict_json
 from .checkpoint import latest_checkpoint, remove_unfinished
-from .environment import describe_environment, require_tensorboard
+from .environment import describe_environment
 from .progress import without_ctrl_c
+from .trackers import TrackerName, Tracking, require_tracker
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
@@ -53,12 +54,11 @@ class RunFolder:
         ```
     """
 
-    def __init__(self, path: Path, *, lock: IO[bytes] | None, tensorboard: bool) -> None:
+    def __init__(self, path: Path, *, lock: IO[bytes] | None, tracking: Tracking | None) -> None:
         self.path = path
         self._lock = lock
-        self._tensorboard = tensorboard
+        self._tracking = tracking
         self._metrics: IO[str] | None = None
-        self._events: Any = None
 
     @classmethod
     def create(
@@ -69,7 +69,7 @@ class RunFolder:
         seed: int,
         resume: bool = False,
         may_differ: Sequence[str] = (),
-        tensorboard: bool = True,
+        tracker: TrackerName = "tensorboard",
     ) -> Self:
         """Start a run, or continue one with the same configuration. The command line of this process is recorded.
 
@@ -79,17 +79,16 @@ class RunFolder:
             seed: Seed of the run, for the record.
             resume: Whether a run that the folder holds is continued.
             may_differ: Fields, by their dotted names, that a resumed run may change; the stored configuration then takes them over.
-            tensorboard: Whether metrics are also written as TensorBoard events.
+            tracker: Where metrics are also shown.
 
         Returns:
             The folder, locked for this process.
 
         Raises:
             InvalidInput: The folder holds a run and `resume` is False, the stored configuration differs (the message names the
-                first field), the folder holds other files, another process is writing to it, or the package tensorboard is missing.
+                first field), the folder holds other files, another process is writing to it, or the tracker's package is missing.
         """
-        if tensorboard:
-            require_tensorboard()
+        require_tracker(tracker)
         path = Path(path).resolve()
         resolved = config_to_json(config)
         stored = _read_json(path / "config.json") if (path / "config.json").exists() else None
@@ -105,7 +104,7 @@ class RunFolder:
         if stored is not None and not resume:
             raise InvalidInput(f"{path} already holds a run with this configuration; resume it, or choose a new folder")
         path.mkdir(parents=True, exist_ok=True)
-        run = cls(path, lock=_lock(path), tensorboard=tensorboard)
+        run = cls(path, lock=_lock(path), tracking=Tracking(tracker, path, resolved))
         run._remove_litter()
         environment = run.environment() if stored is not None else []
         # A spawned process was not called by what its own command line says, but by its parent's program and arguments.
@@ -132,7 +131,7 @@ class RunFolder:
         path = Path(path)
         if not (path / "config.json").is_file():
             raise InvalidInput(f"{path} is not a run folder: it has no config.json; is the path right?")
-        return cls(path.resolve(), lock=None, tensorboard=False)
+        return cls(path.resolve(), lock=None, tracking=None)
 
     def abandon(self) -> None:
         """Free the folder for another configuration: nothing was trained yet, and what was asked for cannot be done."""
@@ -176,7 +175,7 @@ class RunFolder:
         return entries
 
     def status(self) -> dict[str, Json]:
-        """Read state, step, total_steps, message, time and pid; empty before the first step."""
+        """Read state, step, total_steps, message, time and pid, and how often a tracker failed, if it did; empty before the first step."""
         path = self.path / "status.json"
         return _read_dict(path) if path.exists() else {}
 
@@ -195,6 +194,8 @@ class RunFolder:
         self._require_writable()
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         body = {"state": state, "step": step, "total_steps": total_steps, "message": message, "time": now, "pid": os.getpid()}
+        if self._tracking is not None and self._tracking.failures:
+            body["tracker_failures"] = self._tracking.failures
         path = self.path / "status.json"
         try:
             _write_json(path, body)
@@ -249,7 +250,7 @@ class RunFolder:
             raise
 
     def log(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
-        """Append one line to metrics.jsonl and to TensorBoard.
+        """Append one line to metrics.jsonl, and show it in the tracker of the run.
 
         Args:
             step: Optimizer steps done for the kind "train", which `run_steps` writes; for every other kind ("pseudo_labels") the
@@ -270,9 +271,8 @@ class RunFolder:
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        if self._tensorboard:
-            for name, value in plain.items():
-                self._writer(step).add_scalar(f"{kind}/{name}", value, step)
+        if self._tracking is not None:
+            self._tracking.log(step, {f"{kind}/{name}": value for name, value in plain.items()})
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Json]]:
         """Read the lines of metrics.jsonl. A half-written last line, left by a killed process, is left out.
@@ -309,8 +309,8 @@ class RunFolder:
         """Flush the metrics to the disk; called before a checkpoint is written, so that no checkpoint is ahead of them."""
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
-        if self._events is not None:
-            self._events.flush()
+        if self._tracking is not None:
+            self._tracking.flush()
 
     def close(self) -> None:
         """Close the files and release the lock; reading stays possible."""
@@ -342,20 +342,12 @@ class RunFolder:
             lines.append(line)
         return lines
 
-    def _writer(self, first_step: int) -> Any:
-        if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-
-            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=first_step)
-        return self._events
-
     def _close_metrics(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        if self._tracking is not None:
+            self._tracking.close()
 
     def _remove_litter(self) -> None:
         """Remove what a killed process left half written, here and among the checkpoints. This process holds the lock."""
@@ -404,16 +396,17 @@ def _without(config: Json, names: Sequence[str]) -> Json:
     return {key: _without(value, inner[key]) for key, value in config.items() if key not in here}
 
 
-def check_unused(path: Path) -> None:
+def check_unused(path: Path, tracker: TrackerName = "tensorboard") -> None:
     """Refuse a folder that `RunFolder.create` would refuse for a new run, before any work is done for the run.
 
     Args:
         path: The folder; it may not exist.
+        tracker: Where metrics will also be shown.
 
     Raises:
-        InvalidInput: The folder holds a run, or other files; or the package tensorboard is missing.
+        InvalidInput: The folder holds a run, or other files; or the tracker's package is missing.
     """
-    require_tensorboard()
+    require_tracker(tracker)
     if (path / "config.json").exists():
         raise InvalidInput(
             f"{path} already holds a run; resume it with the options that it was begun with (--resume), or choose a new folder"

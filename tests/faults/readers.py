@@ -380,14 +380,14 @@ def _read_feature_database(folder: Path) -> str:
 
 
 def _make_run(folder: Path) -> None:
-    with RunFolder.create(folder / "run", OneCycle(lr=0.1, total_steps=10), seed=0, tensorboard=False) as run:
+    with RunFolder.create(folder / "run", OneCycle(lr=0.1, total_steps=10), seed=0, tracker="none") as run:
         run.log(1, {"loss": 0.5})
         run.log(2, {"loss": 0.25})
         run.set_status("running", step=2, total_steps=10)
 
 
 def _resume_run(folder: Path) -> str:
-    with RunFolder.create(folder / "run", OneCycle(lr=0.1, total_steps=10), seed=0, resume=True, tensorboard=False) as run:
+    with RunFolder.create(folder / "run", OneCycle(lr=0.1, total_steps=10), seed=0, resume=True, tracker="none") as run:
         run.rewind(2)
         run.log(3, {"loss": 0.1})
         return fingerprint([run.config_json(), run.metrics("train")])

@@ -77,7 +77,7 @@ def test_a_summary_counts_the_scenes_since_the_last_one_and_compares_those_whose
     ahead, far = labels(3.0, num_points=points(50)), labels(3.0, 99.0, num_points=points(50, 50))  # 99 m is out of range
     ignored = labels(3.0, 5.0, weight=torch.tensor([1.0, 0.0]))
     with (
-        RunFolder.create(tmp_path / "run", tiny.upcycle_config(), seed=0, tensorboard=False) as run,
+        RunFolder.create(tmp_path / "run", tiny.upcycle_config(), seed=0, tracker="none") as run,
         caplog.at_level(logging.INFO),
     ):
         monitor = PseudoLabelMonitor(every=2, truth={"a": ahead, "b": far}, run=run)

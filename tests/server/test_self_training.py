@@ -133,7 +133,7 @@ def test_a_step_reads_as_many_scans_as_both_halves_of_other_methods_and_their_la
 
 
 def test_labels_are_made_each_round_and_everything_is_trained(tmp_path):
-    run = RunFolder.create(tmp_path / "run", CONFIG, seed=0, tensorboard=False)
+    run = RunFolder.create(tmp_path / "run", CONFIG, seed=0, tracker="none")
     student, teacher = train(run)
     assert [m["step"] for m in run.metrics("pseudo_labels")] == [0, 3]
     assert sorted(p.name for p in (tmp_path / "run" / "pseudo_labels").iterdir()) == [
@@ -153,12 +153,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path):
         if step == 4:
             raise RuntimeError("power cut")
 
-    whole, _ = train(RunFolder.create(tmp_path / "whole", CONFIG, seed=0, tensorboard=False))
+    whole, _ = train(RunFolder.create(tmp_path / "whole", CONFIG, seed=0, tracker="none"))
     with (
         pytest.raises(RuntimeError, match="power cut"),
-        RunFolder.create(tmp_path / "cut", CONFIG, seed=0, tensorboard=False) as run,
+        RunFolder.create(tmp_path / "cut", CONFIG, seed=0, tracker="none") as run,
     ):
         train(run, after_step=cut_off)
-    resumed, _ = train(RunFolder.create(tmp_path / "cut", CONFIG, seed=0, resume=True, tensorboard=False))
+    resumed, _ = train(RunFolder.create(tmp_path / "cut", CONFIG, seed=0, resume=True, tracker="none"))
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name

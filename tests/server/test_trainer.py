@@ -277,7 +277,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(store, pasted_objects, tmp_p
         return labeled(step)
 
     def run() -> RunFolder:
-        return RunFolder.create(tmp_path / "run", settings, seed=0, resume=True, tensorboard=False)
+        return RunFolder.create(tmp_path / "run", settings, seed=0, resume=True, tracker="none")
 
     with pytest.raises(PowerCut):
         train("upcycling", store, pasted_objects, settings=settings, run=run(), labeled=cut_off)

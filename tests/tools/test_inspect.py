@@ -61,7 +61,7 @@ def test_the_training_of_an_encoder_is_said_in_rows_and_no_word_is_cut(tmp_path)
 
 
 def test_the_last_metrics_of_a_run_are_rows_with_few_digits(tmp_path):
-    with RunFolder.create(tmp_path / "run", tiny.preset().train, seed=0, tensorboard=False) as run:
+    with RunFolder.create(tmp_path / "run", tiny.preset().train, seed=0, tracker="none") as run:
         run.log(3, {"total_loss": 1 / 3})
     found = facts(tmp_path / "run", tmp_path / "j")
     assert (found["last step"], found["last kind"], found["last total_loss"]) == (3, "train", 0.33333)

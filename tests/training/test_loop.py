@@ -86,7 +86,7 @@ class Toy:
 
 
 def open_run(path: Path, *, resume: bool = False) -> RunFolder:
-    return RunFolder.create(path, CONFIG, seed=3, resume=resume, tensorboard=False)
+    return RunFolder.create(path, CONFIG, seed=3, resume=resume, tracker="none")
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

@@ -45,7 +45,7 @@ def test_a_learning_rate_that_no_weight_survives_is_refused_before_anything_star
 def test_training_with_a_weight_that_is_nan_names_it_with_step_and_frames(tmp_path, part):
     detector = tiny.second_iou()
     name = poison(detector, part=part)
-    run = RunFolder.create(tmp_path / "run", CONFIG, seed=0, tensorboard=False)
+    run = RunFolder.create(tmp_path / "run", CONFIG, seed=0, tracker="none")
     with run, pytest.raises(NonFiniteLoss) as stopped:
         train_supervised(detector, frames_at, CONFIG, run=run, progress=False)
     said = str(stopped.value)
@@ -66,7 +66,7 @@ def test_weights_that_break_while_training_leave_the_last_good_checkpoint(tmp_pa
             poison(detector)
         return frames_at(step)
 
-    with RunFolder.create(tmp_path / "run", CONFIG, seed=0, tensorboard=False) as run:
+    with RunFolder.create(tmp_path / "run", CONFIG, seed=0, tracker="none") as run:
         with pytest.raises(
             NonFiniteLoss, match=r"the weight student\.decoder.* the last good ones are in .*step_00000002.*--init"
         ):

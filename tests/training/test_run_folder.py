@@ -63,7 +63,7 @@ CONFIG = Config(
 
 
 def _run(path: Path, *, config: Config = CONFIG, resume: bool = False) -> RunFolder:
-    return RunFolder.create(path, config, seed=5, resume=resume, tensorboard=False)
+    return RunFolder.create(path, config, seed=5, resume=resume, tracker="none")
 
 
 def test_a_new_run_records_configuration_environment_and_status(tmp_path, monkeypatch):
