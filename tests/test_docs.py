@@ -158,7 +158,8 @@ def _option(outer: list[str], name: str) -> str:
 
 
 def option_words(words: list[str]) -> list[str]:
-    """The options among words; places in tuples (`--thresholds.0.ignore`) are left out."""
+    """The options among words, up to a `--`; places in tuples (`--thresholds.0.ignore`) are left out."""
+    words = words[: words.index("--")] if "--" in words else words
     return [re.sub(r"\.\d+", "", word.partition("=")[0]) for word in words if re.match(r"--[a-z]", word)]
 
 

@@ -116,6 +116,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "perception.wire": ("core", "perception.models.encoders"),
     "perception.vehicle": (*GROUND, "perception.models.encoders", "perception.wire"),
+    "perception.conformance": (*GROUND, "perception.models.encoders", "perception.wire", "perception.vehicle"),
     "perception.export": (*GROUND, "perception.models", "perception.models.encoders", "perception.models.decoders"),
     "perception.training": (
         *GROUND,

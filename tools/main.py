@@ -31,6 +31,8 @@ COMMANDS = {
     "export aoti": ("export_aoti", "compile the vehicle half of a detector for C++ (AOTInductor), compared with the original"),
     "defend": ("defend", "limit what the encoder of a detector lets out: region upload, noise, fewer channels and others"),
     "extract": ("extract", "vehicle: turn scans into shards of smashed scenes"),
+    "conformance write": ("conformance_write", "write golden scans and scenes, to check another implementation of the exporter"),
+    "conformance check": ("conformance_check", "run any exporter on golden scans and compare the shards that it writes"),
     "mix": ("mix", "gateway: shuffle the scenes of many vehicles into new shards"),
     "ingest": ("ingest", "server: verify shards, quarantine bad ones, add the rest to a store"),
     "select": ("select", "name the stored scenes whose raw frames are worth a label (active learning)"),
