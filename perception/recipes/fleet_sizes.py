@@ -1,28 +1,43 @@
-"""The settings of a run at the fleet's object sizes: estimated once, kept in the run's folder, and read again where the run is resumed.
+"""The settings of a run at the fleet's object sizes: estimated in rounds, kept in the run's folder, and read again where the run is resumed.
 
-Read next: `perception/server/size_estimate.py`, the estimate.
+    source model ─ estimate ─ a short training at these sizes ─ its student ─ estimate ─ … ─ the run itself, from the source model
+
+Each short training has a folder of its own in the run's folder, so that it can be stopped and resumed too; it is removed when its student has
+been asked. Read next: `perception/server/size_estimate.py`, the estimate.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from ...core.config_json import config_from_json, config_to_json
 from ...core.errors import InvalidInput
 from ...core.files import write_atomically
 from ...core.strict_json import read_json
+from ...core.structures import Labels
 from ...datasets.frame_source import FrameSource
 from ..models.detector import Detector
 from ..server.joined_stores import FleetScenes
 from ..server.methods import Method
 from ..server.size_estimate import SizeEstimate, estimate_sizes, shift_of
 from ..server.upcycle_config import UpcycleConfig
+from ..training.distributed import DistributedContext
+from .job_start import on_main
 
 SIZES_FILE = "object_sizes.json"
-"""Name of the file in a run's folder that holds the estimates."""
+"""Name of the file in a run's folder that holds the estimates of all rounds."""
+ROUND_FOLDER = "size_round"
+"""Folder of a short training in a run's folder, while it is needed."""
+
+Learn = Callable[[Detector, UpcycleConfig, Path], None]
+"""Trains a detector in place by the run's method with other settings, and keeps its files in a folder."""
 
 
 def settings_at_fleet_sizes(
@@ -35,23 +50,29 @@ def settings_at_fleet_sizes(
     *,
     codec: str,
     seed: int,
+    learn: Learn,
     say: Callable[[str], None],
+    truth: Mapping[str, Labels] | None = None,
+    context: DistributedContext | None = None,
 ) -> UpcycleConfig:
     """Give labeled and pasted objects the mean sizes of the fleet's objects, where the method asks for it.
 
     Args:
-        folder: Folder of the run. The estimates are written there, and read where they are there already.
+        folder: Folder of the run. The estimates are written there, and those that are there are not made again.
         method: `estimates_sizes` decides.
         settings: Settings of the run.
-        detector: The source model, whose encoder made the scenes.
+        detector: The source model, whose encoder made the scenes. It stays as it is.
         frames: The labeled split.
         scenes: The fleet's scenes.
         codec: Codec of the scenes.
         seed: Seed of the run.
+        learn: Trains a copy of the source model for the rounds after the first.
         say: Is told each estimate.
+        truth: Labels of the fleet's scenes, where there are some. They are set beside the estimates and never used.
+        context: This process among the others: all train, the first one estimates.
 
     Returns:
-        The settings, with the estimated size shift to the millimeter.
+        The settings, with the size shift of the last round to the millimeter.
 
     Raises:
         InvalidInput: There are no scenes, a size shift is given already, or the file is damaged.
@@ -64,39 +85,88 @@ def settings_at_fleet_sizes(
         raise InvalidInput(
             f"the method estimates the size shift, and one is given already ({settings.f_gt.size_shift}); take the method upcycling for it"
         )
-    path = folder / SIZES_FILE
-    if not path.exists():
-        found = estimate_sizes(detector, frames, scenes, settings.sizes, codec=codec, seed=seed)
-        rounded = [replace(each, shift=_to_millimeters(*each.shift)) for each in found]
-        write_atomically(path, (json.dumps({"classes": [config_to_json(each) for each in rounded]}, indent=1) + "\n").encode())
-    estimates = read_estimates(path)
-    for estimate in estimates:
-        say(str(estimate))
-    return replace(settings, f_gt=replace(settings.f_gt, size_shift=shift_of(estimates)))
+    context, path = context or DistributedContext(), folder / SIZES_FILE
+    rounds = read_estimates(path) if path.exists() else ()
+    for number in range(settings.sizes.rounds):
+        if number >= len(rounds):
+            sized, reader = _at_sizes_of(settings, rounds), detector
+            short = folder / f"{ROUND_FOLDER}_{number}"
+            if number:
+                reader = deepcopy(detector)
+                learn(reader, _short_training(sized), short)
+
+            def estimate(reader: Detector = reader, sized: UpcycleConfig = sized, rounds: _Rounds = rounds) -> None:
+                about = sized.f_gt.size_shift
+                found = estimate_sizes(reader, frames, scenes, settings.sizes, codec=codec, seed=seed, about=about)
+                _write(path, (*rounds, _recorded(found, truth)))
+
+            on_main(estimate, context)
+            rounds = read_estimates(path)
+            if context.is_main:
+                shutil.rmtree(short, ignore_errors=True)
+        for each in rounds[number]:
+            say(f"sizes, round {number + 1}: {each}")
+    return _at_sizes_of(settings, rounds)
 
 
-def _to_millimeters(length: float, width: float, height: float) -> tuple[float, float, float]:
-    """So that a database of objects fits whatever the last digits are, which differ from machine to machine."""
-    return round(length, 3), round(width, 3), round(height, 3)
+_Rounds = tuple[tuple[SizeEstimate, ...], ...]
 
 
-def read_estimates(path: Path) -> tuple[SizeEstimate, ...]:
+def _at_sizes_of(settings: UpcycleConfig, rounds: _Rounds) -> UpcycleConfig:
+    if not rounds:
+        return settings
+    return replace(settings, f_gt=replace(settings.f_gt, size_shift=shift_of(rounds[-1])))
+
+
+def _short_training(settings: UpcycleConfig) -> UpcycleConfig:
+    optim = settings.loop.optim
+    steps = max(1, round(settings.sizes.round_share * optim.total_steps))
+    return replace(settings, loop=replace(settings.loop, optim=replace(optim, total_steps=steps)))
+
+
+def _recorded(found: Sequence[SizeEstimate], truth: Mapping[str, Labels] | None) -> tuple[SizeEstimate, ...]:
+    """The estimates as they are kept: with shifts to the millimeter, so that a database of objects fits whatever the last digits are, which
+    differ from machine to machine; and with the true differences where they are known."""
+    kept = []
+    for number, each in enumerate(found):
+        length, width, height = (round(side, 3) for side in each.shift)
+        kept.append(replace(each, shift=(length, width, height), true=_true_difference(number, each, truth)))
+    return tuple(kept)
+
+
+def _true_difference(
+    number: int, estimate: SizeEstimate, truth: Mapping[str, Labels] | None
+) -> tuple[float, float, float] | None:
+    sizes = [labels.boxes.data[(labels.classes == number) & (labels.weight > 0), 3:6] for labels in (truth or {}).values()]
+    every = torch.cat(sizes) if sizes else torch.zeros(0, 3)
+    if not len(every):
+        return None
+    length, width, height = (every.double().mean(0) - torch.tensor(estimate.labeled, dtype=torch.float64)).tolist()
+    return length, width, height
+
+
+def _write(path: Path, rounds: _Rounds) -> None:
+    stored = {"rounds": [[config_to_json(each) for each in one] for one in rounds]}
+    write_atomically(path, (json.dumps(stored, indent=1) + "\n").encode())
+
+
+def read_estimates(path: Path) -> _Rounds:
     """Read the estimates of a run.
 
     Args:
         path: The file `object_sizes.json` in the run's folder.
 
     Returns:
-        One estimate per class.
+        For each round one estimate per class.
 
     Raises:
         InvalidInput: The file is missing or damaged.
     """
     remedy = "delete it, and the sizes are estimated again"
-    classes = read_json(path, "the estimated object sizes", remedy=remedy, allow_nan=True).get("classes")
-    if not isinstance(classes, list):
-        raise InvalidInput(f"{path} is damaged or was edited: it has no list of classes; {remedy}")
+    rounds = read_json(path, "the estimated object sizes", remedy=remedy, allow_nan=True).get("rounds")
+    if not isinstance(rounds, list) or not rounds or not all(isinstance(one, list) for one in rounds):
+        raise InvalidInput(f"{path} is damaged or was edited: it has no list of rounds; {remedy}")
     try:
-        return tuple(config_from_json(SizeEstimate, each) for each in classes)
+        return tuple(tuple(config_from_json(SizeEstimate, each) for each in one) for one in rounds)
     except InvalidInput as error:
         raise InvalidInput(f"{path} is damaged or was edited: {error}; {remedy}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -146,27 +146,48 @@ def _train(job: JobFolder, detector: Detector, method: Method, config: UpcycleCo
             student.train()
 
     store = job.store(detector) if method.unlabeled == "smashed" else None
+    truth = _truth(job, method)
+
+    def train(
+        model: Detector, at: UpcycleConfig, run: RunFolder, after_step: Callable[[int, Detector], None] | None = None
+    ) -> Detector:
+        scans = None
+        if method.unlabeled == "raw":
+            scans = unlabeled_batches(c.preset, c.fleet.open(), batch_size=at.unlabeled_batch, seed=c.seed)
+        return upcycle(
+            model,
+            method=method,
+            labeled=LabeledHalf(data=_labels_of(job, method)).batches(c.preset, method, at, seed=c.seed),
+            store=store,
+            scans=scans,
+            pasted_objects=job.feature_objects(detector, at.f_gt) if method.f_gt else None,
+            config=at,
+            codec=c.codec,
+            truth=truth,
+            run=run,
+            after_step=after_step,
+            workers=job.options.workers,
+            progress=job.options.progress,
+        )
+
+    def train_shortly(model: Detector, at: UpcycleConfig, folder: Path) -> None:
+        with RunFolder.create(folder, at, seed=c.seed, resume=True) as short:
+            train(model, at, short)
+
     config = settings_at_fleet_sizes(
-        log.path, method, config, detector, c.labeled.open(), store, codec=c.codec, seed=c.seed, say=job.options.say
-    )
-    scans = None
-    if method.unlabeled == "raw":
-        scans = unlabeled_batches(c.preset, c.fleet.open(), batch_size=config.unlabeled_batch, seed=c.seed)
-    return upcycle(
+        log.path,
+        method,
+        config,
         detector,
-        method=method,
-        labeled=LabeledHalf(data=_labels_of(job, method)).batches(c.preset, method, config, seed=c.seed),
-        store=store,
-        scans=scans,
-        pasted_objects=job.feature_objects(detector, config.f_gt) if method.f_gt else None,
-        config=config,
+        c.labeled.open(),
+        store,
         codec=c.codec,
-        truth=_truth(job, method),
-        run=log,
-        after_step=score_along,
-        workers=job.options.workers,
-        progress=job.options.progress,
+        seed=c.seed,
+        learn=train_shortly,
+        say=job.options.say,
+        truth=truth,
     )
+    return train(detector, config, log, score_along)
 
 
 def _labels_of(job: JobFolder, method: Method) -> DataSplit:

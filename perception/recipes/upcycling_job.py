@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,23 +17,22 @@ import torch
 from ...core.errors import InvalidInput
 from ...core.ledger import Ledger
 from ...core.tensor_file import content_digest
-from ...datasets.prepared import PreparedDataset
 from ..models.detector import Detector
 from ..models.detectors import DetectorConfig
 from ..server.feature_gt import ObjectDatabase
-from ..server.joined_stores import FleetScenes
 from ..server.methods import Method, method_record
 from ..server.trainer import upcycle
 from ..server.upcycle_config import UpcycleConfig
 from ..training.checkpoint import latest_checkpoint
 from ..training.detector_files import TEACHER_FILE, load_detector, save_detector, save_run_detector
 from ..training.distributed import DistributedContext, init_distributed
+from ..training.loop import create_run
 from ..training.run_folder import RunFolder, check_unused
 from ..training.trackers import TrackerName
 from ..wire.codec import check_codec
 from .assembly import check_classes, unlabeled_batches
 from .encoder_note import encoder_note
-from .fleet_sizes import SIZES_FILE, settings_at_fleet_sizes
+from .fleet_sizes import ROUND_FOLDER, SIZES_FILE, settings_at_fleet_sizes
 from .fleet_stores import (
     Rigs,
     Stores,
@@ -56,6 +56,8 @@ from .scan_survey import check_labels, data_warnings, survey_split
 from .validation import Validation, Validator
 
 _OBJECTS = "feature_gt"
+AfterStep = Callable[[int, Detector], None]
+"""Called with each step and the student."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,30 +238,54 @@ def upcycle_preset(
         if watch is not None and context.is_main:
             watch.look(step, now, run, progress=progress)
 
-    # The folder is taken last: what is wrong with the arguments must not leave a folder that refuses the corrected ones.
-    with started_run(out, record, loop, planned, ledger, context=context, resume=resume, tracker=tracker) as run:
-        with _freed_on_mistake(run):
-            sized = _sized(run, chosen, settings, student, opened[0][1], scenes, codec_used, context)
-            labeled = half.batches(preset, chosen, sized, seed=seed)
-            pasted_objects = None
-            if chosen.f_gt:
-                pasted_objects = _objects_to_paste(run, half, student, sized, codec_used, context)
-        teacher = upcycle(
-            student.to(context.device if context.world_size > 1 else device),
+    where = context.device if context.world_size > 1 else device
+
+    def prepared(
+        model: Detector, at: UpcycleConfig, into: RunFolder, after_step: AfterStep | None = None
+    ) -> Callable[[], Detector]:
+        """Make the labeled half and the objects to paste at the sizes of `at`. What it gives trains the model and returns the teacher."""
+        return partial(
+            upcycle,
+            model,
             method=chosen,
-            labeled=labeled,
+            labeled=half.batches(preset, chosen, at, seed=seed),
             store=scenes,
-            pasted_objects=pasted_objects,
-            config=sized,
+            pasted_objects=_objects_to_paste(into, half, model, at, codec_used, context) if chosen.f_gt else None,
+            config=at,
             scans=scans,
             codec=codec_used,
             truth=truth_labels,
-            run=run,
-            after_step=look,
+            run=into,
+            after_step=after_step,
             workers=workers,
             context=context,
             progress=progress,
         )
+
+    def train_shortly(model: Detector, at: UpcycleConfig, folder: Path) -> None:
+        with create_run(folder, at, seed=seed, context=context, resume=True) as short:
+            prepared(model, at, short)()
+
+    # The folder is taken last: what is wrong with the arguments must not leave a folder that refuses the corrected ones.
+    with started_run(out, record, loop, planned, ledger, context=context, resume=resume, tracker=tracker) as run:
+        with _freed_on_mistake(run):
+            student.to(where)
+            sized = settings_at_fleet_sizes(
+                run.path,
+                chosen,
+                settings,
+                student,
+                opened[0][1],
+                scenes,
+                codec=codec_used,
+                seed=seed,
+                learn=train_shortly,
+                say=print if context.is_main else _nothing,
+                truth=truth_labels,
+                context=context,
+            )
+            train = prepared(student, sized, run, look)
+        teacher = train()
         context.close()
         if context.is_main:
             save_run_detector(out, student.cpu())
@@ -292,25 +318,8 @@ def _with_detector_of(student: Detector, preset: Preset, source: Path) -> Preset
         ) from error
 
 
-def _sized(
-    run: RunFolder,
-    method: Method,
-    settings: UpcycleConfig,
-    student: Detector,
-    frames: PreparedDataset,
-    scenes: FleetScenes | None,
-    codec: str,
-    context: DistributedContext,
-) -> UpcycleConfig:
-    """The settings at the fleet's object sizes, which the first process estimates."""
-
-    def find(say: Callable[[str], None]) -> UpcycleConfig:
-        return settings_at_fleet_sizes(
-            run.path, method, settings, student, frames, scenes, codec=codec, seed=settings.loop.seed, say=say
-        )
-
-    on_main(lambda: find(print), context)
-    return find(lambda text: None)
+def _nothing(text: str) -> None:
+    pass
 
 
 def _objects_to_paste(
@@ -334,6 +343,6 @@ def _freed_on_mistake(run: RunFolder) -> Iterator[None]:
         if run.writable and latest_checkpoint(run.checkpoints) is None:
             run.abandon()
             (run.path / SIZES_FILE).unlink(missing_ok=True)
-            for each in run.path.glob(f"{_OBJECTS}*"):
+            for each in (*run.path.glob(f"{_OBJECTS}*"), *run.path.glob(f"{ROUND_FOLDER}_*")):
                 shutil.rmtree(each, ignore_errors=True)
         raise

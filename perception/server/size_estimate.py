@@ -28,7 +28,7 @@ from torch import Tensor
 from ...core.features import CutFeatures
 from ...core.frame import Frame, labels_of
 from ...datasets.frame_source import FrameSource
-from ...datasets.object_sizes import resize_objects
+from ...datasets.object_sizes import resize_objects, shift_sizes
 from ...ops.iou3d import iou_bev
 from ...ops.roi_grid import roi_grid_sample
 from ..models.detector import Detector
@@ -67,13 +67,16 @@ class SizeEstimate:
     """What labeled objects are resized by: the difference, or zero where `reason` says why not."""
     reason: str = ""
     """Why the sizes stay as they are; empty where they are shifted."""
+    true: tuple[float, float, float] | None = None
+    """True difference where labels of the fleet were given. It measures the estimate and is never used."""
 
     def __str__(self) -> str:
         sides = ", ".join(
             f"{name} {value:+.2f} ± {error:.2f} m"
             for name, value, error in zip(("length", "width", "height"), self.difference, self.error, strict=True)
         )
-        end = f"; sizes stay as they are, because {self.reason}" if self.reason else ""
+        end = "" if self.true is None else f" (in truth {', '.join(f'{value:+.2f}' for value in self.true)})"
+        end += f"; sizes stay as they are, because {self.reason}" if self.reason else ""
         return f"{self.class_name}: {self.fleet_objects} objects of the fleet differ by {sides}{end}"
 
 
@@ -107,17 +110,26 @@ class _Seen:
 
 @torch.no_grad()
 def estimate_sizes(
-    teacher: Detector, frames: FrameSource, store: FleetScenes, config: SizeEstimateConfig, *, codec: str, seed: int
+    teacher: Detector,
+    frames: FrameSource,
+    store: FleetScenes,
+    config: SizeEstimateConfig,
+    *,
+    codec: str,
+    seed: int,
+    about: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> tuple[SizeEstimate, ...]:
     """Estimate the difference of the mean sizes of the fleet's and the labeled objects, for each class of the teacher.
 
     Args:
-        teacher: A detector whose encoder made the scenes. It is put into evaluation mode.
+        teacher: The source model, or a student that was trained from it: its encoder made the scenes. It is put into evaluation mode.
         frames: The labeled split.
         store: The fleet's smashed scenes.
         config: How it is done.
         codec: Codec of the scenes; labeled frames pass it and the encoder's defences, too.
         seed: Decides the random sizes and the bootstrap.
+        about: An earlier estimate, three numbers for all classes or for each: random sizes are drawn around the labeled ones moved by it,
+            because how a reading follows a size is linear only nearby. The result is the difference from the labeled sizes all the same.
 
     Returns:
         One estimate per class.
@@ -131,7 +143,7 @@ def estimate_sizes(
     patch = config.patch * mean[:, :2]
     with torch.random.fork_rng(devices=[]):  # random defences draw from torch's generator
         torch.manual_seed(seed)
-        labeled = _joined(_labeled_objects(teacher, frames, patch, config, codec, seed))
+        labeled = _joined(_labeled_objects(teacher, frames, patch, config, codec, seed, about))
     fleet = _joined(_fleet_objects(teacher, store, patch, config))
     found = []
     for number, name in enumerate(teacher.class_names):
@@ -172,17 +184,27 @@ def _mean_sizes(frames: FrameSource, classes: int, config: SizeEstimateConfig) -
 
 
 def _labeled_objects(
-    teacher: Detector, frames: FrameSource, patch: Tensor, config: SizeEstimateConfig, codec: str, seed: int
+    teacher: Detector,
+    frames: FrameSource,
+    patch: Tensor,
+    config: SizeEstimateConfig,
+    codec: str,
+    seed: int,
+    about: Sequence[float],
 ) -> Iterator[_Seen]:
     for i in _spread(len(frames), config.frames):
         frame = frames[i]
+        (unchanged,) = labels_of([frame])
+        old_sizes = unchanged.boxes.data[:, 3:6]
+        if any(about):
+            frame = shift_sizes(frame, about)
         for draw in range(config.draws):
-            changed, before = _with_random_sizes(frame, config, np.random.default_rng([seed, draw, i]))
+            changed = _with_random_sizes(frame, config, np.random.default_rng([seed, draw, i]))
             scene = features_as_uploaded(teacher, [changed.points], codec)  # the same instrument, defences included
             (labels,) = labels_of([changed])
             own = labels.weight > 0
             device = scene.voxels.coords.device
-            truth, classes, old = (x[own].to(device) for x in (labels.boxes.data, labels.classes, before))
+            truth, classes, old = (x[own].to(device) for x in (labels.boxes.data, labels.classes, old_sizes))
             boxes, found, patches = _read(teacher, scene, patch, config)
             if not len(boxes) or not len(truth):
                 continue
@@ -198,12 +220,12 @@ def _labeled_objects(
             )
 
 
-def _with_random_sizes(frame: Frame, config: SizeEstimateConfig, rng: np.random.Generator) -> tuple[Frame, Tensor]:
-    """The frame with every object resized, and (N, 3) the sizes before."""
+def _with_random_sizes(frame: Frame, config: SizeEstimateConfig, rng: np.random.Generator) -> Frame:
+    """The frame with every object resized."""
     (labels,) = labels_of([frame])
     sizes = labels.boxes.data[:, 3:6]
     factor = rng.uniform(-config.common, config.common, (len(sizes), 1)) + rng.uniform(-config.own, config.own, (len(sizes), 3))
-    return resize_objects(frame, sizes * torch.from_numpy(np.exp(factor)).to(sizes)), sizes
+    return resize_objects(frame, sizes * torch.from_numpy(np.exp(factor)).to(sizes))
 
 
 def _fleet_objects(teacher: Detector, store: FleetScenes, patch: Tensor, config: SizeEstimateConfig) -> Iterator[_Seen]:

@@ -112,6 +112,11 @@ class SelfTrainingConfig:
 class SizeEstimateConfig:
     """How the sizes of the fleet's objects are estimated (`size_estimate.py`); only `--method upcycling_calibrated` reads it."""
 
+    rounds: int = 2
+    """How often sizes are estimated: first with the source model, then each time with a student of a short training at the last sizes. A
+    detector that has learned from the fleet's scenes finds more of its objects, and its map shows their sizes better."""
+    round_share: float = 0.25
+    """Steps of each such short training, as a share of the steps of the run; they come on top of these."""
     draws: int = 6
     """How often each labeled frame is looked at, each time with other sizes."""
     frames: int = 150
@@ -126,7 +131,7 @@ class SizeEstimateConfig:
     """Detections with a lower predicted IoU are left out."""
     patch: float = 1.1
     """Size of the patch of the map that is read, in units of the mean labeled object. What lies around an object says nothing of its size."""
-    ridge: float = 0.1
+    ridge: float = 1.0
     """Strength of the ridge regression, in units of the mean squared length of a patch."""
     fewest: int = 40
     """Objects that both sides must show. With fewer, sizes stay as they are."""
@@ -135,11 +140,18 @@ class SizeEstimateConfig:
 
     def __post_init__(self) -> None:
         require_counts(
-            "SizeEstimateConfig", most=1_000_000, draws=self.draws, frames=self.frames, scenes=self.scenes, fewest=self.fewest
+            "SizeEstimateConfig",
+            most=1_000_000,
+            rounds=self.rounds,
+            draws=self.draws,
+            frames=self.frames,
+            scenes=self.scenes,
+            fewest=self.fewest,
         )
         require_numbers("SizeEstimateConfig", least=0.0, most=0.7, common=self.common, own=self.own)
         require_numbers("SizeEstimateConfig", least=0.0, most=1.0, iou_score=self.iou_score, least_error=self.least_error)
         require_numbers("SizeEstimateConfig", least=0.1, most=10.0, patch=self.patch)
+        require_numbers("SizeEstimateConfig", least=0.01, most=1.0, round_share=self.round_share)
         require_numbers("SizeEstimateConfig", least=1e-9, most=1e6, ridge=self.ridge)
 
 

@@ -1,13 +1,15 @@
-"""A run at the fleet's object sizes: estimated once, before the first step, recorded, and the same when the run is resumed."""
+"""A run at the fleet's object sizes: estimated in rounds, before the first step, recorded, and the same when the run is resumed."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
-from upcycle3d.core.errors import InvalidInput
+from upcycle3d.core.errors import Interrupted, InvalidInput
+from upcycle3d.core.structures import Labels
 from upcycle3d.perception.recipes import fleet_sizes
 from upcycle3d.perception.recipes.fleet_sizes import SIZES_FILE, read_estimates, settings_at_fleet_sizes
 from upcycle3d.perception.recipes.jobs import train_preset
@@ -34,13 +36,14 @@ def runs(data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def estimated(monkeypatch) -> list[int]:
-    """Counts the estimates, each of which says that the fleet's cars are larger."""
-    calls: list[int] = []
+def estimated(monkeypatch) -> list[tuple[float, ...]]:
+    """The sizes about which was asked, one per estimate. Each estimate says that the fleet's cars are longer than the last one did."""
+    calls: list[tuple[float, ...]] = []
 
     def estimate(*_, **given):
-        calls.append(given["seed"])
-        return (LARGER,)
+        calls.append(given["about"])
+        length = 0.5004 + 0.1 * (len(calls) - 1)
+        return (replace(LARGER, difference=(length, 0.2, 0.1), shift=(length, 0.2, 0.1)),)
 
     monkeypatch.setattr(fleet_sizes, "estimate_sizes", estimate)
     return calls
@@ -53,30 +56,109 @@ def learn(data, runs, out, **options):
 
 def test_pasted_objects_have_the_fleets_sizes_and_the_estimate_is_printed(data, runs, tmp_path, estimated, capsys):
     learn(data, runs, tmp_path / "run")
-    assert "objects of the fleet differ by length +0.50 ± 0.05 m" in capsys.readouterr().out
+    assert "sizes, round 1: Car: 99 objects of the fleet differ by length +0.50 ± 0.05 m" in capsys.readouterr().out
     header = json.loads((tmp_path / "run" / "feature_gt" / "database.json").read_text())
-    assert header["cutting"]["size_shift"] == [0.5, 0.2, 0.1]
+    assert header["cutting"]["size_shift"] == [0.6, 0.2, 0.1]
     database = FeatureObjectDatabase.open(
         tmp_path / "run" / "feature_gt",
-        config=replace(tiny.preset().upcycle.f_gt, size_shift=(0.5, 0.2, 0.1)),
+        config=replace(tiny.preset().upcycle.f_gt, size_shift=(0.6, 0.2, 0.1)),
         split_fingerprint=data.open().split_fingerprint(),
         encoder_fingerprint=header["encoder_fingerprint"],
     )
-    assert float(database.boxes[0, 3]) == pytest.approx(3.5)
+    assert float(database.boxes[0, 3]) == pytest.approx(3.6)
 
 
-def test_a_resumed_run_reads_its_estimate_and_makes_no_other(data, runs, tmp_path, estimated):
+def test_each_round_asks_a_student_that_was_trained_at_the_last_sizes(data, runs, tmp_path, estimated, monkeypatch):
+    """The source model is asked first. Then a short training at these sizes gives the next detector to ask; its folder is gone afterwards."""
+    trained: list[tuple[Path, int, tuple[float, ...]]] = []
+    settings, source = tiny.upcycle_config(), load_detector(runs / "source")
+    settings = replace(settings, sizes=replace(settings.sizes, rounds=3, round_share=0.5))
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+
+    def train(model, at, folder):
+        folder.mkdir()
+        torch.nn.init.zeros_(next(model.decoder.parameters()))
+        trained.append((folder, at.loop.total_steps, at.f_gt.size_shift))
+
+    def sized():
+        return settings_at_fleet_sizes(
+            tmp_path,
+            METHODS["upcycling_calibrated"],
+            settings,
+            source,
+            data.open(),
+            [],
+            codec="fp16",
+            seed=0,
+            learn=train,
+            say=print,
+        )
+
+    found = sized()
+    steps = round(settings.loop.total_steps / 2)
+    assert [shift for _, _, shift in trained] == [(0.5, 0.2, 0.1), (0.6, 0.2, 0.1)]
+    assert [count for _, count, _ in trained] == [steps, steps]
+    assert estimated == [(0.0, 0.0, 0.0), (0.5, 0.2, 0.1), (0.6, 0.2, 0.1)]
+    assert found.f_gt.size_shift == (0.7, 0.2, 0.1)
+    assert found.loop == settings.loop
+    assert not any(folder.exists() for folder, _, _ in trained)
+    assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
+    assert sized() == found
+    assert len(estimated) == 3
+
+
+def test_true_sizes_stand_beside_the_estimate_and_change_nothing(data, runs, tmp_path, estimated):
+    settings = replace(tiny.upcycle_config(), sizes=replace(tiny.upcycle_config().sizes, rounds=1))
+    boxes = torch.tensor([[9.0, 0, 0, 3.25, 1.7, 1.5, 0], [9.0, 0, 0, 9.0, 9.0, 9.0, 0]])
+    cars = replace(Labels.make(boxes, torch.zeros(2)), weight=torch.tensor([1.0, 0.0]))
+
+    def sized(folder, truth):
+        folder.mkdir()
+        given = {"codec": "fp16", "seed": 0, "learn": None, "say": print, "truth": truth}
+        return settings_at_fleet_sizes(folder, METHODS["upcycling_calibrated"], settings, None, [], [], **given)
+
+    assert sized(tmp_path / "with", {"scene": cars}).f_gt.size_shift == (0.5, 0.2, 0.1)
+    ((estimate,),) = read_estimates(tmp_path / "with" / SIZES_FILE)
+    assert estimate.true == pytest.approx((0.25, 0.1, 0.0))
+    assert "(in truth +0.25, +0.10, +0.00)" in str(estimate)
+    sized(tmp_path / "without", None)
+    assert read_estimates(tmp_path / "without" / SIZES_FILE)[0][0].true is None
+
+
+def test_a_resumed_run_reads_its_estimates_and_makes_no_others(data, runs, tmp_path, estimated):
     learn(data, runs, tmp_path / "run", steps=2)
     learn(data, runs, tmp_path / "run", steps=4, resume=True)
-    assert len(estimated) == 1
-    assert read_estimates(tmp_path / "run" / SIZES_FILE)[0].shift == (0.5, 0.2, 0.1)
+    assert len(estimated) == 2
+    assert [one.shift for (one,) in read_estimates(tmp_path / "run" / SIZES_FILE)] == [(0.5, 0.2, 0.1), (0.6, 0.2, 0.1)]
+
+
+def test_a_short_training_that_was_stopped_goes_on_when_the_run_is_resumed(data, runs, tmp_path, estimated, monkeypatch):
+    """Killed within the second round: the estimate of the first is kept, and the run ends as one that was never stopped."""
+
+    def stop(*_, **given):
+        if len(estimated):
+            raise KeyboardInterrupt
+        return real(*_, **given)
+
+    real = fleet_sizes.estimate_sizes
+    monkeypatch.setattr(fleet_sizes, "estimate_sizes", stop)
+    with pytest.raises((KeyboardInterrupt, Interrupted)):
+        learn(data, runs, tmp_path / "run")
+    assert (tmp_path / "run" / "size_round_1").is_dir()
+    monkeypatch.setattr(fleet_sizes, "estimate_sizes", real)
+    outcome = learn(data, runs, tmp_path / "run", resume=True)
+    estimated.clear()
+    straight = learn(data, runs, tmp_path / "straight")
+    assert not (tmp_path / "run" / "size_round_1").exists()
+    pairs = zip(outcome.student.state_dict().values(), straight.student.state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_an_untrained_teacher_leaves_the_sizes_as_they_are(data, runs, tmp_path, capsys):
     """The whole way without a stand-in: too little is found, and the run says so and trains."""
     learn(data, runs, tmp_path / "run", steps=1)
     assert "sizes stay as they are" in " ".join(capsys.readouterr().out.split())
-    assert read_estimates(tmp_path / "run" / SIZES_FILE)[0].shift == (0.0, 0.0, 0.0)
+    assert all(one.shift == (0.0, 0.0, 0.0) for (one,) in read_estimates(tmp_path / "run" / SIZES_FILE))
 
 
 def test_what_cannot_be_is_refused(tmp_path, data, runs, estimated):
@@ -85,7 +167,16 @@ def test_what_cannot_be_is_refused(tmp_path, data, runs, estimated):
 
     def sized(config, scenes):
         return settings_at_fleet_sizes(
-            tmp_path, METHODS["upcycling_calibrated"], config, detector, data.open(), scenes, codec="fp16", seed=0, say=print
+            tmp_path,
+            METHODS["upcycling_calibrated"],
+            config,
+            detector,
+            data.open(),
+            scenes,
+            codec="fp16",
+            seed=0,
+            learn=None,
+            say=print,
         )
 
     with pytest.raises(InvalidInput, match="there are none"):
@@ -94,7 +185,7 @@ def test_what_cannot_be_is_refused(tmp_path, data, runs, estimated):
         sized(given, [])
     with pytest.raises(InvalidInput, match="they need smashed scenes"):
         Method(summary="x", unlabeled="none", estimates_sizes=True)
-    (tmp_path / SIZES_FILE).write_text('{"classes": [{"class_name": 3}]}')
+    (tmp_path / SIZES_FILE).write_text('{"rounds": [[{"class_name": 3}]]}')
     with pytest.raises(InvalidInput, match="damaged or was edited"):
         read_estimates(tmp_path / SIZES_FILE)
 
@@ -104,7 +195,8 @@ def test_every_other_method_keeps_its_settings(tmp_path, estimated):
     for name, method in METHODS.items():
         if name != "upcycling_calibrated":
             assert (
-                settings_at_fleet_sizes(tmp_path, method, settings, None, [], None, codec="fp16", seed=0, say=print) is settings
+                settings_at_fleet_sizes(tmp_path, method, settings, None, [], None, codec="fp16", seed=0, learn=None, say=print)
+                is settings
             )
     assert estimated == []
 
