@@ -24,7 +24,7 @@ from ..core.errors import InvalidInput
 from ..core.frame import Frame, labels_of
 from ..core.structures import Boxes3D
 from .gt_sampling import GtSampler, paste
-from .object_sizes import check_shift, scale_sizes, shift_sizes
+from .object_sizes import check_scales, check_shift, scale_sizes, shift_sizes
 
 
 class Movement(ABC):
@@ -219,6 +219,7 @@ class AugmentationRanges:
 
     def __post_init__(self) -> None:
         check_shift(self.size_shift)
+        check_scales(self.object_scale, self.side_scale)
         if not (0 <= self.flip_x <= 1 and 0 <= self.flip_y <= 1):
             raise InvalidInput(f"flip_x and flip_y are probabilities in 0..1, found {self.flip_x} and {self.flip_y}")
         if self.yaw[0] > self.yaw[1] or not 0 < self.scale[0] <= self.scale[1]:

@@ -92,14 +92,26 @@ def scale_sizes(
     Raises:
         InvalidInput: The frame has no labels, or the factors are not positive and in order.
     """
-    for low, high in (factors, sides):
-        if not 0 < low <= high:
-            raise InvalidInput(f"object factors must be positive, the smallest first; found {(low, high)}")
+    check_scales(factors, sides)
     sizes = _sizes(frame)
     drawn = torch.from_numpy(rng.uniform(*factors, size=(len(sizes), 1))).to(sizes)
     if sides != (1.0, 1.0):
         drawn = drawn * torch.from_numpy(rng.uniform(*sides, size=(len(sizes), 3))).to(sizes)
     return resize_objects(frame, sizes * drawn)
+
+
+def check_scales(*ranges: tuple[float, float]) -> None:
+    """Check ranges of factors by which objects are resized.
+
+    Args:
+        ranges: Smallest and largest factor of each.
+
+    Raises:
+        InvalidInput: A factor is not finite and positive, or a range has the largest first.
+    """
+    for low, high in ranges:
+        if not 0 < low <= high < math.inf:
+            raise InvalidInput(f"object factors must be finite and positive, the smallest first; found {(low, high)}")
 
 
 def resize_objects(frame: Frame, sizes: Tensor) -> Frame:

@@ -96,6 +96,8 @@ class ComparedMethod:
     target's objects are smaller; `random_sizes` with objects of any size."""
     resize: bool = False
     """Give the labeled half of a batch, and the objects that F-GT pastes, the target's mean size."""
+    paste_any_size: bool = False
+    """Resize the objects that F-GT pastes at random, as the source model `random_sizes` saw them."""
 
 
 # Every method from the plain source model, and the ones that are given the target's object sizes.
@@ -105,6 +107,8 @@ COMPARED_METHODS: dict[str, ComparedMethod] = {name: ComparedMethod(method=name)
     "random_sizes": ComparedMethod(method="source_only", source_model="random_sizes"),
     "upcycling_random_sizes": ComparedMethod(method="upcycling", source_model="random_sizes"),
     "calibrated_random_sizes": ComparedMethod(method="upcycling_calibrated", source_model="random_sizes"),
+    "random_f_gt": ComparedMethod(method="upcycling", source_model="random_sizes", paste_any_size=True),
+    "calibrated_random_f_gt": ComparedMethod(method="upcycling_calibrated", source_model="random_sizes", paste_any_size=True),
     "source_continued_sn": ComparedMethod(method="source_continued", resize=True),
     "iou_match_sn": ComparedMethod(method="iou_match", resize=True),
     "st3d_sn": ComparedMethod(method="st3d", source_model="sn"),
@@ -139,7 +143,7 @@ def method_run(preset: Preset, compared: ComparedMethod, scenario: Scenario) -> 
 
     Args:
         preset: Its `upcycle` settings are taken.
-        compared: The method, and whether objects are resized.
+        compared: The method, and how objects are resized.
         scenario: Says how the sizes of the two domains' cars differ.
 
     Returns:
@@ -148,6 +152,8 @@ def method_run(preset: Preset, compared: ComparedMethod, scenario: Scenario) -> 
     upcycle = preset.upcycle
     if compared.resize:
         upcycle = replace(upcycle, f_gt=replace(upcycle.f_gt, size_shift=scenario.size_shift))
+    if compared.paste_any_size:
+        upcycle = replace(upcycle, f_gt=replace(upcycle.f_gt, object_scale=ANY_SIZES, side_scale=ANY_SIDES))
     return MethodRun(method=compared.method, upcycle=upcycle)
 
 

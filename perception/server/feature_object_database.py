@@ -36,7 +36,7 @@ from ...core.frame import labels_of
 from ...core.strict_json import json_digest, read_json, write_json_file
 from ...datasets.fingerprint import same_split, short
 from ...datasets.frame_source import FrameSource
-from ...datasets.object_sizes import shift_sizes
+from ...datasets.object_sizes import scale_sizes, shift_sizes
 from ...datasets.parquet import read_parquet
 from ..models.detector import Detector
 from .feature_gt import FeatureObject, cut_objects
@@ -354,7 +354,7 @@ def build_feature_object_database(
         frames: The labeled split. Frames without labels are left out.
         detector: Its encoder must be the one that the fleet runs. The detector is put into evaluation mode.
         codec: Codec of the fleet's scenes.
-        config: Which objects are cut out, and how; `size_shift` resizes them before they are encoded.
+        config: Which objects are cut out, and how; shift and scales resize them before they are encoded.
         split_fingerprint: Fingerprint of the labeled split.
         encoder_fingerprint: Fingerprint of the encoder.
 
@@ -374,6 +374,8 @@ def build_feature_object_database(
                 continue
             if any(config.size_shift):
                 frame = shift_sizes(frame, config.size_shift)
+            if config.scales_objects:
+                frame = scale_sizes(frame, config.object_scale, np.random.default_rng([i, 11]), sides=config.side_scale)
             [labels] = labels_of([frame])
             with torch.no_grad():
                 scene = detector.encode([frame.points]).to("cpu")

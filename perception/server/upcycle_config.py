@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...core.errors import InvalidInput, require_counts, require_numbers
-from ...datasets.object_sizes import check_shift
+from ...datasets.object_sizes import check_scales, check_shift
 from ..training.loop import LoopConfig
 
 
@@ -63,16 +63,31 @@ class FeatureGtConfig:
     three for each class. The labeled half of a batch is resized too.
     Set it when the fleet's objects are known to have another mean size (statistical normalization)."""
 
+    object_scale: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest factor by which each object is resized at random, after the shift, before it is cut out. (1, 1) resizes none.
+    Set it when the sizes of the fleet's objects are not known."""
+
+    side_scale: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest further factor of each side of such an object alone."""
+
     def __post_init__(self) -> None:
         check_shift(self.size_shift)
+        check_scales(self.object_scale, self.side_scale)
+
+    @property
+    def scales_objects(self) -> bool:
+        """Whether objects are resized at random."""
+        return (self.object_scale, self.side_scale) != ((1.0, 1.0), (1.0, 1.0))
 
     def cutting(self) -> dict[str, float | list[float]]:
         """Return the settings that decide which features a database of objects holds, as JSON values; its file records them."""
+        scales = {"object_scale": list(self.object_scale), "side_scale": list(self.side_scale)} if self.scales_objects else {}
         return {
             "min_points": self.min_points,
             "margin_cells": self.margin_cells,
             "keypoint_margin": self.keypoint_margin,
             "size_shift": list(self.size_shift),
+            **scales,
         }
 
 

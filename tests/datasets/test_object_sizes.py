@@ -109,5 +109,5 @@ def test_sides_are_scaled_apart_and_only_where_that_is_asked_for():
     further = apart / one
     assert bool(((further >= 0.9) & (further <= 1.1)).all())
     assert float((further - further[:, :1]).abs().max()) > 0.01
-    with pytest.raises(InvalidInput, match="must be positive"):
+    with pytest.raises(InvalidInput, match="must be finite and positive"):
         scale_sizes(frame(), (0.8, 1.2), rng, sides=(1.1, 0.9))

@@ -56,7 +56,11 @@ def test_a_database_of_another_split_or_encoder_is_refused(tmp_path):
 
 def test_a_database_that_was_cut_otherwise_is_refused(tmp_path):
     write(tmp_path / "db", cut(1, box(5.0, 4.0)))
-    for other in (replace(CONFIG, margin_cells=2.0), replace(CONFIG, size_shift=(-0.9, -0.5, -0.3))):
+    for other in (
+        replace(CONFIG, margin_cells=2.0),
+        replace(CONFIG, size_shift=(-0.9, -0.5, -0.3)),
+        replace(CONFIG, object_scale=(0.8, 1.2)),
+    ):
         with pytest.raises(InvalidInput, match="was cut with"):
             FeatureObjectDatabase.open(tmp_path / "db", config=other, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER)
     more = replace(CONFIG, max_objects=(9,))  # how many are pasted is no matter of the database
@@ -210,6 +214,25 @@ def test_objects_of_another_size_are_resized_before_they_are_encoded(tmp_path):
     assert torch.allclose(database[0].box, torch.tensor([6.0, 1.0, -0.125, 3.0, 1.5, 1.25, 0.0]))  # its bottom stays at -0.75
     mean_x = database[0].features[:, 0]
     assert mean_x.max() <= 16  # features are positions here: those of moved points, none of a point outside the scan
+
+
+def test_objects_of_any_size_are_drawn_around_the_shifted_ones_and_are_the_same_when_built_again(tmp_path):
+    cloud = PointCloud(xyz=torch.rand(600, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([16.0, 16, 1]) - torch.tensor([0.0, 8, 0]),
+                       features=torch.zeros(600, 1))  # fmt: skip
+    frames = [Frame(id=name, points=cloud, labels=labels(box(6.0, 1.0))) for name in "ab"]
+    detector = Detector(GridEncoder(), torch.nn.Identity(), ("Car",))
+    config = replace(CONFIG, size_shift=(-1.0, -0.5, -0.25), object_scale=(0.8, 1.25), side_scale=(0.9, 1.1))
+    one, again = (
+        build_feature_object_database(
+            tmp_path / name, frames, detector, codec="fp16", config=config, split_fingerprint=SPLIT, encoder_fingerprint=ENCODER
+        )
+        for name in ("one", "again")
+    )
+    factors = one.boxes[:, 3:6] / torch.tensor([3.0, 1.5, 1.25])
+    assert torch.equal(one.boxes, again.boxes)
+    assert not torch.equal(factors[0], factors[1])  # each object has its own
+    assert (factors[0] - factors[0].mean()).abs().max() > 1e-3  # and each side
+    assert 0.72 <= float(factors.min()) <= float(factors.max()) <= 1.375
 
 
 def test_a_database_keeps_keypoints_and_objects_without_any(tmp_path):
