@@ -25,6 +25,7 @@ import torch
 from upcycle3d.perception.recipes.assembly import labeled_batches, unlabeled_batches
 from upcycle3d.perception.recipes.experiment_data import SimulationSize, simulated_adaptation
 from upcycle3d.perception.recipes.job_folder import JobFolder, PipelineConfig
+from upcycle3d.perception.recipes.labeled_half import LabeledHalf
 from upcycle3d.perception.recipes.pipeline import Pipeline
 from upcycle3d.perception.recipes.presets import PRESETS, Preset
 from upcycle3d.perception.server.methods import METHODS
@@ -48,7 +49,9 @@ def step_times(job: JobFolder, preset: Preset, name: str, steps: int) -> list[fl
     detector = load_detector(job.source_model)
     batch = preset.upcycle.unlabeled_batch
     labeled = labeled_batches(preset, c.labeled, batch_size=preset.upcycle.labeled_batch, seed=0)
-    pasted = job.feature_objects(detector, preset.upcycle.f_gt)
+    pasted = LabeledHalf(data=c.labeled).objects_to_paste(
+        job.objects_folder(preset.upcycle.f_gt), detector, preset.upcycle, codec=c.codec
+    )
     upcycle(
         detector,
         method=method,

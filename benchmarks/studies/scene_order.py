@@ -27,6 +27,7 @@ from upcycle3d.perception.evaluation.score import score_detector
 from upcycle3d.perception.recipes.assembly import labeled_batches
 from upcycle3d.perception.recipes.experiment_data import SimulationSize, simulated_adaptation
 from upcycle3d.perception.recipes.job_folder import PipelineConfig, RunOptions
+from upcycle3d.perception.recipes.labeled_half import LabeledHalf
 from upcycle3d.perception.recipes.pipeline import Pipeline
 from upcycle3d.perception.recipes.presets import DEMO
 from upcycle3d.perception.server.methods import METHODS
@@ -60,7 +61,9 @@ def scores(pipeline: Pipeline, order: int) -> list[float]:
         method=METHODS["upcycling"],
         labeled=labeled_batches(c.preset, c.labeled, batch_size=config.labeled_batch, seed=c.seed),
         store=Reordered(job.folder / "store", order),
-        pasted_objects=job.feature_objects(detector, config.f_gt),
+        pasted_objects=LabeledHalf(data=c.labeled).objects_to_paste(
+            job.objects_folder(config.f_gt), detector, config, codec=c.codec
+        ),
         config=config,
         codec=c.codec,
         progress=False,

@@ -52,6 +52,7 @@ def settings_at_fleet_sizes(
     seed: int,
     learn: Learn,
     say: Callable[[str], None],
+    asked: FrameSource | None = None,
     truth: Mapping[str, Labels] | None = None,
     context: DistributedContext | None = None,
 ) -> UpcycleConfig:
@@ -68,6 +69,7 @@ def settings_at_fleet_sizes(
         seed: Seed of the run.
         learn: Trains a copy of the source model for the rounds after the first.
         say: Is told each estimate.
+        asked: A few labeled frames of the fleet, which the estimate takes into account.
         truth: Labels of the fleet's scenes, where there are some. They are set beside the estimates and never used.
         context: This process among the others: all train, the first one estimates.
 
@@ -97,7 +99,7 @@ def settings_at_fleet_sizes(
 
             def estimate(reader: Detector = reader, sized: UpcycleConfig = sized, rounds: _Rounds = rounds) -> None:
                 about = sized.f_gt.size_shift
-                found = estimate_sizes(reader, frames, scenes, settings.sizes, codec=codec, seed=seed, about=about)
+                found = estimate_sizes(reader, frames, scenes, settings.sizes, codec=codec, seed=seed, about=about, asked=asked)
                 _write(path, (*rounds, _recorded(found, truth)))
 
             on_main(estimate, context)

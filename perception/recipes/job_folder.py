@@ -33,10 +33,9 @@ from ...datasets.data_split import DataSplit
 from ...datasets.fingerprint import as_recorded
 from ..evaluation.score import Protocol
 from ..models.detector import Detector
-from ..server.feature_object_database import FeatureObjectDatabase
 from ..server.store import SmashedStore
 from ..server.upcycle_config import FeatureGtConfig
-from .assembly import feature_object_database, fleet_store
+from .assembly import fleet_store
 from .presets import Preset
 
 
@@ -196,19 +195,18 @@ class JobFolder:
         """
         return fleet_store(self.folder / "store", detector, self.rig)
 
-    def feature_objects(self, detector: Detector, config: FeatureGtConfig) -> FeatureObjectDatabase:
-        """Open F-GT's database of the labeled split, and build it first if it is not there.
+    def objects_folder(self, config: FeatureGtConfig, *, within: Path | None = None) -> Path:
+        """The folder of F-GT's database of labeled objects.
 
         Args:
-            detector: Its encoder computes the features.
             config: F-GT's settings. Each setting has a database of its own.
+            within: Folder that holds it; None takes that of the job, whose methods share it.
 
         Returns:
-            The opened database.
+            The folder, which may not exist.
         """
         key = hashlib.sha256(json.dumps(config_to_json(config), sort_keys=True).encode()).hexdigest()[:12]
-        folder = self.folder / f"feature_gt_{key}"
-        return feature_object_database(folder, self.config.labeled.open(), detector, config, codec=self.config.codec)
+        return (within or self.folder) / f"feature_gt_{key}"
 
 
 def _sha256(path: Path) -> str:

@@ -32,7 +32,7 @@ from ..training.run_folder import RunFolder
 from .assembly import unlabeled_batches
 from .fleet_sizes import settings_at_fleet_sizes
 from .job_folder import JobFolder
-from .labeled_half import LabeledHalf
+from .labeled_half import LabeledHalf, TargetLabels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,8 @@ class MethodRun:
     """A name of `METHODS`."""
     upcycle: UpcycleConfig
     """Settings of the training."""
+    target: TargetLabels | None = None
+    """A few labeled frames of the target; None without them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +117,15 @@ def run_method(job: JobFolder, name: str, run: MethodRun) -> MethodResult:
         The scores.
     """
     start, folder = time.perf_counter(), job.method_folder(name)
-    method, detector = METHODS[run.method], load_detector(job.source_model).to(job.options.device)
+    detector = load_detector(job.source_model).to(job.options.device)
     config = replace(run.upcycle, loop=replace(run.upcycle.loop, seed=job.config.seed))
     with RunFolder.create(folder, config, seed=job.config.seed, resume=True) as log:
-        teacher = _train(job, detector, method, config, log)
+        teacher = _train(job, detector, run, config, log)
         student_scores = _score(job, detector)
         along = [(line["step"] + 1, {k: line[k] for k in student_scores if k in line}) for line in log.metrics("validation")]
     save_run_detector(folder, detector.cpu())
     save_detector(folder / TEACHER_FILE, teacher.cpu())
-    untrained = method.trains == "nothing"
+    untrained = METHODS[run.method].trains == "nothing"
     teacher_scores = student_scores if untrained else _score(job, teacher.to(job.options.device))
     result = MethodResult(
         student=student_scores,
@@ -135,9 +137,10 @@ def run_method(job: JobFolder, name: str, run: MethodRun) -> MethodResult:
     return result
 
 
-def _train(job: JobFolder, detector: Detector, method: Method, config: UpcycleConfig, log: RunFolder) -> Detector:
+def _train(job: JobFolder, detector: Detector, run: MethodRun, config: UpcycleConfig, log: RunFolder) -> Detector:
     """Train `detector` in place; returns its teacher."""
-    c, total = job.config, config.loop.total_steps
+    c, total, method = job.config, config.loop.total_steps, METHODS[run.method]
+    half = LabeledHalf(data=_labels_of(job, method), target=run.target)
 
     def score_along(step: int, student: Detector) -> None:
         done = step + 1
@@ -148,8 +151,12 @@ def _train(job: JobFolder, detector: Detector, method: Method, config: UpcycleCo
     store = job.store(detector) if method.unlabeled == "smashed" else None
     truth = _truth(job, method)
 
+    def objects(at: UpcycleConfig) -> Path:
+        # Methods with the same labels share a database. That of the target's few labels is this method's own.
+        return job.objects_folder(at.f_gt, within=None if run.target is None else log.path)
+
     def train(
-        model: Detector, at: UpcycleConfig, run: RunFolder, after_step: Callable[[int, Detector], None] | None = None
+        model: Detector, at: UpcycleConfig, into: RunFolder, after_step: Callable[[int, Detector], None] | None = None
     ) -> Detector:
         scans = None
         if method.unlabeled == "raw":
@@ -157,14 +164,14 @@ def _train(job: JobFolder, detector: Detector, method: Method, config: UpcycleCo
         return upcycle(
             model,
             method=method,
-            labeled=LabeledHalf(data=_labels_of(job, method)).batches(c.preset, method, at, seed=c.seed),
+            labeled=half.batches(c.preset, method, at, seed=c.seed),
             store=store,
             scans=scans,
-            pasted_objects=job.feature_objects(detector, at.f_gt) if method.f_gt else None,
+            pasted_objects=half.objects_to_paste(objects(at), detector, at, codec=c.codec) if method.f_gt else None,
             config=at,
             codec=c.codec,
             truth=truth,
-            run=run,
+            run=into,
             after_step=after_step,
             workers=job.options.workers,
             progress=job.options.progress,
@@ -185,6 +192,7 @@ def _train(job: JobFolder, detector: Detector, method: Method, config: UpcycleCo
         seed=c.seed,
         learn=train_shortly,
         say=job.options.say,
+        asked=None if run.target is None else run.target.data.open(),
         truth=truth,
     )
     return train(detector, config, log, score_along)
@@ -218,11 +226,14 @@ def _prepare_shared(job: JobFolder, runs: Collection[MethodRun]) -> None:
     for data in {_labels_of(job, METHODS[r.method]) for r in runs if METHODS[r.method].trains != "nothing"}:
         data.ensure_gt_database()
     # A method that estimates sizes cuts its own objects, once it knows them.
-    pasting = {r.upcycle.f_gt for r in runs if METHODS[r.method].f_gt and not METHODS[r.method].estimates_sizes}
-    if pasting:
+    shared = [r for r in runs if METHODS[r.method].f_gt and not METHODS[r.method].estimates_sizes and r.target is None]
+    if shared:
         detector = load_detector(job.source_model)
-        for config in pasting:
-            job.feature_objects(detector, config)
+        for config in {r.upcycle.f_gt: r.upcycle for r in shared}.values():
+            half = LabeledHalf(data=job.config.labeled)
+            half.objects_to_paste(job.objects_folder(config.f_gt), detector, config, codec=job.config.codec)
+    for split in {r.target.data for r in runs if r.target is not None}:
+        split.ensure_gt_database()
 
 
 def _run_all(job: JobFolder, runs: Mapping[str, MethodRun]) -> Iterator[tuple[str, MethodResult]]:

@@ -281,6 +281,7 @@ def upcycle_preset(
                 seed=seed,
                 learn=train_shortly,
                 say=print if context.is_main else _nothing,
+                asked=None if few is None else opened[-1][1],
                 truth=truth_labels,
                 context=context,
             )

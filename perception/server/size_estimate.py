@@ -34,6 +34,7 @@ from ...ops.roi_grid import roi_grid_sample
 from ..models.detector import Detector
 from .indirect_reading import KnownReadings, indirect_difference, ridge_regression
 from .joined_stores import FleetScenes
+from .labeled_sizes import LabeledMean, joined_by_precision, mean_of_labels
 from .store import collate_scenes
 from .upcycle_config import SizeEstimateConfig
 from .uploaded import features_as_uploaded
@@ -63,6 +64,8 @@ class SizeEstimate:
     """Labeled objects that were found, counted in each draw."""
     fleet_objects: int
     """Objects of the fleet that were found."""
+    asked_objects: int = 0
+    """Objects of the fleet's few labeled frames, where there are some. Their mean size is in `difference` with the weight of its precision."""
     shift: tuple[float, float, float]
     """What labeled objects are resized by: the difference, or zero where `reason` says why not."""
     reason: str = ""
@@ -77,7 +80,8 @@ class SizeEstimate:
         )
         end = "" if self.true is None else f" (in truth {', '.join(f'{value:+.2f}' for value in self.true)})"
         end += f"; sizes stay as they are, because {self.reason}" if self.reason else ""
-        return f"{self.class_name}: {self.fleet_objects} objects of the fleet differ by {sides}{end}"
+        labels = f" and {self.asked_objects} labeled ones" if self.asked_objects else ""
+        return f"{self.class_name}: {self.fleet_objects} objects of the fleet{labels} differ by {sides}{end}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,6 +122,7 @@ def estimate_sizes(
     codec: str,
     seed: int,
     about: Sequence[float] = (0.0, 0.0, 0.0),
+    asked: FrameSource | None = None,
 ) -> tuple[SizeEstimate, ...]:
     """Estimate the difference of the mean sizes of the fleet's and the labeled objects, for each class of the teacher.
 
@@ -130,6 +135,8 @@ def estimate_sizes(
         seed: Decides the random sizes and the bootstrap.
         about: An earlier estimate, three numbers for all classes or for each: random sizes are drawn around the labeled ones moved by it,
             because how a reading follows a size is linear only nearby. The result is the difference from the labeled sizes all the same.
+        asked: A few labeled frames of the fleet. Their mean sizes are joined with what the scenes say, each with the weight of its precision:
+            few labels change little, many decide.
 
     Returns:
         One estimate per class.
@@ -148,7 +155,8 @@ def estimate_sizes(
     found = []
     for number, name in enumerate(teacher.class_names):
         one, other = (None if seen is None else seen.of(seen.classes == number) for seen in (labeled, fleet))
-        found.append(_estimate(name, mean[number], one, other, config, seed))
+        known = None if asked is None else mean_of_labels(asked, number, mean[number])
+        found.append(_estimate(name, mean[number], one, other, known, config, seed))
     return tuple(found)
 
 
@@ -272,24 +280,32 @@ def _joined(parts: Iterator[_Seen]) -> _Seen | None:
 
 
 def _estimate(
-    name: str, mean: Tensor, labeled: _Seen | None, fleet: _Seen | None, config: SizeEstimateConfig, seed: int
+    name: str,
+    mean: Tensor,
+    labeled: _Seen | None,
+    fleet: _Seen | None,
+    asked: LabeledMean | None,
+    config: SizeEstimateConfig,
+    seed: int,
 ) -> SizeEstimate:
     counts = [0 if seen is None else len(seen) for seen in (labeled, fleet)]
-    zero = (0.0, 0.0, 0.0)
+    difference, error = torch.zeros(3, dtype=torch.float64), torch.full((3,), torch.inf, dtype=torch.float64)
+    follows, reason = torch.zeros(3, dtype=torch.float64), ""
     if labeled is None or fleet is None or min(counts) < config.fewest:
         reason = (
             f"the teacher finds {counts[0]} labeled objects and {counts[1]} of the fleet with a predicted IoU of {config.iou_score:g} or more, "
             f"and {config.fewest} are needed"
         )
-        return SizeEstimate(
-            class_name=name, labeled=_three(mean), difference=zero, error=(float("inf"),) * 3, follows=zero, labeled_objects=counts[0],
-            fleet_objects=counts[1], shift=zero, reason=reason,
-        )  # fmt: skip
-    readings, read = _readings(labeled, fleet, config.ridge)
-    known = KnownReadings(readings=readings, sizes=labeled.sizes, original=labeled.original)
-    difference, error, follows = indirect_difference(known, labeled.group, read, fleet.group, seed=seed)
-    error = error.clamp_min(config.least_error)
-    reason = _reason_against(difference, error, mean)
+    else:
+        readings, read = _readings(labeled, fleet, config.ridge)
+        known = KnownReadings(readings=readings, sizes=labeled.sizes, original=labeled.original)
+        difference, error, follows = indirect_difference(known, labeled.group, read, fleet.group, seed=seed)
+    if asked is not None and bool(asked.error.isfinite().all()) and bool((mean > 0).all()):
+        difference, error = joined_by_precision(difference, error, asked, config.least_error)
+        reason = ""
+    if bool(error.isfinite().all()):
+        error = error.clamp_min(config.least_error)
+    reason = reason or _reason_against(difference, error, mean)
     return SizeEstimate(
         class_name=name,
         labeled=_three(mean),
@@ -298,7 +314,8 @@ def _estimate(
         follows=_three(follows),
         labeled_objects=counts[0],
         fleet_objects=counts[1],
-        shift=zero if reason else _three(difference),
+        asked_objects=0 if asked is None else asked.objects,
+        shift=(0.0, 0.0, 0.0) if reason else _three(difference),
         reason=reason,
     )
 

@@ -195,6 +195,41 @@ def test_labeled_frames_pass_the_defences_of_the_encoder_as_the_fleets_do(tmp_pa
     assert max(map(abs, found.difference)) < 0.4
 
 
+def test_an_earlier_estimate_moves_where_is_looked_and_not_what_is_found(teacher, tmp_path):
+    """Asked around the truth, around the labeled sizes or beyond the truth: the answer is the difference from the labeled sizes."""
+    mean, difference = (4.0, 1.8, 1.6), (-0.8, -0.4, -0.3)
+    store = tiny.store(
+        tmp_path, teacher, [f.points for f in cars(60, tuple(m + d for m, d in zip(mean, difference, strict=True)), 2)]
+    )
+    config = SizeEstimateConfig(draws=3, fewest=20)
+    for about in ((0.0, 0.0, 0.0), difference, (-1.2, -0.6, -0.4)):
+        (found,) = estimate_sizes(teacher, cars(60, mean, 1), store, config, codec="fp16", seed=0, about=about)
+        assert found.labeled == pytest.approx(mean, abs=0.1)
+        for value, wanted, error, length in zip(found.difference, difference, found.error, mean, strict=True):
+            assert abs(value - wanted) < max(3 * error, 0.05 * length)
+
+
+def test_labels_of_the_fleet_are_joined_by_their_precision_and_make_up_for_a_teacher_that_finds_nothing(teacher, tmp_path):
+    mean, longer = (4.0, 1.8, 1.6), (4.6, 1.8, 1.6)
+    frames, asked = cars(60, mean, 1), cars(40, longer, 7)
+    store = tiny.store(tmp_path, teacher, [frame.points for frame in cars(60, longer, 2)])
+    config = SizeEstimateConfig(draws=3, fewest=20)
+    (alone,) = estimate_sizes(teacher, frames, store, config, codec="fp16", seed=0)
+    (joined,) = estimate_sizes(teacher, frames, store, config, codec="fp16", seed=0, asked=asked)
+    (blind,) = estimate_sizes(
+        tiny.source_model(), frames, store, replace(config, iou_score=1.0), codec="fp16", seed=0, asked=asked
+    )
+    of_labels = torch.cat([f.labels.boxes.data for f in asked])[:, 3:6].mean(0) - torch.cat(
+        [f.labels.boxes.data for f in frames]
+    )[:, 3:6].mean(0)
+    low, high = sorted((alone.difference[0], float(of_labels[0])))
+    assert low < joined.difference[0] < high
+    assert joined.error[0] < alone.error[0]
+    assert blind.shift == pytest.approx(of_labels.tolist(), abs=1e-5)
+    assert (blind.asked_objects, blind.reason) == (40, "")
+    assert "and 40 labeled ones" in str(blind)
+
+
 def test_a_fleet_of_the_same_cars_keeps_the_sizes(teacher, tmp_path):
     store = tiny.store(tmp_path, teacher, [frame.points for frame in cars(60, (4.0, 1.8, 1.6), 5)])
     config = SizeEstimateConfig(draws=3, fewest=20)
