@@ -107,6 +107,7 @@ COMPARED_METHODS: dict[str, ComparedMethod] = {name: ComparedMethod(method=name)
     "random_sizes": ComparedMethod(method="source_only", source_model="random_sizes"),
     "upcycling_random_sizes": ComparedMethod(method="upcycling", source_model="random_sizes"),
     "calibrated_random_sizes": ComparedMethod(method="upcycling_calibrated", source_model="random_sizes"),
+    "told_random_sizes": ComparedMethod(method="upcycling", source_model="random_sizes", resize=True),
     "random_f_gt": ComparedMethod(method="upcycling", source_model="random_sizes", paste_any_size=True),
     "calibrated_random_f_gt": ComparedMethod(method="upcycling_calibrated", source_model="random_sizes", paste_any_size=True),
     "source_continued_sn": ComparedMethod(method="source_continued", resize=True),
