@@ -109,7 +109,7 @@ def sample_objects(
         database: Labeled objects.
         labels: Labels of the scene so far. They count towards the maximum of their class.
         obstacles: Boxes to keep clear of: every box that the teacher sees at all. What it half believes in may be a real object.
-        config: `max_objects` is the number of objects per class up to which the scene is filled.
+        config: `max_objects` is the number of objects per class up to which the scene is filled; `clearance` stays free around each.
         rng: Draws the objects.
 
     Returns:
@@ -124,11 +124,13 @@ def sample_objects(
             continue
         # Three times the wanted number is drawn, because some will collide. They are chosen one by one, so that no two of them meet.
         drawn = rng.permutation(candidates)[: 3 * wanted]
-        free = (iou_bev(database.boxes[drawn], blocked).sum(1) == 0).numpy() if len(blocked) else np.ones(len(drawn), bool)
+        clear = database.boxes.new_tensor([0, 0, 0, 2 * config.clearance, 2 * config.clearance, 0, 0])
+        room = database.boxes[drawn] + clear
+        free = (iou_bev(room, blocked).sum(1) == 0).numpy() if len(blocked) else np.ones(len(drawn), bool)
         for index in drawn[free]:
             if wanted == 0:
                 break
-            box = database.boxes[index : index + 1]
+            box = database.boxes[index : index + 1] + clear
             if not chosen or float(iou_bev(box, database.boxes[chosen]).sum()) == 0:
                 chosen.append(int(index))
                 wanted -= 1

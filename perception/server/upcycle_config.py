@@ -58,6 +58,10 @@ class FeatureGtConfig:
     """Meters added to each full size of the box (half on each side) when an object's keypoints are cut out and replaced.
     Only PV-RCNN has keypoints. The default is the margin with which its keypoint head decides what lies in an object."""
 
+    clearance: float = 0.0
+    """Meters around a pasted object in which no other box may lie. Pasting clears `margin_cells` beside the box, which may take a strip of
+    a neighbor; about the width of a cell keeps every neighbor whole, at the price of fewer pasted objects."""
+
     size_shift: tuple[float, ...] = (0.0, 0.0, 0.0)
     """Meters added to length, width and height of labeled objects before they are encoded and cut out: three numbers for all classes, or
     three for each class. The labeled half of a batch is resized too.
@@ -73,6 +77,7 @@ class FeatureGtConfig:
     def __post_init__(self) -> None:
         check_shift(self.size_shift)
         check_scales(self.object_scale, self.side_scale)
+        require_numbers("FeatureGtConfig", least=0.0, most=100.0, clearance=self.clearance)
 
     @property
     def scales_objects(self) -> bool:

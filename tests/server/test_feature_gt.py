@@ -275,6 +275,29 @@ def test_sampled_objects_touch_nothing(database, seed):
     assert (iou_bev(boxes, boxes) - torch.eye(len(boxes))).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_clearance_stays_free_around_every_pasted_object(database, seed):
+    """Shapely is the oracle: no other box lies within the clearance of a pasted one, and without a clearance some does."""
+    shapely, affinity = pytest.importorskip("shapely"), pytest.importorskip("shapely.affinity")
+
+    def outline(x, y, _z, length, width, _height, yaw):
+        return affinity.rotate(
+            shapely.box(x - length / 2, y - width / 2, x + length / 2, y + width / 2), yaw, (x, y), use_radians=True
+        )
+
+    def nearest(clearance: float) -> float:
+        known = labels(box(4.0, 4.0), box(12.0, -4.0, 0.5))
+        config = FeatureGtConfig(max_objects=(40, 40), clearance=clearance)
+        chosen = sample_objects(database, known, Boxes3D.empty(), config, np.random.default_rng(seed))
+        assert chosen
+        pasted = [outline(*o.box.tolist()) for o in chosen]
+        others = [outline(*row) for row in known.boxes.data.tolist()]
+        return min(a.distance(b) for i, a in enumerate(pasted) for b in (*others, *pasted[:i]))
+
+    assert nearest(0.8) >= 0.8 - 1e-4
+    assert nearest(0.0) < 0.8
+
+
 def test_classes_are_filled_up_to_their_maximum_counting_what_is_there(database):
     known = labels(box(200.0, 0.0), box(210.0, 0.0))  # two cars, far outside
     none = Boxes3D.empty()
