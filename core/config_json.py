@@ -68,6 +68,24 @@ def config_from_json(cls: type[C], data: Mapping[str, Json]) -> C:
     return decoded
 
 
+def fields_from_json(cls: type[Any], data: Mapping[str, Json]) -> dict[str, Any]:
+    """Make only the fields that JSON values name, of a configuration whose other fields come from somewhere else.
+
+    Args:
+        cls: The dataclass whose fields they are.
+        data: Names and values of some of its fields.
+
+    Returns:
+        The values by name, each as `config_from_json` would make it.
+
+    Raises:
+        InvalidInput: An unknown name, or a value of a wrong type.
+    """
+    _check_names(data, cls, "")
+    hints: dict[str, Any] = typing.get_type_hints(cls)
+    return {key: _decode(value, hints[key], f"{key}.") for key, value in data.items()}
+
+
 def config_stored_in(path: Path, cls: type[C], data: Json, advice: str) -> C:
     """Make a configuration of the description that a file holds, and say which file it was if that fails.
 
@@ -223,16 +241,22 @@ def _decode_dataclass(data: Mapping[str, Json], classes: Sequence[Any], where: s
         if kind not in by_name:
             raise InvalidInput(f"`{where}kind` cannot be {kind!r}{_suggestion(kind, by_name, '')}")
         cls, data = by_name[kind], {k: v for k, v in data.items() if k != "kind"}
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    for key in data:
-        if key not in fields:
-            raise InvalidInput(f"unknown option `{where}{key}` of {cls.__name__}{_suggestion(key, fields, where)}")
+    fields = _check_names(data, cls, where)
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in data:
             raise InvalidInput(f"the option `{where}{key}` of {cls.__name__} is missing and has no default")
     hints = _hints(cls)
     return cls(**{key: _decode(value, hints[key], f"{where}{key}.") for key, value in data.items()})
+
+
+def _check_names(data: Mapping[str, Json], cls: Any, where: str) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of a dataclass by name, after refusing names that are none of them."""
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key in data:
+        if key not in fields:
+            raise InvalidInput(f"unknown option `{where}{key}` of {cls.__name__}{_suggestion(key, fields, where)}")
+    return fields
 
 
 @functools.cache

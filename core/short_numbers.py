@@ -39,3 +39,24 @@ def score_text(score: float | None) -> str:
     if score is None:
         return "-"
     return f"{score:.1e}" if math.isfinite(score) and abs(score) > 1e4 else f"{score:.3f}"
+
+
+def duration_text(seconds: float) -> str:
+    """Say how long something takes, in its two largest units.
+
+    Args:
+        seconds: The duration; at least 0.
+
+    Returns:
+        Words such as `40 s` or `3 min 20 s`.
+
+    Example:
+        >>> in_words(7265)
+        '2 h 01 min'
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

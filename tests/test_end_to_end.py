@@ -238,9 +238,11 @@ def test_the_rig_of_the_training_is_the_default_and_an_ingest_with_another_one_m
     assert len(SmashedStore(tmp_path / "store")) > 0
 
 
-def test_doctor_checks_the_sparse_convolution(chain):
+def test_doctor_checks_the_backends(chain):
     upcycle3d("doctor", "--repeats", 0, "--json", chain / "doctor.json")
-    assert "agrees" in json.loads((chain / "doctor.json").read_text())["checks"]["sparse convolution, CPU"]
+    checks = json.loads((chain / "doctor.json").read_text())["checks"]
+    for name in ("sparse convolution, CPU", "experts, sorted", "experts, grouped"):
+        assert "agrees" in checks[name]
 
 
 def test_doctor_times_imports_in_fresh_interpreters():

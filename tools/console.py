@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,9 @@ from ..core.errors import Interrupted, InvalidInput, UpcycleError
 from ..core.foreign_text import shown
 from ..core.ledger import Ledger
 from ..core.ledger_rules import judge, stop_if_absurd
+from ..core.short_numbers import duration_text
 from .arguments import parse_arguments
+from .config_file import defaults_of_file
 from .terminal import SafeConsole, flush_output, plain, print_fault, print_labeled, silence, warnings_in_sentences
 
 # Wide where the output is not a terminal, so that tables in a log keep their words. Text is printed as it is, never read as markup.
@@ -131,7 +134,11 @@ def _run(function: Callable[..., Any], arguments: Sequence[str] | None, program:
         arguments = _without_fractions(sys.argv[1:] if arguments is None else arguments)
         _refuse_renamed(function.__module__.rpartition(".")[2], arguments)
         (hint,) = [t for n, t in get_type_hints(function, include_extras=True).items() if n != "return"]
-        options = parse_arguments(parsed_as or hint, arguments, program, function.__doc__)
+        given = defaults_of_file(hint, arguments)
+        if given is None:
+            options = parse_arguments(parsed_as or hint, arguments, program, function.__doc__)
+        else:
+            options = parse_arguments(hint, given.words, program, function.__doc__, default=given.default)
         _check_options(options)
         function(options)
     except Interrupted as error:
@@ -268,7 +275,7 @@ def write_json(path: Path | None, value: object) -> None:
 
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """Show progress: a bar on a terminal, a line per tenth elsewhere.
+    """Show progress and the time that is left: a bar on a terminal, a line per tenth elsewhere.
 
     Args:
         what: Text in front of the bar.
@@ -280,14 +287,15 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     if not console.is_terminal:
-        last = -1
+        last, began = -1, time.monotonic()
 
         def line(done: int, of: int) -> None:
             nonlocal last
             tenth = 10 * done // max(of, 1)
             if tenth > last:
                 last = tenth
-                console.print(f"{what}: {done} of {of}")
+                left = duration_text((time.monotonic() - began) * (of - done) / max(done, 1))
+                console.print(f"{what}: {done} of {of}" + (f", {left} left" if 0 < done < of else ""))
 
         yield line
         return

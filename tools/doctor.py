@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -12,11 +11,9 @@ from pathlib import Path
 
 import torch
 
-from ..ops.sparse_conv import SubmanifoldConv3d, sparse_conv_reference, submanifold_rulebook
-from .console import console, print_table, run_command, write_json
-
-CORE = ("torch", "numpy", "scipy", "numba", "safetensors", "zstandard", "pyarrow", "tyro", "rich", "tensorboard", "matplotlib")
-OPTIONAL = {"spconv": "spconv"}  # package: extra that installs it
+from .backend_checks import check_backends
+from .console import console, print_table, print_warning, run_command, write_json
+from .installed_packages import wanted_packages
 
 # What is timed: a statement in a fresh interpreter.
 VEHICLE_SET = "import upcycle3d.perception.vehicle.extractor"
@@ -35,7 +32,7 @@ IMPORTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Print versions, devices and import times, and compare the sparse convolution with its reference."""
+    """Print versions of all packages and extras, devices and import times, and compare the backends with their references."""
 
     repeats: int = 3
     """How often each import is timed; the shortest time is printed. 0 skips the timing."""
@@ -45,26 +42,33 @@ class Doctor:
 
 def command(config: Doctor) -> None:
     """Say what is installed, which backends run, and how long imports take."""
-    versions = {name: _version(name) for name in CORE} | {
-        n: _version(n) or f"not installed (extra [{e}])" for n, e in OPTIONAL.items()
-    }
+    core, *extras = wanted_packages().items() or [("", [])]
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     machine = {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count(), "torch threads": torch.get_num_threads(), "cuda": cuda}  # fmt: skip
-    checks = {"sparse convolution, CPU": _check_sparse_conv(torch.device("cpu"))}
-    if torch.cuda.is_available():
-        checks["sparse convolution, CUDA"] = _check_sparse_conv(torch.device("cuda"))
+    checks = check_backends()
     print_table("machine", ("what", "value"), list(machine.items()))
-    print_table("packages", ("package", "version"), list(versions.items()))
-    print_table("checks", ("what", "result"), list(checks.items()))
+    print_table("packages", ("package", "version"), [(one.name, one.state) for one in core[1]])
+    optional = [(f"[{extra}]", one.name, one.state) for extra, packages in extras for one in packages]
+    print_table("extras (each: pip install PACKAGE)", ("extra", "package", "version"), optional)
+    print_table("backends", ("what", "result"), list(checks.items()))
     times = {name: import_seconds(code, config.repeats) for name, code in IMPORTS.items()} if config.repeats else {}
     if times:
         share = times["the vehicle's set"] / times["the full program"]
         rows = [(name, f"{seconds:.2f}") for name, seconds in times.items()]
         print_table("imports in a fresh interpreter, shortest of several", ("what", "seconds"), rows)
         console.print(f"the vehicle's set takes {100 * share:.0f} % of the time of the full program")
-    if versions["torch"] is None or any(versions[name] is None for name in CORE):
-        console.print("a core package is missing: pip install -c constraints.txt -e .")
-    write_json(config.json, {"machine": machine, "packages": versions, "checks": checks, "import_seconds": times})
+    missing = [one.name for one in core[1] if not one.serves]
+    if missing:
+        print_warning(f"a core package is missing or too old: {', '.join(missing)}; run pip install -c constraints.txt -e .")
+    if not core[1]:
+        print_warning(
+            "this program is not installed, and no pyproject.toml lies beside it, so the packages that it needs are not known"
+        )
+    found = {extra: {one.name: one.found for one in packages} for extra, packages in extras}
+    versions = {one.name: one.found for one in core[1]}
+    write_json(
+        config.json, {"machine": machine, "packages": versions, "extras": found, "checks": checks, "import_seconds": times}
+    )
 
 
 def import_seconds(code: str, repeats: int) -> float:
@@ -80,24 +84,6 @@ def import_seconds(code: str, repeats: int) -> float:
     command = f"import time; start = time.perf_counter(); {code}; print(time.perf_counter() - start)"
     runs = (subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True) for _ in range(repeats))
     return min(float(run.stdout.split()[-1]) for run in runs)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _check_sparse_conv(device: torch.device) -> str:
-    generator = torch.Generator().manual_seed(0)
-    sites = torch.randperm(8 * 8 * 8, generator=generator)[:100].sort().values
-    coords = torch.stack([torch.zeros_like(sites), sites // 64, sites // 8 % 8, sites % 8], 1).int().to(device)
-    conv = SubmanifoldConv3d(4, 8, (3, 3, 3)).to(device)
-    rulebook = submanifold_rulebook(coords, (8, 8, 8), 1, (3, 3, 3))
-    features = torch.randn(100, 4, generator=generator).to(device)
-    error = (conv(features, rulebook) - sparse_conv_reference(features, conv.weight, rulebook)).abs().max().item()
-    return f"agrees with its reference to {error:.1e}" if error < 1e-4 else f"WRONG by {error:.1e}"
 
 
 if __name__ == "__main__":

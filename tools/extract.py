@@ -292,6 +292,11 @@ def _show(
     rig = asdict(extractor.rig)
     options = "".join(f" --{k.replace('_', '-')} {v}" for k, v in rig.items() if v != getattr(default, k))
     console.print(
+        f"{config.out}: {len(report.shards)} new shards; {config.progress or default_progress_path(config.out)} says which scans are in them"
+        + (f", and {config.receipts} which scene each became" if config.receipts else ""),
+        soft_wrap=True,
+    )
+    console.print(
         f"encoder fingerprint {extractor.fingerprint}; next: upcycle3d ingest {config.out} --detector {config.detector} "
         f"--store STORE{options}",
         soft_wrap=True,

@@ -1,4 +1,4 @@
-"""The command that scores what a training wrote, with a split and a protocol that the dataset really has.
+"""What a training wrote and where, and the command that scores it, with a split and a protocol that the dataset really has.
 
 Read next: `tools/evaluate.py`.
 """
@@ -9,9 +9,35 @@ import shlex
 from pathlib import Path
 
 from ..core.errors import InvalidInput
+from ..core.short_numbers import duration_text
 from ..datasets.data_split import DataSplit
 from ..datasets.prepared import PreparedDataset
 from ..perception.evaluation.score import own_protocol
+
+_IN_A_RUN = {
+    "detector.safetensors": "the detector",
+    "teacher.safetensors": "its teacher",
+    "encoder.safetensors": "for vehicles",
+    "best.safetensors": "best on the validation split",
+    "metrics.jsonl": "all metrics",
+    "checkpoints": "to resume",
+    **{name: f"metrics in {name}" for name in ("tensorboard", "wandb", "mlflow", "trackio")},
+}
+
+
+def what_lies_in(run: Path, seconds: float | None = None) -> str:
+    """Say what a training has left in its run folder.
+
+    Args:
+        run: The run folder.
+        seconds: Duration of the training, where it is known.
+
+    Returns:
+        One line.
+    """
+    parts = [f"{name} ({what})" for name, what in _IN_A_RUN.items() if (run / name).exists()]
+    after = "" if seconds is None else f" after {duration_text(seconds)}"
+    return f"{run}{after}: {', '.join(parts)}"
 
 
 def scoring_command(detector: Path, data: DataSplit) -> str:

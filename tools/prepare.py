@@ -254,13 +254,16 @@ def command(
     except AbsurdDataError as error:
         print_table("what was read", ("", "number", "share"), error.ledger.rows())
         raise
+    frames = report.frames
     write_json(dataset.json, _json(report))
     _print(report)
-    settle(report.frames.ledger, "what was read")
-    said = warnings_of(report.frames.ledger)  # by `settle`
+    settle(frames.ledger, "what was read")
+    said = warnings_of(frames.ledger)  # by `settle`
     for warning in report.warnings:
         if warning not in said:
             print_warning(warning)
+    objects = f"; objects to paste in {frames.root / 'gt_database'}" if any(report.gt_objects.values()) else ""
+    console.print(f"{frames.root}: prepared, with the splits {', '.join(frames.splits) or 'none'}{objects}", soft_wrap=True)
 
 
 def _json(report: RawReport) -> dict[str, object]:

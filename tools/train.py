@@ -16,9 +16,10 @@ from ..perception.recipes.jobs import train_preset
 from ..perception.recipes.presets import PRESETS, Preset
 from ..perception.recipes.validation import Validation
 from ..perception.training.trackers import TrackerName
+from .config_file import print_config
 from .console import console, print_table, print_warning, run_command, settle, warnings_so_far, write_json
 from .data_option import DataOption
-from .next_step import scoring_command
+from .next_step import scoring_command, what_lies_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,11 @@ class Train:
     """Where metrics are shown besides `metrics.jsonl`, which has all of them (docs/training.md). It may change when a run is resumed."""
     json: Path | None = None
     """Also write the result to this file as JSON."""
+    config: Path | None = None
+    """YAML or JSON file with options, as `--print-config` writes it; options on the command line win. Where it holds a whole preset, none is
+    named before the options."""
+    print_config: bool = False
+    """Print all options as YAML, the whole preset included, and stop."""
 
 
 def chosen_validation(data: DataSplit | None, every: int | None) -> Validation | None:
@@ -115,6 +121,9 @@ ARGUMENTS = tyro.extras.subcommand_type_from_defaults(preset_choices(Train), pre
 
 def command(config: Train) -> None:
     """Train a detector on labeled frames: upcycle3d train PRESET --data DIR:SPLIT --out RUN."""
+    if config.print_config:
+        print_config(config)
+        return
     outcome = train_preset(
         config.preset,
         config.data,
@@ -137,6 +146,7 @@ def command(config: Train) -> None:
         ("steps", "frames", "seconds", *outcome.loss),
         [(outcome.steps, outcome.frames, outcome.seconds, *outcome.loss.values())],
     )
+    console.print(what_lies_in(config.out, outcome.seconds), soft_wrap=True)
     console.print(f"next: {scoring_command(config.out, config.data)}", soft_wrap=True)
     if outcome.best is not None:
         console.print(

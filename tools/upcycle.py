@@ -17,9 +17,10 @@ from ..perception.recipes.upcycling_job import upcycle_preset
 from ..perception.server.methods import METHODS
 from ..perception.training.detector_files import load_detector
 from ..perception.training.trackers import TrackerName
+from .config_file import print_config
 from .console import console, print_table, run_command, warnings_so_far, write_json
 from .data_option import DataOption
-from .next_step import scoring_command
+from .next_step import scoring_command, what_lies_in
 from .train import chosen_validation, preset_choices, settle_start
 
 
@@ -80,6 +81,11 @@ class Upcycle:
     """Where metrics are shown besides `metrics.jsonl`, which has all of them (docs/training.md). It may change when a run is resumed."""
     json: Path | None = None
     """Also write the result to this file as JSON."""
+    config: Path | None = None
+    """YAML or JSON file with options, as `--print-config` writes it; options on the command line win. Where it holds a whole preset, none is
+    named before the options."""
+    print_config: bool = False
+    """Print all options as YAML, the whole preset included, and stop."""
 
 
 ARGUMENTS = tyro.extras.subcommand_type_from_defaults(preset_choices(Upcycle), prefix_names=False)
@@ -87,6 +93,9 @@ ARGUMENTS = tyro.extras.subcommand_type_from_defaults(preset_choices(Upcycle), p
 
 def command(config: Upcycle) -> None:
     """Train the server half on labeled frames and smashed scenes."""
+    if config.print_config:
+        print_config(config)
+        return
     given = bool(config.z_shift or config.intensity_scale)
     trained = load_detector(config.detector).trained_on if given else None
     outcome = upcycle_preset(
@@ -118,7 +127,8 @@ def command(config: Upcycle) -> None:
         ("method", "labeled frames", "labeled target frames", "unlabeled scenes", "steps"),
         [(config.method, outcome.frames, outcome.target_frames, outcome.scenes, outcome.steps)],
     )
-    console.print(f"student and teacher: {config.out}; next: {scoring_command(config.out, config.data)}", soft_wrap=True)
+    console.print(what_lies_in(config.out), soft_wrap=True)
+    console.print(f"next: {scoring_command(config.out, config.data)}", soft_wrap=True)
     if outcome.best is not None:
         console.print(
             f"best on {config.validate}: {shown(outcome.best)}, chosen on that split, so its score there is too good to report"

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from ...core.short_numbers import duration_text
+
 
 class TrainingProgress:
     """Shows the progress of a training; a context manager.
@@ -74,7 +76,9 @@ class TrainingProgress:
             rate = (done - self._start) / max(time.perf_counter() - self._began, 1e-9)
             left = (self._total - done) / rate
             text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            print(f"step {done}/{self._total}  {text}  {rate:.3g} steps/s  {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"step {done}/{self._total}  {text}  {rate:.3g} steps/s  {duration_text(left)} left", file=sys.stderr, flush=True
+            )
 
     def note(self, text: str) -> None:
         """Show a remark between the reports.

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import types
 import typing
 import unicodedata
 import warnings
@@ -223,7 +224,19 @@ def test_progress_without_a_terminal_is_a_few_lines(capsys):
     with progress_bar("work", 200) as advance:
         for i in range(200):
             advance(i + 1, 200)
-    assert 5 <= len(capsys.readouterr().out.splitlines()) <= 12
+    lines = capsys.readouterr().out.splitlines()
+    assert 5 <= len(lines) <= 12
+    assert lines[-1] == "work: 200 of 200"
+    assert all(line.endswith(" left") for line in lines[:-1])
+
+
+def test_progress_says_how_long_the_rest_takes(capsys, monkeypatch):
+    clock = iter([100.0, 110.0, 200.0])
+    monkeypatch.setattr("upcycle3d.tools.console.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    with progress_bar("work", 40) as advance:
+        advance(1, 40)
+        advance(20, 40)
+    assert capsys.readouterr().out.splitlines() == ["work: 1 of 40, 6 min 30 s left", "work: 20 of 40, 1 min 40 s left"]
 
 
 def test_a_table_of_nothing_is_legal(capsys):
