@@ -65,6 +65,7 @@ class LabeledHalf:
         Args:
             preset: Detector (classes and range) and augmentation.
             method: Its `labeled` decides about the size shift of F-GT: the oracles' labels come from the target and have its sizes already.
+                A method that estimates sizes takes no random ones besides.
             config: Frames per batch, and F-GT's size shift.
             seed: Decides the order of the frames and every random draw of the augmentation.
 
@@ -77,6 +78,9 @@ class LabeledHalf:
         if preset.train.gt_sampling:
             self.ensure_gt_databases()
         shift = config.f_gt.size_shift if method.labeled == "source" else NO_SHIFT
+        if method.estimates_sizes:  # random sizes are for a model that does not know the mean
+            known = replace(preset.train.augmentation, object_scale=(1.0, 1.0), side_scale=(1.0, 1.0))
+            preset = replace(preset, train=replace(preset.train, augmentation=known))
         if self.target is None:
             return labeled_batches(preset, self.data, batch_size=config.labeled_batch, seed=seed, size_shift=shift)
         return SharedBatches(
