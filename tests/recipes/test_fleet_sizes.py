@@ -13,6 +13,7 @@ from upcycle3d.core.structures import Labels
 from upcycle3d.perception.recipes import fleet_sizes
 from upcycle3d.perception.recipes.fleet_sizes import SIZES_FILE, read_estimates, settings_at_fleet_sizes
 from upcycle3d.perception.recipes.jobs import train_preset
+from upcycle3d.perception.recipes.labeled_half import LabeledHalf
 from upcycle3d.perception.recipes.upcycling_job import upcycle_preset
 from upcycle3d.perception.server.feature_object_database import FeatureObjectDatabase
 from upcycle3d.perception.server.methods import METHODS, Method
@@ -208,3 +209,20 @@ def test_a_size_shift_that_is_given_too_leaves_the_folder_free(data, runs, tmp_p
     with pytest.raises(InvalidInput, match="one is given already"):
         upcycle_preset(shifted, data, runs / "source", tmp_path / "run", **options)
     assert upcycle_preset(preset, data, runs / "source", tmp_path / "run", steps=1, **options).steps == 1
+
+
+def test_labeled_cars_have_the_estimated_sizes_and_no_random_ones_besides(data):
+    """The source model saw cars of any size. Once the mean is known, random sizes would only hide it."""
+    preset = tiny.preset()
+    any_size = replace(preset.train.augmentation, object_scale=(0.5, 0.6), side_scale=(0.9, 1.1), scale=(1.0, 1.0))
+    preset = replace(preset, train=replace(preset.train, augmentation=any_size))
+    settings = replace(preset.upcycle, f_gt=replace(preset.upcycle.f_gt, size_shift=(0.5, 0.2, 0.1)))
+    true = torch.cat([data.open()[i].labels.boxes.data[:, 3:6] for i in range(len(data.open()))])
+
+    def lengths(method):
+        frames = LabeledHalf(data=data).batches(preset, METHODS[method], settings, seed=0)(0)
+        return torch.cat([frame.labels.boxes.data[:, 3] for frame in frames])
+
+    known = {round(float(length) + 0.5, 3) for length in true[:, 0]}
+    assert {round(float(length), 3) for length in lengths("upcycling_calibrated")} <= known
+    assert float(lengths("upcycling").max()) < float(true[:, 0].max())
