@@ -27,11 +27,12 @@ SEEDS ?= 0
 faults: $(VENV)/installed-dev
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults --minutes $(MINUTES) --seeds $(SEEDS) --json ../faults.json
 
-# The completion endpoint under more requests than it takes, for LOAD_MINUTES; docs/reliability.md explains what counts as a fault.
+# Both endpoints of `moe serve` under more requests than they take, each for LOAD_MINUTES; docs/reliability.md explains what counts as a fault.
 LOAD_MINUTES ?= 5
 load: $(VENV)/installed-dev
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[serve]'
-	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults.overload --minutes $(LOAD_MINUTES)
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults.overload --minutes $(LOAD_MINUTES) --endpoint completions
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults.overload --minutes $(LOAD_MINUTES) --endpoint detections
 
 # ruff, and mypy through a folder that holds a link named like the package to the root.
 lint: $(VENV)/installed-dev

@@ -1,14 +1,14 @@
-"""`make load`: overload the completion endpoint on loopback for some minutes, and count what became of every request.
+"""`make load`: overload an endpoint on loopback for some minutes, and count what became of every request.
 
-A process serves a small model with few open requests allowed (`overload_server.py`), and more clients than that send to it without a
+A process serves a small carved language model, or a small carved detector, with few open requests allowed (`overload_server.py`), and more clients than that send to it without a
 pause. Some go away while they wait, some read a stream. At the end, SIGTERM comes in the middle of the load. A fault is
 
-* a request that gets no answer, two, or the answer of another one: every text is compared with what the server said when it was alone;
+* a request that gets no answer, two, or the answer of another one: every one is compared with what the server said when it was alone;
 * an overload that is answered with anything but 429, or not at all;
 * numbers of the server that do not agree with those of the clients;
 * a server whose memory grows, that does not end after SIGTERM, or that cuts an answer off.
 
-    python -m faults.overload --minutes 5 --clients 24
+    python -m faults.overload --minutes 5 --clients 24 --endpoint completions
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
+from typing import Protocol
 
+import torch
+
+from moe_driven import carved_by_context, scan
 from moe_served import carved_lm
 
 MOST_REQUESTS = 6
@@ -72,27 +76,113 @@ class OverloadReport:
         return "\n".join([*(f"{name:32}  {value}" for name, value in rows.items()), *self.faults[:20]])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One request that clients send again and again."""
+
+    path: str
+    """Where it is sent."""
+    body: bytes
+    """What is sent."""
+    kind: str
+    """Its content type."""
+    stream: bool = False
+    """Whether the answer comes in parts."""
+
+
+class Endpoint(Protocol):
+    """What differs between the endpoints."""
+
+    def prepare(self, folder: Path) -> None:
+        """Write what is served."""
+
+    def questions(self) -> list[Question]:
+        """What clients send: questions whose answers can be told apart."""
+
+    def streamed(self, question: Question) -> Question:
+        """The same question with an answer in parts, where the endpoint has such answers."""
+
+    def long(self) -> Question:
+        """What is open when SIGTERM comes."""
+
+    def read(self, question: Question, data: str) -> tuple[str, str]:
+        """The content of an answer and its name."""
+
+
+class Completions:
+    """`/v1/completions` of a small language model."""
+
+    def prepare(self, folder: Path) -> None:
+        carved_lm(folder)
+
+    def questions(self) -> list[Question]:
+        return [self._ask(prompt, NEW_TOKENS) for prompt in PROMPTS]
+
+    def streamed(self, question: Question) -> Question:
+        body = json.dumps(json.loads(question.body) | {"stream": True})
+        return replace(question, body=body.encode(), stream=True)
+
+    def long(self) -> Question:
+        return self._ask(PROMPTS[0], LAST_TOKENS)
+
+    def read(self, question: Question, data: str) -> tuple[str, str]:
+        return read_stream(data) if question.stream else read_whole(data)
+
+    def _ask(self, prompt: str, new_tokens: int) -> Question:
+        body = {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": False}
+        return Question(path="/v1/completions", body=json.dumps(body).encode(), kind="application/json")
+
+
+class Detections:
+    """`/v1/detections` of a small detector with two driving contexts, of which one fits into memory."""
+
+    def prepare(self, folder: Path) -> None:
+        carved_by_context(folder)
+
+    def questions(self) -> list[Question]:
+        return [self._ask(context, seed) for context in range(2) for seed in range(8)]
+
+    def streamed(self, question: Question) -> Question:
+        return question
+
+    def long(self) -> Question:
+        return self._ask(0, 0)
+
+    def read(self, question: Question, data: str) -> tuple[str, str]:
+        answer = json.loads(data)
+        return json.dumps({name: value for name, value in answer.items() if name != "id"}, sort_keys=True), answer["id"]
+
+    def _ask(self, context: int, seed: int) -> Question:
+        cloud = scan(context, seed)
+        rows = torch.cat([cloud.xyz, cloud.features], 1).numpy().astype("<f4")
+        return Question(path="/v1/detections", body=rows.tobytes(), kind="application/octet-stream")
+
+
+ENDPOINTS: dict[str, Endpoint] = {"completions": Completions(), "detections": Detections()}
+
+
 class Campaign:
     """One server and its clients."""
 
-    def __init__(self, folder: Path, *, clients: int, seed: int) -> None:
-        self.folder, self.count, self.seed = folder, clients, seed
+    def __init__(self, folder: Path, endpoint: Endpoint, *, clients: int, seed: int) -> None:
+        self.folder, self.endpoint, self.count, self.seed = folder, endpoint, clients, seed
+        self.questions, self.log = endpoint.questions(), folder.with_name("server.log")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.stop, self.lock = Event(), Lock()
         self.ids: Counter[str] = Counter()
-        self.expected: dict[str, str] = {}
+        self.expected: dict[Question, str] = {}
 
     def run(self, seconds: float) -> OverloadReport:
         """Serve, overload, end."""
         report = OverloadReport(seconds=seconds)
-        with (self.folder / "server.log").open("w") as log:
+        with self.log.open("w") as log:
             words = [sys.executable, "-m", "faults.overload_server", str(self.folder), str(self.port), str(MOST_REQUESTS)]
             process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[1])
         try:
             self._await_server(process)
-            self.expected = {prompt: self.ask(prompt)[1] for prompt in PROMPTS}
+            self.expected = {question: self.ask(question)[1] for question in self.questions}
             threads = [Thread(target=self._client, args=(n, report)) for n in range(self.count)]
             for thread in threads:
                 thread.start()
@@ -112,24 +202,21 @@ class Campaign:
         report.faults += self._faults(report, process.returncode)
         return report
 
-    def ask(
-        self, prompt: str, *, new_tokens: int = NEW_TOKENS, stream: bool = False, patience: float | None = None
-    ) -> tuple[str, str, str]:
-        """Send one completion.
+    def ask(self, question: Question, *, patience: float | None = None) -> tuple[str, str, str]:
+        """Send one request.
 
         Returns:
-            How it ended, its text, and the name of the answer. `gone` is a request that this client gave up after `patience` seconds.
+            How it ended, its content, and the name of the answer. `gone` is a request that this client gave up after `patience` seconds.
         """
-        body = {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": stream}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60 if patience is None else patience)
         try:
-            connection.request("POST", "/v1/completions", json.dumps(body))
+            connection.request("POST", question.path, question.body, {"Content-Type": question.kind})
             answer = connection.getresponse()
             data = answer.read().decode()
             if answer.status != 200:
                 good = answer.getheader("Retry-After") and "error" in json.loads(data)
                 return (f"{answer.status}" if good else f"{answer.status} without a reason"), "", ""
-            return "served", *(read_stream(data) if stream else read_whole(data))
+            return "served", *self.endpoint.read(question, data)
         except TimeoutError:
             return ("gone" if patience is not None else "no answer"), "", ""
         except (ConnectionError, http.client.HTTPException) as error:
@@ -141,23 +228,24 @@ class Campaign:
         """Send requests until the campaign stops, and note how each ended."""
         draw = random.Random(self.seed * 1000 + number)
         while not self.stop.is_set():
-            prompt, kind = draw.choice(PROMPTS), draw.random()
-            end, text, name = self.ask(prompt, stream=kind < 0.2, patience=draw.uniform(0.002, 0.03) if kind > 0.9 else None)
+            question, kind = draw.choice(self.questions), draw.random()
+            sent = self.endpoint.streamed(question) if kind < 0.2 else question
+            end, text, name = self.ask(sent, patience=draw.uniform(0.002, 0.03) if kind > 0.9 else None)
             with self.lock:
                 report.ends[end] += 1
                 self.ids.update([name] if name else [])
-                if end == "served" and text != self.expected[prompt]:
-                    report.faults.append(f"the answer to {prompt!r} was {text!r}, and alone {self.expected[prompt]!r}")
+                if end == "served" and text != self.expected[question]:
+                    asked = self.questions.index(question)
+                    report.faults.append(f"the answer to question {asked} was {text!r}, and alone {self.expected[question]!r}")
             if end == "429":
                 time.sleep(draw.uniform(0.0, 0.01))
 
     def _end(self, process: subprocess.Popen[bytes], report: OverloadReport) -> None:
         """Send as many long requests as the server takes, and SIGTERM while they are served."""
-        alone = self.ask(PROMPTS[0], new_tokens=LAST_TOKENS)[1]
+        last = self.endpoint.long()
+        alone = self.ask(last)[1]
         answers: list[tuple[str, str, str]] = []
-        threads = [
-            Thread(target=lambda: answers.append(self.ask(PROMPTS[0], new_tokens=LAST_TOKENS))) for _ in range(MOST_REQUESTS)
-        ]
+        threads = [Thread(target=lambda: answers.append(self.ask(last))) for _ in range(MOST_REQUESTS)]
         for thread in threads:
             thread.start()
         until = time.monotonic() + 5
@@ -180,7 +268,7 @@ class Campaign:
         ends, server = report.ends, report.server
         found = [f"{count} requests ended with {end!r}" for end, count in ends.items() if end not in ("served", "429", "gone")]
         found += [f"the answer {name} came {count} times" for name, count in self.ids.items() if count > 1]
-        alone, gone = len(PROMPTS), ends["gone"]
+        alone, gone = len(self.questions), ends["gone"]
         sent = sum(ends.values()) + alone
         checks = {
             "nothing was overloaded, so nothing was tested": ends["429"] > 0 and ends["served"] > 0,
@@ -193,7 +281,7 @@ class Campaign:
             f"the server ended with code {code}": code == 0,
             "nothing was open at SIGTERM, so nothing was tested": report.open_at_end > 0,
             "an answer was cut off by SIGTERM": report.answered_after_end == MOST_REQUESTS,
-            "the server did not print its report": "requests served" in (self.folder / "server.log").read_text(),
+            "the server did not print its report": "requests served" in self.log.read_text(),
         }
         return found + [text for text, good in checks.items() if not good]
 
@@ -225,7 +313,7 @@ class Campaign:
                 return
             except OSError:
                 time.sleep(0.05)
-        raise SystemExit(f"the server did not start: {(self.folder / 'server.log').read_text()[-2000:]}")
+        raise SystemExit(f"the server did not start: {self.log.read_text()[-2000:]}")
 
 
 def read_whole(data: str) -> tuple[str, str]:
@@ -250,11 +338,13 @@ def memory_of(pid: int) -> float:
     return int(kilobytes) / 1000
 
 
-def overload(seconds: float, *, clients: int = 16, seed: int = 0) -> OverloadReport:
+def overload(seconds: float, endpoint: Endpoint, *, clients: int = 16, seed: int = 0) -> OverloadReport:
     """Run one campaign in a folder of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        carved_lm(Path(folder))
-        return Campaign(Path(folder), clients=clients, seed=seed).run(seconds)
+    with tempfile.TemporaryDirectory() as outer:
+        folder = Path(outer) / "served"
+        folder.mkdir()
+        endpoint.prepare(folder)
+        return Campaign(folder, endpoint, clients=clients, seed=seed).run(seconds)
 
 
 def main() -> int:
@@ -265,8 +355,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--clients", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--endpoint", choices=list(ENDPOINTS), default="completions")
     options = parser.parse_args()
-    report = overload(60 * options.minutes, clients=options.clients, seed=options.seed)
+    report = overload(60 * options.minutes, ENDPOINTS[options.endpoint], clients=options.clients, seed=options.seed)
     print(report)
     return int(bool(report.faults))
 

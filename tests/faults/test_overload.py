@@ -6,12 +6,13 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed; the extra `serv
 pytest.importorskip("starlette", reason="starlette is not installed; the extra `serve` brings it")
 pytest.importorskip("prometheus_client", reason="prometheus_client is not installed; the extra `serve` brings it")
 
-from faults.overload import overload
+from faults.overload import ENDPOINTS, overload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_an_overloaded_server_loses_and_doubles_nothing_and_ends_well():
+@pytest.mark.parametrize("endpoint", list(ENDPOINTS))
+def test_an_overloaded_server_loses_and_doubles_nothing_and_ends_well(endpoint):
     """More clients than open requests: answers, 429 with a reason, clients that go away, and SIGTERM in the middle."""
-    report = overload(3.0, clients=12)
+    report = overload(3.0, ENDPOINTS[endpoint], clients=12)
     assert report.faults == [], str(report)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tiny
+from moe_driven import CONTEXT_NAMES, CarvedByContext, carved_by_context, scan
 from moe_served import listening
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.point_files import write_bin
@@ -42,35 +43,26 @@ from upcycle3d.tools import evaluate, moe_carve, moe_serve, predict
 from upcycle3d.tools.console import run_command
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
-CONTEXT_NAMES = ("near", "far")
-
-
-def scan(context: int, seed: int = 0) -> PointCloud:
-    """A scan of one car, with a road of many points (near) or none (far)."""
-    frame = tiny.frame_with_car(seed).points
-    return frame if context == 0 else frame.select(frame.xyz[:, 2] > 0.06)
 
 
 @pytest.fixture(scope="module")
-def dense():
-    return tiny.second_iou().eval()
+def made(tmp_path_factory) -> CarvedByContext:
+    return carved_by_context(tmp_path_factory.mktemp("carved") / "model")
 
 
 @pytest.fixture(scope="module")
-def carving(dense):
-    with torch.no_grad():
-        scenes = {name: [dense.encode([scan(n, s)]) for s in range(2)] for n, name in enumerate(CONTEXT_NAMES)}
-    return random_units(measure_channels(dense, scenes, least_tokens=1), 0.5, seed=1)
+def dense(made):
+    return made.dense
 
 
 @pytest.fixture(scope="module")
-def folder(dense, carving, tmp_path_factory) -> Path:
-    config = ScanDescriptorConfig()
-    scans = {name: [describe_scan(scan(n, s), config) for s in range(4)] for n, name in enumerate(CONTEXT_NAMES)}
-    made = tmp_path_factory.mktemp("carved") / "model"
-    told = write_carved_detector(made, dense, carving, fit_context_gate(scans, config), hysteresis=Hysteresis(), note="a test")
-    assert str(told) == "2 contexts (near, far), random, ratio 0.5"
-    return made
+def carving(made):
+    return made.carving
+
+
+@pytest.fixture(scope="module")
+def folder(made) -> Path:
+    return made.folder
 
 
 def same(found, wanted) -> bool:
