@@ -13,7 +13,7 @@ from .console import console, run_command
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a checkpoint as a detector file, and its vehicle half as an encoder file."""
+    """Write a checkpoint as a detector file, and its vehicle half as an encoder file. `export onnx` and `export aoti` write for other runtimes."""
 
     detector: Path
     """Checkpoint such as RUN/checkpoints/step_00000100; a run folder or a detector file works too."""
@@ -22,7 +22,7 @@ class Export:
 
 
 def command(config: Export) -> None:
-    """Write the detector and encoder files of a checkpoint."""
+    """Write the detector and encoder files of a checkpoint. For other runtimes: `upcycle3d export onnx` and `upcycle3d export aoti`."""
     if (config.out / DETECTOR_FILE).exists():
         raise InvalidInput(f"{config.out} holds a {DETECTOR_FILE} already; choose another folder")
     detector = load_detector(config.detector)

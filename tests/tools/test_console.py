@@ -253,6 +253,8 @@ def test_a_table_of_nothing_is_legal(capsys):
         (["xyz"], 2, "'xyz'. Commands: demo,"),
         (["adapt", "--help"], 0, "adapt detector"),  # two commands begin with this word
         (["adapt", "fetures"], 2, "'adapt fetures'; did you mean 'adapt features'?"),
+        (["export", "onx"], 2, "'export onx'; did you mean 'export onnx'?"),
+        (["export", "--help"], 0, "upcycle3d export aoti"),  # a command itself, and the first word of others
     ],
 )
 def test_the_program_knows_its_commands(arguments, code, text):
