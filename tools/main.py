@@ -102,7 +102,8 @@ def _main() -> None:
         print(f"error: there is no command {old!r} any more; write {RENAMED_COMMANDS[old]!r}", file=sys.stderr)
         sys.exit(2)
     group = [c for c in COMMANDS if c.startswith(f"{name} ")]
-    if name not in COMMANDS or (group and rest and not rest[0].startswith("-")):  # `export` is a command, and `export onx` is none
+    # `export` is a command and the first word of others: `export onx` is none of them.
+    if name not in COMMANDS or (group and rest and not rest[0].startswith("-")):
         if group and (not rest or rest[0] in ("-h", "--help")):
             print(_usage(group))
             sys.exit(0 if rest else 2)
