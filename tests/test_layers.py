@@ -57,6 +57,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "datasets": GROUND,
     "datasets.simulation": (*GROUND, "datasets"),
     "perception.viz": ("core",),
+    "perception.viewers": ("core",),
     "perception.adapt": (),
     "perception.adapt.glc": ("core", "perception.viz"),
     "perception.moe.runtime": ("core",),
@@ -204,6 +205,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "perception.server",
         "perception.evaluation",
         "perception.viz",
+        "perception.viewers",
         "perception.adapt.glc",
         "perception.adapt.detection",
         "perception.privacy",
@@ -290,7 +292,7 @@ def loaded_by(statement: str) -> list[str]:
 def test_the_vehicles_command_loads_no_server_code():
     loaded = loaded_by("import upcycle3d.tools.main, upcycle3d.tools.extract")
     assert "upcycle3d.perception.vehicle.extractor" in loaded
-    foreign = re.compile(r"\.(decoders|server|training|evaluation|viz|recipes|adapt|datasets)(\.|_|$)")
+    foreign = re.compile(r"\.(decoders|server|training|evaluation|viz|viewers|recipes|adapt|datasets)(\.|_|$)")
     assert [name for name in loaded if foreign.search(name)] == []
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..core.device import find_device
+from ..core.detection_json import boxes_json
 from ..core.errors import InvalidInput
 from ..core.files import write_atomically
 from ..core.foreign_text import check_name
@@ -48,7 +49,6 @@ from .console import console, print_table, print_warning, run_command, settle, w
 from .data_option import DataOption
 from .expert_use import print_expert_use
 from .overlap_option import OverlapOption, parse_overlaps
-from .predict import boxes_json
 
 OVERLAPS: Mapping[str, Mapping[str, MinOverlap]] = {"official": OFFICIAL, "loose": LOOSE}
 

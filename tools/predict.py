@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from ..core.detection_json import boxes_json
 from ..core.device import find_device
 from ..core.errors import InvalidInput, UpcycleError
 from ..core.files import write_atomically
@@ -253,23 +254,6 @@ def _about_removed(done: _Done) -> str:
         if done.removed
         else ""
     )
-
-
-def boxes_json(found: Predictions, class_names: tuple[str, ...]) -> list[dict[str, object]]:
-    """Detections as JSON values.
-
-    Args:
-        found: Detections of one scan.
-        class_names: Names of the class numbers.
-
-    Returns:
-        One record per box: class, score, x y z of the center, dx dy dz, yaw; meters and radians, in the frame of the boxes.
-    """
-    names = ("x", "y", "z", "dx", "dy", "dz", "yaw")
-    return [
-        {"class": class_names[c], "score": round(s, 4)} | {n: round(v, 3) for n, v in zip(names, box, strict=True)}
-        for box, c, s in zip(found.boxes.data.tolist(), found.classes.tolist(), found.scores.tolist(), strict=True)
-    ]
 
 
 if __name__ == "__main__":

@@ -1,184 +1,207 @@
-"""`upcycle3d view`: pictures in BEV of prepared frames, their labels, and the objects that a detector finds."""
+"""`upcycle3d view`: frames, scans or smashed scenes as pictures, as a page for a browser, and as files and windows of other programs.
+
+Read next: `view_frames.py` (what is drawn), `view_pictures.py` (pictures in BEV), `perception/viewers/` (everything in three dimensions).
+"""
 
 from __future__ import annotations
 
-import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from ..core.errors import InvalidInput
-from ..core.files import write_atomically
-from ..core.foreign_text import check_name, shown
-from ..core.frame import Frame
-from ..core.ledger import Ledger
+from ..core.errors import InvalidInput, UpcycleError
+from ..core.foreign_text import check_name
 from ..core.ledger_rules import warnings_of
-from ..core.structures import Predictions
-from ..perception.models.detector import Detector
-from ..perception.recipes.scan_survey import data_warnings, survey_split
-from ..perception.training.detector_files import load_detector
-from ..perception.viz.bev import bev_png, in_view, renumbered
+from ..core.provenance import provenance_of_process
+from ..core.scan_options import ScanOptions
+from ..perception.viewers.colors import FeatureColors, height_range
+from ..perception.viewers.drawn_frame import LAYER_TITLES, DrawnFrame
+from ..perception.viewers.gltf import write_gltf
+from ..perception.viewers.html_page import MOST_POINTS, write_html
+from ..perception.viewers.open3d_view import picture_open3d, show_open3d
+from ..perception.viewers.ply import write_ply
+from ..perception.viewers.rerun_file import write_rerun
 from .console import console, print_table, print_warning, run_command, settle, write_json
 from .data_option import DataOption
+from .scan_option import ScanOption
+from .view_frames import FramesToDraw, Looker, frames_of_data, frames_of_scans, frames_of_store
+from .view_pictures import check_range, draw_picture, report_pictures
 
-_FARTHEST = 1_000.0
-"""Meters from the sensor that a picture may show."""
-_SHORTEST = 1.0
-"""Meters of the shortest side that is drawn."""
-_MOST_STRETCHED = 20
-"""Longest side of a picture, in shortest sides."""
+_SOURCES = "--data DIR[:SPLIT] (a prepared dataset), --scans FILE (files of scans) or --store DIR (smashed scenes)"
+_WAYS = "--out, --html, --rerun, --ply, --gltf, --open3d or --open3d-picture"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawFrames:
-    """Draw frames of a prepared dataset in BEV, as PNG files. This needs no screen."""
+    """Draw frames of a prepared dataset, files of scans, or the smashed scenes of a store. Give one of these three, and where to draw them."""
 
-    data: DataOption
+    data: DataOption | None = None
     """Prepared dataset, `DIR[:SPLIT]`; all frames where no split is named."""
-    out: Path
-    """Folder for the pictures."""
+    scans: tuple[Path, ...] = ()
+    """Scan files (.bin, .npy, .pcd) or folders of them, without a prepared dataset."""
+    store: Path | None = None
+    """Store of smashed scenes. They hold no points; the cells that their features occupy are drawn."""
+    detections: Path | None = None
+    """With `--scans`: a file of detections that `predict` wrote, or its folder. Both are in the sensor frame."""
     detector: Path | None = None
-    """Run folder or detector file. Its detections are drawn too."""
+    """Run folder or detector file. Its detections are drawn too, and its features at the cut as colored cells."""
+    teacher: Path | None = None
+    """Run folder of `upcycle`. The labels that its teacher makes are drawn, and the objects that F-GT pastes, drawn anew."""
+    out: Path | None = None
+    """Folder for pictures in BEV (PNG). They show truth and detections, and need no screen."""
+    html: Path | None = None
+    """One HTML page to turn, zoom and click in, for any browser, without a network."""
+    rerun: Path | None = None
+    """Recording for the Rerun viewer (.rrd); needs the extra `viz`."""
+    ply: Path | None = None
+    """Folder for PLY files of points, cells and boxes."""
+    gltf: Path | None = None
+    """One binary glTF file (.glb) with points and boxes, a scene for each frame."""
+    open3d: bool = False
+    """Open a window of Open3D; needs the extra `viz` and a screen."""
+    open3d_picture: Path | None = None
+    """Picture (PNG) of the first frame, drawn by Open3D without a window; needs the extra `viz` and Vulkan."""
     limit: int = 8
     """Highest number of frames to draw."""
     range: tuple[float, float, float, float] = (0.0, -25.6, 51.2, 25.6)
-    """Part to draw: x0 y0 x1 y1 in meters."""
+    """Part that the pictures in BEV show: x0 y0 x1 y1 in meters."""
     min_score: float = 0.3
     """Detections with a lower score are left out."""
+    html_points: int = MOST_POINTS
+    """Highest number of points of a frame in the page. A frame with more is thinned out at random."""
+    reading: ScanOption = ScanOptions()
+    """How the files of `--scans` are read."""
     json: Path | None = None
-    """Also write the list of pictures to this file as JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One picture and what it shows."""
-
-    frame: str
-    """Id of the frame."""
-    file: str
-    """Path of the picture."""
-    points: int
-    """Points inside the drawn part."""
-    labels: int | None
-    """Labeled boxes that are drawn; None for an unlabeled frame."""
-    labels_outside: int
-    """Labeled boxes outside the drawn part."""
-    detections: int | None
-    """Detections that are drawn; None without a detector."""
-    below_score: int
-    """Detections that are not drawn because of their score."""
-    detections_outside: int
-    """Detections with a sufficient score outside the drawn part."""
+    """Also write the list of pictures and files to this file as JSON."""
 
 
 def command(config: DrawFrames) -> None:
-    """Draw frames, labels and detections in BEV."""
-    x0, y0, x1, y1 = config.range
-    part = " ".join(f"{value:g}" for value in config.range)
-    if not (x1 > x0 and y1 > y0 and all(map(math.isfinite, config.range))):
-        raise InvalidInput(f"--range must be x0 y0 x1 y1 with x1 > x0 and y1 > y0, found {part}")
-    sides = (x1 - x0, y1 - y0)
-    if min(sides) < _SHORTEST or max(map(abs, config.range)) > _FARTHEST or max(sides) > _MOST_STRETCHED * min(sides):
-        raise InvalidInput(
-            f"--range must lie within {_FARTHEST:g} m, with sides of at least {_SHORTEST:g} m of which one is at most {_MOST_STRETCHED} times the "
-            f"other, found {part}: sides of {sides[0]:g} and {sides[1]:g} m"
-        )
+    """Draw frames, labels, detections and features in BEV or in three dimensions."""
+    _check(config)
+    check_range(config.range)
+    drawn = _frames(config)
+    pictures = [
+        draw_picture(frame, config.out, config.range, min_score=config.min_score, below_score=below)
+        for frame, below in zip(drawn.frames, drawn.below_score, strict=True)
+        if config.out is not None
+    ]
+    if pictures:
+        report_pictures(pictures, config.range, config.min_score, with_points=drawn.frames[0].points is not None)
+    if _has_viewer(config):
+        _report_frames(drawn)
+    files, failure = _write_files(config, drawn.frames)
+    if files:
+        print_table("files", ("what", "file", "holds"), files)
+    for text in drawn.warnings:
+        print_warning(text)
+    value = {
+        "pictures": [vars(p) for p in pictures],
+        "files": [{"what": what, "file": file} for what, file, _ in files],
+        "ledger": drawn.ledger.to_json(),
+        "warnings": [*drawn.warnings, *warnings_of(drawn.ledger)],
+    }
+    write_json(config.json, value)
+    settle(drawn.ledger, "what was read")
+    if failure is not None:
+        raise failure
+    if config.open3d:
+        show_open3d(drawn.frames)
+
+
+def _check(config: DrawFrames) -> None:
+    """Refuse options that do not fit together, before anything is read."""
+    given = [config.data is not None, bool(config.scans), config.store is not None]
+    if sum(given) != 1:
+        raise InvalidInput(f"view draws one kind of data: give one of {_SOURCES}, found {sum(given)} of them")
+    if config.out is None and not _has_viewer(config):
+        raise InvalidInput(f"say where to draw: {_WAYS}")
     if config.limit < 1 or not 0 <= config.min_score <= 1:
         raise InvalidInput(
             f"--limit must be at least 1 and --min-score between 0 and 1, found {config.limit} and {config.min_score}"
         )
-    frames = config.data.open()
-    number = min(len(frames), config.limit)
-    for frame_id in frames.ids[:number]:
-        check_name(frame_id, "frame id")
-    detector = load_detector(config.detector) if config.detector else None
-    ledger, unlike = Ledger(), tuple[str, ...]()
-    if isinstance(detector, Detector):
-        survey = survey_split(frames, detector.encoder, most=number)
-        ledger, unlike = survey.ledger, data_warnings(detector, frames, survey.statistics)
-    else:
-        ledger = Ledger(scans=number)
-    pictures = []
-    for i in range(number):
-        frame = frames[i]
-        found, names = None, frames.classes
-        if detector is not None:
-            found, names = renumbered(detector.detect([frame.points])[0], detector.class_names, frames.classes)
-        pictures.append(_draw(frame, found, names, config))
-    _report(pictures, config)
-    for text in unlike:
-        print_warning(text)
-    write_json(
-        config.json,
-        {"pictures": [vars(p) for p in pictures], "ledger": ledger.to_json(), "warnings": [*unlike, *warnings_of(ledger)]},
-    )
-    settle(ledger, "what was read")
-
-
-def _draw(frame: Frame, found: Predictions | None, names: tuple[str, ...], config: DrawFrames) -> Picture:
-    picture = bev_png(
-        frame.points,
-        truth=frame.labels,
-        predictions=found,
-        class_names=names,
-        view_range=config.range,
-        title=shown(frame.id),
-        min_score=config.min_score,
-    )
-    x0, y0, x1, y1 = config.range
-
-    def inside(values: Tensor, low: float, high: float) -> Tensor:
-        return (values >= low) & (values <= high)
-
-    path = config.out / f"{check_name(frame.id, 'frame id')}.png"
-    write_atomically(path, picture)
-    labels = None if frame.labels is None else in_view(frame.labels.boxes, config.range)
-    good = None if found is None else found.scores >= config.min_score
-    visible = None if found is None else in_view(found.boxes, config.range)
-    return Picture(
-        frame=frame.id,
-        file=str(path),
-        points=int((inside(frame.points.xyz[:, 0], x0, x1) & inside(frame.points.xyz[:, 1], y0, y1)).sum()),
-        labels=None if labels is None else int(labels.sum()),
-        labels_outside=0 if labels is None else int((~labels).sum()),
-        detections=None if good is None or visible is None else int((good & visible).sum()),
-        below_score=0 if good is None else int((~good).sum()),
-        detections_outside=0 if good is None or visible is None else int((good & ~visible).sum()),
-    )
-
-
-def _report(pictures: list[Picture], config: DrawFrames) -> None:
-    def count(value: int | None) -> object:
-        return "-" if value is None else value
-
-    header = (
-        "frame",
-        "labels",
-        "labels outside",
-        "detections",
-        f"score below {config.min_score:g}",
-        "detections outside",
-        "file",
-    )
-    rows = [
-        (p.frame, count(p.labels), p.labels_outside, count(p.detections), p.below_score, p.detections_outside, p.file)
-        for p in pictures
-    ]
-    print_table("pictures; labels and detections are those drawn", header, rows)
-    outside = sum(p.labels_outside + p.detections_outside for p in pictures)
-    x0, y0, x1, y1 = config.range
-    part = f"x {x0:g} to {x1:g} m, y {y0:g} to {y1:g} m"
-    if outside:
-        console.print(
-            f"{outside} boxes lie outside the drawn part ({part}); --range x0 y0 x1 y1 draws another one", soft_wrap=True
+    if config.html_points < 1:
+        raise InvalidInput(f"--html-points must be at least 1, found {config.html_points}")
+    if config.scans and (config.detector is not None or config.teacher is not None):
+        raise InvalidInput(
+            "--detector and --teacher look at a prepared dataset or a store; for files of scans run `upcycle3d predict` first, and give its "
+            "folder with --detections"
         )
-    empty = [p.frame for p in pictures if not p.points]
-    if empty:
-        print_warning(
-            f"no point of {len(empty)} of {len(pictures)} frames lies in the drawn part ({part}); give --range x0 y0 x1 y1"
+    if config.detections is not None and not config.scans:
+        raise InvalidInput("--detections belongs to --scans; for a prepared dataset or a store give --detector")
+    if config.reading != ScanOptions() and not config.scans:
+        raise InvalidInput("options that say how scans are read (--columns, --z-shift and others) belong to --scans")
+    config.reading.refuse_image_size("view crops no scan; leave it out")
+    for option, path in (("--html", config.html), ("--rerun", config.rerun), ("--gltf", config.gltf), ("--open3d-picture", config.open3d_picture)):
+        if path is not None and path.is_dir():
+            raise InvalidInput(f"{option} takes the name of a file, and {path} is a folder; add one")
+
+
+def _has_viewer(config: DrawFrames) -> bool:
+    """Whether anything but pictures in BEV is asked for."""
+    ways = (config.html, config.rerun, config.ply, config.gltf, config.open3d_picture)
+    return config.open3d or any(way is not None for way in ways)
+
+
+def _frames(config: DrawFrames) -> FramesToDraw:
+    if config.scans:
+        return frames_of_scans(config.scans, config.detections, config.reading, limit=config.limit, min_score=config.min_score)
+    looker = Looker.load(config.detector, config.teacher, with_features=_has_viewer(config) or config.store is not None)
+    if config.store is not None:
+        return frames_of_store(config.store, looker, limit=config.limit, min_score=config.min_score)
+    assert config.data is not None
+    return frames_of_data(config.data, looker, limit=config.limit, min_score=config.min_score)
+
+
+def _write_files(config: DrawFrames, frames: Sequence[DrawnFrame]) -> tuple[list[tuple[str, str, str]], UpcycleError | None]:
+    """Write what is asked for: what, file and size of each. A missing package or driver is given back, so that the other files are kept."""
+    title = f"upcycle3d view: {frames[0].id}" + (f" and {len(frames) - 1} more" if len(frames) > 1 else "")
+    files: list[tuple[str, str, str]] = []
+    if config.html is not None:
+        page = write_html(config.html, frames, title=title, source=provenance_of_process().sentence(), most_points=config.html_points)
+        left = f", {page.points_left_out:,} points left out" if page.points_left_out else ""
+        rounding = f"rounded by at most {1000 * page.rounding:.2g} mm"
+        files.append(("page", str(config.html), f"{page.bytes / 1e6:.2f} MB, {page.points:,} points, {rounding}{left}"))
+    if config.ply is not None:
+        heights, colors = height_range(frames), FeatureColors.of(frames)
+        for frame in frames:
+            check_name(frame.id, "frame id")
+        written = [path for frame in frames for path in write_ply(config.ply, frame, heights=heights, feature_colors=colors)]
+        files.append(("PLY", str(config.ply), f"{len(written)} files"))
+    if config.gltf is not None:
+        files.append(("glTF", str(config.gltf), f"{write_gltf(config.gltf, frames) / 1e6:.2f} MB"))
+    try:
+        if config.rerun is not None:
+            files.append(("Rerun", str(config.rerun), f"{write_rerun(config.rerun, frames, title=title) / 1e6:.2f} MB"))
+        if config.open3d_picture is not None:
+            picture_open3d(config.open3d_picture, frames[0])
+            files.append(("Open3D", str(config.open3d_picture), frames[0].id))
+    except UpcycleError as error:
+        return files, error
+    return files, None
+
+
+def _report_frames(drawn: FramesToDraw) -> None:
+    """Print what the viewers show of each frame, and warn of what cannot be drawn."""
+    rows, left_out = [], 0
+    for frame, below in zip(drawn.frames, drawn.below_score, strict=True):
+        points, cells, layers = frame.points_to_draw(), frame.cells_to_draw(), {layer.name: layer for layer in frame.layers()}
+        counts = [str(len(layers[name])) if name in layers else "-" for name in LAYER_TITLES]
+        rows.append(
+            (
+                frame.id,
+                "-" if points is None else f"{len(points.xyz):,}",
+                "-" if cells is None else f"{len(cells.centers):,}",
+                *counts,
+                below,
+            )
         )
+        left_out += (0 if points is None else points.left_out) + sum(layer.left_out for layer in layers.values())
+    print_table("frames; - where nobody looked", ("frame", "points", "cells", *LAYER_TITLES.values(), "low score"), rows)
+    if left_out:
+        print_warning(f"{left_out} points or boxes hold NaN, infinite values or sizes of zero, and are not drawn; look at their source")
+    if all(frame.points is None for frame in drawn.frames):
+        console.print("smashed scenes hold no points, so their occupied cells are drawn; colors stand for features")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ from .presets import Preset
 from .scan_survey import check_labels, data_warnings, survey_split
 from .validation import Validation, Validator
 
-_OBJECTS = "feature_gt"
+OBJECTS_FOLDER = "feature_gt"
+"""Name of the folder in a run that holds F-GT's objects."""
 AfterStep = Callable[[int, Detector], None]
 """Called with each step and the student."""
 
@@ -329,7 +330,7 @@ def _objects_to_paste(
     """F-GT's databases, which the first process builds in the run folder."""
 
     def open_them() -> ObjectDatabase:
-        return half.objects_to_paste(run.path / _OBJECTS, student, settings, codec=codec)
+        return half.objects_to_paste(run.path / OBJECTS_FOLDER, student, settings, codec=codec)
 
     on_main(open_them, context)
     return open_them()
@@ -344,6 +345,6 @@ def _freed_on_mistake(run: RunFolder) -> Iterator[None]:
         if run.writable and latest_checkpoint(run.checkpoints) is None:
             run.abandon()
             (run.path / SIZES_FILE).unlink(missing_ok=True)
-            for each in (*run.path.glob(f"{_OBJECTS}*"), *run.path.glob(f"{ROUND_FOLDER}_*")):
+            for each in (*run.path.glob(f"{OBJECTS_FOLDER}*"), *run.path.glob(f"{ROUND_FOLDER}_*")):
                 shutil.rmtree(each, ignore_errors=True)
         raise

@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ TRUTH, DETECTION = "#0072B2", "#D55E00"  # Okabe and Ito's blue and vermilion
 _INK, _QUIET, _PAPER, _GRID = "#1B2228", "#5B6670", "#FBFBF9", "#E4E7E9"
 _DPI = 100
 _LEFT, _RIGHT, _TOP, _BOTTOM, _LEGEND = 46, 12, 30, 38, 26  # px around a panel, and below all panels
+Found = TypeVar("Found", Labels, Predictions)
 _LABELED = 12  # boxes that carry a text, the best first
 
 
@@ -111,17 +112,16 @@ def in_view(boxes: Boxes3D, view_range: tuple[float, float, float, float]) -> Te
     return ((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)).any(1)
 
 
-def renumbered(found: Predictions, own: Sequence[str], names: Sequence[str]) -> tuple[Predictions, tuple[str, ...]]:
-    """Give detections and labels of other class numbers one list of names, so that both can be drawn in one picture.
+def renumbered(found: Found, own: Sequence[str], names: Sequence[str]) -> tuple[Found, tuple[str, ...]]:
+    """Give objects of other class numbers one list of names, so that both can be drawn in one picture.
 
     Args:
-        found: Detections whose classes are numbers of `own`.
-        own: Names of the detector's classes.
-        names: Names of the labels' classes.
+        found: Detections or labels whose classes are numbers of `own`.
+        own: Names of their classes.
+        names: Names of the classes of what is drawn with them.
 
     Returns:
-        The detections with numbers of a common list, and that list: `names`, and then what only the detector has. Case does not
-        matter.
+        The objects with numbers of a common list, and that list: `names`, and then what only `own` has. Case does not matter.
     """
     common = list(names)
     for name in own:

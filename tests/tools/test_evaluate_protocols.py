@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import tiny
+from upcycle3d.core.detection_json import boxes_json
 from upcycle3d.core.strict_json import json_digest
 from upcycle3d.core.structures import Boxes3D, Labels, PointCloud, Predictions
 from upcycle3d.perception.evaluation.protocols import LabeledDetections, score_lyft, score_waymo, waymo_objects
 from upcycle3d.perception.evaluation.waymo_objects import write_waymo_objects
 from upcycle3d.tools import evaluate, prepare
 from upcycle3d.tools.console import run_command
-from upcycle3d.tools.predict import boxes_json
 
 
 def run(*arguments: object) -> int:

@@ -50,7 +50,7 @@ function putCells({ centers, colors, origin, steps, size }) {
     mode: "POINTS",
     first: { values: stepsOf(centers), width: 3, shares: false },
     second: { values: bytesOf(colors), width: 3, shares: true },
-    uniforms: { origin, steps, meters: 0.9 * Math.min(...size) },
+    uniforms: { origin, steps, meters: 0.5 * Math.min(...size) }, // smaller than the cell, so that boxes can be seen between them
   });
 }
 
@@ -186,9 +186,10 @@ function countsOf({ points, cells, layers }) {
 
 // ---- drawing
 
-const [SLOW, QUICK, LEAST_SHARE, PAUSE] = [50, 25, 0.1, 150]; // milliseconds of a picture, share of the points, milliseconds without a move
+const [SLOW, QUICK, LEAST_SHARE, PAUSE] = [50, 35, 0.1, 250]; // milliseconds of a picture, share of the points, milliseconds without a move
 let share = 1; // of the points that are drawn while the camera moves
 let movedAt = -Infinity; // when the camera moved last
+let drawnAt = null; // when the last picture of a movement was drawn
 let waiting = false;
 const times = []; // milliseconds at which the last pictures were drawn
 
@@ -198,21 +199,20 @@ function requestDraw() {
   requestAnimationFrame(drawNow);
 }
 
-// While the camera moves, as many points are drawn as this machine can draw in time. Soon after it stops, all of them are.
-function drawNow() {
+// While the camera moves, pictures follow each other without a pause, and the time between two of them says how many points this machine
+// can draw. Soon after it stops, all points are drawn.
+function drawNow(now) {
   waiting = false;
-  if (turning) turnOn();
-  const start = performance.now();
-  const moving = start - movedAt < PAUSE;
+  if (turning) turnOn(now);
+  const moving = now - movedAt < PAUSE;
   const looks = { size: Number(element("size").value) * (window.devicePixelRatio || 1), byIntensity: element("color").value === "intensity" ? 1 : 0 };
   painter.draw(camera, (name) => !hidden.has(selectionLayer(name)), looks, moving ? share : 1);
+  const spent = drawnAt === null ? null : now - drawnAt;
+  drawnAt = moving ? now : null;
   if (!moving) return;
-  painter.finish();
-  const spent = performance.now() - start;
   if (spent > SLOW) share = Math.max(LEAST_SHARE, share * 0.7);
-  else if (spent < QUICK) share = Math.min(1, share * 1.2);
-  if (turning) requestDraw();
-  else setTimeout(requestDraw, PAUSE);
+  else if (spent !== null && spent < QUICK) share = Math.min(1, share * 1.1);
+  requestDraw();
 }
 
 function cameraMoved() {
@@ -221,8 +221,8 @@ function cameraMoved() {
 }
 
 // One step of the turn, and how many pictures there were in each of the last two seconds.
-function turnOn() {
-  movedAt = performance.now();
+function turnOn(now) {
+  movedAt = now;
   camera.orbit(4, 0);
   times.push(movedAt);
   while (movedAt - times[0] > 2000) times.shift();
@@ -237,11 +237,12 @@ function selectionLayer(name) {
 
 // ---- the panel
 
-function addSwitch(name, title, color) {
+function addSwitch(name, title, color, on = true) {
+  if (!on) hidden.add(name);
   const [label, box, swatch, count] = ["label", "input", "span", "span"].map((tag) => document.createElement(tag));
   box.type = "checkbox";
   box.id = `switch-${name}`;
-  box.checked = true;
+  box.checked = on;
   box.addEventListener("change", () => {
     if (box.checked) hidden.delete(name);
     else hidden.add(name);
@@ -256,8 +257,10 @@ function addSwitch(name, title, color) {
 }
 
 function fillPanel() {
-  if (data.frames.some(({ points }) => points !== null)) addSwitch("points", "points", data.scale[3]);
-  if (data.frames.some(({ cells }) => cells !== null)) addSwitch("cells", "occupied cells (colors: features)", [190, 190, 190]);
+  const withPoints = data.frames.some(({ points }) => points !== null);
+  if (withPoints) addSwitch("points", "points", data.scale[3]);
+  // Cells would hide the points and boxes inside them, so they are shown at first only where there is no point.
+  if (data.frames.some(({ cells }) => cells !== null)) addSwitch("cells", "occupied cells (colors: features)", [190, 190, 190], !withPoints);
   for (const [name, { title, color }] of Object.entries(data.layers)) addSwitch(name, title, color);
   element("frames-row").hidden = data.frames.length < 2;
   element("frame").max = String(data.frames.length - 1);

@@ -135,12 +135,6 @@ class Painter {
     }
   }
 
-  // Wait until everything is drawn, so that the time until then can be measured.
-  finish() {
-    const { gl } = this;
-    gl.readPixels(0, 0, 1, 1, gl.RGBA, gl.UNSIGNED_BYTE, new Uint8Array(4));
-  }
-
   #drawPart(part, count, values) {
     const gl = this.gl;
     const { program, uniforms } = this.programs[part.program];
