@@ -55,13 +55,17 @@ def read_boxes_json(path: Path | str) -> tuple[Predictions, tuple[str, ...]]:
     """
     records = read_json(path, "detections", remedy=_REMEDY, kind=list)
     if len(records) > MOST_DETECTIONS:
-        raise InvalidInput(f"{path} (detections) holds {len(records):,} boxes, more than the {MOST_DETECTIONS:,} that are read; {_REMEDY}")
+        raise InvalidInput(
+            f"{path} (detections) holds {len(records):,} boxes, more than the {MOST_DETECTIONS:,} that are read; {_REMEDY}"
+        )
     rows, scores, names = [], [], []
     for number, record in enumerate(records):
         where = f"{path} (detections), box {number}"
         name = record.get("class") if isinstance(record, dict) else None
         if not isinstance(name, str) or not is_one_name(name):
-            raise InvalidInput(f"{where} must be an object with the name of a class as `class`, found {shown(record, most=80)}; {_REMEDY}")
+            raise InvalidInput(
+                f"{where} must be an object with the name of a class as `class`, found {shown(record, most=80)}; {_REMEDY}"
+            )
         names.append(name)
         rows.append([_number(record, entry, where) for entry in _BOX])
         scores.append(_number(record, "score", where))

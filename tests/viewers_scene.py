@@ -1,7 +1,7 @@
 """One frame with everything that a viewer draws, for the tests of the viewers: `viewers_scene.frame()`."""
 
-import shutil
 import os
+import shutil
 
 import numpy as np
 import torch

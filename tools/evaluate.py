@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..core.device import find_device
 from ..core.detection_json import boxes_json
+from ..core.device import find_device
 from ..core.errors import InvalidInput
 from ..core.files import write_atomically
 from ..core.foreign_text import check_name

@@ -132,7 +132,12 @@ def _check(config: DrawFrames) -> None:
     if config.reading != ScanOptions() and not config.scans:
         raise InvalidInput("options that say how scans are read (--columns, --z-shift and others) belong to --scans")
     config.reading.refuse_image_size("view crops no scan; leave it out")
-    for option, path in (("--html", config.html), ("--rerun", config.rerun), ("--gltf", config.gltf), ("--open3d-picture", config.open3d_picture)):
+    for option, path in (
+        ("--html", config.html),
+        ("--rerun", config.rerun),
+        ("--gltf", config.gltf),
+        ("--open3d-picture", config.open3d_picture),
+    ):
         if path is not None and path.is_dir():
             raise InvalidInput(f"{option} takes the name of a file, and {path} is a folder; add one")
 
@@ -158,7 +163,9 @@ def _write_files(config: DrawFrames, frames: Sequence[DrawnFrame]) -> tuple[list
     title = f"upcycle3d view: {frames[0].id}" + (f" and {len(frames) - 1} more" if len(frames) > 1 else "")
     files: list[tuple[str, str, str]] = []
     if config.html is not None:
-        page = write_html(config.html, frames, title=title, source=provenance_of_process().sentence(), most_points=config.html_points)
+        page = write_html(
+            config.html, frames, title=title, source=provenance_of_process().sentence(), most_points=config.html_points
+        )
         left = f", {page.points_left_out:,} points left out" if page.points_left_out else ""
         rounding = f"rounded by at most {1000 * page.rounding:.2g} mm"
         files.append(("page", str(config.html), f"{page.bytes / 1e6:.2f} MB, {page.points:,} points, {rounding}{left}"))
@@ -199,7 +206,9 @@ def _report_frames(drawn: FramesToDraw) -> None:
         left_out += (0 if points is None else points.left_out) + sum(layer.left_out for layer in layers.values())
     print_table("frames; - where nobody looked", ("frame", "points", "cells", *LAYER_TITLES.values(), "low score"), rows)
     if left_out:
-        print_warning(f"{left_out} points or boxes hold NaN, infinite values or sizes of zero, and are not drawn; look at their source")
+        print_warning(
+            f"{left_out} points or boxes hold NaN, infinite values or sizes of zero, and are not drawn; look at their source"
+        )
     if all(frame.points is None for frame in drawn.frames):
         console.print("smashed scenes hold no points, so their occupied cells are drawn; colors stand for features")
 

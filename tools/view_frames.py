@@ -192,7 +192,9 @@ def frames_of_scans(
     """
     paths, ledger = find_scans(scans)
     if detections is not None and not detections.is_dir() and len(paths) > 1:
-        raise InvalidInput(f"{len(paths)} scans need a folder of detections, and {detections} is none; give the folder that `predict` wrote")
+        raise InvalidInput(
+            f"{len(paths)} scans need a folder of detections, and {detections} is none; give the folder that `predict` wrote"
+        )
     drawn, missing = FramesToDraw(ledger=ledger), []
     for path in paths[:limit]:
         points, counted = read_scan(path, reading, rig=reading.rig())
@@ -204,9 +206,13 @@ def frames_of_scans(
         found, own = (None, tuple[str, ...]()) if file is None else read_boxes_json(file)
         drawn.add(DrawnFrame(id=check_name(path.stem, "name of a scan"), class_names=(), points=points), found, own, min_score)
     if missing and len(missing) == len(drawn.frames):
-        raise InvalidInput(f"{detections} holds no detections for {missing[0]}: there is no file of its name with the suffix .json")
+        raise InvalidInput(
+            f"{detections} holds no detections for {missing[0]}: there is no file of its name with the suffix .json"
+        )
     if missing:
-        drawn.warnings.append(f"{len(missing)} of {len(drawn.frames)} scans have no file of detections in {detections}, such as {missing[0]}")
+        drawn.warnings.append(
+            f"{len(missing)} of {len(drawn.frames)} scans have no file of detections in {detections}, such as {missing[0]}"
+        )
     if reading.z_shift and detections is not None:
         drawn.warnings.append(
             "--z-shift moves the points, and the boxes of `predict` are in the sensor frame, so both do not fit; leave it out"
@@ -233,7 +239,9 @@ def frames_of_store(store: Path, looker: Looker, *, limit: int, min_score: float
     scenes = SmashedStore(store)
     number = min(len(scenes), limit)
     if not number:
-        raise InvalidInput(f"the store {store} holds no scene; look for reasons in its quarantine folder, then run `ingest` again")
+        raise InvalidInput(
+            f"the store {store} holds no scene; look for reasons in its quarantine folder, then run `ingest` again"
+        )
     drawn = FramesToDraw(ledger=Ledger(scans=number))
     drawn.warnings += looker.differences(scenes)
     for i in range(number):

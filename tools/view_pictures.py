@@ -13,7 +13,7 @@ from ..core.errors import InvalidInput
 from ..core.files import write_atomically
 from ..core.foreign_text import check_name, shown
 from ..perception.viewers.drawn_frame import DrawnFrame
-from ..perception.viz.bev import bev_panels_png, in_view, Panel
+from ..perception.viz.bev import Panel, bev_panels_png, in_view
 from .console import console, print_table, print_warning
 
 ViewRange = tuple[float, float, float, float]
@@ -89,7 +89,9 @@ def draw_picture(frame: DrawnFrame, folder: Path, part: ViewRange, *, min_score:
     path = folder / f"{check_name(frame.id, 'frame id')}.png"
     ground = frame.features if frame.points is None else frame.points
     panel = Panel(shown(frame.id), ground, frame.truth, frame.detections)
-    write_atomically(path, bev_panels_png([panel], class_names=frame.class_names, view_range=part, min_score=min_score, panel_px=720))
+    write_atomically(
+        path, bev_panels_png([panel], class_names=frame.class_names, view_range=part, min_score=min_score, panel_px=720)
+    )
     x0, y0, x1, y1 = part
 
     def inside(values: Tensor, low: float, high: float) -> Tensor:
@@ -133,7 +135,9 @@ def report_pictures(pictures: Sequence[Picture], part: ViewRange, min_score: flo
     x0, y0, x1, y1 = part
     text = f"x {x0:g} to {x1:g} m, y {y0:g} to {y1:g} m"
     if outside:
-        console.print(f"{outside} boxes lie outside the drawn part ({text}); --range x0 y0 x1 y1 draws another one", soft_wrap=True)
+        console.print(
+            f"{outside} boxes lie outside the drawn part ({text}); --range x0 y0 x1 y1 draws another one", soft_wrap=True
+        )
     empty = [p.frame for p in pictures if not p.points]
     if empty and with_points:
         print_warning(

@@ -88,7 +88,9 @@ class TrainingView:
             raise InvalidInput(f"{run} is a run of `train`, which has no teacher; give the run folder of `upcycle`")
         record = config_stored_in(run / "config.json", UpcyclingRecord, stored, "give the run folder of `upcycle`")
         if not isinstance(record.method, str) or record.method not in METHODS:
-            raise InvalidInput(f"the run in {run} used a method that is not one of {', '.join(METHODS)}, so its labels cannot be made again")
+            raise InvalidInput(
+                f"the run in {run} used a method that is not one of {', '.join(METHODS)}, so its labels cannot be made again"
+            )
         if not (run / TEACHER_FILE).is_file():
             raise InvalidInput(f"{run} holds no {TEACHER_FILE}: the run is not finished; continue it with `upcycle --resume`")
         teacher, student = load_detector(run / TEACHER_FILE), load_detector(run)
@@ -113,9 +115,7 @@ class TrainingView:
             InvalidInput: The features were made at another cut.
         """
         rng = np.random.default_rng([self.seed, number])
-        half = smashed_half(
-            features, self.teacher, method=self.method, config=self.config, pasted_objects=self.objects, rng=rng
-        )
+        half = smashed_half(features, self.teacher, method=self.method, config=self.config, pasted_objects=self.objects, rng=rng)
         (labels,), (found,) = half.labels, half.found
         rows = np.arange(len(labels)) >= len(found)  # pasted objects follow the teacher's labels
         pasted = labels.classes.new_tensor(rows.tolist()).bool()

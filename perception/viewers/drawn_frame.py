@@ -123,7 +123,12 @@ class DrawnFrame:
     def __post_init__(self) -> None:
         count = 1 if self.features is None else self.features.batch_size
         require(count == 1, f"a drawn frame shows one scene, found a batch of {count}; take features.scene(index)")
-        for name, value in (("truth", self.truth), ("teacher", self.teacher), ("pasted", self.pasted), ("detections", self.detections)):
+        for name, value in (
+            ("truth", self.truth),
+            ("teacher", self.teacher),
+            ("pasted", self.pasted),
+            ("detections", self.detections),
+        ):
             highest = -1 if value is None or not len(value) else int(value.classes.max())
             require(
                 highest < len(self.class_names),
@@ -187,4 +192,3 @@ def _cell_centers(cells: NDArray[np.int32], spec: CutSpec) -> NDArray[np.float32
     x, y = spec.position(torch.from_numpy(cells[:, 1]).double(), torch.from_numpy(cells[:, 2]).double())
     z = spec.grid.range[2] + (cells[:, 0] + 0.5) * _cell_size(spec)[2]
     return np.stack([x.numpy(), y.numpy(), z], 1).astype(np.float32)
-

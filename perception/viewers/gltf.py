@@ -115,7 +115,12 @@ class _File:
             "buffers": [{"byteLength": self.size}] if self.size else [],
         }
         # A list that is there must not be empty.
-        description = {"asset": {"version": "2.0", "generator": "upcycle3d"}, "scene": 0, "scenes": self.scenes, "nodes": self.nodes}
+        description = {
+            "asset": {"version": "2.0", "generator": "upcycle3d"},
+            "scene": 0,
+            "scenes": self.scenes,
+            "nodes": self.nodes,
+        }
         text = json.dumps(description | {name: each for name, each in parts.items() if each}, allow_nan=False).encode()
         text += b" " * (-len(text) % 4)
         numbers = b"".join(self.pieces)
@@ -141,7 +146,12 @@ def _layer(file: _File, layer: BoxLayer) -> int | None:
     edges = 10 * np.arange(len(layer))[:, None, None] + np.array(BOX_EDGES)
     colors = np.tile(np.array(LAYER_COLORS[layer.name], np.uint8), (10 * len(layer), 1))
     boxes = [
-        {"class": name, "score": None if score != score else round(score, 4), "box": [round(v, 4) for v in box], "ignored": ignored}
+        {
+            "class": name,
+            "score": None if score != score else round(score, 4),
+            "box": [round(v, 4) for v in box],
+            "ignored": ignored,
+        }
         for name, score, box, ignored in zip(
             layer.classes, layer.scores.tolist(), layer.boxes.tolist(), layer.ignored.tolist(), strict=True
         )

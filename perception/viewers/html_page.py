@@ -201,7 +201,9 @@ def _first_view(frames: Sequence[DrawnFrame]) -> dict[str, object]:
 def _page(title: str, data: object) -> str:
     script = "\n".join(['"use strict";', *((_WEB / name).read_text(encoding="utf-8") for name in _SCRIPTS)])
     style = (_WEB / "page.css").read_text(encoding="utf-8")
-    policy = f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; base-uri 'none'; form-action 'none'"
+    )
     # `<` is written as an escape, so that no text from data can end the script element that holds the JSON.
     frames = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     parts = {"policy": policy, "title": escape(shown(title)), "style": style, "frames": frames, "script": script}

@@ -24,9 +24,7 @@ from .drawn_frame import BOX_EDGES, DrawnFrame
 from .open3d_child import NO_WINDOW
 
 _OTHER = "`view --html FILE` draws the same in any browser"
-_NO_SCREEN = (
-    f"Open3D cannot open a window: it needs a screen (DISPLAY or WAYLAND_DISPLAY) and OpenGL (packages libgl1 and libegl1). {_OTHER}"
-)
+_NO_SCREEN = f"Open3D cannot open a window: it needs a screen (DISPLAY or WAYLAND_DISPLAY) and OpenGL (packages libgl1 and libegl1). {_OTHER}"
 _CHILD = Path(__file__).with_name("open3d_child.py")
 
 
@@ -56,7 +54,9 @@ def picture_open3d(path: Path | str, frame: DrawnFrame, *, size: tuple[int, int]
         UpcycleError: Nothing can be drawn; the message says what is missing.
         OSError: The file cannot be written.
     """
-    require(all(16 <= side <= 8192 for side in size), f"a picture has 16 to 8192 pixels on each side, found {size[0]} x {size[1]}")
+    require(
+        all(16 <= side <= 8192 for side in size), f"a picture has 16 to 8192 pixels on each side, found {size[0]} x {size[1]}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "picture.png"
         _run([frame], picture, size)

@@ -12,7 +12,7 @@ import tiny
 from upcycle3d.core.structures import Boxes3D, PointCloud, Predictions
 from upcycle3d.datasets.prepared import PreparedDataset
 from upcycle3d.perception.viz.bev import in_view, renumbered
-from upcycle3d.tools import evaluate, prepare, view
+from upcycle3d.tools import evaluate, prepare, view, view_frames, view_pictures
 from upcycle3d.tools.console import run_command
 
 
@@ -53,7 +53,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         run_command(prepare.command, ["folder", str(raw), "--classes", "Car", "--workers", "1", "--out", str(tmp_path / "data")])
         == 0
     )
-    for module in (view, evaluate):
+    for module in (view_frames, evaluate):
         monkeypatch.setattr(module, "load_detector", lambda path: FindsFour())
     return tmp_path / "data"
 
@@ -67,11 +67,16 @@ def run_view(data: Path, *more: object, code: int = 0) -> Any:
 
 def test_detections_carry_the_names_of_the_detector(prepared, monkeypatch):
     drawn = []
-    real = view.bev_png
-    monkeypatch.setattr(view, "bev_png", lambda *points, **options: drawn.append(options) or real(*points, **options))
+    real = view_pictures.bev_panels_png
+
+    def note(panels: list[Any], **options: Any) -> bytes:
+        drawn.extend((panel, options["class_names"]) for panel in panels)
+        return real(panels, **options)
+
+    monkeypatch.setattr(view_pictures, "bev_panels_png", note)
     run_view(prepared, "--detector", "any")
-    assert [options["class_names"][c] for options in drawn for c in options["predictions"].classes] == ["Car"] * 8
-    assert [options["class_names"][c] for options in drawn for c in options["truth"].classes] == ["Car"] * 4
+    assert [names[c] for panel, names in drawn for c in panel.predictions.classes] == ["Car"] * 6  # the fourth has a low score
+    assert [names[c] for panel, names in drawn for c in panel.truth.classes] == ["Car"] * 4
 
 
 def test_the_counts_are_those_of_what_is_drawn(prepared, capsys):

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import viewers_scene
 
 import tiny
-import viewers_scene
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.structures import Boxes3D, Labels, PointCloud
 from upcycle3d.perception.viewers.colors import SCALE, FeatureColors, height_range, scale_colors

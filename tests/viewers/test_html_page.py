@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import viewers_scene
 
 import upcycle3d
-import viewers_scene
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.viewers import html_page
 from upcycle3d.perception.viewers.drawn_frame import DrawnFrame
@@ -109,5 +109,7 @@ def test_pages_that_no_browser_opens_are_refused(tmp_path, monkeypatch):
 def test_the_files_of_the_page_are_in_the_package():
     root = Path(upcycle3d.__file__).parent
     listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    inside = {path.name for pattern in listed["upcycle3d.perception.viewers"] for path in (root / "perception/viewers").glob(pattern)}
+    inside = {
+        path.name for pattern in listed["upcycle3d.perception.viewers"] for path in (root / "perception/viewers").glob(pattern)
+    }
     assert inside == {"page.html", "page.css", "camera.js", "boxes.js", "painter.js", "page.js"}

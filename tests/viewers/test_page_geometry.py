@@ -15,13 +15,21 @@ from upcycle3d.core.boxes import corners_3d
 
 WEB = Path(upcycle3d.__file__).parent / "perception/viewers/web"
 NODE = shutil.which("node")
-pytestmark = pytest.mark.skipif(NODE is None, reason="not checked: the geometry of the page. It needs node, which is not installed")
+pytestmark = pytest.mark.skipif(
+    NODE is None, reason="not checked: the geometry of the page. It needs node, which is not installed"
+)
 BOXES = [[10.0, 2.0, 0.5, 4.0, 2.0, 1.5, 0.5], [20.0, -3.0, 0.0, 1.0, 0.6, 1.7, -2.0], [0.0, 0.0, 0.0, 8.0, 3.0, 3.0, 7.0]]
 
 
 def node(program: str) -> Any:
     """What a program gives that knows the camera and the boxes."""
-    text = "\n".join([(WEB / "camera.js").read_text(), (WEB / "boxes.js").read_text(), f"console.log(JSON.stringify((() => {{ {program} }})()))"])
+    text = "\n".join(
+        [
+            (WEB / "camera.js").read_text(),
+            (WEB / "boxes.js").read_text(),
+            f"console.log(JSON.stringify((() => {{ {program} }})()))",
+        ]
+    )
     done = subprocess.run([str(NODE), "-e", text], capture_output=True, text=True, check=True, timeout=60)
     return json.loads(done.stdout)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 import viewers_scene
+
 from upcycle3d.perception.viewers.html_page import write_html
 
 playwright = pytest.importorskip("playwright.sync_api", reason="not checked: the page in a browser. It needs the extra `browser`")
@@ -122,7 +122,9 @@ def test_the_slider_changes_the_frame_and_names_are_text(page):
 
 def test_turning_says_how_many_pictures_a_second_it_draws(page):
     page.click("#turn")
-    page.wait_for_function("/^[1-9][0-9]* pictures a second, with [1-9][0-9]* % of the points$/.test(document.querySelector('#rate').textContent)")
+    page.wait_for_function(
+        "/^[1-9][0-9]* pictures a second, with [1-9][0-9]* % of the points$/.test(document.querySelector('#rate').textContent)"
+    )
     page.click("#turn")
     assert page.inner_text("#rate") == ""
     page.click("#behind")
