@@ -15,10 +15,10 @@ from ..core.foreign_text import check_name
 from ..core.ledger_rules import warnings_of
 from ..core.provenance import provenance_of_process
 from ..core.scan_options import ScanOptions
-from ..perception.viewers.colors import FeatureColors, height_range
+from ..perception.viewers.colors import FeatureColors, height_span
 from ..perception.viewers.drawn_frame import LAYER_TITLES, DrawnFrame
 from ..perception.viewers.gltf import write_gltf
-from ..perception.viewers.html_page import MOST_POINTS, write_html
+from ..perception.viewers.html_page import MOST_PAGE_POINTS, write_viewer_page
 from ..perception.viewers.open3d_view import picture_open3d, show_open3d
 from ..perception.viewers.ply import write_ply
 from ..perception.viewers.rerun_file import write_rerun
@@ -68,7 +68,7 @@ class DrawFrames:
     """Part that the pictures in BEV show: x0 y0 x1 y1 in meters."""
     min_score: float = 0.3
     """Detections with a lower score are left out."""
-    html_points: int = MOST_POINTS
+    html_points: int = MOST_PAGE_POINTS
     """Highest number of points of a frame in the page. A frame with more is thinned out at random."""
     reading: ScanOption = ScanOptions()
     """How the files of `--scans` are read."""
@@ -163,14 +163,14 @@ def _write_files(config: DrawFrames, frames: Sequence[DrawnFrame]) -> tuple[list
     title = f"upcycle3d view: {frames[0].id}" + (f" and {len(frames) - 1} more" if len(frames) > 1 else "")
     files: list[tuple[str, str, str]] = []
     if config.html is not None:
-        page = write_html(
+        page = write_viewer_page(
             config.html, frames, title=title, source=provenance_of_process().sentence(), most_points=config.html_points
         )
         left = f", {page.points_left_out:,} points left out" if page.points_left_out else ""
         rounding = f"rounded by at most {1000 * page.rounding:.2g} mm"
         files.append(("page", str(config.html), f"{page.bytes / 1e6:.2f} MB, {page.points:,} points, {rounding}{left}"))
     if config.ply is not None:
-        heights, colors = height_range(frames), FeatureColors.of(frames)
+        heights, colors = height_span(frames), FeatureColors.of(frames)
         for frame in frames:
             check_name(frame.id, "frame id")
         written = [path for frame in frames for path in write_ply(config.ply, frame, heights=heights, feature_colors=colors)]

@@ -91,13 +91,13 @@ def settings_at_fleet_sizes(
     rounds = read_estimates(path) if path.exists() else ()
     for number in range(settings.sizes.rounds):
         if number >= len(rounds):
-            sized, reader = _at_sizes_of(settings, rounds), detector
+            sized, reader = at_sizes_of(settings, rounds), detector
             short = folder / f"{ROUND_FOLDER}_{number}"
             if number:
                 reader = deepcopy(detector)
                 learn(reader, _short_training(sized), short)
 
-            def estimate(reader: Detector = reader, sized: UpcycleConfig = sized, rounds: _Rounds = rounds) -> None:
+            def estimate(reader: Detector = reader, sized: UpcycleConfig = sized, rounds: SizeRounds = rounds) -> None:
                 about = sized.f_gt.size_shift
                 found = estimate_sizes(reader, frames, scenes, settings.sizes, codec=codec, seed=seed, about=about, asked=asked)
                 _write(path, (*rounds, _recorded(found, truth)))
@@ -108,13 +108,23 @@ def settings_at_fleet_sizes(
                 shutil.rmtree(short, ignore_errors=True)
         for each in rounds[number]:
             say(f"sizes, round {number + 1}: {each}")
-    return _at_sizes_of(settings, rounds)
+    return at_sizes_of(settings, rounds)
 
 
-_Rounds = tuple[tuple[SizeEstimate, ...], ...]
+SizeRounds = tuple[tuple[SizeEstimate, ...], ...]
+"""For each round one estimate per class."""
 
 
-def _at_sizes_of(settings: UpcycleConfig, rounds: _Rounds) -> UpcycleConfig:
+def at_sizes_of(settings: UpcycleConfig, rounds: SizeRounds) -> UpcycleConfig:
+    """Give labeled and pasted objects the sizes that were estimated last.
+
+    Args:
+        settings: Settings of a run.
+        rounds: What `read_estimates` gave; empty where nothing is estimated yet.
+
+    Returns:
+        The settings with the size shift of the last round.
+    """
     if not rounds:
         return settings
     return replace(settings, f_gt=replace(settings.f_gt, size_shift=shift_of(rounds[-1])))
@@ -147,12 +157,12 @@ def _true_difference(
     return length, width, height
 
 
-def _write(path: Path, rounds: _Rounds) -> None:
+def _write(path: Path, rounds: SizeRounds) -> None:
     stored = {"rounds": [[config_to_json(each) for each in one] for one in rounds]}
     write_atomically(path, (json.dumps(stored, indent=1) + "\n").encode())
 
 
-def read_estimates(path: Path) -> _Rounds:
+def read_estimates(path: Path) -> SizeRounds:
     """Read the estimates of a run.
 
     Args:

@@ -21,12 +21,11 @@ from ..models.encoders.fingerprint import encoder_fingerprint
 from ..server.feature_gt import JoinedObjects, ObjectDatabase
 from ..server.feature_object_database import FeatureObjectDatabase
 from ..server.methods import METHODS, Method
-from ..server.size_estimate import shift_of
 from ..server.unlabeled_half import smashed_half
 from ..server.upcycle_config import UpcycleConfig
 from ..training.detector_files import TEACHER_FILE, load_detector
 from ..training.run_folder import RunFolder
-from .fleet_sizes import SIZES_FILE, read_estimates
+from .fleet_sizes import SIZES_FILE, at_sizes_of, read_estimates
 from .job_records import UpcyclingRecord
 from .labeled_half import NO_SHIFT
 from .upcycling_job import OBJECTS_FOLDER
@@ -97,7 +96,7 @@ class TrainingView:
         method = replace(METHODS[record.method], augmentation=None, mixing=None)
         config = record.preset.upcycle
         if method.estimates_sizes:
-            config = replace(config, f_gt=replace(config.f_gt, size_shift=shift_of(read_estimates(run / SIZES_FILE))))
+            config = at_sizes_of(config, read_estimates(run / SIZES_FILE))
         objects = _objects(run, record, student, config) if method.f_gt else None
         return TrainingView(teacher=teacher, student=student, method=method, config=config, objects=objects, seed=record.seed)
 

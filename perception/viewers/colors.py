@@ -45,7 +45,7 @@ def scale_colors(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.stack([np.interp(values, stops, table[:, k]) for k in range(3)], 1).round().astype(np.uint8).reshape(-1, 3)
 
 
-def height_range(frames: Iterable[DrawnFrame]) -> tuple[float, float]:
+def height_span(frames: Iterable[DrawnFrame]) -> tuple[float, float]:
     """Choose the heights of the scale's two ends, one pair for all frames, so that a color means the same in each of them.
 
     Args:
@@ -64,7 +64,7 @@ def height_colors(xyz: NDArray[np.float32], heights: tuple[float, float]) -> NDA
 
     Args:
         xyz: (N, 3) points.
-        heights: What `height_range` gave.
+        heights: What `height_span` gave.
 
     Returns:
         (N, 3) red, green, blue.

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from ...core.errors import InvalidInput, require
 from ...core.files import write_atomically
 from ...core.foreign_text import shown
-from .colors import LAYER_COLORS, FeatureColors, height_colors, height_range
+from .colors import LAYER_COLORS, FeatureColors, height_colors, height_span
 from .drawn_frame import BOX_EDGES, LAYER_TITLES, BoxLayer, DrawnFrame
 
-MOST_BYTES = 1 << 30
+MOST_GLTF_BYTES = 1 << 30
 """Bytes of numbers of the largest file that is written."""
 
 _POINTS, _LINES = 0, 1  # modes of a primitive
@@ -43,16 +43,16 @@ def write_gltf(path: Path | str, frames: Sequence[DrawnFrame]) -> int:
         Size of the file in bytes.
 
     Raises:
-        InvalidInput: There is no frame, or the file would hold more than `MOST_BYTES` of numbers.
+        InvalidInput: There is no frame, or the file would hold more than `MOST_GLTF_BYTES` of numbers.
         OSError: The file cannot be written.
     """
     require(len(frames) > 0, "a glTF file needs at least one frame")
-    file, heights, colors = _File(), height_range(frames), FeatureColors.of(frames)
+    file, heights, colors = _File(), height_span(frames), FeatureColors.of(frames)
     for frame in frames:
         parts = [*_places(file, frame, heights, colors), *(_layer(file, layer) for layer in frame.layers())]
         file.add_scene(shown(frame.id), parts)
-        if file.size > MOST_BYTES:
-            raise InvalidInput(f"the glTF file would hold more than {MOST_BYTES >> 20} MiB; draw fewer frames (--limit)")
+        if file.size > MOST_GLTF_BYTES:
+            raise InvalidInput(f"the glTF file would hold more than {MOST_GLTF_BYTES >> 20} MiB; draw fewer frames (--limit)")
     data = file.to_bytes()
     write_atomically(path, data)
     return len(data)

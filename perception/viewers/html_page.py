@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from ...core.errors import InvalidInput, require
 from ...core.files import write_atomically
 from ...core.foreign_text import shown
-from .colors import LAYER_COLORS, SCALE, FeatureColors, height_range
+from .colors import LAYER_COLORS, SCALE, FeatureColors, height_span
 from .drawn_frame import LAYER_TITLES, DrawnCells, DrawnFrame, DrawnPoints
 
-MOST_POINTS = 150_000
+MOST_PAGE_POINTS = 150_000
 """Points of a frame that a page holds unless it is told otherwise."""
-MOST_BYTES = 256 << 20
+MOST_PAGE_BYTES = 256 << 20
 """Bytes of the largest page that is written. A browser may stop at larger ones."""
 
 _WEB = Path(__file__).with_name("web")
@@ -51,8 +51,8 @@ class WrittenPage:
     """Half of the largest step: by how many meters a coordinate of a point or a cell is off at most."""
 
 
-def write_html(
-    path: Path | str, frames: Sequence[DrawnFrame], *, title: str, source: str = "", most_points: int = MOST_POINTS
+def write_viewer_page(
+    path: Path | str, frames: Sequence[DrawnFrame], *, title: str, source: str = "", most_points: int = MOST_PAGE_POINTS
 ) -> WrittenPage:
     """Write frames as one HTML file.
 
@@ -67,23 +67,23 @@ def write_html(
         What the page holds.
 
     Raises:
-        InvalidInput: There is no frame, `most_points` is below 1, or the page would be larger than `MOST_BYTES`.
+        InvalidInput: There is no frame, `most_points` is below 1, or the page would be larger than `MOST_PAGE_BYTES`.
         OSError: The file cannot be written.
 
     Example:
-        write_html("scan.html", [DrawnFrame(id="scan", class_names=("Car",), points=scan, detections=found)], title="My scan")
+        write_viewer_page("scan.html", [DrawnFrame(id="scan", class_names=("Car",), points=scan, detections=found)], title="My scan")
     """
     require(len(frames) > 0, "a page needs at least one frame")
     require(most_points >= 1, f"the number of points of a frame must be at least 1, found {most_points}")
     packed = [_Packed.of(frame, most_points) for frame in frames]
     size = sum(len(p.points.xyz) * 10 for p in packed if p.points) + sum(len(p.cells.centers) * 12 for p in packed if p.cells)
-    if size > MOST_BYTES:
+    if size > MOST_PAGE_BYTES:
         raise InvalidInput(
-            f"the page would have about {size >> 20} MiB, more than the {MOST_BYTES >> 20} MiB that are written; draw fewer frames (--limit), or fewer "
+            f"the page would have about {size >> 20} MiB, more than the {MOST_PAGE_BYTES >> 20} MiB that are written; draw fewer frames (--limit), or fewer "
             "points of each (--html-points)"
         )
     rounding = max((step / 2 for p in packed for step in p.steps()), default=0.0)
-    colors, heights = FeatureColors.of(frames), height_range(frames)
+    colors, heights = FeatureColors.of(frames), height_span(frames)
     names = [name for name in LAYER_TITLES if any(layer.name == name for frame in frames for layer in frame.layers())]
     data = {
         "source": shown(source, most=1000),

@@ -72,7 +72,7 @@ def middle_of(arrays: Mapping[str, np.ndarray], number: int) -> tuple[np.ndarray
     return (low + high) / 2, float(np.clip(0.9 * np.hypot(*(high - low)[:2]), 15, 120))
 
 
-def draw_picture(open3d: Any, arrays: Mapping[str, np.ndarray], path: str, width: int, height: int) -> None:
+def render_picture(open3d: Any, arrays: Mapping[str, np.ndarray], path: str, width: int, height: int) -> None:
     """Draw the first frame without a window.
 
     Args:
@@ -135,7 +135,7 @@ def show_window(open3d: Any, arrays: Mapping[str, np.ndarray]) -> None:
     window.destroy_window()
 
 
-def main(words: list[str]) -> None:
+def draw_request(words: list[str]) -> None:
     """Draw what a file describes.
 
     Args:
@@ -146,10 +146,10 @@ def main(words: list[str]) -> None:
     with np.load(words[0], allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     if len(words) > 1:
-        draw_picture(open3d, arrays, words[1], int(words[2]), int(words[3]))
+        render_picture(open3d, arrays, words[1], int(words[2]), int(words[3]))
     else:
         show_window(open3d, arrays)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    draw_request(sys.argv[1:])

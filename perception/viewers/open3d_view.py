@@ -19,7 +19,7 @@ import numpy as np
 from ...core.errors import InvalidInput, UpcycleError, require
 from ...core.files import write_atomically
 from ...core.foreign_text import shown
-from .colors import LAYER_COLORS, FeatureColors, height_colors, height_range
+from .colors import LAYER_COLORS, FeatureColors, height_colors, height_span
 from .drawn_frame import BOX_EDGES, DrawnFrame
 from .open3d_child import NO_WINDOW
 
@@ -72,7 +72,7 @@ def _run(frames: Sequence[DrawnFrame], picture: Path | None, size: tuple[int, in
         )
     with tempfile.TemporaryDirectory() as folder:
         request = Path(folder) / "frames.npz"
-        np.savez(request, **_arrays(frames))
+        np.savez(request, allow_pickle=False, **_arrays(frames))
         place = [] if picture is None else [str(picture), *map(str, size)]
         done = subprocess.run([sys.executable, str(_CHILD), str(request), *place], capture_output=True, text=True)
     if done.returncode:
@@ -83,7 +83,7 @@ def _run(frames: Sequence[DrawnFrame], picture: Path | None, size: tuple[int, in
 
 def _arrays(frames: Sequence[DrawnFrame]) -> dict[str, np.ndarray]:
     """Points, cells and edges of each frame with their colors in 0..1, by the frame's number and what they are."""
-    heights, colors = height_range(frames), FeatureColors.of(frames)
+    heights, colors = height_span(frames), FeatureColors.of(frames)
     arrays: dict[str, np.ndarray] = {"ids": np.array([shown(frame.id) for frame in frames])}
     for number, frame in enumerate(frames):
         places, shades = [np.zeros((0, 3), np.float32)], [np.zeros((0, 3), np.uint8)]

@@ -33,7 +33,7 @@ def write_ply(
     Args:
         folder: The folder. Files of these names are replaced.
         frame: The frame.
-        heights: Heights of the color scale, from `height_range`.
+        heights: Heights of the color scale, from `height_span`.
         feature_colors: Colors of the features, from `FeatureColors.of`; None where no frame has a cell.
 
     Returns:

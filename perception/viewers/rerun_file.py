@@ -16,7 +16,7 @@ import numpy as np
 
 from ...core.errors import InvalidInput, require
 from ...core.foreign_text import shown
-from .colors import LAYER_COLORS, FeatureColors, height_colors, height_range
+from .colors import LAYER_COLORS, FeatureColors, height_colors, height_span
 from .drawn_frame import LAYER_TITLES, BoxLayer, DrawnFrame
 
 
@@ -61,7 +61,7 @@ def _record(rerun: Any, path: Path, frames: Sequence[DrawnFrame], title: str) ->
     recording.save(path)
     recording.send_recording_name(shown(title))
     recording.log("world", rerun.ViewCoordinates.FLU, static=True)  # x forward, y left, z up
-    heights, colors = height_range(frames), FeatureColors.of(frames)
+    heights, colors = height_span(frames), FeatureColors.of(frames)
     # Every entity that any frame has gets a value in each frame: what is not known there is cleared, not left from the frame before.
     known = {layer.name for frame in frames for layer in frame.layers()}
     for number, frame in enumerate(frames):

@@ -10,7 +10,7 @@ import viewers_scene
 import tiny
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.structures import Boxes3D, Labels, PointCloud
-from upcycle3d.perception.viewers.colors import SCALE, FeatureColors, height_range, scale_colors
+from upcycle3d.perception.viewers.colors import SCALE, FeatureColors, height_span, scale_colors
 from upcycle3d.perception.viewers.drawn_frame import DrawnFrame
 
 
@@ -55,7 +55,7 @@ def test_what_nobody_knows_is_no_layer_and_an_empty_layer_is_one():
     nothing = DrawnFrame(id="a", class_names=())
     assert (nothing.layers(), nothing.points_to_draw(), nothing.cells_to_draw()) == ((), None, None)
     assert [len(layer) for layer in replace(nothing, truth=Labels.empty()).layers()] == [0]
-    assert height_range([nothing]) == (-2.5, 1.5)
+    assert height_span([nothing]) == (-2.5, 1.5)
     assert FeatureColors.of([nothing]) is None
 
 

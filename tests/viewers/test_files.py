@@ -15,7 +15,7 @@ import viewers_scene
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.core.structures import Labels
 from upcycle3d.perception.viewers import gltf as gltf_module
-from upcycle3d.perception.viewers.colors import LAYER_COLORS, FeatureColors, height_range
+from upcycle3d.perception.viewers.colors import LAYER_COLORS, FeatureColors, height_span
 from upcycle3d.perception.viewers.drawn_frame import BOX_EDGES, DrawnFrame
 from upcycle3d.perception.viewers.gltf import write_gltf
 from upcycle3d.perception.viewers.ply import write_ply
@@ -28,7 +28,7 @@ OUTLINES = np.concatenate([layer.outline().reshape(-1, 3) for layer in FRAME.lay
 
 
 def ply(folder: Path, frame: DrawnFrame) -> tuple[Path, ...]:
-    return write_ply(folder, frame, heights=height_range([frame]), feature_colors=FeatureColors.of([frame]))
+    return write_ply(folder, frame, heights=height_span([frame]), feature_colors=FeatureColors.of([frame]))
 
 
 def read_ply(path: Path) -> dict[str, np.ndarray]:
@@ -154,7 +154,7 @@ def test_gltf_files_of_nothing_are_refused_or_whole_and_large_ones_are_refused(t
     gltf, numbers = read_glb(tmp_path / "a.glb")
     assert (len(gltf["nodes"]), numbers) == (1, b"")
     assert [] not in gltf.values()  # the format allows no empty list
-    monkeypatch.setattr(gltf_module, "MOST_BYTES", 1000)
+    monkeypatch.setattr(gltf_module, "MOST_GLTF_BYTES", 1000)
     with pytest.raises(InvalidInput, match="draw fewer frames"):
         write_gltf(tmp_path / "b.glb", [FRAME])
     assert not (tmp_path / "b.glb").exists()

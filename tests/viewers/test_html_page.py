@@ -17,7 +17,7 @@ import upcycle3d
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.viewers import html_page
 from upcycle3d.perception.viewers.drawn_frame import DrawnFrame
-from upcycle3d.perception.viewers.html_page import write_html
+from upcycle3d.perception.viewers.html_page import write_viewer_page
 
 
 def frames_of(path: Path) -> Any:
@@ -34,14 +34,14 @@ def places(packed: dict[str, Any], name: str) -> np.ndarray:
 def test_a_page_of_150_000_points_and_100_boxes_is_below_8_megabytes(tmp_path):
     boxes = [[float(i), 0.0, 0.0, 4.0, 2.0, 1.5, 0.1] for i in range(100)]
     frame = replace(viewers_scene.frame(points=150_000), detections=viewers_scene.predictions(boxes, [0.5] * 100))
-    page = write_html(tmp_path / "page.html", [frame], title="size")
+    page = write_viewer_page(tmp_path / "page.html", [frame], title="size")
     assert page.bytes == (tmp_path / "page.html").stat().st_size < 8_000_000
     assert (page.points, page.points_left_out) == (150_000, 0)
 
 
 def test_points_and_cells_are_rounded_by_no_more_than_the_page_says(tmp_path):
     frame = viewers_scene.frame()
-    page = write_html(tmp_path / "page.html", [frame], title="rounding")
+    page = write_viewer_page(tmp_path / "page.html", [frame], title="rounding")
     data = frames_of(tmp_path / "page.html")
     packed = data["frames"][0]
     drawn, points = places(packed["points"], "xyz"), frame.points_to_draw()
@@ -56,18 +56,18 @@ def test_points_and_cells_are_rounded_by_no_more_than_the_page_says(tmp_path):
 
 
 def test_thinning_keeps_a_share_of_the_points_and_counts_the_rest(tmp_path):
-    page = write_html(tmp_path / "page.html", [viewers_scene.frame(points=500)], title="thin", most_points=120)
+    page = write_viewer_page(tmp_path / "page.html", [viewers_scene.frame(points=500)], title="thin", most_points=120)
     assert (page.points, page.points_left_out) == (120, 380)
     packed = frames_of(tmp_path / "page.html")["frames"][0]["points"]
     assert (packed["count"], packed["of"]) == (120, 500)
-    again = write_html(tmp_path / "again.html", [viewers_scene.frame(points=500)], title="thin", most_points=120)
+    again = write_viewer_page(tmp_path / "again.html", [viewers_scene.frame(points=500)], title="thin", most_points=120)
     assert (tmp_path / "page.html").read_bytes() == (tmp_path / "again.html").read_bytes(), again
 
 
 def test_text_from_data_is_neither_markup_nor_script(tmp_path):
     evil = '</script><script>alert(1)</script><img src=x onerror="alert(2)">{{script}}'
     frame = replace(viewers_scene.frame(evil), class_names=(evil, "\x1b[2J"))
-    write_html(tmp_path / "page.html", [frame], title=evil, source=evil)
+    write_viewer_page(tmp_path / "page.html", [frame], title=evil, source=evil)
     text = (tmp_path / "page.html").read_text()
     assert text.count("<script") == text.count("</script>") == 2  # the data and the program
     assert "<img" not in text
@@ -76,7 +76,7 @@ def test_text_from_data_is_neither_markup_nor_script(tmp_path):
 
 
 def test_the_page_loads_nothing_and_runs_only_its_own_script(tmp_path):
-    write_html(tmp_path / "page.html", [viewers_scene.frame()], title="policy")
+    write_viewer_page(tmp_path / "page.html", [viewers_scene.frame()], title="policy")
     text = (tmp_path / "page.html").read_text()
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
@@ -88,7 +88,7 @@ def test_the_page_loads_nothing_and_runs_only_its_own_script(tmp_path):
 
 def test_frames_without_points_or_boxes_make_a_page(tmp_path):
     nothing = DrawnFrame(id="nothing", class_names=())
-    page = write_html(tmp_path / "page.html", [nothing, replace(viewers_scene.frame(), points=None)], title="empty")
+    page = write_viewer_page(tmp_path / "page.html", [nothing, replace(viewers_scene.frame(), points=None)], title="empty")
     assert (page.points, page.points_left_out) == (0, 0)
     empty, other = frames_of(tmp_path / "page.html")["frames"]
     assert (empty["points"], empty["cells"], empty["layers"]) == (None, None, [])
@@ -97,12 +97,12 @@ def test_frames_without_points_or_boxes_make_a_page(tmp_path):
 
 def test_pages_that_no_browser_opens_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InvalidInput, match="at least one frame"):
-        write_html(tmp_path / "page.html", [], title="none")
+        write_viewer_page(tmp_path / "page.html", [], title="none")
     with pytest.raises(InvalidInput, match="must be at least 1, found 0"):
-        write_html(tmp_path / "page.html", [viewers_scene.frame()], title="none", most_points=0)
-    monkeypatch.setattr(html_page, "MOST_BYTES", 1000)
+        write_viewer_page(tmp_path / "page.html", [viewers_scene.frame()], title="none", most_points=0)
+    monkeypatch.setattr(html_page, "MOST_PAGE_BYTES", 1000)
     with pytest.raises(InvalidInput, match="fewer frames"):
-        write_html(tmp_path / "page.html", [viewers_scene.frame()], title="large")
+        write_viewer_page(tmp_path / "page.html", [viewers_scene.frame()], title="large")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import viewers_scene
 
-from upcycle3d.perception.viewers.html_page import write_html
+from upcycle3d.perception.viewers.html_page import write_viewer_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="not checked: the page in a browser. It needs the extra `browser`")
 BROWSER = viewers_scene.chromium()
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="not checked: the page i
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The page of two frames, in a browser without a network; what its console said is checked after all tests."""
     path: Path = tmp_path_factory.mktemp("page") / "page.html"
-    write_html(path, [viewers_scene.frame("<b>first</b>"), viewers_scene.frame("second", points=90)], title="two frames")
+    write_viewer_page(path, [viewers_scene.frame("<b>first</b>"), viewers_scene.frame("second", points=90)], title="two frames")
     said: list[str] = []
     with playwright.sync_playwright() as program:
         software = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--no-sandbox"]
