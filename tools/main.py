@@ -64,7 +64,7 @@ COMMANDS = {
     "predict": ("predict", "find objects in a scan or in a folder of scans"),
     "evaluate": ("evaluate", "compute AP by the protocol of KITTI, Waymo, Lyft or ST3D"),
     "inspect": ("inspect", "say what a shard, a folder of shards, a store, run folder, detector or prepared dataset holds"),
-    "view": ("view", "draw frames, labels and detections in BEV"),
+    "view": ("view", "draw frames, scans or smashed scenes: pictures, a page for a browser, Rerun, PLY, glTF"),
     "completion": ("completion", "print a script that completes commands and options in bash, zsh or fish"),
     "doctor": ("doctor", "say what is installed and which backends run"),
 }

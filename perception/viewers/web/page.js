@@ -191,6 +191,7 @@ let share = 1; // of the points that are drawn while the camera moves
 let movedAt = -Infinity; // when the camera moved last
 let drawnAt = null; // when the last picture of a movement was drawn
 let waiting = false;
+let rateAt = -Infinity; // when the rate was written last
 const times = []; // milliseconds at which the last pictures were drawn
 
 function requestDraw() {
@@ -220,13 +221,16 @@ function cameraMoved() {
   requestDraw();
 }
 
-// One step of the turn, and how many pictures there were in each of the last two seconds.
+// One step of the turn, and how many pictures there were in each of the last two seconds. The text changes twice a second only: a change lays
+// out the panel anew, and where a processor draws, that takes longer than the picture.
 function turnOn(now) {
   movedAt = now;
   camera.orbit(4, 0);
-  times.push(movedAt);
-  while (movedAt - times[0] > 2000) times.shift();
-  const rate = (1000 * (times.length - 1)) / (movedAt - times[0] || 1);
+  times.push(now);
+  while (now - times[0] > 2000) times.shift();
+  if (times.length < 3 || now - rateAt < 500) return;
+  rateAt = now;
+  const rate = (1000 * (times.length - 1)) / (now - times[0]);
   element("rate").textContent = `${rate.toFixed(0)} pictures a second, with ${(100 * share).toFixed(0)} % of the points`;
 }
 
