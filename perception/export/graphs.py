@@ -302,12 +302,14 @@ def _pv_rcnn(decoder: PvRcnnDecoder) -> DecoderGraphs:
         ),
         feed=pooled,
     )
-    steps = (
+    return DecoderGraphs(graphs=(first, boxes, fuse, regions), steps=_pv_rcnn_steps(decoder))
+
+
+def _pv_rcnn_steps(decoder: PvRcnnDecoder) -> tuple[tuple[str, str], ...]:
+    below = "add the BEV map under each keypoint (outside), then " if decoder.config.bev_map else ""
+    return (
         *_choice(decoder),
-        (
-            "keypoints",
-            f"{'add the BEV map under each keypoint (outside), then ' if config.bev_map else ''}fuse the features of the keypoints",
-        ),
+        ("keypoints", f"{below}fuse the features of the keypoints"),
         (
             "outside",
             "gather fused keypoints on the grid of each region (set abstraction: balls, perceptron, maximum; numba here)",
@@ -316,4 +318,3 @@ def _pv_rcnn(decoder: PvRcnnDecoder) -> DecoderGraphs:
         ("outside", "decode the refined boxes (perception/models/post_processing.py, decode_regions)"),
         _final(decoder, "quality_logits"),
     )
-    return DecoderGraphs(graphs=(first, boxes, fuse, regions), steps=steps)
