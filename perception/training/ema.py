@@ -53,7 +53,8 @@ def ema_decay(step: int, max_decay: float = 0.999) -> float:
 def update_ema(teacher: nn.Module, student: nn.Module, step: int, max_decay: float = 0.999) -> None:
     """Move the teacher towards the student, in place, after the student's optimizer step.
 
-    Buffers (batch-norm statistics) are copied. Tensors that both modules share (a frozen encoder) are left alone.
+    Buffers (batch-norm statistics) are copied, and so are parameters that are not trained: the average of -0 and -0 is +0, and a frozen
+    encoder must keep every bit of its fingerprint. Tensors that both modules share are left alone.
     Source: Tarvainen and Valpola 2017; ramp and decay of 3DIoUMatch (`pv_rcnn_ssl.py`).
 
     Args:
@@ -68,9 +69,10 @@ def update_ema(teacher: nn.Module, student: nn.Module, step: int, max_decay: flo
     weight = 1.0 - ema_decay(step, max_decay)
     parameters = _pairs(dict(teacher.named_parameters()), dict(student.named_parameters()), "parameters")
     statistics = _pairs(dict(teacher.named_buffers()), dict(student.named_buffers()), "buffers")
-    if parameters:
-        torch._foreach_lerp_([old for old, _ in parameters], [new for _, new in parameters], weight)
-    for old, new in statistics:
+    trained = [pair for pair in parameters if pair[1].requires_grad]
+    if trained:
+        torch._foreach_lerp_([old for old, _ in trained], [new for _, new in trained], weight)
+    for old, new in statistics + [pair for pair in parameters if not pair[1].requires_grad]:
         old.copy_(new)
 
 

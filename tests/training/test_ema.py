@@ -90,3 +90,15 @@ def test_different_networks_are_refused_by_name():
         update_ema(nn.Sequential(nn.Linear(3, 4)), student, 0)
     with pytest.raises(InvalidInput, match=r"'0.weight' is \(4, 5\) in the teacher and \(4, 3\) in the student"):
         update_ema(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)), student, 0)
+
+
+def test_a_frozen_parameter_keeps_every_bit():
+    """-0 and +0 are equal and have different bits: an averaged frozen encoder would get another fingerprint than the fleet's."""
+    student = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        student.weight.copy_(torch.tensor([[-0.0, 0.0], [1e-38, -3.0]]))
+    student.requires_grad_(False)
+    teacher = make_teacher(student)
+    for step in range(3):
+        update_ema(teacher, student, step)
+    assert torch.equal(teacher.weight.view(torch.int32), student.weight.view(torch.int32))
