@@ -191,8 +191,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "perception.moe.runtime",
         "perception.moe.serving",
     ),
+    "perception.interchange": (
+        *GROUND,
+        "datasets",
+        "perception.models",
+        "perception.models.encoders",
+        "perception.models.decoders",
+    ),
     "perception.recipes": (
         *GROUND,
+        "perception.interchange",
         "datasets",
         "datasets.simulation",
         "perception.models",

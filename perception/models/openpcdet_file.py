@@ -1,4 +1,4 @@
-"""Reads the weights in a checkpoint of OpenPCDet, without running code from the file; `openpcdet.py` copies them into a detector.
+"""Reads the weights in a checkpoint of OpenPCDet or mmdetection3d, without running code from the file; `openpcdet.py` copies them.
 
 Such a checkpoint is a pickle. Only its tensors, plain values and numpy's numbers are read (`weights_only`), so a file from elsewhere runs
 nothing here; one that needs more is refused, and the message says how to convert it where it was made. The checksums in the file are
@@ -12,6 +12,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,31 +52,72 @@ _NUMPY_NUMBERS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a file holds."""
+
+    state: dict[str, Tensor]
+    """The tensors, on the CPU, by the names of the program that wrote them."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """What mmdetection3d stores beside them: its configuration as text, the classes, versions. Empty for other programs."""
+
+
+class _Ignored:
+    """Stands for the log and the arrays that mmengine stores beside the weights. Nothing of them is kept."""
+
+    def __new__(cls, *_: object) -> _Ignored:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: object) -> None:
+        """Drop the content."""
+
+
+def _ignored(*_: object) -> _Ignored:
+    return _Ignored()
+
+
 def read_openpcdet(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a file by name.
+
+    Args:
+        path: as for `read_foreign_checkpoint`.
+
+    Returns:
+        The tensors, on the CPU, by OpenPCDet's names.
+
+    Raises:
+        InvalidInput: As for `read_foreign_checkpoint`.
+    """
+    return read_foreign_checkpoint(path).state
+
+
+def read_foreign_checkpoint(path: str | Path) -> Checkpoint:
+    """Read the tensors of a file by name, and what was stored beside them.
 
     Args:
         path: a `.pth` that holds the weights under `model_state`, `state_dict`, `model` or the like, or is a state dict itself; or a
             `.safetensors` file of the tensors. A prefix such as `module.` before every name is taken off.
 
     Returns:
-        The tensors, on the CPU, by OpenPCDet's names.
+        The tensors and, where the file has it, mmdetection3d's description.
 
     Raises:
         InvalidInput: There is no such file, or it is too large, damaged, needs pickle, or holds no named weights or absurd ones.
     """
     path = Path(path)
     if not path.is_file():
-        raise InvalidInput(f"there is no file {path}; give a checkpoint of OpenPCDet (.pth) or its tensors (.safetensors)")
+        raise InvalidInput(f"there is no file {path}; give a checkpoint (.pth) or its tensors (.safetensors)")
     _check_kind(path)
     if (size := _declared_size(path)) > LARGEST_FILE:
         raise InvalidInput(
             f"{path} holds {size:,} bytes, more than the {LARGEST_FILE:,} that are read; save its model_state alone, without optimizer"
         )
-    state = dict(read_tensors(path).tensors) if path.suffix == ".safetensors" else _weights_in(_load_plain(path), path)
+    content = None if path.suffix == ".safetensors" else _load_plain(path)
+    state = dict(read_tensors(path).tensors) if content is None else _weights_in(content, path)
     state = _without_prefix(state)
     _check_values(state, path)
-    return state
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    return Checkpoint(state=state, meta=meta if isinstance(meta, Mapping) else {})
 
 
 def _check_kind(path: Path) -> None:
@@ -145,7 +187,11 @@ def _load_plain(path: Path) -> Any:
     numbers = [getattr(np, name) for name in _NUMPY_NUMBERS]
     kinds = [type(np.dtype(number)) for number in numbers]
     rebuild = np.float64(0).__reduce__()[0]  # its module has another name in numpy 1, which the second entry is for
-    allowed: list[Any] = [np.dtype, *numbers, *kinds, rebuild, (rebuild, "numpy.core.multiarray.scalar")]
+    allowed: list[Any] = [np.dtype, *numbers, *kinds, rebuild, (rebuild, "numpy.core.multiarray.scalar"), np.ndarray, _Ignored]
+    allowed += [(_Ignored, "mmengine.logging.history_buffer.HistoryBuffer")]
+    # The log holds references to its own methods. What stands in their place calls and keeps nothing.
+    allowed += [(_ignored, "builtins.getattr"), (_ignored, "__builtin__.getattr")]
+    allowed += [(_ignored, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     file = _checked_content(path)
     try:
         with file, torch.serialization.safe_globals(allowed), warnings.catch_warnings():

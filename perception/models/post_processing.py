@@ -66,7 +66,7 @@ class Proposals:
     """(B, R) bool, False for padding."""
 
 
-def decode_boxes(codes: Tensor, direction_logits: Tensor, anchors: Tensor) -> Tensor:
+def decode_boxes(codes: Tensor, direction_logits: Tensor, anchors: Tensor, direction_offset: float = DIRECTION_OFFSET) -> Tensor:
     """Turn the anchor head's outputs into boxes.
 
     The yaw is folded into one half turn, then the direction classifier picks the half. The same as in OpenPCDet, the result is
@@ -76,13 +76,14 @@ def decode_boxes(codes: Tensor, direction_logits: Tensor, anchors: Tensor) -> Te
         codes: (..., 7) residuals.
         direction_logits: (..., 2) for the two half turns.
         anchors: (..., 7) boxes.
+        direction_offset: where the first half turn begins, in radians.
 
     Returns:
         (..., 7) boxes.
     """
     boxes = decode_residuals(codes.float(), anchors)
-    folded = torch.remainder(boxes[..., 6] - DIRECTION_OFFSET, math.pi)
-    yaw = folded + DIRECTION_OFFSET + math.pi * direction_logits.argmax(-1)
+    folded = torch.remainder(boxes[..., 6] - direction_offset, math.pi)
+    yaw = folded + direction_offset + math.pi * direction_logits.argmax(-1)
     return torch.cat([boxes[..., :6], yaw[..., None]], -1)
 
 
@@ -101,7 +102,14 @@ def decode_regions(codes: Tensor, regions: Tensor) -> Tensor:
     return torch.cat([center, local[..., 3:6], local[..., 6:] + regions[..., 6:]], -1)
 
 
-def propose(class_logits: Tensor, box_codes: Tensor, direction_logits: Tensor, anchors: Tensor, nms: ProposalNms) -> Proposals:
+def propose(
+    class_logits: Tensor,
+    box_codes: Tensor,
+    direction_logits: Tensor,
+    anchors: Tensor,
+    nms: ProposalNms,
+    direction_offset: float = DIRECTION_OFFSET,
+) -> Proposals:
     """Choose the best anchors of every scene. Only the `nms.pre` best are decoded.
 
     Args:
@@ -110,6 +118,7 @@ def propose(class_logits: Tensor, box_codes: Tensor, direction_logits: Tensor, a
         direction_logits: (B, A, 2) for the two half turns.
         anchors: (A, 7) boxes.
         nms: how many are looked at and kept.
+        direction_offset: where the first half turn begins, in radians.
 
     Returns:
         Proposals padded to `nms.post` per scene, the best first.
@@ -122,7 +131,7 @@ def propose(class_logits: Tensor, box_codes: Tensor, direction_logits: Tensor, a
     for b in range(batch):
         score, label = class_logits[b].float().max(1)
         top, rows = score.topk(min(nms.pre, score.numel()))
-        decoded = decode_boxes(box_codes[b, rows], direction_logits[b, rows], anchors[rows])
+        decoded = decode_boxes(box_codes[b, rows], direction_logits[b, rows], anchors[rows], direction_offset)
         keep = nms_rotated(decoded, top, nms.iou, post_max=nms.post)
         n = len(keep)
         boxes[b, :n], classes[b, :n], logits[b, :n], valid[b, :n] = decoded[keep], label[rows][keep], top[keep], True

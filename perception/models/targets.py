@@ -42,20 +42,23 @@ class AnchorTargets:
     """(A,) weight of the box losses, which is that of the matched label; 0 where the anchor is not positive."""
 
 
-def direction_bin(yaw: Tensor) -> Tensor:
+def direction_bin(yaw: Tensor, offset: float = DIRECTION_OFFSET) -> Tensor:
     """Tell which half turn a heading lies in.
 
     Args:
         yaw: headings in radians, any shape.
+        offset: where the first half turn begins, in radians.
 
     Returns:
         0 or 1, int64, of the same shape.
     """
-    turned = torch.remainder(yaw - DIRECTION_OFFSET, 2 * math.pi)
+    turned = torch.remainder(yaw - offset, 2 * math.pi)
     return (turned / math.pi).floor().long().clamp(0, 1)
 
 
-def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: Labels) -> AnchorTargets:
+def assign_anchors(
+    anchors: Tensor, classes: tuple[AnchorClass, ...], labels: Labels, direction_offset: float = DIRECTION_OFFSET
+) -> AnchorTargets:
     """Match anchors with the labels of one scene.
 
     It is done per class, by axis-aligned BEV overlap: an anchor is positive from `matched` on, background below `unmatched` and
@@ -65,6 +68,7 @@ def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: La
         anchors: (H, W, 2 * classes, 7) what `make_anchors` returned.
         classes: the anchor of each class, with its limits.
         labels: labels of the scene.
+        direction_offset: where the first half turn begins, in radians.
 
     Returns:
         Targets of the A = H * W * 2 * classes anchors.
@@ -104,7 +108,7 @@ def assign_anchors(anchors: Tensor, classes: tuple[AnchorClass, ...], labels: La
         class_codes[rows] = encode_residuals(target, flat[rows])
         codes[:, :, slots] = class_codes.view(*shape[:2], 2, 7)
         bins = torch.zeros(flat.shape[0], dtype=torch.int64, device=flat.device)
-        bins[rows] = direction_bin(target[:, 6])
+        bins[rows] = direction_bin(target[:, 6], direction_offset)
         direction[:, :, slots] = bins.view(*shape[:2], 2)
     if labels.seen is not None:  # an object out of sight teaches nothing, and neither does empty space there
         shown = labels.seen[:, :, None].expand(shape)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,7 +189,7 @@ def test_a_plain_pickle_is_refused_without_the_words_of_torch(tmp_path, capsys, 
 
 def test_a_file_that_needs_pickle_is_refused_unread_and_the_way_to_convert_it_works(published, tmp_path, capsys):
     trace = tmp_path / "executed"
-    for name, value in (("hostile.pth", Touch(trace)), ("array.pth", np.zeros(2))):
+    for name, value in (("hostile.pth", Touch(trace)), ("fraction.pth", Fraction(1, 2))):
         torch.save({"model_state": openpcdet_state(published), "optimizer_state": value}, tmp_path / name)
         assert run(tmp_path / name, "small", "--out", tmp_path / "run") == 2
         message = capsys.readouterr().err
@@ -301,3 +302,18 @@ def test_size_is_judged_before_reading_also_of_what_a_zip_unpacks_to(file, tmp_p
     for path in (tmp_path / "bomb.pth", file):
         assert run(path, "small", "--out", tmp_path / "run") == 2
         assert "more than the 2,000,000 that are read" in capsys.readouterr().err
+
+
+def test_a_log_beside_the_weights_is_passed_over_and_getattr_stays_harmless(published, tmp_path, capsys):
+    """mmengine pickles its log with references to methods (getattr). Something harmless stands for it, also in a hostile file."""
+    trace = tmp_path / "executed"
+
+    class Reaches:
+        def __reduce__(self) -> tuple[object, tuple[object, str]]:
+            return getattr, (Touch(trace), "path")
+
+    for name, value, code in (("log.pth", np.arange(3), 0), ("getattr.pth", Reaches(), 2)):
+        torch.save({"state_dict": openpcdet_state(published), "message_hub": value}, tmp_path / name)
+        assert run(tmp_path / name, "small", "--out", tmp_path / name.partition(".")[0]) == code
+        assert not trace.exists()
+    assert "a pickle may run any code" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from ....core.features import SparseVoxels
 from ....core.structures import Labels, LossTerms
 from ..anchors import AnchorClass
 from ..losses import box_code_loss, sigmoid_focal_loss
-from ..targets import assign_anchors
+from ..targets import DIRECTION_OFFSET, assign_anchors
 
 
 def height_compression(voxels: SparseVoxels) -> Tensor:
@@ -158,7 +158,12 @@ class DenseLossWeights:
 
 
 def dense_loss(
-    dense: DenseOutputs, anchors: Tensor, classes: tuple[AnchorClass, ...], labels: Sequence[Labels], weights: DenseLossWeights
+    dense: DenseOutputs,
+    anchors: Tensor,
+    classes: tuple[AnchorClass, ...],
+    labels: Sequence[Labels],
+    weights: DenseLossWeights,
+    direction_offset: float = DIRECTION_OFFSET,
 ) -> LossTerms:
     """Compute the losses of the anchor head: per scene divided by its number of positive anchors, then averaged over scenes.
 
@@ -168,6 +173,7 @@ def dense_loss(
         classes: the anchor of each class.
         labels: one per scene.
         weights: weights of the losses.
+        direction_offset: where the first half turn begins, in radians.
 
     Returns:
         Terms `class`, `box` and `direction`.
@@ -178,7 +184,7 @@ def dense_loss(
     one_hot = F.one_hot(anchor_class, num_classes).float().repeat(total // (2 * num_classes), 1)  # (A, C)
     cls, box, direction = [], [], []
     for b, scene in enumerate(labels):
-        targets = assign_anchors(anchors, classes, scene)
+        targets = assign_anchors(anchors, classes, scene, direction_offset)
         positives = targets.positive.sum().clamp_min(1)
         focal = sigmoid_focal_loss(dense.class_logits[b], one_hot * targets.positive[:, None])
         cls.append((focal.sum(1) * targets.class_weight).sum() / positives)

@@ -27,7 +27,7 @@ from ..encoders.norm import RowBatchNorm
 from ..encoders.pv_rcnn import bev_under
 from ..encoders.set_abstraction import SetAbstraction, SetAbstractionConfig
 from ..post_processing import FinalNms, ProposalNms, Proposals, decode_regions, propose, select_detections
-from ..targets import RoiSampling
+from ..targets import DIRECTION_OFFSET, RoiSampling
 from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
 from .decoder import Decoder
 from .pv_rcnn_loss import keypoint_loss, region_loss
@@ -66,6 +66,8 @@ class PvRcnnConfig:
     """How refined proposals become detections."""
     dense_weights: DenseLossWeights = DenseLossWeights()
     """Weights of the anchor head's losses."""
+    direction_offset: float = DIRECTION_OFFSET
+    """Heading in radians at which the first half turn of the direction classifier begins. Imported weights bring their own."""
     bev_map: bool = False
     """Whether the decoder computes the BEV map under the keypoints. True goes with `bev_map=False` of the encoder, which then does not
     send it."""
@@ -81,6 +83,7 @@ class PvRcnnConfig:
         require_counts("PvRcnnConfig", most=64, grid_size=self.grid_size)
         require(0 <= self.dropout <= 1, f"PvRcnnConfig.dropout must be in 0..1, found {self.dropout}")
         require_numbers("PvRcnnConfig", least=0, most=1, quality_target=self.quality_target)
+        require_numbers("PvRcnnConfig", least=-10, most=10, direction_offset=self.direction_offset)
         low, high = self.quality_target
         require(low < high, f"PvRcnnConfig.quality_target must rise, found {low} and {high}")
 
@@ -343,7 +346,7 @@ class PvRcnnDecoder(Decoder):
     @torch.no_grad()
     def _propose(self, dense: DenseOutputs, labels: Sequence[Labels] | None) -> Proposals:
         nms = self.config.test_proposals if labels is None else self.config.train_proposals
-        proposals = propose(dense.class_logits, dense.box_codes, dense.direction_logits, self.anchors.view(-1, 7), nms)
+        proposals = propose(*dense, self.anchors.view(-1, 7), nms, self.config.direction_offset)
         if labels is not None:
             proposals = sample_regions(proposals, labels, self.config.roi_sampling, refine=True)
         self.note_regions(proposals.valid)
@@ -360,7 +363,9 @@ class PvRcnnDecoder(Decoder):
             Terms `class`, `box`, `direction`, `keypoint`, `roi_quality`, `roi_box` and `roi_corner`, with OpenPCDet's weights.
         """
         p = outputs.proposals
-        dense = dense_loss(outputs.dense, self.anchors, self.config.anchors, labels, self.config.dense_weights)
+        dense = dense_loss(
+            outputs.dense, self.anchors, self.config.anchors, labels, self.config.dense_weights, self.config.direction_offset
+        )
         regions = region_loss(p, outputs.quality_logits, outputs.box_codes, labels, self.config.quality_target)
         return dense.merged(keypoint_loss(outputs.keypoints, outputs.keypoint_logits, labels)).merged(regions)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ....core.structures import Labels, LossTerms, Predictions
 from ....ops.roi_grid import roi_grid_sample
 from ..anchors import KITTI_ANCHORS, AnchorClass, check_anchors, make_anchors
 from ..post_processing import FinalNms, ProposalNms, Proposals, propose, select_detections
-from ..targets import RoiSampling, iou_quality_target, match_rois
+from ..targets import DIRECTION_OFFSET, RoiSampling, iou_quality_target, match_rois
 from .bev import AnchorHead, BevBackbone, BevBackboneConfig, DenseLossWeights, DenseOutputs, dense_loss, height_compression
 from .decoder import Decoder
 from .regions import ScoredProposals, fully_connected, padded_regions, sample_regions, scored_by_scene
@@ -58,6 +58,11 @@ class SecondIouConfig:
     """Weights of the anchor head's losses."""
     iou_weight: float = 1.0
     """Weight of the IoU head's loss."""
+    direction_offset: float = DIRECTION_OFFSET
+    """Heading in radians at which the first half turn of the direction classifier begins. Imported weights bring their own."""
+    ranked_by: Literal["iou", "class"] = "iou"
+    """What ranks the boxes of a scan: the predicted overlap, or the probability of the class as in SECOND. With "class" the IoU head is
+    not asked, and the IoU score of a detection is its class score."""
 
     def __post_init__(self) -> None:
         check_anchors("SecondIouConfig", self.anchors)
@@ -68,6 +73,8 @@ class SecondIouConfig:
         low, high = self.iou_target
         require(low < high, f"SecondIouConfig.iou_target must rise, found {low} and {high}")
         require_numbers("SecondIouConfig", least=0, most=1e6, iou_weight=self.iou_weight)
+        require_numbers("SecondIouConfig", least=-10, most=10, direction_offset=self.direction_offset)
+        require(self.ranked_by in ("iou", "class"), f"SecondIouConfig.ranked_by must be iou or class, found {self.ranked_by!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +209,7 @@ class SecondIouDecoder(Decoder):
     @torch.no_grad()
     def _propose(self, dense: DenseOutputs, labels: Sequence[Labels] | None) -> Proposals:
         nms = self.config.test_proposals if labels is None else self.config.train_proposals
-        proposals = propose(dense.class_logits, dense.box_codes, dense.direction_logits, self.anchors.view(-1, 7), nms)
+        proposals = propose(*dense, self.anchors.view(-1, 7), nms, self.config.direction_offset)
         if labels is not None:
             proposals = sample_regions(proposals, labels, self.config.roi_sampling, refine=False)
         self.note_regions(proposals.valid)
@@ -258,12 +265,14 @@ class SecondIouDecoder(Decoder):
         Returns:
             Terms `class`, `box`, `direction` and `iou`, with OpenPCDet's weights.
         """
-        dense = dense_loss(outputs.dense, self.anchors, self.config.anchors, labels, self.config.dense_weights)
+        dense = dense_loss(
+            outputs.dense, self.anchors, self.config.anchors, labels, self.config.dense_weights, self.config.direction_offset
+        )
         return dense.merged(_iou_loss(outputs, self.config, labels))
 
     @torch.no_grad()
     def predict(self, outputs: SecondIouOutputs) -> list[Predictions]:
-        """Choose the detections of every scene; a box is ranked by its predicted IoU.
+        """Choose the detections of every scene; a box is ranked by its predicted IoU, or by its class (`ranked_by`).
 
         Args:
             outputs: what `forward` returned without labels.
@@ -271,10 +280,11 @@ class SecondIouDecoder(Decoder):
         Returns:
             Detections of every scene, best first.
         """
-        iou, cls = torch.sigmoid(outputs.iou_logits.float()), torch.sigmoid(outputs.proposals.logits)
+        cls = torch.sigmoid(outputs.proposals.logits)
+        rank = torch.sigmoid(outputs.iou_logits.float()) if self.config.ranked_by == "iou" else cls
         p = outputs.proposals
         return [
-            select_detections(p.boxes[b, v], p.classes[b, v], iou[b, v], cls[b, v], self.config.final)
+            select_detections(p.boxes[b, v], p.classes[b, v], rank[b, v], cls[b, v], self.config.final)
             for b, v in enumerate(p.valid)
         ]
 
