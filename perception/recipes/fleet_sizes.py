@@ -36,8 +36,8 @@ SIZES_FILE = "object_sizes.json"
 ROUND_FOLDER = "size_round"
 """Folder of a short training in a run's folder, while it is needed."""
 
-Learn = Callable[[Detector, UpcycleConfig, Path], None]
-"""Trains a detector in place by the run's method with other settings, and keeps its files in a folder."""
+Learn = Callable[[Detector, Method, UpcycleConfig, Path], None]
+"""Trains a detector in place by a method with other settings than the run's, and keeps its files in a folder."""
 
 
 def settings_at_fleet_sizes(
@@ -74,7 +74,7 @@ def settings_at_fleet_sizes(
         context: This process among the others: all train, the first one estimates.
 
     Returns:
-        The settings, with the size shift of the last round to the millimeter.
+        The settings, with the size shift of the most precise round to the millimeter, for each class apart.
 
     Raises:
         InvalidInput: There are no scenes, a size shift is given already, or the file is damaged.
@@ -95,7 +95,8 @@ def settings_at_fleet_sizes(
             short = folder / f"{ROUND_FOLDER}_{number}"
             if number:
                 reader = deepcopy(detector)
-                learn(reader, _short_training(sized), short)
+                # Random sizes, where the preset has them, stay in this training: without them a student reads one size everywhere.
+                learn(reader, replace(method, estimates_sizes=False), _short_training(sized), short)
 
             def estimate(reader: Detector = reader, sized: UpcycleConfig = sized, rounds: SizeRounds = rounds) -> None:
                 about = sized.f_gt.size_shift
@@ -116,18 +117,21 @@ SizeRounds = tuple[tuple[SizeEstimate, ...], ...]
 
 
 def at_sizes_of(settings: UpcycleConfig, rounds: SizeRounds) -> UpcycleConfig:
-    """Give labeled and pasted objects the sizes that were estimated last.
+    """Give labeled and pasted objects the sizes that were estimated best: those of the round with the smallest error, for each class apart.
 
     Args:
         settings: Settings of a run.
         rounds: What `read_estimates` gave; empty where nothing is estimated yet.
 
     Returns:
-        The settings with the size shift of the last round.
+        The settings with the size shift.
     """
     if not rounds:
         return settings
-    return replace(settings, f_gt=replace(settings.f_gt, size_shift=shift_of(rounds[-1])))
+    best = [
+        min(reversed(of_class), key=lambda each: sum(side**2 for side in each.error)) for of_class in zip(*rounds, strict=True)
+    ]
+    return replace(settings, f_gt=replace(settings.f_gt, size_shift=shift_of(best)))
 
 
 def _short_training(settings: UpcycleConfig) -> UpcycleConfig:

@@ -156,18 +156,18 @@ def _train(job: JobFolder, detector: Detector, run: MethodRun, config: UpcycleCo
         return job.objects_folder(at.f_gt, within=None if run.target is None else log.path)
 
     def train(
-        model: Detector, at: UpcycleConfig, into: RunFolder, after_step: Callable[[int, Detector], None] | None = None
+        model: Detector, by: Method, at: UpcycleConfig, into: RunFolder, after_step: Callable[[int, Detector], None] | None = None
     ) -> Detector:
         scans = None
         if method.unlabeled == "raw":
             scans = unlabeled_batches(c.preset, c.fleet.open(), batch_size=at.unlabeled_batch, seed=c.seed)
         return upcycle(
             model,
-            method=method,
-            labeled=half.batches(c.preset, method, at, seed=c.seed),
+            method=by,
+            labeled=half.batches(c.preset, by, at, seed=c.seed),
             store=store,
             scans=scans,
-            pasted_objects=half.objects_to_paste(objects(at), detector, at, codec=c.codec) if method.f_gt else None,
+            pasted_objects=half.objects_to_paste(objects(at), detector, at, codec=c.codec) if by.f_gt else None,
             config=at,
             codec=c.codec,
             truth=truth,
@@ -177,9 +177,9 @@ def _train(job: JobFolder, detector: Detector, run: MethodRun, config: UpcycleCo
             progress=job.options.progress,
         )
 
-    def train_shortly(model: Detector, at: UpcycleConfig, folder: Path) -> None:
+    def train_shortly(model: Detector, by: Method, at: UpcycleConfig, folder: Path) -> None:
         with RunFolder.create(folder, at, seed=c.seed, resume=True) as short:
-            train(model, at, short)
+            train(model, by, at, short)
 
     config = settings_at_fleet_sizes(
         log.path,
@@ -195,7 +195,7 @@ def _train(job: JobFolder, detector: Detector, run: MethodRun, config: UpcycleCo
         asked=None if run.target is None else run.target.data.open(),
         truth=truth,
     )
-    return train(detector, config, log, score_along)
+    return train(detector, method, config, log, score_along)
 
 
 def _labels_of(job: JobFolder, method: Method) -> DataSplit:

@@ -242,16 +242,16 @@ def upcycle_preset(
     where = context.device if context.world_size > 1 else device
 
     def prepared(
-        model: Detector, at: UpcycleConfig, into: RunFolder, after_step: AfterStep | None = None
+        model: Detector, method: Method, at: UpcycleConfig, into: RunFolder, after_step: AfterStep | None = None
     ) -> Callable[[], Detector]:
         """Make the labeled half and the objects to paste at the sizes of `at`. What it gives trains the model and returns the teacher."""
         return partial(
             upcycle,
             model,
-            method=chosen,
-            labeled=half.batches(preset, chosen, at, seed=seed),
+            method=method,
+            labeled=half.batches(preset, method, at, seed=seed),
             store=scenes,
-            pasted_objects=_objects_to_paste(into, half, model, at, codec_used, context) if chosen.f_gt else None,
+            pasted_objects=_objects_to_paste(into, half, model, at, codec_used, context) if method.f_gt else None,
             config=at,
             scans=scans,
             codec=codec_used,
@@ -263,9 +263,9 @@ def upcycle_preset(
             progress=progress,
         )
 
-    def train_shortly(model: Detector, at: UpcycleConfig, folder: Path) -> None:
+    def train_shortly(model: Detector, method: Method, at: UpcycleConfig, folder: Path) -> None:
         with create_run(folder, at, seed=seed, context=context, resume=True) as short:
-            prepared(model, at, short)()
+            prepared(model, method, at, short)()
 
     # The folder is taken last: what is wrong with the arguments must not leave a folder that refuses the corrected ones.
     with started_run(out, record, loop, planned, ledger, context=context, resume=resume, tracker=tracker) as run:
@@ -286,7 +286,7 @@ def upcycle_preset(
                 truth=truth_labels,
                 context=context,
             )
-            train = prepared(student, sized, run, look)
+            train = prepared(student, chosen, sized, run, look)
         teacher = train()
         context.close()
         if context.is_main:

@@ -76,7 +76,8 @@ def test_each_round_asks_a_student_that_was_trained_at_the_last_sizes(data, runs
     settings = replace(settings, sizes=replace(settings.sizes, rounds=3, round_share=0.5))
     before = {name: value.clone() for name, value in source.state_dict().items()}
 
-    def train(model, at, folder):
+    def train(model, method, at, folder):
+        assert not method.estimates_sizes  # so random sizes stay in the labeled half
         folder.mkdir()
         torch.nn.init.zeros_(next(model.decoder.parameters()))
         trained.append((folder, at.loop.total_steps, at.f_gt.size_shift))
@@ -106,6 +107,20 @@ def test_each_round_asks_a_student_that_was_trained_at_the_last_sizes(data, runs
     assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
     assert sized() == found
     assert len(estimated) == 3
+
+
+def test_the_most_precise_round_decides_for_each_class(tmp_path, monkeypatch):
+    """A student that reads nothing any more must not undo what the source model read well."""
+    good = replace(LARGER, difference=(0.5, 0.2, 0.1), shift=(0.5, 0.2, 0.1), error=(0.1, 0.1, 0.1))
+    lost = replace(LARGER, difference=(0.8, 0.2, 0.1), shift=(0.0, 0.0, 0.0), error=(0.9, 0.9, 0.2), reason="no evidence")
+    better = replace(LARGER, difference=(0.6, 0.2, 0.1), shift=(0.6, 0.2, 0.1), error=(0.05, 0.05, 0.05))
+    rounds = iter([(good, good), (lost, better)])
+    monkeypatch.setattr(fleet_sizes, "estimate_sizes", lambda *_, **__: next(rounds))
+    found = settings_at_fleet_sizes(
+        tmp_path, METHODS["upcycling_calibrated"], tiny.upcycle_config(), None, [], [],
+        codec="fp16", seed=0, learn=lambda *_: None, say=print,
+    )  # fmt: skip
+    assert found.f_gt.size_shift == (0.5, 0.2, 0.1, 0.6, 0.2, 0.1)
 
 
 def test_true_sizes_stand_beside_the_estimate_and_change_nothing(data, runs, tmp_path, estimated):
