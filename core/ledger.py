@@ -85,6 +85,9 @@ class Ledger:
     """Kept boxes whose center lies outside the detector's range, by class."""
     boxes_outside_height: int = 0
     """Boxes of `boxes_outside_range` whose center lies within its sides (x, y), and so below or above it (z)."""
+    boxes_leaning: int = 0
+    """Labeled boxes that lean by more than 5 degrees in the files, of any type. Those that are kept stand upright, with the same center,
+    sizes and heading."""
     scans_with_boxes: int = 0
     """Scans with a labeled box, counted by `prepare`."""
     scans_with_empty_boxes: int = 0
@@ -125,6 +128,7 @@ class Ledger:
             boxes_empty={},
             boxes_outside_range={},
             boxes_outside_height=0,
+            boxes_leaning=0,
             scans_with_boxes=0,
             scans_with_empty_boxes=0,
             types_ignored={},
@@ -200,6 +204,7 @@ class Ledger:
             *((f"boxes: {name}", n, 0, "") for name, n in self.boxes.items()),
             *((f"boxes without a point: {name}", n, *self._boxes_of(name)) for name, n in self.boxes_empty.items()),
             *((f"boxes outside the range: {name}", n, *self._boxes_of(name)) for name, n in self.boxes_outside_range.items()),
+            ("boxes that lean in the files, set upright", self.boxes_leaning, objects, "of all objects"),
             ("boxes below or above the range", self.boxes_outside_height, sum(self.boxes.values()), "of the boxes"),
             *(
                 (f"objects of type {name}, kept with weight 0", n, objects, "of all objects")

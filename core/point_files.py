@@ -24,7 +24,7 @@ from .ledger import Ledger
 from .pcd_file import read_pcd
 from .rig import RigSpec, count_intensity, scale_intensity
 from .row_width import check_distances, check_number_rows, check_outer_rows, number_type, usual_columns
-from .scan_options import ScanOptions
+from .scan_options import Axis, ScanOptions
 from .structures import PointCloud, column_names, scan_of_table, warn_of_intensity
 
 XYZI = ("x", "y", "z", "intensity")
@@ -65,27 +65,68 @@ def read_scan(path: Path | str, options: ScanOptions = _USUAL, *, rig: RigSpec |
     """
     path = Path(path)
     names, values, organized = _read_table(path, options)
-    points = len(values)
-    if options.axes != ("x", "y", "z"):
-        values = _turned(values, names, options.axes)
-    try:
-        cloud = scan_of_table(torch.from_numpy(values), names, drop_non_finite=options.drop_non_finite or organized)
-    except InvalidInput as error:
-        raise InvalidInput(f"{path}: {error}") from error
-    non_finite = points - len(cloud)
-    zero = (cloud.xyz == 0).all(1)
-    if zero.any():
-        cloud = cloud.select(~zero)
-    ledger = Ledger(scans=1, points=points, points_non_finite=non_finite, points_zero=int(zero.sum()))
-    if len(cloud) == 0:
-        found = f"all {points} points are NaN, infinite or at the sensor" if points else "the scan holds no point"
-        raise InvalidInput(f"{path}: {found}; leave the frame out of the split")
+    values = turned_rows(values, names, options.axes)
+    cloud, ledger = scan_of_rows(values, names, str(path), drop_non_finite=options.drop_non_finite or organized)
     if rig is not None:
         ledger = ledger + count_intensity(cloud, rig.intensity_scale)
         cloud = scale_intensity(cloud, rig.intensity_scale)
         if rig.z_shift:
             cloud = replace(cloud, xyz=rig.from_sensor(cloud.xyz))
     return cloud, ledger
+
+
+def scan_of_rows(
+    values: NDArray[Any], names: Sequence[str], where: str, *, drop_non_finite: bool = False
+) -> tuple[PointCloud, Ledger]:
+    """Make a scan of a table that was read from a file, and count what is dropped.
+
+    Args:
+        values: (N, C) numbers; intensity in the sensor's own unit.
+        names: What the columns are, as for `PointCloud.from_array`.
+        where: File, and frame where it holds several, for messages.
+        drop_non_finite: Whether points with NaN or inf are left out instead of refused.
+
+    Returns:
+        The scan, in the order of the rows, without the points at the sensor; and its ledger: one scan, its points, and how many of them
+        were left out.
+
+    Raises:
+        InvalidInput: The table does not fit the names, holds non-finite values or no point.
+    """
+    points = len(values)
+    try:
+        cloud = scan_of_table(torch.from_numpy(_as_float32(values)), names, drop_non_finite=drop_non_finite)
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: {error}") from error
+    non_finite = points - len(cloud)
+    zero = (cloud.xyz == 0).all(1)
+    if zero.any():
+        cloud = cloud.select(~zero)
+    if len(cloud) == 0:
+        found = f"all {points} points are NaN, infinite or at the sensor" if points else "the scan holds no point"
+        raise InvalidInput(f"{where}: {found}; leave the frame out of the split")
+    return cloud, Ledger(scans=1, points=points, points_non_finite=non_finite, points_zero=int(zero.sum()))
+
+
+def turned_rows(values: NDArray[Any], names: Sequence[str], axes: tuple[Axis, Axis, Axis]) -> NDArray[Any]:
+    """Turn a table so that its columns x, y, z point forward, left and up.
+
+    Args:
+        values: (N, C) numbers as the file has them.
+        names: What the columns are.
+        axes: Which axis of the file points forward, left and up.
+
+    Returns:
+        The table; the same one where there is nothing to turn.
+    """
+    if axes == ("x", "y", "z"):
+        return values
+    turned = values.copy()
+    for to, source in zip("xyz", axes):
+        if to in names and source[-1] in names:
+            column = values[:, names.index(source[-1])]
+            turned[:, names.index(to)] = -column if source.startswith("-") else column
+    return turned
 
 
 def read_points(
@@ -202,16 +243,6 @@ def _read_table(path: Path, options: ScanOptions) -> tuple[tuple[str, ...], NDAr
     except OSError as error:
         raise InvalidInput(f"{path}: the file cannot be read ({error.strerror}); check its permissions and the disk") from error
     raise InvalidInput(f"{path}: scans are read from files {', '.join(POINT_SUFFIXES)}, found {path.suffix or 'no suffix'!r}")
-
-
-def _turned(values: NDArray[np.float32], names: tuple[str, ...], axes: tuple[str, str, str]) -> NDArray[np.float32]:
-    """The table with its columns x, y, z made of those of the file that `axes` names."""
-    turned = values.copy()
-    for to, source in zip("xyz", axes):
-        if to in names and source[-1] in names:
-            column = values[:, names.index(source[-1])]
-            turned[:, names.index(to)] = -column if source.startswith("-") else column
-    return turned
 
 
 def _as_float32(values: NDArray[Any]) -> NDArray[np.float32]:

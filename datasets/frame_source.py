@@ -17,7 +17,9 @@ from typing import Literal, Protocol, runtime_checkable
 from ..core.frame import Frame
 from .kitti_text import KittiObjects
 
-Layout = Literal["kitti", "folder", "lyft", "nuscenes", "waymo", "own"]
+Layout = Literal[
+    "kitti", "folder", "lyft", "nuscenes", "waymo", "argoverse2", "once", "pandaset", "labelcloud", "sustechpoints", "cvat", "bag", "own"
+]  # fmt: skip
 """How a dataset lies on disk, by the name of the reader; "own" is a class of your own."""
 
 

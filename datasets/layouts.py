@@ -67,6 +67,8 @@ def open_kitti(
     """
     root = Path(root)
     folder = root / "ImageSets"
+    if not folder.is_dir() and (root / "lidar" / "ImageSets").is_dir():
+        raise InvalidInput(f"{root} looks like View-of-Delft, whose LiDAR has a folder of its own: give {root / 'lidar'}")
     if root.is_dir() and not folder.is_dir():
         raise InvalidInput(
             f"there is no folder {folder}; make it, with a file train.txt (and val.txt, test.txt) that lists the frames, one id per line"

@@ -55,6 +55,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "ops": ("core", "ops.cpu"),
     "ops.cpu": ("core",),
     "datasets": GROUND,
+    "datasets.readers": (*GROUND, "datasets"),
     "datasets.simulation": (*GROUND, "datasets"),
     "perception.viz": ("core",),
     "perception.viewers": ("core",),
