@@ -19,6 +19,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+import tiny_readers
 import tiny_waymo
 import torch
 from torch import nn
@@ -42,6 +43,13 @@ from upcycle3d.datasets.layouts import open_kitti, open_nuscenes, open_waymo
 from upcycle3d.datasets.nuscenes import LYFT_DIALECT
 from upcycle3d.datasets.prepare import prepare
 from upcycle3d.datasets.prepared import PreparedDataset
+from upcycle3d.datasets.raw import RawDataset
+from upcycle3d.datasets.readers.argoverse2 import open_argoverse2
+from upcycle3d.datasets.readers.cvat import open_cvat
+from upcycle3d.datasets.readers.labelcloud import open_labelcloud
+from upcycle3d.datasets.readers.once import open_once
+from upcycle3d.datasets.readers.pandaset import open_pandaset
+from upcycle3d.datasets.readers.sustechpoints import open_sustechpoints
 from upcycle3d.datasets.simulation.layout_kitti import write_kitti_layout
 from upcycle3d.datasets.simulation.layout_lyft import write_lyft_layout
 from upcycle3d.datasets.simulation.layout_waymo import write_waymo_layout
@@ -418,6 +426,24 @@ def _json_bytes(value: object) -> Callable[[], bytes]:
     return lambda: json.dumps(value).encode()
 
 
+def _frames_of(opener: Callable[[Path], RawDataset]) -> Callable[[Path], str]:
+    def read(folder: Path) -> str:
+        raw = opener(folder)
+        return fingerprint([raw.source[i] for i in range(len(raw.source))])
+
+    return read
+
+
+_LAYOUTS: tuple[tuple[str, Callable[[Path], Any], Callable[[Path], RawDataset]], ...] = (
+    ("Argoverse 2 log", tiny_readers.argoverse2, open_argoverse2),
+    ("ONCE sequence", tiny_readers.once, open_once),
+    ("PandaSet sequence", tiny_readers.pandaset, open_pandaset),
+    ("SUSTechPOINTS scene", tiny_readers.sustechpoints, open_sustechpoints),
+    ("CVAT export", tiny_readers.cvat, open_cvat),
+    ("labelCloud folder", lambda folder: tiny_readers.labelcloud(folder, "vertices"), open_labelcloud),
+)
+
+
 READERS: tuple[Reader, ...] = (
     Reader(
         name="scan .bin", files=("*.bin",), protected=False,
@@ -454,6 +480,10 @@ READERS: tuple[Reader, ...] = (
         name="KITTI folder", files=("training/*/*", "ImageSets/*"), protected=False, make=_copy_of(_make_kitti), read=_read_kitti,
     ),
     Reader(name="Lyft tables", files=("v1.01-train/*.json", "lidar/*.bin"), protected=False, make=_copy_of(_make_lyft), read=_read_lyft),
+    *(
+        Reader(name=name, files=("**/*.feather", "**/*.json", "**/*.bin"), protected=False, make=_copy_of(make), read=_frames_of(opener))
+        for name, make, opener in _LAYOUTS
+    ),
     Reader(
         name="Waymo message", files=("frame.message",), protected=False, make=_bytes("frame.message", _waymo_message),
         read=_read_waymo_message, writes=True,
