@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Threads that wait by spinning take the cores from everything else; see docs/decisions.md.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-full lint pytest faults load clean
+.PHONY: demo test test-full lint pytest faults load release-check docs tutorials clean
 
 demo: $(VENV)/installed
 	$(BIN)/upcycle3d demo --out demo
@@ -34,6 +34,34 @@ load: $(VENV)/installed-dev
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults.overload --minutes $(LOAD_MINUTES) --endpoint completions
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults.overload --minutes $(LOAD_MINUTES) --endpoint detections
 
+# What a user gets: both archives and their metadata, the Dockerfile, and tests that run on the installed wheel, from the unpacked source archive
+# in a folder of their own. The tests of documents, layers and the repository itself stay with `make test`.
+PYTHON_OF_WHEEL ?= $(PYTHON)
+WHEEL_TESTS ?= core ops wire vehicle conformance datasets evaluation test_public_api.py test_old_files.py
+release-check: $(VENV)/installed-dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[release]'
+	$(BIN)/hadolint Dockerfile
+	rm -rf dist && $(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	set -e; clean=$$(mktemp -d); trap 'rm -rf "$$clean"' EXIT; wheel=$$(ls $(CURDIR)/dist/*.whl); \
+	$(PYTHON_OF_WHEEL) -m venv $$clean/venv; \
+	$$clean/venv/bin/pip install -q -c constraints.txt "upcycle3d[dev] @ file://$$wheel"; \
+	tar -xzf dist/*.tar.gz -C $$clean; cd $$clean/upcycle3d-*/tests; \
+	$$clean/venv/bin/python -c "import upcycle3d; assert upcycle3d.__file__.startswith('$$clean/venv/'), upcycle3d.__file__"; \
+	$$clean/venv/bin/upcycle3d doctor --repeats 0; \
+	OMP_NUM_THREADS=1 $$clean/venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow" $(WHEEL_TESTS)
+
+# The site of docs/, in build/site: every link is checked, and the API pages are made from docstrings through the link that mypy uses too.
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	mkdir -p .typecheck && ln -sfn .. .typecheck/upcycle3d
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Run the notebooks again and keep their outputs. Several minutes.
+tutorials: $(VENV)/installed-dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[tutorials]'
+	cd docs/tutorials && ../../$(BIN)/jupyter execute --inplace --timeout=1800 *.ipynb
+
 # ruff, and mypy through a folder that holds a link named like the package to the root.
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -53,4 +81,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info .typecheck
+	rm -rf $(VENV) demo build dist *.egg-info .typecheck

@@ -220,7 +220,7 @@ def test_options_after_a_command_are_options_of_that_command(page):
     assert not faults, "\n".join(faults)
 
 
-OF_OTHER_PROGRAMS = {"--nproc-per-node", "--index-url", "--version"}
+OF_OTHER_PROGRAMS = {"--user", "--gpus", "--nproc-per-node", "--index-url", "--version"}
 
 
 @each_page
