@@ -51,7 +51,7 @@ def duration_text(seconds: float) -> str:
         Words such as `40 s` or `3 min 20 s`.
 
     Example:
-        >>> in_words(7265)
+        >>> duration_text(7265)
         '2 h 01 min'
     """
     whole = round(seconds)

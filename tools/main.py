@@ -81,6 +81,9 @@ COMMANDS = {
 # Commands of an earlier version, and what to write now.
 RENAMED_COMMANDS = {"bench upcycling": "experiment upcycling"}
 
+# First words of other commands that are commands too, and take a word of their own: `import openpcdet FILE PRESET`.
+TAKE_A_WORD = ("import",)
+
 
 def main() -> None:
     """Entry point of the `upcycle3d` program."""
@@ -112,7 +115,8 @@ def _main() -> None:
         sys.exit(2)
     group = [c for c in COMMANDS if c.startswith(f"{name} ")]
     # `export` is a command and the first word of others: `export onx` is none of them.
-    if name not in COMMANDS or (group and rest and not rest[0].startswith("-")):
+    misspelt = group and rest and not rest[0].startswith("-") and name not in TAKE_A_WORD
+    if name not in COMMANDS or misspelt:
         if group and (not rest or rest[0] in ("-h", "--help")):
             print(_usage(group))
             sys.exit(0 if rest else 2)
