@@ -20,9 +20,8 @@ Every result is stored as soon as it is known, so the command may be stopped and
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; see docs/decisions.md
@@ -31,12 +30,13 @@ from upcycle3d.core.strict_json import read_json
 from upcycle3d.datasets.data_split import DataSplit
 from upcycle3d.datasets.kitti import KittiDataset
 from upcycle3d.datasets.prepare import prepare
-from upcycle3d.perception.recipes.experiment_data import ExperimentData, SimulationSize, simulated_adaptation
+from upcycle3d.perception.recipes.experiment_data import SimulationSize, simulated_adaptation
 from upcycle3d.perception.recipes.job_folder import PipelineConfig, RunOptions
 from upcycle3d.perception.recipes.labeled_half import TargetLabels
 from upcycle3d.perception.recipes.method_run import MethodRun
 from upcycle3d.perception.recipes.pipeline import Pipeline
 from upcycle3d.perception.recipes.presets import PRESETS
+from upcycle3d.perception.recipes.result_csv import CsvRow, read_rows, write_rows
 from upcycle3d.perception.recipes.upcycling_experiment import SCENARIOS, Scenario, protocol_for, source_preset
 from upcycle3d.perception.server.scene_choice import ChoiceRule, SceneChoiceConfig, choose_scenes
 from upcycle3d.perception.server.scene_views import view_scenes
@@ -93,27 +93,20 @@ def asked_frames(pipeline: Pipeline, rule: ChoiceRule, number: int) -> list[str]
     return [frames[store[scene.position].scene_id] for scene in choice.chosen]
 
 
-def labeled(data: ExperimentData | PipelineConfig, ids: list[str], folder: Path) -> DataSplit:
+def labeled(config: PipelineConfig, ids: list[str], folder: Path) -> DataSplit:
     """The asked frames as a prepared dataset of their own."""
-    fleet = data.fleet.open()
-    raw = data.fleet.root.parent / "raw"
-    source = KittiDataset(raw, tuple(ids), classes=fleet.classes, z_shift=fleet.rig.z_shift)
+    fleet = config.fleet.open()
+    source = KittiDataset(config.fleet.root.parent / "raw", tuple(ids), classes=fleet.classes, z_shift=fleet.rig.z_shift)
     prepare(source, ids, folder, splits={"train": ids}, classes=fleet.classes, workers=0)
     return DataSplit(root=folder, name="train")
 
 
-def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+def keep_rows(path: Path, rows: list[CsvRow]) -> None:
     """Write the rows, with those of other scenarios and seeds that the file holds already."""
-    ran = {(str(row["scenario"]), str(row["seed"])) for row in rows}
-    kept: list[dict[str, object]] = []
-    if path.exists():
-        with path.open() as file:
-            kept = [dict(row) for row in csv.DictReader(file) if (row["scenario"], row["seed"]) not in ran]
+    ran = {(row["scenario"], str(row["seed"])) for row in rows}
+    earlier = read_rows(path) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ("scenario", "seed", "way", "rule", "frames", *METRICS))
-        writer.writeheader()
-        writer.writerows(kept + rows)
+    write_rows(path, [*(row for row in earlier if (row["scenario"], row["seed"]) not in ran), *rows])
 
 
 def main() -> None:
@@ -128,7 +121,7 @@ def main() -> None:
     parser.add_argument("--ways", choices=list(WAYS), nargs="+", default=list(WAYS))
     parser.add_argument("--csv", type=Path, help="also keep the rows here, beside those of other scenarios and seeds")
     arguments = parser.parse_args()
-    rows: list[dict[str, object]] = []
+    rows: list[CsvRow] = []
     for seed in arguments.seeds:
         folder = arguments.out / arguments.scenario / f"seed{seed}"
         pipeline = pipeline_of(folder, SCENARIOS[arguments.scenario], seed)
@@ -139,19 +132,21 @@ def main() -> None:
         }
         for rule in arguments.rules:
             frames = asked_frames(pipeline, rule, max(arguments.numbers))
+            if len(frames) < max(arguments.numbers):
+                raise SystemExit(f"{rule} finds only {len(frames)} scenes that differ; lower --numbers")
             for number in arguments.numbers:
                 split = labeled(pipeline.job.config, frames[:number], folder / f"asked_{rule}_{number}")
                 for way in arguments.ways:
                     name = f"{way}_{rule}_{number}"
                     target = TargetLabels(data=split, share=WAYS[way].share)
-                    runs[name] = replace(MethodRun(method=WAYS[way].method, upcycle=PRESET.upcycle), target=target)
+                    runs[name] = MethodRun(method=WAYS[way].method, upcycle=PRESET.upcycle, target=target)
                     cells[name] = (way, rule, number)
         for name, result in pipeline.results(runs):
             way, rule, number = cells[name]
-            row = {"scenario": arguments.scenario, "seed": seed, "way": way, "rule": rule, "frames": number}
-            rows.append(row | {metric: round(result.student[metric], 2) for metric in METRICS})
-            print(name, {metric: round(result.student[metric], 1) for metric in METRICS}, flush=True)
-            write_rows(arguments.csv or arguments.out / "results.csv", rows)
+            scores = {metric: round(result.student[metric], 2) for metric in METRICS}
+            rows.append({"scenario": arguments.scenario, "seed": seed, "way": way, "rule": rule, "frames": number, **scores})
+            print(name, scores, flush=True)
+            keep_rows(arguments.csv or arguments.out / "results.csv", rows)
 
 
 if __name__ == "__main__":

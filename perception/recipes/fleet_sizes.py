@@ -9,6 +9,7 @@ been asked. Read next: `perception/server/size_estimate.py`, the estimate.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -109,6 +110,12 @@ def settings_at_fleet_sizes(
                 shutil.rmtree(short, ignore_errors=True)
         for each in rounds[number]:
             say(f"sizes, round {number + 1}: {each}")
+    for of_class in zip(*rounds, strict=True):
+        number = most_precise(of_class)
+        length, width, height = of_class[number].shift
+        say(
+            f"labeled {of_class[0].class_name} objects become {length:+.3f}, {width:+.3f}, {height:+.3f} m larger (round {number + 1})"
+        )
     return at_sizes_of(settings, rounds)
 
 
@@ -128,10 +135,25 @@ def at_sizes_of(settings: UpcycleConfig, rounds: SizeRounds) -> UpcycleConfig:
     """
     if not rounds:
         return settings
-    best = [
-        min(reversed(of_class), key=lambda each: sum(side**2 for side in each.error)) for of_class in zip(*rounds, strict=True)
-    ]
+    best = [of_class[most_precise(of_class)] for of_class in zip(*rounds, strict=True)]
     return replace(settings, f_gt=replace(settings.f_gt, size_shift=shift_of(best)))
+
+
+def most_precise(estimates: Sequence[SizeEstimate]) -> int:
+    """Find the round with the smallest error of one class.
+
+    Args:
+        estimates: The estimates of the class, round by round.
+
+    Returns:
+        Position of the round; of equal errors the last. An error that is NaN or infinite is larger than any other.
+    """
+
+    def error(number: int) -> float:
+        squared = sum(side**2 for side in estimates[number].error)
+        return squared if math.isfinite(squared) else math.inf
+
+    return min(reversed(range(len(estimates))), key=error)
 
 
 def _short_training(settings: UpcycleConfig) -> UpcycleConfig:

@@ -342,7 +342,8 @@ def _freed_on_mistake(run: RunFolder) -> Iterator[None]:
     try:
         yield
     except InvalidInput:
-        if run.writable and latest_checkpoint(run.checkpoints) is None:
+        trained = (run.path, *run.path.glob(f"{ROUND_FOLDER}_*"))  # a short training may have taken hours, too
+        if run.writable and not any(latest_checkpoint(folder / run.checkpoints.name) for folder in trained):
             run.abandon()
             (run.path / SIZES_FILE).unlink(missing_ok=True)
             for each in (*run.path.glob(f"{OBJECTS_FOLDER}*"), *run.path.glob(f"{ROUND_FOLDER}_*")):

@@ -5,13 +5,13 @@ Read next: `size_estimate.py`, which joins both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...core.frame import labels_of
-from ...datasets.frame_source import FrameSource
+from ...core.structures import Labels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,13 +26,13 @@ class LabeledMean:
     """Their objects."""
 
 
-def mean_of_labels(frames: FrameSource, number: int, labeled: Tensor) -> LabeledMean:
+def mean_of_labels(asked: Sequence[Labels], number: int, labeled: Tensor) -> LabeledMean:
     """Measure how much the objects of a few frames differ in size from the labeled ones.
 
     The cars of one frame are not independent, so the error is that of sums over frames (cluster-robust), not that of single objects.
 
     Args:
-        frames: Labeled frames of the fleet.
+        asked: Labels of each frame.
         number: Number of the class.
         labeled: (3,) float64 mean size in the labeled split.
 
@@ -40,8 +40,7 @@ def mean_of_labels(frames: FrameSource, number: int, labeled: Tensor) -> Labeled
         Difference and error.
     """
     sizes = []
-    for i in range(len(frames)):
-        (labels,) = labels_of([frames[i]])
+    for labels in asked:
         own = (labels.weight > 0) & (labels.classes == number)
         if bool(own.any()):
             sizes.append(labels.boxes.data[own, 3:6].double())

@@ -152,10 +152,11 @@ def estimate_sizes(
         torch.manual_seed(seed)
         labeled = _joined(_labeled_objects(teacher, frames, patch, config, codec, seed, about))
     fleet = _joined(_fleet_objects(teacher, store, patch, config))
+    given = None if asked is None else [labels_of([asked[i]])[0] for i in range(len(asked))]
     found = []
     for number, name in enumerate(teacher.class_names):
         one, other = (None if seen is None else seen.of(seen.classes == number) for seen in (labeled, fleet))
-        known = None if asked is None else mean_of_labels(asked, number, mean[number])
+        known = None if given is None else mean_of_labels(given, number, mean[number])
         found.append(_estimate(name, mean[number], one, other, known, config, seed))
     return tuple(found)
 

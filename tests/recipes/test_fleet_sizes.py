@@ -11,13 +11,14 @@ import tiny
 from upcycle3d.core.errors import Interrupted, InvalidInput
 from upcycle3d.core.structures import Labels
 from upcycle3d.perception.recipes import fleet_sizes
-from upcycle3d.perception.recipes.fleet_sizes import SIZES_FILE, read_estimates, settings_at_fleet_sizes
+from upcycle3d.perception.recipes.fleet_sizes import SIZES_FILE, at_sizes_of, read_estimates, settings_at_fleet_sizes
 from upcycle3d.perception.recipes.jobs import train_preset
 from upcycle3d.perception.recipes.labeled_half import LabeledHalf
 from upcycle3d.perception.recipes.upcycling_job import upcycle_preset
 from upcycle3d.perception.server.feature_object_database import FeatureObjectDatabase
 from upcycle3d.perception.server.methods import METHODS, Method
 from upcycle3d.perception.server.size_estimate import SizeEstimate
+from upcycle3d.perception.training.checkpoint import latest_checkpoint
 from upcycle3d.perception.training.detector_files import load_detector
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -109,7 +110,7 @@ def test_each_round_asks_a_student_that_was_trained_at_the_last_sizes(data, runs
     assert len(estimated) == 3
 
 
-def test_the_most_precise_round_decides_for_each_class(tmp_path, monkeypatch):
+def test_the_most_precise_round_decides_for_each_class(tmp_path, monkeypatch, capsys):
     """A student that reads nothing any more must not undo what the source model read well."""
     good = replace(LARGER, difference=(0.5, 0.2, 0.1), shift=(0.5, 0.2, 0.1), error=(0.1, 0.1, 0.1))
     lost = replace(LARGER, difference=(0.8, 0.2, 0.1), shift=(0.0, 0.0, 0.0), error=(0.9, 0.9, 0.2), reason="no evidence")
@@ -121,6 +122,29 @@ def test_the_most_precise_round_decides_for_each_class(tmp_path, monkeypatch):
         codec="fp16", seed=0, learn=lambda *_: None, say=print,
     )  # fmt: skip
     assert found.f_gt.size_shift == (0.5, 0.2, 0.1, 0.6, 0.2, 0.1)
+    assert "labeled Car objects become +0.500, +0.200, +0.100 m larger (round 1)" in capsys.readouterr().out
+    nothing = replace(lost, error=(float("nan"),) * 3)
+    assert at_sizes_of(tiny.upcycle_config(), ((good,), (nothing,))).f_gt.size_shift == (0.5, 0.2, 0.1)
+    assert at_sizes_of(tiny.upcycle_config(), ((nothing,), (good,))).f_gt.size_shift == (0.5, 0.2, 0.1)
+
+
+def test_a_mistake_in_a_later_round_keeps_what_was_trained(data, runs, tmp_path, estimated, monkeypatch):
+    """A scene that cannot be read any more, hours after the start, must not cost the estimate and the training of earlier rounds."""
+
+    def broken(*_, **given):
+        if estimated:
+            raise InvalidInput("a shard is damaged")
+        return real(*_, **given)
+
+    real = fleet_sizes.estimate_sizes
+    monkeypatch.setattr(fleet_sizes, "estimate_sizes", broken)
+    with pytest.raises(InvalidInput, match="a shard is damaged"):
+        learn(data, runs, tmp_path / "run")
+    assert len(read_estimates(tmp_path / "run" / SIZES_FILE)) == 1
+    assert latest_checkpoint(tmp_path / "run" / "size_round_1" / "checkpoints") is not None
+    monkeypatch.setattr(fleet_sizes, "estimate_sizes", real)
+    learn(data, runs, tmp_path / "run", resume=True)
+    assert len(estimated) == 2
 
 
 def test_true_sizes_stand_beside_the_estimate_and_change_nothing(data, runs, tmp_path, estimated):

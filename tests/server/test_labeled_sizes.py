@@ -4,18 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-import tiny
-from upcycle3d.core.frame import Frame
 from upcycle3d.core.structures import Labels
 from upcycle3d.perception.server.labeled_sizes import LabeledMean, joined_by_precision, mean_of_labels
 
 LABELED = torch.tensor([4.0, 1.8, 1.5], dtype=torch.float64)
 
 
-def frame(sizes: list[tuple[float, float, float]], classes: list[int] | None = None) -> Frame:
+def labels(sizes: list[tuple[float, float, float]], classes: list[int] | None = None) -> Labels:
     boxes = torch.tensor([[8.0, 0.0, 0.8, *size, 0.0] for size in sizes]).reshape(-1, 7)
-    labels = Labels.make(boxes, torch.tensor(classes if classes is not None else [0] * len(sizes)))
-    return Frame(id=str(len(sizes)), points=tiny.scan_with_car(0), labels=labels)
+    return Labels.make(boxes, torch.tensor(classes if classes is not None else [0] * len(sizes)))
 
 
 def test_the_error_is_that_of_frames_and_not_of_cars():
@@ -23,7 +20,7 @@ def test_the_error_is_that_of_frames_and_not_of_cars():
     rng = np.random.default_rng(0)
     means, errors = [], []
     for _ in range(200):
-        frames = [frame([(4.5 + rng.normal(0, 0.3), 1.8, 1.5)] * 10) for _ in range(12)]
+        frames = [labels([(4.5 + rng.normal(0, 0.3), 1.8, 1.5)] * 10) for _ in range(12)]
         found = mean_of_labels(frames, 0, LABELED)
         means.append(float(found.difference[0]))
         errors.append(float(found.error[0]))
@@ -33,13 +30,13 @@ def test_the_error_is_that_of_frames_and_not_of_cars():
 
 
 def test_other_classes_and_objects_without_weight_do_not_count():
-    found = mean_of_labels([frame([(5.0, 1.8, 1.5), (0.8, 0.6, 1.7)], [0, 1]), frame([(4.4, 1.8, 1.5)])], 0, LABELED)
+    found = mean_of_labels([labels([(5.0, 1.8, 1.5), (0.8, 0.6, 1.7)], [0, 1]), labels([(4.4, 1.8, 1.5)])], 0, LABELED)
     assert found.objects == 2
     assert found.difference.tolist() == pytest.approx([0.7, 0.0, 0.0], abs=1e-6)
 
 
 def test_nothing_and_a_single_frame_say_nothing_of_their_error():
-    none, one = mean_of_labels([frame([])], 0, LABELED), mean_of_labels([frame([(5.0, 1.8, 1.5)] * 3)], 0, LABELED)
+    none, one = mean_of_labels([labels([])], 0, LABELED), mean_of_labels([labels([(5.0, 1.8, 1.5)] * 3)], 0, LABELED)
     assert (none.objects, one.objects) == (0, 3)
     assert all(bool(found.error.isinf().all()) for found in (none, one))
 
