@@ -47,6 +47,12 @@ def compiled(**options: Any) -> Callable[[_Function], _Function]:
     return decorate
 
 
+def compiles() -> bool:
+    """Whether kernels are compiled. `NUMBA_DISABLE_JIT=1` lets them run as plain Python, for a debugger."""
+    settings: Any = numba.config
+    return not settings.DISABLE_JIT
+
+
 def find_cache(function: Callable[..., Any]) -> FunctionCache | None:
     """Find a place for a compiled function: numba's own choice, else a private folder in the temporary folder, else none.
 

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ..core.errors import InvalidInput
 from ..core.tensor_value import shape_of
-from .cpu.rulebook import list_meetings, merge, rank, restore_rows
+from .cpu.rulebook import RANKS_PER_TASK, list_meetings, merge, rank, restore_rows
 from .dispatch import dispatch
+from .threads import in_threads
 
 ZYX = tuple[int, int, int]
 """A whole number for each of z, y, x."""
@@ -190,7 +191,7 @@ def _submanifold_pairs(keys: Tensor, order: Tensor | None, deltas: list[int]) ->
     ascending = (keys if order is None else keys[order]).numpy()
     low, high = np.empty((half, num), np.int32), np.empty((half, num), np.int32)
     found = np.zeros(half, np.int64)
-    merge(ascending, np.array(deltas[:half], np.int64), low, high, found)
+    in_threads(merge, half, ascending, np.array(deltas[:half], np.int64), low, high, found)
 
     center = np.arange(num, dtype=np.int32)
     lows, highs = [low[k, : found[k]] for k in range(half)], [high[k, : found[k]] for k in range(half)]
@@ -263,17 +264,19 @@ def _strided_pairs(
     rows = np.arange(len(coords)) if order is None else order.numpy()
     geometry = (coords.contiguous().numpy(), rows, out_shape, kernel_size, stride, padding)
     nothing = (np.empty(0, np.int32), np.empty(0, np.int64))
-    cursor = np.zeros(math.prod(kernel_size), np.int64)
-    list_meetings(*geometry, cursor, *nothing)
-    counts = cursor.tolist()
+    tasks = -(-len(rows) // RANKS_PER_TASK)
+    found = np.zeros((tasks, math.prod(kernel_size)), np.int64)
+    in_threads(list_meetings, tasks, *geometry, found, *nothing)
+    counts = found.sum(0).tolist()
     starts = np.array(_bounds(counts))
+    cursors = starts[:-1] + found.cumsum(0) - found  # within an offset, the pairs of one range of rows follow those of the last
     pairs_in, keys = np.empty(starts[-1], np.int32), np.empty(starts[-1], np.int64)
-    list_meetings(*geometry, starts[:-1].copy(), pairs_in, keys)
+    in_threads(list_meetings, tasks, *geometry, cursors, pairs_in, keys)
 
     ascending = np.sort(keys, kind="stable")  # merges the sorted runs, one per offset: four times faster than the default
     out_keys = ascending[np.diff(ascending, prepend=-1) > 0]
     pairs_out = np.empty(starts[-1], np.int32)
-    rank(keys, starts, out_keys, pairs_out)
+    in_threads(rank, len(counts), keys, starts, out_keys, pairs_out)
     return torch.from_numpy(pairs_in), torch.from_numpy(pairs_out), torch.from_numpy(out_keys), counts
 
 
@@ -283,8 +286,12 @@ def _strided_pairs(
 def _check_coords(coords: Tensor, shape: ZYX, batch_size: int) -> None:
     if coords.dim() != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
         raise InvalidInput(f"a rulebook expects coords as int32 (M, 4) of batch, z, y, x, found {shape_of(coords)}")
-    outside = ((coords < 0) | (coords >= coords.new_tensor([batch_size, *shape]))).any(dim=1)
-    if bool(outside.any()):
+    limits = coords.new_tensor([batch_size, *shape])
+    if not len(coords):
+        return
+    least, most = torch.aminmax(coords, dim=0)
+    if bool(((least < 0) | (most >= limits)).any()):
+        outside = ((coords < 0) | (coords >= limits)).any(dim=1)
         row = int(outside.nonzero()[0])
         raise InvalidInput(
             f"voxels must lie inside the grid, but row {row} is (batch, z, y, x) = {tuple(coords[row].tolist())} with {batch_size} "

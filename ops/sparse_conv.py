@@ -5,10 +5,9 @@
 This is cross-correlation, as torch's `conv3d` and spconv compute it, evaluated at occupied sites only. The weight has spconv's
 layout (out, kz, ky, kx, in), so that weights of OpenPCDet load by name.
 
-The CPU implementation cuts the output rows into short ranges. For a range it walks the kernel offsets and takes a tile of pairs at
-a time: gather their input rows, multiply with the offset's matrix, add to the output rows, all within the inner caches. Ranges do
-not depend on the number of threads, hence neither does any bit of the result. Features, not gathered copies, are kept for the
-backward pass. Read next: `cpu/sparse_conv.py`, the kernels.
+The CPU implementation cuts the output rows into short ranges, which stay in the inner caches. For a range it walks the kernel offsets,
+multiplies a few input rows at a time where they lie, and adds the products to the output rows; no row is copied. Ranges do not depend on
+the number of threads, hence neither does any bit of the result. Read next: `cpu/sparse_conv.py`, the kernels.
 """
 
 from __future__ import annotations
@@ -18,11 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..core.compiled import compiles
 from ..core.errors import InvalidInput
 from ..core.tensor_value import shape_of
+from .cpu.row_products import padded_width
 from .cpu.sparse_conv import ROWS_PER_TASK, convolve_range, weight_gradient
 from .dispatch import dispatch
 from .rulebook import ZYX, Rulebook, strided_rulebook, submanifold_rulebook
@@ -48,7 +50,7 @@ def sparse_conv(features: Tensor, weight: Tensor, rulebook: Rulebook) -> Tensor:
         InvalidInput: Sizes, types or devices that do not fit together.
     """
     _check(features, weight, rulebook)
-    on_cpu = features.dtype in (torch.float32, torch.float64)
+    on_cpu = features.dtype in (torch.float32, torch.float64) and compiles()  # the kernels are no plain Python
     on_cuda = features.device.type == "cuda" and features.dtype in (torch.float32, torch.float16) and spconv_runs_on_cuda()
     convolve = dispatch(
         (features, weight, rulebook.pairs_in),
@@ -191,10 +193,11 @@ class _SparseConv(torch.autograd.Function):
             rows_out, rows_in = _ascending_by_input(rulebook)
             grad_features = _convolve(grad, matrices, rows_out, rows_in, rulebook.starts, rulebook.num_in)
         if ctx.needs_input_grad[1]:
-            total = weight.new_zeros(len(rulebook.starts) - 1, weight.shape[0], weight.shape[4])  # (K, out, in)
+            grad = _padded(grad)
+            total = weight.new_zeros(len(rulebook.starts) - 1, weight.shape[4], grad.shape[1])  # (K, in, out)
             arrays = (features, grad, rulebook.pairs_in, rulebook.pairs_out)
             in_threads(weight_gradient, len(total), *(t.numpy() for t in arrays), np.array(rulebook.starts), total.numpy())
-            grad_weight = total.transpose(0, 1).reshape(weight.shape)
+            grad_weight = total[..., : len(weight)].permute(2, 0, 1).reshape(weight.shape)
         return grad_features, grad_weight, None
 
 
@@ -202,10 +205,17 @@ def _convolve(
     source: Tensor, matrices: Tensor, rows_from: Tensor, rows_to: Tensor, starts: tuple[int, ...], num_rows: int
 ) -> Tensor:
     """(num_rows, C_to): per offset k, `source[rows_from] @ matrices[k]` added to `rows_to`, which ascend within an offset."""
+    width, matrices = matrices.shape[2], _padded(matrices)
     out = source.new_zeros(num_rows, matrices.shape[2])
     arrays = (t.numpy() for t in (source, matrices, rows_from, rows_to))
     in_threads(convolve_range, -(-num_rows // ROWS_PER_TASK), *arrays, np.array(starts), out.numpy())
-    return out
+    return out[:, :width].contiguous()
+
+
+def _padded(matrix: Tensor) -> Tensor:
+    """The matrix with columns of zeros, so that its rows fill registers."""
+    missing = padded_width(matrix.shape[-1], matrix.element_size()) - matrix.shape[-1]
+    return F.pad(matrix, (0, missing)) if missing else matrix
 
 
 def _ascending_by_input(rulebook: Rulebook) -> tuple[Tensor, Tensor]:

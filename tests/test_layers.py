@@ -306,14 +306,13 @@ def test_the_vehicles_command_loads_no_server_code():
 
 
 def test_the_vehicles_set_needs_no_package_of_the_server():
-    """A vehicle installs torch, numpy, numba, scipy, safetensors and zstandard; what only the server uses is blocked here.
+    """A vehicle installs torch, numpy, numba, safetensors and zstandard; what only the server uses is blocked here.
 
-    No file of the vehicle's set imports scipy, but numba compiles matrix products to the BLAS that scipy ships: without it the
-    first sparse convolution aborts the process. So it is not in the list, and a scan is smashed here, not only imported.
+    A scan is smashed here, not only imported: a kernel that multiplies matrices by `np.dot` would need the BLAS that scipy ships.
     """
     rooms = ("core", "ops", "perception.models.encoders", "perception.wire", "perception.vehicle")
     names = [f"upcycle3d.{name}" for name in sorted(MODULES) if room_of(name) in rooms and name != "ops.spconv_backend"]
-    blocked = ("pyarrow", "matplotlib", "tensorboard", "tyro", "rich", "pandas", "PIL")
+    blocked = ("scipy", "pyarrow", "matplotlib", "tensorboard", "tyro", "rich", "pandas", "PIL")
     smash = """
 import torch
 from upcycle3d.core.cut import VoxelGrid

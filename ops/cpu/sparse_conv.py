@@ -1,7 +1,6 @@
-"""Kernels of `ops/sparse_conv.py`: gather a tile of pairs, multiply, add to the output rows.
+"""Kernels of `ops/sparse_conv.py`. Read next: `row_products.py`, their inner loops.
 
-Products that small run on the calling thread (BLAS through numba), so threads meet once per layer, not once per product: on a busy
-machine the latter costs seconds.
+Threads meet once per layer, not once per product: on a busy machine the latter costs seconds.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.compiled import compiled
+from .row_products import add_outer_products, add_products
 
-_PRODUCT = 1 << 18  # multiply-adds of one tile's product; above this BLAS (OpenBLAS, for numba) starts threads of its own
-_TILES = (8, 256)  # smallest and largest number of pairs of a tile
+_PAIRS_AT_A_TIME = 256  # their rows stay in the inner caches while all parts of the gradient look at them
 
 ROWS_PER_TASK = 1024
 """Output rows that a thread takes at a time."""
@@ -35,30 +34,17 @@ def convolve_range(
     Args:
         task: Index of the range of output rows; a task of `in_threads`.
         source: (N, C_from) input rows.
-        matrices: (K, C_from, C_to) weight of each kernel offset.
+        matrices: (K, C_from, C_to) weight of each kernel offset; C_to is a `padded_width`.
         rows_from: (P,) input row of each pair.
         rows_to: (P,) output row of each pair, ascending within an offset.
         starts: (K + 1,) bounds of the offsets in the pairs.
         out: (M, C_to), zeros; receives the output rows.
     """
-    tile = _tile(matrices.shape[1], matrices.shape[2])
-    gathered = np.empty((tile, source.shape[1]), source.dtype)
-    products = np.empty((tile, out.shape[1]), out.dtype)
     for k in range(len(matrices)):
         group = rows_to[starts[k] : starts[k + 1]]
-        begin = starts[k] + np.searchsorted(group, task * ROWS_PER_TASK)
-        end = starts[k] + np.searchsorted(group, (task + 1) * ROWS_PER_TASK)
-        for low in range(begin, end, tile):
-            count = min(tile, end - low)
-            for p in range(count):
-                row = rows_from[low + p]
-                for c in range(source.shape[1]):
-                    gathered[p, c] = source[row, c]
-            np.dot(gathered[:count], matrices[k], products[:count])
-            for p in range(count):
-                row = rows_to[low + p]
-                for c in range(out.shape[1]):
-                    out[row, c] += products[p, c]
+        first = starts[k] + np.searchsorted(group, task * ROWS_PER_TASK)
+        last = starts[k] + np.searchsorted(group, (task + 1) * ROWS_PER_TASK)
+        add_products(source, rows_from, rows_to, first, last, matrices[k], out)
 
 
 @compiled()
@@ -71,35 +57,17 @@ def weight_gradient(
     starts: NDArray[Any],
     total: NDArray[Any],
 ) -> None:
-    """Compute the gradient of the weight of one kernel offset: transposed output gradients times input features, over its pairs.
+    """Compute the gradient of the weight of one kernel offset: transposed input features times output gradients, over its pairs.
 
     Args:
         k: Index of the kernel offset; a task of `in_threads`.
         features: (N, C_in) input rows.
-        grad: (M, C_out) gradient of the output rows.
+        grad: (M, C_out) gradient of the output rows; C_out is a `padded_width`.
         rows_in: (P,) input row of each pair.
         rows_out: (P,) output row of each pair.
         starts: (K + 1,) bounds of the offsets in the pairs.
-        total: (K, C_out, C_in), zeros; receives the gradient at [k].
+        total: (K, C_in, C_out), zeros; receives the gradient at [k].
     """
-    tile = _tile(features.shape[1], grad.shape[1])
-    inputs = np.empty((tile, features.shape[1]), features.dtype)
-    grads = np.empty((tile, grad.shape[1]), grad.dtype)
-    product = np.empty((grad.shape[1], features.shape[1]), total.dtype)
-    for low in range(starts[k], starts[k + 1], tile):
-        count = min(tile, starts[k + 1] - low)
-        for p in range(count):
-            row_in, row_out = rows_in[low + p], rows_out[low + p]
-            for c in range(features.shape[1]):
-                inputs[p, c] = features[row_in, c]
-            for c in range(grad.shape[1]):
-                grads[p, c] = grad[row_out, c]
-        np.dot(grads[:count].T, inputs[:count], product)
-        for o in range(product.shape[0]):
-            for c in range(product.shape[1]):
-                total[k, o, c] += product[o, c]
-
-
-@compiled()
-def _tile(width_a: int, width_b: int) -> int:
-    return min(max(_PRODUCT // (width_a * width_b), _TILES[0]), _TILES[1])
+    for first in range(starts[k], starts[k + 1], _PAIRS_AT_A_TIME):
+        last = min(first + _PAIRS_AT_A_TIME, starts[k + 1])
+        add_outer_products(features, grad, rows_in, rows_out, first, last, total[k])

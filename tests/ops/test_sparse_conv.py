@@ -263,3 +263,17 @@ def test_spconv_with_our_rulebook_equals_ours():
     run = subprocess.run([sys.executable, "-c", AGAINST_SPCONV], env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("equal")
+
+
+def test_it_runs_without_the_compiler():
+    """`NUMBA_DISABLE_JIT=1` is for debuggers. The kernels are no plain Python, so the reference runs."""
+    code = """
+import torch
+from upcycle3d.ops.sparse_conv import SubmanifoldConv3d
+coords = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 2]], dtype=torch.int32)
+conv = SubmanifoldConv3d(2, 3)
+print(tuple(conv(torch.ones(2, 2), conv.rulebook(coords, (3, 3, 4), 1)).shape))
+"""
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "(2, 3)", done.stderr

@@ -62,7 +62,7 @@ class ConvBlock(nn.Sequential):
     """Sparse convolution, batch norm, ReLU on the rows of a sparse tensor."""
 
     def __init__(self, conv: SubmanifoldConv3d | StridedConv3d, channels: int) -> None:
-        super().__init__(conv, RowBatchNorm(channels, eps=1e-3, momentum=0.01), nn.ReLU())
+        super().__init__(conv, RowBatchNorm(channels, eps=1e-3, momentum=0.01), nn.ReLU(inplace=True))
 
     def forward(self, features: Tensor, rulebook: Rulebook) -> Tensor:  # type: ignore[override]
         """Apply the three layers.
