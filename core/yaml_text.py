@@ -1,6 +1,7 @@
 """Plain values as YAML text and back, for configurations that people write. A file that ends in `.json` is read as JSON.
 
-The reader differs from YAML 1.1 where that surprises: `off`, `no` and `on` are words, `1e-3` is a number, and a key given twice is an error.
+The reader differs from YAML 1.1 where that surprises: `off`, `no` and `on` are words, `1e-3` is a number, `010` and `1:30` are words and not
+8 and 90, and a key given twice is an error.
 It makes plain values only. The package PyYAML (extra `[yaml]`) is loaded when it is needed.
 """
 
@@ -22,7 +23,8 @@ from .strict_json import strict_json
 _MOST_BYTES = 1 << 20
 _FLOAT = re.compile(r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf)\Z|\.nan\Z")
 _FLOAT_BEGINS = list("-+.0123456789")
-_REPLACED = tuple(f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp"))
+_INT = re.compile(r"[-+]?(?:0|[1-9]\d*)\Z")
+_REPLACED = tuple(f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp"))
 
 
 def yaml_text(value: Json) -> str:
@@ -89,6 +91,7 @@ def _plain_loader(yaml: Any) -> Any:
         for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|false)\Z"), list("tf"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, _FLOAT_BEGINS)
     return Loader
 

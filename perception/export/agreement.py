@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -48,7 +49,9 @@ class Agreement:
     @property
     def agrees(self) -> bool:
         """Whether the difference counts as none."""
-        return self.largest_difference <= EXPORT_TOLERANCE * max(1.0, self.largest_number)
+        return math.isfinite(self.largest_difference) and self.largest_difference <= EXPORT_TOLERANCE * max(
+            1.0, self.largest_number
+        )
 
 
 def require_agreement(agreements: Sequence[Agreement], runtime: str) -> None:

@@ -45,6 +45,12 @@ def test_without_pyyaml_json_is_written_and_yaml_is_refused(tmp_path, monkeypatc
         ("day: 2020-01-01", "2020-01-01"),
         ("version: 1.2.3", "1.2.3"),
         ("name: e5", "e5"),
+        ("seed: -30", -30),
+        ("seed: 0", 0),
+        ("seed: 010", "010"),
+        ("seed: 1:30", "1:30"),
+        ("seed: 0x10", "0x10"),
+        ("seed: 1_000", "1_000"),
     ],
 )
 def test_words_are_words_and_numbers_are_numbers(tmp_path, text, value):

@@ -43,6 +43,8 @@ needs_onnx = pytest.mark.skipif(
         ([0.0, 0.5], [0.00009, 0.5], True),
         ([0.0, 0.5], [0.00011, 0.5], False),
         ([float("nan")], [1.0], False),
+        ([1.0], [float("inf")], False),
+        ([float("inf")], [float("inf")], False),
         ([1.0], [1.0, 1.0], False),
         ([], [], True),
     ],
