@@ -18,17 +18,18 @@ from ..core.scan_options import ScanOptions
 from ..perception.viewers.colors import FeatureColors, height_span
 from ..perception.viewers.drawn_frame import LAYER_TITLES, DrawnFrame
 from ..perception.viewers.gltf import write_gltf
-from ..perception.viewers.html_page import MOST_PAGE_POINTS, write_viewer_page
+from ..perception.viewers.html_page import MOST_PAGE_POINTS, STEPS, write_viewer_page
 from ..perception.viewers.open3d_view import picture_open3d, show_open3d
 from ..perception.viewers.ply import write_ply
 from ..perception.viewers.rerun_file import write_rerun
-from .console import console, print_table, print_warning, run_command, settle, write_json
+from .console import console, print_table, print_warning, run_command, settle, warnings_so_far, write_json
 from .data_option import DataOption
 from .scan_option import ScanOption
 from .view_frames import FramesToDraw, Looker, frames_of_data, frames_of_scans, frames_of_store
 from .view_pictures import check_range, draw_picture, report_pictures
 
 _SOURCES = "--data DIR[:SPLIT] (a prepared dataset), --scans FILE (files of scans) or --store DIR (smashed scenes)"
+_COARSE = 0.05  # meters of rounding from which the page is warned of; a scan that reaches 3 km to each side
 _WAYS = "--out, --html, --rerun, --ply, --gltf, --open3d or --open3d-picture"
 
 
@@ -90,16 +91,21 @@ def command(config: DrawFrames) -> None:
         report_pictures(pictures, config.range, config.min_score, with_points=drawn.frames[0].points is not None)
     if _has_viewer(config):
         _report_frames(drawn)
+    if len(drawn.frames) < drawn.found:
+        console.print(
+            f"{len(drawn.frames)} of {drawn.found:,} frames are drawn, the first ones; --limit N draws more", soft_wrap=True
+        )
     files, failure = _write_files(config, drawn.frames)
     if files:
         print_table("files", ("what", "file", "holds"), files)
     for text in drawn.warnings:
         print_warning(text)
     value = {
+        "frames_found": drawn.found,
         "pictures": [vars(p) for p in pictures],
         "files": [{"what": what, "file": file} for what, file, _ in files],
         "ledger": drawn.ledger.to_json(),
-        "warnings": [*drawn.warnings, *warnings_of(drawn.ledger)],
+        "warnings": [*warnings_so_far(), *warnings_of(drawn.ledger)],
     }
     write_json(config.json, value)
     settle(drawn.ledger, "what was read")
@@ -140,6 +146,9 @@ def _check(config: DrawFrames) -> None:
     ):
         if path is not None and path.is_dir():
             raise InvalidInput(f"{option} takes the name of a file, and {path} is a folder; add one")
+    for option, path in (("--out", config.out), ("--ply", config.ply)):
+        if path is not None and path.exists() and not path.is_dir():
+            raise InvalidInput(f"{option} takes the name of a folder, and {path} is a file; choose another name")
 
 
 def _has_viewer(config: DrawFrames) -> bool:
@@ -168,6 +177,11 @@ def _write_files(config: DrawFrames, frames: Sequence[DrawnFrame]) -> tuple[list
         )
         left = f", {page.points_left_out:,} points left out" if page.points_left_out else ""
         rounding = f"rounded by at most {1000 * page.rounding:.2g} mm"
+        if page.rounding > _COARSE:
+            print_warning(
+                f"the page rounds coordinates by up to {page.rounding:.3g} m, because points of a frame lie {2 * STEPS * page.rounding:.3g} m apart; "
+                "look for points that are far away by mistake, or draw with --ply or --gltf, which round nothing"
+            )
         files.append(("page", str(config.html), f"{page.bytes / 1e6:.2f} MB, {page.points:,} points, {rounding}{left}"))
     if config.ply is not None:
         heights, colors = height_span(frames), FeatureColors.of(frames)

@@ -37,6 +37,8 @@ class FramesToDraw:
 
     frames: list[DrawnFrame] = field(default_factory=list)
     """The frames, in order."""
+    found: int = 0
+    """How many frames there are; the first ones are drawn."""
     below_score: list[int] = field(default_factory=list)
     """Detections of each frame that are left out because of their score."""
     ledger: Ledger = Ledger()
@@ -158,7 +160,7 @@ def frames_of_data(data: DataSplit, looker: Looker, *, limit: int, min_score: fl
     number = min(len(source), limit)
     for frame_id in source.ids[:number]:
         check_name(frame_id, "frame id")
-    drawn = FramesToDraw(ledger=Ledger(scans=number))
+    drawn = FramesToDraw(found=len(source), ledger=Ledger(scans=number))
     if isinstance(looker.detector, Detector):
         survey = survey_split(source, looker.detector.encoder, most=number)
         drawn.ledger = survey.ledger
@@ -195,7 +197,7 @@ def frames_of_scans(
         raise InvalidInput(
             f"{len(paths)} scans need a folder of detections, and {detections} is none; give the folder that `predict` wrote"
         )
-    drawn, missing = FramesToDraw(ledger=ledger), []
+    drawn, missing = FramesToDraw(found=len(paths), ledger=ledger), []
     for path in paths[:limit]:
         points, counted = read_scan(path, reading, rig=reading.rig())
         drawn.ledger = drawn.ledger + counted
@@ -242,7 +244,7 @@ def frames_of_store(store: Path, looker: Looker, *, limit: int, min_score: float
         raise InvalidInput(
             f"the store {store} holds no scene; look for reasons in its quarantine folder, then run `ingest` again"
         )
-    drawn = FramesToDraw(ledger=Ledger(scans=number))
+    drawn = FramesToDraw(found=len(scenes), ledger=Ledger(scans=number))
     drawn.warnings += looker.differences(scenes)
     for i in range(number):
         scene = scenes[i]

@@ -31,10 +31,11 @@ MOST_PAGE_POINTS = 150_000
 """Points of a frame that a page holds unless it is told otherwise."""
 MOST_PAGE_BYTES = 256 << 20
 """Bytes of the largest page that is written. A browser may stop at larger ones."""
+STEPS = 65_535
+"""Steps of a coordinate from the lowest to the highest point of a frame: the largest whole number of two bytes."""
 
 _WEB = Path(__file__).with_name("web")
 _SCRIPTS = ("camera.js", "boxes.js", "painter.js", "page.js")
-_STEPS = 65_535  # the largest whole number of two bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def write_viewer_page(
     names = [name for name in LAYER_TITLES if any(layer.name == name for frame in frames for layer in frame.layers())]
     data = {
         "source": shown(source, most=1000),
-        "rounding": f"Coordinates of points and cells are rounded by at most {1000 * rounding:.2g} mm, so that the page is small. Boxes are not rounded.",
+        "rounding": f"Coordinates of points and cells are rounded by at most {1000 * rounding:.2g} mm, so that the page is small; those of boxes by 0.05 mm.",
         "heights": heights,
         "ground": sum(heights) / 2,
         "scale": SCALE,
@@ -177,7 +178,7 @@ def _in_steps(xyz: NDArray[np.float32]) -> tuple[NDArray[np.int64], list[float],
     if not len(xyz):
         return np.zeros((0, 3), np.int64), [0.0] * 3, [0.0] * 3
     low, high = xyz.min(0).astype(np.float64), xyz.max(0).astype(np.float64)
-    steps = (high - low) / _STEPS
+    steps = (high - low) / STEPS
     whole = np.rint((xyz - low) / np.where(steps > 0, steps, 1)).astype(np.int64)
     return whole, low.tolist(), steps.tolist()
 

@@ -95,6 +95,29 @@ def test_every_writer_writes_what_json_lists(scans):
     assert value["ledger"]["points"] == 1100
 
 
+def test_frames_beyond_the_limit_are_counted(scans, capsys):
+    words = ["--scans", scans / "scans", "--html", scans / "a.html", "--json", scans / "a.json"]
+    run(*words)
+    assert "frames are drawn" not in capsys.readouterr().out
+    run(*words, "--limit", 1)
+    assert "1 of 2 frames are drawn, the first ones; --limit N draws more" in capsys.readouterr().out
+    assert json.loads((scans / "a.json").read_text())["frames_found"] == 2
+
+
+def test_one_point_far_away_which_makes_the_page_coarse_is_warned_of(scans, capsys):
+    words = ["--scans", scans / "scans/one.bin", "--html", scans / "a.html", "--json", scans / "a.json"]
+    run(*words)
+    assert "the page rounds coordinates" not in capsys.readouterr().err
+    rows = np.fromfile(scans / "scans/one.bin", np.float32).reshape(-1, 4)
+    rows[5, 0] = 1e6
+    rows.tofile(scans / "scans/one.bin")
+    run(*words)
+    assert "the page rounds coordinates by up to 7.63 m, because points of a frame lie 1e+06 m apart" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert len(json.loads((scans / "a.json").read_text())["warnings"]) == 1
+
+
 def test_a_viewer_that_fails_leaves_the_other_files(scans, monkeypatch, capsys):
     monkeypatch.setattr(open3d_view.importlib.util, "find_spec", lambda name: None)
     run("--scans", scans / "scans/one.bin", "--html", scans / "a.html", "--open3d-picture", scans / "a.png", code=2)
@@ -113,6 +136,8 @@ def test_a_viewer_that_fails_leaves_the_other_files(scans, monkeypatch, capsys):
         (("--store", "s", "--html", "a", "--z-shift", "1.7"), "belong to --scans"),
         (("--scans", "s", "--html", "a", "--html-points", "0"), "--html-points must be at least 1"),
         (("--scans", "s", "--html", "."), "--html takes the name of a file"),
+        (("--scans", "s", "--ply", __file__), "--ply takes the name of a folder"),
+        (("--scans", "s", "--out", __file__), "--out takes the name of a folder"),
         (("--scans", "s", "--html", "a"), "there is no file or folder s"),
         (("--store", "s", "--html", "a"), "holds no catalogue.parquet"),
         (("--store", "s", "--html", "a", "--teacher", "t"), "is not a run folder"),

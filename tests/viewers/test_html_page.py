@@ -40,7 +40,7 @@ def test_a_page_of_150_000_points_and_100_boxes_is_below_8_megabytes(tmp_path):
 
 
 def test_points_and_cells_are_rounded_by_no_more_than_the_page_says(tmp_path):
-    frame = viewers_scene.frame()
+    frame = replace(viewers_scene.frame(), detections=viewers_scene.predictions([[1 / 3, 0.0, 0.0, 4.0, 2.0, 1.5, 0.5]], [0.5]))
     page = write_viewer_page(tmp_path / "page.html", [frame], title="rounding")
     data = frames_of(tmp_path / "page.html")
     packed = data["frames"][0]
@@ -50,6 +50,11 @@ def test_points_and_cells_are_rounded_by_no_more_than_the_page_says(tmp_path):
     assert off.max() <= page.rounding * 1.01
     assert sorted(nearest.argmin(1)) == list(range(200))  # every point once, in another order
     assert f"{1000 * page.rounding:.2g} mm" in data["rounding"]
+    written = [layer["boxes"] for layer in packed["layers"]]
+    exact = [layer.boxes for layer in frame.layers()]
+    off = max(float(np.abs(np.array(a) - b).max()) for a, b in zip(written, exact, strict=True) if len(b))
+    assert 0 < off <= 0.00005 + 1e-9
+    assert "those of boxes by 0.05 mm" in data["rounding"]
     shades = np.frombuffer(base64.b64decode(packed["points"]["intensity"]), np.uint8)
     np.testing.assert_allclose(shades / 255, points.intensity[nearest.argmin(1)], atol=0.5 / 255 + 1e-6)
     assert sorted(places(packed["cells"], "centers").round(3).tolist()) == frame.cells_to_draw().centers.tolist()
