@@ -17,6 +17,8 @@ from ..ops.spconv_backend import spconv_runs_on_cuda
 from ..perception.export.vehicle_package import require_compiler
 from ..perception.moe.layers.bank import BankShape, ExpertBank
 
+WRONG = "WRONG"
+"""How the result of a backend begins that computes something else than its reference."""
 _AGREES = 1e-4
 
 
@@ -38,7 +40,7 @@ def check_backends() -> dict[str, str]:
 
 
 def _verdict(error: float) -> str:
-    return f"agrees with its reference to {error:.1e}" if error < _AGREES else f"WRONG by {error:.1e}"
+    return f"agrees with its reference to {error:.1e}" if error < _AGREES else f"{WRONG} by {error:.1e}"
 
 
 def _check_sparse_conv(device: torch.device) -> str:
@@ -91,5 +93,8 @@ def _compiler() -> str:
 def _onnxruntime() -> str:
     if importlib.util.find_spec("onnxruntime") is None:
         return "not installed (extra [onnx])"
-    runtime: Any = importlib.import_module("onnxruntime")
+    try:
+        runtime: Any = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        return f"installed, but it cannot be loaded: {error}"
     return ", ".join(name.removesuffix("ExecutionProvider") for name in runtime.get_available_providers())

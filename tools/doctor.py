@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .backend_checks import check_backends
+from .backend_checks import WRONG, check_backends
 from .console import console, print_table, print_warning, run_command, write_json
 from .installed_packages import wanted_packages
 
@@ -51,6 +51,11 @@ def command(config: Doctor) -> None:
     optional = [(f"[{extra}]", one.name, one.state) for extra, packages in extras for one in packages]
     print_table("extras (each: pip install PACKAGE)", ("extra", "package", "version"), optional)
     print_table("backends", ("what", "result"), list(checks.items()))
+    wrong = [name for name, said in checks.items() if said.startswith(WRONG)]
+    if wrong:
+        print_warning(
+            f"on this machine these compute something else than their references, so do not use them: {', '.join(wrong)}"
+        )
     times = {name: import_seconds(code, config.repeats) for name, code in IMPORTS.items()} if config.repeats else {}
     if times:
         share = times["the vehicle's set"] / times["the full program"]

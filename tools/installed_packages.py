@@ -79,13 +79,13 @@ def _requirements() -> Mapping[str, list[str]]:
 
 
 def _looked_up(requirement: str) -> WantedPackage:
-    matched = re.match(r"\s*([\w.-]+)[^;]*?(?:>=\s*([\w.]+))?[^;]*(?:;|$)", requirement)
-    name, least = (matched[1], matched[2] or "") if matched is not None else (requirement, "")
+    wanted = requirement.partition(";")[0]  # without its marker
+    name, lowest = re.split(r"[^\w.-]", wanted.strip(), maxsplit=1)[0], re.search(r">=\s*([\w.]+)", wanted)
     try:
         found: str | None = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         found = None
-    return WantedPackage(name=name, least=least, found=found)
+    return WantedPackage(name=name, least="" if lowest is None else lowest[1], found=found)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

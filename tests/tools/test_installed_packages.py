@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import upcycle3d
-from upcycle3d.tools import installed_packages
+from upcycle3d.tools import doctor, installed_packages
 from upcycle3d.tools.installed_packages import WantedPackage, by_extra, wanted_packages
 
 PROJECT = tomllib.loads((Path(upcycle3d.__file__).parent / "pyproject.toml").read_text())["project"]
@@ -28,13 +28,33 @@ def test_an_installed_package_knows_its_extras_from_its_metadata(monkeypatch, tm
         'wandb>=0.31; extra == "wandb"',
         'spconv>=2.3.8; python_version < "3.14" and extra == "spconv"',
         "nameless",
+        'mmengine<1,>=0.10.7; extra == "mmdet3d"',
+        'mkdocstrings[python]>=1.0.8; extra == "docs"',
     ]
-    assert {extra: len(found) for extra, found in by_extra(texts).items()} == {"": 2, "wandb": 1, "spconv": 1}
+    assert {extra: len(found) for extra, found in by_extra(texts).items()} == {
+        "": 2,
+        "wandb": 1,
+        "spconv": 1,
+        "mmdet3d": 1,
+        "docs": 1,
+    }
     monkeypatch.setattr(installed_packages, "__file__", str(tmp_path / "tools" / "installed_packages.py"))
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: texts)
     found = wanted_packages()
     assert [(one.name, one.least) for one in found["spconv"]] == [("spconv", "2.3.8")]
+    assert [(one.name, one.least) for one in found["mmdet3d"]] == [
+        ("mmengine", "0.10.7")
+    ]  # limits in the order that archives have
+    assert [(one.name, one.least) for one in found["docs"]] == [("mkdocstrings", "1.0.8")]
     assert [(one.name, one.least) for one in found[""]] == [("torch", "2.4"), ("nameless", "")]
+
+
+def test_a_backend_that_computes_something_else_is_warned_of(monkeypatch, capsys):
+    monkeypatch.setattr(
+        doctor, "check_backends", lambda: {"one": "WRONG by 1.0e+00", "other": "agrees", "third": "not installed"}
+    )
+    doctor.command(doctor.Doctor(repeats=0))
+    assert "compute something else than their references, so do not use them: one" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
