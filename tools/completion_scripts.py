@@ -44,6 +44,7 @@ def bash_script(commands: Sequence[CompletedCommand]) -> str:
         '    case "${COMP_WORDS[1]} ${COMP_WORDS[2]}" in',
         *(f'        "{c.name}") name="{c.name}"; at=3 ;;' for c in commands if " " in c.name),
         "    esac",
+        '    if [ "$COMP_CWORD" -lt "$at" ]; then name="${COMP_WORDS[1]}"; at=2; fi  # the second word is not finished',
         '    if [ "$COMP_CWORD" -eq 1 ]; then',
         f'        words="{" ".join(first)} --help --version"',
         "    else",

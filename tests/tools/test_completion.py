@@ -28,6 +28,7 @@ LINES = [
     ("upcycle3d ", {"export", "moe", "train"}),
     ("upcycle3d ex", {"export"}),
     ("upcycle3d export o", {"onnx"}),
+    ("upcycle3d export onnx", {"onnx"}),
     ("upcycle3d export --", {"--detector", "--out"}),
     ("upcycle3d export onnx --", {"--detector", "--scans"}),
     ("upcycle3d moe ", {"serve"}),
