@@ -220,11 +220,13 @@ def _finite(data: Json, where: str) -> float:
 
 
 def _texts_of(option: Any) -> list[str]:
-    """What a message calls a type: each value of a `Literal`, else its name."""
+    """What a message calls a type: each value of a `Literal`, else its name, with the entries of a dataclass."""
     if typing.get_origin(option) is Literal:
         return [repr(a) for a in typing.get_args(option)]
     if option is type(None):
         return ["None"]
+    if dataclasses.is_dataclass(option):
+        return [f"{getattr(option, '__name__', option)} with the entries {', '.join(f.name for f in dataclasses.fields(option))}"]
     return [str(option) if typing.get_args(option) else getattr(option, "__name__", str(option))]
 
 

@@ -62,6 +62,10 @@ def defaults_of_file(make: type[Any], words: Sequence[str]) -> FileDefaults | No
     for name in NOT_STORED:
         if name in data:
             raise InvalidInput(f"{path} cannot hold the option `{name}`; it belongs on the command line")
+    if isinstance(data.get("preset"), str):
+        raise InvalidInput(
+            f"{path} holds a preset by its name; leave it out, and name it before the options, as in `small --config {path}`"
+        )
     base: dict[str, Json] = {}
     if left and not left[0].startswith("-"):
         base = {"preset": config_to_json(_preset(left[0]))}

@@ -102,6 +102,12 @@ def test_upcycle_takes_files_with_all_its_options(capsys):
         ),
         ({"seed": "one"}, SMALL, "seed must be int, found 'one'"),
         ({"preset": {"train": {"loop": {"optim": {"lr": -1}}}}}, SMALL, "c.json: OneCycle needs lr > 0"),
+        (
+            {"preset": "small"},
+            ["--data", "d", "--out", "o"],
+            "holds a preset by its name; leave it out, and name it before the options",
+        ),
+        ({"data": "d:train"}, SMALL, "data must be DataSplit with the entries root, name, found 'd:train'"),
         ({"log": "aim"}, SMALL, "log must be 'tensorboard', 'wandb'"),
         ({"config": "x"}, SMALL, "cannot hold the option `config`"),
         ([1], SMALL, "must hold names and values"),
