@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# For recipes that change their folder.
+BIN_FROM_ANYWHERE = "$(abspath $(BIN))"
 # Threads that wait by spinning take the cores from everything else; see docs/decisions.md.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -25,14 +27,14 @@ test-full: lint
 MINUTES ?= 20
 SEEDS ?= 0
 faults: $(VENV)/installed-dev
-	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults --minutes $(MINUTES) --seeds $(SEEDS) --json ../faults.json
+	cd tests && OMP_NUM_THREADS=1 $(BIN_FROM_ANYWHERE)/python -m faults --minutes $(MINUTES) --seeds $(SEEDS) --json ../faults.json
 
 # Both endpoints of `moe serve` under more requests than they take, each for LOAD_MINUTES; docs/reliability.md explains what counts as a fault.
 LOAD_MINUTES ?= 5
 load: $(VENV)/installed-dev
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[serve]'
-	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults.overload --minutes $(LOAD_MINUTES) --endpoint completions
-	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m faults.overload --minutes $(LOAD_MINUTES) --endpoint detections
+	cd tests && OMP_NUM_THREADS=1 $(BIN_FROM_ANYWHERE)/python -m faults.overload --minutes $(LOAD_MINUTES) --endpoint completions
+	cd tests && OMP_NUM_THREADS=1 $(BIN_FROM_ANYWHERE)/python -m faults.overload --minutes $(LOAD_MINUTES) --endpoint detections
 
 # What a user gets: both archives and their metadata, the Dockerfile, and tests that run on the installed wheel, from the unpacked source archive
 # in a folder of their own. The tests of documents, layers and the repository itself stay with `make test`.
@@ -60,14 +62,14 @@ docs: $(VENV)/installed-dev
 # Run the notebooks again and keep their outputs. Several minutes.
 tutorials: $(VENV)/installed-dev
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[tutorials]'
-	cd docs/tutorials && ../../$(BIN)/jupyter execute --inplace --timeout=1800 *.ipynb
+	cd docs/tutorials && $(BIN_FROM_ANYWHERE)/jupyter execute --inplace --timeout=1800 *.ipynb
 
 # ruff, and mypy through a folder that holds a link named like the package to the root.
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p .typecheck && ln -sfn .. .typecheck/upcycle3d
-	cd .typecheck && ../$(BIN)/mypy --config-file ../pyproject.toml -m upcycle3d -p upcycle3d.core -p upcycle3d.ops -p upcycle3d.datasets -p upcycle3d.perception -p upcycle3d.tools
+	cd .typecheck && $(BIN_FROM_ANYWHERE)/mypy --config-file ../pyproject.toml -m upcycle3d -p upcycle3d.core -p upcycle3d.ops -p upcycle3d.datasets -p upcycle3d.perception -p upcycle3d.tools
 
 # constraints.txt pins torch 2.13.0. For another build (CUDA) make the environment yourself, without the constraints: see README.
 $(VENV)/installed: pyproject.toml constraints.txt

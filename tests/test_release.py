@@ -145,6 +145,16 @@ def test_the_changelog_has_the_form_of_keep_a_changelog():
 # ---- site and notebooks
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not on this machine")
+@pytest.mark.parametrize("environment", [".venv", "/elsewhere/venv"])
+def test_recipes_that_change_their_folder_find_the_environment(environment):
+    words = ["make", "--dry-run", "lint", "faults", "load", "tutorials", f"VENV={environment}"]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    moved = [line for line in said.splitlines() if line.startswith("cd ")]
+    assert len(moved) == 5
+    assert all(f'"{ROOT / environment}/bin"/' in line for line in moved)
+
+
 def test_every_page_is_in_the_site():
     """mkdocs checks the same when `make docs` builds it, but its packages are not installed everywhere."""
     named = set(re.findall(r"[\w/]+\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
