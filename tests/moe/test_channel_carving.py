@@ -57,8 +57,14 @@ def carved(kind: str = "second_iou", ratio: float = 0.5) -> tuple[Detector, Chan
 
 
 def outputs_of(detector: Detector, scan) -> list[torch.Tensor]:
-    """Every number that a decoder computes of a scan before boxes are chosen, and the proposals with their scores."""
+    """Every number that a decoder computes of a scan before boxes are chosen, and the proposals with their scores.
+
+    All cells are filled: anchors over empty cells have equal scores, and rounding would choose among them.
+    """
     features = detector.encode([scan])
+    every = torch.cartesian_prod(*(torch.arange(n) for n in (1, *features.voxels.shape))).int()
+    values = torch.rand(len(every), features.voxels.features.shape[1], generator=torch.Generator().manual_seed(len(scan)))
+    features = replace(features, voxels=replace(features.voxels, coords=every, features=values))
     raw = detector.decode(features)
     found = detector.proposals(features)[0]
     return [raw.dense.class_logits, raw.dense.box_codes, found.detections.scores, found.detections.boxes.data]
