@@ -145,8 +145,8 @@ def notes(outcome: ImportOutcome) -> list[str]:
     keypoints = outcome.detector.spec.keypoints
     if keypoints is not None and keypoints.source == "voxel_centers":
         said.append(
-            "note: the weights were trained with keypoints among the raw points; here they are centers of voxels, so AP may differ. To "
-            "evaluate the same way as there, import with --preset.detector.encoder.keypoint-source raw_points; extract refuses "
+            "note: keypoints are centers of voxels here. Published weights were trained with keypoints among the raw points, so their AP "
+            "may differ. To evaluate as there, import with --preset.detector.encoder.keypoint-source raw_points; extract refuses "
             "such a detector"
         )
     return said

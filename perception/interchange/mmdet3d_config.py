@@ -18,7 +18,6 @@ from ...core.foreign_text import shown
 from ..models.anchors import AnchorClass
 from ..models.decoders.bev import BevBackboneConfig, DenseLossWeights
 from ..models.detectors import DetectorConfig
-from ..models.encoders.pv_rcnn import PvRcnnEncoderConfig
 from ..models.encoders.second import SecondEncoderConfig
 from ..models.encoders.set_abstraction import SetAbstractionConfig
 from ..models.post_processing import FinalNms, ProposalNms
@@ -226,12 +225,12 @@ def _second(settings: Settings, classes: Sequence[str], base: SecondIouDetectorC
     return SecondIouDetectorConfig(encoder=encoder, decoder=decoder)
 
 
-def _balls(settings: Settings, at: str, limit: int) -> SetAbstractionConfig:
+def _balls(settings: Settings, at: str) -> SetAbstractionConfig:
     settings.expect(f"{at}.use_xyz", True, why="neighbors carry their offsets")
     settings.expect(f"{at}.pool_mod", "max", why="the largest value of a ball is taken")
     mlps, radii = settings.take(f"{at}.mlp_channels", list), settings.take(f"{at}.radius", list)
-    if len(mlps) != limit or len(radii) != limit or any(tuple(mlp) != tuple(mlps[0]) or len(mlp) != 2 for mlp in mlps):
-        raise InvalidInput(f"{at} in {settings.source} needs {limit} radii, each with two layers of the same widths")
+    if not mlps or len(mlps) != len(radii) or any(tuple(mlp) != tuple(mlps[0]) or len(mlp) != 2 for mlp in mlps):
+        raise InvalidInput(f"{at} in {settings.source} has {len(radii)} radii; each needs two layers of the same widths")
     a, b = mlps[0]
     return SetAbstractionConfig(
         channels=(int(a), int(b)), radii=tuple(map(float, radii)), limits=tuple(settings.take(f"{at}.sample_nums", list))
@@ -247,7 +246,7 @@ def _pv_rcnn(settings: Settings, classes: Sequence[str], base: PvRcnnDetectorCon
     settings.expect(f"{roi}.bbox_head.class_agnostic", True, why="regions are refined alike in all classes")
     stages: dict[int, SetAbstractionConfig] = {}
     for index, scale in enumerate(settings.names(f"{points}.voxel_sa_cfgs_list", "scale_factor")):
-        stages[int(scale)] = _balls(settings, f"{points}.voxel_sa_cfgs_list.{index}", 2)
+        stages[int(scale)] = _balls(settings, f"{points}.voxel_sa_cfgs_list.{index}")
     widths = [
         settings.take(f"{roi}.bbox_head.{name}", list, [256, 256])
         for name in ("shared_fc_channels", "reg_channels", "cls_channels")
@@ -257,20 +256,20 @@ def _pv_rcnn(settings: Settings, classes: Sequence[str], base: PvRcnnDetectorCon
         raise InvalidInput(
             f"{settings.source} has heads with layers of several widths; the two layers of a head have one width here"
         )
-    encoder = PvRcnnEncoderConfig(
+    encoder = replace(
+        base.encoder,
         voxels=voxels,
         keypoints=settings.take(f"{points}.num_keypoints", int),
         keypoint_source="voxel_centers"
         if settings.take(f"{points}.voxel_center_as_source", bool, False)
         else base.encoder.keypoint_source,
-        raw_points=_balls(settings, f"{points}.rawpoints_sa_cfgs", 2)
+        raw_points=_balls(settings, f"{points}.rawpoints_sa_cfgs")
         if settings.has(f"{points}.rawpoints_sa_cfgs.radius")
         else None,
         conv1=stages.get(1),
         conv2=stages.get(2),
         conv3=stages.get(4),
         conv4=stages.get(8),
-        keypoint_stride=base.encoder.keypoint_stride,
     )
     decoder = replace(
         base.decoder,
@@ -281,7 +280,7 @@ def _pv_rcnn(settings: Settings, classes: Sequence[str], base: PvRcnnDetectorCon
         fused_channels=settings.take(f"{points}.fused_out_channel", int, 128),
         keypoint_channels=seg[0],
         grid_size=settings.take(f"{roi}.bbox_roi_extractor.grid_size", int, 6),
-        grid_pooling=_balls(settings, f"{roi}.bbox_roi_extractor.roi_layer", 2),
+        grid_pooling=_balls(settings, f"{roi}.bbox_roi_extractor.roi_layer"),
         head_channels=widths[0][0],
         dropout=settings.take(f"{roi}.bbox_head.dropout_ratio", float, 0.3),
         train_proposals=_proposals(settings, "model.train_cfg.rpn_proposal"),
@@ -296,7 +295,6 @@ def _pv_rcnn(settings: Settings, classes: Sequence[str], base: PvRcnnDetectorCon
             score=settings.take("model.test_cfg.rcnn.score_thr", float),
             iou=settings.take("model.test_cfg.rcnn.nms_thr", float),
         ),
-        bev_map=False,
     )
     return PvRcnnDetectorConfig(encoder=encoder, decoder=decoder)
 

@@ -16,7 +16,6 @@ from ..models.anchors import AnchorClass
 from ..models.decoders.bev import BevBackboneConfig, DenseLossWeights
 from ..models.decoders.second_iou import SecondIouConfig
 from ..models.detectors import DetectorConfig
-from ..models.encoders.pv_rcnn import PvRcnnEncoderConfig
 from ..models.encoders.second import SecondEncoderConfig
 from ..models.encoders.set_abstraction import SetAbstractionConfig
 from ..models.post_processing import FinalNms, ProposalNms
@@ -233,6 +232,7 @@ def _second(settings: Settings, base: SecondIouConfig, *, second: bool) -> Secon
         test_proposals=_proposals(settings, f"{head}.NMS_CONFIG.TEST"),
         roi_sampling=sampling,
         iou_target=target,
+        iou_weight=settings.take(f"{head}.LOSS_CONFIG.LOSS_WEIGHTS.rcnn_iou_weight", float, 1.0),
     )
 
 
@@ -266,17 +266,22 @@ def _pv_rcnn(settings: Settings, base: PvRcnnDetectorConfig, voxels: SecondEncod
         raise InvalidInput(
             f"{settings.source} has heads with layers of several widths; the two layers of a head have one width here"
         )
-    encoder = PvRcnnEncoderConfig(
+    if "bev" not in sources:
+        raise InvalidInput(
+            f"{pfe}.FEATURES_SOURCE in {settings.source} leaves out bev; keypoints carry the BEV map under them here"
+        )
+    settings.expect(f"{pfe}.POINT_SOURCE", "raw_points", "voxel_centers", why="keypoints are points or centers of voxels")
+    from_voxels = settings.take(f"{pfe}.POINT_SOURCE", str, "raw_points") == "voxel_centers"
+    encoder = replace(
+        base.encoder,
         voxels=voxels,
         keypoints=settings.take(f"{pfe}.NUM_KEYPOINTS", int),
-        keypoint_source=base.encoder.keypoint_source,
+        keypoint_source="voxel_centers" if from_voxels else base.encoder.keypoint_source,
         raw_points=balls["raw_points"],
         conv1=balls["x_conv1"],
         conv2=balls["x_conv2"],
         conv3=balls["x_conv3"],
         conv4=balls["x_conv4"],
-        keypoint_stride=base.encoder.keypoint_stride,
-        bev_map="bev" in sources,
     )
     sampling, target = _sampling(settings)
     decoder = replace(
@@ -296,6 +301,5 @@ def _pv_rcnn(settings: Settings, base: PvRcnnDetectorConfig, voxels: SecondEncod
         roi_sampling=sampling,
         quality_target=target,
         final=_final(settings),
-        bev_map=False,
     )
     return PvRcnnDetectorConfig(encoder=encoder, decoder=decoder)

@@ -14,7 +14,7 @@ import torch
 
 from upcycle3d.core.structures import PointCloud
 from upcycle3d.perception.interchange.config_files import read_python_config
-from upcycle3d.perception.interchange.exporting import mmdet3d_checkpoint
+from upcycle3d.perception.interchange.exporting import mmdet3d_checkpoint, write_checkpoint
 from upcycle3d.perception.interchange.mmdet3d_config import mmdet3d_classes, read_mmdet3d_config
 from upcycle3d.perception.interchange.plain_pickle_writing import write_torch_file
 from upcycle3d.perception.models.decoders.bev import height_compression
@@ -106,6 +106,18 @@ def test_their_model_takes_our_weights_strictly(models, tmp_path, name, preset):
     assert sum(p.numel() for p in model.parameters()) == sum(
         p.numel() for n, p in detector.named_parameters() if preset != "kitti_second_iou" or not n.startswith("decoder.roi_head")
     )
+
+
+@pytest.mark.parametrize("preset", ["small_three_classes", "kitti_second_iou", "small_pv_rcnn", "kitti_pv_rcnn_published"])
+def test_the_configuration_that_we_write_builds_their_model_for_our_weights(models, tmp_path, preset):
+    from mmengine.config import Config
+    from mmengine.runner import load_checkpoint
+
+    detector = PRESETS[preset].detector.build()
+    made = mmdet3d_checkpoint(detector, detector.class_names[::-1])
+    write_checkpoint(made, tmp_path / "x.pth", tmp_path / "x.py")
+    model = models.build(Config.fromfile(tmp_path / "x.py").model)
+    load_checkpoint(model, os.fspath(tmp_path / "x.pth"), strict=True)
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class PvRcnnEncoderConfig:
     def __post_init__(self) -> None:
         require_counts("PvRcnnEncoderConfig", most=1_000_000, keypoints=self.keypoints)
         require_counts("PvRcnnEncoderConfig", most=64, keypoint_stride=self.keypoint_stride)
-        if not self.bev_map and not any((self.raw_points, self.conv1, self.conv2, self.conv3, self.conv4)):
+        if not self.bev_map and not any((self.raw_points, *self.stages)):
             raise InvalidInput(
                 "keypoints need features: give PvRcnnEncoderConfig one of raw_points and conv1 to conv4, or bev_map"
             )
@@ -74,6 +74,11 @@ class PvRcnnEncoderConfig:
     def grid(self) -> VoxelGrid:
         """Space and voxel size of the input."""
         return self.voxels.grid
+
+    @property
+    def stages(self) -> tuple[SetAbstractionConfig | None, ...]:
+        """What keypoints gather from the voxels after conv1 to conv4; stage k has a stride of 2 ** k voxels."""
+        return (self.conv1, self.conv2, self.conv3, self.conv4)
 
     def build(self) -> PvRcnnEncoder:
         """Make the encoder with fresh weights, drawn from torch's global generator.
@@ -122,7 +127,7 @@ class PvRcnnEncoder(Encoder):
         if config.raw_points is not None:
             self.raw_abstraction = SetAbstraction(len(config.voxels.point_features), config.raw_points)
         # Stages of the backbone that are used: place among its outputs, voxel stride, and what gathers from it.
-        stages = [(k, 2**k, c) for k, c in enumerate((config.conv1, config.conv2, config.conv3, config.conv4)) if c]
+        stages = [(k, 2**k, c) for k, c in enumerate(config.stages) if c]
         self._stages = [(k, stride) for k, stride, _ in stages]
         self.stage_abstractions = nn.ModuleList(SetAbstraction(channels[k], c) for k, _, c in stages)
         self.spec = replace(
