@@ -1,14 +1,15 @@
 """Reads configurations of OpenPCDet (YAML) and mmdetection3d (Python) as data. Nothing in them is executed.
 
 A configuration of mmdetection3d is a Python file of assignments. Its syntax tree is read: literals, lists, `dict(...)`, names that were
-assigned before, and sums of them. Anything else stands for itself as text, and only fails where somebody needs its value.
+assigned before, and sums of them. Any other expression stands for itself as text, and only fails where somebody needs its value. A
+statement that could change a setting in another way (`model["neck"] = ...`, `model.update(...)`, `if`) is refused with its line.
 """
 
 from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ _SUMS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
+
+
+_HARMLESS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Pass)
+"""Statements that change no setting that was assigned."""
 
 
 class NotRead(str):
@@ -175,7 +180,18 @@ def _assignments(text: str, source: str, base: Mapping[str, Any], only: str | No
                 name = target.id  # type: ignore[attr-defined]
                 if only in (None, name):
                     values[name] = _value(statement.value, values, base)
+        elif not isinstance(statement, _HARMLESS) and not _names_no_setting(statement, values):
+            raise InvalidInput(
+                f"{source}, line {statement.lineno}: `{shown(ast.unparse(statement))[:80]}` may change a setting, and nothing is executed here; "
+                "give the merged configuration that the training left in its work folder"
+            )
     return values
+
+
+def _names_no_setting(statement: ast.stmt, values: Mapping[str, Any]) -> bool:
+    """Whether a statement is an expression that stands alone, such as a text or `os.mkdir(...)`, and names nothing that was assigned."""
+    named = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+    return isinstance(statement, ast.Expr) and named.isdisjoint((*values, "_base_"))
 
 
 def _value(node: ast.expr, values: Mapping[str, Any], base: Mapping[str, Any]) -> Any:
@@ -196,9 +212,10 @@ def _computed(node: ast.expr, values: Mapping[str, Any], base: Mapping[str, Any]
     if isinstance(node, ast.Tuple):
         return tuple(_value(entry, values, base) for entry in node.elts)
     if isinstance(node, ast.Dict):
-        return {_computed(k, values, base): _value(v, values, base) for k, v in zip(node.keys, node.values, strict=True) if k}
+        return _dictionary(node.keys, node.values, values, base)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
-        return {word.arg: _value(word.value, values, base) for word in node.keywords if word.arg}
+        keys = [None if word.arg is None else ast.Constant(word.arg) for word in node.keywords]
+        return _dictionary(keys, [word.value for word in node.keywords], values, base)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_computed(node.operand, values, base)
     if isinstance(node, ast.BinOp) and type(node.op) in _SUMS:
@@ -208,6 +225,19 @@ def _computed(node: ast.expr, values: Mapping[str, Any], base: Mapping[str, Any]
     if isinstance(node, ast.Attribute):
         return base[node.attr] if ast.unparse(node.value) == "_base_" else _computed(node.value, values, base)[node.attr]
     raise ValueError(type(node).__name__)
+
+
+def _dictionary(
+    keys: Sequence[ast.expr | None], entries: Sequence[ast.expr], values: Mapping[str, Any], base: Mapping[str, Any]
+) -> dict[Any, Any]:
+    """The settings of `{...}` or `dict(...)`. An entry without a key is unpacked (`**other`)."""
+    made: dict[Any, Any] = {}
+    for key, entry in zip(keys, entries, strict=True):
+        if key is None:
+            made |= _computed(entry, values, base)
+        else:
+            made[_computed(key, values, base)] = _value(entry, values, base)
+    return made
 
 
 def _sum(kind: ast.operator, left: Any, right: Any) -> Any:

@@ -61,12 +61,33 @@ function = lambda: 3
         Settings(values, "top.py").take("call", int)
 
 
+def test_settings_that_are_unpacked_are_there_and_later_ones_replace_them():
+    text = """'''A text that stands alone.'''
+import os
+def helper():
+    os.abort()
+common = dict(channels=64, stride=2)
+model = dict(type='SECOND', **common)
+neck = {**common, 'stride': 1}
+unknown = dict(a=1, **helper())
+"""
+    values = python_config(text, "here")
+    assert values["model"] == {"type": "SECOND", "channels": 64, "stride": 2}
+    assert values["neck"] == {"channels": 64, "stride": 1}
+    assert isinstance(values["unknown"], NotRead)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("model = dict(", "no Python"),
         ("a = " + "[" * 5000, "no Python"),
         ("from mmengine.config import read_base\nwith read_base():\n    from .x import *", "imports its bases as Python modules"),
+        ("model = dict(a=1)\nmodel['a'] = 2", "line 2: `model.'a'. = 2` may change a setting"),
+        ("model = dict(a=1)\nmodel.update(a=2)", "line 2: .* may change a setting"),
+        ("size = 1\nif size:\n    size = 2", "line 2: .* may change a setting"),
+        ("size = 1\nsize += 1", "line 2: .* may change a setting"),
+        ("size, other = 1, 2", "line 1: .* may change a setting"),
         ("_base_ = ['mmdet3d::x.py']", "a file of another package"),
         ("_base_ = ['missing.py']", "there is no configuration .*missing.py, on which .*top.py is based"),
         ("_base_ = ['top.py']", "is based on itself"),
