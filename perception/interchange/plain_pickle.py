@@ -27,8 +27,9 @@ LARGEST_PICKLE = 1024**3
 """Maximum size of a file in bytes. The training infos of KITTI have 6e6, those of Waymo 0.3e9."""
 MOST_STEPS = 100_000_000
 """Maximum number of steps of a file. The training infos of KITTI have about 2e6."""
+_MADE_OF, _MADE_MORE = 4, 1 << 20  # arrays and texts are made of at most so many times the file's bytes, and so many more
 
-_ARRAY_KINDS = re.compile(r"[<>|=]?([?bBhHiIlLqQefd]|[biuf]\d{1,2}|[US]\d{1,6}|O8?)\Z")
+_ARRAY_KINDS = re.compile(r"[<>|=]?([?bBhHiIlLqQefd]|[biuf]\d{1,2}|[US][1-9]\d{0,5}|O8?)\Z")
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
 
 
@@ -83,19 +84,34 @@ def plain_content(data: bytes) -> Any:
     Raises:
         InvalidInput: It is damaged or holds anything but plain data.
     """
-    machine = _Machine()
+    machine, file = _Machine(_MADE_OF * len(data) + _MADE_MORE), io.BytesIO(data)
     try:
-        for count, (step, argument, _) in enumerate(pickletools.genops(io.BytesIO(data))):
+        for count, (step, argument, _) in enumerate(pickletools.genops(file)):
             if count >= MOST_STEPS:
                 raise InvalidInput(f"it has more than {MOST_STEPS:,} steps; split it")
             machine.take(step.name, argument)
+        if not machine.stopped or len(machine.stack) != 1:
+            raise InvalidInput("it is damaged: its end is missing; get it again")
+        if left := len(data) - file.tell():
+            raise InvalidInput(f"it goes on for {left:,} bytes after its end; give a file of one pickle")
+        content = _finished(machine.stack[0])
+        if _values(content, {}) > MOST_STEPS:
+            raise InvalidInput(f"it names its own parts so often that it stands for more than {MOST_STEPS:,} values")
     except InvalidInput:
         raise
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, UnicodeError) as error:
+    except _DAMAGE as error:
         raise InvalidInput(f"it is damaged or no pickle ({shown(str(error))[:200]}); get it again") from error
-    if not machine.stopped or len(machine.stack) != 1:
-        raise InvalidInput("it is damaged: its end is missing; get it again")
-    return _finished(machine.stack[0])
+    return content
+
+
+def _values(value: Any, known: dict[int, int]) -> int:
+    """How many values are in a container, those counted again that are in it several times: so many would be printed or copied."""
+    if not isinstance(value, dict | list | tuple):
+        return 1
+    if id(value) not in known:  # a list that holds itself recurses to Python's limit, which is damage
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(value)]
 
 
 def _finished(value: Any) -> Any:
@@ -111,11 +127,13 @@ def _finished(value: Any) -> Any:
 class _Machine:
     """The stack machine of pickles, with the steps of plain data alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.stopped = False
+        self.made = 0
 
     def take(self, step: str, argument: Any) -> None:
         """Do one step, or refuse it."""
@@ -172,10 +190,18 @@ class _Machine:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Callable) or not isinstance(arguments, tuple):
             raise InvalidInput("it is damaged: it calls something that is no function")
+        self.spend(arguments)
         self.stack.append(_made(function, arguments))
+
+    def spend(self, arguments: Any) -> None:
+        """Count what something is made of: a file can name the same bytes again and again, and each array copies them."""
+        self.made += sum(len(part) for part in arguments if isinstance(part, str | bytes | bytearray | list | dict))
+        if self.made > self.most:
+            raise InvalidInput(f"it makes more than {self.most:,} bytes out of its own parts")
 
     def build(self, _: Any) -> None:
         state = self.pop()
+        self.spend(state)
         target = self.stack[-1]
         if not isinstance(target, _Unfinished) or target.value is not None:
             raise InvalidInput("it sets the inside of something that is no array")
@@ -191,14 +217,14 @@ class _Machine:
 
     def set_item(self, _: Any) -> None:
         value, key = self.pop(), self.pop()
-        self.top(dict)[key] = value
+        self.top(dict).update(_entries([key, value]))
 
     def set_items(self, _: Any) -> None:
-        flat = self.since_mark()
-        self.top(dict).update(zip(flat[::2], flat[1::2], strict=True))
+        entries = _entries(self.since_mark())
+        self.top(dict).update(entries)
 
     def add_items(self, _: Any) -> None:
-        values = self.since_mark()
+        values = _plain_keys(self.since_mark())
         self.top(set).update(values)
 
     def as_tuple(self, count: int) -> None:
@@ -212,14 +238,25 @@ class _Machine:
         self.stack.append(tuple(value if isinstance(value, _Callable) else _finished(value) for value in taken))
 
     def as_dict(self, _: Any) -> None:
-        flat = self.since_mark()
-        self.stack.append(dict(zip(flat[::2], flat[1::2], strict=True)))
+        self.stack.append(_entries(self.since_mark()))
 
     def drop(self, _: Any) -> None:
         self.stack.pop()
 
     def drop_mark(self, _: Any) -> None:
         self.since_mark()
+
+
+def _entries(flat: list[Any]) -> dict[Any, Any]:
+    """A dictionary of keys and values in turn."""
+    return dict(zip(_plain_keys(flat[::2]), flat[1::2], strict=True))
+
+
+def _plain_keys(keys: list[Any]) -> list[Any]:
+    """Keys, or members of a set. Finding the place of a tuple takes as long as all that it holds, again and again."""
+    if odd := next((key for key in keys if not isinstance(key, str | bytes | int | float | np.generic | None)), None):
+        raise InvalidInput(f"it has a {type(odd).__name__} as a key, and only texts and numbers are read")
+    return keys
 
 
 def _made(function: str, arguments: tuple[Any, ...]) -> Any:
@@ -239,9 +276,11 @@ def _made(function: str, arguments: tuple[Any, ...]) -> Any:
     if function == "encode" and arguments[1] in ("latin1", "latin-1"):
         return str(arguments[0]).encode("latin-1")
     if function == "ordered":
-        return dict(*arguments)
+        pairs = list(*arguments)
+        _plain_keys([key for key, _ in pairs])
+        return dict(pairs)
     if function == "set":
-        return set(*arguments)
+        return set(_plain_keys(list(*arguments)))
     if function == "bytes" and not arguments:
         return b""
     raise InvalidInput(f"it makes {shown(function)} of something else than plain data")
@@ -270,14 +309,14 @@ def _laid_out(data: bytes, kind: np.dtype[Any], shape: tuple[int, ...], fortran:
         raise InvalidInput("it is damaged: an array has no type or no shape")
     if math.prod(shape) * kind.itemsize != len(data):
         raise InvalidInput(f"it is damaged: an array {tuple(shape)} of {kind} has {len(data)} bytes")
-    if not kind.itemsize:
-        return np.zeros(shape, kind)
     return np.frombuffer(data, kind).reshape(shape, order="F" if fortran else "C").copy()
 
 
 def _kind(text: Any) -> np.dtype[Any]:
     if not isinstance(text, str) or _ARRAY_KINDS.match(text) is None:
-        raise InvalidInput(f"it holds an array of {shown(repr(text))}, and only numbers and texts are read")
+        raise InvalidInput(
+            f"it holds an array of {shown(str(text)) if isinstance(text, str) else type(text).__name__}, and only numbers and texts are read"
+        )
     return np.dtype(text)
 
 
@@ -294,6 +333,12 @@ def _bytes(data: Any) -> bytes:
         raise InvalidInput("it is damaged: the content of an array is missing")
     return bytes(data)
 
+
+_DAMAGE = (
+    *(ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, UnicodeError),
+    *(RecursionError, MemoryError),
+)
+"""What the steps of a damaged file raise."""
 
 _KNOWN = (
     {(module, "_reconstruct"): "array" for module in _NUMPY}
@@ -336,7 +381,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "SETITEMS": _Machine.set_items,
     "ADDITEMS": _Machine.add_items,
     "LIST": lambda machine, _: machine.stack.append(machine.since_mark()),
-    "FROZENSET": lambda machine, _: machine.stack.append(frozenset(machine.since_mark())),
+    "FROZENSET": lambda machine, _: machine.stack.append(frozenset(_plain_keys(machine.since_mark()))),
     "DICT": _Machine.as_dict,
     "TUPLE": _Machine.as_marked_tuple,
     "TUPLE1": lambda machine, _: machine.as_tuple(1),

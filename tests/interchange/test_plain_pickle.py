@@ -141,6 +141,41 @@ def test_an_array_that_claims_more_than_it_holds_allocates_nothing():
         plain_content(hostile)
 
 
+def doubled(levels: int) -> bytes:
+    """Steps for a tuple of a tuple twice, and so on: few bytes that stand for 2 ** levels values."""
+    steps = [b"0h%ch%c\x86q%c" % (i, i, i + 1) for i in range(levels)]
+    return b"\x80\x03N\x85q\x00" + b"".join(steps)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (doubled(60) + b".", "stands for more than"),
+        (doubled(60) + b"0}h\x3cNs.", "a tuple as a key"),
+        (doubled(60) + b"0\x8fh\x3c\x85(h\x3c\x90.", "damaged|a tuple as a key"),
+        (doubled(60) + b"0cnumpy\ndtype\nh\x3c\x85R.", "an array of tuple"),
+        (b"\x80\x02]q\x00h\x00a.", "recursion"),
+        (pickle.dumps([1]) + pickle.dumps([2]), "goes on for 17 bytes after its end"),
+        (pickle.dumps(np.zeros(1), 2).replace(b"f8", b"U0"), "array of U0"),
+    ],
+)
+def test_a_small_file_cannot_stand_for_endless_work(data, message):
+    with pytest.raises(InvalidInput, match=message):
+        plain_content(data)
+
+
+def test_bytes_that_a_file_names_again_and_again_are_not_copied_without_end():
+    content = bytes(400_000)
+    block = b"B" + len(content).to_bytes(4, "little") + content
+    array = pickle.dumps(np.frombuffer(content, np.uint8).copy(), 3)[2:-1]
+    assert block in array
+    steps = array.replace(block, b"h\xc8")  # the same array, with its bytes taken from the memo
+    times = {n: b"\x80\x03" + block + b"q\xc80](" + steps * n + b"e." for n in (2, 40)}
+    assert [part.tobytes() == content for part in plain_content(times[2])] == [True, True]
+    with pytest.raises(InvalidInput, match="bytes out of its own parts"):
+        plain_content(times[40])
+
+
 def test_size_and_steps_are_limited(tmp_path, monkeypatch):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(list(range(100))))
     monkeypatch.setattr(reader, "MOST_STEPS", 50)
