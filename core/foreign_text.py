@@ -47,6 +47,18 @@ def is_one_name(text: str) -> bool:
     return 0 < len(text) <= LONGEST_NAME and text == text.strip() and shown(text, most=LONGEST_NAME) == text
 
 
+def is_one_word(text: str) -> bool:
+    """Say whether a text can stand in a column of a label file.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Whether it is the name of a class (`is_one_name`) without a blank in it.
+    """
+    return is_one_name(text) and len(text.split()) == 1
+
+
 def check_name(name: str, what: str) -> str:
     """Refuse a name from outside that cannot safely be a file name.
 

@@ -32,6 +32,7 @@ def command(config: ImportInfos) -> None:
     """Turn an info file of OpenPCDet or mmdetection3d into a folder that `prepare` reads."""
     moved = labels_from_infos(config.file, config.out, split=config.split, points=config.points)
     say_moved(moved)
+    console.print(moved.understood)
     write_json(config.json, counts(moved))
     console.print(f"next: upcycle3d prepare folder {config.out} --out DIR --classes {' '.join(moved.objects)}")
 

@@ -19,7 +19,7 @@ class ImportResults:
     file: tyro.conf.Positional[Path]
     """`result.pkl` of OpenPCDet, or the .pkl that mmdetection3d's KITTI metric wrote."""
     out: Path
-    """Folder for one ID.txt per frame."""
+    """New folder for one ID.txt per frame."""
 
 
 def command(config: ImportResults) -> None:

@@ -6,6 +6,9 @@ Box conventions, all translated here:
     mmdetection3d          the same, but z is that of the bottom face; nuScenes and Lyft have the center; KITTI the camera frame:
                            location of the bottom face, length height width, rotation about the camera's y axis
 
+Boxes stay in the axes of the scans, and those of nuScenes have x to the right and y forward: `described` says so. Waymo's infos are in the
+frame of a camera in some versions of mmdetection3d and in that of the LiDAR in others, and do not say in which, so they are refused.
+
 Read next: `plain_pickle.py` for how the files are read.
 """
 
@@ -36,6 +39,8 @@ from .kitti_infos import (
 
 _CENTERED = ("nuscenes", "lyft")
 """Datasets whose infos in mmdetection3d name the center of a box."""
+_REFUSED = {"waymo": "prepare the dataset itself with `upcycle3d prepare waymo`"}
+"""Datasets whose infos in mmdetection3d do not say what frame boxes are in, and what to do instead."""
 _UNKNOWN = "DontCare"
 
 
@@ -79,6 +84,35 @@ def frames_of(content: Any) -> list[InfoFrame]:
     )
 
 
+def described(content: Any) -> str:
+    """Say how the boxes of an info file were understood, because most files do not say it themselves.
+
+    Args:
+        content: what `frames_of` read.
+
+    Returns:
+        One sentence.
+    """
+    if not isinstance(content, Mapping):
+        return "boxes were read as OpenPCDet's: their center, in the axes of the scans"
+    dataset = _dataset(content)
+    where = {
+        "kitti": "bottom face, in the frame of the camera CAM2, from which they were brought to the LiDAR's",
+        "nuscenes": "center, in the axes of the scans, where x points to the right and y forward: give `prepare folder` --axes y -x z",
+        "lyft": "center, in the axes of the scans; `upcycle3d view` shows whether x points forward, and --axes of `prepare folder` turns them",
+    }
+    usual = (
+        f"bottom face, in the axes of the scans, as of data of your own (the file names the dataset {shown(repr(dataset))[:60]})"
+    )
+    return f"boxes were read as mmdetection3d's: {where.get(dataset, usual)}"
+
+
+def _dataset(content: Mapping[str, Any]) -> str:
+    """Name of the dataset in small letters; empty where the file has none."""
+    meta = content.get("metainfo")
+    return str(meta.get("dataset", "")).lower() if isinstance(meta, Mapping) else ""
+
+
 def _in_words(reader: Any, info: Any, number: int) -> InfoFrame:
     try:
         frame: InfoFrame = reader(info)
@@ -107,10 +141,17 @@ def _openpcdet_frame(info: Mapping[str, Any]) -> InfoFrame:
 
 
 def _mmdet3d_frames(content: Mapping[str, Any]) -> list[InfoFrame]:
-    meta = content.get("metainfo") or {}
+    meta, dataset = content.get("metainfo") or {}, _dataset(content)
+    if dataset in _REFUSED:
+        raise InvalidInput(
+            f"infos of {dataset} do not say whether boxes are in the frame of a camera or of the LiDAR; {_REFUSED[dataset]}"
+        )
+    if not content["data_list"]:
+        raise InvalidInput("the file holds no frame (data_list is empty)")
     categories = meta.get("categories") or meta.get("classes") or {}
     names = dict(enumerate(categories)) if not isinstance(categories, Mapping) else {n: c for c, n in categories.items()}
-    dataset = str(meta.get("dataset", ""))
+    if not names and any(isinstance(info, Mapping) and info.get("instances") for info in content["data_list"]):
+        raise InvalidInput("the file does not name its classes (metainfo has no categories), so no label means anything")
 
     def frame(info: Mapping[str, Any]) -> InfoFrame:
         path = info["lidar_points"]["lidar_path"]

@@ -10,11 +10,11 @@ import numpy as np
 
 from ...core.errors import InvalidInput
 from ...core.files import atomic_file, write_atomically
-from ...core.foreign_text import check_name, is_one_name, shown
+from ...core.foreign_text import check_name, is_one_word, shown
 from ...core.new_folder import new_folder
 from ...datasets.kitti_text import read_objects, write_objects
 from ...datasets.prepared import PreparedDataset
-from .info_files import frames_of, mmdet3d_infos, openpcdet_infos
+from .info_files import InfoFrame, described, frames_of, mmdet3d_infos, openpcdet_infos
 from .kitti_infos import is_kitti
 from .plain_pickle import read_plain_pickle
 from .plain_pickle_writing import write_plain_pickle
@@ -34,6 +34,8 @@ class MovedLabels:
     """Objects without a box or a class: DontCare, or of weight 0."""
     unlabeled: int
     """Frames without labels."""
+    understood: str = ""
+    """How the boxes of an info file were understood."""
     files: tuple[Path, ...]
     """What was written."""
 
@@ -51,9 +53,11 @@ def labels_from_infos(file: str | Path, out: str | Path, *, split: str, points: 
         What was read.
 
     Raises:
-        InvalidInput: The file is no info file, an id cannot be the name of a file, or `points` is no folder.
+        InvalidInput: The file is no info file, an id cannot be the name of a file, `points` is no folder or another one than that of
+            `out`, or `out` has other labels of a frame.
     """
-    frames, out = frames_of(read_plain_pickle(file)), Path(out)
+    content, out = read_plain_pickle(file), Path(out)
+    frames = frames_of(content)
     check_name(split, "the split (--split)")
     if points is not None and not points.is_dir():
         raise InvalidInput(f"there is no folder {points} (--points)")
@@ -62,17 +66,21 @@ def labels_from_infos(file: str | Path, out: str | Path, *, split: str, points: 
         raise InvalidInput(f"{file} names a frame twice")
     for frame in frames:
         check_name(frame.id, "a frame id")
-        if bad := next((kind for kind in frame.types if not is_one_name(kind) or len(kind.split()) > 1), None):
+        if bad := next((kind for kind in frame.types if not is_one_word(kind)), None):
             raise InvalidInput(
                 f"frame {frame.id} has the class {shown(repr(bad))}, and a label file needs names of one word; rename it in the file"
             )
-    written = [out / "splits" / f"{split}.txt"]
-    for frame in frames:
-        if frame.labeled:
-            lines = [" ".join([kind, *map(_number, box)]) for kind, box in zip(frame.types, frame.boxes.tolist(), strict=True)]
-            write_atomically(out / "labels" / f"{frame.id}.txt", "".join(f"{line}\n" for line in lines).encode())
-    write_atomically(written[0], "".join(f"{name}\n" for name in ids).encode())
     link = out / "points"
+    if points is not None and (link.is_symlink() or link.exists()) and link.resolve() != points.resolve():
+        raise InvalidInput(f"{link} is there already and is not {points} (--points); give another --out for other scans")
+    texts = {out / "labels" / f"{frame.id}.txt": _label_text(frame) for frame in frames if frame.labeled}
+    for path, text in texts.items():
+        if path.exists() and path.read_bytes() != text:
+            raise InvalidInput(f"{path} is there already with other labels; give another --out, or delete it")
+    for path, text in texts.items():
+        write_atomically(path, text)
+    listed = out / "splits" / f"{split}.txt"
+    write_atomically(listed, "".join(f"{name}\n" for name in ids).encode())
     if points is not None and not link.exists():
         link.symlink_to(points.resolve())
     return MovedLabels(
@@ -80,12 +88,14 @@ def labels_from_infos(file: str | Path, out: str | Path, *, split: str, points: 
         objects=dict(Counter(kind for frame in frames for kind in frame.types)),
         dropped=sum(frame.dropped for frame in frames),
         unlabeled=sum(not frame.labeled for frame in frames),
-        files=tuple(written),
+        understood=described(content),
+        files=(listed,),
     )
 
 
-def _number(value: float) -> str:
-    return f"{value:.9g}"
+def _label_text(frame: InfoFrame) -> bytes:
+    rows = zip(frame.types, frame.boxes.tolist(), strict=True)
+    return "".join(" ".join([kind, *(f"{value:.9g}" for value in box)]) + "\n" for kind, box in rows).encode()
 
 
 def infos_from_data(program: Program, data: PreparedDataset, split: str, out: str | Path) -> MovedLabels:
@@ -136,18 +146,19 @@ def detections_from_results(file: str | Path, out: str | Path) -> int:
 
     Args:
         file: the `.pkl`.
-        out: folder for one ID.txt per frame.
+        out: folder for one ID.txt per frame; it must not exist or be empty, because text files of other frames would be scored too.
 
     Returns:
         Number of frames.
 
     Raises:
-        InvalidInput: The file holds no such results.
+        InvalidInput: The file holds no such results, or the folder holds files.
     """
     found = results_of(read_plain_pickle(file))
-    for name, objects in found.items():
-        check_name(name, "a frame id")
-        write_objects(Path(out) / f"{name}.txt", objects)
+    with new_folder(Path(out)) as folder:
+        for name, objects in found.items():
+            check_name(name, "a frame id")
+            write_objects(folder / f"{name}.txt", objects)
     return len(found)
 
 

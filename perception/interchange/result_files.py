@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import InvalidInput
-from ...core.foreign_text import shown
+from ...core.foreign_text import is_one_word, shown
 from ...datasets.kitti_text import KittiObjects
 from .settings import Program
 
@@ -34,7 +34,7 @@ def results_of(content: Any) -> dict[str, KittiObjects]:
     Raises:
         InvalidInput: It is no such file, or a frame is damaged.
     """
-    if not isinstance(content, list) or not all(isinstance(entry, Mapping) and "score" in entry for entry in content):
+    if not isinstance(content, list) or not content or not all(isinstance(e, Mapping) and "score" in e for e in content):
         raise InvalidInput("the content is no list of detections with name, bbox, location and score, frame by frame")
     found: dict[str, KittiObjects] = {}
     for number, entry in enumerate(content):
@@ -42,7 +42,7 @@ def results_of(content: Any) -> dict[str, KittiObjects]:
         if name in found:
             raise InvalidInput(f"the frame {shown(name)} stands twice in the results")
         columns = {column: _column(entry, column, width, name) for column, width in _WIDTHS.items()}
-        types = tuple(str(kind) for kind in entry["name"])
+        types = _types(entry, name)
         if any(len(values) != len(types) for values in columns.values()):
             raise InvalidInput(f"frame {shown(name)} of the results has columns of different lengths")
         length, height, width = columns["dimensions"].unbind(1)
@@ -63,13 +63,27 @@ def results_of(content: Any) -> dict[str, KittiObjects]:
 def _frame_id(entry: Mapping[str, Any], number: int) -> str:
     """OpenPCDet names the frame; mmdetection3d repeats its number for every object, so a frame without objects has none."""
     if "frame_id" in entry:
-        return str(entry["frame_id"])
+        given = entry["frame_id"]
+        return f"{int(given):06d}" if isinstance(given, int | np.integer) else str(given)
     numbers = np.unique(np.asarray(entry.get("sample_idx", [])))
     if len(numbers) != 1:
         raise InvalidInput(
             f"result {number} names no frame (it has no object); keep the text files of the run (submission_prefix), which have a name each"
         )
     return f"{int(numbers[0]):06d}"
+
+
+def _types(entry: Mapping[str, Any], frame: str) -> tuple[str, ...]:
+    """The classes of the detections, which must be one word each, because KITTI's text has columns of words."""
+    given = entry.get("name")
+    if not isinstance(given, list | tuple | np.ndarray) or np.ndim(given) != 1:
+        raise InvalidInput(f"frame {shown(frame)} of the results has no list of classes (name)")
+    types = tuple(str(kind) for kind in given)
+    if bad := next((kind for kind in types if not is_one_word(kind)), None):
+        raise InvalidInput(
+            f"frame {shown(frame)} of the results has the class {shown(repr(bad))}, which is no word; rename it in the file"
+        )
+    return types
 
 
 def _column(entry: Mapping[str, Any], name: str, width: int, frame: str) -> Tensor:

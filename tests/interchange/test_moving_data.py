@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,6 +145,11 @@ def info(**changes: object) -> dict[str, object]:
     return {"point_cloud": {"num_features": 4, "lidar_idx": "a"}, "annos": annos | changes}
 
 
+def mmdet3d_info(meta: dict[str, object]) -> dict[str, object]:
+    instance = {"bbox_3d": [1.0, 2, 3, 4, 2, 1.5, 0], "bbox_label_3d": 0}
+    return {"metainfo": meta, "data_list": [{"lidar_points": {"lidar_path": "a.bin"}, "instances": [instance]}]}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -158,6 +164,10 @@ def info(**changes: object) -> dict[str, object]:
         ([3], "no info file that is known"),
         ({"metainfo": {}, "data_list": [{"sample_idx": 3}]}, "another form"),
         ([], "no info file that is known"),
+        ({"metainfo": {"categories": {"Car": 0}}, "data_list": []}, "holds no frame"),
+        (mmdet3d_info({"dataset": "custom"}), "does not name its classes"),
+        (mmdet3d_info({"dataset": "Waymo", "categories": {"Car": 0}}), "infos of waymo do not say"),
+        (mmdet3d_info({"dataset": "KITTI", "categories": {"Car": 0}}), "KeyError('images')"),  # no box of a LiDAR
     ],
 )
 def test_other_content_is_refused_and_nothing_is_written(tmp_path, capsys, content, message):
@@ -180,6 +190,69 @@ def test_infos_of_nuscenes_name_the_center_and_unlabeled_frames_get_no_label_fil
         assert not (out / "labels" / "s2.txt").exists()
         assert (out / "splits" / "train.txt").read_text() == "s1\ns2\n"
         assert json.loads(report.read_text()) == {"frames": 2, "objects": {"car": 1}, "left_out": 1, "unlabeled": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([info()], "OpenPCDet's: their center"),
+        (
+            mmdet3d_info({"dataset": "nuscenes", "categories": {"Car": 0}}),
+            "x points to the right and y forward: give `prepare folder` --axes y -x z",
+        ),
+        (mmdet3d_info({"dataset": "mine", "categories": {"Car": 0}}), "bottom face, .* the dataset 'mine'"),
+    ],
+)
+def test_the_import_says_how_it_understood_the_boxes(tmp_path, capsys, content, said):
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
+    assert run(import_infos, tmp_path / "x.pkl", "--split", "train", "--out", tmp_path / "out") == 0
+    assert re.search(said, " ".join(capsys.readouterr().out.split()))
+
+
+def test_labels_and_scans_of_another_split_are_not_replaced(tmp_path, capsys):
+    for name, x in (("first", 1.0), ("second", 5.0)):
+        (tmp_path / name).mkdir()
+        content = [info(gt_boxes_lidar=np.array([[x, 2, 3, 4, 2, 1.5, 0]]))]
+        (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(content))
+    out = tmp_path / "out"
+    first = [tmp_path / "first.pkl", "--split", "train", "--points", tmp_path / "first", "--out", out]
+    assert run(import_infos, *first) == run(import_infos, *first) == 0  # the same again changes nothing
+    assert run(import_infos, tmp_path / "second.pkl", "--split", "val", "--out", out) == 2
+    assert "a.txt is there already with other labels" in " ".join(capsys.readouterr().err.split())
+    assert (out / "labels" / "a.txt").read_text().split()[1] == "1"
+    assert run(import_infos, *first[:3], "--points", tmp_path / "second", "--out", out) == 2
+    assert "is not" in capsys.readouterr().err
+    (out / "points").unlink()
+    (out / "points").symlink_to(tmp_path / "gone")
+    assert run(import_infos, *first) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": np.array(["Person sitting"])}, "is no word"),
+        ({"name": np.array("Car")}, "no list of classes"),
+        ({"name": None}, "no list of classes"),
+        ({"rotation_y": np.array([np.nan])}, "NaN or inf in rotation_y"),
+    ],
+)
+def test_results_that_kittis_text_cannot_hold_are_refused(change, message):
+    columns = {name: np.ones((1, 4)) if name == "bbox" else np.ones((1, 3)) for name in ("bbox", "dimensions", "location")}
+    columns |= {name: np.ones(1) for name in ("truncated", "occluded", "alpha", "rotation_y", "score")}
+    entry = {"name": np.array(["Car"]), "frame_id": np.int64(4)} | columns
+    assert list(results_of([entry])) == ["000004"]
+    with pytest.raises(InvalidInput, match=message):
+        results_of([entry | change])
+    with pytest.raises(InvalidInput, match="no list of detections"):
+        results_of([])
+
+
+def test_detections_are_not_written_among_older_ones(tmp_path, capsys):
+    empty = KittiObjects.from_columns((), torch.zeros(0, 15, dtype=torch.float64))
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(results_to("openpcdet", {"000007": empty})))
+    assert run(import_results, tmp_path / "x.pkl", "--out", tmp_path / "out") == 0
+    assert run(import_results, tmp_path / "x.pkl", "--out", tmp_path / "out") == 2
+    assert "is not empty" in capsys.readouterr().err
 
 
 def test_an_existing_folder_is_not_written_to(own, tmp_path, capsys):
