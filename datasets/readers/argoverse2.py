@@ -9,6 +9,9 @@ joins the points of both LiDARs, compensated for the vehicle's motion to the tim
 y left, z up; the origin is at the rear axle, about 0.33 m above the road). A box has its center in the same frame at the same time,
 `length_m` along its own x axis, and a quaternion w x y z. So nothing is moved or turned here; the heading of the quaternion is the yaw.
 
+Boxes belong to the sweep of exactly their time. A sweep without any box is not labeled, because somebody who drives in a city sees
+objects all around: it is left out of a labeled split and counted, and so are boxes whose sweep is missing.
+
 A cyclist has two boxes in this dataset, BICYCLIST for the person and BICYCLE; the usual map makes the first one a Cyclist.
 Left out: pictures, maps, ring and time of the points.
 """
@@ -19,8 +22,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from ...core.errors import InvalidInput
 from ...core.ledger import Ledger
@@ -38,6 +43,7 @@ ARGOVERSE2_MAP = {"REGULAR_VEHICLE": "Car", "PEDESTRIAN": "Pedestrian", "BICYCLI
 _SPLITS = ("train", "val", "test")
 _POINTS = ("x", "y", "z", "intensity")
 _CENTER, _SIZE, _TURN = ("tx_m", "ty_m", "tz_m"), ("length_m", "width_m", "height_m"), ("qw", "qx", "qy", "qz")
+_TIME = "timestamp_ns"
 _REMEDY = "download the log again, or leave it out of ImageSets/NAME.txt"
 
 
@@ -82,9 +88,8 @@ class Argoverse2:
             InvalidInput: The file is missing or broken, or a box is.
         """
         assert frame.labels is not None
-        columns = ("timestamp_ns", "category", *_CENTER, *_SIZE, *_TURN)
-        table = read_feather(frame.labels, columns, what="table of boxes", remedy=_REMEDY)
-        table = {name: values[table["timestamp_ns"] == int(frame.key)] for name, values in table.items()}
+        table = _boxes(frame.labels, "category", *_CENTER, *_SIZE, *_TURN)
+        table = {name: values[table[_TIME] == int(frame.key)] for name, values in table.items()}
         center, size, turn = (torch.from_numpy(numbers(frame.labels, table, names)) for names in (_CENTER, _SIZE, _TURN))
         off = (turn.norm(dim=1) - 1).abs()
         if bool((~(off < 1e-3)).any()):
@@ -106,7 +111,23 @@ class Argoverse2:
         Raises:
             InvalidInput: The file is missing or broken.
         """
-        return Counter(map(str, read_feather(labels, ("category",), what="table of boxes", remedy=_REMEDY)["category"].tolist()))
+        return Counter(map(str, _boxes(labels, "category")["category"].tolist()))
+
+
+def _boxes(path: Path, *columns: str) -> dict[str, NDArray[Any]]:
+    """Columns of a log's boxes, and their times as whole nanoseconds: other numbers would be equal to no sweep's or to several."""
+    table = read_feather(path, (_TIME, *columns), what="table of boxes", remedy=_REMEDY)
+    if table[_TIME].dtype.kind not in "iu":
+        raise InvalidInput(f"{path}: the column {_TIME} must hold whole nanoseconds, found {table[_TIME].dtype}; {_REMEDY}")
+    return table
+
+
+def _counts(path: Path) -> Counter[int] | None:
+    """Number of boxes of a log by time; None where the file is broken, which costs its frames, with the reason."""
+    try:
+        return Counter(_boxes(path)[_TIME].tolist())
+    except InvalidInput:
+        return None
 
 
 def open_argoverse2(root: Path | str, options: BoxedOptions | None = None) -> RawDataset:
@@ -136,15 +157,19 @@ def open_argoverse2(root: Path | str, options: BoxedOptions | None = None) -> Ra
     skipped: Counter[str] = Counter()
     for log in logs:
         boxes = log / "annotations.feather"
+        counts = _counts(boxes) if boxes.is_file() else Counter()
+        times = set()
         for path in sorted((log / "sensors" / "lidar").iterdir()):
             if path.suffix != ".feather" or not path.stem.isdecimal():
                 skipped["not a sweep"] += 1
                 continue
-            labels = boxes if boxes.is_file() else None
+            times.add(int(path.stem))
+            labels = boxes if counts is None or counts[int(path.stem)] else None
             frames.append(FrameFiles(id=f"{log.name}_{path.stem}", drive=log.name, scan=path, labels=labels, key=path.stem))
+        skipped["box without its sweep"] += sum(n for time, n in (counts or {}).items() if time not in times)
     if not frames:
         raise InvalidInput(
             f"there is no sweep in {root}: expected train, val, test or logs in it, and LOG/sensors/lidar/NANOSECONDS.feather in each; check the root"
         )
-    found = FoundFrames(frames=tuple(frames), splits={log.name: split for log, split in logs.items()}, skipped=skipped)
+    found = FoundFrames(frames=tuple(frames), splits={log.name: split for log, split in logs.items()}, skipped=+skipped)
     return open_boxed(root, found, Argoverse2(), options or BoxedOptions(), usual_map=ARGOVERSE2_MAP, usual_scale=1 / 255)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.feather
 import pytest
 import tiny_layouts
@@ -81,6 +82,35 @@ def test_what_is_dropped_is_counted(tmp_path):
     cars = open_sustechpoints(tiny_readers.sustechpoints(tmp_path / "s"), BoxedOptions(classes=("Car",)))
     assert cars.source[0].reading.types_dropped == {"Pedestrian": 1, "Cyclist": 1}
     assert cars.found.files_skipped == {"scan without labels": 1}  # 000965 would count as an empty road
+
+
+def argoverse2_times(root: Path, change: Callable[[np.ndarray], object]) -> None:
+    """Change the times of the boxes."""
+    path = root / LABELS["argoverse2"]
+    table = pyarrow.feather.read_table(path)
+    times = pa.array(change(table["timestamp_ns"].to_numpy()))
+    pyarrow.feather.write_feather(table.set_column(0, "timestamp_ns", times), str(path))
+
+
+def test_boxes_of_argoverse2_whose_sweep_is_missing_are_counted_and_a_sweep_without_boxes_is_no_empty_road(tmp_path):
+    root = tiny_readers.argoverse2(tmp_path)
+    argoverse2_times(root, lambda times: np.where(times == times.max(), times + 1, times))
+    raw = open_argoverse2(root)
+    assert raw.found.files_skipped == {"box without its sweep": 4, "scan without labels": 1}
+    assert raw.ids == ("0a1b_315966080359713000",)
+    argoverse2_times(root, lambda times: times + 7)
+    with pytest.raises(InvalidInput, match="no frame of the split train has labels"):
+        open_argoverse2(root)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda times: times.astype(float), lambda times: times.astype("M8[ns]"), lambda times: times.astype(str)]
+)
+def test_times_of_argoverse2_that_are_no_whole_numbers_cost_the_log_and_are_named(change, tmp_path):
+    root = tiny_readers.argoverse2(tmp_path)
+    argoverse2_times(root, change)
+    with pytest.raises(InvalidInput, match="timestamp_ns must hold whole nanoseconds"):
+        _ = open_argoverse2(root).source[0]
 
 
 def test_a_leaning_box_is_counted_and_keeps_center_size_and_heading(tmp_path):
