@@ -130,10 +130,11 @@ def open_bag(
         topic: Topic of the LiDAR; None takes the only one of the type PointCloud2.
 
     Returns:
-        The dataset; all of its splits are unlabeled. A bag that is cut off gives the frames before the damage, with a warning.
+        The dataset; all of its splits are unlabeled. A bag that is cut off gives the frames before the damage, with a warning; so does
+        one of several bags that has no message of the topic.
 
     Raises:
-        InvalidInput: There is no bag, a library is missing, or the topic is missing or not clear.
+        InvalidInput: There is no bag, a library is missing, or the topic is missing, not clear or holds no point clouds.
 
     Example:
         raw = open_bag("drive.mcap", BoxedOptions(z_shift=1.9, intensity_scale=1 / 255), topic="/lidar_top/points")
@@ -148,14 +149,19 @@ def open_bag(
             with _named(str(path)):
                 counts = file.topics()
             topic = topic or _only_topic(path, counts)
+            expected = _expected(path, counts, topic)
             skipped["message of another topic"] += sum(n for (name, _), n in counts.items() if name != topic)
             times: Counter[int] = Counter()
             try:
                 with _named(str(path)):
                     for message in file.messages(topic):
                         times[message.time] += 1
+                if not times:
+                    warnings.append(f"{path} has no message of the topic {shown(topic)}; its topics are {_listed(counts)}")
+                elif times.total() < expected:
+                    warnings.append(f"{path} names {expected} messages of the topic {shown(topic)}, and holds {times.total()}")
             except InvalidInput as error:
-                warnings.append(f"{error}. {sum(times.values())} messages before the damage are read")
+                warnings.append(f"{error}. {times.total()} messages before the damage are read")
         for time in sorted(times):
             frames += (_frame(path, time, i) for i in range(times[time]))
     if not frames:
@@ -189,15 +195,27 @@ def _bags(root: Path) -> list[Path]:
     return found
 
 
+def _expected(path: Path, counts: Mapping[tuple[str, str], int], topic: str) -> int:
+    """Number of messages that a bag names for a topic. A topic of another type is refused; bags that are cut off may not know the type."""
+    if odd := next((kind for name, kind in counts if name == topic and kind not in (*POINT_CLOUDS, "")), None):
+        raise InvalidInput(
+            f"the topic {shown(topic)} of {path} holds messages of the type {shown(odd)} and no PointCloud2; its topics are {_listed(counts)}"
+        )
+    return sum(n for (name, _), n in counts.items() if name == topic)
+
+
+def _listed(counts: Mapping[tuple[str, str], int]) -> str:
+    return ", ".join(f"{shown(name, most=60)} of {shown(kind, most=60)}" for name, kind in sorted(counts)[:12]) or "none"
+
+
 def _only_topic(path: Path, counts: Mapping[tuple[str, str], int]) -> str:
     clouds = {name: n for (name, kind), n in counts.items() if kind in POINT_CLOUDS}
     if len(clouds) == 1:
         return next(iter(clouds))
     listed = ", ".join(f"{shown(name, most=60)} ({n})" for name, n in sorted(clouds.items())[:12])
-    others = ", ".join(f"{shown(name, most=60)} of {shown(kind, most=60)}" for name, kind in sorted(counts)[:12])
     raise InvalidInput(
         f"{path} has {len(clouds)} topics of the type PointCloud2; choose one with --topic: {listed}"
         if clouds
-        else f"{path} has no topic of the type PointCloud2; its topics are {others or 'none'}. Packets of a driver must be turned into point "
+        else f"{path} has no topic of the type PointCloud2; its topics are {_listed(counts)}. Packets of a driver must be turned into point "
         "clouds by the driver first"
     )

@@ -110,6 +110,35 @@ def test_missing_returns_are_dropped_and_counted_only_where_the_message_says_so(
     assert open_bag(path, read=ScanOptions(drop_non_finite=True)).source[0].reading.points_non_finite == 7
 
 
+@pytest.mark.parametrize("kind", BAGS)
+def test_a_topic_of_another_type_is_refused_and_named(kind, tmp_path):
+    with pytest.raises(InvalidInput, match=r"the topic /text of .* holds messages of the type std_msgs/msg/String"):
+        open_bag(write_bag(tmp_path, kind), topic="/text")
+
+
+def test_one_of_several_bags_without_the_topic_is_told(tmp_path):
+    write_bag(tmp_path / "a", "mcap").rename(tmp_path / "first.mcap")
+    write_bag(tmp_path / "b", "mcap", topics=("/other",)).rename(tmp_path / "second.mcap")
+    (tmp_path / "bags").mkdir()
+    for name in ("first.mcap", "second.mcap"):
+        (tmp_path / name).rename(tmp_path / "bags" / name)
+    raw = open_bag(tmp_path / "bags")
+    assert [name.partition("_")[0] for name in raw.ids] == ["first"] * 3
+    (told,) = raw.warnings
+    assert "second.mcap has no message of the topic /points; its topics are /other of" in told
+
+
+def test_a_bag_that_names_more_messages_than_it_has_is_told(tmp_path):
+    path = write_bag(tmp_path, "rosbag2 of sqlite3")
+    note = path / "metadata.yaml"
+    text = note.read_text()
+    assert text.count("message_count: 3") == 1
+    note.write_text(text.replace("message_count: 3", "message_count: 5"))
+    raw = open_bag(path)
+    assert len(raw.ids) == 3
+    assert "names 5 messages of the topic /points, and holds 3" in raw.warnings[0]
+
+
 def test_columns_and_axes(tmp_path):
     path = write_bag(tmp_path, "mcap")
     read = ScanOptions(columns=("x", "y", "z", "intensity", "ring"), axes=("y", "-x", "z"))
