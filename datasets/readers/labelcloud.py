@@ -125,6 +125,10 @@ class LabelCloud(AnnotatedScans):
         return Counter(texts(str(labels), read_objects_of(labels, "objects"), "name"))
 
 
+_SIGNS = torch.tensor([[i, j, k] for k in (-1, 1) for i, j in ((-1, -1), (-1, 1), (1, 1), (1, -1))], dtype=torch.float64)
+"""Where each corner lies along the box's axes, in labelCloud's order."""
+
+
 def _of_vertices(where: str, items: list[object]) -> tuple[Tensor, Tensor, Tensor]:
     """Centers, sizes and rotations of boxes that are given by their corners."""
     rows = [item.get("vertices") if isinstance(item, dict) else None for item in items]
@@ -136,8 +140,20 @@ def _of_vertices(where: str, items: list[object]) -> tuple[Tensor, Tensor, Tenso
         ) from error
     origin = corners[:, 0]
     sides = torch.stack([corners[:, 3] - origin, corners[:, 1] - origin, corners[:, 4] - origin], 2)  # columns: the box's axes
-    size = sides.norm(dim=1)
-    return corners.mean(1), size, sides / size[:, None].clamp_min(1e-9)
+    size, center = sides.norm(dim=1), corners.mean(1)
+    turn = sides / size[:, None].clamp_min(1e-9)
+    expected = center[:, None] + (_SIGNS * size[:, None] / 2) @ turn.mT
+    most = 0.03 + 0.01 * size.amax(1)  # m; labelCloud rounds corners to as few as two decimals
+    off = (corners - expected).abs().amax((1, 2)) > most
+    shorter = torch.minimum(size[:, :, None], size[:, None])
+    skew = ((turn.mT @ turn - torch.eye(3, dtype=torch.float64)) * shorter).abs().amax((1, 2)) > most
+    wrong = off | skew | (torch.linalg.det(turn) < 0)
+    if bool(wrong.any()):
+        raise InvalidInput(
+            f"{where}, object {int(wrong.nonzero()[0])}: the vertices are no box in labelCloud's order (0 rear right bottom, 1 rear left, 2 front left, "
+            f"3 front right, then the same at the top); {LABEL_REMEDY}"
+        )
+    return center, size, turn
 
 
 def _written_form(labels: Path, form: LabelCloudFormat | None) -> LabelCloudFormat:

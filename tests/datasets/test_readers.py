@@ -63,6 +63,25 @@ def test_labelcloud_is_read_in_all_of_its_formats(form, tmp_path):
     assert raw.found.files_skipped == {"not a scan": 1}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda corners: corners[[3, 2, 1, 0, 7, 6, 5, 4]],  # counted the other way round: mirrored
+        lambda corners: corners[[0, 1, 3, 2, 4, 5, 7, 6]],  # as bits count: no round trip
+        lambda corners: corners + np.eye(8, 3),  # a corner out of place
+        lambda corners: corners * np.array([1, -1, 1]),  # y of the labels to the right
+    ],
+)
+def test_vertices_of_labelcloud_in_another_order_are_refused(change, tmp_path):
+    root = tiny_readers.labelcloud(tmp_path, "vertices")
+    path = root / LABELS["labelcloud"]
+    value = json.loads(path.read_text())
+    value["objects"][1]["vertices"] = change(np.array(value["objects"][1]["vertices"])).tolist()
+    path.write_text(json.dumps(value))
+    with pytest.raises(InvalidInput, match=r"scan_1.json, object 1: the vertices are no box in labelCloud's order"):
+        _ = open_labelcloud(root).source[0]
+
+
 def test_labelcloud_asks_where_nothing_says_degrees_or_radians(tmp_path):
     root = tiny_readers.labelcloud(tmp_path, "centroid_abs")
     (root / "labels" / "_classes.json").unlink()
