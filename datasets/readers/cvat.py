@@ -8,6 +8,9 @@ Facts from `datumaro/plugins/sly_pointcloud_format/converter.py` of github.com/c
 center of the cuboid in the frame of the point cloud; the dimensions x y z lie along the cuboid's own axes, x along its heading; the rotation
 is in radians, Euler angles in the order XYZ of three.js, with z as the yaw, 0 along +x and counterclockwise in BEV.
 
+Some importers of Supervisely (its KITTI, Lyft and nuScenes apps) write the width as x and the length as y, and other apps of it do not; the
+files do not say which. Such boxes come out a quarter turn off; `prepare` warns that length and width are perhaps swapped.
+
 This export was chosen because it is documented and has one file per scan. CVAT's other one for cuboids, "Kitti Raw Format 1.0", has
 `tracklet_labels.xml`, in which versions of Datumaro swap height, width and length (github.com/open-edge-platform/datumaro/issues/1578).
 Left out: figures that are no cuboids (counted), tags, related images.

@@ -146,6 +146,8 @@ def open_once(root: Path | str, options: BoxedOptions | None = None) -> RawDatas
         annotations[sequence.name] = found = _annotations(labels) if labels.is_file() else {}
         files, others = scans_in(sequence / "lidar_roof")
         skipped += others
+        if isinstance(found, Mapping):
+            skipped["annotated frame without its scan"] += len(found.keys() - files.keys())
         for key, path in files.items():
             labeled = isinstance(found, str) or key in found  # a broken file costs its frames, with the reason
             frames.append(
@@ -155,7 +157,7 @@ def open_once(root: Path | str, options: BoxedOptions | None = None) -> RawDatas
             )
     if not frames:
         raise InvalidInput(f"there is no scan in {data}: expected SEQUENCE/lidar_roof/MILLISECONDS.bin; check the root")
-    found_frames = FoundFrames(frames=tuple(frames), skipped=skipped)
+    found_frames = FoundFrames(frames=tuple(frames), skipped=+skipped)
     return open_boxed(root, found_frames, Once(annotations=annotations), options or BoxedOptions())
 
 

@@ -177,7 +177,7 @@ def open_pandaset(root: Path | str, options: BoxedOptions | None = None, lidar: 
     root = Path(root)
     sequences = sorted(p for p in root.iterdir() if (p / "lidar").is_dir()) if root.is_dir() else []
     frames: list[FrameFiles] = []
-    pickles = 0
+    pickles = misnamed = 0
     for sequence in sequences:
         files = sorted((sequence / "lidar").iterdir())
         named = {path.name.partition(".")[0] for path in files if path.suffix == ".feather"}
@@ -191,6 +191,8 @@ def open_pandaset(root: Path | str, options: BoxedOptions | None = None, lidar: 
                         labels=labels if labels.is_file() else None,
                     )
                 )  # fmt: skip
+            else:
+                misnamed += path.suffix == ".feather"
     if not frames:
         found = (
             f"its {pickles} scans are pickles (.pkl.gz), which are programs and are never run here"
@@ -202,7 +204,7 @@ def open_pandaset(root: Path | str, options: BoxedOptions | None = None, lidar: 
             "pandas, in an environment that you trust with the download: pandas.read_pickle('00.pkl.gz').reset_index(drop=True)"
             ".to_feather('00.feather'); docs/own_data.md has the loop"
         )
-    skipped = {"scan that is a pickle only": pickles} if pickles else {}
+    skipped = +Counter({"scan that is a pickle only": pickles, "file whose name is no frame number": misnamed})
     found_frames = FoundFrames(frames=tuple(frames), skipped=skipped)
     return open_boxed(
         root, found_frames, Pandaset(lidar=lidar), options or BoxedOptions(), usual_map=PANDASET_MAP, usual_scale=1 / 255

@@ -132,6 +132,18 @@ def test_times_of_argoverse2_that_are_no_whole_numbers_cost_the_log_and_are_name
         _ = open_argoverse2(root).source[0]
 
 
+def test_annotations_without_scan_and_misnamed_scans_are_counted(tmp_path):
+    root = tiny_readers.once(tmp_path / "o")
+    path = root / LABELS["once"]
+    value = json.loads(path.read_text())
+    value["frames"].append(value["frames"][0] | {"frame_id": "1616343528000"})
+    path.write_text(json.dumps(value))
+    assert open_once(root).found.files_skipped == {"annotated frame without its scan": 1, "scan without labels": 1}
+    root = tiny_readers.pandaset(tmp_path / "p")
+    shutil.copy(root / "001" / "lidar" / "00.feather", root / "001" / "lidar" / "00-copy.feather")
+    assert open_pandaset(root).found.files_skipped == {"file whose name is no frame number": 1}
+
+
 def test_a_leaning_box_is_counted_and_keeps_center_size_and_heading(tmp_path):
     root = tiny_readers.sustechpoints(tmp_path, wrapped=True)
     path = root / LABELS["sustechpoints"]
