@@ -27,7 +27,7 @@ LARGEST_PICKLE = 1024**3
 """Maximum size of a file in bytes. The training infos of KITTI have 6e6, those of Waymo 0.3e9."""
 MOST_STEPS = 100_000_000
 """Maximum number of steps of a file. The training infos of KITTI have about 2e6."""
-_MADE_OF, _MADE_MORE = 4, 1 << 20  # arrays and texts are made of at most so many times the file's bytes, and so many more
+_MADE_OF, _MADE_MORE = 4, 1 << 20  # arrays are made of at most 4 times the bytes of the file, and 1 MiB
 
 _ARRAY_KINDS = re.compile(r"[<>|=]?([?bBhHiIlLqQefd]|[biuf]\d{1,2}|[US][1-9]\d{0,5}|O8?)\Z")
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
@@ -105,7 +105,7 @@ def plain_content(data: bytes) -> Any:
 
 
 def _values(value: Any, known: dict[int, int]) -> int:
-    """How many values are in a container, those counted again that are in it several times: so many would be printed or copied."""
+    """How many values a container has when it is printed or copied: a part that is in it twice counts twice."""
     if not isinstance(value, dict | list | tuple):
         return 1
     if id(value) not in known:  # a list that holds itself recurses to Python's limit, which is damage
@@ -276,7 +276,7 @@ def _made(function: str, arguments: tuple[Any, ...]) -> Any:
     if function == "encode" and arguments[1] in ("latin1", "latin-1"):
         return str(arguments[0]).encode("latin-1")
     if function == "ordered":
-        pairs = list(*arguments)
+        pairs: list[Any] = list(*arguments)
         _plain_keys([key for key, _ in pairs])
         return dict(pairs)
     if function == "set":
