@@ -1,9 +1,11 @@
 """The settings of a run at the fleet's object sizes: estimated in rounds, kept in the run's folder, and read again where the run is resumed.
 
-    source model ─ estimate ─ a short training at these sizes ─ its student ─ estimate ─ … ─ the run itself, from the source model
+    source model ─ a short training on objects of all sizes ─ its student ─ estimate ─ … around these sizes … ─ the run, from the source model
 
-Each short training has a folder of its own in the run's folder, so that it can be stopped and resumed too; it is removed when its student has
-been asked. Read next: `perception/server/size_estimate.py`, the estimate.
+A detector that has only seen objects of one size reads that size everywhere. So each round trains a copy of the source model on labeled and
+pasted objects of random sizes, and on the fleet's scenes for where objects are, not for how large: the teacher does not know that yet. The run
+itself starts from the source model. Each short training has a folder of its own in the run's folder, so that it can be stopped and resumed
+too; it is removed when its student has been asked. Read next: `perception/server/size_estimate.py`, the estimate.
 """
 
 from __future__ import annotations
@@ -92,12 +94,12 @@ def settings_at_fleet_sizes(
     rounds = read_estimates(path) if path.exists() else ()
     for number in range(settings.sizes.rounds):
         if number >= len(rounds):
-            sized, reader = at_sizes_of(settings, rounds), detector
+            if number and at_sizes_of(settings, rounds) == at_sizes_of(settings, rounds[:-1]):
+                say(f"sizes, round {number + 1}: left out, it would repeat round {number} at the same sizes")
+                break
+            sized, reader = at_sizes_of(settings, rounds), deepcopy(detector)
             short = folder / f"{ROUND_FOLDER}_{number}"
-            if number:
-                reader = deepcopy(detector)
-                # Random sizes, where the preset has them, stay in this training: without them a student reads one size everywhere.
-                learn(reader, replace(method, estimates_sizes=False), _short_training(sized), short)
+            learn(reader, replace(method, estimates_sizes=False), _short_training(sized), short)
 
             def estimate(reader: Detector = reader, sized: UpcycleConfig = sized, rounds: SizeRounds = rounds) -> None:
                 about = sized.f_gt.size_shift
@@ -157,9 +159,15 @@ def most_precise(estimates: Sequence[SizeEstimate]) -> int:
 
 
 def _short_training(settings: UpcycleConfig) -> UpcycleConfig:
-    optim = settings.loop.optim
-    steps = max(1, round(settings.sizes.round_share * optim.total_steps))
-    return replace(settings, loop=replace(settings.loop, optim=replace(optim, total_steps=steps)))
+    sizes, optim = settings.sizes, settings.loop.optim
+    steps = max(1, round(sizes.round_share * optim.total_steps))
+    common, own = ((math.exp(-most), math.exp(most)) for most in (sizes.common, sizes.own))
+    return replace(
+        settings,
+        loop=replace(settings.loop, optim=replace(optim, total_steps=steps)),
+        f_gt=replace(settings.f_gt, object_scale=common, side_scale=own),
+        teacher_box_weight=0.0,
+    )
 
 
 def _recorded(found: Sequence[SizeEstimate], truth: Mapping[str, Labels] | None) -> tuple[SizeEstimate, ...]:

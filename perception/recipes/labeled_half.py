@@ -65,8 +65,8 @@ class LabeledHalf:
         Args:
             preset: Detector (classes and range) and augmentation.
             method: Its `labeled` decides about the size shift of F-GT: the oracles' labels come from the target and have its sizes already.
-                A method that estimates sizes takes no random ones besides.
-            config: Frames per batch, and F-GT's size shift.
+                A method that estimates sizes takes no random ones but those of F-GT.
+            config: Frames per batch, and F-GT's size shift and random sizes, which labeled objects get too.
             seed: Decides the order of the frames and every random draw of the augmentation.
 
         Returns:
@@ -78,8 +78,9 @@ class LabeledHalf:
         if preset.train.gt_sampling:
             self.ensure_gt_databases()
         shift = config.f_gt.size_shift if method.labeled == "source" else NO_SHIFT
-        if method.estimates_sizes:  # random sizes are for a model that does not know the mean
-            known = replace(preset.train.augmentation, object_scale=(1.0, 1.0), side_scale=(1.0, 1.0))
+        if method.labeled == "source" and (config.f_gt.scales_objects or method.estimates_sizes):
+            # A method that estimates sizes needs no random ones: those of the source model's preset end here.
+            known = replace(preset.train.augmentation, object_scale=config.f_gt.object_scale, side_scale=config.f_gt.side_scale)
             preset = replace(preset, train=replace(preset.train, augmentation=known))
         if self.target is None:
             return labeled_batches(preset, self.data, batch_size=config.labeled_batch, seed=seed, size_shift=shift)

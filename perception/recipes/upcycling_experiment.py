@@ -97,7 +97,7 @@ class ComparedMethod:
     resize: bool = False
     """Give the labeled half of a batch, and the objects that F-GT pastes, the target's mean size."""
     paste_any_size: bool = False
-    """Resize the objects that F-GT pastes at random, as the source model `random_sizes` saw them."""
+    """Resize labeled and pasted objects at random, as the source model `random_sizes` saw them."""
 
 
 # Every method from the plain source model, and the ones that are given the target's object sizes.

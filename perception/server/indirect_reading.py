@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _BOOTSTRAPS = 200
+_SOLUTIONS = 3
 
 
 class Readout:
@@ -26,7 +27,10 @@ class Readout:
 
 
 def ridge_regression(x: Tensor, y: Tensor, strength: float) -> Readout:
-    """Fit y to x by ridge regression, with every column of x scaled to unit variance and an intercept that is not shrunk.
+    """Fit y to x by ridge regression, with an intercept that is not shrunk.
+
+    Columns are not brought to one variance: one that hardly ever differs from zero would then decide the readings of the few rows where it
+    does.
 
     Args:
         x: (N, P) float64.
@@ -37,9 +41,7 @@ def ridge_regression(x: Tensor, y: Tensor, strength: float) -> Readout:
         The fit as a function of (K, P).
     """
     middle, mean = x.mean(0), y.mean(0)
-    spread = x.std(0, correction=0)
-    scale = torch.where(spread > 1e-6 * spread.max(), 1 / spread, torch.zeros_like(spread))  # a column that only rounding changes
-    rows = (x - middle) * scale
+    rows = x - middle
     if len(rows) <= rows.shape[1]:  # the smaller of the two equal systems
         gram = rows @ rows.T
         gram.diagonal().add_(strength * float(gram.diagonal().mean()) + 1e-12)
@@ -48,7 +50,7 @@ def ridge_regression(x: Tensor, y: Tensor, strength: float) -> Readout:
         gram = rows.T @ rows
         gram.diagonal().add_(strength * float(rows.square().sum(1).mean()) + 1e-12)
         weight = torch.linalg.solve(gram, rows.T @ (y - mean))
-    return Readout(weight * scale[:, None], middle, mean)
+    return Readout(weight, middle, mean)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,10 +76,25 @@ class KnownReadings:
         return KnownReadings(readings=self.readings[rows], sizes=self.sizes[rows], original=self.original[rows])
 
 
-def indirect_difference(
-    known: KnownReadings, frame: Tensor, fleet: Tensor, scene: Tensor, *, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class IndirectDifference:
+    """By how much the objects behind some readings differ in size from the known ones."""
+
+    difference: Tensor
+    """(3,) float64 length, width and height in meters."""
+    error: Tensor
+    """(3,) its standard error."""
+    follows: Tensor
+    """(3,) by how much the mean reading of each side moves per meter."""
+    distance: float
+    """How many standard errors the mean readings of both lie apart, for the three sides together: the evidence for any difference."""
+
+
+def indirect_difference(known: KnownReadings, frame: Tensor, fleet: Tensor, scene: Tensor, *, seed: int) -> IndirectDifference:
     """Find by how much the known objects would have to be longer, wider and higher for their mean reading to be that of the fleet.
+
+    The random changes of the known objects say what differences are to be expected (the prior of a linear Gaussian model): a side that the
+    instrument hardly follows takes what its common part with the other sides says, and no difference where these say nothing.
 
     Args:
         known: Readings of labeled objects.
@@ -87,28 +104,38 @@ def indirect_difference(
         seed: Decides the bootstrap.
 
     Returns:
-        Difference (3,) in meters, its standard error (3,), and by how much the mean reading of each side moves per meter (3,). The difference
-        is NaN where the readings do not follow the sizes.
+        The difference.
     """
-    found, follows = _solve(known, fleet.mean((0, 1)))
+    gap, follows = _gap(known, fleet.mean((0, 1)))
     rng = np.random.default_rng([seed, 7])
-    again = []
+    gaps, slopes = [], []
     for _ in range(_BOOTSTRAPS):
         one, other = _resampled(frame, rng), _resampled(scene, rng)
         instruments = torch.from_numpy(rng.integers(0, len(fleet), len(fleet)))
-        again.append(_solve(known.of(one), fleet[instruments][:, other].mean((0, 1)))[0])
-    return found, torch.stack(again).std(0), follows
+        again, slope = _gap(known.of(one), fleet[instruments][:, other].mean((0, 1)))
+        gaps.append(again)
+        slopes.append(slope)
+    expected = torch.cov((known.sizes - known.original).T, correction=0)
+    difference = torch.zeros_like(gap)
+    for _ in range(_SOLUTIONS):  # how far the slopes can be trusted matters the more, the larger the difference is
+        noise = torch.cov((torch.stack(gaps) - torch.stack(slopes) @ difference).T) + 1e-12 * torch.eye(3, dtype=gap.dtype)
+        gain = torch.linalg.solve(follows @ expected @ follows.T + noise, follows @ expected).T
+        difference = gain @ gap
+    left = expected - gain @ follows @ expected
+    return IndirectDifference(
+        difference=difference,
+        error=left.diagonal().clamp_min(0).sqrt(),
+        follows=follows.diagonal(),
+        distance=float(gap @ torch.linalg.solve(noise, gap)) ** 0.5,
+    )
 
 
-def _solve(known: KnownReadings, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The difference at which the mean reading of the original objects is the wanted one (3,), and how the reading moves with each side."""
+def _gap(known: KnownReadings, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """(3,) the wanted mean reading minus that of the original objects, and (3, 3) by how much each reading moves with each side."""
     terms = torch.cat([torch.ones_like(known.sizes[:, :1]), known.sizes], 1)
     fit = torch.linalg.lstsq(terms, known.readings).solution  # (4, 3): the mean reading of a size
     follows = fit[1:].T
-    if float(torch.linalg.matrix_norm(follows, -2)) < 1e-6:  # some difference of sizes leaves the readings as they are
-        return torch.full((3,), torch.nan, dtype=wanted.dtype), follows.diagonal()
-    now = fit[0] + follows @ known.original.mean(0)
-    return torch.linalg.solve(follows, wanted - now), follows.diagonal()
+    return wanted - (fit[0] + follows @ known.original.mean(0)), follows
 
 
 def _resampled(group: Tensor, rng: np.random.Generator) -> Tensor:

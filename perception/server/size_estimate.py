@@ -10,7 +10,8 @@ instrument would have read on objects of known sizes (indirect inference; Gourie
                                                                                                be longer to be read like this?
 
 The reading of a single object may be poor. Only the mean over hundreds of objects counts, and how strongly it follows the truth. The readings
-of labeled objects are by a ridge regression that has not seen their frames. Errors come from a bootstrap over frames and scenes.
+of labeled objects are by a ridge regression that has not seen their frames. Errors come from a bootstrap over frames and scenes. The random
+sizes are also what is expected beforehand: a side that cannot be read takes what goes with the others, or no difference.
 
 What this cannot see: an effect of the sensor or the place that looks like a size, and objects that the teacher does not find.
 Read next: `indirect_reading.py`, the arithmetic; `recipes/fleet_sizes.py`, which resizes labeled objects by the estimate.
@@ -18,6 +19,7 @@ Read next: `indirect_reading.py`, the arithmetic; `recipes/fleet_sizes.py`, whic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -42,8 +44,8 @@ from .uploaded import features_as_uploaded
 _FOLDS = 4
 _MOST = 0.6
 """Largest difference that is believed, as a share of the size of the labeled objects. The random sizes do not cover more."""
-_CHI_SQUARE_3 = 11.34
-"""What the squared distance of three independent standard normal numbers exceeds with a probability of 1 %."""
+_ENOUGH = 3.4
+"""Length that three independent standard normal numbers together exceed with a probability of 1 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +293,7 @@ def _estimate(
 ) -> SizeEstimate:
     counts = [0 if seen is None else len(seen) for seen in (labeled, fleet)]
     difference, error = torch.zeros(3, dtype=torch.float64), torch.full((3,), torch.inf, dtype=torch.float64)
-    follows, reason = torch.zeros(3, dtype=torch.float64), ""
+    follows, distance, reason = torch.zeros(3, dtype=torch.float64), 0.0, ""
     if labeled is None or fleet is None or min(counts) < config.fewest:
         reason = (
             f"the teacher finds {counts[0]} labeled objects and {counts[1]} of the fleet with a predicted IoU of {config.iou_score:g} or more, "
@@ -300,13 +302,14 @@ def _estimate(
     else:
         readings, read = _readings(labeled, fleet, config.ridge)
         known = KnownReadings(readings=readings, sizes=labeled.sizes, original=labeled.original)
-        difference, error, follows = indirect_difference(known, labeled.group, read, fleet.group, seed=seed)
+        found = indirect_difference(known, labeled.group, read, fleet.group, seed=seed)
+        difference, error, follows, distance = found.difference, found.error, found.follows, found.distance
     if asked is not None and bool(asked.error.isfinite().all()) and bool((mean > 0).all()):
         difference, error = joined_by_precision(difference, error, asked, config.least_error)
-        reason = ""
+        distance, reason = float((difference / error).square().sum()) ** 0.5, ""
     if bool(error.isfinite().all()):
         error = error.clamp_min(config.least_error)
-    reason = reason or _reason_against(difference, error, mean)
+    reason = reason or _reason_against(difference, distance, mean)
     return SizeEstimate(
         class_name=name,
         labeled=_three(mean),
@@ -321,12 +324,11 @@ def _estimate(
     )
 
 
-def _reason_against(difference: Tensor, error: Tensor, labeled: Tensor) -> str:
-    if not bool(difference.isfinite().all() & error.isfinite().all()):
-        return "the readings do not follow the sizes at all"
-    distance = float((difference / error).square().sum())
-    if distance < _CHI_SQUARE_3:
-        return f"a difference of {distance**0.5:.1f} standard errors is no evidence ({_CHI_SQUARE_3**0.5:.1f} are asked for)"
+def _reason_against(difference: Tensor, distance: float, labeled: Tensor) -> str:
+    if not (bool(difference.isfinite().all()) and math.isfinite(distance)):
+        return "the readings are no numbers"
+    if distance < _ENOUGH:
+        return f"a difference of {distance:.1f} standard errors is no evidence ({_ENOUGH} are asked for)"
     if bool(((difference / labeled).abs() > _MOST).any()):
         return f"a side would differ by {_MOST:.0%} or more, which the random sizes do not cover"
     return ""

@@ -69,7 +69,7 @@ class FeatureGtConfig:
 
     object_scale: tuple[float, float] = (1.0, 1.0)
     """Smallest and largest factor by which each object is resized at random, after the shift, before it is cut out. (1, 1) resizes none.
-    Set it when the sizes of the fleet's objects are not known."""
+    The labeled half of a batch is resized alike. Set it when the sizes of the fleet's objects are not known."""
 
     side_scale: tuple[float, float] = (1.0, 1.0)
     """Smallest and largest further factor of each side of such an object alone."""
@@ -133,8 +133,7 @@ class SizeEstimateConfig:
     """How the sizes of the fleet's objects are estimated (`size_estimate.py`); only `--method upcycling_calibrated` reads it."""
 
     rounds: int = 2
-    """How often sizes are estimated: first with the source model, then each time with a student of a short training at the last sizes. A
-    detector that has learned from the fleet's scenes finds more of its objects, and its map shows their sizes better."""
+    """How often sizes are estimated, each time with a student of a short training on objects of all sizes around the last estimate."""
     round_share: float = 0.25
     """Steps of each such short training, as a share of the steps of the run; they come on top of these."""
     draws: int = 6
@@ -151,7 +150,7 @@ class SizeEstimateConfig:
     """Detections with a lower predicted IoU are left out."""
     patch: float = 1.1
     """Size of the patch of the map that is read, in units of the mean labeled object. What lies around an object says nothing of its size."""
-    ridge: float = 1.0
+    ridge: float = 0.1
     """Strength of the ridge regression, in units of the mean squared length of a patch."""
     fewest: int = 40
     """Objects that both sides must show. With fewer, sizes stay as they are."""

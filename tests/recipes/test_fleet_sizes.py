@@ -1,6 +1,7 @@
 """A run at the fleet's object sizes: estimated in rounds, before the first step, recorded, and the same when the run is resumed."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,15 +71,20 @@ def test_pasted_objects_have_the_fleets_sizes_and_the_estimate_is_printed(data, 
     assert float(database.boxes[0, 3]) == pytest.approx(3.6)
 
 
-def test_each_round_asks_a_student_that_was_trained_at_the_last_sizes(data, runs, tmp_path, estimated, monkeypatch):
-    """The source model is asked first. Then a short training at these sizes gives the next detector to ask; its folder is gone afterwards."""
+def test_each_round_asks_a_student_that_was_trained_on_objects_of_all_sizes_around_the_last_ones(data, runs, tmp_path, estimated):
+    """Each short training starts from the source model, pastes and shows resized objects, and learns no box of the teacher, who does not know
+    the sizes yet. Its folder is gone afterwards."""
     trained: list[tuple[Path, int, tuple[float, ...]]] = []
     settings, source = tiny.upcycle_config(), load_detector(runs / "source")
     settings = replace(settings, sizes=replace(settings.sizes, rounds=3, round_share=0.5))
     before = {name: value.clone() for name, value in source.state_dict().items()}
 
     def train(model, method, at, folder):
-        assert not method.estimates_sizes  # so random sizes stay in the labeled half
+        assert not method.estimates_sizes
+        assert at.f_gt.object_scale == pytest.approx((math.exp(-0.25), math.exp(0.25)))
+        assert at.f_gt.side_scale == pytest.approx((math.exp(-0.12), math.exp(0.12)))
+        assert at.teacher_box_weight == 0
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         folder.mkdir()
         torch.nn.init.zeros_(next(model.decoder.parameters()))
         trained.append((folder, at.loop.total_steps, at.f_gt.size_shift))
@@ -99,11 +105,11 @@ def test_each_round_asks_a_student_that_was_trained_at_the_last_sizes(data, runs
 
     found = sized()
     steps = round(settings.loop.total_steps / 2)
-    assert [shift for _, _, shift in trained] == [(0.5, 0.2, 0.1), (0.6, 0.2, 0.1)]
-    assert [count for _, count, _ in trained] == [steps, steps]
+    assert [shift for _, _, shift in trained] == [(0.0, 0.0, 0.0), (0.5, 0.2, 0.1), (0.6, 0.2, 0.1)]
+    assert [count for _, count, _ in trained] == [steps] * 3
     assert estimated == [(0.0, 0.0, 0.0), (0.5, 0.2, 0.1), (0.6, 0.2, 0.1)]
     assert found.f_gt.size_shift == (0.7, 0.2, 0.1)
-    assert found.loop == settings.loop
+    assert replace(found, f_gt=settings.f_gt) == settings
     assert not any(folder.exists() for folder, _, _ in trained)
     assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
     assert sized() == found
@@ -154,7 +160,7 @@ def test_true_sizes_stand_beside_the_estimate_and_change_nothing(data, runs, tmp
 
     def sized(folder, truth):
         folder.mkdir()
-        given = {"codec": "fp16", "seed": 0, "learn": None, "say": print, "truth": truth}
+        given = {"codec": "fp16", "seed": 0, "learn": lambda *_: None, "say": print, "truth": truth}
         return settings_at_fleet_sizes(folder, METHODS["upcycling_calibrated"], settings, None, [], [], **given)
 
     assert sized(tmp_path / "with", {"scene": cars}).f_gt.size_shift == (0.5, 0.2, 0.1)
@@ -192,6 +198,19 @@ def test_a_short_training_that_was_stopped_goes_on_when_the_run_is_resumed(data,
     assert not (tmp_path / "run" / "size_round_1").exists()
     pairs = zip(outcome.student.state_dict().values(), straight.student.state_dict().values(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_round_that_would_repeat_the_last_one_is_left_out(tmp_path, monkeypatch, capsys):
+    """No evidence in the first round: the second would train at the same sizes, from the same seed, and find the same."""
+    nothing, trained = replace(LARGER, shift=(0.0, 0.0, 0.0), reason="no evidence"), []
+    monkeypatch.setattr(fleet_sizes, "estimate_sizes", lambda *_, **__: (nothing,))
+    settings = tiny.upcycle_config()
+    found = settings_at_fleet_sizes(
+        tmp_path, METHODS["upcycling_calibrated"], settings, None, [], [],
+        codec="fp16", seed=0, learn=lambda *_: trained.append(1), say=print,
+    )  # fmt: skip
+    assert (found, len(trained), len(read_estimates(tmp_path / SIZES_FILE))) == (settings, 1, 1)
+    assert "round 2: left out" in capsys.readouterr().out
 
 
 def test_an_untrained_teacher_leaves_the_sizes_as_they_are(data, runs, tmp_path, capsys):
@@ -265,3 +284,19 @@ def test_labeled_cars_have_the_estimated_sizes_and_no_random_ones_besides(data):
     known = {round(float(length) + 0.5, 3) for length in true[:, 0]}
     assert {round(float(length), 3) for length in lengths("upcycling_calibrated")} <= known
     assert float(lengths("upcycling").max()) < float(true[:, 0].max())
+
+
+def test_labeled_objects_are_of_random_sizes_where_pasted_ones_are(data):
+    """One setting for both: a detector that saw one size in scans and others pasted would learn to tell pasted objects apart."""
+    settings = tiny.upcycle_config()
+    settings = replace(settings, f_gt=replace(settings.f_gt, object_scale=(2.0, 2.5), size_shift=(0.5, 0.0, 0.0)))
+
+    def lengths(method, config):
+        frames = LabeledHalf(data=data).batches(tiny.preset(), METHODS[method], config, seed=0)(0)
+        return torch.cat([frame.labels.boxes.data[:, 3] for frame in frames])
+
+    true = torch.cat([data.open()[i].labels.boxes.data[:, 3] for i in range(len(data.open()))])
+    low, high = 2.0 * (float(true.min()) + 0.5), 2.5 * (float(true.max()) + 0.5)
+    found, world = lengths("upcycling", settings), 1.06  # the whole frame is scaled by up to 5 % besides
+    assert low / world <= float(found.min()) <= float(found.max()) <= high * world
+    assert float(lengths("oracle_frozen", settings).max()) <= float(true.max()) * world

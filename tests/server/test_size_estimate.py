@@ -53,30 +53,67 @@ def test_the_difference_behind_poor_readings_is_found_with_an_honest_error():
     for seed in range(12):
         known, place = readings_of(1200, seed), torch.arange(1200) // 10
         read = poor_instrument(known_objects(800, (4.8, 2.1, 1.8), 100 + seed) + true, 200 + seed)
-        found, error, follows = indirect_difference(known, place, read[None], torch.arange(800) // 5, seed=seed)
+        found = indirect_difference(known, place, read[None], torch.arange(800) // 5, seed=seed)
         raw = read.mean(0) - poor_instrument(known.original, seed).mean(0)
         assert (raw - true).abs().max() > 0.4
-        inside += int(((found - true).abs() < 2 * error).sum())
-        assert follows.tolist() == pytest.approx([0.3, 0.35, 0.4], abs=0.12)
+        inside += int(((found.difference - true).abs() < 2 * found.error).sum())
+        assert found.follows.tolist() == pytest.approx([0.3, 0.35, 0.4], abs=0.12)
+        assert found.distance > 8
     assert 29 <= inside <= 36  # 0.95 x 36 are 34
-    assert float(error.max()) < 0.4
+    assert float(found.error.max()) < 0.4
 
 
-def test_readings_that_say_nothing_give_no_number():
+def test_a_side_that_cannot_be_read_takes_what_goes_with_the_others():
+    """Sizes change together. Width is read as noise, and still it is found, with a larger error; inverting would divide by nothing."""
+    draw = torch.Generator().manual_seed(3)
+    original = known_objects(2000, (4.8, 2.1, 1.8), 0)
+    factor = 0.25 * (2 * torch.rand(2000, 1, generator=draw, dtype=torch.float64) - 1)
+    sizes = original * torch.exp(factor)
+
+    def blind_to_width(sizes, seed):
+        noise = 0.3 * torch.randn(len(sizes), 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return sizes * torch.tensor([0.4, 0.0, 0.4]) + noise
+
+    known = KnownReadings(readings=blind_to_width(sizes, 1), sizes=sizes, original=original)
+    read, place = blind_to_width(original * 0.85, 2)[None], torch.arange(2000)
+    found = indirect_difference(known, place, read, place, seed=0)
+    wanted = (-0.15 * original.mean(0)).tolist()
+    assert found.difference.tolist() == pytest.approx(wanted, abs=0.06)
+
+
+def test_the_difference_is_the_textbooks_posterior_mean():
+    """The oracle weighs a grid of differences by their Gaussian likelihood and prior, in one dimension at a time by construction."""
+    known, place = readings_of(1500, 4), torch.arange(1500)
+    read = poor_instrument(known_objects(30, (3.9, 1.7, 1.5), 5), 6)[None]
+    found = indirect_difference(known, place, read, torch.arange(30), seed=1)
+    prior = torch.cov((known.sizes - known.original).T).numpy()
+    terms = np.c_[np.ones(1500), known.sizes.numpy()]
+    fit = np.linalg.lstsq(terms, known.readings.numpy(), rcond=None)[0]
+    gap = read[0].mean(0).numpy() - fit[0] - known.original.mean(0).numpy() @ fit[1:]
+    noise = np.cov(read[0].numpy().T) / 30  # that of the labeled objects is fifty times smaller
+    precision = np.linalg.inv(prior) + fit[1:] @ np.linalg.inv(noise) @ fit[1:].T
+    wanted = np.linalg.solve(precision, fit[1:] @ np.linalg.inv(noise) @ gap)
+    assert found.difference.numpy() == pytest.approx(wanted, abs=0.12)
+    assert found.error.numpy() == pytest.approx(np.sqrt(np.diag(np.linalg.inv(precision))), rel=0.25)
+
+
+def test_readings_that_say_nothing_give_no_difference_and_a_large_error():
     known, place = readings_of(100, 0), torch.arange(100)
     still = replace(known, readings=torch.ones(100, 3, dtype=torch.float64))
-    found, _, follows = indirect_difference(still, place, still.readings[None], place, seed=0)
-    assert bool(found.isnan().all())
-    assert follows.tolist() == pytest.approx([0, 0, 0], abs=1e-9)
+    found = indirect_difference(still, place, still.readings[None], place, seed=0)
+    assert found.difference.tolist() == pytest.approx([0, 0, 0], abs=1e-3)
+    assert found.follows.tolist() == pytest.approx([0, 0, 0], abs=1e-9)
+    assert found.error.tolist() == pytest.approx((known.sizes - known.original).std(0).tolist(), rel=0.01)
+    assert found.distance < 1
 
 
 def test_objects_of_one_frame_are_drawn_together_in_the_bootstrap():
     """Twenty copies of each object in its frame must not make the error smaller."""
     known, fleet, place = readings_of(200, 0), poor_instrument(known_objects(60, (4.0, 1.7, 1.6), 1), 1), torch.arange(200)
-    _, once, _ = indirect_difference(known, place, fleet[None], place[:60], seed=0)
+    once = indirect_difference(known, place, fleet[None], place[:60], seed=0).error
     copies = torch.arange(200).repeat_interleave(20)
     many = fleet.repeat_interleave(20, 0)[None]
-    _, often, _ = indirect_difference(known.of(copies), copies, many, copies[:1200], seed=0)
+    often = indirect_difference(known.of(copies), copies, many, copies[:1200], seed=0).error
     torch.testing.assert_close(often, once, rtol=1e-4, atol=1e-6)
 
 
@@ -85,18 +122,23 @@ def test_ridge_regression_is_the_one_of_the_normal_equations(rows, columns):
     draw = torch.Generator().manual_seed(rows)
     x, y = (torch.randn(rows, n, generator=draw, dtype=torch.float64) for n in (columns, 3))
     fit = ridge_regression(x, y, 0.2)
-    scaled = (x - x.mean(0)) / x.std(0, correction=0)
-    strength = 0.2 * float(scaled.square().sum(1).mean())
-    wanted = np.linalg.solve((scaled.T @ scaled).numpy() + strength * np.eye(columns), (scaled.T @ (y - y.mean(0))).numpy())
+    centered = x - x.mean(0)
+    strength = 0.2 * float(centered.square().sum(1).mean())
+    wanted = np.linalg.solve((centered.T @ centered).numpy() + strength * np.eye(columns), (centered.T @ (y - y.mean(0))).numpy())
     new = torch.randn(5, columns, generator=draw, dtype=torch.float64)
-    expected = ((new - x.mean(0)) / x.std(0, correction=0)) @ torch.from_numpy(wanted) + y.mean(0)
+    expected = (new - x.mean(0)) @ torch.from_numpy(wanted) + y.mean(0)
     torch.testing.assert_close(fit(new), expected, rtol=1e-8, atol=1e-8)
 
 
-def test_a_column_that_never_changes_is_left_out_and_not_divided_by():
-    x = torch.cat([torch.randn(20, 2, dtype=torch.float64), torch.full((20, 1), 7.0, dtype=torch.float64)], 1)
-    fit = ridge_regression(x, x[:, :2] * 2, 1e-9)
-    torch.testing.assert_close(fit(x), x[:, :2] * 2, rtol=1e-6, atol=1e-6)
+def test_a_column_that_hardly_ever_fires_decides_nothing():
+    """Brought to the variance of the others, it would move the reading of an object that shows it more clearly by the size of a house."""
+    draw = torch.Generator().manual_seed(1)
+    y = torch.randn(400, 1, generator=draw, dtype=torch.float64)
+    x = torch.cat([y + 0.5 * torch.randn(400, 1, generator=draw, dtype=torch.float64), torch.zeros_like(y)], 1)
+    y[0], x[0, 1] = 2.0, 0.001
+    fit = ridge_regression(x, y, 0.1)
+    without, shown = x[:1] * torch.tensor([[1.0, 0.0]]), x[:1] * torch.tensor([[1.0, 50.0]])
+    assert float((fit(shown) - fit(without)).abs()) < 0.01
 
 
 # ---- the whole, with a teacher whose map shows sizes faintly
