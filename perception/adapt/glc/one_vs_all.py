@@ -57,6 +57,12 @@ class OneVsAllConfig:
     kmeans: KMeansConfig = KMeansConfig()
     """Clustering of the negatives."""
 
+    stable: bool = True
+    """Whether samples with equal probabilities keep their order, so that the labels are the same on every processor.
+
+    The released code sorts without this promise, and its order of equal samples decides which rows k-means draws.
+    """
+
     seed: int = 1234
     """Seed of the first clustering; the next ones add 1 each. 1234 is the seed of faiss, which the released code uses."""
 
@@ -70,8 +76,8 @@ class OneVsAllConfig:
 
     @staticmethod
     def paper() -> OneVsAllConfig:
-        """Use the settings of the released code: N / K positives for each class, and one clustering in K clusters."""
-        return OneVsAllConfig(positives="uniform", negatives=(1.0,))
+        """Use the settings of the released code: N / K positives for each class, one clustering in K clusters, torch's default sort."""
+        return OneVsAllConfig(positives="uniform", negatives=(1.0,), stable=False)
 
 
 def positive_counts(probabilities: Tensor, class_number: int, config: OneVsAllConfig) -> list[int]:
@@ -93,17 +99,18 @@ def positive_counts(probabilities: Tensor, class_number: int, config: OneVsAllCo
     return [min(max(1, int(count)), max(1, n // 2)) for count in expected.tolist()]
 
 
-def most_confident(probabilities: Tensor, c: int) -> Tensor:
+def most_confident(probabilities: Tensor, c: int, *, stable: bool = True) -> Tensor:
     """Sort samples by their probability of one class.
 
     Args:
         probabilities: (N, C).
         c: The class.
+        stable: Whether equal samples keep their order. Without it they get the order of torch's default sort.
 
     Returns:
-        (N,) int64 rows, the largest probability first. Equal samples keep their order.
+        (N,) int64 rows, the largest probability first.
     """
-    return probabilities[:, c].sort(descending=True, stable=True).indices
+    return probabilities[:, c].sort(descending=True, stable=stable).indices
 
 
 def one_vs_all_labels(features: Tensor, probabilities: Tensor, class_number: int, config: OneVsAllConfig) -> PseudoLabels:
@@ -132,7 +139,8 @@ def one_vs_all_labels(features: Tensor, probabilities: Tensor, class_number: int
     classes = probabilities.shape[1]
     counts = positive_counts(probabilities, class_number, config)
 
-    positives = [most_confident(probabilities, c)[:count].clone() for c, count in enumerate(counts)]
+    orders = (most_confident(probabilities, c, stable=config.stable) for c in range(classes))
+    positives = [order[:count].clone() for order, count in zip(orders, counts)]
     confidence = torch.stack([probabilities[rows, c].mean() for c, rows in enumerate(positives)])
     prior = config.rho + (1 - config.rho) * confidence
     prototypes = F.normalize(torch.stack([features[rows].mean(0) for rows in positives]))
@@ -143,7 +151,7 @@ def one_vs_all_labels(features: Tensor, probabilities: Tensor, class_number: int
         mine = (nearest == c).nonzero()[:, 0]
         if len(mine) == 0:
             continue
-        negatives, own, rivals = most_confident(probabilities, c)[counts[c] :], features[mine], []
+        negatives, own, rivals = most_confident(probabilities, c, stable=config.stable)[counts[c] :], features[mine], []
         for vote, factor in enumerate(config.negatives):
             k = min(max(1, round(factor * class_number)), len(negatives))
             clusters = kmeans(features, k, config.kmeans, rows=negatives, seed=config.seed + vote)
