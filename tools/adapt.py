@@ -17,7 +17,7 @@ from ..perception.adapt.glc.adapt_features import adapt_features
 from ..perception.adapt.glc.feature_labels import FeatureLabelConfig
 from ..perception.adapt.glc.lead_labels import LeadConfig
 from ..perception.adapt.glc.unknown_rule import ThresholdKind, UnknownRule
-from .console import console, print_table, run_command
+from .console import console, print_table, print_warning, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Features:
     out: Path
     """Folder for the results: NAME.npz, NAME.json and NAME.html for every NAME.npz."""
     class_number: int | None = None
-    """Number of classes of the target, if it is known. Without it the number is estimated."""
+    """Number of classes of the target, if it is known. Without it: as many as the source has; `--options paper` estimates it."""
     labeler: Literal["glc", "lead"] = "glc"
     """Which pseudo labels are made. `lead` needs the classifier's weight (C, D) as the array `weight` of the file."""
     options: Literal["ours", "paper"] = "ours"
@@ -55,8 +55,11 @@ def command(config: Features) -> None:
         found = adapt_features(path, config.out, settings)
         samples, classes = found.labels.soft.shape
         share = 100 * int((found.labels.hard == classes).sum()) / samples
-        rows.append((path.stem, samples, found.labels.class_number, f"{share:.1f} %", f"{found.threshold:.3f}"))
-    print_table("labeled", ("file", "samples", "target classes", "unknown", "threshold"), rows)
+        if found.guard.doubts:
+            print_warning(f"{path.name}: {found.guard.sentence()}")
+        decided = "no adaptation" if found.guard.fell_back else "adaptation"
+        rows.append((path.stem, samples, found.labels.class_number, f"{share:.1f} %", f"{found.threshold:.3f}", decided))
+    print_table("labeled", ("file", "samples", "target classes", "unknown", "threshold", "labels by"), rows)
     console.print(f"written to {config.out}")
 
 

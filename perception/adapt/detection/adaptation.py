@@ -23,6 +23,8 @@ from torch import nn
 
 from ....core.tensor_file import TensorFileKind, write_tensors
 from ..glc.adapter import AdaptConfig, AdaptedModel, EpochReport, GLCAdapter
+from ..glc.class_number import ClassNumberConfig
+from ..glc.one_vs_all import OneVsAllConfig
 from .open_set import ClassifiedProposals, OpenSetConfig, classify_open_set
 from .proposal_classifier import ProposalClassifier
 from .proposals import DetectorProposals
@@ -38,7 +40,7 @@ _KIND = TensorFileKind(
 class DetectorAdaptConfig:
     """How the classifier of proposals adapts, and how proposals are classified afterwards."""
 
-    glc: AdaptConfig = AdaptConfig(affinity_weight=0.0)
+    glc: AdaptConfig = AdaptConfig(affinity_weight=0.0, labeling=OneVsAllConfig(), estimate=ClassNumberConfig(), fall_back=False)
     """Training of the bottleneck. Its `unknown` is not used."""
 
     target_classes_per_class: int | None = 3

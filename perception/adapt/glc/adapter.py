@@ -22,14 +22,16 @@ from torch.nn import functional as F
 
 from ....core.errors import InvalidInput, require
 from ....core.tensor_value import TensorValue
-from .class_number import ClassNumber, ClassNumberConfig, class_number_candidates, estimate_class_number
+from .agreed_labels import AgreedConfig, agreed_labels
+from .class_number import ClassNumber, ClassNumberConfig, target_class_number
+from .guard import Guard, compare_certainty
 from .lead_labels import LeadConfig, lead_labels
 from .losses import affinity_loss, hard_negatives, soft_cross_entropy
 from .memory_bank import MemoryBank
 from .networks import features_and_probabilities, refresh_batch_norm, set_learning_rate, sgd_with_slow_part
 from .one_vs_all import OneVsAllConfig, one_vs_all_labels
-from .pseudo_labels import PseudoLabels, check_target
-from .unknown_rule import UnknownRule, is_unknown, normalized_entropy
+from .pseudo_labels import PseudoLabels, check_target, unadapted_labels
+from .unknown_rule import UNADAPTED_ENTROPY, UnknownRule, is_unknown, normalized_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +75,22 @@ class AdaptConfig:
     """Neighbors whose mean prediction is the target of the local loss. The paper uses 4."""
 
     class_number: int | None = None
-    """Number of target classes if it is known. None: it is estimated once, before the first epoch."""
+    """Number of target classes that the labels are made with. None: `estimate` decides, once, before the first epoch."""
 
-    estimate: ClassNumberConfig = ClassNumberConfig()
-    """How the number of target classes is estimated."""
+    estimate: ClassNumberConfig | None = None
+    """How the number of target classes is estimated. None: as many as the source has."""
 
-    labeling: OneVsAllConfig | LeadConfig = OneVsAllConfig()
-    """Which pseudo labels are made: GLC's or LEAD's. LEAD needs a classifier with a `weight` (C, D)."""
+    labeling: AgreedConfig | OneVsAllConfig | LeadConfig = AgreedConfig()
+    """Which pseudo labels are made: those on which clusters and classifier agree, GLC's or LEAD's.
 
-    unknown: UnknownRule = UnknownRule()
-    """Which samples of the adapted model are unknown."""
+    LEAD needs a classifier with a `weight` (C, D).
+    """
+
+    unknown: UnknownRule = UnknownRule(kind="fixed")
+    """Which samples of the adapted model are unknown. Training raises the entropy of unknown samples, so a constant serves."""
+
+    fall_back: bool = True
+    """Whether the source model is kept where the labels of the adapted one are less certain than its own."""
 
     refresh_batch_norm: bool = True
     """Whether batch-norm statistics are replaced by those of the target before the first labels are made."""
@@ -114,6 +122,7 @@ class AdaptConfig:
             unknown=UnknownRule(kind="fixed", value=0.55),
             affinity_weight=0.0,
             neighbors=4,
+            fall_back=False,
             refresh_batch_norm=False,
             epsilon=1e-5,
             seed=2021,
@@ -174,7 +183,10 @@ class AdaptedModel:
     """Number of target classes K that was used."""
 
     estimate: ClassNumber | None
-    """How K was estimated; None where it was given."""
+    """How K was estimated; None where it was not."""
+
+    guard: Guard
+    """Certainty of the adapted model's pseudo labels and of no adaptation. Where it fell back, the modules are the source's."""
 
     history: tuple[EpochReport, ...] = field(repr=False)
     """One report per epoch."""
@@ -256,6 +268,8 @@ def _fit(
     config: AdaptConfig,
     after_epoch: Callable[[int, EpochReport], None] | None,
 ) -> AdaptedModel:
+    source = copy.deepcopy(module)
+    source_features, source_probabilities = _checked_answer(source, classifier, inputs)
     if config.refresh_batch_norm:
         refresh_batch_norm(module, inputs, batch_size=config.batch_size)
     optimizer = sgd_with_slow_part(
@@ -268,11 +282,9 @@ def _fit(
     )
     shuffle = torch.Generator().manual_seed(config.seed)
     features, probabilities = _checked_answer(module, classifier, inputs)
-    class_number, estimate = config.class_number, None
-    if class_number is None:
-        candidates = class_number_candidates(probabilities.shape[1], config.estimate.candidates)
-        estimate = estimate_class_number(features, candidates, config.estimate, seed=config.seed)
-        class_number = estimate.value
+    class_number, estimate = target_class_number(
+        features, probabilities.shape[1], config.class_number, config.estimate, seed=config.seed
+    )
     history = []
     for epoch in range(config.epochs):
         labels = _pseudo_labels(features, probabilities, class_number, classifier, config)
@@ -281,10 +293,13 @@ def _fit(
         features, probabilities = _checked_answer(module, classifier, inputs)
         if after_epoch is not None:
             after_epoch(epoch, history[-1])
+    own = _pseudo_labels(features, probabilities, class_number, classifier, config).hard
+    guard = compare_certainty(source_features, own, unadapted_labels(source_probabilities).hard, acts=config.fall_back)
     return AdaptedModel(
-        feature_module=module.eval(),
+        feature_module=(source if guard.fell_back else module).eval(),
         classifier=classifier.eval(),
-        threshold=config.unknown.threshold(normalized_entropy(probabilities)),
+        threshold=UNADAPTED_ENTROPY if guard.fell_back else config.unknown.threshold(normalized_entropy(probabilities)),
+        guard=guard,
         class_number=class_number,
         estimate=estimate,
         history=tuple(history),
@@ -300,6 +315,8 @@ def _checked_answer(module: nn.Module, classifier: nn.Module, inputs: Tensor) ->
 def _pseudo_labels(
     features: Tensor, probabilities: Tensor, class_number: int, classifier: nn.Module, config: AdaptConfig
 ) -> PseudoLabels:
+    if isinstance(config.labeling, AgreedConfig):
+        return agreed_labels(features, probabilities, class_number, config.labeling)
     if isinstance(config.labeling, OneVsAllConfig):
         return one_vs_all_labels(features, probabilities, class_number, config.labeling)
     weight = getattr(classifier, "weight", None)

@@ -75,6 +75,30 @@ class ClassNumber:
     """Silhouette of each candidate, -1 to 1."""
 
 
+def target_class_number(
+    features: Tensor, source_classes: int, given: int | None, config: ClassNumberConfig | None, *, seed: int = 0
+) -> tuple[int, ClassNumber | None]:
+    """Decide the number of target classes: the given one, an estimate, or as many as the source has.
+
+    Args:
+        features: (N, D) target features of any length.
+        source_classes: Number of source classes C.
+        given: The number, if it is known.
+        config: How the number is estimated, or None to take C.
+        seed: Decides the estimate.
+
+    Returns:
+        The number, and how it was estimated or None.
+
+    Raises:
+        InvalidInput: An estimate is asked for and no candidate is below the number of samples.
+    """
+    if given is not None or config is None:
+        return (source_classes if given is None else given), None
+    estimate = estimate_class_number(features, class_number_candidates(source_classes, config.candidates), config, seed=seed)
+    return estimate.value, estimate
+
+
 def class_number_candidates(classes: int, kind: Literal["paper", "dense"]) -> tuple[int, ...]:
     """List the numbers of target classes to try.
 

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ....core.errors import InvalidInput
 from ....core.files import atomic_file
-from .class_number import ClassNumber, ClassNumberConfig, class_number_candidates, estimate_class_number
+from .agreed_labels import AgreedConfig, agreed_labels
+from .class_number import ClassNumber, ClassNumberConfig, target_class_number
 from .feature_file import TargetFeatures, at_one_scale
+from .guard import Guard, compare_certainty
 from .lead_labels import LeadConfig, lead_labels
 from .one_vs_all import OneVsAllConfig, one_vs_all_labels
-from .pseudo_labels import PseudoLabels
+from .pseudo_labels import PseudoLabels, unadapted_labels
 from .unknown_rule import UnknownRule, is_unknown, normalized_entropy
 
 
@@ -29,13 +31,16 @@ class FeatureLabelConfig:
     """How features are labeled. `paper()` gives the settings of the GLC paper."""
 
     class_number: int | None = None
-    """Number of target classes if it is known. None: it is estimated."""
+    """Number of target classes that the labels are made with. None: `estimate` decides."""
 
-    estimate: ClassNumberConfig = ClassNumberConfig()
-    """How the number of target classes is estimated."""
+    estimate: ClassNumberConfig | None = None
+    """How the number of target classes is estimated. None: as many as the source has."""
 
-    labeling: OneVsAllConfig | LeadConfig = OneVsAllConfig()
-    """Which pseudo labels are made: GLC's or LEAD's. LEAD needs the weight of the classifier."""
+    labeling: AgreedConfig | OneVsAllConfig | LeadConfig = AgreedConfig()
+    """Which pseudo labels are made: those on which clusters and classifier agree, GLC's or LEAD's. LEAD needs the classifier's weight."""
+
+    fall_back: bool = True
+    """Whether labels that are less certain than those of no adaptation are replaced by these."""
 
     unknown: UnknownRule = UnknownRule()
     """How the threshold on the entropy is chosen."""
@@ -47,7 +52,10 @@ class FeatureLabelConfig:
     def paper() -> FeatureLabelConfig:
         """Use the candidates, positives, clustering and threshold of the paper."""
         return FeatureLabelConfig(
-            estimate=ClassNumberConfig.paper(), labeling=OneVsAllConfig.paper(), unknown=UnknownRule(kind="fixed")
+            estimate=ClassNumberConfig.paper(),
+            labeling=OneVsAllConfig.paper(),
+            unknown=UnknownRule(kind="fixed"),
+            fall_back=False,
         )
 
 
@@ -56,10 +64,13 @@ class FeatureLabels:
     """What was found for N samples of C source classes."""
 
     labels: PseudoLabels
-    """Pseudo labels by clustering."""
+    """Pseudo labels; those of the unadapted classifier where the guard fell back."""
+
+    guard: Guard
+    """Certainty of adaptation's labels and of no adaptation."""
 
     estimate: ClassNumber | None
-    """How the number of target classes was estimated; None where it was given."""
+    """How the number of target classes was estimated; None where it was not."""
 
     scores: Tensor
     """(N,) normalized entropy of the probabilities, 0 certain to 1 undecided."""
@@ -84,28 +95,38 @@ def label_features(target: TargetFeatures, config: FeatureLabelConfig = FeatureL
     Raises:
         InvalidInput: LEAD was asked for without a weight, or the number of target classes cannot be estimated.
     """
-    estimate, class_number, labeling = None, config.class_number, config.labeling
+    class_number, labeling = config.class_number, config.labeling
     if class_number is not None and not 1 <= class_number <= len(target.features):
         raise InvalidInput(
             f"the number of target classes (--class-number) must be from 1 to the number of samples, {len(target.features)}, found {class_number}"
         )
     target = replace(target, features=at_one_scale(target.features))
-    if class_number is None:
-        candidates = class_number_candidates(target.probabilities.shape[1], config.estimate.candidates)
-        estimate = estimate_class_number(target.features, candidates, config.estimate, seed=config.seed)
-        class_number = estimate.value
-    if isinstance(labeling, OneVsAllConfig):
+    source_classes = target.probabilities.shape[1]
+    class_number, estimate = target_class_number(target.features, source_classes, class_number, config.estimate, seed=config.seed)
+    if isinstance(labeling, AgreedConfig):
+        clusters = replace(labeling.clusters, seed=labeling.clusters.seed + config.seed)
+        labels = agreed_labels(target.features, target.probabilities, class_number, replace(labeling, clusters=clusters))
+    elif isinstance(labeling, OneVsAllConfig):
         labeling = replace(labeling, seed=labeling.seed + config.seed)
         labels = one_vs_all_labels(target.features, target.probabilities, class_number, labeling)
     elif target.weight is None:
         raise InvalidInput("LEAD's labels need the classifier's weight (C, D), as the array `weight` of a file; none is given")
     else:
         labels = lead_labels(target.features, target.probabilities, target.weight, class_number, labeling)
+    unadapted = unadapted_labels(target.probabilities)
+    guard = compare_certainty(target.features, labels.hard, unadapted.hard, acts=config.fall_back)
     scores = normalized_entropy(target.probabilities)
     threshold = config.unknown.threshold(scores)
     nearest = target.probabilities.argmax(1)
     classes = torch.where(is_unknown(scores, threshold), target.probabilities.shape[1], nearest)
-    return FeatureLabels(labels=labels, estimate=estimate, scores=scores, threshold=threshold, classes=classes)
+    return FeatureLabels(
+        labels=unadapted if guard.fell_back else labels,
+        guard=guard,
+        estimate=estimate,
+        scores=scores,
+        threshold=threshold,
+        classes=classes,
+    )
 
 
 def write_feature_labels(path: Path, found: FeatureLabels) -> None:

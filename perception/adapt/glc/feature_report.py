@@ -63,6 +63,9 @@ def feature_result(target: TargetFeatures, found: FeatureLabels) -> dict[str, ob
         "dimensions": target.features.shape[1],
         "source_classes": unknown,
         "class_number": found.labels.class_number,
+        "certainty": {"adapted": found.guard.adapted, "unadapted": found.guard.unadapted},
+        "fell_back": found.guard.fell_back,
+        "guard": found.guard.sentence(),
         "silhouette": None if found.estimate is None else dict(zip(map(str, found.estimate.candidates), found.estimate.scores)),
         "prior": [round(p, 6) for p in found.labels.prior.tolist()],
         "labeled_unknown": int((found.labels.hard == unknown).sum()),
@@ -119,7 +122,7 @@ def feature_page(name: str, target: TargetFeatures, found: FeatureLabels) -> str
 
 
 def _summary(target: TargetFeatures, found: FeatureLabels, unknown: int) -> Section:
-    how = "estimated by silhouette" if found.estimate is not None else "given"
+    how = "estimated by silhouette" if found.estimate is not None else "given, or those of the source"
     return Section(
         "Summary",
         [
@@ -130,9 +133,10 @@ def _summary(target: TargetFeatures, found: FeatureLabels, unknown: int) -> Sect
                     ("threshold", found.threshold, "", "of the normalized entropy, chosen without labels"),
                 ]
             ),
+            paragraph(found.guard.sentence()),
             paragraph(
                 "Pseudo labels compare each sample with the positive prototype of its class and with the prototypes of everything "
-                "else. The threshold acts on the classifier's entropy alone."
+                "else; by default the classifier's entropy has its say. The threshold acts on the classifier's entropy alone."
             ),
         ],
     )

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ....core.errors import require
 from ....core.tensor_value import TensorValue
+from .unknown_rule import UNADAPTED_ENTROPY, is_unknown, normalized_entropy
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -65,6 +66,23 @@ class PseudoLabels(TensorValue):
             prior=prior,
             class_number=class_number,
         )
+
+
+def unadapted_labels(probabilities: Tensor, threshold: float = UNADAPTED_ENTROPY) -> PseudoLabels:
+    """Label samples without adaptation: the classifier's class, or unknown where its normalized entropy exceeds a threshold.
+
+    Args:
+        probabilities: (N, C) softmax over the source classes.
+        threshold: Normalized entropy, 0 to 1. 0.55 is the paper's.
+
+    Returns:
+        One label per sample. No class is suppressed (every prior is 1), and the class number is C.
+    """
+    scores = normalized_entropy(probabilities)
+    margin = threshold - scores
+    margin = torch.where(is_unknown(scores, threshold), margin.clamp(max=-1e-12), margin.clamp(min=0))
+    classes = probabilities.shape[1]
+    return PseudoLabels.make(margin, probabilities.argmax(1), probabilities.new_ones(classes), classes)
 
 
 def check_target(features: Tensor, probabilities: Tensor, *, at_least: int = 2) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ....core.errors import InvalidInput, require, require_numbers
 
+UNADAPTED_ENTROPY = 0.55  # the paper's threshold on the normalized entropy, for a source model without adaptation
 ThresholdKind = Literal["fixed", "otsu", "yen", "two_means"]
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import upcycle3d
 from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.adapt.glc.adapter import AdaptConfig, GLCAdapter
+from upcycle3d.perception.adapt.glc.class_number import ClassNumberConfig
 from upcycle3d.perception.adapt.glc.lead_labels import LeadConfig
 from upcycle3d.perception.adapt.glc.metrics import open_set_scores
 from upcycle3d.perception.adapt.glc.networks import (
@@ -101,6 +102,7 @@ def test_every_epoch_is_reported_and_the_classifier_is_frozen(world):
         replace(SMALL, affinity_weight=0.0),
         replace(SMALL, labeling=LeadConfig()),
         replace(SMALL, class_number=None),
+        replace(SMALL, class_number=None, estimate=ClassNumberConfig()),
     ],
 )
 def test_every_option_runs(world, config):
@@ -109,7 +111,7 @@ def test_every_option_runs(world, config):
         x[:200]
     )
     assert adapted.predict(x).probabilities.isfinite().all()
-    assert (adapted.estimate is None) == (config.class_number is not None)
+    assert (adapted.estimate is None) == (config.class_number is not None or config.estimate is None)
 
 
 def test_fewer_samples_than_a_batch_train_and_fewer_than_neighbors_are_refused(world):

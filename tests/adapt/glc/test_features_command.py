@@ -37,7 +37,10 @@ def test_a_file_gives_labels_numbers_and_a_report(tmp_path: Path, capsys):
         assert set(found.files) == {"labels", "margin", "nearest", "weight", "unknown_score", "classes"}
         assert (found["labels"] == np.minimum(arrays()["labels"], 4)).mean() > 0.7
     numbers = json.loads((tmp_path / "out" / "day.json").read_text())
-    assert numbers["class_number"] == 5
+    assert numbers["class_number"] == 4  # as many as the source has; the target's 5 are not known
+    assert not numbers["fell_back"]
+    assert numbers["certainty"]["adapted"] >= numbers["certainty"]["unadapted"]
+    assert "at least as certain" in numbers["guard"]
     assert 0.7 < numbers["metrics"]["labels: H"] <= 1
     assert numbers["metrics"]["novel-category accuracy"] > 0.95
     page = (tmp_path / "out" / "day.html").read_text()
