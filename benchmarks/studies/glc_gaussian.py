@@ -1,4 +1,4 @@
-"""Gaussian domains with shared, source-private and target-private classes: our defaults were chosen on these and on nothing else.
+"""Gaussian domains with shared, source-private and target-private classes: the earlier default options were chosen on these.
 
 `gaussian_domains` draws a set. With the values of `SETS` it gives, bit for bit, the sets `gauss_n4000` and `gauss_lidar3_n6000` on which the
 released GLC code was run, and a set of 20,000 samples. `train_source` trains the small network that the end-to-end runs adapt;

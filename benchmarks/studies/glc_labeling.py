@@ -62,7 +62,7 @@ def main() -> None:
     rows, result = [], {}
     for name, guess, config in (
         ("paper's", ClassNumberConfig.paper(), OneVsAllConfig.paper()),
-        ("ours", ClassNumberConfig(), OneVsAllConfig()),
+        ("earlier defaults", ClassNumberConfig(), OneVsAllConfig()),
     ):
         candidates = class_number_candidates(spec.classes, guess.candidates)
         number = estimate_class_number(features, candidates, guess).value

@@ -3,7 +3,7 @@
     python benchmarks/studies/glc_small_c.py [--seeds 10] [--json FILE]
 
 There are two kinds of seeds: seeds of k-means and of the estimate on the set `gauss_lidar3_n6000` (drawn anew here, bit for bit), and
-other draws of the same generator. Our labels are compared with those of the paper's options without its fault, and with a threshold on the
+other draws of the same generator. The earlier default labels are compared with those of the paper's options without its fault, and with a threshold on the
 entropy of the source model: the paper's 0.55, and Otsu's.
 """
 
@@ -33,7 +33,7 @@ def results(features: Tensor, probabilities: Tensor, truth: np.ndarray, seed: in
     found: dict[str, Tensor] = {}
     numbers: dict[str, int] = {}
     for name, guess, config in (
-        ("ours", ClassNumberConfig(), OneVsAllConfig()),
+        ("earlier defaults", ClassNumberConfig(), OneVsAllConfig()),
         ("paper's options", ClassNumberConfig.paper(), OneVsAllConfig.paper()),
     ):
         candidates = class_number_candidates(SPEC.classes, guess.candidates)

@@ -3,10 +3,11 @@
     source, once      proposals + labels ── matching ── proposal classifier                    (`classifier_training.py`)
     target, no labels proposals ── the classifier's bottleneck learns, its head is frozen ── open-set decision
 
-Background is one of the classes throughout. Three defaults differ from `AdaptConfig()`, all chosen on simulated Waymo -> Lyft
+Background is one of the classes throughout. These defaults differ from `AdaptConfig()`, and were chosen on simulated Waymo -> Lyft
 (docs/adapt.md): there is no affinity term, whose hard negatives in a batch that is half background are samples of the same class; the
 number of target classes is assumed and not estimated, because background has not one cluster and too few clusters hide private classes;
-and the threshold acts on the entropy among the known classes.
+the threshold acts on the entropy among the known classes; labels are those of clusters alone, and no guard compares them with the
+source, because everything was measured that way.
 
 Read next: `measure.py`, which measures where there are labels, and `adapt_detector.py`, the whole way from a detector to detections.
 """

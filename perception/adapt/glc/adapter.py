@@ -7,7 +7,9 @@
 
 The classifier is frozen, the feature module learns. The weights of the last epoch count: to choose an epoch would need target labels.
 
-Read next: `one_vs_all.py` for the labels, `losses.py` for the terms, `networks.py` for optimizer and batch norm.
+At last the guard compares the labels of the adapted model with those of the source model (`guard.py`).
+
+Read next: `agreed_labels.py` for the labels, `losses.py` for the terms, `networks.py` for optimizer and batch norm.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from .unknown_rule import UNADAPTED_ENTROPY, UnknownRule, is_unknown, normalized
 class AdaptConfig:
     """What decides the result of an adaptation, apart from model and data. `paper()` behaves like the released code.
 
-    The defaults were chosen on Gaussian sets only, before they met other data (docs/adapt.md).
+    The defaults were chosen on generated families of problems, before they met other data (docs/adapt.md).
     """
 
     epochs: int = 10

@@ -37,7 +37,7 @@ from .pseudo_labels import PseudoLabels, check_target
 
 @dataclass(frozen=True, kw_only=True)
 class OneVsAllConfig:
-    """Settings of GLC's labels. The defaults were chosen on Gaussian sets; `paper()` gives the paper's."""
+    """Settings of GLC's labels. `paper()` gives the paper's; the default labels use them through `AgreedConfig`."""
 
     rho: float = 0.75
     """Smallest prior, 0 to 1: the factor on a class without confident samples. Lower it to suppress such classes more."""
