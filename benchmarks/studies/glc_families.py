@@ -88,6 +88,9 @@ class Family:
     near: float = 0.6
     """How close a private class lies to a source class: 0 anywhere, 1 at the same place."""
 
+    temperature: float = 1.0
+    """Divisor of the source models' logits: below 1 they are certain of everything, above 1 of nothing."""
+
     @property
     def classes(self) -> int:
         """Number of source classes C."""
@@ -219,6 +222,46 @@ DEVELOPMENT = (
         shift=Shift(rotation=0.9, translation=2.0),
         world=round_classes,
     ),
+    Family(
+        name="open, four of twelve", shared=4, source_private=8, target_private=4, n=2000, overlap=0.1, world=stretched_classes
+    ),
+    Family(
+        name="certain of everything",
+        shared=15,
+        source_private=5,
+        target_private=10,
+        n=2000,
+        overlap=0.1,
+        temperature=0.3,
+        world=round_classes,
+    ),
+    Family(
+        name="certain of nothing",
+        shared=6,
+        source_private=3,
+        target_private=4,
+        n=2000,
+        overlap=0.1,
+        near=0.3,
+        temperature=3,
+        world=split_classes,
+    ),
+    Family(name="partial, few left", shared=5, source_private=20, target_private=0, n=2000, overlap=0.1, world=round_classes),
+    Family(
+        name="partial, in two parts", shared=10, source_private=8, target_private=0, n=2000, overlap=0.15, world=split_classes
+    ),
+    Family(name="partial, one missing", shared=9, source_private=3, target_private=0, n=2000, overlap=0.2, world=round_classes),
+    Family(
+        name="closed, stretched",
+        shared=20,
+        source_private=0,
+        target_private=0,
+        n=2000,
+        overlap=0.1,
+        imbalance=5,
+        world=stretched_classes,
+    ),
+    Family(name="closed, few", shared=4, source_private=0, target_private=0, n=1000, overlap=0.15, world=split_classes),
 )
 
 UNSEEN = (
@@ -309,6 +352,8 @@ def draw(family: Family, seed: int) -> Problem:
         _train(head, x_source, labels, lr=0.05)
         _train(nn.Sequential(module, classifier), x_source, labels, lr=0.02)
     with torch.no_grad():
+        for parameter in (*head.parameters(), *classifier.parameters()):
+            parameter /= family.temperature
         probabilities = head(x_target).softmax(1)
     truth = np.minimum(target_labels, family.classes)
     return Problem(probabilities=probabilities, module=module.eval(), classifier=classifier.eval(), inputs=x_target, truth=truth)

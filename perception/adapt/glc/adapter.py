@@ -296,7 +296,9 @@ def _fit(
         if after_epoch is not None:
             after_epoch(epoch, history[-1])
     own = _pseudo_labels(features, probabilities, class_number, classifier, config).hard
-    guard = compare_certainty(source_features, own, unadapted_labels(source_probabilities).hard, acts=config.fall_back)
+    alone = unadapted_labels(source_probabilities).hard
+    classes = probabilities.shape[1]
+    guard = compare_certainty(source_features, own, alone, unknown=classes, acts=config.fall_back)
     return AdaptedModel(
         feature_module=(source if guard.fell_back else module).eval(),
         classifier=classifier.eval(),

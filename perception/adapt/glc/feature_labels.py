@@ -114,7 +114,7 @@ def label_features(target: TargetFeatures, config: FeatureLabelConfig = FeatureL
     else:
         labels = lead_labels(target.features, target.probabilities, target.weight, class_number, labeling)
     unadapted = unadapted_labels(target.probabilities)
-    guard = compare_certainty(target.features, labels.hard, unadapted.hard, acts=config.fall_back)
+    guard = compare_certainty(target.features, labels.hard, unadapted.hard, unknown=source_classes, acts=config.fall_back)
     scores = normalized_entropy(target.probabilities)
     threshold = config.unknown.threshold(scores)
     nearest = target.probabilities.argmax(1)

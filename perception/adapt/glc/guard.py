@@ -1,6 +1,7 @@
 """The guard: where adaptation's own labels are less certain than no adaptation, it says so, and the source model decides.
 
-No target label takes part. Certainty is the neighbor agreement of `neighborhood.py`, for both on the features of the source model.
+No target label takes part. Certainty is the one of `neighborhood.py`, for both on the features of the source model. Where adaptation calls
+nothing unknown, as it should in a target without private classes, only the agreement in the classes is compared.
 
 Read next: `feature_labels.py` and `adapter.py`, which ask the guard.
 """
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .neighborhood import neighbor_agreement, neighbors_of
+from .neighborhood import certainty, neighbor_agreement, neighbors_of
 
 _NEIGHBORS, _MOST_ROWS = 10, 4000
 
@@ -21,10 +22,10 @@ class Guard:
     """Certainty of adaptation's labels and of those of the unadapted source model, and what was made of it."""
 
     adapted: float
-    """Neighbor agreement of adaptation's labels in nats; about 0 for random labels."""
+    """Certainty of adaptation's labels; about 0 for random labels."""
 
     unadapted: float
-    """Neighbor agreement of the source model's labels, with the paper's threshold on the entropy."""
+    """Certainty of the source model's labels, with the paper's threshold on the entropy."""
 
     acts: bool
     """Whether the source model decides where adaptation is less certain. Without it the guard only reports."""
@@ -41,7 +42,7 @@ class Guard:
 
     def sentence(self) -> str:
         """Say in plain words what the guard found."""
-        numbers = f"the labels of neighbors share {self.adapted:.2f} nats after adaptation and {self.unadapted:.2f} without it"
+        numbers = f"the certainty of its labels is {self.adapted:.3f}, and {self.unadapted:.3f} without it"
         if not self.doubts:
             return f"Adaptation is at least as certain as no adaptation: {numbers}."
         if self.acts:
@@ -49,17 +50,23 @@ class Guard:
         return f"Adaptation is less certain than no adaptation ({numbers}), and its labels were kept because the guard is off."
 
 
-def compare_certainty(source_features: Tensor, adapted: Tensor, unadapted: Tensor, *, acts: bool) -> Guard:
+def compare_certainty(source_features: Tensor, adapted: Tensor, unadapted: Tensor, *, unknown: int, acts: bool) -> Guard:
     """Compare the labels of adaptation with those of the unadapted source model.
 
     Args:
         source_features: (N, D) features of the source model, before adaptation.
-        adapted: (N,) int64 labels of adaptation, C for unknown.
-        unadapted: (N,) int64 labels of the source model, C for unknown.
+        adapted: (N,) int64 labels of adaptation.
+        unadapted: (N,) int64 labels of the source model.
+        unknown: The label that means unknown, C.
         acts: Whether the source model decides where adaptation is less certain.
 
     Returns:
         The guard's report.
     """
     neighbors = neighbors_of(source_features, _NEIGHBORS, most_rows=_MOST_ROWS)
-    return Guard(adapted=neighbor_agreement(adapted, neighbors), unadapted=neighbor_agreement(unadapted, neighbors), acts=acts)
+    if not (adapted == unknown).any():
+        return Guard(
+            adapted=neighbor_agreement(adapted, neighbors), unadapted=neighbor_agreement(unadapted, neighbors), acts=acts
+        )
+    found = [certainty(labels, unknown, neighbors) for labels in (adapted, unadapted)]
+    return Guard(adapted=found[0], unadapted=found[1], acts=acts)

@@ -8,6 +8,7 @@ Read next: `agreed_labels.py` and `guard.py`, which use it.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -63,3 +64,19 @@ def neighbor_agreement(labels: Tensor, neighbors: Tensor) -> float:
     share = joint.sum(0)
     met = joint > 0
     return max(0.0, float((joint[met] * (joint / (share[:, None] * share))[met].log()).sum()))
+
+
+def certainty(labels: Tensor, unknown: int, neighbors: Tensor) -> float:
+    """Measure how certain labels are: the agreement of neighbors, times the cube root of their agreement in "known or unknown" alone.
+
+    The first factor alone would prefer a classifier that calls nothing unknown; the second one alone, a classifier that knows one class.
+
+    Args:
+        labels: (N,) int64, not negative.
+        unknown: The label that means unknown.
+        neighbors: (N, k) int64 rows.
+
+    Returns:
+        0 or more; 0 where no sample is unknown, and where all are.
+    """
+    return float(neighbor_agreement(labels, neighbors) * np.cbrt(neighbor_agreement((labels == unknown).long(), neighbors)))

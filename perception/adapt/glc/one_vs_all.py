@@ -113,6 +113,27 @@ def most_confident(probabilities: Tensor, c: int, *, stable: bool = True) -> Ten
     return probabilities[:, c].sort(descending=True, stable=stable).indices
 
 
+def class_similarities(
+    features: Tensor, probabilities: Tensor, counts: list[int], *, stable: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Compare samples with the mean direction of those that speak for each class.
+
+    Args:
+        features: (N, D) of length 1.
+        probabilities: (N, C).
+        counts: How many samples speak for each of the C classes; see `positive_counts`.
+        stable: See `most_confident`.
+
+    Returns:
+        (N, C) cosines, and (C,) the mean probability of each class among the samples that speak for it.
+    """
+    orders = (most_confident(probabilities, c, stable=stable) for c in range(probabilities.shape[1]))
+    positives = [order[:count].clone() for order, count in zip(orders, counts)]
+    confidence = torch.stack([probabilities[rows, c].mean() for c, rows in enumerate(positives)])
+    prototypes = F.normalize(torch.stack([features[rows].mean(0) for rows in positives]))
+    return features @ prototypes.T, confidence
+
+
 def one_vs_all_labels(features: Tensor, probabilities: Tensor, class_number: int, config: OneVsAllConfig) -> PseudoLabels:
     """Make GLC's pseudo labels.
 
@@ -138,13 +159,9 @@ def one_vs_all_labels(features: Tensor, probabilities: Tensor, class_number: int
     features = F.normalize(features)
     classes = probabilities.shape[1]
     counts = positive_counts(probabilities, class_number, config)
-
-    orders = (most_confident(probabilities, c, stable=config.stable) for c in range(classes))
-    positives = [order[:count].clone() for order, count in zip(orders, counts)]
-    confidence = torch.stack([probabilities[rows, c].mean() for c, rows in enumerate(positives)])
+    similarities, confidence = class_similarities(features, probabilities, counts, stable=config.stable)
     prior = config.rho + (1 - config.rho) * confidence
-    prototypes = F.normalize(torch.stack([features[rows].mean(0) for rows in positives]))
-    similarity, nearest = (features @ prototypes.T).max(1)
+    similarity, nearest = similarities.max(1)
 
     margin = torch.empty_like(similarity)
     for c in range(classes):

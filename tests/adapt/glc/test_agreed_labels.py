@@ -47,7 +47,10 @@ def slow_labels(features: torch.Tensor, probabilities: torch.Tensor, k: int, con
     cosine = (F.normalize(features) @ F.normalize(features).T).numpy()
     neighbors = [sorted((j for j in range(n) if j != i), key=lambda j: -cosine[i, j])[:10] for i in range(n)]
     alone = [classes if e > config.entropy else int(row.argmax()) for e, row in zip(entropy, p)]
-    certain = [information(labels, neighbors) ** config.power for labels in (clusters.hard.tolist(), alone)]
+    certain = [
+        information(labels, neighbors) * np.cbrt(information([int(label == classes) for label in labels], neighbors))
+        for labels in (clusters.hard.tolist(), alone)
+    ]
 
     def places(scores: list[float]) -> list[float]:
         place = [0.0] * n
@@ -65,10 +68,19 @@ def slow_labels(features: torch.Tensor, probabilities: torch.Tensor, k: int, con
         smooth = places([np.mean([raw[i], *(raw[j] for j in neighbors[i][: config.neighbors])]) for i in range(n)])
         order = [a + weight * b for a, b in zip(order, smooth)]
         share += weight * labels.count(classes) / n
-    return [classes if place > 1 - share else int(clusters.nearest[i]) for i, place in enumerate(places(order))]
+    votes = [[int(clusters.nearest[j]) for j in (i, *neighbors[i])] for i in range(n)]
+    winners = [min(range(classes), key=lambda c: (-vote.count(c), c)) for vote in votes]
+    unit, cosines = F.normalize(features), []
+    for c in range(classes):
+        positives = sorted(range(n), key=lambda i: -p[i, c])[: n // k]
+        frequency = winners.count(c) * classes / n
+        penalty = config.rarity * max(0.0, -np.log(frequency + 0.01))
+        cosines.append(unit @ F.normalize(unit[positives].mean(0), dim=0) - penalty)
+    nearest = torch.stack(cosines).argmax(0).tolist()
+    return [classes if place > 1 - share else nearest[i] for i, place in enumerate(places(order))]
 
 
-@pytest.mark.parametrize("config", [AgreedConfig(), AgreedConfig(neighbors=0, power=4.0)])
+@pytest.mark.parametrize("config", [AgreedConfig(), AgreedConfig(neighbors=0, rarity=0.0)])
 def test_labels_equal_the_slow_reference(config):
     features, probabilities, _ = target()
     found = agreed_labels(features, probabilities, 4, config).hard
@@ -122,12 +134,12 @@ def test_agreement_is_the_information_that_neighbors_share_and_about_zero_for_ra
 def test_the_guard_falls_back_where_adaptation_is_less_certain_and_says_so():
     features, _, truth = target(400)
     random = torch.randint(0, 5, (400,), generator=torch.Generator().manual_seed(0))
-    worse = compare_certainty(features, random, torch.from_numpy(truth), acts=True)
+    worse = compare_certainty(features, random, torch.from_numpy(truth), unknown=4, acts=True)
     assert worse.fell_back
     assert "the labels are those of the unadapted model" in worse.sentence()
     assert not replace(worse, acts=False).fell_back
     assert "were kept because the guard is off" in replace(worse, acts=False).sentence()
-    better = compare_certainty(features, torch.from_numpy(truth), random, acts=True)
+    better = compare_certainty(features, torch.from_numpy(truth), random, unknown=4, acts=True)
     assert not better.fell_back
     assert better.sentence().startswith("Adaptation is at least as certain")
 
@@ -136,7 +148,7 @@ def test_the_labels_of_no_adaptation_are_returned_where_the_guard_falls_back(mon
     features, probabilities, _ = target()
     doubtful = Guard(adapted=0.1, unadapted=0.2, acts=True)
     monkeypatch.setattr(
-        "upcycle3d.perception.adapt.glc.feature_labels.compare_certainty", lambda *_, acts: replace(doubtful, acts=acts)
+        "upcycle3d.perception.adapt.glc.feature_labels.compare_certainty", lambda *_, unknown, acts: replace(doubtful, acts=acts)
     )
     given = TargetFeatures(features=features, probabilities=probabilities)
     assert torch.equal(label_features(given).labels.hard, unadapted_labels(probabilities).hard)
@@ -150,6 +162,13 @@ def test_no_adaptation_is_the_papers_threshold_on_the_entropy():
 
 
 def test_settings_out_of_range_are_refused():
-    for change in ({"entropy": 1.5}, {"power": -1.0}, {"neighbors": -1}, {"most_rows": 5}, {"power": float("nan")}):
+    for change in (
+        {"entropy": 1.5},
+        {"rarity": -1.0},
+        {"neighbors": -1},
+        {"most_rows": 5},
+        {"rarity": float("nan")},
+        {"rarity": float("inf")},
+    ):
         with pytest.raises(InvalidInput, match="agreed labels need"):
             AgreedConfig(**change)
