@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from ....core.errors import InvalidInput, require
 from ....core.tensor_value import TensorValue
 from .agreed_labels import AgreedConfig, agreed_labels
-from .class_number import ClassNumber, ClassNumberConfig, target_class_number
+from .class_number import ClassNumber, ClassNumberConfig, occupied_classes, target_class_number
 from .guard import Guard, compare_certainty
 from .lead_labels import LeadConfig, lead_labels
 from .losses import affinity_loss, hard_negatives, soft_cross_entropy
@@ -80,7 +80,7 @@ class AdaptConfig:
     """Number of target classes that the labels are made with. None: `estimate` decides, once, before the first epoch."""
 
     estimate: ClassNumberConfig | None = None
-    """How the number of target classes is estimated. None: as many as the source has."""
+    """How the number of target classes is estimated. None: as many source classes as labels with K = C use; see `occupied_classes`."""
 
     labeling: AgreedConfig | OneVsAllConfig | LeadConfig = AgreedConfig()
     """Which pseudo labels are made: those on which clusters and classifier agree, GLC's or LEAD's.
@@ -287,6 +287,9 @@ def _fit(
     class_number, estimate = target_class_number(
         features, probabilities.shape[1], config.class_number, config.estimate, seed=config.seed
     )
+    if config.class_number is None and config.estimate is None:
+        first = _pseudo_labels(features, probabilities, class_number, classifier, config)
+        class_number = occupied_classes(first.nearest, class_number)
     history = []
     for epoch in range(config.epochs):
         labels = _pseudo_labels(features, probabilities, class_number, classifier, config)

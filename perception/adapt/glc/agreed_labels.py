@@ -5,8 +5,8 @@
 
 Each of the two orders the samples from known to unknown, and calls a share of them unknown. The orders are averaged over neighbors, then
 the two are averaged with weights, and so are the shares. The weight of each is how well the labels that it would give alone agree among
-neighbors, with what is unknown counted apart (`certainty`): where clusters lie apart they decide, where classes overlap the classifier has its
-say, and a classifier that calls nothing unknown (or everything) has none.
+neighbors, with what is unknown counted apart (`certainty`): where clusters lie apart they decide, where classes overlap the classifier has
+its say, and a classifier that calls nothing unknown (or everything) has none.
 
 The class of a known sample is the one of the clusters, but a class that few samples have after a vote of neighbors needs a larger
 similarity: a class that the target lacks draws some samples of every other class, and their neighbors outvote them.

@@ -80,6 +80,8 @@ def target_class_number(
 ) -> tuple[int, ClassNumber | None]:
     """Decide the number of target classes: the given one, an estimate, or as many as the source has.
 
+    Training begins with labels of as many classes as the source has, and goes on with those that they use; see `occupied_classes`.
+
     Args:
         features: (N, D) target features of any length.
         source_classes: Number of source classes C.
@@ -97,6 +99,20 @@ def target_class_number(
         return (source_classes if given is None else given), None
     estimate = estimate_class_number(features, class_number_candidates(source_classes, config.candidates), config, seed=seed)
     return estimate.value, estimate
+
+
+def occupied_classes(nearest: Tensor, classes: int) -> int:
+    """Count the source classes that labels use: a class counts less where it has fewer samples than the others.
+
+    Args:
+        nearest: (N,) int64 in 0..C-1, at least one.
+        classes: Number of source classes C.
+
+    Returns:
+        The exponential of the entropy of the classes' shares, rounded: 2..C, and C where all have the same share.
+    """
+    share = torch.bincount(nearest, minlength=classes).double() / len(nearest)
+    return max(2, round(float(torch.special.entr(share).sum().exp())))
 
 
 def class_number_candidates(classes: int, kind: Literal["paper", "dense"]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from upcycle3d.perception.adapt.glc.agreed_labels import AgreedConfig, agreed_la
 from upcycle3d.perception.adapt.glc.feature_file import TargetFeatures
 from upcycle3d.perception.adapt.glc.feature_labels import FeatureLabelConfig, label_features
 from upcycle3d.perception.adapt.glc.guard import Guard, compare_certainty
-from upcycle3d.perception.adapt.glc.neighborhood import neighbor_agreement, neighbors_of
+from upcycle3d.perception.adapt.glc.neighborhood import certainty, neighbor_agreement, neighbors_of
 from upcycle3d.perception.adapt.glc.one_vs_all import one_vs_all_labels
 from upcycle3d.perception.adapt.glc.pseudo_labels import unadapted_labels
 
@@ -100,6 +100,27 @@ def test_they_are_better_than_clusters_and_classifier_alone_where_classes_overla
     assert agreed > right(unadapted_labels(probabilities).hard)
 
 
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+def test_a_classifier_that_calls_nothing_or_everything_unknown_has_no_say(temperature):
+    features, probabilities, _ = target(400)
+    probabilities = (probabilities.log() / temperature).softmax(1)
+    config = AgreedConfig(rarity=0.0)
+    clusters = one_vs_all_labels(features, probabilities, 4, config.clusters).hard
+    found = agreed_labels(features, probabilities, 4, config).hard
+    assert len(set((unadapted_labels(probabilities).hard == 4).tolist())) == 1
+    assert abs(int((found == 4).sum()) - int((clusters == 4).sum())) <= 1
+
+
+def test_classes_that_the_target_lacks_take_fewer_samples():
+    def right(rarity: float) -> float:
+        return float((agreed_labels(features, probabilities, 8, AgreedConfig(rarity=rarity)).nearest.numpy() == truth).mean())
+
+    features, probabilities, truth = target(1600, 8, 0, seed=1, distance=1.2)
+    present = torch.from_numpy(truth < 3)
+    features, probabilities, truth = features[present], probabilities[present], truth[present.numpy()]
+    assert right(AgreedConfig().rarity) > right(0.0) + 0.05
+
+
 @pytest.mark.parametrize(("n", "classes"), [(2, 2), (3, 5), (12, 3)])
 def test_the_smallest_targets_get_labels(n, classes):
     features, probabilities, _ = target(n, classes, 1)
@@ -142,6 +163,16 @@ def test_the_guard_falls_back_where_adaptation_is_less_certain_and_says_so():
     better = compare_certainty(features, torch.from_numpy(truth), random, unknown=4, acts=True)
     assert not better.fell_back
     assert better.sentence().startswith("Adaptation is at least as certain")
+
+
+def test_adaptation_that_rightly_calls_nothing_unknown_is_not_doubted_for_it():
+    features, _, truth = target(400, private=0)
+    right = torch.from_numpy(truth)
+    some = torch.where(features[:, 0] > 1, 4, right)
+    neighbors = neighbors_of(features, 10, most_rows=1000)
+    assert certainty(right, 4, neighbors) == 0 < certainty(some, 4, neighbors)
+    assert not compare_certainty(features, right, some, unknown=4, acts=True).doubts
+    assert compare_certainty(features, torch.zeros_like(right), some, unknown=4, acts=True).doubts
 
 
 def test_the_labels_of_no_adaptation_are_returned_where_the_guard_falls_back(monkeypatch):

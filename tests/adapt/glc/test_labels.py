@@ -11,7 +11,12 @@ from torch.nn import functional as F
 
 import tiny
 from upcycle3d.core.errors import InvalidInput
-from upcycle3d.perception.adapt.glc.class_number import ClassNumberConfig, class_number_candidates, estimate_class_number
+from upcycle3d.perception.adapt.glc.class_number import (
+    ClassNumberConfig,
+    class_number_candidates,
+    estimate_class_number,
+    occupied_classes,
+)
 from upcycle3d.perception.adapt.glc.kmeans import KMeansConfig, kmeans
 from upcycle3d.perception.adapt.glc.lead_labels import LeadConfig, larger_mixture_mean, lead_labels
 from upcycle3d.perception.adapt.glc.one_vs_all import OneVsAllConfig, one_vs_all_labels, positive_counts
@@ -233,6 +238,13 @@ def test_parity_with_the_released_code_on_n4000():
     assert (found.hard.numpy() == reference["hard"]).all()
     logged = [float(x) for x in json.loads(str(reference["meta"]))["log"][1].split("\t")[1:]]
     np.testing.assert_allclose(found.prior.numpy(), logged, atol=5.1e-4)
+
+
+def test_occupied_classes_are_those_that_have_samples():
+    assert occupied_classes(torch.arange(40) % 4, 4) == 4
+    assert occupied_classes(torch.arange(40) % 4, 9) == 4
+    assert occupied_classes(torch.tensor([0] * 50 + [1] * 50 + [2]), 5) == 2
+    assert occupied_classes(torch.zeros(10, dtype=torch.int64), 5) == 2
 
 
 def test_the_papers_options_order_equal_samples_as_the_released_code_does():
