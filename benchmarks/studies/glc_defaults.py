@@ -37,7 +37,7 @@ FAMILIES = (
 )
 LABELS = OneVsAllConfig()
 # The defaults before the labels on which clusters and classifier agree.
-EARLIER = AdaptConfig(labeling=LABELS, estimate=ClassNumberConfig(), unknown=UnknownRule(), fall_back=False)
+EARLIER = AdaptConfig(steps_per_epoch=None, labeling=LABELS, estimate=ClassNumberConfig(), unknown=UnknownRule(), fall_back=False)
 CAREFUL = KMeansConfig(init="plusplus", restarts=3, points_per_centroid=0)
 ROWS: Mapping[str, AdaptConfig] = {
     "paper": AdaptConfig.paper(),

@@ -4,7 +4,7 @@
 
 DIR holds `e2e_SPLIT.npz` (target inputs, labels and outputs of the released code) and `e2e_SPLIT_source.pt` (its source weights) of each
 split; they are not in this repository. A seed decides the order of the batches and the sample for the class number, and nothing else of
-importance. "paper" takes the class number that the released code found; "ours" estimates it. OPDA and OSDA give H, PDA and CLDA accuracy
+importance. "paper" takes the class number that the released code found; "ours" decides it. OPDA and OSDA give H, PDA and CLDA accuracy
 without rejection. Target labels are read after adaptation, to score it. The official numbers are means of the released code over five
 orders of the samples for OPDA and OSDA, and a single run for PDA and CLDA.
 """

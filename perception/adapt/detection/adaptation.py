@@ -6,8 +6,8 @@
 Background is one of the classes throughout. These defaults differ from `AdaptConfig()`, and were chosen on simulated Waymo -> Lyft
 (docs/adapt.md): there is no affinity term, whose hard negatives in a batch that is half background are samples of the same class; the
 number of target classes is assumed and not estimated, because background has not one cluster and too few clusters hide private classes;
-the threshold acts on the entropy among the known classes; labels are those of clusters alone, and no guard compares them with the
-source, because everything was measured that way.
+the threshold acts on the entropy among the known classes; an epoch sees every proposal, labels are those of clusters alone, and
+no guard compares them with the source, because everything was measured that way.
 
 Read next: `measure.py`, which measures where there are labels, and `adapt_detector.py`, the whole way from a detector to detections.
 """
@@ -26,6 +26,7 @@ from ....core.tensor_file import TensorFileKind, write_tensors
 from ..glc.adapter import AdaptConfig, AdaptedModel, EpochReport, GLCAdapter
 from ..glc.class_number import ClassNumberConfig
 from ..glc.one_vs_all import OneVsAllConfig
+from ..glc.unknown_rule import UnknownRule
 from .open_set import ClassifiedProposals, OpenSetConfig, classify_open_set
 from .proposal_classifier import ProposalClassifier
 from .proposals import DetectorProposals
@@ -41,7 +42,14 @@ _KIND = TensorFileKind(
 class DetectorAdaptConfig:
     """How the classifier of proposals adapts, and how proposals are classified afterwards."""
 
-    glc: AdaptConfig = AdaptConfig(affinity_weight=0.0, labeling=OneVsAllConfig(), estimate=ClassNumberConfig(), fall_back=False)
+    glc: AdaptConfig = AdaptConfig(
+        affinity_weight=0.0,
+        steps_per_epoch=None,
+        labeling=OneVsAllConfig(),
+        estimate=ClassNumberConfig(),
+        unknown=UnknownRule(kind="fixed"),
+        fall_back=False,
+    )
     """Training of the bottleneck. Its `unknown` is not used."""
 
     target_classes_per_class: int | None = 3

@@ -7,7 +7,7 @@
 
 The classifier is frozen, the feature module learns. The weights of the last epoch count: to choose an epoch would need target labels.
 
-At last the guard compares the labels of the adapted model with those of the source model (`guard.py`).
+At last the threshold is chosen, and the guard compares the answers with those of the source model (`guard.py`).
 
 Read next: `agreed_labels.py` for the labels, `losses.py` for the terms, `networks.py` for optimizer and batch norm.
 """
@@ -26,10 +26,11 @@ from ....core.errors import InvalidInput, require
 from ....core.tensor_value import TensorValue
 from .agreed_labels import AgreedConfig, agreed_labels
 from .class_number import ClassNumber, ClassNumberConfig, occupied_classes, target_class_number
-from .guard import Guard, compare_certainty
+from .guard import Guard, compare_certainty, guard_neighbors
 from .lead_labels import LeadConfig, lead_labels
 from .losses import affinity_loss, hard_negatives, soft_cross_entropy
 from .memory_bank import MemoryBank
+from .neighborhood import most_certain_threshold
 from .networks import features_and_probabilities, refresh_batch_norm, set_learning_rate, sgd_with_slow_part
 from .one_vs_all import OneVsAllConfig, one_vs_all_labels
 from .pseudo_labels import PseudoLabels, check_target, unadapted_labels
@@ -44,7 +45,10 @@ class AdaptConfig:
     """
 
     epochs: int = 10
-    """Passes over the target."""
+    """Passes over the target. Before each, the pseudo labels are made again."""
+
+    steps_per_epoch: int | None = 15
+    """Batches after which an epoch ends, a random part of a large target; None: when all samples were seen. Long trainings forget."""
 
     batch_size: int = 64
     """Samples per step. The rest of an epoch is dropped; fewer samples than this train as one batch."""
@@ -88,8 +92,8 @@ class AdaptConfig:
     LEAD needs a classifier with a `weight` (C, D).
     """
 
-    unknown: UnknownRule = UnknownRule(kind="fixed")
-    """Which samples of the adapted model are unknown. Training raises the entropy of unknown samples, so a constant serves."""
+    unknown: UnknownRule | None = None
+    """Which samples of the adapted model are unknown. None: those with which its answers are the most certain (`most_certain_threshold`)."""
 
     fall_back: bool = True
     """Whether the source model is kept where the labels of the adapted one are less certain than its own."""
@@ -104,6 +108,8 @@ class AdaptConfig:
     """Decides the order of the batches, the clustering and dropout."""
 
     def __post_init__(self) -> None:
+        if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
+            raise InvalidInput(f"steps_per_epoch must be at least 1, or None for all samples, found {self.steps_per_epoch}")
         if self.epochs < 1 or self.batch_size < 2 or self.neighbors < 1 or not self.lr > 0:
             raise InvalidInput(
                 "adaptation needs epochs >= 1, batch_size >= 2, neighbors >= 1 and lr > 0, found "
@@ -119,6 +125,7 @@ class AdaptConfig:
         Every class has N / K positives, and a sample with an entropy above 0.55 is unknown.
         """
         return AdaptConfig(
+            steps_per_epoch=None,
             estimate=ClassNumberConfig.paper(),
             labeling=OneVsAllConfig.paper(),
             unknown=UnknownRule(kind="fixed", value=0.55),
@@ -188,7 +195,7 @@ class AdaptedModel:
     """How K was estimated; None where it was not."""
 
     guard: Guard
-    """Certainty of the adapted model's pseudo labels and of no adaptation. Where it fell back, the modules are the source's."""
+    """Certainty of the adapted model's answers and of no adaptation. Where it fell back, the modules are the source's."""
 
     history: tuple[EpochReport, ...] = field(repr=False)
     """One report per epoch."""
@@ -298,14 +305,19 @@ def _fit(
         features, probabilities = _checked_answer(module, classifier, inputs)
         if after_epoch is not None:
             after_epoch(epoch, history[-1])
-    own = _pseudo_labels(features, probabilities, class_number, classifier, config).hard
+    neighbors = guard_neighbors(source_features)
+    scores, nearest = normalized_entropy(probabilities), probabilities.argmax(1)
+    if config.unknown is None:
+        threshold = most_certain_threshold(scores, nearest, probabilities.shape[1], neighbors)
+    else:
+        threshold = config.unknown.threshold(scores)
+    answers = torch.where(is_unknown(scores, threshold), probabilities.shape[1], nearest)
     alone = unadapted_labels(source_probabilities).hard
-    classes = probabilities.shape[1]
-    guard = compare_certainty(source_features, own, alone, unknown=classes, acts=config.fall_back)
+    guard = compare_certainty(neighbors, answers, alone, unknown=probabilities.shape[1], acts=config.fall_back)
     return AdaptedModel(
         feature_module=(source if guard.fell_back else module).eval(),
         classifier=classifier.eval(),
-        threshold=UNADAPTED_ENTROPY if guard.fell_back else config.unknown.threshold(normalized_entropy(probabilities)),
+        threshold=UNADAPTED_ENTROPY if guard.fell_back else threshold,
         guard=guard,
         class_number=class_number,
         estimate=estimate,
@@ -348,6 +360,7 @@ def _train_epoch(
 ) -> EpochReport:
     batch_size = min(config.batch_size, len(inputs))
     steps = len(inputs) // batch_size  # the rest of an epoch is dropped: batch norm needs full batches
+    steps = min(steps, config.steps_per_epoch or steps)
     sums = torch.zeros(3, device=inputs.device)
     module.train()
     order = torch.randperm(len(inputs), generator=shuffle).to(inputs.device)

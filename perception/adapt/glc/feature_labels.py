@@ -19,7 +19,7 @@ from ....core.files import atomic_file
 from .agreed_labels import AgreedConfig, agreed_labels
 from .class_number import ClassNumber, ClassNumberConfig, target_class_number
 from .feature_file import TargetFeatures, at_one_scale
-from .guard import Guard, compare_certainty
+from .guard import Guard, compare_certainty, guard_neighbors
 from .lead_labels import LeadConfig, lead_labels
 from .one_vs_all import OneVsAllConfig, one_vs_all_labels
 from .pseudo_labels import PseudoLabels, unadapted_labels
@@ -114,7 +114,9 @@ def label_features(target: TargetFeatures, config: FeatureLabelConfig = FeatureL
     else:
         labels = lead_labels(target.features, target.probabilities, target.weight, class_number, labeling)
     unadapted = unadapted_labels(target.probabilities)
-    guard = compare_certainty(target.features, labels.hard, unadapted.hard, unknown=source_classes, acts=config.fall_back)
+    guard = compare_certainty(
+        guard_neighbors(target.features), labels.hard, unadapted.hard, unknown=source_classes, acts=config.fall_back
+    )
     scores = normalized_entropy(target.probabilities)
     threshold = config.unknown.threshold(scores)
     nearest = target.probabilities.argmax(1)

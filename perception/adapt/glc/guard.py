@@ -50,11 +50,23 @@ class Guard:
         return f"Adaptation is less certain than no adaptation ({numbers}), and its labels were kept because the guard is off."
 
 
-def compare_certainty(source_features: Tensor, adapted: Tensor, unadapted: Tensor, *, unknown: int, acts: bool) -> Guard:
-    """Compare the labels of adaptation with those of the unadapted source model.
+def guard_neighbors(source_features: Tensor) -> Tensor:
+    """Find the neighbors with which certainties are compared.
 
     Args:
         source_features: (N, D) features of the source model, before adaptation.
+
+    Returns:
+        (N, 10) int64 rows, fewer columns for fewer samples.
+    """
+    return neighbors_of(source_features, _NEIGHBORS, most_rows=_MOST_ROWS)
+
+
+def compare_certainty(neighbors: Tensor, adapted: Tensor, unadapted: Tensor, *, unknown: int, acts: bool) -> Guard:
+    """Compare the labels of adaptation with those of the unadapted source model.
+
+    Args:
+        neighbors: (N, k) int64; see `guard_neighbors`.
         adapted: (N,) int64 labels of adaptation.
         unadapted: (N,) int64 labels of the source model.
         unknown: The label that means unknown, C.
@@ -63,7 +75,6 @@ def compare_certainty(source_features: Tensor, adapted: Tensor, unadapted: Tenso
     Returns:
         The guard's report.
     """
-    neighbors = neighbors_of(source_features, _NEIGHBORS, most_rows=_MOST_ROWS)
     if not (adapted == unknown).any():
         return Guard(
             adapted=neighbor_agreement(adapted, neighbors), unadapted=neighbor_agreement(unadapted, neighbors), acts=acts

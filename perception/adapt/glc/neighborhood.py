@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ....core.errors import require
+from .unknown_rule import is_unknown
 
 _CHUNK = 1024  # samples whose similarities are held at once
 
@@ -80,3 +81,20 @@ def certainty(labels: Tensor, unknown: int, neighbors: Tensor) -> float:
         0 or more; 0 where no sample is unknown, and where all are.
     """
     return float(neighbor_agreement(labels, neighbors) * np.cbrt(neighbor_agreement((labels == unknown).long(), neighbors)))
+
+
+def most_certain_threshold(scores: Tensor, nearest: Tensor, unknown: int, neighbors: Tensor) -> float:
+    """Find the threshold on unknown scores with which labels are the most certain.
+
+    Args:
+        scores: (N,) from 0, certain, to 1, undecided.
+        nearest: (N,) int64 class of each sample if it is known.
+        unknown: The label that means unknown.
+        neighbors: (N, k) int64 rows.
+
+    Returns:
+        One of 0.02, 0.04, ... 0.98; the smallest of equally certain ones.
+    """
+    candidates = [step / 50 for step in range(1, 50)]
+    found = [certainty(torch.where(is_unknown(scores, t), unknown, nearest), unknown, neighbors) for t in candidates]
+    return candidates[int(np.argmax(found))]

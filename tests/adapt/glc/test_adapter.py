@@ -23,6 +23,7 @@ from upcycle3d.perception.adapt.glc.networks import (
     set_learning_rate,
     sgd_with_slow_part,
 )
+from upcycle3d.perception.adapt.glc.unknown_rule import UnknownRule
 
 SMALL = AdaptConfig(epochs=2, batch_size=32, class_number=5)
 
@@ -112,6 +113,20 @@ def test_every_option_runs(world, config):
     )
     assert adapted.predict(x).probabilities.isfinite().all()
     assert (adapted.estimate is None) == (config.class_number is not None or config.estimate is None)
+
+
+def test_an_epoch_ends_after_its_batches_and_a_threshold_may_be_given(world):
+    module, classifier, x, _ = world
+
+    def adapt(**changes):
+        return GLCAdapter(feature_module=module, classifier=classifier, config=replace(SMALL, fall_back=False, **changes)).fit(x)
+
+    whole, longer, short = adapt(steps_per_epoch=None), adapt(steps_per_epoch=1000), adapt(steps_per_epoch=1)
+    assert torch.equal(whole.predict(x).probabilities, longer.predict(x).probabilities)
+    assert not torch.equal(whole.predict(x).probabilities, short.predict(x).probabilities)
+    assert adapt(unknown=UnknownRule(kind="fixed", value=0.3)).threshold == 0.3
+    with pytest.raises(InvalidInput, match="steps_per_epoch must be at least 1"):
+        AdaptConfig(steps_per_epoch=0)
 
 
 def test_fewer_samples_than_a_batch_train_and_fewer_than_neighbors_are_refused(world):

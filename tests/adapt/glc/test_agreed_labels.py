@@ -11,10 +11,11 @@ from upcycle3d.core.errors import InvalidInput
 from upcycle3d.perception.adapt.glc.agreed_labels import AgreedConfig, agreed_labels
 from upcycle3d.perception.adapt.glc.feature_file import TargetFeatures
 from upcycle3d.perception.adapt.glc.feature_labels import FeatureLabelConfig, label_features
-from upcycle3d.perception.adapt.glc.guard import Guard, compare_certainty
-from upcycle3d.perception.adapt.glc.neighborhood import certainty, neighbor_agreement, neighbors_of
+from upcycle3d.perception.adapt.glc.guard import Guard, compare_certainty, guard_neighbors
+from upcycle3d.perception.adapt.glc.neighborhood import certainty, most_certain_threshold, neighbor_agreement, neighbors_of
 from upcycle3d.perception.adapt.glc.one_vs_all import one_vs_all_labels
 from upcycle3d.perception.adapt.glc.pseudo_labels import unadapted_labels
+from upcycle3d.perception.adapt.glc.unknown_rule import normalized_entropy
 
 
 def target(
@@ -155,12 +156,12 @@ def test_agreement_is_the_information_that_neighbors_share_and_about_zero_for_ra
 def test_the_guard_falls_back_where_adaptation_is_less_certain_and_says_so():
     features, _, truth = target(400)
     random = torch.randint(0, 5, (400,), generator=torch.Generator().manual_seed(0))
-    worse = compare_certainty(features, random, torch.from_numpy(truth), unknown=4, acts=True)
+    worse = compare_certainty(guard_neighbors(features), random, torch.from_numpy(truth), unknown=4, acts=True)
     assert worse.fell_back
     assert "the labels are those of the unadapted model" in worse.sentence()
     assert not replace(worse, acts=False).fell_back
     assert "were kept because the guard is off" in replace(worse, acts=False).sentence()
-    better = compare_certainty(features, torch.from_numpy(truth), random, unknown=4, acts=True)
+    better = compare_certainty(guard_neighbors(features), torch.from_numpy(truth), random, unknown=4, acts=True)
     assert not better.fell_back
     assert better.sentence().startswith("Adaptation is at least as certain")
 
@@ -171,8 +172,8 @@ def test_adaptation_that_rightly_calls_nothing_unknown_is_not_doubted_for_it():
     some = torch.where(features[:, 0] > 1, 4, right)
     neighbors = neighbors_of(features, 10, most_rows=1000)
     assert certainty(right, 4, neighbors) == 0 < certainty(some, 4, neighbors)
-    assert not compare_certainty(features, right, some, unknown=4, acts=True).doubts
-    assert compare_certainty(features, torch.zeros_like(right), some, unknown=4, acts=True).doubts
+    assert not compare_certainty(guard_neighbors(features), right, some, unknown=4, acts=True).doubts
+    assert compare_certainty(guard_neighbors(features), torch.zeros_like(right), some, unknown=4, acts=True).doubts
 
 
 def test_the_labels_of_no_adaptation_are_returned_where_the_guard_falls_back(monkeypatch):
@@ -203,3 +204,18 @@ def test_settings_out_of_range_are_refused():
     ):
         with pytest.raises(InvalidInput, match="agreed labels need"):
             AgreedConfig(**change)
+
+
+def test_the_most_certain_threshold_is_the_best_of_a_list_tried_one_by_one():
+    features, probabilities, truth = target(400)
+    neighbors = neighbors_of(features, 10, most_rows=1000)
+    labels = unadapted_labels(probabilities)
+    scores = normalized_entropy(probabilities)
+    found = most_certain_threshold(scores, labels.nearest, 4, neighbors)
+    tried = {step / 50: certainty(torch.where(scores > step / 50, 4, labels.nearest), 4, neighbors) for step in range(1, 50)}
+    assert tried[found] == max(tried.values()) > 0
+    # A classifier that is certain of everything is no reason to call nothing unknown.
+    sharp = (probabilities.log() * 8).softmax(1)
+    threshold = most_certain_threshold(normalized_entropy(sharp), labels.nearest, 4, neighbors)
+    assert threshold < 0.2
+    assert ((normalized_entropy(sharp) > threshold).numpy() == (truth == 4)).mean() > 0.6
