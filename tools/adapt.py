@@ -33,7 +33,7 @@ class Features:
     labeler: Literal["glc", "lead"] = "glc"
     """Which pseudo labels are made. `lead` needs the classifier's weight (C, D) as the array `weight` of the file."""
     options: Literal["ours", "paper"] = "ours"
-    """Settings of labels, class number and threshold: ours, or those of the GLC paper."""
+    """Settings of labels, class number and threshold: ours, or those of the GLC paper, which never fall back to the source model."""
     threshold: ThresholdKind | None = None
     """How the threshold is chosen, if not the way of `--options`."""
     fixed_threshold: float = 0.55

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from upcycle3d.perception.adapt.glc.adapter import AdaptConfig, AdaptedModel, AdaptedPredictions, GLCAdapter
+from upcycle3d.perception.adapt.glc.adapted_model import AdaptedModel, AdaptedPredictions
+from upcycle3d.perception.adapt.glc.adapter import AdaptConfig, GLCAdapter
 from upcycle3d.perception.adapt.glc.metrics import accuracy, auroc, open_set_scores
 from upcycle3d.tools.console import print_table, write_json
 

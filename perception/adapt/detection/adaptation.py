@@ -23,7 +23,8 @@ from pathlib import Path
 from torch import nn
 
 from ....core.tensor_file import TensorFileKind, write_tensors
-from ..glc.adapter import AdaptConfig, AdaptedModel, EpochReport, GLCAdapter
+from ..glc.adapted_model import AdaptedModel, EpochReport
+from ..glc.adapter import AdaptConfig, GLCAdapter
 from ..glc.class_number import ClassNumberConfig
 from ..glc.one_vs_all import OneVsAllConfig
 from ..glc.unknown_rule import UnknownRule

@@ -10,7 +10,8 @@ Read in this order:
 3. `agreed_labels.py`: the default, labels on which clusters, classifier and neighbors agree. `guard.py` compares them with no adaptation;
    both use `neighborhood.py`.
 4. `class_number.py`: the estimate of the number of target classes, which the labels depend on.
-5. `adapter.py`: the training; `GLCAdapter(...).fit(inputs)`. It uses `losses.py`, `memory_bank.py` and `networks.py`.
+5. `adapter.py`: the training; `GLCAdapter(...).fit(inputs)`. It uses `losses.py`, `memory_bank.py` and `networks.py`, and returns the
+   model of `adapted_model.py`.
 6. `unknown_rule.py`: the unknown score of a sample and the threshold from which the sample is unknown.
 7. `lead_labels.py`: LEAD's labels. `kmeans.py`: clustering. `metrics.py`: what is measured where there are labels.
 8. `adapt_features.py`: features from a file, without training. It uses `feature_file.py`, `feature_labels.py`,

@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....core.errors import InvalidInput, require
-from ....core.tensor_value import TensorValue
+from .adapted_model import AdaptedModel, EpochReport
 from .agreed_labels import AgreedConfig, agreed_labels
-from .class_number import ClassNumber, ClassNumberConfig, occupied_classes, target_class_number
-from .guard import Guard, compare_certainty, guard_neighbors
+from .class_number import ClassNumberConfig, occupied_classes, target_class_number
+from .guard import compare_certainty, guard_neighbors
 from .lead_labels import LeadConfig, lead_labels
 from .losses import affinity_loss, hard_negatives, soft_cross_entropy
 from .memory_bank import MemoryBank
@@ -135,90 +135,6 @@ class AdaptConfig:
             refresh_batch_norm=False,
             epsilon=1e-5,
             seed=2021,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class AdaptedPredictions(TensorValue):
-    """Answer of an adapted model for N samples and C source classes."""
-
-    features: Tensor
-    """(N, D) features of the adapted module."""
-
-    probabilities: Tensor
-    """(N, C) softmax."""
-
-    unknown_scores: Tensor
-    """(N,) normalized entropy, 0 certain to 1 undecided."""
-
-    nearest: Tensor
-    """(N,) int64, the most probable source class, whatever the score."""
-
-    classes: Tensor
-    """(N,) int64, the same, or C (unknown) where the score exceeds the threshold."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochReport:
-    """Means over one epoch."""
-
-    pseudo: float
-    """Global loss before its weight."""
-
-    local: float
-    """Local loss before its weight."""
-
-    affinity: float
-    """Affinity loss before its weight; 0 where it is off."""
-
-    unknown_share: float
-    """Share of the target that the pseudo labels of this epoch called unknown, 0 to 1."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptedModel:
-    """Result of an adaptation. It holds no target sample."""
-
-    feature_module: nn.Module
-    """The adapted module, in evaluation mode."""
-
-    classifier: nn.Module
-    """A copy of the source's classifier, in evaluation mode."""
-
-    threshold: float
-    """Score above which a sample is unknown."""
-
-    class_number: int
-    """Number of target classes K that was used."""
-
-    estimate: ClassNumber | None
-    """How K was estimated; None where it was not."""
-
-    guard: Guard
-    """Certainty of the adapted model's answers and of no adaptation. Where it fell back, the modules are the source's."""
-
-    history: tuple[EpochReport, ...] = field(repr=False)
-    """One report per epoch."""
-
-    def predict(self, inputs: Tensor, *, batch_size: int = 1024) -> AdaptedPredictions:
-        """Classify samples of the target.
-
-        Args:
-            inputs: (N, ...) on the device of the modules.
-            batch_size: Samples per call of a module.
-
-        Returns:
-            Classes, with C for unknown, and what they were decided from.
-        """
-        features, probabilities = features_and_probabilities(self.feature_module, self.classifier, inputs, batch_size=batch_size)
-        scores = normalized_entropy(probabilities)
-        nearest = probabilities.argmax(1)
-        return AdaptedPredictions(
-            features=features,
-            probabilities=probabilities,
-            unknown_scores=scores,
-            nearest=nearest,
-            classes=torch.where(is_unknown(scores, self.threshold), probabilities.shape[1], nearest),
         )
 
 

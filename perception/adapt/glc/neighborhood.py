@@ -24,8 +24,8 @@ def neighbors_of(features: Tensor, count: int, *, most_rows: int) -> Tensor:
 
     Args:
         features: (N, D) of any length.
-        count: Neighbors of each sample; fewer where there are not so many other samples.
-        most_rows: Where there are more samples, neighbors are searched among so many rows, taken evenly.
+        count: Neighbors of each sample; fewer where there are fewer other samples.
+        most_rows: Where there are more samples, neighbors are searched among this number of rows, taken evenly.
 
     Returns:
         (N, min(count, rows - 1)) int64 rows of `features`, the most similar first.
