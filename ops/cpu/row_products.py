@@ -20,6 +20,7 @@ from typing import Any
 import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -89,6 +90,7 @@ def add_products_of(rows: int, vectors: int, registers: Registers) -> Any:
     def typed(
         context: Any, source: Any, rows_from: Any, rows_to: Any, first: Any, last: Any, matrix: Any, to: Any, column: Any
     ) -> Any:
+        _check_arrays(source, rows_from, rows_to, matrix, to)
         return types.void(source, rows_from, rows_to, types.int64, types.int64, matrix, to, types.int64), write
 
     return intrinsic(typed)
@@ -127,9 +129,16 @@ def add_outer_products_of(rows: int, vectors: int, registers: Registers) -> Any:
     def typed(
         context: Any, left: Any, right: Any, rows_left: Any, rows_right: Any, first: Any, last: Any, to: Any, column: Any
     ) -> Any:
+        _check_arrays(left, rows_left, rows_right, right, to)
         return types.void(left, right, rows_left, rows_right, types.int64, types.int64, to, types.int64), write
 
     return intrinsic(typed)
+
+
+def _check_arrays(first: Any, rows: Any, other_rows: Any, second: Any, to: Any) -> None:
+    """Refuse, at compile time, what the instructions would read wrongly: they count places from the start of an array in C order."""
+    if any(array.layout != "C" for array in (first, rows, other_rows, second, to)) or not first.dtype == second.dtype == to.dtype:
+        raise TypingError("products of rows need arrays in C order (contiguous), the numbers of one floating type")
 
 
 def _in_groups(builder: Any, first: Any, last: Any, size: int, some: Callable[[Any, int], None]) -> None:

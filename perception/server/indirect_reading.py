@@ -90,7 +90,9 @@ class IndirectDifference:
     """How many standard errors the mean readings of both lie apart, for the three sides together: the evidence for any difference."""
 
 
-def indirect_difference(known: KnownReadings, frame: Tensor, fleet: Tensor, scene: Tensor, *, seed: int) -> IndirectDifference:
+def indirect_difference(
+    known: KnownReadings, frame: Tensor, fleet: Tensor, scene: Tensor, *, least_error: float, seed: int
+) -> IndirectDifference:
     """Find by how much the known objects would have to be longer, wider and higher for their mean reading to be that of the fleet.
 
     The random changes of the known objects say what differences are to be expected (the prior of a linear Gaussian model): a side that the
@@ -101,6 +103,8 @@ def indirect_difference(known: KnownReadings, frame: Tensor, fleet: Tensor, scen
         frame: (N,) number of their frame.
         fleet: (F, M, 3) readings of the fleet's objects by F instruments, each of which read its part of the labeled objects.
         scene: (M,) number of their scene.
+        least_error: Meters by which the sensor and the place may make objects look larger or smaller, which no bootstrap shows. Readings that
+            differ by no more are no evidence.
         seed: Decides the bootstrap.
 
     Returns:
@@ -117,8 +121,9 @@ def indirect_difference(known: KnownReadings, frame: Tensor, fleet: Tensor, scen
         slopes.append(slope)
     expected = torch.cov((known.sizes - known.original).T, correction=0)
     difference = torch.zeros_like(gap)
+    elsewhere = least_error**2 * follows @ follows.T + 1e-12 * torch.eye(3, dtype=gap.dtype)
     for _ in range(_SOLUTIONS):  # how far the slopes can be trusted matters the more, the larger the difference is
-        noise = torch.cov((torch.stack(gaps) - torch.stack(slopes) @ difference).T) + 1e-12 * torch.eye(3, dtype=gap.dtype)
+        noise = torch.cov((torch.stack(gaps) - torch.stack(slopes) @ difference).T) + elsewhere
         gain = torch.linalg.solve(follows @ expected @ follows.T + noise, follows @ expected).T
         difference = gain @ gap
     left = expected - gain @ follows @ expected

@@ -302,7 +302,7 @@ def _estimate(
     else:
         readings, read = _readings(labeled, fleet, config.ridge)
         known = KnownReadings(readings=readings, sizes=labeled.sizes, original=labeled.original)
-        found = indirect_difference(known, labeled.group, read, fleet.group, seed=seed)
+        found = indirect_difference(known, labeled.group, read, fleet.group, least_error=config.least_error, seed=seed)
         difference, error, follows, distance = found.difference, found.error, found.follows, found.distance
     if asked is not None and bool(asked.error.isfinite().all()) and bool((mean > 0).all()):
         difference, error = joined_by_precision(difference, error, asked, config.least_error)

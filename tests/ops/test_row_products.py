@@ -3,6 +3,7 @@
 import numba
 import numpy as np
 import pytest
+from numba.core.errors import TypingError
 
 from upcycle3d.ops.cpu.row_products import (
     REGISTERS,
@@ -96,6 +97,16 @@ def test_the_sums_do_not_depend_on_how_many_rows_go_together():
     for pair in range(20):
         add_products(source, rows_from, rows_to, pair, pair + 1, matrix, alone)
     assert np.array_equal(together, alone)
+
+
+@pytest.mark.parametrize("wrong", ["order", "type"])
+def test_arrays_that_would_be_read_wrongly_are_refused(wrong):
+    """The instructions count places in memory: a transposed matrix would give numbers, and the wrong ones."""
+    lanes = REGISTERS.bytes // 4
+    matrix = rows(lanes, lanes, np.float32, 0).T if wrong == "order" else rows(lanes, 2 * lanes, np.float64, 0)
+    one = np.zeros(1, np.int32)
+    with pytest.raises(TypingError, match="arrays in C order"):
+        add_products(rows(1, lanes, np.float32, 1), one, one, 0, 1, matrix, np.zeros((1, lanes), np.float32))
 
 
 @pytest.mark.parametrize("itemsize", [4, 8])

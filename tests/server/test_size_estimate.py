@@ -53,7 +53,7 @@ def test_the_difference_behind_poor_readings_is_found_with_an_honest_error():
     for seed in range(12):
         known, place = readings_of(1200, seed), torch.arange(1200) // 10
         read = poor_instrument(known_objects(800, (4.8, 2.1, 1.8), 100 + seed) + true, 200 + seed)
-        found = indirect_difference(known, place, read[None], torch.arange(800) // 5, seed=seed)
+        found = indirect_difference(known, place, read[None], torch.arange(800) // 5, least_error=0.0, seed=seed)
         raw = read.mean(0) - poor_instrument(known.original, seed).mean(0)
         assert (raw - true).abs().max() > 0.4
         inside += int(((found.difference - true).abs() < 2 * found.error).sum())
@@ -76,16 +76,25 @@ def test_a_side_that_cannot_be_read_takes_what_goes_with_the_others():
 
     known = KnownReadings(readings=blind_to_width(sizes, 1), sizes=sizes, original=original)
     read, place = blind_to_width(original * 0.85, 2)[None], torch.arange(2000)
-    found = indirect_difference(known, place, read, place, seed=0)
+    found = indirect_difference(known, place, read, place, least_error=0.0, seed=0)
     wanted = (-0.15 * original.mean(0)).tolist()
     assert found.difference.tolist() == pytest.approx(wanted, abs=0.06)
+
+
+def test_what_the_sensor_and_the_place_may_add_is_no_evidence():
+    """Ten times as many objects make the bootstrap's error small, and not the difference of two sensors."""
+    known, place = readings_of(4000, 0), torch.arange(4000)
+    read = (poor_instrument(known_objects(4000, (4.8, 2.1, 1.8), 1), 2) + 0.03)[None]
+    sure, unsure = (indirect_difference(known, place, read, place, least_error=least, seed=0) for least in (0.0, 0.2))
+    assert unsure.distance < sure.distance / 2
+    assert bool((unsure.error > sure.error).all())
 
 
 def test_the_difference_is_the_textbooks_posterior_mean():
     """The oracle weighs a grid of differences by their Gaussian likelihood and prior, in one dimension at a time by construction."""
     known, place = readings_of(1500, 4), torch.arange(1500)
     read = poor_instrument(known_objects(30, (3.9, 1.7, 1.5), 5), 6)[None]
-    found = indirect_difference(known, place, read, torch.arange(30), seed=1)
+    found = indirect_difference(known, place, read, torch.arange(30), least_error=0.0, seed=1)
     prior = torch.cov((known.sizes - known.original).T).numpy()
     terms = np.c_[np.ones(1500), known.sizes.numpy()]
     fit = np.linalg.lstsq(terms, known.readings.numpy(), rcond=None)[0]
@@ -100,7 +109,7 @@ def test_the_difference_is_the_textbooks_posterior_mean():
 def test_readings_that_say_nothing_give_no_difference_and_a_large_error():
     known, place = readings_of(100, 0), torch.arange(100)
     still = replace(known, readings=torch.ones(100, 3, dtype=torch.float64))
-    found = indirect_difference(still, place, still.readings[None], place, seed=0)
+    found = indirect_difference(still, place, still.readings[None], place, least_error=0.0, seed=0)
     assert found.difference.tolist() == pytest.approx([0, 0, 0], abs=1e-3)
     assert found.follows.tolist() == pytest.approx([0, 0, 0], abs=1e-9)
     assert found.error.tolist() == pytest.approx((known.sizes - known.original).std(0).tolist(), rel=0.01)
@@ -110,10 +119,10 @@ def test_readings_that_say_nothing_give_no_difference_and_a_large_error():
 def test_objects_of_one_frame_are_drawn_together_in_the_bootstrap():
     """Twenty copies of each object in its frame must not make the error smaller."""
     known, fleet, place = readings_of(200, 0), poor_instrument(known_objects(60, (4.0, 1.7, 1.6), 1), 1), torch.arange(200)
-    once = indirect_difference(known, place, fleet[None], place[:60], seed=0).error
+    once = indirect_difference(known, place, fleet[None], place[:60], least_error=0.0, seed=0).error
     copies = torch.arange(200).repeat_interleave(20)
     many = fleet.repeat_interleave(20, 0)[None]
-    often = indirect_difference(known.of(copies), copies, many, copies[:1200], seed=0).error
+    often = indirect_difference(known.of(copies), copies, many, copies[:1200], least_error=0.0, seed=0).error
     torch.testing.assert_close(often, once, rtol=1e-4, atol=1e-6)
 
 
